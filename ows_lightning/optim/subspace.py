@@ -1,0 +1,53 @@
+"""The subspace that GaLore projects a gradient onto: its leading singular vectors, exact or randomized."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["left", "right"]
+Method = Literal["randomized", "svd"]
+
+OVERSAMPLING = 8  # extra test vectors; Halko et al. (arXiv 0909.4061, section 4.2) recommend 5 to 10
+
+
+def leading_singular_vectors(gradient: Tensor, rank: int, side: Side, method: Method, seed: int = 0) -> Tensor:
+    """Returns the top-``rank`` left or right singular vectors of a gradient.
+
+    Args:
+        gradient: Gradient of shape (..., m, n), any float dtype; leading dimensions are a batch (experts).
+        rank: Number of singular vectors r, smaller than the side's dimension.
+        side: ``"left"`` spans the rows' dimension m, ``"right"`` the columns' dimension n.
+        method: ``"svd"`` is exact (GaLore, arXiv 2403.03507); ``"randomized"`` is subspace iteration with one power iteration
+            (Halko et al., arXiv 0909.4061, algorithm 4.4): a few matrix products instead of a decomposition.
+        seed: Seeds the random test matrix, so that every process and every resumed run finds the same subspace.
+
+    Returns:
+        Orthonormal columns of shape (..., m, r) or (..., n, r), in the gradient's dtype.
+    """
+    if method == "svd":
+        # Of the gradient as it is, also for the left side: kept moments depend on the vectors' signs, as in galore-torch.
+        u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
+        vectors = vh[..., :rank, :].mT if side == "right" else u[..., :rank]
+    else:
+        vectors = _randomized(gradient if side == "right" else gradient.mT, rank, seed)
+    return vectors.to(gradient.dtype).contiguous()
+
+
+def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
+    *batch, m, n = matrix.shape
+    generator = torch.Generator(matrix.device).manual_seed(seed)
+    # The products run in the gradient's own dtype: no float32 copy of the matrix is made.
+    test = torch.randn(*batch, m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
+    basis = _orthonormal(matrix.mT @ test.to(matrix.dtype))
+    basis = _orthonormal(matrix.mT @ _orthonormal(matrix @ basis.to(matrix.dtype)).to(matrix.dtype))
+    # Rotate onto the principal axes within the basis before the surplus columns are dropped.
+    image = (matrix @ basis.to(matrix.dtype)).float()
+    axes = torch.linalg.eigh(image.mT @ image).eigenvectors  # ascending
+    return basis @ axes[..., -rank:].flip(-1)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    return torch.linalg.qr(columns.float()).Q
