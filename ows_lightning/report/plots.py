@@ -1,0 +1,325 @@
+"""Pictures of a run in torchmetrics' style: each function takes an optional ``ax`` and returns ``(fig, ax)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ows_lightning.errors import UsageError
+from ows_lightning.report.run import HISTORY, METRICS, SCORES, RunRecord
+from ows_lightning.report.tables import XAxis, as_runs, block_frequency_table, loss_table, metric_table, scores_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with every common colour blindness; their yellow is too faint on white.
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
+MARKERS = "osD^vPX"
+DOTS: dict[str, Any] = {"color": VERMILLION, "markersize": 4, "markeredgecolor": "white", "markeredgewidth": 0.5}
+
+# Up to so many intervals have borders of their own; more would hide what they enclose.
+FEW = 60
+
+
+SCORE_LABELS = {
+    "outlier_ratio_percent": ("outlier ratio", "weights that are outliers (%)"),
+    "weight_norm": ("weight norm", "Frobenius norm of the weights"),
+}
+
+
+def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Bars of each block's outlier ratio, and dots for its sampling probability on a second axis, both in percent.
+
+    Where sampling needed no scores (uniform, say), the bars are the probabilities.
+
+    Args:
+        run: A run with scores.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        UsageError: The run has no scores.
+    """
+    table = scores_table(run)
+    _require(table["block"], run, SCORES)
+    fig, ax = _axes(ax)
+    blocks, probabilities = table["block"], [100 * probability for probability in table["probability"]]
+    score = next((name for name in SCORE_LABELS if name in table), None)
+    if score:
+        legend, label = SCORE_LABELS[score]
+        _label(ax, "Block scores", "decoder block", label)
+        ax.bar(blocks, table[score], color=SKY, label=legend)
+        right = ax.twinx()
+        right.plot(blocks, probabilities, "o", label="probability (right)", **DOTS)
+        right.axhline(100 / len(blocks), color="0.35", linestyle=":", linewidth=1, label="uniform (right)")
+        # The same headroom on both sides: where the scores are the weights, the dots sit on the bars.
+        ax.set_ylim(0, 1.12 * max(table[score]))
+        right.set_ylim(0, 1.12 * max(probabilities))
+        right.set_ylabel("sampling probability (%)")
+        right.tick_params(labelsize="small")
+        right.spines["top"].set_visible(False)
+        handles = [artist for axis in (ax, right) for artist in axis.get_legend_handles_labels()[0]]
+        _legend(ax, handles, outside=True)
+    else:
+        _label(ax, "Sampling probabilities", "decoder block", "sampling probability (%)")
+        ax.bar(blocks, probabilities, color=SKY)
+    _block_axis(ax, len(blocks))
+    return fig, ax
+
+
+def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Heat map of the blocks that trained (y) in each interval, over optimizer steps (x).
+
+    Blocks that never trained are shaded over the whole width.
+
+    Args:
+        run: A run with sampled blocks.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        UsageError: The run sampled no blocks.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    _require(run.history, run, HISTORY)
+    fig, ax = _axes(ax)
+    starts = [draw.step for draw in run.history]
+    length = starts[-1] - starts[-2] if len(starts) > 1 else 1
+    end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
+    active = np.zeros((run.num_layers, len(starts)))
+    for column, draw in enumerate(run.history):
+        active[list(draw.blocks), column] = 1
+    few = len(starts) <= FEW
+    ax.pcolormesh(
+        [*starts, end],
+        np.arange(run.num_layers + 1) - 0.5,
+        active,
+        cmap=ListedColormap(["#EEF3F7", BLUE]),
+        vmin=0,
+        vmax=1,
+        edgecolors="white" if few else "none",
+        linewidth=0.6 if few else 0,
+    )
+    for block in run.never_trained:
+        ax.axhspan(block - 0.5, block + 0.5, color=ORANGE, alpha=0.45, linewidth=0)
+    handles = [Patch(color=BLUE, label="trains")]
+    if run.never_trained:
+        label = f"never trained ({len(run.never_trained)} of {run.num_layers})"
+        handles.append(Patch(color=ORANGE, alpha=0.45, label=label))
+    _label(ax, "Blocks by interval", "optimizer step", "decoder block", grid=None)
+    _block_axis(ax, run.num_layers, vertical=True)
+    _legend(ax, handles, outside=True)
+    return fig, ax
+
+
+def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Share of the intervals in which each block trained, against the share that its probability makes expect.
+
+    The whiskers are two standard deviations of the binomial distribution: how far chance alone carries a share.
+
+    Args:
+        run: A run with sampled blocks; without scores the expected shares are left out.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        UsageError: The run sampled no blocks.
+    """
+    table = block_frequency_table(run)
+    _require(table["block"], run, HISTORY)
+    fig, ax = _axes(ax)
+    realised = [100 * share for share in table["realised_share"]]
+    ax.bar(table["block"], realised, color=SKY, label=f"realised in {len(run.history)} intervals")
+    top = max(realised)
+    if run.scores:
+        expected = np.array(table["expected_share"], dtype=float)
+        spread = 2 * np.sqrt(expected * (1 - expected).clip(0) / len(run.history))
+        low, high = (expected - spread).clip(0), (expected + spread).clip(max=1)
+        ax.errorbar(
+            table["block"],
+            100 * expected,
+            yerr=100 * np.stack([expected - low, high - expected]),
+            fmt="o",
+            elinewidth=0.9,
+            label="expected ± 2 s.d.",
+            **DOTS,
+        )
+        top = max(top, 100 * high.max())
+    ax.set_ylim(0, 1.12 * top)
+    _label(ax, "How often each block trained", "decoder block", "share of the intervals (%)")
+    _block_axis(ax, run.num_layers)
+    _legend(ax, outside=True)
+    return fig, ax
+
+
+def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Training loss (thin line) and held-out loss (line with markers) of one run or several.
+
+    Args:
+        runs: Runs with metrics.
+        x: Against optimizer steps, training tokens or time: ``"step"``, ``"tokens"`` or ``"time_s"``.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        UsageError: No run has logged a loss against this axis.
+    """
+    from matplotlib.lines import Line2D
+
+    runs = as_runs(runs)
+    table = loss_table(runs, x)
+    _require(table["loss"], runs, METRICS)
+    fig, ax = _axes(ax)
+    scale, label = _unit(x, max(table[x]))
+    for run, style in zip(runs, _styles(len(runs)), strict=True):
+        steps, losses = run.series("train_loss", x)
+        alone = not run.series("val_loss", x)[1]
+        ax.plot(np.multiply(steps, scale), losses, color=style["color"], linewidth=1, alpha=1 if alone else 0.45)
+        steps, losses = run.series("val_loss", x)
+        ax.plot(np.multiply(steps, scale), losses, markevery=math.ceil(len(losses) / 25) or 1, **style)
+    _label(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")
+    kinds: list[Any] = []
+    for split, look in (("train", {"alpha": 0.45, "linewidth": 1}), ("held-out", {**_styles(1)[0], "color": None})):
+        if split in table["split"]:
+            look = {**look, "color": BLUE if len(runs) == 1 else "0.4"}
+            kinds.append(Line2D([], [], label={"train": "training"}.get(split, split), **look))
+    _legend(ax, [*_run_handles(runs), *kinds])
+    return fig, ax
+
+
+def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Peak memory by optimizer step of one run or several; for one, lines mark where blocks were drawn.
+
+    Args:
+        runs: Runs with metrics.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        UsageError: No run has logged its memory.
+    """
+    fig, ax = _plot_metric(runs, "peak_memory_mb", "Peak memory", "peak memory (MB)", ax)
+    runs = as_runs(runs)
+    if len(runs) == 1 and 0 < len(runs[0].history) <= FEW:
+        starts = [draw.step for draw in runs[0].history]
+        ax.vlines(starts, 0, ax.get_ylim()[1], color="0.7", linewidth=0.8, linestyle=":", label="blocks drawn", zorder=0)
+        _legend(ax, outside=True)
+    return fig, ax
+
+
+def plot_throughput(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Tokens per second by optimizer step of one run or several.
+
+    Args:
+        runs: Runs with metrics.
+        ax: Axes to draw on; new ones by default.
+
+    Raises:
+        UsageError: No run has logged its throughput.
+    """
+    return _plot_metric(runs, "tokens_per_second", "Throughput", "tokens per second", ax)
+
+
+def _plot_metric(
+    runs: RunRecord | Sequence[RunRecord], metric: str, title: str, label: str, ax: Axes | None
+) -> tuple[Figure, Axes]:
+    from matplotlib.ticker import StrMethodFormatter
+
+    runs = as_runs(runs)
+    table = metric_table(runs, metric)
+    _require(table[metric], runs, METRICS)
+    fig, ax = _axes(ax)
+    for run, style in zip(runs, _styles(len(runs)), strict=True):
+        steps, values = run.series(metric)
+        ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**style, "linewidth": 1.2})
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _label(ax, title, "optimizer step", label)
+    _legend(ax, _run_handles(runs))
+    return fig, ax
+
+
+def _axes(ax: Axes | None) -> tuple[Any, Axes]:
+    if ax is not None:
+        return ax.get_figure(root=True), ax
+    # Not pyplot: it keeps every figure, and picks a window system where there is one.
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
+    return fig, fig.add_subplot()
+
+
+def _require(rows: Sequence[Any], runs: RunRecord | Sequence[RunRecord], file: str) -> None:
+    if not rows:
+        names = ", ".join(run.name for run in as_runs(runs)) or "no run"
+        raise UsageError(f"{names}: nothing to draw, {file} is missing or has no such numbers; give a run that has them")
+
+
+def _label(ax: Axes, title: str, x: str, y: str, grid: str | None = "y") -> None:
+    ax.set_title(title, loc="left", fontsize="large", fontweight="bold")
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.tick_params(labelsize="small")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)
+    if grid:
+        ax.grid(axis="y", color="0.88", linewidth=0.8)
+
+
+def _block_axis(ax: Axes, num_layers: int, vertical: bool = False) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis = ax.yaxis if vertical else ax.xaxis
+    axis.set_major_locator(MaxNLocator(nbins=16, integer=True, steps=[1, 2, 4, 5, 10]))
+    (ax.set_ylim if vertical else ax.set_xlim)(-0.6, num_layers - 0.4)
+
+
+def _legend(ax: Axes, handles: Sequence[Any] | None = None, outside: bool = False) -> None:
+    handles = ax.get_legend_handles_labels()[0] if handles is None else handles
+    if not handles:
+        return
+    place: dict[str, Any]
+    if outside or len(handles) > 5:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3, "borderaxespad": 0.2, "frameon": False}
+    else:
+        place = {"loc": "best", "framealpha": 0.85, "edgecolor": "none"}
+    ax.legend(handles=handles, fontsize="small", **place)
+
+
+def _styles(number: int) -> list[dict[str, Any]]:
+    """A colour and a marker for each run; beyond seven runs also another line."""
+    return [
+        {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": ("-", "--", ":", "-.")[i // len(COLOURS) % 4],
+            "linewidth": 1.6,
+            "markersize": 4.5,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.5,
+        }
+        for i in range(number)
+    ]
+
+
+def _run_handles(runs: Sequence[RunRecord]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    if len(runs) == 1:
+        return []
+    return [Line2D([], [], label=run.name, **style) for run, style in zip(runs, _styles(len(runs)), strict=True)]
+
+
+def _unit(x: XAxis, largest: float) -> tuple[float, str]:
+    """Factor and label that keep the axis' numbers short."""
+    if x == "step":
+        return 1, "optimizer step"
+    if x == "tokens":
+        power = max(0, min(3, int(math.log10(max(largest, 1)) // 3)))
+        return 1000.0**-power, "training tokens" + ("", " (thousands)", " (millions)", " (billions)")[power]
+    for seconds, unit in ((3 * 3600, "hours"), (300, "minutes")):
+        if largest >= seconds:
+            return (1 / 3600 if unit == "hours" else 1 / 60), f"time ({unit})"
+    return 1, "time (seconds)"

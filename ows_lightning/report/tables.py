@@ -1,0 +1,136 @@
+"""The numbers behind each picture, by column: what is drawn is what is written beside the picture as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from ows_lightning.report.run import RunRecord
+
+Table: TypeAlias = dict[str, list[Any]]
+"""Columns of one length; a table without rows means that the run has no such data."""
+
+XAxis = Literal["step", "tokens", "time_s"]
+
+
+def as_runs(runs: RunRecord | Sequence[RunRecord]) -> list[RunRecord]:
+    """One run or several, as a list."""
+    return [runs] if isinstance(runs, RunRecord) else list(runs)
+
+
+def scores_table(run: RunRecord) -> Table:
+    """Each block's score and sampling probability (0 to 1).
+
+    The score is the outlier ratio in percent, the norm of the weights where these were sampled by it, and left out
+    where the distribution needed none (the file then has zeros).
+    """
+    if not run.scores:
+        return {"block": [], "probability": []}
+    table: Table = {"block": list(range(run.num_layers))}
+    if any(run.scores["outlier_ratios"]):
+        by_norm = run.scores.get("distribution") == "weight_norm"
+        table["weight_norm" if by_norm else "outlier_ratio_percent"] = list(run.scores["outlier_ratios"])
+    return {**table, "probability": list(run.scores["probabilities"])}
+
+
+def blocks_table(run: RunRecord) -> Table:
+    """The draws as ``sampling_history.csv`` has them."""
+    return {
+        "interval": [draw.interval for draw in run.history],
+        "step": [draw.step for draw in run.history],
+        "blocks": [" ".join(map(str, draw.blocks)) for draw in run.history],
+    }
+
+
+def block_frequency_table(run: RunRecord) -> Table:
+    """Share of the intervals in which each block trained, and the share that its probability makes expect (0 to 1)."""
+    if not run.history:
+        return {"block": [], "intervals": [], "realised_share": [], "expected_share": []}
+    counts = Counter(block for draw in run.history for block in draw.blocks)
+    blocks = range(run.num_layers)
+    expected: list[float | None] = [None] * run.num_layers
+    if run.scores:
+        sizes = Counter(len(draw.blocks) for draw in run.history)
+        shares = [n * inclusion_probabilities(run.scores["probabilities"], size) for size, n in sizes.items()]
+        expected = (np.sum(shares, axis=0) / len(run.history)).tolist()
+    return {
+        "block": list(blocks),
+        "intervals": [counts[block] for block in blocks],
+        "realised_share": [counts[block] / len(run.history) for block in blocks],
+        "expected_share": expected,
+    }
+
+
+def loss_table(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step") -> Table:
+    """Training and held-out loss (nats per target token), one row for each logged value."""
+    table: Table = {"run": [], x: [], "split": [], "loss": []}
+    for run in as_runs(runs):
+        for split, column in (("train", "train_loss"), ("held-out", "val_loss")):
+            positions, losses = run.series(column, x)
+            table["run"] += [run.name] * len(losses)
+            table[x] += positions if x == "time_s" else [round(position) for position in positions]
+            table["split"] += [split] * len(losses)
+            table["loss"] += losses
+    return table
+
+
+def metric_table(runs: RunRecord | Sequence[RunRecord], metric: str) -> Table:
+    """One metric by optimizer step."""
+    table: Table = {"run": [], "step": [], metric: []}
+    for run in as_runs(runs):
+        steps, values = run.series(metric)
+        table["run"] += [run.name] * len(values)
+        table["step"] += [round(step) for step in steps]
+        table[metric] += values
+    return table
+
+
+def inclusion_probabilities(probabilities: Sequence[float], draws: int) -> np.ndarray:
+    r"""Chance of each block to be among ``draws`` successive draws without replacement.
+
+    Successive sampling is a race of exponential clocks with the probabilities as rates, of which the first ``draws``
+    to ring win. So block :math:`l` is drawn with the probability
+
+    .. math:: \pi_l = \int_0^\infty p_l e^{-p_l t} P(\text{fewer than draws of the others have rung by } t) dt,
+
+    exact but for the quadrature (about 1e-9).
+
+    Args:
+        probabilities: Probability of each block, shape ``(num_layers,)``, sums to 1.
+        draws: Number of distinct blocks drawn.
+
+    Returns:
+        float64, shape ``(num_layers,)``, sums to ``draws``.
+    """
+    p = np.asarray(probabilities, dtype=np.float64)
+    possible = p > 0
+    if draws >= possible.sum():
+        return possible.astype(np.float64)
+    p = p[possible] / p.sum()
+    # On a logarithmic grid the integrand is smooth and vanishes at both ends, where equal steps converge fastest.
+    log_t = np.linspace(np.log(1e-12), np.log(50 / p.min()), 800)
+    clock = np.outer(p, np.exp(log_t))
+    rung = -np.expm1(-clock)
+    others = np.zeros((draws, *rung.shape))  # [k, l, t]: chance that exactly k blocks other than l have rung by t
+    others[0] = 1
+    for block, chance in enumerate(rung):
+        q = np.tile(chance, (len(p), 1))
+        q[block] = 0
+        others[1:] = others[1:] * (1 - q) + others[:-1] * q
+        others[0] *= 1 - q
+    included = np.zeros(len(possible))
+    included[possible] = (clock * np.exp(-clock) * others.sum(0)).sum(1) * (log_t[1] - log_t[0])
+    return included
+
+
+def write_csv(table: Table, path: Path) -> None:
+    """Write a table; numbers keep all their digits, a missing one is an empty cell."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table)
+        writer.writerows(zip(*table.values(), strict=True))

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import base64
+import csv
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.image import imread
+
+from ows_lightning.errors import UsageError
+from ows_lightning.report import RunRecord, write_report
+
+
+class Page(HTMLParser):
+    """Collects elements and text, and fails where tags are not closed in order."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+def read_columns(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def test_one_run(tmp_path, make_run):
+    path = write_report([make_run(tmp_path / "ows")], tmp_path / "report")
+    assert path == tmp_path / "report" / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    images = page.all("img")
+    pictures = sorted((tmp_path / "report").glob("*.png"))
+    assert len(images) == len(pictures) == 8
+    inlined = {base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images}
+    assert inlined == {picture.read_bytes() for picture in pictures}
+    assert all(image["alt"] for image in images)
+    assert all(picture.with_suffix(".csv").is_file() for picture in pictures)
+    for shown in ("meta-llama/Llama-2-7b-hf", "GaLoreAdamW, lr 0.0003, rank 128", "750,000", "0:14:10", "of 32: "):
+        assert shown in page.text
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path, make_run):
+    path = write_report([make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)], tmp_path / "report")
+    source = path.read_text(encoding="utf-8")
+    assert not re.search(r"https?://|//[a-z]|url\(|@import", re.sub(r"base64,[A-Za-z0-9+/=]+", "", source))
+    page = Page(source)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    assert all((path.parent / link["href"]).is_file() for link in page.all("a"))
+
+
+def test_compared_runs_have_a_row_each(tmp_path, make_run):
+    ows, full = make_run(tmp_path / "ows"), make_run(tmp_path / "full", sampled=False, seed=1)
+    path = write_report([ows, full, ows], tmp_path / "report")  # given twice, shown once
+    page = Page(path.read_text(encoding="utf-8"))
+    assert len(page.all("tr")) == 3
+    figures = read_columns(path.parent / "key_figures.csv")
+    assert figures["run"] == ["ows", "full"]
+    assert figures["time_s"] == ["850.0", "850.0"]
+    assert set(read_columns(path.parent / "loss.csv")["run"]) == {"ows", "full"}
+    assert (path.parent / "1-ows-outlier_scores.png").is_file()
+    assert not (path.parent / "2-full-outlier_scores.png").exists()
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path, make_run):
+    runs = [make_run(tmp_path / parent / "ows", steps=50) for parent in ("seed0", "seed1")]
+    write_report(runs, tmp_path / "report")
+    assert read_columns(tmp_path / "report" / "key_figures.csv")["run"] == ["seed0/ows", "seed1/ows"]
+
+
+def test_csv_files_hold_the_run_s_numbers(tmp_path, make_run):
+    folder = make_run(tmp_path / "ows")
+    run = RunRecord.read(folder)
+    report = write_report([folder], tmp_path / "report").parent
+    scores = read_columns(report / "outlier_scores.csv")
+    assert [float(ratio) for ratio in scores["outlier_ratio_percent"]] == run.scores["outlier_ratios"]
+    assert [float(probability) for probability in scores["probability"]] == run.scores["probabilities"]
+    assert (report / "sampling_history.csv").read_text() == (folder / "sampling_history.csv").read_text()
+    frequency = read_columns(report / "block_frequency.csv")
+    for block, count in zip(frequency["block"], frequency["intervals"], strict=True):
+        assert int(count) == sum(int(block) in draw.blocks for draw in run.history)
+
+    logged = read_columns(folder / "metrics.csv")
+    for name, x in (("loss", "step"), ("loss_by_tokens", "tokens"), ("loss_by_time", "time_s")):
+        loss = read_columns(report / f"{name}.csv")
+        train = [float(y) for y, split in zip(loss["loss"], loss["split"], strict=True) if split == "train"]
+        held_out = [float(y) for y, split in zip(loss["loss"], loss["split"], strict=True) if split == "held-out"]
+        assert train == [float(cell) for cell in logged["train_loss"] if cell]
+        assert held_out == [float(cell) for cell in logged["val_loss"] if cell]
+        at = [float(cell) for cell, y in zip(logged[x], logged["train_loss"], strict=True) if y]
+        assert [float(cell) for cell in loss[x]][: len(train)] == at
+    for name, column in (("memory", "peak_memory_mb"), ("throughput", "tokens_per_second")):
+        assert [float(y) for y in read_columns(report / f"{name}.csv")[column]] == [float(c) for c in logged[column] if c]
+
+
+def test_a_report_in_the_run_s_own_folder_leaves_the_run_as_it_was(tmp_path, make_run):
+    folder = make_run(tmp_path / "ows")
+    before = RunRecord.read(folder)
+    write_report([folder], folder)
+    assert RunRecord.read(folder) == before
+
+
+def test_names_and_settings_are_escaped(tmp_path, make_run):
+    hostile = "<script>alert('x')</script>&\""
+    folder = make_run(tmp_path / "a<b>&c", model=hostile)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "note": "</pre><img src=http://x/y.png>"}))
+    page = Page(write_report([folder], tmp_path / "report").read_text(encoding="utf-8"))
+    assert not page.all("script")
+    assert all(image["src"].startswith("data:") for image in page.all("img"))
+    assert "Run a<b>&c" in page.text
+    assert "<img src=http://x/y.png>" in page.text
+
+
+def test_a_run_without_figures_is_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,epoch\n0,0\n")
+    with pytest.raises(UsageError, match="no figures to report yet"):
+        write_report([tmp_path], tmp_path / "report")
+    with pytest.raises(UsageError, match="no run given"):
+        write_report([], tmp_path / "report")
+
+
+def test_an_output_that_can_t_be_written_is_named(tmp_path, make_run):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UsageError, match="taken: can't write the report there"):
+        write_report([make_run(tmp_path / "ows", steps=50)], tmp_path / "taken")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed: apt-get install chromium")
+def test_opens_in_a_browser(tmp_path, make_run):
+    page = write_report([make_run(tmp_path / "ows"), make_run(tmp_path / "lisa", seed=1)], tmp_path / "report")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    screenshot = tmp_path / "page.png"
+    subprocess.run(
+        [
+            *("chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars"),
+            *("--window-size=1200,7500", f"--screenshot={screenshot}", page.as_uri()),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    pixels = (imread(screenshot)[..., :3] * 255).round().astype(int)
+    # All the pictures are on the page, one below the other: bars and lines in the colours that were drawn.
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x56, 0xB4, 0xE9)):
+        assert np.all(pixels == colour, axis=-1).sum() > 500
+    used = np.flatnonzero((pixels < 128).any(axis=(1, 2)))
+    assert used.max() > 5000

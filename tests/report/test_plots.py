@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from ows_lightning.errors import UsageError
+from ows_lightning.report import RunRecord, plots, write_pictures
+from ows_lightning.report.tables import block_frequency_table, inclusion_probabilities
+
+ALL = [
+    plots.plot_scores,
+    plots.plot_blocks,
+    plots.plot_block_frequency,
+    plots.plot_loss,
+    plots.plot_memory,
+    plots.plot_throughput,
+]
+
+
+@pytest.fixture
+def run(tmp_path, make_run):
+    return RunRecord.read(make_run(tmp_path / "ows"))
+
+
+@pytest.mark.parametrize("plot", ALL, ids=lambda plot: plot.__name__)
+def test_returns_a_figure_of_its_own_or_draws_on_given_axes(run, plot):
+    fig, ax = plot(run)
+    assert isinstance(fig, Figure)
+    assert ax in fig.axes
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+    mine = Figure()
+    left, _ = mine.subplots(1, 2)
+    assert plot(run, ax=left) == (mine, left)
+
+
+@pytest.mark.parametrize("plot", ALL, ids=lambda plot: plot.__name__)
+def test_nothing_to_draw_is_said(tmp_path, plot):
+    (tmp_path / "metrics.csv").write_text("step,epoch\n0,0\n")
+    with pytest.raises(UsageError, match="nothing to draw"):
+        plot(RunRecord.read(tmp_path))
+
+
+def test_leaves_pyplot_alone(run):
+    plots.plot_loss(run)
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_scores_are_bars_and_probabilities_dots_on_them(run):
+    fig, ax = plots.plot_scores(run)
+    assert [bar.get_height() for bar in ax.patches] == run.scores["outlier_ratios"]
+    right = next(other for other in fig.axes if other is not ax)
+    dots = right.lines[0].get_ydata()
+    np.testing.assert_allclose(dots, np.multiply(run.scores["probabilities"], 100))
+    # p is proportional to the ratio, so both stand at the same height of the picture.
+    np.testing.assert_allclose(dots / right.get_ylim()[1], np.divide(run.scores["outlier_ratios"], ax.get_ylim()[1]))
+
+
+def test_uniform_sampling_draws_no_empty_scores(tmp_path, make_run):
+    folder = make_run(tmp_path / "lisa")
+    scores = json.loads((folder / "outlier_scores.json").read_text())
+    scores.update(distribution="uniform", outlier_ratios=[0.0] * 32, probabilities=[1 / 32] * 32)
+    (folder / "outlier_scores.json").write_text(json.dumps(scores))
+    fig, ax = plots.plot_scores(RunRecord.read(folder))
+    assert len(fig.axes) == 1
+    assert ax.get_ylabel() == "sampling probability (%)"
+    assert {bar.get_height() for bar in ax.patches} == {100 / 32}
+
+
+def test_heat_map_shows_each_draw_over_its_steps(run):
+    _, ax = plots.plot_blocks(run)
+    mesh = ax.collections[0]
+    active = np.asarray(mesh.get_array())
+    assert active.shape == (32, 10)
+    for column, draw in enumerate(run.history):
+        assert tuple(np.flatnonzero(active[:, column])) == draw.blocks
+    edges = mesh.get_coordinates()[0, :, 0]
+    assert list(edges) == [*range(0, 500, 50), 500]
+
+
+@pytest.mark.parametrize(("x", "label"), [("step", "step"), ("tokens", "thousands"), ("time_s", "minutes")])
+def test_loss_of_several_runs(run, tmp_path, make_run, x, label):
+    other = RunRecord.read(make_run(tmp_path / "full", sampled=False, seed=1))
+    _, ax = plots.plot_loss([run, other], x=x)
+    assert label in ax.get_xlabel()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ows", "full", "training", "held-out"]
+    train, held_out, *_ = ax.lines
+    assert list(train.get_ydata()) == run.series("train_loss")[1]
+    assert list(held_out.get_ydata()) == run.series("val_loss")[1]
+    assert len({line.get_color() for line in ax.lines}) == 2
+
+
+def test_many_runs_stay_distinguishable(run):
+    styles = plots._styles(20)
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
+
+
+def test_inclusion_probabilities_equal_the_sum_over_all_orders():
+    probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
+    for draws in (1, 2, 3, 4):
+        expected = np.zeros(5)
+        for order in itertools.permutations(range(5), draws):
+            left, chance = 1.0, 1.0
+            for block in order:
+                chance *= probabilities[block] / left
+                left -= probabilities[block]
+            expected[list(order)] += chance
+        np.testing.assert_allclose(inclusion_probabilities(probabilities, draws), expected, rtol=1e-8)
+
+
+def test_inclusion_probabilities_at_the_edges():
+    np.testing.assert_allclose(inclusion_probabilities([1 / 80] * 80, 8), 0.1)
+    np.testing.assert_array_equal(inclusion_probabilities([0.5, 0.5, 0.0], 2), [1, 1, 0])
+    np.testing.assert_allclose(inclusion_probabilities([1e-9, 0.9, 0.1], 2), [1.0111e-8, 1, 1], rtol=1e-4)
+
+
+def test_realised_frequency_follows_the_expected_one(tmp_path, make_run):
+    run = RunRecord.read(make_run(tmp_path / "long", steps=6000, interval_steps=3))
+    table = block_frequency_table(run)
+    assert sum(table["realised_share"]) == pytest.approx(5)
+    np.testing.assert_allclose(table["realised_share"], table["expected_share"], atol=4 * 0.5 / 2000**0.5)
+
+
+def test_write_pictures_skips_what_there_is_no_data_for(tmp_path, make_run):
+    ows = make_run(tmp_path / "ows")
+    names = ["loss", "loss_by_tokens", "loss_by_time", "memory", "throughput"]
+    sampled = ["outlier_scores", "sampling_history", "block_frequency"]
+    assert write_pictures(ows) == [ows / f"{name}.png" for name in sampled + names]
+    full = make_run(tmp_path / "full", sampled=False)
+    assert write_pictures(full) == [full / f"{name}.png" for name in names]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in ows.glob("*.png"))
+    (tmp_path / "empty").mkdir()
+    assert write_pictures(tmp_path / "empty") == []

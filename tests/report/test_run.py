@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+
+from ows_lightning.errors import UsageError
+from ows_lightning.report import RunRecord
+from ows_lightning.report.figures import key_figures
+
+
+def test_reads_what_a_run_left(tmp_path, make_run):
+    run = RunRecord.read(make_run(tmp_path / "ows", steps=100))
+    assert run.name == "ows"
+    assert run.scores["threshold"] == 13.0
+    assert [draw[:2] for draw in run.history] == [(0, 0), (1, 50)]
+    assert all(len(draw.blocks) == 5 for draw in run.history)
+    assert run.config["sampling"]["activated_layers"] == 5
+    # 10 rows of training and 2 of validation: each has holes where the other has values.
+    assert len(run.metrics["step"]) == 12
+    assert run.metrics["val_loss"].count(None) == 10
+    assert run.metrics["train_loss"].count(None) == 2
+
+
+def test_full_fine_tuning_has_no_scores_and_no_history(tmp_path, make_run):
+    run = RunRecord.read(make_run(tmp_path / "full", sampled=False))
+    assert run.scores is None
+    assert run.history == []
+    assert key_figures(run)["sampling"] == "none"
+
+
+def test_takes_the_newest_version_by_number(tmp_path, make_run):
+    for version in (2, 9, 10):
+        make_run(tmp_path / "lightning_logs" / f"version_{version}", steps=50)
+    (tmp_path / "lightning_logs" / "version_11").mkdir()  # a run that was stopped before it logged
+    (tmp_path / "lightning_logs" / "version_latest").mkdir()
+    run = RunRecord.read(tmp_path / "lightning_logs")
+    assert run.path.name == "version_10"
+    assert run.name == "lightning_logs/version_10"
+
+
+def test_validation_rows_get_tokens_and_time_of_their_step(tmp_path, make_run):
+    run = RunRecord.read(make_run(tmp_path / "ows", steps=100, seconds_per_step=2.0))
+    assert run.series("val_loss", "tokens")[0] == [50 * 1500, 100 * 1500]
+    assert run.series("val_loss", "time_s")[0] == [100.0, 200.0]
+
+
+def test_tokens_are_interpolated_between_logged_steps(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train_loss,val_loss,tokens\n10,2,,1000\n15,,1.5,\n20,1,,2000\n")
+    assert RunRecord.read(tmp_path).series("val_loss", "tokens") == ([1500.0], [1.5])
+
+
+def test_a_loss_that_is_not_a_number_stays_visible(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,val_loss\n10,2.0\n20,nan\n")
+    figures = key_figures(RunRecord.read(tmp_path))
+    assert math.isnan(figures["final_val_loss"])
+    assert figures["best_val_loss"] == 2.0
+
+
+def test_an_interval_that_a_resumed_run_wrote_again_counts_once(tmp_path):
+    (tmp_path / "sampling_history.csv").write_text("interval,step,blocks\n0,0,1 2\n1,50,0 3\n1,50,2 3\n2,100,1 3\n")
+    run = RunRecord.read(tmp_path)
+    assert [draw.blocks for draw in run.history] == [(1, 2), (2, 3), (1, 3)]
+    assert run.never_trained == [0]
+
+
+def test_key_figures(tmp_path, make_run):
+    run = RunRecord.read(make_run(tmp_path / "ows", steps=100, seconds_per_step=2.0))
+    figures = key_figures(run)
+    trained = {block for draw in run.history for block in draw.blocks}
+    assert figures["model"] == "meta-llama/Llama-2-7b-hf"
+    assert figures["sampling"] == "outlier, 5 blocks every 50 steps"
+    assert figures["optimizer"] == "GaLoreAdamW, lr 0.0003, rank 128"
+    assert figures["steps"] == 100
+    assert figures["tokens"] == 150_000
+    assert figures["time_s"] == 200.0
+    assert figures["final_val_loss"] == figures["best_val_loss"] == run.metrics["val_loss"][-1]
+    assert set(map(int, figures["blocks_never_trained"].split())) == set(range(32)) - trained
+
+
+def test_key_figures_of_a_lora_run(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,val_loss,val_exact_match\n9,1.5,0.25\n19,1.25,0.5\n")
+    (tmp_path / "config.yaml").write_text(
+        "model:\n  rank: null\n  lora: {r: 16}\n"
+        "  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.0005}}\nsampling: null\n"
+    )
+    figures = key_figures(RunRecord.read(tmp_path))
+    assert figures["optimizer"] == "AdamW, lr 0.0005, LoRA r 16"
+    assert figures["val_exact_match"] == 0.5
+    assert figures["peak_memory_mb"] is None
+
+
+def damage(name: str, content: str | bytes | None):
+    def apply(folder):
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        elif content is not None:
+            (folder / name).write_text(content)
+        else:
+            shutil.rmtree(folder)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (damage("", None), "no such folder; give the folder"),
+        (damage("outlier_scores.json", '{"outlier_ratios": [0.1'), r"outlier_scores.json: damaged scores .*main.py score"),
+        (damage("outlier_scores.json", "[1, 2]"), "outlier_scores.json: damaged scores"),
+        (damage("outlier_scores.json", '{"outlier_ratios": [1], "probabilities": [0.5, 0.5]}'), "they have 1 and 2"),
+        (damage("sampling_history.csv", "interval,step,blocks\n0,0,1 x\n"), "sampling_history.csv: line 2 is damaged"),
+        (
+            damage("sampling_history.csv", "interval,step,blocks\n0,0,3 32\n"),
+            "interval 0 has a block that is not among the 32",
+        ),
+        (damage("sampling_history.csv", "interval,step\n0,0\n"), "no column 'blocks'"),
+        (damage("sampling_history.csv", "interval,step,blocks\n0,0\n"), "line 2 does not have 3 cells"),
+        (damage("metrics.csv", "step,train_loss\n0,1.5\n1,abc\n"), "line 3, column 'train_loss': 'abc' is not a number"),
+        (damage("metrics.csv", "step,train_loss\n0,1.5,7\n"), "metrics.csv: line 2 does not have 2 cells"),
+        (damage("metrics.csv", b"step\n\xff\xfe\n"), "metrics.csv: not a CSV file"),
+        (damage("config.yaml", "model: [1,\n"), "config.yaml: not a YAML file"),
+        (damage("config.yaml", "just text"), "config.yaml: holds no settings"),
+    ],
+)
+def test_damage_is_named_in_one_line(tmp_path, make_run, harm, message):
+    folder = make_run(tmp_path / "ows", steps=50)
+    harm(folder)
+    with pytest.raises(UsageError, match=message) as error:
+        RunRecord.read(folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing of ours")
+    with pytest.raises(UsageError, match="not a run folder, it has no metrics"):
+        RunRecord.read(tmp_path)
