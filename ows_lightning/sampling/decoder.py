@@ -1,0 +1,91 @@
+"""Finds the decoder blocks of a causal LM by the model's structure, and what lies outside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ows_lightning.errors import UsageError
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """Returns the transformers model with an LM head that `model` is or contains, or `model` itself if there is none.
+
+    Args:
+        model: Any module, e.g. a causal LM, a peft model around one, or a LightningModule that has one.
+    """
+    pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    with_head = [module for module in pretrained if module.get_output_embeddings() is not None]
+    return next(iter(with_head + pretrained), model)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Returns the decoder blocks of the causal LM in `model`, first block first.
+
+    The blocks are the outermost `nn.ModuleList` that holds the most parameters; in a vision-language model only
+    the language part is searched. No model names are involved, so a new architecture needs no entry anywhere.
+
+    Args:
+        model: A causal LM, or any module that contains one (LightningModule, peft model, vision-language model).
+
+    Raises:
+        UsageError: There is no list of blocks in the model.
+    """
+    return _decoder_and_layers(model)[1]
+
+
+def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sorts the parameters outside the decoder blocks by what they belong to.
+
+    Args:
+        model: See `decoder_layers`.
+
+    Returns:
+        Every parameter outside the blocks, under at least one of four keys: `embeddings` (of tokens and positions),
+        `lm_head`, `norm` (the rest of the decoder, usually its final norm) and `other` (what is no part of the
+        language model, e.g. a vision tower). A head tied to the embeddings is under `embeddings` and `lm_head`.
+
+    Raises:
+        UsageError: There is no list of blocks in the model.
+    """
+    decoder, layers = _decoder_and_layers(model)
+    language_model = causal_lm(model)
+    head = language_model.get_output_embeddings() if isinstance(language_model, PreTrainedModel) else None
+
+    in_blocks = set(layers.modules())
+    embeddings = nn.ModuleList(m for m in decoder.modules() if isinstance(m, nn.Embedding) and m not in in_blocks)
+    groups = {
+        "embeddings": list(embeddings.parameters()),
+        "lm_head": list(head.parameters()) if head is not None else [],
+    }
+    placed = {id(p) for p in [*layers.parameters(), *groups["embeddings"], *groups["lm_head"]]}
+    groups["norm"] = [p for p in decoder.parameters() if id(p) not in placed]
+    placed.update(id(p) for p in groups["norm"])
+    groups["other"] = [p for p in model.parameters() if id(p) not in placed]
+    return groups
+
+
+def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """Returns the module that directly holds the list of blocks, and that list."""
+    language_model = causal_lm(model)
+    # get_decoder() leaves out a vision tower, which may be larger than the language model.
+    root = language_model.get_decoder() if isinstance(language_model, PreTrainedModel) else language_model
+    candidates = list(_outermost_lists(root))
+    sizes = [sum(p.numel() for p in layers.parameters()) for _, layers in candidates]
+    if not any(sizes):
+        raise UsageError(
+            f"model: {type(language_model).__name__} has no decoder blocks (an nn.ModuleList that holds parameters); "
+            "give a decoder-only transformer"
+        )
+    return candidates[sizes.index(max(sizes))]
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
+    """Yields every `nn.ModuleList` that lies in no other one, with the module whose attribute it is."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield module, child
+        else:
+            yield from _outermost_lists(child)
