@@ -1,0 +1,103 @@
+"""From the blocks' scores to the probability that each one trains, and the draw itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from ows_lightning.errors import UsageError
+
+DISTRIBUTIONS = ("outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm")
+
+
+def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str | Sequence[float] = "outlier") -> Tensor:
+    """Turns the blocks' scores into sampling probabilities.
+
+    Args:
+        ratios: Shape (num_layers,), one score a block, first block first: the outlier ratios D_l in percent, or for
+            `weight_norm` the norms of the weights. The distributions that use no score take their length alone.
+        distribution: How p_l comes from the score, or a list of weights that replace the scores.
+
+            - `outlier`: p_l = D_l / sum_k D_k, which is OWS (arXiv 2405.18380).
+            - `uniform`: p_l = 1 / L, which is LISA.
+            - `decreasing`: p_l proportional to L - l, which is LISA-D; `increasing` is its mirror image.
+            - `outlier_reverse`: the probabilities of `outlier`, the largest for the block with the fewest outliers.
+            - `weight_norm`: p_l proportional to the norm of the block's weights.
+
+    Returns:
+        Shape (num_layers,), float64 on the CPU, sums to 1.
+
+    Raises:
+        UsageError: The distribution is unknown, or the scores or weights make no distribution.
+    """
+    scores = torch.as_tensor(ratios, dtype=torch.float64).cpu()
+    if scores.dim() != 1 or len(scores) == 0:
+        raise UsageError(f"scores: expected one number a block, got shape {tuple(scores.shape)}; give a flat list")
+    num_layers = len(scores)
+
+    if not isinstance(distribution, str):
+        weights = torch.as_tensor(distribution, dtype=torch.float64).cpu()
+        if weights.shape != scores.shape:
+            raise UsageError(
+                f"distribution: a list of {weights.numel()} weights for {num_layers} blocks; give one weight a block"
+            )
+        return _normalised(weights, "distribution", "give at least one positive weight")
+    if distribution == "uniform":
+        return torch.full_like(scores, 1 / num_layers)
+    if distribution == "increasing":
+        return _normalised(torch.arange(1, num_layers + 1, dtype=torch.float64))
+    if distribution == "decreasing":
+        return _normalised(torch.arange(num_layers, 0, -1, dtype=torch.float64))
+    if distribution == "weight_norm":
+        return _normalised(scores, mend="the weights of the model are all zero; load a trained model")
+    if distribution in ("outlier", "outlier_reverse"):
+        probabilities = _normalised(scores, mend="no weight of any block exceeds the threshold; lower `threshold`")
+        if distribution == "outlier":
+            return probabilities
+        rank = torch.argsort(probabilities, stable=True)
+        reverse = torch.empty_like(probabilities)
+        reverse[rank] = probabilities[rank.flip(0)]
+        return reverse
+    nearest = "".join(f", did you mean '{name}'?" for name in get_close_matches(distribution, DISTRIBUTIONS, n=1))
+    raise UsageError(f"distribution: unknown '{distribution}'{nearest}; give {', '.join(DISTRIBUTIONS)} or a list of weights")
+
+
+def draw_blocks(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> list[int]:
+    """Draws distinct blocks, one after the other, each in proportion to the probabilities of those still left.
+
+    Args:
+        probabilities: Shape (num_layers,), see `sampling_probabilities`.
+        count: How many blocks to draw (gamma in the paper).
+        generator: The CPU random generator to draw with; None is torch's global one.
+
+    Returns:
+        The indices of the blocks, ascending.
+
+    Raises:
+        UsageError: `count` is below 1 or above the number of blocks that can be drawn.
+    """
+    num_layers, drawable = len(probabilities), int((probabilities > 0).sum())
+    if count < 1:
+        raise UsageError(f"activated_layers: {count} blocks leave nothing to train; give at least 1")
+    if count > num_layers:
+        raise UsageError(f"activated_layers: {count} is more than the model's {num_layers} blocks; give at most that")
+    if count > drawable:
+        raise UsageError(
+            f"activated_layers: {count} is more than the {drawable} of {num_layers} blocks whose probability is not "
+            f"zero; give at most {drawable}, or another `distribution` or a lower `threshold`"
+        )
+    return sorted(torch.multinomial(probabilities, count, replacement=False, generator=generator).tolist())
+
+
+def _normalised(scores: Tensor, key: str = "scores", mend: str = "") -> Tensor:
+    """Divides scores by their sum; a UsageError under `key` if they are no weights, with `mend` if all are zero."""
+    bad = (~scores.isfinite() | (scores < 0)).nonzero().flatten().tolist()
+    if bad:
+        raise UsageError(f"{key}: block {bad[0]} has {scores[bad[0]].item()}; give finite numbers of at least 0")
+    total = scores.sum()
+    if total == 0:
+        raise UsageError(f"{key}: all {len(scores)} are zero, {mend}")
+    return scores / total
