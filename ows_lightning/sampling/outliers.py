@@ -1,0 +1,292 @@
+"""Scores every decoder block by the share of outliers among its weights (OWS, arXiv 2405.18380; OWL, 2310.05175)."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from ows_lightning.errors import UsageError
+from ows_lightning.sampling.decoder import causal_lm, decoder_layers
+
+_CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and a float32 sum of so many ones is exact
+
+
+@torch.no_grad()
+def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], threshold: float = 13.0) -> Tensor:
+    """Computes the outlier ratio D_l of every decoder block on calibration text (arXiv 2405.18380, equation 2).
+
+    With X the inputs of a weight W over all tokens of the text, j an input feature and i an output feature,
+
+        A_ij = ||X_j||_2 * |W_ij|
+        D_l  = 100 * mean over all A of block l of [A > threshold * mean(A of block l)]
+
+    The weights of a block are those of its `nn.Linear` and `Conv1D` modules, and the bare parameters that activations
+    are multiplied with (experts, routers). An expert's norms run over the tokens that are routed to it. Biases do not
+    count. The model's mode, hooks and gradients come back as they were. Under FSDP2 all ranks pass the same batches.
+
+    Args:
+        model: A causal LM, or any module that contains one.
+        batches: Batches with `input_ids` and, optionally, `attention_mask` (1 = token; padding is left out) and
+            `position_ids`, each int64 of shape (batch, length), on any device.
+        threshold: How many times the mean of its block an A_ij must exceed to be an outlier (tau in the paper).
+
+    Returns:
+        Shape (num_layers,), float64 on the CPU, in percent.
+
+    Raises:
+        UsageError: `threshold` is not positive, there is no text, an activation is not finite, or there are no blocks.
+    """
+    if not 0 < threshold < math.inf:
+        raise UsageError(f"threshold: {threshold} is not a positive number; give how many times the mean, e.g. 13")
+    layers = decoder_layers(model)
+    blocks = [_block_weights(block) for block in layers]
+    _measure_inputs(model, layers, blocks, batches)
+    return torch.tensor([_outlier_ratio(i, weights, threshold) for i, weights in enumerate(blocks)], dtype=torch.float64)
+
+
+@torch.no_grad()
+def layer_weight_norms(model: nn.Module) -> Tensor:
+    """Computes the Frobenius norm of every decoder block's weights, pooled over the block, without its biases.
+
+    Args:
+        model: A causal LM, or any module that contains one.
+
+    Returns:
+        Shape (num_layers,), float64 on the CPU.
+
+    Raises:
+        UsageError: There are no blocks.
+    """
+    norms = [
+        math.hypot(*(torch.linalg.vector_norm(weight.full(), dtype=torch.float32).item() for weight in weights))
+        for weights in map(_block_weights, decoder_layers(model))
+    ]
+    return torch.tensor(norms, dtype=torch.float64)
+
+
+@dataclass(eq=False)
+class _Weight:
+    """A weight of a block, and the sum of squares of each of its input features over the text.
+
+    It is known by its owner and name, because FSDP2 puts another tensor there for every forward pass.
+    """
+
+    owner: nn.Module
+    name: str
+    transposed: bool = False  # (in, out) instead of (out, in)
+    squares: Tensor | None = None  # float32, (in,) or (experts, in); None while no input was seen
+
+    @property
+    def is_bare(self) -> bool:
+        return not isinstance(self.owner, (nn.Linear, Conv1D))
+
+    @property
+    def parameter(self) -> Tensor:
+        return getattr(self.owner, self.name)
+
+    def full(self) -> Tensor:
+        parameter = self.parameter.detach()
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+    def add(self, squares: Tensor, expert: int | None = None) -> None:
+        if self.squares is None:
+            self.squares = squares.new_zeros(*self.parameter.shape[:-2], squares.shape[-1])
+        (self.squares if expert is None else self.squares[expert]).add_(squares)
+
+    def magnitudes(self) -> Iterator[Tensor]:
+        """Yields A = ||X_j|| * |W_ij| in float32, some rows at a time."""
+        matrices = self.full().mT if self.transposed else self.full()
+        features = matrices.shape[-1]
+        # A layer that never ran, as an expert that no token was routed to, has inputs of norm 0.
+        squares = matrices.new_zeros(features, dtype=torch.float32) if self.squares is None else self.squares
+        norms = squares.sqrt().to(matrices.device).reshape(-1, features)
+        for matrix, norm in zip(matrices.reshape(-1, *matrices.shape[-2:]), norms, strict=True):
+            for rows in matrix.split(max(1, _CHUNK // features)):
+                yield (rows * norm).abs_()
+
+
+def _block_weights(block: nn.Module) -> list[_Weight]:
+    """Lists the matrices of a block: those of its linear modules, and bare parameters such as stacks of experts."""
+    weights = []
+    for module in block.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            weights.append(_Weight(module, "weight", transposed=isinstance(module, Conv1D)))
+        elif not isinstance(module, (nn.Embedding, _ConvNd)):
+            weights += [_Weight(module, name) for name, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)]
+    return weights
+
+
+def _outlier_ratio(index: int, weights: list[_Weight], threshold: float) -> float:
+    """The share of outliers among the pooled weights of the block with that index, in percent."""
+    unseen = [weight for weight in weights if weight.is_bare and weight.squares is None]
+    for weight in unseen:
+        if weight.parameter.dim() == 3:
+            kind = type(weight.owner).__name__
+            warnings.warn(f"block {index}: {kind}.{weight.name} is in no matrix product and not scored", stacklevel=3)
+    weights = [weight for weight in weights if weight not in unseen]
+    if not all(weight.squares is None or weight.squares.isfinite().all() for weight in weights):
+        raise UsageError(
+            f"calibration_samples: block {index} has activations that are not finite on this text; "
+            "check the model's weights, or load it in bfloat16 or float32"
+        )
+
+    total, count = 0.0, 0
+    for weight in weights:
+        for magnitudes in weight.magnitudes():
+            total += magnitudes.sum().item()
+            count += magnitudes.numel()
+    cutoff = threshold * total / count
+    # gt_ writes ones and zeros in place, which sums several times faster than a boolean tensor.
+    outliers = sum(magnitudes.gt_(cutoff).sum().item() for weight in weights for magnitudes in weight.magnitudes())
+    return 100 * outliers / count
+
+
+class _InputRecorder(TorchFunctionMode):
+    """Adds up the squares of every weight's input features while the model runs.
+
+    Linear modules report through a hook. A bare parameter is recognised by its memory in the matrix products that its
+    block computes: that holds for one expert out of a stack as well, and for whatever tensor FSDP2 puts in its place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: Tensor | None = None  # bool, (batch * length,): the positions that count; None: all
+        self._bare: list[_Weight] = []
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def watching(self, layers: nn.ModuleList, blocks: list[list[_Weight]]) -> Iterator[None]:
+        """Hooks into the blocks, whose weights are `blocks`, for as long as the context is open."""
+        handles = []
+        for block, weights in zip(layers, blocks, strict=True):
+            bare = [weight for weight in weights if weight.is_bare]
+            handles.append(block.register_forward_pre_hook(partial(self._set_bare, bare)))
+            handles.append(block.register_forward_hook(partial(self._set_bare, [])))
+            for weight in weights:
+                if not weight.is_bare:
+                    hook = partial(self._on_linear, weight)
+                    handles.append(weight.owner.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self._bare and name in ("linear", "matmul", "mm", "bmm"):
+            inputs, matrix = [*args, *kwargs.values()][:2]
+            self._on_product(inputs, matrix, feature_dim=-1 if name == "linear" else -2)
+        return func(*args, **kwargs)
+
+    def _set_bare(self, bare: list[_Weight], *_: Any) -> None:
+        self._bare = bare
+
+    def _on_linear(self, weight: _Weight, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        weight.add(self._sum_squares([*args, *kwargs.values()][0]))
+
+    def _on_product(self, inputs: Tensor, matrix: Tensor, feature_dim: int) -> None:
+        for weight in self._bare:
+            parameter = weight.parameter
+            offset = (matrix.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+            if not 0 <= offset < parameter.numel():
+                continue
+            weight.transposed = matrix.stride(feature_dim) != parameter.stride(-1)
+            if matrix.dim() == 3:  # all experts at once
+                weight.add(torch.stack([self._sum_squares(expert_inputs) for expert_inputs in inputs]))
+            else:
+                weight.add(self._sum_squares(inputs), offset // parameter.stride(0) if parameter.dim() == 3 else None)
+
+    def _sum_squares(self, inputs: Tensor) -> Tensor:
+        """Sums the squares of each input feature over the tokens in float32: (..., in) -> (in,)."""
+        if self._last is None or self._last[0] is not inputs:  # q, k and v read the same tensor
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            if self.tokens is not None:
+                rows = rows[self.tokens]
+            chunks = rows.split(max(1, _CHUNK // rows.shape[1]))
+            # On CPUs this is up to ten times faster than torch.linalg.vector_norm over the tokens.
+            self._last = inputs, torch.stack([chunk.float().square().sum(0) for chunk in chunks]).sum(0)
+        return self._last[1]
+
+
+def _measure_inputs(
+    model: nn.Module, layers: nn.ModuleList, blocks: list[list[_Weight]], batches: Iterable[Mapping[str, Tensor]]
+) -> None:
+    """Runs the text through the model, which fills in the squares of the weights."""
+    language_model = causal_lm(model)
+    device = next(layers.parameters()).device
+    accepted = inspect.signature(language_model.forward).parameters
+    options = {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in accepted}
+    # Experts get tokens without their positions, so their padding is found only by leaving it out beforehand.
+    has_experts = any(isinstance(module, nn.ModuleList) for block in layers for module in block.modules()) or any(
+        weight.parameter.dim() == 3 for weights in blocks for weight in weights
+    )
+    recorder = _InputRecorder()
+    num_texts = 0
+    with _evaluation_mode(model, blocks), recorder.watching(layers, blocks):
+        for batch in batches:
+            for inputs, tokens in _texts(batch, device, rows_alone=has_experts):
+                recorder.tokens = tokens
+                language_model(**{key: value for key, value in inputs.items() if key in accepted}, **options)
+                num_texts += 1
+    if num_texts == 0:
+        raise UsageError("calibration_samples: there is no text to score the blocks with; give at least one batch")
+
+
+def _texts(
+    batch: Mapping[str, Tensor], device: torch.device, rows_alone: bool
+) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+    """Yields a batch on the device with a mask of its tokens (batch * length,), None where there is no padding.
+
+    With `rows_alone`, a batch that has padding is yielded row by row, each without its padding.
+    """
+    keys = ("input_ids", "attention_mask", "position_ids")
+    inputs = {key: batch[key].to(device) for key in keys if batch.get(key) is not None}
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.all():
+        inputs.pop("attention_mask", None)
+        yield inputs, None
+    elif not rows_alone:
+        yield inputs, mask.flatten().bool()
+    else:
+        del inputs["attention_mask"]
+        for row, is_token in enumerate(mask.bool()):
+            if is_token.any():
+                yield {key: value[row : row + 1, is_token] for key, value in inputs.items()}, None
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module, blocks: list[list[_Weight]]) -> Iterator[None]:
+    """Switches dropout off and transformers' experts to plain matrix products; restores both afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    owners = [weight.owner for weights in blocks for weight in weights if weight.is_bare]
+    configs: list[Any] = [owner.config for owner in owners if hasattr(owner, "config")]
+    configs = [config for config in configs if hasattr(config, "_experts_implementation")]
+    implementations = [config._experts_implementation for config in configs]
+    try:
+        model.eval()
+        for config in configs:
+            config._experts_implementation = "eager"
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for config, implementation in zip(configs, implementations, strict=True):
+            config._experts_implementation = implementation
