@@ -1,0 +1,358 @@
+"""CausalLMModule: a LightningModule around a causal LM of transformers."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from ows_lightning.errors import UsageError
+from ows_lightning.loss import logits_of, next_token_loss
+from ows_lightning.optim.galore import GaLoreAdamW, ProjType
+from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.optim.subspace import Method
+from ows_lightning.pretrained import load_model, load_tokenizer
+from ows_lightning.sampling.decoder import causal_lm, decoder_layers
+
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+class CausalLMModule(LightningModule):
+    """Fine-tunes a causal LM: loss over the target tokens of each optimizer step, projected AdamW, warm-up and decay.
+
+    The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches
+    and ranks: what one large batch would give. ``grad_norm``, which ``gradient_clip_val`` bounds, is the norm of what
+    the optimizer
+    consumes: projected gradients where a weight is projected.
+
+    Args:
+        model_name_or_path: Hub name, local directory, ``.gguf`` file, or ``package://PACKAGE/FILE.gguf``.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None is transformers' choice.
+        gradient_checkpointing: Recompute activations in backward. Blocks below the lowest active one store nothing either way
+            while the embeddings are frozen.
+        compile: Compile each decoder block with ``torch.compile``.
+        optimizer: From parameter groups to an optimizer.
+        rank: Rank of the projected gradients of GaLoreAdamW; None trains in full rank (and is needed for other optimizers).
+        update_proj_gap: Optimizer steps between two renewals of a subspace.
+        scale: Factor of the projected updates.
+        proj_type: Which dimension of a weight is projected.
+        subspace: How subspaces are found: ``randomized`` or ``svd``.
+        project_embeddings: Project embeddings and LM head, too, where they train.
+        lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.
+        warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
+        lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
+        max_new_tokens: Length limit of generated answers.
+        trust_remote_code: Run code that the model's repository brings along.
+
+    Raises:
+        UsageError: A setting is out of its range, or settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        optimizer: OptimizerCallable = lambda params: GaLoreAdamW(params, lr=3e-4),
+        rank: int | None = 128,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        proj_type: ProjType = "std",
+        subspace: Method = "randomized",
+        project_embeddings: bool = False,
+        lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine",
+        warmup_steps: float = 0.03,
+        lora: dict[str, Any] | None = None,
+        max_new_tokens: int = 64,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if rank is not None and rank < 1:
+            raise UsageError(f"model.rank: {rank} must be at least 1, or null to train in full rank")
+        if update_proj_gap < 1:
+            raise UsageError(f"model.update_proj_gap: {update_proj_gap} must be at least 1")
+        if warmup_steps < 0:
+            raise UsageError(f"model.warmup_steps: {warmup_steps} must be at least 0 (below 1 it is a share of all steps)")
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.make_optimizer: Callable[[Any], Optimizer] = optimizer
+        self.model: PreTrainedModel | nn.Module | None = None
+        self.val_perplexity, self.val_exact_match = TokenPerplexity(), MeanMetric()
+        self.test_perplexity, self.test_exact_match = TokenPerplexity(), MeanMetric()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokens_seen, self._time_before = 0, 0.0
+        self._reset_step()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.hparams.model_name_or_path, self.hparams.trust_remote_code)
+        return self._tokenizer
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The transformers model itself, also within a peft model."""
+        return causal_lm(self)
+
+    # ------------------------------------------------------------------ set-up
+
+    def configure_model(self) -> None:
+        """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
+        if self.model is not None:
+            return
+        precision = self._trainer.precision if self._trainer is not None else "32-true"
+        model = load_model(
+            self.hparams.model_name_or_path,
+            dtype=DTYPES.get(precision, torch.float32),
+            attn_implementation=self.hparams.attn_implementation,
+            trust_remote_code=self.hparams.trust_remote_code,
+        )
+        self.model = _add_lora(model, self.hparams.lora) if self.hparams.lora is not None else model
+        if self.hparams.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
+            model.disable_input_require_grads()
+        if self.hparams.compile:
+            for layer in decoder_layers(model):
+                layer.compile()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""
+        optimizer = self.make_optimizer(self._param_groups())
+        if isinstance(optimizer, GaLoreAdamW):
+            optimizer.project_in_backward()
+        elif self.hparams.rank is not None:
+            raise UsageError(f"model.rank: {type(optimizer).__name__} can't project; set rank to null, or take GaLoreAdamW")
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = self.hparams.warmup_steps
+        kind = self.hparams.lr_scheduler_type
+        scheduler = get_scheduler(
+            "constant_with_warmup" if kind == "constant" else kind,
+            optimizer,
+            num_warmup_steps=round(warmup * steps) if warmup < 1 else int(warmup),
+            num_training_steps=steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _param_groups(self) -> Any:
+        names = ("rank", "update_proj_gap", "scale", "proj_type", "subspace", "project_embeddings")
+        groups = galore_param_groups(self, **{name: self.hparams[name] for name in names if self.hparams[name] is not None})
+        if self.hparams.rank is None:
+            keep = ("params", "weight_decay")
+            groups = [{key: group[key] for key in keep if key in group} for group in groups]
+        return groups
+
+    def on_fit_start(self) -> None:
+        """Makes sure that our chunked loss is this model's own loss, before anything trains."""
+        self._start = self._last_step = time.perf_counter()
+        ids = torch.arange(4, device=self.device)[None] % self.language_model.config.get_text_config().vocab_size
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            ours, expected = self._through_forward(_both_logits, ids)
+        self.train(training)
+        if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2):
+            raise UsageError(
+                f"model.model_name_or_path: the loss does not know how {type(self.language_model).__name__} makes its logits"
+            )
+
+    # ------------------------------------------------------------------ steps
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the loss of a micro-batch; scaled in ``configure_gradient_clipping`` to be the whole step's mean."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if isinstance(optimizer, GaLoreAdamW):
+            last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+            optimizer.accumulating = not last
+        loss, targets = self._loss(batch)
+        total = self.trainer.strategy.reduce(torch.stack([loss.detach(), targets.to(loss.dtype)]), reduce_op="sum")
+        if self._step_targets is None:
+            # What the first micro-batch has on average a rank, the same on all; any other fixed number would do.
+            self._first_targets = total[1].clamp(min=1)
+            self._step_loss, self._step_targets = total[0], total[1]
+        else:
+            self._step_loss, self._step_targets = self._step_loss + total[0], self._step_targets + total[1]
+        self._step_tokens += int(batch["input_ids"].numel()) * self.trainer.world_size
+        return loss * self.trainer.world_size / self._first_targets
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Makes the gradient that of the step's mean loss, logs its norm, and clips what the optimizer consumes."""
+        gradients = self._gradients(optimizer)
+        assert self._step_targets is not None
+        targets = self._step_targets.clamp(min=1)
+        if self.trainer.accumulate_grad_batches > 1:
+            torch._foreach_mul_(gradients, self._first_targets * self.trainer.accumulate_grad_batches / targets)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if gradient_clip_val:
+            if gradient_clip_algorithm == "value":
+                torch._foreach_clamp_min_(gradients, -gradient_clip_val)
+                torch._foreach_clamp_max_(gradients, gradient_clip_val)
+            else:
+                torch._foreach_mul_(gradients, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
+        self._log_step(self._step_loss / targets, norm)
+        self._reset_step()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
+        self._evaluate(batch, self.val_perplexity, self.val_exact_match)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the held-out figures; those from before the training are printed."""
+        figures = self._log_evaluation("val", self.val_perplexity, self.val_exact_match)
+        if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps == float("inf"):
+            rank_zero_info("Before training: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As ``validation_step``, on the test data."""
+        self._evaluate(batch, self.test_perplexity, self.test_exact_match)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the figures of the test data."""
+        self._log_evaluation("test", self.test_perplexity, self.test_exact_match)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
+        answers = self.generate(batch)
+        facts = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
+        return [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
+
+    @torch.no_grad()
+    def generate(self, batch: dict[str, Any]) -> list[str]:
+        """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
+        prompts = batch["input_ids"]
+        generated = self.language_model.generate(
+            input_ids=prompts,
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.hparams.max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)
+
+    # ------------------------------------------------------------------ within a step
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._through_forward(next_token_loss, batch)
+
+    def _through_forward(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Runs ``method(language_model, *args)`` within the model's ``__call__``, whose hooks sharding depends on."""
+        model = self.model
+        assert model is not None
+
+        def forward(_: nn.Module, *args: Any) -> Any:
+            del model.forward  # the class's own again, for calls from within
+            return method(self.language_model, *args)
+
+        model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+        return model(*args)
+
+    @staticmethod
+    def _gradients(optimizer: Optimizer) -> list[Tensor]:
+        if isinstance(optimizer, GaLoreAdamW):
+            return optimizer.gradients()
+        return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _reset_step(self) -> None:
+        self._step_targets: Tensor | None = None
+        self._step_loss: Tensor | None = None
+        self._first_targets: Tensor | None = None
+        self._step_tokens = 0
+
+    def _log_step(self, loss: Tensor, norm: Tensor) -> None:
+        now = time.perf_counter()
+        self._tokens_seen += int(self._step_tokens)
+        self.log_dict({"train_loss": loss, "tokens_per_second": self._step_tokens / (now - self._last_step)}, prog_bar=True)
+        self.log_dict(
+            {
+                "grad_norm": norm,
+                "peak_memory_mb": _peak_memory_mb(self.device),
+                "tokens": float(self._tokens_seen),
+                "time_s": self._time_before + now - self._start,
+            }
+        )
+        self._last_step = now
+
+    def _evaluate(self, batch: dict[str, Any], perplexity: TokenPerplexity, exact_match: MeanMetric) -> None:
+        if "reference" not in batch:
+            perplexity.update(*self._loss(batch))
+            return
+        answers = self.generate(batch)
+        hits = [answer.strip() == right.strip() for answer, right in zip(answers, batch["reference"], strict=True)]
+        exact_match.update(torch.tensor(hits, dtype=torch.float32, device=self.device))
+
+    def _log_evaluation(self, stage: str, perplexity: TokenPerplexity, exact_match: MeanMetric) -> dict[str, float]:
+        value = perplexity.compute()
+        figures = {f"{stage}_loss": value.log().item(), f"{stage}_perplexity": value.item()}
+        if exact_match.update_count > 0:
+            figures[f"{stage}_exact_match"] = exact_match.compute().item()
+        self.log_dict(figures, prog_bar=True)
+        perplexity.reset()
+        exact_match.reset()
+        return figures
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the curves go on from."""
+        checkpoint["progress"] = {"tokens": self._tokens_seen, "time_s": self._time_before + time.perf_counter() - self._start}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on from where the curves ended."""
+        progress = checkpoint.get("progress", {})
+        self._tokens_seen, self._time_before = progress.get("tokens", 0), progress.get("time_s", 0.0)
+
+
+class TokenPerplexity(Perplexity):
+    """torchmetrics' perplexity, fed with summed losses: logits of a whole batch never exist."""
+
+    def update(self, loss: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+        """Adds a summed cross entropy (nats) over a number of targets."""
+        self.total_log_probs += loss
+        self.count += targets
+
+
+def _add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UsageError('model.lora: needs peft; pip install "ows_lightning[lora]"') from error
+    try:
+        config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    except TypeError as error:
+        raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error
+    return get_peft_model(model, config)
+
+
+def _both_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return logits_of(model, hidden), model.forward(input_ids=ids, use_cache=False).logits
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """The most memory held so far, in MB: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
