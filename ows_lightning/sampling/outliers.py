@@ -263,7 +263,7 @@ def _texts(
     if mask is None or mask.all():
         inputs.pop("attention_mask", None)
         yield inputs, None
-    elif not rows_alone:
+    elif not rows_alone and mask.any():
         yield inputs, mask.flatten().bool()
     else:
         del inputs["attention_mask"]
