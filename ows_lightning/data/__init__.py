@@ -1,0 +1,7 @@
+"""Instruction data: formats, target masks, packing and loaders."""
+
+from __future__ import annotations
+
+from ows_lightning.data.module import InstructionDataModule
+
+__all__ = ["InstructionDataModule"]

@@ -1,0 +1,235 @@
+"""The formats of instruction data, recognised from their columns and turned into one: a conversation or plain text."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ows_lightning.errors import UsageError
+
+Row = Mapping[str, Any]
+Message = dict[str, Any]
+#: What every format becomes: ``messages`` (OpenAI's form) or ``text``, and where the row has them ``tools`` (functions
+#: shown to the chat template), ``answer`` and ``choices`` (for scoring), all plain JSON values.
+Example = dict[str, Any]
+
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool", "developer": "system"}
+_ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "function")}
+
+
+def to_example(row: Row, data_format: str, where: str) -> Example:
+    """Turn `row` into an example.
+
+    Args:
+        row: The row's columns, already under the names of the format.
+        data_format: A key of `FORMATS`.
+        where: Names the row in messages, such as ``train.jsonl line 7``.
+
+    Raises:
+        UsageError: When a column is missing, empty where it must not be, or of a wrong type; the message names the row.
+    """
+    missing = _missing(FORMATS[data_format][0], row)
+    if missing:
+        raise UsageError(f"{where} has no column {_or(missing)}, which {data_format} rows need ({_found(row)})")
+    example = FORMATS[data_format][1](row, where)
+    if row.get("tools"):
+        example["tools"] = _parsed_tools(row["tools"], where)
+    for name in ("answer", "choices"):
+        if row.get(name) is not None:
+            example[name] = row[name]
+    return example
+
+
+def recognise(columns: Iterable[str], where: str) -> str:
+    """The format of rows that have these columns.
+
+    Raises:
+        UsageError: When none fits; the message lists the columns there are and the nearest right name.
+    """
+    columns = list(columns)
+    for name, (needed, _) in FORMATS.items():
+        if not _missing(needed, columns):
+            return name
+    wanted = {column for needed, _ in FORMATS.values() for group in needed for column in group} - set(columns)
+    near = [(match[0], column) for column in columns if (match := difflib.get_close_matches(column, wanted, n=1))]
+    hint = f"; did you mean '{near[0][0]}' by '{near[0][1]}'?" if near else ""
+    known = ", ".join(f"{name} ({', '.join('|'.join(group) for group in needed)})" for name, (needed, _) in FORMATS.items())
+    raise UsageError(
+        f"{where}: columns {_quoted(columns)} fit no format; known are {known}{hint} (data.columns renames columns)"
+    )
+
+
+def rename(row: Row, columns: Mapping[str, str], where: str) -> Row:
+    """Put the user's columns under the names of the format: ``columns={"instruction": "question"}``.
+
+    Raises:
+        UsageError: When the row has neither the user's column nor the one it stands for.
+    """
+    for name, column in columns.items():
+        if column not in row and name not in row:
+            near = difflib.get_close_matches(column, row, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UsageError(f"data.columns.{name}: {where} has no column '{column}' ({_found(row)}){hint}")
+    renamed = {name: row[column] for name, column in columns.items() if column in row}
+    return {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
+
+
+def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:
+    """Cut a conversation before its last answer: the messages to answer, and that answer's text (empty without one)."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return (messages[: answers[-1]], messages[answers[-1]]["content"]) if answers else (messages, "")
+
+
+def _from_messages(row: Row, where: str, column: str = "messages") -> Example:
+    turns = row[column]
+    if isinstance(turns, str):  # as some parquet and CSV files carry it
+        turns = _parsed_json(turns, f"{where}: '{column}'")
+    if not isinstance(turns, list) or not turns:
+        raise UsageError(f"{where}: '{column}' must be a list of messages, got {_kind(turns)}")
+    messages = [_message(turn, f"{where}: '{column}' entry {i}") for i, turn in enumerate(turns, start=1)]
+    return {"messages": _with_system(row, messages, where)}
+
+
+def _from_sharegpt(row: Row, where: str) -> Example:
+    return _from_messages(row, where, column="conversations")
+
+
+def _from_alpaca(row: Row, where: str) -> Example:
+    question = _text(row, "instruction", where)
+    context = _text(row, "input", where, optional=True)
+    return _one_turn(row, f"{question}\n\n{context}" if context else question, "output", where)
+
+
+def _from_prompt_completion(row: Row, where: str) -> Example:
+    if not isinstance(row["prompt"], list):
+        return _one_turn(row, _text(row, "prompt", where), "completion", where)
+    prompt = _from_messages(row, where, column="prompt")["messages"]
+    completion = row.get("completion")
+    if isinstance(completion, str) or completion is None:
+        return {"messages": _untrained(prompt) + _answer(row, "completion", where)}
+    return {"messages": _untrained(prompt) + _from_messages(row, where, column="completion")["messages"]}
+
+
+def _from_text(row: Row, where: str) -> Example:
+    return {"text": _text(row, "text", where)}
+
+
+#: name -> (the columns it needs, each a tuple of alternatives; the conversion). `answer` stands in for an answer column that
+#: is missing, as in test sets.
+FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Example]]] = {
+    "messages": ((("messages",),), _from_messages),
+    "sharegpt": ((("conversations",),), _from_sharegpt),
+    "alpaca": ((("instruction",), ("output", "answer")), _from_alpaca),
+    "prompt_completion": ((("prompt",), ("completion", "answer")), _from_prompt_completion),
+    "text": ((("text",),), _from_text),
+}
+#: Every column that a format reads: what `data.columns` may rename to.
+COLUMNS = sorted(
+    {c for needed, _ in FORMATS.values() for group in needed for c in group} | {"input", "system", "tools", "choices"}
+)
+
+
+def _one_turn(row: Row, question: str, answer_column: str, where: str) -> Example:
+    messages = [{"role": "user", "content": question}, *_answer(row, answer_column, where)]
+    return {"messages": _with_system(row, messages, where)}
+
+
+def _answer(row: Row, column: str, where: str) -> list[Message]:
+    if row.get(column) is not None:
+        return [{"role": "assistant", "content": _text(row, column, where)}]
+    answer, choices = row.get("answer"), row.get("choices")
+    if isinstance(answer, int) and isinstance(choices, list) and 0 <= answer < len(choices):
+        answer = choices[answer]
+    return [{"role": "assistant", "content": "" if answer is None else str(answer)}]
+
+
+def _with_system(row: Row, messages: list[Message], where: str) -> list[Message]:
+    system = _text(row, "system", where, optional=True)
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _untrained(messages: list[Message]) -> list[Message]:
+    return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
+
+
+def _message(turn: Any, where: str) -> Message:
+    """One message in OpenAI's form from either spelling; everything else in it (tool calls, reasoning) is passed through."""
+    if not isinstance(turn, dict):
+        raise UsageError(f"{where} must be an object with role and content, got {_kind(turn)}")
+    message = _without_none(turn)
+    role = message.pop("from", None) or message.get("role")
+    if role not in _ROLES:
+        raise UsageError(f"{where} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
+    message["role"] = _ROLES[role]
+    content = message.pop("value", None) if "value" in message else message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(part.get("text", "") for part in content)
+    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise UsageError(f"{where}: the content must be text, got {_kind(content)}")
+    message["content"] = content
+    for call in message.get("tool_calls", []):
+        function = call.get("function", {}) if isinstance(call, dict) else {}
+        if isinstance(function.get("arguments"), str):  # OpenAI's API has JSON text here, chat templates expect the object
+            function["arguments"] = _parsed_json(function["arguments"], f"{where}: the arguments of a tool call")
+    return message
+
+
+def _without_none(value: Any) -> Any:
+    """Drop empty keys, with which Arrow fills the objects of a column until all have the same."""
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def _parsed_tools(tools: Any, where: str) -> list[Any]:
+    tools = _parsed_json(tools, f"{where}: 'tools'") if isinstance(tools, str) else _without_none(tools)
+    if not isinstance(tools, list):
+        raise UsageError(f"{where}: 'tools' must be a list of functions, got {_kind(tools)}")
+    return tools
+
+
+def _parsed_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+
+
+def _text(row: Row, column: str, where: str, optional: bool = False) -> str:
+    value = row.get(column)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: '{column}' must be text, got {_kind(value)}")
+    return value
+
+
+def _missing(needed: tuple[tuple[str, ...], ...], columns: Iterable[str]) -> tuple[str, ...]:
+    columns = set(columns)
+    return next((group for group in needed if not columns.intersection(group)), ())
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "nothing", bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list"}
+    if value == [] and isinstance(value, list):
+        return "an empty list"
+    return names.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(f"'{name}'" for name in names)
+
+
+def _found(row: Iterable[str]) -> str:
+    return f"columns: {', '.join(map(str, row))}"

@@ -1,0 +1,244 @@
+"""From a conversation to token ids, and which of them are targets.
+
+The targets are found by rendering: what the chat template adds when an answer is appended to the messages before it, is
+the answer with its end-of-turn token. Unlike `return_assistant_tokens_mask` this needs no ``{% generation %}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from ows_lightning.data.formats import Example, Message, split_prompt
+from ows_lightning.errors import UsageError
+
+IGNORED = -100
+#: For a tokenizer without a chat template, as base models have it.
+PLAIN_TEMPLATE = """\
+{% for message in messages %}\
+{{ '### ' + {'user': 'Instruction', 'assistant': 'Response'}.get(message['role'], message['role'] | capitalize) + ':\\n' }}\
+{{ message['content'] + (eos_token if message['role'] == 'assistant' else '') + '\\n\\n' }}\
+{% endfor %}\
+{{ '### Response:\\n' if add_generation_prompt else '' }}"""
+
+Span = tuple[int, int]
+
+
+@dataclass
+class Encoded:
+    """A training row.
+
+    Attributes:
+        input_ids: Token ids.
+        labels: The same where the token is a target, else -100. The first is always -100: nothing predicts it.
+        truncated: Whether tokens were cut to fit `max_seq_length`.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are trained."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns examples into training rows and into prompts for generation.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template (see `with_chat_template`).
+        max_seq_length: Longest row in tokens. Of a longer one the start of the prompt is cut, and the end of the last answer
+            only when it alone is longer. A beginning-of-sequence token stays. Plain text is cut at its end.
+        train_on_prompt: Every token is a target, not the answers alone.
+        last_turn_only: Only the last answer of a conversation is a target.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_length: int
+    train_on_prompt: bool = False
+    last_turn_only: bool = False
+
+    def encode(self, example: Example, where: str) -> list[Encoded]:
+        """Encode one example.
+
+        Returns:
+            No row when the example has no target; one row; or more when the template renders earlier answers differently from
+            the last (Qwen3 drops their thinking): then each such answer is a row of its own, ending with that answer, so that
+            it is trained in the form in which the model has to give it.
+        """
+        if "text" in example:
+            rows = [self._plain_text(example["text"])]
+        else:
+            rows = self._conversation(example["messages"], example.get("tools"), where)
+        return [row for row in rows if row.num_targets]
+
+    def encode_prompt(self, example: Example, where: str) -> tuple[str, list[int]]:
+        """The rendered prompt of an example and its token ids; the start is cut when it is longer than `max_seq_length`."""
+        if "text" in example:
+            text, ids = example["text"], self.tokenizer(example["text"]).input_ids
+        else:
+            text = self._render(split_prompt(example["messages"])[0], example.get("tools"), where, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
+
+    def _plain_text(self, text: str) -> Encoded:
+        ids = self.tokenizer(text).input_ids
+        if ids and ids[-1] != self.tokenizer.eos_token_id:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        kept = ids[: self.max_seq_length]
+        return Encoded(kept, [IGNORED, *kept[1:]], truncated=len(kept) < len(ids))
+
+    def _conversation(self, messages: list[Message], tools: Any, where: str) -> list[Encoded]:
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            return []
+        if not self.train_on_prompt:
+            messages = messages[: turns[-1] + 1]
+        text = self._render(messages, tools, where)
+        spans: list[Span] = []
+        alone: list[int] = []
+        for i in turns[-1:] if self.last_turn_only else turns:
+            if i and _is_target(messages[i]):  # what nobody asked for is no answer
+                span = self._answer_span(text, messages, i, tools, where)
+                spans.append(span) if span else alone.append(i)
+        if turns[-1] == len(messages) - 1:
+            text, spans = self._ended(text, spans)
+        rows = [self._encode_text(text, spans)]
+        if not self.train_on_prompt:
+            for i in alone:
+                if i == turns[-1]:
+                    raise UsageError(f"{where}: the chat template renders the answer in a way that hides where it begins")
+                earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:i]]
+                rows += self._conversation([*earlier, messages[i]], tools, where)
+        return rows
+
+    def _answer_span(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> Span | None:
+        """Where message `i` and its end-of-turn token stand in `text`; None when the template rewrites it or its context."""
+        head = self._render(messages[:i], tools, where, add_generation_prompt=True)
+        start = _common_prefix(head, text)
+        if start < len(head):
+            # A generation prompt that opens something the answer lacks (<think>) is no obstacle, a changed context is.
+            before = self._render(messages[:i], tools, where) if i else ""
+            if start < len(self._without_eos(before)):
+                return None
+        if i == len(messages) - 1:
+            return start, len(text)
+        answer = self._render(messages[: i + 1], tools, where)
+        if not text.startswith(answer):
+            answer = self._without_eos(answer)  # some templates (Phi-3) end every conversation with one
+        return (start, len(answer)) if text.startswith(answer) and start < len(answer) else None
+
+    def _ended(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+        """Leave white space after the end-of-turn token out of the targets, and add a token where the template has none."""
+        special = (
+            self.tokenizer.eos_token,
+            *map(str, filter(lambda t: t.special, self.tokenizer.added_tokens_decoder.values())),
+        )
+        trimmed = []
+        for start, end in spans:
+            stop = len(text[:end].rstrip())
+            trimmed.append((start, stop if text[:stop].endswith(special) else end))
+        if not text.rstrip().endswith(special):
+            text += self.tokenizer.eos_token
+            if trimmed and trimmed[-1][1] == len(text) - len(self.tokenizer.eos_token):
+                trimmed[-1] = (trimmed[-1][0], len(text))
+        return text, trimmed
+
+    def _encode_text(self, text: str, spans: list[Span]) -> Encoded:
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = np.asarray(encoding.offset_mapping).reshape(-1, 2)
+        is_answer = np.zeros(len(offsets), dtype=bool)
+        for start, end in spans:  # a token that holds the last character of the prompt and the first of the answer is a target
+            is_answer |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        ids = encoding.input_ids
+        keep = self._kept(ids, is_answer)
+        target = np.ones_like(is_answer) if self.train_on_prompt else is_answer
+        labels = [ids[k] if target[k] else IGNORED for k in keep]
+        return Encoded([ids[k] for k in keep], [IGNORED, *labels[1:]], truncated=len(keep) < len(ids))
+
+    def _kept(self, ids: list[int], is_answer: np.ndarray) -> list[int]:
+        """The positions that fit: up to the end of the last answer at the prompt's cost, with a token before it at least."""
+        positions = list(range(len(ids)))
+        if len(ids) <= self.max_seq_length or not is_answer.any():
+            return positions[: self.max_seq_length]
+        end = int(is_answer.nonzero()[0][-1]) + 1
+        begin = end - 1
+        while begin and is_answer[begin - 1]:
+            begin -= 1
+        context = 1 + (ids[0] == self.tokenizer.bos_token_id and self.max_seq_length > 2)
+        end = max(min(end, begin + self.max_seq_length - context), self.max_seq_length)
+        return _cut_start(positions, end, self.max_seq_length, 0 if context == 2 else None)
+
+    def _render(self, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except jinja2.TemplateError as error:
+            if messages and messages[0]["role"] == "system":  # as Gemma and old Mistral, which know no system message
+                merged = _merged_system(messages)
+                if merged is not None:
+                    return self._render(merged, tools, where, add_generation_prompt)
+            raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from None
+
+    def _without_eos(self, text: str) -> str:
+        return text.rstrip().removesuffix(self.tokenizer.eos_token).rstrip()
+
+
+def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Check that the tokenizer can be trained with, and give it `PLAIN_TEMPLATE` when it has no chat template of its own.
+
+    The template is set on the tokenizer itself, so that generation and the exported model use the one that was trained.
+
+    Raises:
+        UsageError: For a tokenizer that can't map text to tokens, or that has no end-of-sequence token.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if not tokenizer.is_fast:
+        raise UsageError(f"the tokenizer of '{name}' has no fast version, which is needed to find the answers' tokens")
+    if tokenizer.eos_token is None:
+        raise UsageError(f"the tokenizer of '{name}' has no end-of-sequence token; set its eos_token")
+    if not tokenizer.chat_template:
+        adds_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+        rank_zero_info(
+            f"The tokenizer of '{name}' has no chat template: rows are written as '### Instruction:' and '### Response:'."
+        )
+    return tokenizer
+
+
+def _is_target(message: Message) -> bool:
+    """Whether an answer is to be trained: it says something, and its `weight` (a key of OpenAI's format) is not 0."""
+    says_something = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
+    return bool(says_something) and message.get("weight", 1) != 0
+
+
+def _merged_system(messages: list[Message]) -> list[Message] | None:
+    """The messages with the system message at the head of the first user message."""
+    if len(messages) < 2 or messages[1]["role"] != "user":
+        return None
+    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{**messages[1], "content": content}, *messages[2:]]
+
+
+def _common_prefix(a: str, b: str) -> int:
+    return len(a) if b.startswith(a) else next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
+
+
+def _cut_start(items: Sequence[int], end: int, length: int, first: int | None) -> list[int]:
+    """The last `length` of ``items[:end]``; an item equal to `first` that stands in front stays in front."""
+    begin = max(end - length, 0)
+    if begin and length > 2 and first is not None and items[0] == first:
+        return [items[0], *items[begin + 1 : end]]
+    return list(items[begin:end])

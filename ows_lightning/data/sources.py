@@ -1,0 +1,231 @@
+"""Where rows come from: local files, directories and globs, or a data set on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ows_lightning.errors import UsageError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
+_SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(["val", "valid", "validation", "dev", "eval"], "validation")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows.
+
+    Attributes:
+        name: The name as the user wrote it.
+        key: The setting that named it, for messages (``dataset``, ``eval_dataset``, ``test_dataset``).
+        files: Local files, empty for a data set on the hub or one written by ``Dataset.save_to_disk``.
+        split: Split of a data set that is not made of files.
+    """
+
+    name: str
+    key: str
+    files: tuple[str, ...]
+    split: str
+
+    def error(self, message: str) -> UsageError:
+        """The error for this source, with the setting's name in front."""
+        return UsageError(f"data.{self.key}: {message}")
+
+
+def resolve(name: str, key: str, split: str = "train") -> Source:
+    """Find what `name` stands for: a file, a directory, a glob, or a data set on the hub (``owner/name[/config][:split]``).
+
+    Raises:
+        UsageError: When nothing local matches and `name` can't be a hub name.
+    """
+    path = Path(name).expanduser()
+    source = Source(name, key, (), split)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise source.error(f"'{name}' is not a {', '.join(SUFFIXES)} file")
+        return Source(name, key, (str(path),), split)
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return source
+        return Source(name, key, _files_of_split(path, source), split)
+    if glob.has_magic(name):
+        files = sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).suffix in SUFFIXES)
+        if not files:
+            raise source.error(f"no {', '.join(SUFFIXES)} file matches '{name}'")
+        return Source(name, key, tuple(files), split)
+    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
+        near = difflib.get_close_matches(path.name, [p.name for p in _listdir(path.parent)], n=1)
+        raise source.error(f"no file matches '{name}'" + (f"; did you mean '{path.parent / near[0]}'?" if near else ""))
+    return source
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
+    """Yield every row of `source` with the words that name it in messages, such as ``train.jsonl line 7``.
+
+    Raises:
+        UsageError: For a file that is empty, not UTF-8 or not of its format (names the line), or an unreachable data set.
+    """
+    if not source.files:
+        for number, row in enumerate(open_dataset(source), start=1):
+            yield f"{source.name} row {number}", row
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    for file in map(Path, source.files):
+        empty = True
+        for place, row in readers[file.suffix](file, source):
+            empty = False
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise source.error(f"{file.name} {place} is a {kind}, not an object of columns and values")
+            yield f"{file.name} {place}", row
+        if empty:
+            raise source.error(f"{file} has no rows")
+
+
+def content_hash(source: Source) -> str:
+    """A hash of the source's content: of the files' bytes, or of the fingerprint of a data set that is not made of files."""
+    digest = hashlib.sha256()
+    if not source.files:
+        digest.update(open_dataset(source)._fingerprint.encode())
+    for file in source.files:
+        digest.update(Path(file).name.encode())
+        try:
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise source.error(f"can't read {file}: {error.strerror}") from None
+    return digest.hexdigest()[:32]
+
+
+def _listdir(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else []
+
+
+def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
+    """The data files below `directory`; where file names name splits (train.jsonl, test.jsonl), those of `source.split`."""
+    files = [p for p in sorted(directory.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
+    if not files:
+        raise source.error(f"the directory '{source.name}' holds no {', '.join(SUFFIXES)} file")
+    splits = {p: _split_of(p.stem) for p in files}
+    if any(splits.values()):
+        wanted = _SPLIT_WORDS.get(source.split, source.split)
+        chosen = [p for p in files if splits[p] == wanted]
+        if not chosen:
+            names = ", ".join(p.name for p in files)
+            raise source.error(f"no file in '{source.name}' is named for data.split '{source.split}' (files: {names})")
+        files = chosen
+    return tuple(map(str, files))
+
+
+def _split_of(stem: str) -> str | None:
+    words = re.split(r"[^a-z]+", stem.lower())
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def open_dataset(source: Source, streaming: bool = False) -> Any:
+    """Open a data set of the hub, or one that `Dataset.save_to_disk` wrote, as a table or as a stream."""
+    import datasets
+
+    try:
+        if Path(source.name).expanduser().is_dir():
+            data = datasets.load_from_disk(str(Path(source.name).expanduser()))
+            data = data[source.split] if isinstance(data, datasets.DatasetDict) else data
+            return data.to_iterable_dataset() if streaming else data
+        match = _HUB_NAME.fullmatch(source.name)
+        assert match is not None
+        path, config, split = match["path"], match["config"], match["split"] or source.split
+        return datasets.load_dataset(path, config, split=split, streaming=streaming)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise source.error(
+            f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
+        ) from error
+
+
+def _decode(line: bytes, place: str, source: Source) -> str:
+    try:
+        return line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        raise source.error(f"{place} is not UTF-8 (byte 0x{byte:02x} at {error.start + 1}); save it as UTF-8") from None
+
+
+def _lines(file: Path, source: Source) -> Iterator[tuple[int, str]]:
+    try:
+        with open(file, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, _decode(line, f"{file.name} line {number}", source)
+    except OSError as error:
+        raise source.error(f"can't read {file}: {error.strerror}") from None
+
+
+def _read_jsonl(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(file, source):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            where = f"{file.name} line {number}"
+            raise source.error(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+
+
+def _read_json(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+    """One JSON array of objects (or an object that holds one under its only key), or JSON lines under the name .json."""
+    text = "".join(line for _, line in _lines(file, source))
+    if not text.strip():
+        return
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            yield from _read_jsonl(file, source)
+            return
+        where = f"{file.name} line {error.lineno}"
+        raise source.error(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+    if isinstance(data, dict):
+        only = next(iter(data.values())) if len(data) == 1 else None
+        data = only if isinstance(only, list) and all(isinstance(row, dict) for row in only) else [data]
+    if not isinstance(data, list):
+        raise source.error(f"{file.name} holds a {type(data).__name__}, not a list of objects")
+    for number, row in enumerate(data, start=1):
+        yield f"row {number}", row
+
+
+def _read_csv(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader((line for _, line in _lines(file, source)), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                expected = len(reader.fieldnames or [])
+                found = expected + len(row.get(None, [])) - list(row.values()).count(None)
+                place = f"{file.name} line {reader.line_num}"
+                raise source.error(f"{place} has {found} fields where the header has {expected}")
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise source.error(f"{file.name} line {reader.line_num} is not valid CSV: {error}") from None
+
+
+def _read_parquet(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise source.error(f"{file.name} is not a readable parquet file: {str(error).splitlines()[0]}") from None
