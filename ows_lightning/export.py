@@ -1,0 +1,246 @@
+"""Writes a model as a directory that transformers, and every tool that reads its format, can load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+
+from ows_lightning.errors import RunError, UsageError
+
+log = logging.getLogger(__name__)
+
+_SHARD_BYTES = 2 * 10**9
+_WEIGHTS = "model.safetensors"
+# Names of files in a Hugging Face model directory; nothing else is ever replaced or removed.
+_MODEL_FILES = (
+    "README.md", "LICENSE*", ".gitattributes", "*.safetensors", "*.safetensors.index.json", "*config.json",
+    "*token*.json", "*.jinja", "vocab.json", "vocab.txt", "merges.txt", "*.model",
+    "configuration_*.py", "modeling_*.py", "tokenization_*.py",
+)  # fmt: skip
+
+
+class _Weight(NamedTuple):
+    """A weight of the plain model: where it is now, and the adapter layers to merge into it."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    adapters: tuple[Any, ...]
+
+    @property
+    def source(self) -> tuple[int, ...]:
+        """Equal for two names of one (tied) weight."""
+        return id(getattr(self.module, self.attribute)), *(id(adapter) for adapter in self.adapters)
+
+
+@torch.no_grad()
+def save_huggingface(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike[str], card: str | None = None
+) -> None:
+    """Writes a model directory: safetensors, config, generation config, tokenizer, chat template and model card.
+
+    `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once; the
+    weights keep their dtype. A model inside peft is written merged, as a plain model, and is itself left as it was,
+    bit for bit. A model sharded by FSDP2 is gathered and merged one weight at a time, and written in shards of about
+    2 GB.
+
+    The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
+    holds nothing but a model.
+
+    Args:
+        model: A causal LM of transformers, or a peft model around one. With several processes rank 0 writes; the
+            others may call this too, and have to if the model is sharded.
+        tokenizer: The model's tokenizer.
+        directory: Where to write; its parents are created.
+        card: Text of the model card (`README.md`), Markdown; none is written if None.
+
+    Raises:
+        UsageError: The directory exists and holds something else than a model.
+        RunError: The files can't be written, e.g. because the disk is full.
+    """
+    target = Path(directory).expanduser().absolute()
+    _check_replaceable(target)
+    base: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment,operator]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the outermost one stays gathered after a forward pass
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    writes = not distributed.is_initialized() or distributed.get_rank() == 0
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            tokenizer.save_pretrained(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card, encoding="utf-8")
+            base.generation_config = _valid_generation_config(base.generation_config)
+        if sharded or _is_peft(model):
+            _save_one_by_one(base, partial, writes)
+        elif writes:
+            base.save_pretrained(partial, max_shard_size=_SHARD_BYTES)
+        if writes:
+            for file in partial.glob("*.safetensors"):  # safetensors gives them to their owner alone
+                file.chmod((partial / "config.json").stat().st_mode)
+            _replace(target, partial)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"can't write the model to {str(directory)!r} ({error}); free space or choose another") from error
+    finally:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+    if sharded:
+        distributed.barrier()
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")
+    foreign = [path.name for path in target.iterdir() if path.is_dir() or not any(map(path.match, _MODEL_FILES))]
+    if foreign or (any(target.iterdir()) and not (target / "config.json").is_file()):
+        what = f"holds {foreign[0]!r}, which is no part of a model" if foreign else "holds something else than a model"
+        raise UsageError(f"{str(target)!r} {what}, and would be replaced; give a new directory")
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Puts the finished directory in the target's place, so that there's a whole one at any time."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
+    """Keeps only the token ids if the rest contradicts itself (a temperature without sampling), which can't be saved."""
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        log.warning("The generation config contradicts itself; its token ids alone are written. %s", error)
+        return GenerationConfig(
+            bos_token_id=generation.bos_token_id,
+            eos_token_id=generation.eos_token_id,
+            pad_token_id=generation.pad_token_id,
+        )
+    return generation
+
+
+def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
+    """Writes a sharded or peft-wrapped model with no more than one shard of it copied at any time."""
+    weights: dict[tuple[int, ...], _Weight] = {}
+    for weight in _plain_weights(model):
+        weights.setdefault(weight.source, weight)  # a tied weight once, under its first name
+    kept_apart = {weight.name for weight in weights.values()} & model.all_tied_weights_keys.keys()
+    if writes:
+        model.save_pretrained(directory, state_dict={})  # all but the weights
+        (directory / _WEIGHTS).unlink(missing_ok=True)
+        if kept_apart:  # trained apart, e.g. an adapter on the embeddings alone
+            path = directory / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
+
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for weight in weights.values():
+        with _plain(weight) as tensor:
+            if not writes:
+                continue
+            # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor.
+            for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items():
+                size = value.numel() * value.element_size()
+                if pending and sum(v.numel() * v.element_size() for v in pending.values()) + size > _SHARD_BYTES:
+                    flush()
+                pending[name] = value.to("cpu", copy=True).contiguous()
+                total += size
+    if writes:
+        flush()
+        _name_shards(directory, shards, total)
+
+
+def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """Gives the shards their final names, which say how many there are, and writes the index."""
+    if len(shards) == 1:
+        (directory / "shard-0").rename(directory / _WEIGHTS)
+        return
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, file in enumerate(files):
+        (directory / f"shard-{i}").rename(directory / file)
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _plain_weights(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:
+    """Yields the weights under the names that they have without peft, in the same order on every rank."""
+    if hasattr(module, "base_layer"):  # a layer with an adapter; with several, one lies in the other
+        yield from _plain_weights(module.base_layer, prefix, (*adapters, module))
+    elif hasattr(module, "token_adapter"):  # embeddings with a few trained rows
+        yield from _plain_weights(module.token_adapter, prefix)
+    elif hasattr(module, "modules_to_save"):  # a module that is trained as a whole
+        active = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module.original_module
+        yield from _plain_weights(active, prefix)
+    else:
+        attributes = [*module._parameters, *(b for b in module._buffers if b not in module._non_persistent_buffers_set)]
+        yield from (_Weight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
+        for name, child in module.named_children():
+            yield from _plain_weights(child, f"{prefix}{name}.")
+
+
+@contextlib.contextmanager
+def _plain(weight: _Weight) -> Iterator[Tensor]:
+    """The weight as one whole tensor with its adapters merged in; all ranks have to enter.
+
+    The merge happens in copies that take the parameters' places for as long as it takes.
+    """
+    adapters = [adapter for adapter in weight.adapters if not adapter.merged]
+    if not adapters:
+        yield _gathered(getattr(weight.module, weight.attribute))
+        return
+    parameters = {module: dict(module._parameters) for module in adapters[0].modules()}
+    try:
+        for module, named in parameters.items():
+            for name, parameter in named.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(_gathered(parameter).clone(), requires_grad=False)
+        for adapter in adapters:
+            adapter.merge()
+        yield getattr(weight.module, weight.attribute)
+    finally:
+        for adapter in adapters:
+            adapter.merged_adapters.clear()
+        for module, named in parameters.items():
+            module._parameters.update(named)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_peft(model: nn.Module) -> bool:
+    """Whether peft is around the model; peft is not imported for that."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
