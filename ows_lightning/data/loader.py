@@ -40,12 +40,18 @@ class Rows(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         documents = self.documents[list(self.rows[min(index, len(self) - 1)])]
-        item = {name: [token for document in documents[name] for token in document] for name in ("input_ids", "labels")}
-        if self.packed:
-            item["position_ids"] = [position for document in documents["input_ids"] for position in range(len(document))]
+        item = as_item(list(zip(documents["input_ids"], documents["labels"], strict=True)), self.packed)
         if index == len(self):
             item["labels"] = [IGNORED] * len(item["labels"])
         return item
+
+
+def as_item(documents: Sequence[tuple[list[int], list[int]]], packed: bool) -> Item:
+    """Join the token ids and labels of documents to a row; when packed, ``position_ids`` restart with every document."""
+    item = {"input_ids": [x for ids, _ in documents for x in ids], "labels": [x for _, labels in documents for x in labels]}
+    if packed:
+        item["position_ids"] = [position for ids, _ in documents for position in range(len(ids))]
+    return item
 
 
 class PromptRows(Dataset[dict[str, Any]]):
@@ -138,8 +144,8 @@ class ResumableLoader(DataLoader[Any]):
     """A DataLoader over a `ShardedSampler` that knows its position, which Lightning keeps in its checkpoints.
 
     The position is the epoch and how many rows all ranks have seen of it, so a run may be resumed with another batch size or
-    number of ranks. At the end of an epoch it is the start of the next. (torchdata's StatefulDataLoader is exhausted there, and
-    a run that Lightning 2.6 resumes from the last step of an epoch would leave out the next epoch.)
+    number of ranks. At the end of an epoch it is the start of the next. (torchdata's StatefulDataLoader is exhausted there; a
+    run that Lightning 2.6 resumes from the last step of an epoch would leave out the next epoch.)
 
     Attributes:
         trainer: Tells the epoch. (What Lightning tells the sampler is one ahead after some resumes with `max_steps`.)

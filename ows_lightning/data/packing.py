@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 
+from ows_lightning.data.loader import as_item, collate
 from ows_lightning.errors import UsageError
 
 
@@ -41,18 +39,31 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
     return rows
 
 
-def require_position_ids(model: torch.nn.Module) -> None:
-    """Refuse a model that can't keep packed documents apart.
+@torch.no_grad()
+def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
+    """Refuse a model that lets packed documents see each other.
 
-    transformers finds the documents of a row by their restarting positions; a model whose `forward` takes none
-    (BLOOM and Falcon with ALiBi) would let them see each other.
+    transformers keeps them apart by their restarting positions, but not in every architecture: OPT and models with ALiBi make
+    a mask of their own. So it is tried out on a few tokens: what the model says of a document must not depend on what stands
+    before it in the row.
+
+    Args:
+        model: A causal LM of transformers, or one wrapped by peft.
+        flatten: As for `collate`.
 
     Raises:
         UsageError: For such a model.
     """
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):  # LoRA: peft's own forward hides the arguments
-        inner = inner.get_base_model()
-    if "position_ids" not in inspect.signature(type(inner).forward).parameters:
-        name = type(inner).__name__
-        raise UsageError(f"data.packing: {name} takes no position_ids, so packed documents would mix; set packing: false")
+    one, other, probe = [1, 2, 3, 4, 5], [6, 7, 8, 9], [9, 3, 7]
+    rows = [[one, probe], [other, one[:1], probe], [probe, other, one[:1]]]
+    batch = collate([as_item([(ids, ids) for ids in row], True) for row in rows], pad_token_id=0, flatten=flatten)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    logits = model(**{k: v.to(device) for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+    model.train(training)
+    first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()
+    tolerance = 64 * torch.finfo(logits.dtype).eps * alone.abs().max()
+    if any((said[5:8] - alone[:3]).abs().max() > tolerance for said in (first, second)):
+        name = type(getattr(model, "base_model", model)).__name__
+        raise UsageError(f"data.packing: {name} would mix the documents of a row; set data.packing: false")

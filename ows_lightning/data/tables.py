@@ -1,0 +1,154 @@
+"""Tables and streams of examples, and tables of their tokens, through the `datasets` library and its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ows_lightning.data import formats, masking, sources
+from ows_lightning.data.formats import Row
+from ows_lightning.data.masking import Encoder
+from ows_lightning.data.sources import Source
+from ows_lightning.errors import UsageError
+
+#: An example as JSON, which keeps rows apart that a typed column would unify, and the words that name its row in messages.
+EXAMPLES = datasets.Features({"where": datasets.Value("string"), "example": datasets.Value("string")})
+#: A document's tokens; ``row`` is the index of the example, which may give none, one or several documents.
+TOKENS = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "length": datasets.Value("int32"),
+        "targets": datasets.Value("int32"),
+        "truncated": datasets.Value("bool"),
+        "row": datasets.Value("int64"),
+    }
+)
+_ROWS_PER_PROCESS = 5000
+
+
+def read_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
+    """Read and check all rows of a source, or take them from the cache when the content was read before.
+
+    Args:
+        source: Where the rows are.
+        data_format: A key of `FORMATS`; recognised from the first row when not given.
+        columns: The user's column names by those of the format.
+
+    Returns:
+        A table with the features `EXAMPLES`.
+
+    Raises:
+        UsageError: For the first row that is wrong.
+    """
+    arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
+    code = [inspect.getsource(module) for module in (formats, sources)]
+    fingerprint = _hash(sources.content_hash(source), source.name, data_format, dict(columns), code)
+    try:
+        return datasets.Dataset.from_generator(_examples, features=EXAMPLES, gen_kwargs=arguments, fingerprint=fingerprint)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        raise
+
+
+def stream_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.IterableDataset:
+    """The same as a stream, whose rows are checked as they come."""
+    arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
+    if source.files:
+        return datasets.IterableDataset.from_generator(_examples, features=EXAMPLES, gen_kwargs=arguments)
+    rows = sources.open_dataset(source, streaming=True)
+    names = rows.column_names or list(next(iter(rows)))
+    return rows.map(_numbered_example, with_indices=True, fn_kwargs=arguments, remove_columns=names, features=EXAMPLES)
+
+
+def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
+    """Encode all examples on the cores there are, or take them from the cache: it knows content, tokenizer and settings.
+
+    Returns:
+        A table with the features `TOKENS`, in the order of the examples.
+    """
+    settings = [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
+    processes = min(len(examples) // _ROWS_PER_PROCESS, len(os.sched_getaffinity(0)))
+    return examples.map(
+        _encode,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"encoder": encoder},
+        remove_columns=examples.column_names,
+        features=TOKENS,
+        new_fingerprint=_hash(
+            examples._fingerprint, _tokenizer_state(encoder.tokenizer), settings, inspect.getsource(masking)
+        ),
+        num_proc=processes if processes > 1 else None,
+        desc=f"Tokenising {name}",
+    )
+
+
+def column(table: datasets.Dataset, name: str) -> np.ndarray:
+    """A column of numbers as an array."""
+    return table.with_format("numpy")[name][:]
+
+
+def mix(parts: Sequence[np.ndarray], weights: Sequence[float], seed: int) -> list[np.ndarray]:
+    """Repeat rows until every part has the share that its weight asks for.
+
+    The part that is largest for its weight is taken once; no row is left out.
+
+    Args:
+        parts: Row indices of every source, none empty.
+        weights: The sources' weights, above 0.
+        seed: Chooses the rows of an incomplete repetition.
+    """
+    per_weight = max(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    random = np.random.default_rng(seed)
+    mixed = []
+    for part, weight in zip(parts, weights, strict=True):
+        repeats, rest = divmod(round(per_weight * weight), len(part))
+        mixed.append(np.concatenate([*[part] * repeats, random.permutation(part)[:rest]]))
+    return mixed
+
+
+def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    for where, row in sources.read_rows(source):
+        renamed = formats.rename(row, columns, where)
+        data_format = data_format or formats.recognise(renamed, where)
+        yield _entry(renamed, data_format, where)
+
+
+def _numbered_example(
+    row: Row, index: int, source: Source, data_format: str | None, columns: Mapping[str, str]
+) -> dict[str, str]:
+    where = f"{source.name} row {index + 1}"
+    renamed = formats.rename(row, columns, where)
+    return _entry(renamed, data_format or formats.recognise(renamed, where), where)
+
+
+def _entry(row: Row, data_format: str, where: str) -> dict[str, str]:
+    return {"where": where, "example": json.dumps(formats.to_example(row, data_format, where), ensure_ascii=False)}
+
+
+def _encode(batch: dict[str, list[Any]], indices: Sequence[int], encoder: Encoder) -> dict[str, list[Any]]:
+    rows = []
+    for index, where, example in zip(indices, batch["where"], batch["example"], strict=True):
+        for row in encoder.encode(json.loads(example), where):
+            rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index))
+    return {name: [row[i] for row in rows] for i, name in enumerate(TOKENS)}
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All of a tokenizer that decides about tokens; not its truncation and padding, which calls change."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [{**backend, "truncation": None, "padding": None}, tokenizer.chat_template, tokenizer.special_tokens_map]
+
+
+def _hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
