@@ -125,7 +125,9 @@ def _block_weights(block: nn.Module) -> list[_Weight]:
         if isinstance(module, (nn.Linear, Conv1D)):
             weights.append(_Weight(module, "weight", transposed=isinstance(module, Conv1D)))
         elif not isinstance(module, (nn.Embedding, _ConvNd)):
-            weights += [_Weight(module, name) for name, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)]
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
+                    weights.append(_Weight(module, name))
     return weights
 
 

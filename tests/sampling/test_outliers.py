@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ows_lightning.errors import UsageError
@@ -34,15 +34,17 @@ def brute_force_ratio(model: PreTrainedModel, block: nn.Module, batches: list[Ba
     def on_experts(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         hidden_states, chosen, _ = args
         for expert, (gate_up, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+            if module.is_transposed:
+                gate_up, down = gate_up.T, down.T
             x = hidden_states[(chosen == expert).any(-1)]
-            gate, up = (x @ gate_up.T).chunk(2, dim=-1)
+            bias = module.gate_up_proj_bias[expert] if module.has_bias else 0
             weights[module, expert, "gate_up"], weights[module, expert, "down"] = gate_up, down
             inputs[module, expert, "gate_up"].append(x)
-            inputs[module, expert, "down"].append(module.act_fn(gate) * up)
+            inputs[module, expert, "down"].append(module._apply_gate(x @ gate_up.T + bias))
 
     handles = []
     for module in block.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__.endswith("TopKRouter"):
+        if isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__.endswith("Router"):
             handles.append(module.register_forward_pre_hook(on_linear))
         elif type(module).__name__.endswith("Experts"):
             handles.append(module.register_forward_pre_hook(on_experts))
@@ -145,6 +147,18 @@ def test_an_expert_that_sees_no_token_counts_with_norm_zero() -> None:
     batch = tiny_batch(rows=1, length=3)  # 3 tokens with 2 experts each reach 6 of 32 experts at most
     ratios = layer_outlier_ratios(model, [batch], 13.0)
     assert ratios.tolist() == pytest.approx(brute_force_ratios(model, [batch], 13.0), rel=1e-4)
+
+
+def test_experts_with_transposed_weights_and_biases() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 128, "head_dim": 8}
+    counts = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = spread(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **sizes, **counts)))
+    ratios = layer_outlier_ratios(model, [tiny_batch()], 3.0)
+    assert ratios.tolist() == pytest.approx(brute_force_ratios(model, [tiny_batch()], 3.0), rel=1e-4)
+    block = decoder_layers(model)[0]
+    matrices = [p.detach().flatten() for n, p in block.named_parameters() if p.dim() > 1 and not n.endswith("bias")]
+    assert layer_weight_norms(model)[0].item() == pytest.approx(torch.cat(matrices).norm().item(), rel=1e-5)
 
 
 def test_a_planted_outlier_is_found_in_its_block() -> None:
