@@ -24,7 +24,7 @@ from ows_lightning.loss import logits_of, next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.groups import galore_param_groups
 from ows_lightning.optim.subspace import Method
-from ows_lightning.pretrained import load_model, load_tokenizer
+from ows_lightning.pretrained import load_model, load_tokenizer, resize_embeddings
 from ows_lightning.sampling.decoder import causal_lm, decoder_layers
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -121,6 +121,7 @@ class CausalLMModule(LightningModule):
             attn_implementation=self.hparams.attn_implementation,
             trust_remote_code=self.hparams.trust_remote_code,
         )
+        resize_embeddings(model, self.tokenizer)
         self.model = _add_lora(model, self.hparams.lora) if self.hparams.lora is not None else model
         if self.hparams.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

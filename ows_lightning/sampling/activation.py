@@ -9,15 +9,16 @@ from torch.optim import Optimizer
 
 
 def activate_blocks(
-    layers: Sequence[nn.ModuleList] | nn.ModuleList,
+    layers: nn.ModuleList,
     active: Sequence[int],
     others: Iterable[tuple[nn.Parameter, bool]] = (),
     optimizers: Iterable[Optimizer] = (),
 ) -> None:
     """Lets some decoder blocks train and freezes the rest.
 
-    A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers: moments and projectors are
-    freed, so that memory does not grow with the blocks that have ever been active. Call it between two optimizer steps.
+    A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers: moments and
+    projectors are freed, so that memory does not grow with the blocks that have ever been active. Call it between two
+    optimizer steps.
 
     Args:
         layers: The decoder blocks, see ``decoder_layers``.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ows_lightning.errors import UsageError
@@ -32,13 +32,15 @@ Part = Literal["embeddings", "lm_head", "norm"]
 class LayerwiseSampling(Callback):
     """Trains a few sampled decoder blocks at a time: OWS (arXiv 2405.18380), LISA and their relatives.
 
-    Every ``interval_steps`` optimizer steps, ``activated_layers`` distinct blocks are drawn, in proportion to the blocks' share of
-    outliers for OWS and uniformly for LISA. Only these train until the next draw; frozen blocks have no gradient and no optimizer
-    state, and their weights stay bit-identical. Works with any optimizer and any LightningModule that holds a causal LM.
+    Every ``interval_steps`` optimizer steps, ``activated_layers`` distinct blocks are drawn, in proportion to the
+    blocks' share of outliers for OWS and uniformly for LISA. Only these train until the next draw; frozen blocks have
+    no gradient and no optimizer state, and their weights stay bit-identical. Works with any optimizer and any
+    LightningModule that holds a causal LM.
 
-    When it acts: scores are computed and the first blocks drawn in ``on_train_start``, when every parameter is registered with the
-    optimizer and a checkpoint's state is restored; each further draw happens in ``on_train_batch_start`` of the first batch
-    after the boundary, so once per boundary whatever ``accumulate_grad_batches`` is. The draw of interval i depends on ``seed`` and i
+    When it acts: scores are computed and the first blocks drawn in ``on_train_start``, when every parameter is
+    registered with the optimizer and a checkpoint's state is restored; each further draw happens in
+    ``on_train_batch_start`` of the first batch after the boundary, so once per boundary whatever
+    ``accumulate_grad_batches`` is. The draw of interval i depends on ``seed`` and i
     alone: a resumed run draws what the uninterrupted one would have drawn, and every rank draws the same.
 
     What does not work with it: optimizers that are built from the parameters trainable at the moment (freeze nothing
@@ -54,8 +56,8 @@ class LayerwiseSampling(Callback):
         calibration_samples: Training rows whose activations the scores are computed from.
         scores: A JSON file written by ``score`` or by an earlier run; nothing is computed then.
         rescore_every: Compute the scores anew after this many intervals; None keeps the first ones.
-        always_train: What outside the blocks trains at all: ``embeddings``, ``lm_head``, ``norm``. A weight that embeddings and head
-            share trains if either is named.
+        always_train: What outside the blocks trains at all: ``embeddings``, ``lm_head``, ``norm``. A weight that
+            embeddings and head share trains if either is named.
         seed: Seeds the draws and the choice of calibration rows.
 
     Raises:
@@ -137,7 +139,7 @@ class LayerwiseSampling(Callback):
             self._draw(trainer)
 
     def should_draw(self, step: int) -> bool:
-        """Whether optimizer step number ``step`` (from 0) needs a draw that has not happened. Override to draw at other times."""
+        """Whether optimizer step ``step`` (from 0) needs a draw that has not happened. Override to draw at other times."""
         return step // self.interval_steps > self.history[-1][0]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +147,8 @@ class LayerwiseSampling(Callback):
         never = sorted(set(range(len(self._layers))) - {block for _, _, blocks in self.history for block in blocks})
         if never:
             log.warning(
-                "%d of %d blocks never trained in %d intervals: %s. More `activated_layers` or a shorter `interval_steps` reach more.",
+                "%d of %d blocks never trained in %d intervals: %s. A higher `activated_layers` or a lower `interval_steps` "
+                "reaches more.",
                 len(never),
                 len(self._layers),
                 len(self.history),
@@ -160,10 +163,14 @@ class LayerwiseSampling(Callback):
 
     # ------------------------------------------------------------------ what it does
 
-    def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the sampling probabilities and writes them down."""
-        start = time.perf_counter()
-        num_layers, samples = len(self._layers), 0
+    def compute_scores(self, pl_module: LightningModule, loader: Any) -> OutlierScores:
+        """Returns the blocks' scores and the probabilities that follow from them.
+
+        Args:
+            pl_module: The module with the model.
+            loader: The train DataLoader; calibration rows are taken from its data set, not from its position.
+        """
+        num_layers, samples = len(decoder_layers(pl_module)), 0
         ratios: Sequence[float] | Tensor = torch.zeros(num_layers)
         if self.scores is not None:
             known = OutlierScores.load(Path(self.scores))
@@ -172,26 +179,19 @@ class LayerwiseSampling(Callback):
             ratios = layer_weight_norms(pl_module)
         elif self.distribution in ("outlier", "outlier_reverse"):
             samples = self.calibration_samples
-            ratios = layer_outlier_ratios(pl_module, self._calibration_batches(trainer), self.threshold)
-        probabilities = sampling_probabilities(ratios, self.distribution)
-        self.probabilities = trainer.strategy.broadcast(probabilities)
-        self.outlier_scores = OutlierScores(
+            ratios = layer_outlier_ratios(pl_module, self._calibration_batches(loader), self.threshold)
+        return OutlierScores(
             model=getattr(getattr(causal_lm(pl_module), "config", None), "_name_or_path", ""),
             num_layers=num_layers,
             threshold=self.threshold,
             calibration_samples=samples,
             distribution=self.distribution,
             outlier_ratios=torch.as_tensor(ratios).tolist(),
-            probabilities=self.probabilities.tolist(),
+            probabilities=sampling_probabilities(ratios, self.distribution).tolist(),
         )
-        self._log_metrics(trainer, {"scoring_s": time.perf_counter() - start})
-        folder = self._folder(trainer)
-        if trainer.is_global_zero:
-            self.outlier_scores.save(folder / "outlier_scores.json")
 
-    def _calibration_batches(self, trainer: Trainer) -> Iterable[dict[str, Tensor]]:
+    def _calibration_batches(self, loader: Any) -> Iterable[dict[str, Tensor]]:
         """Training rows, the same on every rank, through a loader of their own so that the run's data order stays as it is."""
-        loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader):
             raise UsageError("sampling.scores: give a file from `main.py score`; calibration needs a single train DataLoader")
         dataset = loader.dataset
@@ -201,6 +201,16 @@ class LayerwiseSampling(Callback):
         size = min(loader.batch_size or 1, self.calibration_samples)
         batches = DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn)
         return itertools.islice(batches, -(-self.calibration_samples // size))
+
+    def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the sampling probabilities of the coming intervals, and writes them down."""
+        start = time.perf_counter()
+        self.outlier_scores = trainer.strategy.broadcast(self.compute_scores(pl_module, trainer.train_dataloader))
+        self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
+        self._log_metrics(trainer, {"scoring_s": time.perf_counter() - start})
+        folder = self._folder(trainer)
+        if trainer.is_global_zero:
+            self.outlier_scores.save(folder / "outlier_scores.json")
 
     def _draw(self, trainer: Trainer) -> None:
         """Draws the blocks of a new interval and lets them train."""

@@ -63,3 +63,11 @@ class OutlierScores:
                 "run `main.py score` with this model"
             )
         return self.outlier_ratios
+
+    def table(self) -> str:
+        """Returns the scores as lines of text, a block a line."""
+        rows = zip(self.outlier_ratios, self.probabilities, strict=True)
+        return "\n".join(
+            ["block   outliers %   probability"]
+            + [f"{index:>5}   {ratio:>10.4f}   {probability:>11.4f}" for index, (ratio, probability) in enumerate(rows)]
+        )
