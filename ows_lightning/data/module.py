@@ -382,6 +382,9 @@ class InstructionDataModule(LightningDataModule):
             raise UsageError("data.streaming: a stream has no end; set trainer.max_steps")
         # A known length keeps Lightning from fetching a batch ahead, which its checkpoints would count as seen.
         rows = self._stream_rows(trainer.max_steps * trainer.accumulate_grad_batches * self.batch_size)
+        warnings.filterwarnings(
+            "ignore", "Your `IterableDataset` has `__len__` defined"
+        )  # Lightning's, when it sees the loader
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")
             return StatefulDataLoader(

@@ -85,16 +85,17 @@ class StreamRows(IterableDataset[Item]):
         self._state = state
 
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
-        documents = []
+        documents: list[tuple[list[int], list[int]]] = []
+        dropped: dict[str, None] = {}  # in order, and once each
         for entry in block:
             encoded = self.encoder.encode(json.loads(entry["example"]), entry["where"])
-            if not encoded and number == 0:
-                rank_zero_warn(f"data.dataset: {entry['where']} has no answer to train on and is left out.")
             documents += [(row.input_ids, row.labels) for row in encoded]
-        if not documents:
-            raise UsageError(
-                f"data.dataset: none of the {len(block)} rows from {block[0]['where']} on has an answer to train on"
-            )
+            dropped |= {} if encoded else {entry["where"]: None}
+        if dropped and number == 0:
+            named = ", ".join(list(dropped)[:10]) + (", ..." if len(dropped) > 10 else "")
+            if not documents:
+                raise UsageError(f"data.dataset: none of the first {len(dropped)} rows has an answer to train on: {named}")
+            rank_zero_warn(f"data.dataset: of the first {BLOCK} rows those without an answer are left out: {named}")
         rows = [[i] for i in range(len(documents))]
         if self.packing:
             rows = pack([len(ids) for ids, _ in documents], self.encoder.max_seq_length)

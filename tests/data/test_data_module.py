@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from ows_lightning.data import InstructionDataModule, stream, tables
+from ows_lightning.errors import UsageError
+from tests.data.samples import pairs, tiny_tokenizer
+from tests.tiny import tiny_model
+
+Write = Callable[..., str]
+
+
+class Recorder(lightning.LightningModule):
+    """Remembers the answers of every training batch, with the optimizer step that they were part of."""
+
+    def __init__(self, model: torch.nn.Module | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.language_model = model
+        self.tokenizer = tiny_tokenizer()
+        self.seen: list[tuple[int, list[str]]] = []
+        self.validated: list[dict[str, Any]] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.seen.append((self.global_step, answers(self.tokenizer, batch)))
+        return self.weight.sum()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validated.append(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def answers(tokenizer: Any, batch: dict[str, Tensor]) -> list[str]:
+    """The trained text of every row."""
+    return [tokenizer.decode(row[row != -100]).replace("<|im_end|>", "|") for row in batch["labels"]]
+
+
+def make(dataset: Any, **settings: Any) -> InstructionDataModule:
+    settings = {"val_size": 0, "batch_size": 2, "tokenizer": tiny_tokenizer(), **settings}
+    return InstructionDataModule(dataset, **settings)
+
+
+def ready(dataset: Any, **settings: Any) -> InstructionDataModule:
+    data = make(dataset, **settings)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def epoch(data: InstructionDataModule) -> list[str]:
+    return [row for batch in data.train_dataloader() for row in answers(data.tokenizer, batch)]
+
+
+def fit(
+    data: InstructionDataModule, ckpt_path: Path | None = None, module: Recorder | None = None, **settings: Any
+) -> Recorder:
+    module = module or Recorder()
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    settings = {"logger": False, "enable_checkpointing": "callbacks" in settings, **quiet, **settings}
+    lightning.Trainer(**settings).fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return module
+
+
+def test_a_batch_and_what_is_said_of_the_data(jsonl: Write) -> None:
+    data = ready(jsonl(pairs(10)), val_size=0.2)
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    summary = data.summary()
+    assert (summary["rows"], summary["validation_rows"], summary["dropped_rows"]) == (8, 2, 0)
+    labels = torch.cat([batch["labels"].flatten() for batch in data.train_dataloader()])
+    assert summary["target_tokens"] == (labels != -100).sum()
+    pieces = data.sample_row()
+    assert [trained for _, trained in pieces] == [False, True, False]
+    assert "<|im_start|>user\nquestion" in pieces[0][0]
+    assert pieces[1][0].startswith("answer")
+
+
+@pytest.mark.parametrize(("val_size", "rows"), [(0, 0), (0.25, 5), (3, 3)])
+def test_val_size_splits_off_rows_by_seed(jsonl: Write, val_size: int | float, rows: int) -> None:
+    file = jsonl(pairs(20))
+    data = ready(file, val_size=val_size)
+    held_out = [row for loader in data.val_dataloader() for batch in loader for row in answers(data.tokenizer, batch)]
+    assert len(held_out) == rows
+    assert sorted(held_out + epoch(data)) == sorted(f"answer {i}|" for i in range(20))
+    if rows:
+        again, other = ready(file, val_size=val_size), ready(file, val_size=val_size, seed=1)
+        assert again.sample_row() == data.sample_row()
+        assert set(epoch(other)) != set(epoch(data))
+
+
+def test_prompts_with_their_references(jsonl: Write) -> None:
+    rows = [{"instruction": f"q{'?' * i}", "output": f"it is {i}", "answer": str(i), "choices": ["0", "1"]} for i in range(2)]
+    data = ready(jsonl(pairs(3)), test_dataset=jsonl(rows, "test.jsonl"))
+    (batch,) = data.predict_dataloader()
+    assert batch["reference"] == ["it is 0", "it is 1"]
+    assert batch["prompt"][1] == "<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n"
+    assert (batch["answer"], batch["choices"], batch["row"].tolist()) == (["0", "1"], [["0", "1"]] * 2, [0, 1])
+    assert batch["attention_mask"][0, 0] == 0
+    assert batch["attention_mask"][:, -1].all()
+    assert data.tokenizer.decode(batch["input_ids"][1]) == batch["prompt"][1]
+
+
+def test_exact_match_rows_come_as_a_second_loader(jsonl: Write) -> None:
+    module = fit(make(jsonl(pairs(6)), val_size=3, exact_match_rows=2, tokenizer=None), max_epochs=1)
+    assert ["labels" in batch for batch in module.validated] == [True, True, False]
+    assert len(module.validated[-1]["reference"]) == 2
+
+
+def test_tokens_are_cached_by_content_tokenizer_and_settings(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    encode = tables.Encoder.encode
+    monkeypatch.setattr(tables.Encoder, "encode", lambda self, *args: encoded.append(args) or encode(self, *args))
+    file = jsonl(pairs(5))
+
+    def encodings(file: str, **settings: Any) -> int:
+        encoded.clear()
+        ready(file, **settings)
+        return len(encoded)
+
+    assert encodings(file) == 5
+    assert encodings(file) == encodings(jsonl(pairs(5)), batch_size=1, seed=5) == 0
+    assert encodings(file, max_seq_length=20) == encodings(file, train_on_prompt=True) == 5
+    assert encodings(file, tokenizer=tiny_tokenizer("llama3")) == 5
+    assert encodings(jsonl(pairs(6))) == 6
+
+
+def test_many_rows_are_tokenised_by_several_processes_alike(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = jsonl(pairs(100))
+    alone = ready(file)
+    monkeypatch.setattr(tables, "_ROWS_PER_PROCESS", 50)
+    monkeypatch.setattr(tables.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    data = ready(file, max_seq_length=511)
+    assert data.summary() == alone.summary()
+    assert epoch(data) == epoch(alone)
+
+
+def test_sources_are_joined_or_mixed_by_weight(jsonl: Write) -> None:
+    many = jsonl(pairs(30), "many.jsonl")
+    few = jsonl([{"instruction": "q", "output": f"other {i}"} for i in range(4)], "few.jsonl")
+    assert len(epoch(ready([many, few]))) == 34
+    mixed = epoch(ready({many: 3, few: 1}))
+    assert len(mixed) == 40
+    assert sorted(mixed.count(f"other {i}|") for i in range(4)) == [2, 2, 3, 3]
+    held_out = ready({many: 3, few: 1}, val_size=10)
+    (loader,) = held_out.val_dataloader()
+    validated = {row for batch in loader for row in answers(held_out.tokenizer, batch)}
+    assert len(validated) == 10
+    assert not validated & set(epoch(held_out))
+
+
+def test_rows_without_an_answer_are_named(jsonl: Write, recwarn: pytest.WarningsRecorder) -> None:
+    rows = [*pairs(3), {"prompt": "q", "completion": ""}, {"prompt": "q", "completion": None}]
+    data = ready(jsonl(rows))
+    assert data.summary()["dropped_rows"] == 2
+    assert len(epoch(data)) == 3
+    assert any(
+        "data.dataset: 2 of 5 rows have no answer to train on and are left out: rows.jsonl line 4, rows.jsonl line 5"
+        in str(warning.message)
+        for warning in recwarn
+    )
+
+
+def test_packing_makes_full_rows_of_documents_that_start_anew(jsonl: Write) -> None:
+    data = ready(jsonl(pairs(50)), packing=True, max_seq_length=128, batch_size=4)
+    summary = data.summary()
+    assert summary["documents"] == 50
+    assert summary["tokens"] / (summary["rows"] * 128) > 0.8
+    batches = list(data.train_dataloader())
+    assert all(set(batch) == {"input_ids", "labels", "position_ids"} for batch in batches)
+    starts = torch.cat([batch["labels"][batch["position_ids"] == 0] for batch in batches])
+    assert (starts == -100).all()
+    labels = torch.cat([batch["labels"].flatten() for batch in batches])
+    assert (labels != -100).sum() == summary["target_tokens"]
+
+
+def test_packing_is_refused_for_a_model_that_would_mix_documents(jsonl: Write) -> None:
+    file = jsonl(pairs(5))
+    fit(make(file, packing=True), module=Recorder(tiny_model("llama", vocab_size=320)), max_steps=1)
+    with pytest.raises(UsageError, match=r"^data\.packing: OPTModel would mix"):
+        fit(make(file, packing=True), module=Recorder(tiny_model("opt", vocab_size=320)), max_steps=1)
+
+
+STREAM = {"streaming": True, "val_size": 2}
+RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"max_epochs": 3}, {}),
+    ({"max_epochs": 3, "accumulate_grad_batches": 2, "val_check_interval": 2}, {"val_size": 2}),
+    ({"max_steps": 12, "max_epochs": -1}, {"group_by_length": True}),
+    ({"max_steps": 8, "max_epochs": -1, "limit_train_batches": 3}, {"val_size": 2}),
+    ({"max_epochs": 2}, {"num_workers": 1, "packing": True, "max_seq_length": 40}),
+    ({"max_steps": 9}, STREAM),
+    ({"max_steps": 5, "accumulate_grad_batches": 2}, {**STREAM, "packing": True, "max_seq_length": 64}),
+    ({"max_steps": 6}, {**STREAM, "num_workers": 1}),
+]
+
+
+@pytest.mark.parametrize(("run", "settings"), RUNS)
+@pytest.mark.parametrize("every", ["every_n_train_steps", "every_n_epochs"])
+def test_a_resumed_run_sees_the_remaining_batches(
+    jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: dict[str, Any], settings: dict[str, Any], every: str
+) -> None:
+    monkeypatch.setattr(stream, "BLOCK", 4)
+    file = jsonl(pairs(10))
+    checkpoints = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True, **{every: 1})
+    whole = fit(make(file, tokenizer=None, **settings), callbacks=[checkpoints], **run).seen
+    saved = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    assert saved
+    for checkpoint in saved[:: max(1, len(saved) // 5)]:
+        step = int(checkpoint.stem.removeprefix("step="))
+        rest = fit(make(file, tokenizer=None, **settings), ckpt_path=checkpoint, **run).seen
+        assert rest == [batch for batch in whole if batch[0] >= step], checkpoint.name
+
+
+def test_epochs_have_different_orders_and_all_rows(jsonl: Write) -> None:
+    seen = [row for _, rows in fit(make(jsonl(pairs(9))), max_epochs=2).seen for row in rows]
+    first, second = seen[:9], seen[9:]
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+def test_overfitting_a_batch(jsonl: Write) -> None:
+    seen = fit(make(jsonl(pairs(9))), max_epochs=2, overfit_batches=1).seen
+    assert seen[0][1] == seen[1][1]
+
+
+class Shares(Recorder):
+    """Writes what its rank saw to a file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self) -> None:
+        torch.save((self.seen, [len(b["input_ids"]) for b in self.validated]), self.folder / f"rank{self.global_rank}.pt")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_processes_share_the_batches_of_one(jsonl: Write, tmp_path: Path, streaming: bool) -> None:
+    file = jsonl(pairs(18))
+    settings = {"streaming": streaming, "val_size": 3, "tokenizer": None}
+    run: dict[str, Any] = {"max_steps": 4, "val_check_interval": 4}
+    whole = fit(make(file, batch_size=4, **settings), **run)
+    fit(make(file, batch_size=2, **settings), module=Shares(tmp_path), devices=2, strategy="ddp_fork", **run)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for (step, batch), (_, one), (_, two) in zip(whole.seen, ranks[0][0], ranks[1][0], strict=True):
+        parts = [row for row in itertools.chain(*zip(one, two, strict=True)) if row]
+        assert parts == batch, step
+    assert [sum(sizes) for _, sizes in ranks] == [2, 2]
+
+
+def test_streams_hold_out_their_first_rows_and_repeat(jsonl: Write) -> None:
+    data = make(jsonl(pairs(7)), streaming=True, val_size=2, tokenizer=None)
+    module = fit(data, max_steps=5, limit_val_batches=10, val_check_interval=5)
+    seen = [row for _, rows in module.seen for row in rows]
+    assert {row for batch in module.validated for row in answers(module.tokenizer, batch)} == {"answer 0|", "answer 1|"}
+    assert sorted(set(seen)) == [f"answer {i}|" for i in range(2, 7)]
+    assert seen.count("answer 3|") == 2
+    assert data.summary() == {"validation_rows": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+        ({"eval_batch_size": 0}, "data.eval_batch_size must be at least 1, got 0"),
+        ({"max_seq_length": 1}, "data.max_seq_length must be at least 2, got 1"),
+        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+        ({"val_size": 1.0}, "data.val_size must be a fraction below 1 or a number of rows, got 1.0"),
+        ({"val_size": -1}, "data.val_size must be a fraction below 1 or a number of rows, got -1"),
+        ({"dataset": ""}, "data.dataset names no source"),
+        ({"dataset": {"a.jsonl": 0}}, "data.dataset: the weight of 'a.jsonl' must be above 0, got 0"),
+        ({"data_format": "alpacca"}, "data.data_format must be one of messages, sharegpt, .*, got 'alpacca'"),
+        ({"columns": {"instructions": "x"}}, "data.columns: 'instructions' is no column of a format; those are answer, "),
+        ({"streaming": True, "val_size": 0.1}, "data.val_size: 0.1 of a stream is not known; give a number of rows, or 0"),
+        ({"streaming": True, "group_by_length": True}, "data.group_by_length: the rows of a stream"),
+        ({"packing": True, "group_by_length": True}, "data.group_by_length does nothing for packed rows"),
+    ],
+)
+def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make(**{"dataset": "rows.jsonl", **settings})
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([], {}, "data.dataset: .*rows.jsonl has no rows"),
+        (pairs(3), {"val_size": 3}, "data.val_size: 3 of 3 rows leaves none to train on; set val_size: 0"),
+        (pairs(1), {"val_size": 0.1}, "data.val_size: 0.1 of 1 rows leaves none to train on"),
+        (pairs(3), {"columns": {"output": "complition"}}, "rows.jsonl line 1 has no column 'complition' .*'completion'"),
+        ([*pairs(2), {"prompt": "q"}], {}, "rows.jsonl line 3 has no column 'completion' or 'answer'"),
+        ([{"prompt": "q", "ouput": "a"}], {}, "rows.jsonl line 1: columns 'prompt', 'ouput' fit no format"),
+        (pairs(2), {"data_format": "alpaca"}, "rows.jsonl line 1 has no column 'instruction', which alpaca rows need"),
+        (pairs(2), {"eval_dataset": "nowhere.jsonl"}, "data.eval_dataset: no file matches 'nowhere.jsonl'"),
+        (pairs(2), {"streaming": True, "dataset": "nowhere.jsonl"}, "data.dataset: no file matches 'nowhere.jsonl'"),
+        ([{"prompt": "q"}], {"streaming": True}, "rows.jsonl line 1: columns 'prompt' fit no format"),
+    ],
+)
+def test_check_finds_what_is_wrong_without_a_tokenizer(
+    jsonl: Write, rows: list[dict[str, Any]], settings: dict[str, Any], message: str
+) -> None:
+    data = make(**{"dataset": jsonl(rows), "tokenizer": None, **settings})
+    with pytest.raises(UsageError, match=message) as caught:
+        data.check()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_set_without_any_target_is_an_error(jsonl: Write) -> None:
+    rows = [{"prompt": "q", "completion": ""}] * 2
+    with pytest.raises(UsageError, match=r"^data.dataset: none of 2 rows has a target token .*: rows.jsonl line 1, rows"):
+        ready(jsonl(rows))
+    with pytest.raises(UsageError, match=r"^data.dataset: none of the first 2 rows has an answer to train on: rows"):
+        ready(jsonl(rows), streaming=True).sample_row()
+
+
+def test_streams_need_an_end(jsonl: Write) -> None:
+    with pytest.raises(UsageError, match=r"^data.streaming: a stream has no end; set trainer.max_steps"):
+        fit(make(jsonl(pairs(3)), streaming=True), max_epochs=1)
+
+
+def test_without_a_tokenizer(jsonl: Write) -> None:
+    with pytest.raises(UsageError, match=r"^data.tokenizer: name a tokenizer"):
+        ready(jsonl(pairs(3)), tokenizer=None)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ows_lightning.data.formats import recognise, rename, split_prompt, to_example
+from ows_lightning.errors import UsageError
+
+QUESTION = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def example(row: dict[str, Any]) -> dict[str, Any]:
+    return to_example(row, recognise(row, "row 1"), "row 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "q", "input": "", "output": "a"}, [QUESTION, ANSWER]),
+        ({"instruction": "q", "input": "x", "output": "a"}, [{"role": "user", "content": "q\n\nx"}, ANSWER]),
+        ({"instruction": "q", "output": "a", "system": "s"}, [{"role": "system", "content": "s"}, QUESTION, ANSWER]),
+        ({"prompt": "q", "completion": "a"}, [QUESTION, ANSWER]),
+        ({"prompt": [QUESTION], "completion": [ANSWER]}, [QUESTION, ANSWER]),
+        ({"prompt": [QUESTION, ANSWER, QUESTION], "completion": "a"}, [QUESTION, {**ANSWER, "weight": 0}, QUESTION, ANSWER]),
+        ({"messages": [QUESTION, ANSWER]}, [QUESTION, ANSWER]),
+        ({"messages": '[{"role": "user", "content": "q"}]'}, [QUESTION]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}], "name": None}]}, [QUESTION]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [QUESTION, ANSWER]),
+        ({"prompt": "q", "choices": ["x", "a"], "answer": 1}, [QUESTION, ANSWER]),
+        ({"instruction": "q", "answer": "a"}, [QUESTION, ANSWER]),
+    ],
+)
+def test_every_format_becomes_a_conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    assert example(row)["messages"] == messages
+
+
+def test_plain_text() -> None:
+    assert example({"text": "t"}) == {"text": "t"}
+
+
+def test_tools_and_their_calls_reach_the_chat_template() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    row = {
+        "messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": '[{"type": "function"}]',
+    }
+    made = example(row)
+    assert made["tools"] == [{"type": "function"}]
+    assert made["messages"][1]["content"] == ""
+    assert made["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+def test_answer_and_choices_are_kept() -> None:
+    made = example({"instruction": "q", "output": "the answer is b", "answer": "b", "choices": ["a", "b"]})
+    assert (made["answer"], made["choices"]) == ("b", ["a", "b"])
+
+
+def test_split_prompt_cuts_before_the_last_answer() -> None:
+    assert split_prompt([QUESTION, ANSWER, QUESTION, ANSWER]) == ([QUESTION, ANSWER, QUESTION], "a")
+    assert split_prompt([QUESTION]) == ([QUESTION], "")
+
+
+def test_columns_are_renamed() -> None:
+    assert rename({"question": "q", "reply": "a"}, {"instruction": "question", "output": "reply"}, "row 1") == {
+        "instruction": "q",
+        "output": "a",
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"instruction": "q", "ouput": "a"},
+            "columns 'instruction', 'ouput' fit no format; .* did you mean 'output' by 'ouput'",
+        ),
+        ({"messages": []}, "row 1: 'messages' must be a list of messages, got an empty list"),
+        ({"messages": [{"role": "usr", "content": "q"}]}, "row 1: 'messages' entry 1 has the role 'usr'; known are .*user"),
+        ({"messages": [{"role": "user"}]}, "row 1: 'messages' entry 1: the content must be text, got nothing"),
+        ({"messages": ["q"]}, "row 1: 'messages' entry 1 must be an object with role and content, got text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "entry 1: the content must be text, got a list"),
+        ({"prompt": "q", "completion": 4}, "row 1: 'completion' must be text, got a number"),
+        ({"instruction": ["q"], "output": "a"}, "row 1: 'instruction' must be text, got a list"),
+        ({"messages": [QUESTION], "tools": "{"}, "row 1: 'tools' is not valid JSON"),
+    ],
+)
+def test_wrong_rows_are_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        example(row)
+
+
+def test_a_row_that_lacks_a_column_of_the_others() -> None:
+    with pytest.raises(
+        UsageError, match=r"row 7 has no column 'output' or 'answer', which alpaca rows need \(columns: instruction\)"
+    ):
+        to_example({"instruction": "q"}, "alpaca", "row 7")
+
+
+def test_a_renamed_column_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match=r"data.columns.output: row 1 has no column 'respones' .*did you mean 'response'"):
+        rename({"instruction": "q", "response": "a"}, {"output": "respones"}, "row 1")

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from ows_lightning.data.masking import Encoded, Encoder, with_chat_template
+from ows_lightning.errors import UsageError
+from tests.data.samples import TEMPLATES, tiny_tokenizer
+
+Messages = list[dict[str, Any]]
+TWO_TURNS: Messages = [
+    {"role": "user", "content": "who is the third"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "the question"},
+    {"role": "assistant", "content": "the answer is no"},
+]
+SYSTEM: Messages = [{"role": "system", "content": "be brief"}]
+
+
+def encoder(template: str = "chatml", max_seq_length: int = 512, **settings: Any) -> Encoder:
+    return Encoder(with_chat_template(tiny_tokenizer(template)), max_seq_length, **settings)
+
+
+def encode(messages: Messages, *args: Any, **settings: Any) -> tuple[Encoder, list[Encoded]]:
+    made = encoder(*args, **settings)
+    return made, made.encode({"messages": messages}, "row 1")
+
+
+def trained(made: Encoder, row: Encoded) -> list[str]:
+    """The runs of trained tokens as text."""
+    runs: list[list[int]] = []
+    before = -100
+    for label in row.labels:
+        if label != -100:
+            runs.append([]) if before == -100 else None
+            runs[-1].append(label)
+        before = label
+    return [made.tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>", "none": "</s>"}.items(),
+)
+def test_every_answer_is_trained_with_its_end_of_turn(template: str, end: str) -> None:
+    made, (row,) = encode(TWO_TURNS, template)
+    first, last = trained(made, row)
+    assert first == f"yes{end}"
+    assert last.startswith(f"the answer is no{end}")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_tokens_are_those_of_the_whole_conversation(template: str) -> None:
+    made, rows = encode(TWO_TURNS, template)
+    assert rows[0].input_ids == made.tokenizer.apply_chat_template(TWO_TURNS).input_ids
+
+
+def test_the_space_that_the_template_puts_before_an_answer_is_trained() -> None:
+    made, (row,) = encode(TWO_TURNS, "mistral")
+    assert trained(made, row) == [" yes</s>", " the answer is no</s>"]
+
+
+def test_real_tokenizer_and_template(smollm2: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "Où est 🙂?"}, {"role": "assistant", "content": "Ici: 🙂, çà et là."}]
+    made = Encoder(smollm2, 512)
+    (row,) = made.encode({"messages": messages}, "row 1")
+    assert trained(made, row) == ["Ici: 🙂, çà et là.<|im_end|>"]
+    assert row.input_ids == smollm2.apply_chat_template(messages).input_ids
+    text, prompt = made.encode_prompt({"messages": messages}, "row 1")
+    assert row.input_ids[: len(prompt)] == prompt
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_answers_that_the_template_rewrites_are_trained_as_rows_of_their_own() -> None:
+    thinking = [
+        {**m, "content": f"<think>\nhm\n</think>\n\n{m['content']}"} if m["role"] == "assistant" else m for m in TWO_TURNS
+    ]
+    made, rows = encode(thinking, "qwen3")
+    assert [trained(made, row) for row in rows] == [
+        ["<think>\nhm\n</think>\n\nthe answer is no<|im_end|>"],
+        ["<think>\nhm\n</think>\n\nyes<|im_end|>"],
+    ]
+    assert "hm" not in made.tokenizer.decode(rows[0].input_ids).split("the question")[0]
+
+
+def test_last_turn_only() -> None:
+    made, (row,) = encode(TWO_TURNS, last_turn_only=True)
+    assert trained(made, row) == ["the answer is no<|im_end|>"]
+
+
+def test_train_on_prompt_trains_every_token() -> None:
+    _, (row,) = encode(TWO_TURNS, train_on_prompt=True)
+    assert row.labels == [-100, *row.input_ids[1:]]
+
+
+def test_messages_of_weight_zero_are_not_trained() -> None:
+    made, (row,) = encode([TWO_TURNS[0], {**TWO_TURNS[1], "weight": 0}, *TWO_TURNS[2:]])
+    assert trained(made, row) == ["the answer is no<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        TWO_TURNS[:1],
+        [TWO_TURNS[0], {"role": "assistant", "content": "  "}],
+        [{"role": "assistant", "content": "nobody asked"}],
+    ],
+)
+def test_rows_without_a_target_are_left_out(messages: Messages) -> None:
+    assert encode(messages)[1] == []
+
+
+def test_a_system_message_that_the_template_refuses_joins_the_first_question() -> None:
+    made, (row,) = encode(SYSTEM + TWO_TURNS, "gemma")
+    assert "user\nbe brief\n\nwho is the third" in made.tokenizer.decode(row.input_ids)
+    assert len(trained(made, row)) == 2
+
+
+def test_messages_that_the_template_refuses_name_the_row() -> None:
+    with pytest.raises(UsageError, match=r"^row 1: the tokenizer's chat template refuses the messages: .*must alternate"):
+        encode([TWO_TURNS[0], TWO_TURNS[0], TWO_TURNS[1]], "gemma")
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+@pytest.mark.parametrize("length", [2, 3, 8, 20, 40])
+def test_long_rows_keep_their_answer(template: str, length: int) -> None:
+    messages = [{"role": "user", "content": "who is the third " * 30}, {"role": "assistant", "content": "the answer is yes"}]
+    whole = encode(messages, template)[1][0]
+    made, (row,) = encode(messages, template, max_seq_length=length)
+    answer = [label for label in whole.labels if label != -100]
+    assert row.truncated
+    assert len(row.input_ids) <= length
+    kept = [label for label in row.labels if label != -100]
+    assert kept == answer[: max(1, min(len(answer), length - 1 - (template == "llama3" and length > 2)))]
+    if template == "llama3" and length > 2:
+        assert row.input_ids[0] == made.tokenizer.bos_token_id
+
+
+def test_plain_text_is_all_trained_ended_and_cut_at_its_end() -> None:
+    made = encoder("none", max_seq_length=6)
+    (row,) = made.encode({"text": "the answer"}, "row 1")
+    assert made.tokenizer.decode(row.input_ids) == "the answer</s>"
+    assert row.labels == [-100, *row.input_ids[1:]]
+    (long,) = made.encode({"text": "who is the third " * 30}, "row 1")
+    assert long.truncated
+    assert made.tokenizer.decode(long.input_ids).startswith("who")
+
+
+def test_the_plain_template_goes_with_the_tokenizer() -> None:
+    tokenizer = with_chat_template(tiny_tokenizer("none"))
+    prompt = tokenizer.apply_chat_template(SYSTEM + TWO_TURNS[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "### System:\nbe brief\n\n### Instruction:\nwho is the third\n\n### Response:\n"
+
+
+def test_a_tokenizer_without_end_of_sequence_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UsageError, match="end-of-sequence"):
+        with_chat_template(tokenizer)
+
+
+def test_long_prompts_lose_their_start() -> None:
+    made = encoder("llama3", max_seq_length=20)
+    _, ids = made.encode_prompt({"messages": [{"role": "user", "content": "who is the third " * 30}]}, "row 1")
+    assert len(ids) == 20
+    assert made.tokenizer.decode(ids).startswith("<s>")
+    assert made.tokenizer.decode(ids).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ows_lightning.data.sources import content_hash, read_rows, resolve
+from ows_lightning.errors import UsageError
+
+ROWS = [{"prompt": "é", "completion": "a"}, {"prompt": "q", "completion": "b"}]
+
+
+def write(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
+    """Write rows in the format that the name asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        lines = ["prompt,completion", *(f'"{row["prompt"]}",{row["completion"]}' for row in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    else:
+        path.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(name: str | Path, split: str = "train") -> list[dict[str, str]]:
+    return [row for _, row in read_rows(resolve(str(name), "dataset", split))]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_files(tmp_path: Path, suffix: str) -> None:
+    assert rows_of(write(tmp_path / f"rows.{suffix}")) == ROWS
+
+
+def test_json_under_other_shapes(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"data": ROWS}))
+    assert rows_of(file) == ROWS
+    file.write_text("\n".join(map(json.dumps, ROWS)))
+    assert rows_of(file) == ROWS
+    file.write_text("\ufeff" + json.dumps(ROWS[0]), encoding="utf-8")
+    assert rows_of(file) == ROWS[:1]
+
+
+def test_directories_and_globs(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "more" / "b.csv")
+    assert rows_of(tmp_path) == ROWS * 2
+    assert rows_of(tmp_path / "*.jsonl") == ROWS
+
+
+def test_a_directory_whose_files_name_splits_gives_the_split(tmp_path: Path) -> None:
+    write(tmp_path / "boolq_train.jsonl", ROWS[:1])
+    write(tmp_path / "boolq_test.jsonl", ROWS[1:])
+    assert rows_of(tmp_path) == ROWS[:1]
+    assert rows_of(tmp_path, "test") == ROWS[1:]
+    with pytest.raises(UsageError, match=r"no file in .* is named for data.split 'validation' \(files: boolq_test.jsonl"):
+        rows_of(tmp_path, "validation")
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
+    assert rows_of(tmp_path / "one") == ROWS
+    assert rows_of(tmp_path / "splits", "test") == ROWS
+
+
+def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
+    source = resolve(str(write(tmp_path / "a.jsonl")), "dataset")
+    before = content_hash(source)
+    write(tmp_path / "a.jsonl")
+    assert content_hash(source) == before
+    write(tmp_path / "a.jsonl", ROWS[:1])
+    assert content_hash(source) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl has no rows"),
+        ("a.jsonl", b"\n\n", "a.jsonl has no rows"),
+        ("a.jsonl", b'{"a": 1}\n{"a": 1,}\n', "a.jsonl line 2 is not valid JSON: .* at column 9"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl line 2 is a list, not an object of columns and values"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a.jsonl line 2 is not UTF-8 \(byte 0xe9 at 8\); save it as UTF-8"),
+        ("a.json", b'[{"a": 1},\n{"a" 1}]', "a.json line 2 is not valid JSON: Expecting ':' delimiter at column 6"),
+        ("a.json", b"3", "a.json holds a int, not a list of objects"),
+        ("a.json", b"", "a.json has no rows"),
+        ("a.csv", b"prompt,completion\nq,a\nq\n", "a.csv line 3 has 1 fields where the header has 2"),
+        ("a.csv", b"prompt,completion\nq,a,b\n", "a.csv line 2 has 3 fields where the header has 2"),
+        ("a.csv", b"prompt,completion\n", "a.csv has no rows"),
+        ("a.parquet", b"PAR1", "a.parquet is not a readable parquet file"),
+    ],
+)
+def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        rows_of(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train.jsonl", "data.dataset: no file matches '.*train.jsonl'; did you mean '.*trian.jsonl'"),
+        ("*.csv", "data.dataset: no .jsonl, .json, .parquet, .csv file matches"),
+        ("empty", "data.dataset: the directory '.*empty' holds no .jsonl"),
+        ("notes.txt", "data.dataset: '.*notes.txt' is not a .jsonl"),
+    ],
+)
+def test_missing_files(tmp_path: Path, name: str, message: str) -> None:
+    write(tmp_path / "trian.jsonl")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UsageError, match=message):
+        resolve(str(tmp_path / name), "dataset")
+
+
+def test_an_unreachable_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"^data.eval_dataset: 'nobody/nothing:test' is neither a local file nor a data set"):
+        list(read_rows(resolve("nobody/nothing:test", "eval_dataset")))
