@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data import formats
@@ -22,7 +21,7 @@ from ows_lightning.data.loader import PromptRows, ResumableLoader, Rows, Sharded
 from ows_lightning.data.masking import IGNORED, Encoder, with_chat_template
 from ows_lightning.data.packing import pack, require_separate_documents
 from ows_lightning.data.sources import resolve
-from ows_lightning.data.stream import StreamRows
+from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.data.tables import EXAMPLES, column, mix, read_examples, stream_examples, tokenise
 from ows_lightning.errors import UsageError
 
@@ -215,7 +214,7 @@ class InstructionDataModule(LightningDataModule):
 
     def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
         """A training row after `setup`, decoded: pieces of text, each with whether it is trained."""
-        item = next(iter(self._stream_rows(length=1))) if self.streaming else self._rows["train"][index]
+        item = next(iter(self._stream_rows(length=1)))[0] if self.streaming else self._rows["train"][index]
         trained = np.asarray(item["labels"]) != IGNORED
         edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
         tokenizer = self._encoder().tokenizer
@@ -376,24 +375,20 @@ class InstructionDataModule(LightningDataModule):
             collate_fn=partial(collate_prompts, pad_token_id=self._pad_token_id),
         )
 
-    def _stream_dataloader(self) -> StatefulDataLoader:
+    def _stream_dataloader(self) -> StreamLoader:
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 1:
             raise UsageError("data.streaming: a stream has no end; set trainer.max_steps")
-        # A known length keeps Lightning from fetching a batch ahead, which its checkpoints would count as seen.
+        # A known length keeps Lightning from fetching a batch ahead, which checkpoints would count as seen; it warns of it.
         rows = self._stream_rows(trainer.max_steps * trainer.accumulate_grad_batches * self.batch_size)
-        warnings.filterwarnings(
-            "ignore", "Your `IterableDataset` has `__len__` defined"
-        )  # Lightning's, when it sees the loader
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-            return StatefulDataLoader(
-                rows,
-                batch_size=self.batch_size,
-                num_workers=min(self.num_workers, 1),
-                collate_fn=self._collate_training(),
-                pin_memory=torch.cuda.is_available(),
-            )
+        warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
+        return StreamLoader(
+            rows,
+            batch_size=self.batch_size,
+            num_workers=min(self.num_workers, 1),
+            collate_fn=partial(collate_with_state, collate=self._collate_training()),
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def _stream_rows(self, length: int) -> StreamRows:
         examples = self._stream_examples().skip(len(self._examples_of("dataset"))).repeat(None)

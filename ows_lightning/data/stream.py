@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from ows_lightning.data.loader import Item, as_item
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.packing import pack
 from ows_lightning.errors import UsageError
 
+State = dict[str, Any]
 BLOCK = 1000  # examples that are read, packed and shuffled together
 
 
-class StreamRows(IterableDataset[Item]):
+class StreamRows(IterableDataset[tuple[Item, State]]):
     """Endless rows from a stream of examples, tokenised, packed and shuffled a block at a time.
 
-    Rank r of w takes the rows r, r + w, ... of the stream, as with `ShardedSampler`. The state is that of the stream at the
-    start of the block and the number of rows seen, the same on all ranks. It gives exactly the remaining rows: a block is
-    drawn anew from the seed, whereas the contents of the shuffle buffer of `datasets` would be lost.
+    Every row comes with the position behind it: the state of the stream at the start of the block and the number of rows
+    seen, the same on all ranks. An iteration that begins there gives exactly the remaining rows, since a block is drawn anew
+    from the seed; the contents of the shuffle buffer of `datasets` would be lost. Rank r of w takes the rows r, r + w, ... of
+    the stream, as with `ShardedSampler`.
 
     Args:
         examples: Endless stream with the columns ``where`` and ``example``.
@@ -35,6 +38,9 @@ class StreamRows(IterableDataset[Item]):
         rank: This process's rank.
         num_replicas: Number of processes.
         seed: Seed of the order.
+
+    Attributes:
+        state: The position at which the next iteration begins.
     """
 
     def __init__(
@@ -54,35 +60,26 @@ class StreamRows(IterableDataset[Item]):
         self.rank = rank
         self.num_replicas = num_replicas
         self.seed = seed
-        self._state: dict[str, Any] = {"examples": examples.state_dict(), "block": 0, "first_row": 0, "next_row": 0}
+        self.state: State = {"examples": examples.state_dict(), "block": 0, "first_row": 0, "next_row": 0}
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[Item]:
-        state = self._state
+    def __iter__(self) -> Iterator[tuple[Item, State]]:
+        state = self.state
         self.examples.load_state_dict(state["examples"])
         stream = iter(self.examples)
         while True:
             rows = self._rows(list(itertools.islice(stream, BLOCK)), state["block"])
             for index, row in enumerate(rows, start=state["first_row"]):
                 if index >= state["next_row"] and index % self.num_replicas == self.rank:
-                    self._state = {**state, "next_row": index - self.rank + self.num_replicas}
-                    yield row
+                    yield row, {**state, "next_row": index - self.rank + self.num_replicas}
             state = {
+                **state,
                 "examples": self.examples.state_dict(),
                 "block": state["block"] + 1,
                 "first_row": state["first_row"] + len(rows),
-                "next_row": self._state["next_row"],
             }
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the stream."""
-        return self._state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the next iteration at this position."""
-        self._state = state
 
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
         documents: list[tuple[list[int], list[int]]] = []
@@ -101,3 +98,32 @@ class StreamRows(IterableDataset[Item]):
             rows = pack([len(ids) for ids, _ in documents], self.encoder.max_seq_length)
         order = np.random.default_rng([self.seed, number]).permutation(len(rows))
         return [as_item([documents[i] for i in rows[k]], self.packing) for k in order]
+
+
+class StreamLoader(DataLoader[Any]):
+    """A DataLoader over `StreamRows` whose position Lightning keeps in its checkpoints, also with a worker that reads ahead.
+
+    It takes the settings of a DataLoader; `collate_fn` is wrapped in `collate_with_state`.
+    """
+
+    dataset: StreamRows
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        for batch, state in super().__iter__():
+            self.dataset.state = state
+            yield batch
+
+    def state_dict(self) -> State:
+        """The position behind the batches that were taken."""
+        return self.dataset.state
+
+    def load_state_dict(self, state: State) -> None:
+        """Begin the next iteration at this position."""
+        self.dataset.state = state
+
+
+def collate_with_state(
+    rows: Sequence[tuple[Item, State]], collate: Callable[[list[Item]], dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], State]:
+    """Collate rows, and keep the position behind the last."""
+    return collate([item for item, _ in rows]), rows[-1][1]
