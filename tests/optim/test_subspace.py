@@ -1,0 +1,61 @@
+"""The randomized subspace against the exact one."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from ows_lightning.optim.subspace import leading_singular_vectors
+from tests.tiny import tiny_batch, tiny_model
+
+
+def captured(gradient: Tensor, rank: int, side: str, method: str) -> float:
+    """Norm of the gradient's part in the subspace."""
+    vectors = leading_singular_vectors(gradient, rank, side, method).float()
+    gradient = gradient.float()
+    return (gradient @ vectors if side == "right" else vectors.mT @ gradient).norm().item()
+
+
+@pytest.mark.parametrize("method", ["randomized", "svd"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shape", [(50, 30), (30, 50), (3, 30, 50)])
+def test_vectors_are_orthonormal(method: str, side: str, shape: tuple[int, ...]) -> None:
+    vectors = leading_singular_vectors(torch.randn(shape), 8, side, method)
+    assert vectors.shape == (*shape[:-2], shape[-2] if side == "left" else shape[-1], 8)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(8).expand(*shape[:-2], 8, 8), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captures_a_low_rank_matrix_whole(dtype: torch.dtype) -> None:
+    gradient = (torch.randn(60, 5) @ torch.randn(5, 40)).to(dtype)
+    assert captured(gradient, 5, "right", "randomized") == pytest.approx(gradient.float().norm().item(), rel=1e-2)
+
+
+def test_captures_a_models_gradients_as_well_as_the_exact_subspace() -> None:
+    model = tiny_model("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    model(**tiny_batch(rows=8, length=64)).loss.backward()
+    for p in model.model.layers.parameters():
+        if p.dim() == 2:
+            side = "right" if p.size(0) >= p.size(1) else "left"
+            assert captured(p.grad, 16, side, "randomized") >= 0.99 * captured(p.grad, 16, side, "svd")
+
+
+def test_is_the_same_for_the_same_seed_alone() -> None:
+    gradient = torch.randn(40, 30)
+    one, again, other = (leading_singular_vectors(gradient, 4, "right", "randomized", seed) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_renewal_costs_a_twentieth_of_the_decomposition() -> None:
+    gradient = torch.randn(4096, 11008)
+    start = time.perf_counter()
+    leading_singular_vectors(gradient, 128, "left", "randomized")
+    randomized = time.perf_counter() - start
+    start = time.perf_counter()
+    torch.linalg.svd(gradient, full_matrices=False)
+    assert randomized <= (time.perf_counter() - start) / 20
