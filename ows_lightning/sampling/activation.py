@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 def activate_blocks(
-    layers: nn.ModuleList,
+    layers: Iterable[nn.Module],
     active: Sequence[int],
     others: Iterable[tuple[nn.Parameter, bool]] = (),
     optimizers: Iterable[Optimizer] = (),
@@ -21,7 +21,7 @@ def activate_blocks(
     optimizer steps.
 
     Args:
-        layers: The decoder blocks, see ``decoder_layers``.
+        layers: The decoder blocks, see ``decoder_layers``, or what of each of them may train.
         active: Indices of the blocks that train from now on.
         others: Parameters outside the blocks, each with whether it trains.
         optimizers: Optimizers that hold the parameters; they must have been built before anything was frozen.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ows_lightning.errors import UsageError
@@ -111,13 +111,14 @@ class LayerwiseSampling(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the blocks and checks the settings against them; nothing is frozen yet."""
-        self._layers = decoder_layers(pl_module)
-        if self.activated_layers > len(self._layers):
+        layers = decoder_layers(pl_module)
+        if self.activated_layers > len(layers):
             raise UsageError(
-                f"sampling.activated_layers: {self.activated_layers} is more than the model's {len(self._layers)} blocks"
+                f"sampling.activated_layers: {self.activated_layers} is more than the model's {len(layers)} blocks"
             )
         # What a user froze before (LoRA's base, say) is none of our business.
         self._trainable = [p for p in pl_module.parameters() if p.requires_grad]
+        self._layers = [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in layers]
         outside = non_block_parameters(pl_module)
         always = {p for part in self.always_train for p in outside[part]}
         self._others = [(p, p in always) for part in outside.values() for p in part if p.requires_grad]
@@ -199,7 +200,8 @@ class LayerwiseSampling(Callback):
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))  # type: ignore[arg-type]
             dataset = Subset(dataset, order[: self.calibration_samples].tolist())
         size = min(loader.batch_size or 1, self.calibration_samples)
-        batches = DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn)
+        # A generator of its own: a DataLoader without one draws from the global one, and the run's order would change.
+        batches = DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
         return itertools.islice(batches, -(-self.calibration_samples // size))
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,7 +219,7 @@ class LayerwiseSampling(Callback):
         start = time.perf_counter()
         assert self.probabilities is not None
         interval = trainer.global_step // self.interval_steps
-        generator = torch.Generator().manual_seed((self.seed << 32) + interval)
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + interval)
         blocks = draw_blocks(self.probabilities, self.activated_layers, generator)
         self.history.append((interval, trainer.global_step, blocks))
         self._activate(trainer)

@@ -1,0 +1,323 @@
+"""LayerwiseSampling in a real Lightning run, in ours and in somebody else's module."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from ows_lightning.errors import UsageError
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.decoder import decoder_layers
+from ows_lightning.sampling.scores import OutlierScores
+from tests.tiny import tiny_model
+
+LAYERS = 6
+
+
+class SomebodyElsesModule(LightningModule):
+    """A module that knows nothing of this package, with a plain optimizer."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.net = tiny_model("llama", num_hidden_layers=LAYERS, tie_word_embeddings=tied)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.net(**batch).loss
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.net(**batch).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Projected(SomebodyElsesModule):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = GaLoreAdamW(galore_param_groups(self, rank=4), lr=1e-2)
+        optimizer.project_in_backward()
+        return optimizer
+
+
+def loader(rows: int = 16, shuffle: bool = False, all_alike: bool = False) -> DataLoader:
+    ids = torch.randint(3, 128, (rows, 12), generator=torch.Generator().manual_seed(0))
+    ids = ids[:1].expand(rows, -1) if all_alike else ids
+    return DataLoader(
+        [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids],
+        batch_size=2,
+        shuffle=shuffle,
+    )
+
+
+class Watcher(Callback):
+    """Compares every optimizer step's weights, gradients and states with what the callback says is active."""
+
+    def __init__(self, sampling: LayerwiseSampling) -> None:
+        self.sampling = sampling
+        self.steps: list[tuple[int, list[int]]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        self.step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            return
+        active = self.sampling.active_blocks
+        self.steps.append((self.step, active))
+        optimizer = trainer.optimizers[0]
+        for index, layer in enumerate(decoder_layers(pl_module)):
+            for name, p in layer.named_parameters():
+                before = next(b for n, b in self.before.items() if n.endswith(f"layers.{index}.{name}"))
+                assert torch.equal(p, before) == (index not in active), (index, name)
+                assert p.requires_grad == (index in active)
+                assert bool(optimizer.state.get(p)) == (index in active)
+                assert index in active or p.grad is None
+
+
+def fit(
+    module: LightningModule,
+    sampling: LayerwiseSampling,
+    tmp_path: Path,
+    *extra: Callback,
+    ckpt_path: Any = None,
+    train: DataLoader | None = None,
+    **settings: Any,
+) -> Trainer:
+    settings = {"max_steps": 12, "limit_val_batches": 0, **settings}
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[sampling, *extra],
+        **settings,
+    )
+    trainer.fit(module, train or loader(), loader(4), ckpt_path=ckpt_path)
+    return trainer
+
+
+def history(folder: Path) -> list[tuple[int, int, list[int]]]:
+    with (folder / "sampling_history.csv").open() as file:
+        return [(int(r["interval"]), int(r["step"]), [int(b) for b in r["blocks"].split()]) for r in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("module", [SomebodyElsesModule, Projected])
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 3, "max_epochs": 10}, {"gradient_clip_val": 0.1}])
+def test_only_active_blocks_train_and_hold_state_at_every_step(
+    module: type[LightningModule], settings: dict, tmp_path: Path
+) -> None:
+    sampling = LayerwiseSampling(activated_layers=2, interval_steps=3, distribution="uniform")
+    watcher = Watcher(sampling)
+    fit(module(), sampling, tmp_path, watcher, **settings)
+    assert [step for step, _ in watcher.steps] == list(range(12))
+    assert [step for _, step, _ in history(tmp_path)] == [0, 3, 6, 9]
+    assert all(len(set(active)) == 2 for _, active in watcher.steps)
+    assert len({tuple(active) for _, active in watcher.steps}) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accumulate_grad_batches": 4, "max_epochs": 30},
+        {"limit_val_batches": 2, "val_check_interval": 1},
+        {"limit_val_batches": 2, "num_sanity_val_steps": 2},
+        {"max_steps": -1, "max_epochs": 2},
+    ],
+)
+def test_draws_by_optimizer_step_once_a_boundary(settings: dict, tmp_path: Path) -> None:
+    sampling = LayerwiseSampling(activated_layers=1, interval_steps=5, distribution="uniform")
+    trainer = fit(SomebodyElsesModule(), sampling, tmp_path, **settings)
+    expected = list(range(0, trainer.global_step, 5))
+    assert [(interval, step) for interval, step, _ in history(tmp_path)] == [(step // 5, step) for step in expected]
+    assert history(tmp_path) == sampling.history
+
+
+@pytest.mark.parametrize(
+    "always_train", [(), ("norm",), ("embeddings",), ("lm_head", "norm"), ("embeddings", "lm_head", "norm")]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_always_train_decides_what_outside_the_blocks_trains(always_train: tuple, tied: bool, tmp_path: Path) -> None:
+    module = SomebodyElsesModule(tied)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    fit(
+        module, LayerwiseSampling(activated_layers=1, distribution="uniform", always_train=always_train), tmp_path, max_steps=2
+    )
+    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert ("net.model.norm.weight" in changed) == ("norm" in always_train)
+    if tied:
+        assert ("net.model.embed_tokens.weight" in changed) == bool({"embeddings", "lm_head"} & set(always_train))
+    else:
+        assert ("net.model.embed_tokens.weight" in changed) == ("embeddings" in always_train)
+        assert ("net.lm_head.weight" in changed) == ("lm_head" in always_train)
+
+
+def test_what_the_user_froze_stays_frozen_and_the_rest_is_unfrozen_at_the_end(tmp_path: Path) -> None:
+    module = SomebodyElsesModule()
+    frozen = module.net.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    before = frozen.detach().clone()
+    fit(module, LayerwiseSampling(activated_layers=LAYERS, distribution="uniform"), tmp_path)
+    assert torch.equal(frozen, before)
+    assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["net.model.layers.0.mlp.up_proj.weight"]
+
+
+def test_memory_of_states_does_not_grow_with_the_intervals(tmp_path: Path) -> None:
+    sizes = []
+
+    class Sizes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            states = trainer.optimizers[0].state.values()
+            sizes.append(sum(value.numel() for state in states for value in state.values()))
+
+    fit(
+        Projected(),
+        LayerwiseSampling(activated_layers=2, interval_steps=1, distribution="uniform"),
+        tmp_path,
+        Sizes(),
+        max_steps=20,
+    )
+    assert len(set(sizes)) == 1
+
+
+def test_scores_decide_the_draws_and_are_written(tmp_path: Path) -> None:
+    sampling = LayerwiseSampling(activated_layers=1, interval_steps=1, calibration_samples=4, threshold=3.0)
+    module = SomebodyElsesModule()
+    with torch.no_grad():
+        for index in (0, 1, 2, 3, 5):  # without outliers: a constant weight is never above its mean
+            for p in decoder_layers(module)[index].parameters():
+                if p.dim() == 2:
+                    p.fill_(0.01)
+    fit(module, sampling, tmp_path, max_steps=8)
+    written = OutlierScores.load(tmp_path / "outlier_scores.json")
+    assert len(written.outlier_ratios) == LAYERS
+    assert written.calibration_samples == 4
+    assert sum(written.probabilities) == pytest.approx(1)
+    assert max(range(LAYERS), key=lambda block: written.probabilities[block]) == 4
+    assert sum(blocks == [4] for _, _, blocks in history(tmp_path)) >= 4
+
+
+def test_scores_from_a_file_are_taken_as_they_are(tmp_path: Path) -> None:
+    ratios = [0.0, 0.0, 0.0, 2.0, 0.0, 0.0]
+    OutlierScores("m", LAYERS, 13.0, 8, "outlier", ratios, ratios).save(tmp_path / "scores.json")
+    sampling = LayerwiseSampling(activated_layers=1, interval_steps=1, scores=tmp_path / "scores.json")
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=3)
+    assert [blocks for _, _, blocks in history(tmp_path)] == [[3]] * 3
+
+
+def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
+    OutlierScores("other", 3, 13.0, 8, "outlier", [1.0] * 3, [1 / 3] * 3).save(tmp_path / "scores.json")
+    with pytest.raises(UsageError, match=r"scores: holds 3 blocks of 'other', but the model has 6"):
+        fit(SomebodyElsesModule(), LayerwiseSampling(activated_layers=1, scores=tmp_path / "scores.json"), tmp_path)
+
+
+def test_calibration_leaves_the_data_order_alone(tmp_path: Path) -> None:
+    class Order(Callback):
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            self.seen.append(batch["input_ids"])
+
+    orders = []
+    for distribution in ("outlier", "uniform"):
+        order = Order()
+        torch.manual_seed(3)
+        sampling = LayerwiseSampling(activated_layers=1, calibration_samples=4, threshold=2.0, distribution=distribution)
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=[sampling, order],
+            max_steps=6,
+        )
+        trainer.fit(SomebodyElsesModule(), loader(shuffle=True))
+        orders.append(torch.stack(order.seen))
+    assert torch.equal(*orders)
+
+
+def test_rescores_after_so_many_intervals(tmp_path: Path) -> None:
+    sampling = LayerwiseSampling(activated_layers=1, interval_steps=2, calibration_samples=2, threshold=2.0, rescore_every=2)
+    seen = []
+
+    class Scores(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append(sampling.outlier_scores.outlier_ratios)
+
+    fit(SomebodyElsesModule(), sampling, tmp_path, Scores(), max_steps=8)
+    assert seen[0] == seen[3]
+    assert seen[4] != seen[3]
+    assert seen[4] == seen[7]
+
+
+def test_blocks_that_never_trained_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sampling = LayerwiseSampling(activated_layers=1, interval_steps=6, distribution=[1.0, 0, 0, 0, 0, 0])
+    with caplog.at_level(logging.WARNING):
+        fit(SomebodyElsesModule(), sampling, tmp_path)
+    assert "5 of 6 blocks never trained in 2 intervals: 1, 2, 3, 4, 5" in caplog.text
+
+
+def test_draws_depend_on_the_seed(tmp_path: Path) -> None:
+    def draws(seed: int) -> list[list[int]]:
+        sampling = LayerwiseSampling(activated_layers=2, interval_steps=1, distribution="uniform", seed=seed)
+        fit(SomebodyElsesModule(), sampling, tmp_path)
+        return [blocks for _, _, blocks in sampling.history]
+
+    assert draws(0) == draws(0)
+    assert draws(0) != draws(1)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    class SaveAt(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 7 and not (tmp_path / "at7.ckpt").exists():
+                trainer.save_checkpoint(tmp_path / "at7.ckpt")
+
+    def run(*extra: Callback, ckpt_path: Path | None = None) -> tuple[SomebodyElsesModule, LayerwiseSampling]:
+        module, sampling = (
+            Projected(),
+            LayerwiseSampling(activated_layers=2, interval_steps=5, calibration_samples=4, threshold=2.0),
+        )
+        # All rows are alike, since this loader does not know where it was.
+        fit(module, sampling, tmp_path, *extra, max_steps=14, ckpt_path=ckpt_path, train=loader(all_alike=True))
+        return module, sampling
+
+    whole, sampled = run(SaveAt())
+    resumed, resampled = run(ckpt_path=tmp_path / "at7.ckpt")
+    assert sampled.history == resampled.history
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activated_layers": 0}, "activated_layers: 0 must be at least 1"),
+        ({"interval_steps": 0}, "interval_steps: 0 must be at least 1"),
+        ({"threshold": 0.0}, "threshold: 0.0 must be above 0"),
+        ({"calibration_samples": 0}, "calibration_samples: 0 must be at least 1"),
+        ({"rescore_every": 0}, "rescore_every: 0 must be at least 1"),
+        ({"always_train": ("head",)}, "always_train: unknown"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        LayerwiseSampling(**settings)
+
+
+def test_more_active_blocks_than_there_are_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="activated_layers: 7 is more than the model's 6 blocks"):
+        fit(SomebodyElsesModule(), LayerwiseSampling(activated_layers=7, distribution="uniform"), tmp_path)
