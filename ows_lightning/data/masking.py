@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -109,7 +110,10 @@ class Encoder:
         for i in turns[-1:] if self.last_turn_only else turns:
             if i and _is_target(messages[i]):  # what nobody asked for is no answer
                 span = self._answer_span(text, messages, i, tools, where)
-                spans.append(span) if span else alone.append(i)
+                if span is None:
+                    alone.append(i)
+                elif self._says_something(text[slice(*span)]):  # not so where the template leaves out tool calls
+                    spans.append(span)
         if turns[-1] == len(messages) - 1:
             text, spans = self._ended(text, spans)
         rows = [self._encode_text(text, spans)]
@@ -139,15 +143,11 @@ class Encoder:
 
     def _ended(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Leave white space after the end-of-turn token out of the targets, and add a token where the template has none."""
-        special = (
-            self.tokenizer.eos_token,
-            *map(str, filter(lambda t: t.special, self.tokenizer.added_tokens_decoder.values())),
-        )
         trimmed = []
         for start, end in spans:
             stop = len(text[:end].rstrip())
-            trimmed.append((start, stop if text[:stop].endswith(special) else end))
-        if not text.rstrip().endswith(special):
+            trimmed.append((start, stop if text[:stop].endswith(self._special) else end))
+        if not text.rstrip().endswith(self._special):
             text += self.tokenizer.eos_token
             if trimmed and trimmed[-1][1] == len(text) - len(self.tokenizer.eos_token):
                 trimmed[-1] = (trimmed[-1][0], len(text))
@@ -185,12 +185,24 @@ class Encoder:
                     messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             if messages and messages[0]["role"] == "system":  # as Gemma and old Mistral, which know no system message
                 merged = _merged_system(messages)
                 if merged is not None:
                     return self._render(merged, tools, where, add_generation_prompt)
             raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from None
+
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return (self.tokenizer.eos_token, *(str(token) for token in added if token.special))
+
+    def _says_something(self, answer: str) -> bool:
+        """Whether there is more to an answer than the tokens that end it."""
+        answer = answer.strip()
+        while answer.endswith(self._special):
+            answer = answer.removesuffix(next(t for t in self._special if answer.endswith(t))).rstrip()
+        return bool(answer)
 
     def _without_eos(self, text: str) -> str:
         return text.rstrip().removesuffix(self.tokenizer.eos_token).rstrip()

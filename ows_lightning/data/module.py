@@ -333,8 +333,15 @@ class InstructionDataModule(LightningDataModule):
             if len(dropped) == total:
                 raise UsageError(f"data.{key}: none of {total} rows has a target token (an answer that is not empty): {named}")
             rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
+        if (documents := len(self._tokens[key])) > total - len(dropped):
+            rank_zero_info(
+                f"data.{key}: {total - len(dropped)} rows became {documents}, since the chat template rewrites earlier answers:"
+                " each is trained at the end of a row of its own."
+            )
         if truncated := int(column(self._tokens[key], "truncated").sum()):
-            rank_zero_info(f"data.{key}: {truncated} of {total} rows were cut to max_seq_length={self.max_seq_length} tokens.")
+            rank_zero_info(
+                f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={self.max_seq_length} tokens."
+            )
 
     def _dropped(self, key: str) -> list[int]:
         return np.setdiff1d(np.arange(len(self._examples_of(key))), column(self._tokens[key], "row")).tolist()

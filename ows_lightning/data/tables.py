@@ -77,7 +77,7 @@ def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> dataset
         A table with the features `TOKENS`, in the order of the examples.
     """
     settings = [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
-    processes = min(len(examples) // _ROWS_PER_PROCESS, len(os.sched_getaffinity(0)))
+    processes = min(len(examples) // _ROWS_PER_PROCESS, _cores())
     return examples.map(
         _encode,
         batched=True,
@@ -115,6 +115,10 @@ def mix(parts: Sequence[np.ndarray], weights: Sequence[float], seed: int) -> lis
         repeats, rest = divmod(round(per_weight * weight), len(part))
         mixed.append(np.concatenate([*[part] * repeats, random.permutation(part)[:rest]]))
     return mixed
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, str]]:

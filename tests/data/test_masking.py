@@ -112,6 +112,13 @@ def test_rows_without_a_target_are_left_out(messages: Messages) -> None:
     assert encode(messages)[1] == []
 
 
+def test_tool_calls_that_the_template_leaves_out_are_no_target() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    tools = [TWO_TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "3"}]
+    made, (row,) = encode([*tools, *TWO_TURNS[1:2]])
+    assert trained(made, row) == ["yes<|im_end|>"]
+
+
 def test_a_system_message_that_the_template_refuses_joins_the_first_question() -> None:
     made, (row,) = encode(SYSTEM + TWO_TURNS, "gemma")
     assert "user\nbe brief\n\nwho is the third" in made.tokenizer.decode(row.input_ids)
