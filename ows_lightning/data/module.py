@@ -335,7 +335,7 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
         if (documents := len(self._tokens[key])) > total - len(dropped):
             rank_zero_info(
-                f"data.{key}: {total - len(dropped)} rows became {documents}, since the chat template rewrites earlier answers:"
+                f"data.{key}: {total - len(dropped)} rows became {documents}, since the template rewrites earlier answers:"
                 " each is trained at the end of a row of its own."
             )
         if truncated := int(column(self._tokens[key], "truncated").sum()):
