@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement
 from torch.optim import Optimizer
 
 from ows_lightning.optim.rounding import round_stochastically_
+from ows_lightning.optim.sharding import (
+    average_,
+    local,
+    place_projected,
+    place_projector,
+    projected_placements,
+    projector_placements,
+    take_part,
+    total_norm,
+    whole_matrices,
+)
 from ows_lightning.optim.subspace import Side, leading_singular_vectors
 
 log = logging.getLogger(__name__)
@@ -81,11 +94,13 @@ class GaLoreAdamW(Optimizer):
 
     and with the left singular vectors for m < n (GaLore, arXiv 2403.03507, algorithm 2). Leading dimensions are a batch: a
     3-D expert weight has one subspace an expert. A group without ``rank``, a vector, and a matrix that ``rank`` does not make
-    smaller train by AdamW in full rank. Works in any training loop; three things are worth knowing:
+    smaller train by AdamW in full rank. Works in any training loop; four things are worth knowing:
 
     * ``project_in_backward()`` projects each gradient as soon as backward has produced it: full gradients never add up.
     * What a step consumes is ``gradients()``: projected ones where there is a rank. Clip those, by any rule.
     * A step with a NaN or Inf in any gradient is skipped as a whole: weights, moments and subspaces stay as they were.
+    * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
+      ``average_gradients()`` averages what a step consumes: r/n of the bytes of the gradients.
 
     Args:
         params: Parameters, named parameters or groups, e.g. from ``galore_param_groups``. Keys of a projected group:
@@ -161,7 +176,7 @@ class GaLoreAdamW(Optimizer):
         for saved_id, (p, _) in zip(saved_ids, self._parameters(), strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor) and key != "step":
-                    self.state[p][key] = value.detach().to(p.device, copy=True)
+                    self.state[p][key] = self._place(p, key, value.detach().to(p.device, copy=True))
 
     # ------------------------------------------------------------------ gradients
 
@@ -185,6 +200,30 @@ class GaLoreAdamW(Optimizer):
         """
         self._consume_gradients()
         return list(self._named_gradients().values())
+
+    @torch.no_grad()
+    def average_gradients(self, process_group: dist.ProcessGroup | None = None) -> None:
+        """Averages over processes, each with all weights, what the next step consumes; call it before ``gradients()``.
+
+        Keep ``accumulating`` True during all backward passes before it, the last one included: the full gradients of a step
+        that renews subspaces wait in host memory, and are averaged here, one at a time, before a subspace is taken.
+        """
+        self._consume_gradients()
+        # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
+        has_gradient = [p.grad is not None or p in self._projected or p in self._hosted for p in self._places]
+        anywhere = torch.tensor(has_gradient, dtype=torch.uint8, device=next(iter(self._places)).device)
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=process_group)
+        for p, here, there in zip(self._places, has_gradient, anywhere.tolist(), strict=True):
+            if there and not here:
+                p.grad = torch.zeros_like(p)
+        self._consume_gradients()
+        accumulating, self.accumulating = self.accumulating, False
+        for p in list(self._hosted):
+            p.grad = self._hosted.pop(p).to(p.device)
+            average_([p.grad], process_group)
+            self._consume_gradient(p)
+        self.accumulating = accumulating
+        average_(list(self._named_gradients().values()), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, projected ones included."""
@@ -211,17 +250,19 @@ class GaLoreAdamW(Optimizer):
         assert side is not None
         if self._renewal_is_due(p, group) and p not in self._renewed:
             if p in self._hosted:
-                gradient = gradient.add_(self._hosted.pop(p).to(gradient.device))
+                local(gradient).add_(self._hosted.pop(p).to(p.device))
             if self.accumulating:
-                self._hosted[p] = gradient.to("cpu")
+                self._hosted[p] = local(gradient).to("cpu")
                 return
-            if not gradient.isfinite().all():
-                self._projected[p] = gradient.new_full((), float("nan"))  # found by step(), which skips
+            matrices = whole_matrices(gradient)
+            if not matrices.isfinite().all():
+                self._projected[p] = matrices.new_full((), float("nan"))  # found by step(), which skips
                 return
             step = int(self.state[p].get("step", 0))
-            self._renewed[p] = leading_singular_vectors(gradient, group["rank"], side, group["subspace"], seed=index + step)
+            vectors = leading_singular_vectors(matrices, group["rank"], side, group["subspace"], seed=index + step)
+            self._renewed[p] = place_projector(vectors, p, side)
         projector = self._renewed[p] if p in self._renewed else self.state[p]["projector"]
-        projected = project(gradient, projector, side)
+        projected = place_projected(project(local(gradient), local(projector), side), p, side)
         self._projected[p] = projected if p not in self._projected else self._projected[p] + projected
 
     def _renewal_is_due(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -254,16 +295,17 @@ class GaLoreAdamW(Optimizer):
         if p in self._renewed:
             self._renew(state, self._renewed.pop(p), side)
         step = self._count(state, gradient)
-        direction = adam_direction(gradient, state["exp_avg"], state["exp_avg_sq"], step, group["betas"], group["eps"])
+        parts = (local(tensor) for tensor in (gradient, state["exp_avg"], state["exp_avg_sq"]))
+        direction = adam_direction(*parts, step, group["betas"], group["eps"])
         lr, decay = group["lr"] * group["scale"], group["lr"] * group["weight_decay"]
-        project_back_(p, direction, state["projector"], side, lr, decay, self._generator(p, step))
+        project_back_(local(p), direction, local(state["projector"]), side, lr, decay, self._generator(p, step))
 
     def _step_full_rank(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         step = self._count(state, gradient)
         generator, decay = self._generator(p, step), group["lr"] * group["weight_decay"]
         rows = max(1, CHUNK * p.size(0) // p.numel()) if p.dim() else 1
-        tensors = (p, gradient, state["exp_avg"], state["exp_avg_sq"])
+        tensors = [local(tensor) for tensor in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, part, exp_avg, exp_avg_sq in zip(*(torch.atleast_1d(t).split(rows) for t in tensors), strict=True):
             direction = adam_direction(part, exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
             descend_(weight, direction, group["lr"], decay, generator)
@@ -292,19 +334,19 @@ class GaLoreAdamW(Optimizer):
             state["step"].zero_()
             return
         # First moments are linear in the gradient; second ones are moved as if coordinates were independent.
-        rotation = (old.mT @ projector).to(state["exp_avg"].dtype)
-        state["exp_avg"] = project(state["exp_avg"], rotation, side)
-        state["exp_avg_sq"] = project(state["exp_avg_sq"], rotation.square(), side)
+        rotation = (whole_matrices(old).mT @ whole_matrices(projector)).to(state["exp_avg"].dtype)
+        for moment, turn in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
+            local(moment).copy_(project(local(moment), turn, side))
 
     def _gradients_are_finite(self) -> bool:
         gradients = self._named_gradients()
-        if not gradients or torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+        if not gradients or total_norm(gradients.values()).isfinite():
             return True
-        names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        names = [name for name, gradient in gradients.items() if not local(gradient).isfinite().all()]
         self.skipped_steps += 1
         log.warning(
             "Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)",
-            ", ".join(names),
+            ", ".join(names) or "another process",
             self.skipped_steps,
         )
         return False
@@ -327,6 +369,17 @@ class GaLoreAdamW(Optimizer):
         side: Side = {"std": smaller, "reverse_std": larger, "right": "right", "left": "left"}[proj_type]
         return side if group["rank"] < (n if side == "right" else m) else None
 
+    def _place(self, p: Tensor, key: str, value: Tensor) -> Tensor:
+        """Takes this process's part of a saved state tensor where the weight is sharded and the tensor is not."""
+        if not isinstance(p, DTensor) or isinstance(value, DTensor):
+            return value
+        side = self._side(p, self._places[p][0])
+        if side is None or value.shape == p.shape:
+            placements: Sequence[Placement] = p.placements
+        else:
+            placements = (projector_placements if key == "projector" else projected_placements)(p, side)
+        return take_part(value, p.device_mesh, placements)
+
     def _find_places(self) -> None:
         self._places = {p: (group, index) for index, (p, group) in enumerate(self._parameters())}
 
@@ -343,4 +396,4 @@ class GaLoreAdamW(Optimizer):
     def _generator(self, p: Tensor, step: int) -> torch.Generator | None:
         if not self.stochastic_rounding or p.dtype != torch.bfloat16:
             return None
-        return torch.Generator(p.device).manual_seed((self._places[p][1] << 32) + step)
+        return torch.Generator(p.device).manual_seed(1_000_003 * self._places[p][1] + step)

@@ -37,10 +37,11 @@ def leading_singular_vectors(gradient: Tensor, rank: int, side: Side, method: Me
 
 
 def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
-    *batch, m, n = matrix.shape
+    m, n = matrix.shape[-2:]
     generator = torch.Generator(matrix.device).manual_seed(seed)
     # The products run in the gradient's own dtype: no float32 copy of the matrix is made.
-    test = torch.randn(*batch, m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
+    # Experts share it, so that processes with some of the experts each find the same subspaces as one process with all.
+    test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
     basis = _orthonormal(matrix.mT @ test.to(matrix.dtype))
     basis = _orthonormal(matrix.mT @ _orthonormal(matrix @ basis.to(matrix.dtype)).to(matrix.dtype))
     # Rotate onto the principal axes within the basis before the surplus columns are dropped.

@@ -1,0 +1,135 @@
+"""Weights on several processes: which part of a matrix, its projected gradient and its projector lies where.
+
+Under FSDP2 a weight is a ``DTensor``, each process holding some of its rows (or columns). All arithmetic of the optimizer runs
+on the local parts. Which tensor lies where depends on the dimension along which the matrix is sharded:
+
+==============================  =====================  ========================  =====================
+dimension                       the one not projected  the projected one         a leading one (experts)
+==============================  =====================  ========================  =====================
+projected gradient and moments  sharded like it        on every process          sharded like it
+projector                       on every process       sharded along its rows    sharded like it
+an ordinary step communicates   nothing                the projected gradient    nothing
+a renewal communicates          the gradient           the gradient              nothing
+==============================  =====================  ========================  =====================
+
+The middle case arises only where a dimension can't be divided evenly. Tensors that are no DTensor pass through unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from ows_lightning.optim.subspace import Side
+
+BUCKET = 1 << 23  # elements that are reduced in one message
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies on this process, in place (use it without autograd)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_matrices(tensor: Tensor) -> Tensor:
+    """The tensor's matrices, each whole: gathers rows or columns, but leaves experts on the process that has them."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = [p if _is_batch(p, tensor) else Replicate() for p in tensor.placements]
+    return tensor.redistribute(placements=placements).to_local()
+
+
+def projected_placements(weight: DTensor, side: Side) -> list[Placement]:
+    """How a projected gradient, and moments, of ``weight`` are distributed."""
+    return [Replicate() if p.is_shard(_projected_dim(weight, side)) else p for p in weight.placements]
+
+
+def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
+    """How a projector of ``weight``, of shape (..., m or n, r), is distributed."""
+    rows = weight.dim() - 2
+    along_rows = [Shard(rows) if p.is_shard(_projected_dim(weight, side)) else Replicate() for p in weight.placements]
+    return [p if _is_batch(p, weight) else q for p, q in zip(weight.placements, along_rows, strict=True)]
+
+
+def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
+    """Joins the processes' products, each of its part of the gradient and of the projector, to the projected gradient."""
+    if not isinstance(weight, DTensor):
+        return part
+    dim = _projected_dim(weight, side)
+    # Where the projected dimension is sharded, every process has one summand of the product.
+    placements = [Partial() if p.is_shard(dim) else p for p in weight.placements]
+    shape = (*weight.shape[:dim], part.size(dim), *weight.shape[dim + 1 :])
+    return _from_local(part, weight, placements, shape).redistribute(placements=projected_placements(weight, side))
+
+
+def place_projector(projector: Tensor, weight: Tensor, side: Side) -> Tensor:
+    """Distributes the projector of the matrices that this process has whole (see ``whole_matrices``); rank 0's counts."""
+    if not isinstance(weight, DTensor):
+        return projector
+    placements = [p if _is_batch(p, weight) else Replicate() for p in weight.placements]
+    for dim, placement in enumerate(placements):
+        if placement.is_replicate():  # all computed the same, but only equal bits never drift apart
+            dist.broadcast(projector, group=weight.device_mesh.get_group(dim), group_src=0)
+    tensor = _from_local(projector, weight, placements, (*weight.shape[:-2], *projector.shape[-2:]))
+    return tensor.redistribute(placements=projector_placements(weight, side))
+
+
+def take_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """Distributes a tensor that every process holds whole, without communication."""
+    replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=placements)
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, a scalar that is equal on all processes; one number is communicated."""
+    tensors = list(tensors)
+    mesh = next((t.device_mesh for t in tensors if isinstance(t, DTensor)), None)
+    if mesh is None:
+        return torch.nn.utils.get_total_norm(tensors)
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(t) for t in tensors])])
+    copies = [mesh.size() if not isinstance(t, DTensor) else _copies(t) for t in tensors]
+    square = (norms.square() / norms.new_tensor(copies)).sum()
+    for dim in range(mesh.ndim):
+        dist.all_reduce(square, group=mesh.get_group(dim))
+    return square.sqrt()
+
+
+def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Averages tensors over the processes of a group, in place; small ones travel together."""
+    buckets: dict[torch.dtype, list[list[Tensor]]] = {}
+    for tensor in tensors:
+        of_dtype = buckets.setdefault(tensor.dtype, [[]])
+        if sum(t.numel() for t in of_dtype[-1]) + tensor.numel() > BUCKET:
+            of_dtype.append([])
+        of_dtype[-1].append(tensor)
+    for bucket in (bucket for of_dtype in buckets.values() for bucket in of_dtype if bucket):
+        flat = torch.cat([t.flatten() for t in bucket])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _projected_dim(weight: Tensor, side: Side) -> int:
+    return weight.dim() - (1 if side == "right" else 2)
+
+
+def _is_batch(placement: Placement, tensor: Tensor) -> bool:
+    return isinstance(placement, Shard) and placement.dim < tensor.dim() - 2
+
+
+def _copies(tensor: DTensor) -> int:
+    copies = 1
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            copies *= tensor.device_mesh.size(dim)
+    return copies
+
+
+def _from_local(part: Tensor, weight: DTensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, weight.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
