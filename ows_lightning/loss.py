@@ -69,7 +69,7 @@ class _Chunked(torch.autograd.Function):
         wants_hidden = ctx.needs_input_grad[3]
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
         head_gradients: Sequence[Tensor | None] = [None] * len(head)
-        for start in range(0, len(targets), rows):
+        for start in range(0, max(1, len(targets)), rows):  # without targets, gradients are zero, but there
             chunk = hidden[start : start + rows].detach().requires_grad_(wants_hidden)
             wanted = [chunk] * wants_hidden + list(head)
             with torch.enable_grad():

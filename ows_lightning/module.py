@@ -19,10 +19,13 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from ows_lightning.distributed import require_layerwise
+from ows_lightning.distributed.fsdp import shard_model
 from ows_lightning.errors import UsageError
 from ows_lightning.loss import logits_of, next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.optim.sharding import local, total_norm
 from ows_lightning.optim.subspace import Method
 from ows_lightning.pretrained import load_model, load_tokenizer, resize_embeddings
 from ows_lightning.sampling.decoder import causal_lm, decoder_layers
@@ -130,11 +133,14 @@ class CausalLMModule(LightningModule):
         if self.hparams.compile:
             for layer in decoder_layers(model):
                 layer.compile()
+        if self.device_mesh is not None:
+            shard_model(self.model, self.device_mesh["data_parallel"], precision)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""
         optimizer = self.make_optimizer(self._param_groups())
         if isinstance(optimizer, GaLoreAdamW):
+            require_layerwise(self.trainer.strategy)
             optimizer.project_in_backward()
         elif self.hparams.rank is not None:
             raise UsageError(f"model.rank: {type(optimizer).__name__} can't project; set rank to null, or take GaLoreAdamW")
@@ -198,17 +204,18 @@ class CausalLMModule(LightningModule):
     ) -> None:
         """Makes the gradient that of the step's mean loss, logs its norm, and clips what the optimizer consumes."""
         gradients = self._gradients(optimizer)
+        parts = [local(gradient) for gradient in gradients]
         assert self._step_targets is not None
         targets = self._step_targets.clamp(min=1)
         if self.trainer.accumulate_grad_batches > 1:
-            torch._foreach_mul_(gradients, self._first_targets * self.trainer.accumulate_grad_batches / targets)
-        norm = torch.nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(parts, self._first_targets * self.trainer.accumulate_grad_batches / targets)
+        norm = total_norm(gradients)
         if gradient_clip_val:
             if gradient_clip_algorithm == "value":
-                torch._foreach_clamp_min_(gradients, -gradient_clip_val)
-                torch._foreach_clamp_max_(gradients, gradient_clip_val)
+                torch._foreach_clamp_min_(parts, -gradient_clip_val)
+                torch._foreach_clamp_max_(parts, gradient_clip_val)
             else:
-                torch._foreach_mul_(gradients, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
+                torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
         self._log_step(self._step_loss / targets, norm)
         self._reset_step()
 

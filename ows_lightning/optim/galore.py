@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.optim.rounding import round_stochastically_
 from ows_lightning.optim.sharding import (
+    agree,
     average_,
     local,
     place_projected,
@@ -211,9 +212,8 @@ class GaLoreAdamW(Optimizer):
         self._consume_gradients()
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
         has_gradient = [p.grad is not None or p in self._projected or p in self._hosted for p in self._places]
-        anywhere = torch.tensor(has_gradient, dtype=torch.uint8, device=next(iter(self._places)).device)
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=process_group)
-        for p, here, there in zip(self._places, has_gradient, anywhere.tolist(), strict=True):
+        anywhere = agree(has_gradient, next(iter(self._places)).device, process_group)
+        for p, here, there in zip(self._places, has_gradient, anywhere, strict=True):
             if there and not here:
                 p.grad = torch.zeros_like(p)
         self._consume_gradients()

@@ -98,6 +98,13 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     return square.sqrt()
 
 
+def agree(flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
+    """For each flag, whether it is set on any process of a group."""
+    anywhere = torch.tensor(flags, dtype=torch.uint8, device=device)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in anywhere.tolist()]
+
+
 def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Averages tensors over the processes of a group, in place; small ones travel together."""
     buckets: dict[torch.dtype, list[list[Tensor]]] = {}

@@ -1,0 +1,66 @@
+"""Data parallelism for models whose trained blocks change: ``--trainer.strategy ddp_layerwise``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.sharding import agree, average_
+
+
+class LayerwiseDDPStrategy(DDPStrategy):
+    """DDP that averages what the optimizer consumes, for whichever parameters train at the moment.
+
+    torch's DistributedDataParallel fixes the set of trained parameters when it wraps a model, and averages full gradients. Here
+    the model stays unwrapped: when a step's last backward pass is through, the gradients are averaged, projected ones where
+    the optimizer is GaLoreAdamW (r/n of the bytes). In a step that renews a subspace the full gradient is averaged before the
+    subspace is taken, one matrix at a time, so that all processes find the same one.
+    """
+
+    _accumulates = False
+
+    def configure_ddp(self) -> None:
+        """Gives all processes rank 0's weights; the model is not wrapped."""
+        assert self.model is not None
+        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning's context of the micro-batches that are not the last of their step."""
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._accumulates = False
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Holds back subspaces until gradients are averaged."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, GaLoreAdamW):
+                optimizer.accumulating = True
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Averages the gradients of a step that is complete."""
+        if not self._accumulates:
+            for optimizer in self.optimizers:
+                _average_gradients(optimizer)
+
+
+def _average_gradients(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, GaLoreAdamW):
+        optimizer.average_gradients()
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    anywhere = agree([p.grad is not None for p in parameters], parameters[0].device)
+    for p, there in zip(parameters, anywhere, strict=True):
+        if there and p.grad is None:
+            p.grad = p.new_zeros(p.shape)
+    average_([p.grad for p in parameters if p.grad is not None])

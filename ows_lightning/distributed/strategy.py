@@ -1,0 +1,187 @@
+"""FSDP2 for models whose trained blocks change: ``--trainer.strategy fsdp2``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ows_lightning import checkpoints
+from ows_lightning.checkpoints import WholeCheckpointIO
+from ows_lightning.distributed.ddp import LayerwiseDDPStrategy
+from ows_lightning.errors import RunError, UsageError
+from ows_lightning.optim.sharding import take_part
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy with all processes sharding the data and the weights, on GPUs or CPUs.
+
+    The module shards itself in ``configure_model`` (see ``shard_model``). Checkpoints hold optimizer state for what trained
+    when they were saved, and are restored to just that: Lightning's own way needs the same parameters to be trainable as then,
+    before any callback knows which.
+
+    Args:
+        save_distributed_checkpoint: Every process writes its shards into a directory; otherwise all is gathered, a tensor at
+            a time, into one file on rank 0, as without sharding. Either kind loads on any number of processes.
+        process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs unless given.
+        timeout: How long a process waits for the others before it gives up.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        """Starts the processes' communication."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    # ------------------------------------------------------------------ saving
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state: this process's shards, or all of it on rank 0."""
+        assert self.lightning_module is not None
+        return self._to_save(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state: this process's shards, or all of it on rank 0."""
+        state = optimizer.state_dict()
+        return {**state, "state": {number: self._to_save(values) for number, values in state["state"].items()}}
+
+    def _to_save(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:
+            return dict(state)
+        gathered = {}
+        for name, value in state.items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.global_rank == 0:
+                gathered[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+        return gathered
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint whole or not at all.
+
+        Raises:
+            RunError: On all ranks, if one of them can't write.
+        """
+        path = Path(self.broadcast(filepath))
+        try:
+            if self._save_distributed_checkpoint:
+                self._save_shards(checkpoint, path)
+            elif self.global_rank == 0:
+                WholeCheckpointIO().save_checkpoint(checkpoint, path)
+            error = None
+        except (RunError, OSError, RuntimeError, dcp.CheckpointException) as failure:
+            error = failure
+        if message := self.broadcast(str(error) if isinstance(error, RunError) else None):
+            raise RunError(message)
+        if error is not None:
+            raise checkpoints.not_written(path, error) from error
+
+    def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
+        partial = checkpoints.partial_path(path)
+        if self.global_rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.barrier()
+        tensors, rest = checkpoints.split(checkpoint)
+        dcp.save(tensors, checkpoint_id=partial)
+        if self.global_rank == 0:
+            checkpoints.write(rest, partial / checkpoints.META)
+            if path.is_file():
+                path.unlink()
+            checkpoints.put_in_place(partial, path)
+
+    # ------------------------------------------------------------------ loading
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning calls ``load_optimizer_state_dict``, after hooks had a look at the checkpoint."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint but for its tensors, which the two following methods read, each process its part."""
+        path = Path(self.broadcast(checkpoint_path))
+        return {**checkpoints.read(path, checkpoints.inspect), "path": str(path)}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Reads this process's part of the weights into the module."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        if "state_dict" not in checkpoint:
+            checkpoints.read_into({f"state_dict.{name}": tensor for name, tensor in state.items()}, Path(checkpoint["path"]))
+            return
+        saved = checkpoint["state_dict"]
+        if strict and (different := sorted(state.keys() ^ saved.keys())):
+            raise UsageError(f"ckpt_path: '{checkpoint['path']}' is of another model, as to {different[0]}")
+        for name in state.keys() & saved.keys():
+            state[name].copy_(_part(saved[name], state[name]))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Reads this process's part of the optimizers' state."""
+        states = checkpoint["optimizer_states"]
+        places = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+
+        def empty(optimizer: int, parameter: int, saved: TensorStorageMetadata) -> Tensor:
+            weight = places[optimizer][parameter]
+            if saved.size == weight.shape:
+                return torch.empty_like(weight, dtype=saved.properties.dtype)
+            return torch.empty(saved.size, dtype=saved.properties.dtype)  # of low rank: the optimizer takes its part
+
+        if "state_dict" not in checkpoint:
+            states = checkpoints.load_optimizers(Path(checkpoint["path"]), states, empty)
+        for weights, optimizer, state in zip(places, self.optimizers, states, strict=True):
+            for number, values in state["state"].items():
+                state["state"][number] = {key: _part(value, weights[number]) for key, value in values.items()}
+            optimizer.load_state_dict(state)
+
+
+def _part(value: Any, weight: Tensor) -> Any:
+    """This process's part of a tensor that is distributed as a weight is, if it has its shape."""
+    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != weight.shape:
+        return value
+    return take_part(value, weight.device_mesh, weight.placements)
+
+
+def require_layerwise(strategy: object) -> None:
+    """Refuses strategies that can't carry weights which are frozen and unfrozen, or gradients that are projected.
+
+    Args:
+        strategy: A strategy of Lightning's, or the name of one.
+
+    Raises:
+        UsageError: With the strategy to choose instead.
+    """
+    name = strategy if isinstance(strategy, str) else ""
+    if isinstance(strategy, FSDPStrategy) or name.startswith("fsdp") and name != "fsdp2":
+        reason = "FSDP1 shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
+    elif isinstance(strategy, DDPStrategy) and not isinstance(strategy, LayerwiseDDPStrategy):
+        reason = "DDP fixes the set of trained parameters, and averages full gradients; write strategy: ddp_layerwise"
+    elif type(strategy).__name__ == "DeepSpeedStrategy" or name.startswith("deepspeed"):
+        reason = "DeepSpeed shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
+    else:
+        return
+    raise UsageError(f"trainer.strategy: {name or type(strategy).__name__} can't train sampled or projected weights: {reason}")
