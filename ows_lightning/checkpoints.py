@@ -53,10 +53,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             partial.unlink(missing_ok=True)
             raise not_written(path, error) from error
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """Reads a file or a directory of shards, always with ``weights_only=True``; a file's tensors stay on the disk till used.
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Reads a file or a directory of shards, always with ``weights_only=True``; a file's tensors are mapped into memory.
 
         Raises:
             UsageError: There is no checkpoint, or it is damaged; names the last good one beside it.

@@ -18,10 +18,10 @@ from ows_lightning.optim.sharding import agree, average_
 class LayerwiseDDPStrategy(DDPStrategy):
     """DDP that averages what the optimizer consumes, for whichever parameters train at the moment.
 
-    torch's DistributedDataParallel fixes the set of trained parameters when it wraps a model, and averages full gradients. Here
-    the model stays unwrapped: when a step's last backward pass is through, the gradients are averaged, projected ones where
-    the optimizer is GaLoreAdamW (r/n of the bytes). In a step that renews a subspace the full gradient is averaged before the
-    subspace is taken, one matrix at a time, so that all processes find the same one.
+    torch's DistributedDataParallel fixes the set of trained parameters when it wraps a model, and averages full gradients.
+    Here the model stays unwrapped: when a step's last backward pass is through, the gradients are averaged, projected ones
+    where the optimizer is GaLoreAdamW (r/n of the bytes). In a step that renews a subspace the full gradient is averaged
+    before the subspace is taken, one matrix at a time, so that all processes find the same one.
     """
 
     _accumulates = False

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -176,7 +175,7 @@ def require_layerwise(strategy: object) -> None:
         UsageError: With the strategy to choose instead.
     """
     name = strategy if isinstance(strategy, str) else ""
-    if isinstance(strategy, FSDPStrategy) or name.startswith("fsdp") and name != "fsdp2":
+    if isinstance(strategy, FSDPStrategy) or (name.startswith("fsdp") and name != "fsdp2"):
         reason = "FSDP1 shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
     elif isinstance(strategy, DDPStrategy) and not isinstance(strategy, LayerwiseDDPStrategy):
         reason = "DDP fixes the set of trained parameters, and averages full gradients; write strategy: ddp_layerwise"

@@ -1,0 +1,90 @@
+"""Runs of the command line in processes of their own, which can be several ranks, and can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+# A server imports everything once; each process is a fork of it, and starts in a moment.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["ows_lightning.cli", "tests.distributed.launch", "tests.distributed.probe"])
+
+
+def _run(arguments: Sequence[str], environment: dict[str, str], output: str) -> None:
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.update(environment)
+    sys.argv = ["main.py"]
+
+    import torch
+
+    torch.set_num_threads(1)
+    from ows_lightning.cli import main
+
+    main(list(arguments))
+
+
+class Launch:
+    """Processes that run the command line, as ``torchrun`` would start them."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, ranks: int = 1) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.outputs = [folder / f"rank{rank}.txt" for rank in range(ranks)]
+        self.processes: list[BaseProcess] = []
+        port = _free_port()
+        for rank, output in enumerate(self.outputs):
+            environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+            if ranks > 1:
+                environment |= {
+                    "TORCHELASTIC_RUN_ID": "tests", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+                    "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }  # fmt: skip
+            process = context.Process(target=_run, args=(list(arguments), environment, str(output)), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        """Waits for all processes, and returns their exit codes; those that are still there then are killed (None)."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return codes
+
+    def kill(self) -> None:
+        """Sends SIGKILL to all processes."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.join()
+
+    @property
+    def output(self) -> str:
+        """What the processes printed."""
+        return "\n".join(output.read_text() for output in self.outputs if output.exists())
+
+
+def run(arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 120) -> str:
+    """Runs the command line to its end, which has to be a good one, and returns what it printed."""
+    launch = Launch(arguments, folder, ranks)
+    codes = launch.wait(timeout)
+    assert codes == [0] * ranks, f"{codes}\n{launch.output}"
+    return launch.output
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
