@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from ows_lightning.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
+from ows_lightning.resume import continue_curves
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,10 @@ log = logging.getLogger(__name__)
 
 class RunArtifacts(Callback):
     """Writes the trained model as a Hugging Face directory, and the run as pictures, at the end of ``fit``."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the curves of a resumed run with what was logged before."""
+        continue_curves(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the PNGs into the run's folder."""

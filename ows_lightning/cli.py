@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -14,11 +16,16 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger
 
 from ows_lightning.artifacts import ProgressBar, RunArtifacts
+from ows_lightning.checkpoints import find_checkpoint
 from ows_lightning.data import InstructionDataModule
+from ows_lightning.distributed import require_layerwise
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.module import CausalLMModule
+from ows_lightning.preemption import SaveOnSignal
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.trainer import OWSTrainer
+
+log = logging.getLogger(__name__)
 
 # The callback is configured by its own arguments, not by class_path.
 set_parsing_settings(subclasses_disabled=[LayerwiseSampling])
@@ -68,7 +75,8 @@ class OWSCLI(LightningCLI):
         sampling = self._get(self.config_init, "sampling")
         callbacks = given["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        callbacks += [RunArtifacts()] if sampling is None else [sampling, RunArtifacts()]
+        require_layerwise(given["strategy"])  # before Lightning complains of something else
+        callbacks += [RunArtifacts(), SaveOnSignal()] if sampling is None else [sampling, RunArtifacts(), SaveOnSignal()]
         if given["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
         if given["logger"] in (None, True):
@@ -78,7 +86,13 @@ class OWSCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves the configuration as it is: a resumed run's settings are the user's, not those in the checkpoint."""
+        """Finds the checkpoint. A resumed run's settings are the user's, not those in the checkpoint."""
+        config = self.config.get(self.config.get("subcommand"), {})
+        if self.config.get("subcommand") != "export" and (given := config.get("ckpt_path")) and given not in ("best", "hpc"):
+            path = find_checkpoint(str(given), Path(config.trainer.default_root_dir or "runs"))
+            config.ckpt_path = None if path is None else str(path)
+            if path is None:
+                log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
 
 
 def main(args: ArgsType = None) -> None:
@@ -92,3 +106,17 @@ def main(args: ArgsType = None) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except torch.OutOfMemoryError as error:
+        if os.environ.get("OWS_DEBUG") == "1":
+            raise
+        print(f"error: {_out_of_memory(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    needed = str(error).split(". ")[0]
+    return (
+        f"{needed}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), data.max_seq_length or "
+        "sampling.activated_layers, set model.gradient_checkpointing: true, or trainer.precision: bf16-true; "
+        "`main.py plan` with the same config says how much each saves"
+    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
@@ -20,9 +23,11 @@ from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ows_lightning.data.masking import end_of_turn_id
+from ows_lightning import resume
+from ows_lightning.checkpoints import last_good
 from ows_lightning.distributed import require_layerwise
 from ows_lightning.distributed.fsdp import shard_model
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import RunError, UsageError
 from ows_lightning.loss import logits_of, next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.groups import galore_param_groups
@@ -30,6 +35,8 @@ from ows_lightning.optim.sharding import local, total_norm
 from ows_lightning.optim.subspace import Method
 from ows_lightning.pretrained import load_model, load_tokenizer, resize_embeddings
 from ows_lightning.sampling.decoder import causal_lm, decoder_layers
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -59,6 +66,7 @@ class CausalLMModule(LightningModule):
         warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
         lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
         max_new_tokens: Length limit of generated answers.
+        max_skipped_steps: Stop the run after so many steps in a row whose gradients held a NaN or Inf; each is skipped.
         trust_remote_code: Run code that the model's repository brings along.
 
     Raises:
@@ -82,6 +90,7 @@ class CausalLMModule(LightningModule):
         warmup_steps: float = 0.03,
         lora: dict[str, Any] | None = None,
         max_new_tokens: int = 64,
+        max_skipped_steps: int = 10,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -98,6 +107,7 @@ class CausalLMModule(LightningModule):
         self.test_perplexity, self.test_exact_match = TokenPerplexity(), MeanMetric()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens_seen, self._time_before = 0, 0.0
+        self._skipped_in_a_row = 0
         self._reset_step()
 
     @property
@@ -147,6 +157,8 @@ class CausalLMModule(LightningModule):
             optimizer.project_in_backward()
         elif self.hparams.rank is not None:
             raise UsageError(f"model.rank: {type(optimizer).__name__} can't project; set rank to null, or take GaLoreAdamW")
+        kept = ("params", "param_names")
+        self._options = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = self.hparams.warmup_steps
         kind = self.hparams.lr_scheduler_type
@@ -180,7 +192,17 @@ class CausalLMModule(LightningModule):
                 f"model.model_name_or_path: the loss does not know how {type(self.language_model).__name__} makes its logits"
             )
 
+    def on_train_start(self) -> None:
+        """Lets a resumed run have the learning rate, and number of steps, that are configured now."""
+        if self.trainer.ckpt_path is not None:
+            resume.apply_changes(self.trainer, self._options)
+
     # ------------------------------------------------------------------ steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds dropout by batch and rank: a resumed run draws what the uninterrupted one would have drawn."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(hash((seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; scaled in ``configure_gradient_clipping`` to be the whole step's mean."""
@@ -213,6 +235,10 @@ class CausalLMModule(LightningModule):
         if self.trainer.accumulate_grad_batches > 1:
             torch._foreach_mul_(parts, self._first_targets * self.trainer.accumulate_grad_batches / targets)
         norm = total_norm(gradients)
+        self._skipped_in_a_row = 0 if norm.isfinite() else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row and not isinstance(optimizer, GaLoreAdamW):  # which skips, and names the weight, by itself
+            log.warning("Step skipped: a gradient holds NaN or Inf (%d in a row)", self._skipped_in_a_row)
+            optimizer.zero_grad()
         if gradient_clip_val:
             if gradient_clip_algorithm == "value":
                 torch._foreach_clamp_min_(parts, -gradient_clip_val)
@@ -221,6 +247,17 @@ class CausalLMModule(LightningModule):
                 torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
         self._log_step(self._step_loss / targets, norm)
         self._reset_step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Ends a run whose gradients stay NaN or Inf; its weights are still those of the last good step."""
+        if self._skipped_in_a_row >= self.hparams.max_skipped_steps:
+            folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+            good = last_good(Path(folder)) if folder else None
+            where = f"the last checkpoint is '{good}'" if good else "there is no checkpoint yet"
+            raise RunError(
+                f"{self._skipped_in_a_row} steps in a row had NaN or Inf in a gradient and were skipped; {where}; "
+                "lower the learning rate, or set trainer.gradient_clip_val"
+            )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
@@ -327,11 +364,18 @@ class CausalLMModule(LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the curves go on from."""
+        """Adds what the curves go on from, and the settings that have to be the same when the run is resumed."""
+        checkpoint["settings"] = resume.lasting_settings(self, self.trainer)
         checkpoint["progress"] = {"tokens": self._tokens_seen, "time_s": self._time_before + time.perf_counter() - self._start}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on from where the curves ended."""
+        """Goes on from where the curves ended.
+
+        Raises:
+            UsageError: A run is resumed with settings that it can't change.
+        """
+        if "settings" in checkpoint and self.trainer.training:
+            resume.check_settings(checkpoint["settings"], resume.lasting_settings(self, self.trainer))
         progress = checkpoint.get("progress", {})
         self._tokens_seen, self._time_before = progress.get("tokens", 0), progress.get("time_s", 0.0)
 

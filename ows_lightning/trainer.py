@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from ows_lightning.checkpoints import WholeCheckpointIO
 from ows_lightning.errors import UsageError
 from ows_lightning.export import save_huggingface
 from ows_lightning.module import CausalLMModule
@@ -17,7 +20,12 @@ from ows_lightning.sampling.scores import OutlierScores
 
 
 class OWSTrainer(Trainer):
-    """Lightning's Trainer, with a method for each further subcommand."""
+    """Lightning's Trainer, with a method for each further subcommand, and checkpoints that are whole or not there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
+            self.strategy.checkpoint_io = WholeCheckpointIO()
 
     @property
     def sampling(self) -> LayerwiseSampling | None:

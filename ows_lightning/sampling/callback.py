@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from ows_lightning.distributed import require_layerwise
 from ows_lightning.errors import UsageError
 from ows_lightning.sampling.activation import activate_blocks
 from ows_lightning.sampling.decoder import causal_lm, decoder_layers, non_block_parameters
@@ -108,6 +109,11 @@ class LayerwiseSampling(Callback):
         return self.history[-1][2] if self.history else []
 
     # ------------------------------------------------------------------ when it acts
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses strategies that can't let the trained blocks change."""
+        if stage == "fit":
+            require_layerwise(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the blocks and checks the settings against them; nothing is frozen yet."""

@@ -1,0 +1,98 @@
+"""Resuming: which settings a run has to keep, which may change, and how its curves go on."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim.lr_scheduler import LambdaLR
+
+from ows_lightning.errors import UsageError
+from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.decoder import decoder_layers
+
+log = logging.getLogger(__name__)
+
+MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddings", "lora")
+SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train")
+
+
+def lasting_settings(module: LightningModule, trainer: Trainer) -> dict[str, Any]:
+    """Returns the settings that a run keeps from its first step to its last, as plain values by their YAML keys."""
+    settings: dict[str, Any] = {f"model.{key}": module.hparams[key] for key in MODEL_KEYS if key in module.hparams}
+    settings["number of blocks"] = len(decoder_layers(module))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LayerwiseSampling):
+            settings |= {f"sampling.{key}": getattr(callback, key) for key in SAMPLING_KEYS}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to resume a run with settings that it can't change.
+
+    Raises:
+        UsageError: Names the keys that differ, with both values.
+    """
+    different = [key for key in saved.keys() | now.keys() if not _same(key, saved.get(key), now.get(key))]
+    if different:
+        listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in sorted(different))
+        raise UsageError(f"ckpt_path: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
+
+
+def _same(key: str, saved: Any, now: Any) -> bool:
+    if key == "model.model_name_or_path" and saved and now:
+        return Path(saved).name == Path(now).name  # a directory may have been moved
+    return bool(saved == now)
+
+
+def apply_changes(trainer: Trainer, options: Sequence[Mapping[str, Any]]) -> None:
+    """Gives a resumed run's optimizer the options that are configured now, and logs what they change.
+
+    Args:
+        trainer: The trainer, with optimizers and schedules as the checkpoint had them.
+        options: For every parameter group the options that it was built with.
+    """
+    changed = {}
+    for group, configured in zip(trainer.optimizers[0].param_groups, options, strict=True):
+        for key, value in configured.items():
+            before = group["initial_lr"] if key == "lr" and "initial_lr" in group else group.get(key)
+            if before != value and not (isinstance(value, Sequence) and list(before) == list(value)):
+                changed[key] = f"{key} from {before} to {value}"
+                group["initial_lr" if key == "lr" else key] = value
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if isinstance(scheduler, LambdaLR):  # its rates follow from the base rates, the step and the number of steps
+            scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+            for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+    if changed:
+        rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
+
+
+def continue_curves(trainer: Trainer) -> None:
+    """Puts what the resumed run logged before the checkpoint into this run's folder, on rank 0."""
+    logger = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
+    if trainer.ckpt_path is None or logger is None or not trainer.is_global_zero:
+        return
+    before, now = Path(trainer.ckpt_path).parent.parent, Path(logger.log_dir)
+    if before.resolve() == now.resolve() or not (before / "metrics.csv").is_file():
+        return
+    now.mkdir(parents=True, exist_ok=True)
+    if (before / "outlier_scores.json").is_file() and not (now / "outlier_scores.json").exists():
+        shutil.copy(before / "outlier_scores.json", now)
+    with (before / "metrics.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if row.get("step") and int(float(row["step"])) < trainer.global_step]
+        columns = list(reader.fieldnames or [])
+    with (now / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    logger.experiment.metrics_keys = columns
