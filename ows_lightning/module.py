@@ -22,9 +22,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning import resume
 from ows_lightning.checkpoints import last_good
+from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed import require_layerwise
 from ows_lightning.distributed.fsdp import shard_model
 from ows_lightning.errors import RunError, UsageError
@@ -374,7 +374,7 @@ class CausalLMModule(LightningModule):
         Raises:
             UsageError: A run is resumed with settings that it can't change.
         """
-        if "settings" in checkpoint and self.trainer.training:
+        if "settings" in checkpoint and self._trainer is not None and self.trainer.training:
             resume.check_settings(checkpoint["settings"], resume.lasting_settings(self, self.trainer))
         progress = checkpoint.get("progress", {})
         self._tokens_seen, self._time_before = progress.get("tokens", 0), progress.get("time_s", 0.0)
