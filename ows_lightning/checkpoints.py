@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -241,7 +241,8 @@ def load_tensors(
     path: Path, prefix: str, empty: Callable[[str, TensorStorageMetadata], Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Reads the tensors whose names begin with a prefix, which is taken off; each process what it needs, on its own."""
-    saved = {k: v for k, v in read_metadata(path).state_dict_metadata.items() if k.startswith(prefix)}
+    contents = read_metadata(path).state_dict_metadata.items()
+    saved = {k: v for k, v in contents if k.startswith(prefix) and isinstance(v, TensorStorageMetadata)}
     tensors = {
         name: empty(name.removeprefix(prefix), info) if empty else torch.empty(info.size, dtype=info.properties.dtype)
         for name, info in saved.items()
@@ -282,6 +283,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if plain and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where it was written; of any system
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
 

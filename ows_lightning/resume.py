@@ -62,10 +62,10 @@ def apply_changes(trainer: Trainer, options: Sequence[Mapping[str, Any]]) -> Non
     changed = {}
     for group, configured in zip(trainer.optimizers[0].param_groups, options, strict=True):
         for key, value in configured.items():
-            before = group["initial_lr"] if key == "lr" and "initial_lr" in group else group.get(key)
-            if before != value and not (isinstance(value, Sequence) and list(before) == list(value)):
+            place = "initial_lr" if key == "lr" and "initial_lr" in group else key
+            if (before := group.get(place)) != value:
                 changed[key] = f"{key} from {before} to {value}"
-                group["initial_lr" if key == "lr" else key] = value
+                group[place] = value
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         if isinstance(scheduler, LambdaLR):  # its rates follow from the base rates, the step and the number of steps

@@ -105,7 +105,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             partial.mkdir(parents=True)
         self.barrier()
         tensors, rest = checkpoints.split(checkpoint)
-        dcp.save(tensors, checkpoint_id=partial)
+        dcp.save(tensors, checkpoint_id=str(partial))
         if self.global_rank == 0:
             checkpoints.write(rest, partial / checkpoints.META)
             if path.is_file():

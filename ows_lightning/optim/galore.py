@@ -295,8 +295,8 @@ class GaLoreAdamW(Optimizer):
         if p in self._renewed:
             self._renew(state, self._renewed.pop(p), side)
         step = self._count(state, gradient)
-        parts = (local(tensor) for tensor in (gradient, state["exp_avg"], state["exp_avg_sq"]))
-        direction = adam_direction(*parts, step, group["betas"], group["eps"])
+        exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        direction = adam_direction(local(gradient), exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
         lr, decay = group["lr"] * group["scale"], group["lr"] * group["weight_decay"]
         project_back_(local(p), direction, local(state["projector"]), side, lr, decay, self._generator(p, step))
 
