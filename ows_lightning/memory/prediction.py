@@ -1,0 +1,160 @@
+"""Predicts a training step's peak memory: of a config's method, and of what one would use instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.optim import AdamW, Optimizer
+
+from ows_lightning.errors import UsageError
+from ows_lightning.memory.devices import Shards, communicated_bytes, on_each_device
+from ows_lightning.memory.fake import faking, materialize_, meta_model
+from ows_lightning.memory.settings import PlanSettings
+from ows_lightning.memory.step import Method, StepMemory, Workload, follow_steps
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.decoder import decoder_layers
+
+CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
+
+_CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
+_FEW = 5  # blocks of a kind that are followed one by one; more are extrapolated
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What a method needs on each device.
+
+    Attributes:
+        bytes: Category -> bytes at the peak, see `CATEGORIES`.
+        communicated_bytes: Bytes that each device sends in an optimizer step.
+    """
+
+    bytes: dict[str, int]
+    communicated_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that is allocated at a time."""
+        return sum(self.bytes.values())
+
+    def fits(self, card: int) -> bool:
+        """Whether it fits a card of so many GB."""
+        return self.peak_bytes <= card * 1e9
+
+
+def _adamw(settings: PlanSettings) -> Callable[[Any], Optimizer]:
+    return partial(AdamW, foreach=settings.on_gpu)  # what it does by default there
+
+
+def _galore(settings: PlanSettings) -> Callable[[Any], Optimizer]:
+    # galore-torch's moments have the gradient's dtype.
+    return partial(GaLoreAdamW, moments_dtype="bfloat16" if settings.dtype == torch.bfloat16 else "float32")
+
+
+METHODS: dict[str, Callable[[PlanSettings], Method]] = {
+    "ows": lambda settings: settings.method,
+    "full": lambda settings: Method(_adamw(settings)),
+    "lora": lambda settings: Method(_adamw(settings), lora={"r": 16, "target_modules": "all-linear"}),
+    "galore": lambda settings: Method(_galore(settings), rank=settings.method.rank or 128, subspace="svd"),
+    "lisa": lambda settings: Method(_adamw(settings), activated_layers=2, states_kept=True),
+    "ows_published": lambda settings: Method(
+        _galore(settings), activated_layers=5, rank=settings.method.rank or 128, subspace="svd", states_kept=True
+    ),
+}
+"""``ows`` is the config's own method in this package. The others are what one would use instead, as their own tools run them:
+torch's AdamW, peft with r = 16, galore-torch, LISA with gamma = 2, and OWS' reference code. The last two keep the states of
+blocks that are frozen again. Batches, precision and checkpointing are the config's."""
+
+
+def predict(settings: PlanSettings, method: Method | None = None) -> MethodPlan:
+    """Predicts what a method needs on each device, from a step of a fake model with all its operators.
+
+    A step is followed on a model of few blocks. Blocks of a kind add the same each, so that the peaks of each stage of a step
+    are linear in the number of active and of frozen blocks; the rest is extrapolated, exactly. The highest of the
+    stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it.
+
+    On several devices, see `on_each_device`.
+
+    Args:
+        settings: The model and what it is trained on.
+        method: Another method than the settings' own.
+
+    Raises:
+        UsageError: The model has operators that can't be followed without data.
+    """
+    method = method or settings.method
+    model = meta_model(settings.model, settings.dtype)
+    layers = decoder_layers(model)
+    active = len(layers) if method.activated_layers is None else min(method.activated_layers, len(layers))
+    try:
+        memory = _extrapolate(partial(_follow, settings, method), active, len(layers) - active, _alike(layers))
+    except (RuntimeError, DynamicOutputShapeException, DataDependentOutputException) as error:
+        raise UsageError(
+            f"model.model_name_or_path: can't follow a {settings.model.model_type} model in {settings.precision} ({error})"
+        ) from error
+    shards = Shards.of(model)
+    peaks = [on_each_device(peak, settings, shards, method) for peak in memory.peaks.values()]
+    highest = max(peaks, key=lambda sizes: sum(sizes.values()))
+    return MethodPlan(highest, communicated_bytes(memory, settings, shards, method))
+
+
+def _follow(settings: PlanSettings, method: Method, active: int, frozen: int) -> StepMemory:
+    """Follows a step of a fake model with so many blocks."""
+    model = meta_model(settings.model, settings.dtype, settings.attention, active + frozen)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.disable_input_require_grads()  # type: ignore[operator]
+    if method.lora is not None:
+        model = _add_lora(model, method.lora)
+    if method.activated_layers is not None:
+        method = replace(method, activated_layers=active)
+    work = Workload(
+        settings.batch_size,
+        settings.max_seq_length,
+        min(settings.accumulate_grad_batches, 2),  # those between the first and the last are like the last
+        settings.autocast,
+        host_memory=settings.on_gpu,
+        alignment=_CUDA_BLOCK if settings.on_gpu else 1,
+    )
+    with faking():
+        materialize_(model)
+        return follow_steps(model, method, work)
+
+
+def _add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UsageError('lora: needs peft; pip install "ows_lightning[lora]"') from error
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), low_cpu_mem_usage=True)
+
+
+def _alike(layers: nn.ModuleList) -> bool:
+    return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
+
+
+def _extrapolate(follow: Callable[[int, int], StepMemory], active: int, frozen: int, alike: bool) -> StepMemory:
+    """Follows small models and goes on linearly, in active blocks and in frozen ones."""
+    a = active if active <= _FEW or not alike else 3
+    f = frozen if frozen <= 3 or not alike else 2
+    base = follow(a, f)
+    steps = [(active - a, follow(a + 1, f))] if active > a else []
+    steps += [(frozen - f, follow(a, f + 1))] if frozen > f else []
+
+    def extended(value: Callable[[StepMemory], int]) -> int:
+        return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)
+
+    def at(span: tuple[Any, ...], category: str, memory: StepMemory) -> int:
+        return memory.peaks[span].get(category, 0)
+
+    return StepMemory(
+        {span: {name: extended(partial(at, span, name)) for name in CATEGORIES} for span in base.peaks},
+        extended(lambda memory: memory.trained),
+        extended(lambda memory: memory.consumed),
+    )

@@ -1,0 +1,155 @@
+"""What a training step's memory depends on, and how it follows from a config of the command line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import PretrainedConfig
+
+from ows_lightning.errors import UsageError
+from ows_lightning.memory.fake import find_config
+from ows_lightning.memory.step import PARTS, Method
+from ows_lightning.module import DTYPES
+from ows_lightning.optim.galore import GaLoreAdamW
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What memory depends on.
+
+    Attributes:
+        name: The model's name.
+        model: The model's config.
+        method: How it trains.
+        batch_size: Rows of a micro-batch, on each device.
+        max_seq_length: Tokens in a row; all of them are targets, and all rows are full.
+        accumulate_grad_batches: Micro-batches in a step.
+        gradient_checkpointing: Recompute activations in backward.
+        precision: Lightning's precision.
+        attention: ``eager``, or None for transformers' own choice, which stands for every fused attention: torch's fused one
+            on a CPU keeps what the GPU's kernels keep, the output and a number a row.
+        strategy: ``fsdp2``, anything with ``ddp`` in it, or None for one device.
+        devices: Number of devices, over all nodes.
+        on_gpu: Whether the device is a GPU: sizes are rounded as its allocator does, and the host has a memory of its own.
+    """
+
+    name: str
+    model: PretrainedConfig = field(compare=False)
+    method: Method
+    batch_size: int = 16
+    max_seq_length: int = 512
+    accumulate_grad_batches: int = 1
+    gradient_checkpointing: bool = False
+    precision: str = "32-true"
+    attention: str | None = None
+    strategy: str | None = None
+    devices: int = 1
+    on_gpu: bool = True
+
+    @property
+    def title(self) -> str:
+        """Says in a line what is planned."""
+        batch = f"{self.batch_size} x {self.max_seq_length} tokens"
+        parts = [
+            self.name,
+            f"{self.accumulate_grad_batches} x {batch}" if self.accumulate_grad_batches > 1 else batch,
+            self.precision,
+        ]
+        parts += ["checkpointing"] * self.gradient_checkpointing
+        parts += [f"each of {self.devices} devices, {self.strategy or 'ddp'}"] if self.devices > 1 else []
+        return ", ".join(parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return DTYPES.get(self.precision, torch.float32)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of mixed precision, None without it."""
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of matrix products, in which sharded weights are gathered."""
+        return self.autocast or self.dtype
+
+
+def settings_from_config(config: Any) -> PlanSettings:
+    """Returns what memory depends on in a parsed config, see `plan_from_config`."""
+    model, data, trainer = (partial(_value, config, part) for part in ("model", "data", "trainer"))
+    sampling = partial(_value, config, "sampling")
+    sampled = _value(config, "sampling") is not None
+    precision, accelerator = str(trainer("precision") or "32-true"), trainer("accelerator")
+    attention, on_gpu = model("attn_implementation"), accelerator not in ("cpu", "mps")
+    method = Method(
+        optimizer=_optimizer(model("optimizer"), on_gpu),
+        activated_layers=sampling("activated_layers", 5) if sampled else None,
+        always_train=tuple(sampling("always_train", PARTS)) if sampled else PARTS,
+        rank=model("rank", 128),
+        subspace=model("subspace", "randomized"),
+        project_embeddings=model("project_embeddings", False),
+        ours=True,
+        renews_with_state=model("update_proj_gap", 200) < sampling("interval_steps", 50),
+        lora=model("lora"),
+    )
+    name = model("model_name_or_path", "")
+    return PlanSettings(
+        name=name,
+        model=find_config(name, model("trust_remote_code", False)),
+        method=method,
+        batch_size=data("batch_size", 16),
+        max_seq_length=data("max_seq_length", 512),
+        accumulate_grad_batches=trainer("accumulate_grad_batches") or 1,
+        gradient_checkpointing=model("gradient_checkpointing", False),
+        precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
+        attention="eager" if attention == "eager" else None,
+        strategy=_strategy(trainer("strategy")),
+        devices=_number_of_devices(trainer("devices")) * int(trainer("num_nodes") or 1),
+        on_gpu=on_gpu,
+    )
+
+
+def _value(config: Any, part: str, key: str | None = None, default: Any = None) -> Any:
+    """A part of a config, or a key of the class that the part configures; the default where there is no such key."""
+    config = config.as_dict() if hasattr(config, "as_dict") else config
+    values = config.get(part)
+    if key is None or values is None:
+        return values if key is None else default
+    return values.get("init_args", values).get(key, default)
+
+
+def _optimizer(given: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:
+    """From what a config says of an optimizer to what makes it from parameters."""
+    if given is None or callable(given):
+        return given or GaLoreAdamW
+    path = given["class_path"]
+    module, _, name = path.rpartition(".")
+    try:
+        kind: Any = getattr(importlib.import_module(module or "torch.optim"), name) if path != "GaLoreAdamW" else GaLoreAdamW
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"model.optimizer: no class {path!r}; give an optimizer's full path") from error
+    settings = dict(given.get("init_args") or {})
+    if "foreach" in inspect.signature(kind).parameters and not settings.get("fused") and settings.get("foreach") is None:
+        settings["foreach"] = on_gpu  # fake tensors hide from torch.optim that they stand for a GPU's
+    return partial(kind, **settings)
+
+
+def _strategy(given: Any) -> str | None:
+    name = given.get("class_path") if isinstance(given, dict) else given
+    name = str(name or "auto").rpartition(".")[2].lower()
+    return None if name == "auto" else "fsdp2" if "modelparallel" in name else name
+
+
+def _number_of_devices(given: Any) -> int:
+    if isinstance(given, (list, tuple)):
+        return len(given)
+    text = str(given)
+    return len([part for part in text.split(",") if part]) if "," in text else int(text) if text.isdigit() else 1

@@ -1,0 +1,272 @@
+"""A training step under a MemoryTracker, the same for real and for fake models and for every method that `plan` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ows_lightning.loss import next_token_loss
+from ows_lightning.memory.tracker import HOST, MemoryTracker
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.optim.subspace import Method as Subspace
+from ows_lightning.sampling.activation import activate_blocks
+from ows_lightning.sampling.decoder import causal_lm, decoder_layers, non_block_parameters
+
+BETWEEN = "between"
+PARTS = ("embeddings", "lm_head", "norm")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells methods of training apart, as far as memory goes.
+
+    Attributes:
+        optimizer: From parameters or groups to an optimizer.
+        activated_layers: Blocks that train at a time; None trains all.
+        always_train: What trains outside the blocks.
+        rank: Rank of the projected gradients; None trains in full rank.
+        subspace: How subspaces are found.
+        project_embeddings: Project embeddings and LM head, too.
+        ours: This package's step (chunked loss, projection within backward, Lightning's loop) instead of the usual one: the
+            model's own loss with the logits of the whole batch, all gradients at once, dropped after the step.
+        states_kept: Optimizer states of blocks that are frozen again stay.
+        renews_with_state: A subspace lives shorter than a block is active.
+        lora: Settings of peft's LoraConfig.
+    """
+
+    optimizer: Callable[[Any], Optimizer]
+    activated_layers: int | None = None
+    always_train: tuple[str, ...] = PARTS
+    rank: int | None = None
+    subspace: Subspace = "randomized"
+    project_embeddings: bool = False
+    ours: bool = False
+    states_kept: bool = False
+    renews_with_state: bool = False
+    lora: dict[str, Any] | None = field(default=None, hash=False)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step works on.
+
+    Attributes:
+        batch_size: Rows of a micro-batch.
+        length: Tokens in a row; every one is a target.
+        accumulate_grad_batches: Micro-batches in a step.
+        autocast: Dtype of mixed precision; None computes in the weights' own.
+        host_memory: Where gradients that a step keeps on the host do not count: on any device but the CPU itself.
+        alignment: See MemoryTracker.
+    """
+
+    batch_size: int
+    length: int
+    accumulate_grad_batches: int = 1
+    autocast: torch.dtype | None = None
+    host_memory: bool = False
+    alignment: int = 1
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What was seen in a method's steps.
+
+    Attributes:
+        peaks: Span -> category -> bytes, at the span's peak. Spans tell stages of a step apart, and blocks by where they
+            are among their like.
+        trained: Number of parameters that train at a time.
+        consumed: Bytes of the gradients that the optimizer consumes: projected ones where there is a rank.
+    """
+
+    peaks: dict[tuple[Any, ...], dict[str, int]]
+    trained: int
+    consumed: int
+
+
+def follow_steps(model: nn.Module, method: Method, work: Workload) -> StepMemory:
+    """Takes a method's worst optimizer steps under a `MemoryTracker`.
+
+    They are the first one after a draw, which finds subspaces, and an ordinary one. Of all draws, the one that costs
+    most is taken: the lowest block trains, so that activations are kept from there up, and so do the highest ones, whose
+    gradients come when most activations are still there.
+
+    Args:
+        model: A causal LM on the CPU, real or fake, maybe within a peft model; its weights are changed if they are real.
+        method: How it trains.
+        work: What it trains on.
+    """
+    tracker, consumed = MemoryTracker(work.alignment), 0
+    layers, count = decoder_layers(model), len(decoder_layers(model))
+    active = count if method.activated_layers is None else min(method.activated_layers, count)
+    blocks = [0, *range(count - active + 1, count)]
+    with tracker:
+        tracker.label("weights", [*model.parameters(), *model.buffers()])
+        optimizer = method.optimizer(_param_groups(model, method))
+        _watch(model, optimizer, tracker, _block_spans(count, active), method.ours, work.host_memory)
+
+        may_train = [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in layers]
+        others = _others(model, method.always_train)
+
+        def draw(blocks: Sequence[int]) -> None:
+            if method.activated_layers is not None:
+                activate_blocks(may_train, blocks, others, [] if method.states_kept else [optimizer])
+
+        # What has a state before the step that is measured: what trains always, and every block if states are kept.
+        draw(range(count) if method.states_kept else ())
+        for p in _trainable(model):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        if not method.ours:
+            optimizer.zero_grad()
+        _label_states(optimizer, tracker)
+        draw(blocks)
+        everything_has_state = method.states_kept or method.activated_layers is None
+        for renews in (True,) if everything_has_state else (True, False):
+            for group in optimizer.param_groups:
+                if "update_proj_gap" in group:
+                    group["update_proj_gap"] = 1 if renews or method.renews_with_state else 1 << 30
+            consumed = _step(model, optimizer, method, work, tracker, renews)
+    peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and BETWEEN not in span[-1]}
+    return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed)
+
+
+def _step(model: nn.Module, optimizer: Optimizer, method: Method, work: Workload, tracker: MemoryTracker, renews: bool) -> int:
+    """The training step of CausalLMModule in Lightning's loop, or the usual one of other tools."""
+    language_model: Any = causal_lm(model)
+    for micro in range(work.accumulate_grad_batches):
+        last = micro == work.accumulate_grad_batches - 1
+        tracker.begin_span((renews, last, "forward"))
+        batch = _batch(work, _trainable(model)[0].device)
+        if isinstance(optimizer, GaLoreAdamW):
+            optimizer.accumulating = not last
+        tracker.category = "activations"
+        # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
+        mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
+        with mixed:
+            loss = next_token_loss(language_model, batch)[0] if method.ours else model(**batch, use_cache=False).loss
+        if micro == 0 and method.ours:
+            optimizer.zero_grad()  # where Lightning has it: gradients of the step before live through this forward
+        loss.backward()
+        del loss, batch
+        tracker.category = "other"
+        if isinstance(optimizer, GaLoreAdamW):
+            tracker.label("gradients", optimizer._projected.values())
+    tracker.begin_span((renews, True, "step"))
+    if isinstance(optimizer, GaLoreAdamW) and method.ours:
+        gradients = optimizer.gradients()
+    else:
+        gradients = [p.grad for p in _trainable(model) if p.grad is not None]
+    consumed = sum(gradient.nbytes for gradient in gradients)
+    torch.nn.utils.get_total_norm(gradients)
+    del gradients
+    optimizer.step()
+    _label_states(optimizer, tracker)
+    if not method.ours:
+        optimizer.zero_grad()
+    return consumed
+
+
+def _batch(work: Workload, device: torch.device) -> dict[str, Tensor]:
+    shape = (work.batch_size, work.length)
+    ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # padding somewhere, so that attention gets a mask
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+
+
+def _param_groups(model: nn.Module, method: Method) -> Any:
+    if method.rank is None:
+        return _trainable(model)
+    return galore_param_groups(model, rank=method.rank, subspace=method.subspace, project_embeddings=method.project_embeddings)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _others(model: nn.Module, always_train: Sequence[str]) -> list[tuple[nn.Parameter, bool]]:
+    outside = non_block_parameters(model)
+    always = {p for part in always_train for p in outside[part]}
+    return [(p, p in always) for part in outside.values() for p in part if p.requires_grad]
+
+
+def _block_spans(count: int, active: int) -> list[str]:
+    """Names each block by where it is among its like, which are alike in number whatever the depth.
+
+    The lowest block, the frozen ones above it and the active ones at the top are a group each. Memory rises or falls evenly
+    within a group, so that its highest point is at an end: blocks in between need not be told apart.
+    """
+    names = ["lowest"]
+    for kind, size in (("frozen", count - active), ("active", active - 1)):
+        if size:
+            names += [f"{kind}, first", *[BETWEEN] * (size - 2), f"{kind}, last"][-size:]
+    return names
+
+
+def _watch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    tracker: MemoryTracker,
+    block_spans: Sequence[str],
+    project_in_backward: bool,
+    host_memory: bool,
+) -> None:
+    """Registers the hooks that tell the tracker what is what, and where in a step it is."""
+    galore = optimizer if isinstance(optimizer, GaLoreAdamW) else None
+    before = ""
+
+    def begin(p: Tensor) -> None:
+        nonlocal before
+        before, tracker.category = tracker.category, "other"
+        tracker.label("gradients", [p.grad, galore._hosted.get(p) if galore else None])
+
+    def end(p: Tensor) -> None:
+        tracker.category = before
+        if galore is not None and host_memory:
+            tracker.label(HOST, [galore._hosted.get(p)])
+
+    parameters = _trainable(model)
+    for p in parameters:
+        p.register_hook(lambda gradient: tracker.label("gradients", [gradient]))
+        p.register_post_accumulate_grad_hook(begin)
+    if galore is not None and project_in_backward:
+        galore.project_in_backward()
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(end)
+
+    def stage(name: str, category: str = "activations") -> None:
+        renews, last, *_ = tracker.span
+        tracker.begin_span((renews, last, name))
+        tracker.category = category
+
+    def enter_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # recomputed within backward
+        stage(f"forward {block_spans[index]}")
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if index and hidden.requires_grad:  # once its gradient is there, backward goes on to the block below
+            hidden.register_hook(lambda _: stage(f"backward {block_spans[index - 1]}"))
+
+    def leave_decoder(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        stage("loss_head", "loss_head")
+        output.last_hidden_state.register_hook(lambda _: stage(f"backward {block_spans[-1]}"))
+
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_pre_hook(partial(enter_block, index), with_kwargs=True)
+    language_model: Any = causal_lm(model)
+    language_model.base_model.register_forward_hook(leave_decoder)
+
+
+def _label_states(optimizer: Optimizer, tracker: MemoryTracker) -> None:
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim():
+                tracker.label("projectors" if key == "projector" else "moments", [value])

