@@ -259,6 +259,11 @@ class CausalLMModule(LightningModule):
                 "lower the learning rate, or set trainer.gradient_clip_val"
             )
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and drops the gradients at once: Lightning would keep full-rank ones through the next forward."""
+        super().optimizer_step(*args, **kwargs)
+        self.optimizers(use_pl_optimizer=False).zero_grad()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
         self._evaluate(batch, self.val_perplexity, self.val_exact_match)

@@ -66,14 +66,18 @@ def project_back_(
 
     With a generator, the sum is formed in float32 and rounded stochastically to the weight's bfloat16.
     """
-    exact = weight if generator is None else weight.float()
-    direction, projector = direction.to(exact.dtype), projector.to(exact.dtype)
+    dtype = weight.dtype if generator is None else torch.float32
+    direction, projector = direction.to(dtype), projector.to(dtype)
     tall, wide = (direction, projector.mT) if side == "right" else (projector, direction)
     # One fused product and sum: the update never exists as a matrix of the weight's size.
-    accumulate = exact.addmm_ if exact.dim() == 2 else exact.baddbmm_
-    accumulate(tall, wide, beta=1 - decay, alpha=-lr * (1 - decay))
-    if generator is not None:
-        round_stochastically_(weight, exact, generator)
+    if generator is None:
+        accumulate = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
+        accumulate(tall, wide, beta=1 - decay, alpha=-lr * (1 - decay))
+        return
+    rows = max(1, CHUNK // weight.size(-1))
+    for part, of_tall in zip(weight.split(rows, dim=-2), tall.split(rows, dim=-2), strict=True):
+        exact = part.float().mul_(1 - decay).sub_(of_tall @ wide, alpha=lr * (1 - decay))
+        round_stochastically_(part, exact, generator)
 
 
 def descend_(weight: Tensor, direction: Tensor, lr: float, decay: float, generator: torch.Generator | None) -> None:
@@ -255,7 +259,7 @@ class GaLoreAdamW(Optimizer):
                 self._hosted[p] = local(gradient).to("cpu")
                 return
             matrices = whole_matrices(gradient)
-            if not matrices.isfinite().all():
+            if not torch.linalg.vector_norm(matrices).isfinite():
                 self._projected[p] = matrices.new_full((), float("nan"))  # found by step(), which skips
                 return
             step = int(self.state[p].get("step", 0))
