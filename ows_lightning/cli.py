@@ -21,6 +21,7 @@ from ows_lightning.data import InstructionDataModule
 from ows_lightning.distributed import require_layerwise
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.module import CausalLMModule
+from ows_lightning.parsing import OneLineParser
 from ows_lightning.preemption import SaveOnSignal
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.trainer import OWSTrainer
@@ -45,6 +46,8 @@ class OWSCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=OWSTrainer,
+            parser_class=OneLineParser,
+            parser_kwargs={"allow_abbrev": False},
             auto_configure_optimizers=False,  # the module takes its optimizer as a callable: FSDP2 replaces parameters
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
