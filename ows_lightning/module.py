@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 import os
 import resource
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ows_lightning import resume
 from ows_lightning.checkpoints import last_good
@@ -33,7 +35,7 @@ from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.groups import galore_param_groups
 from ows_lightning.optim.sharding import local, total_norm
 from ows_lightning.optim.subspace import Method
-from ows_lightning.pretrained import load_model, load_tokenizer, resize_embeddings
+from ows_lightning.pretrained import load_config, load_model, load_tokenizer, resize_embeddings
 from ows_lightning.sampling.decoder import causal_lm, decoder_layers
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,25 @@ class CausalLMModule(LightningModule):
 
     # ------------------------------------------------------------------ set-up
 
+    def check(self) -> PretrainedConfig:
+        """Finds all that is wrong with the settings and needs no weights to be found.
+
+        Returns:
+            The model's config.
+
+        Raises:
+            UsageError: Names the setting, and what to do.
+        """
+        config = load_config(self.hparams.model_name_or_path, self.hparams.trust_remote_code)
+        if self.hparams.lora is not None:
+            _lora_config(self.hparams.lora)
+        try:
+            optimizer = self.make_optimizer([nn.Parameter(torch.zeros(2, 2))])
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"model.optimizer: {error}") from error
+        self._check_projection(optimizer)
+        return config
+
     def configure_model(self) -> None:
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
         if self.model is not None:
@@ -155,8 +176,7 @@ class CausalLMModule(LightningModule):
         if isinstance(optimizer, GaLoreAdamW):
             require_layerwise(self.trainer.strategy)
             optimizer.project_in_backward()
-        elif self.hparams.rank is not None:
-            raise UsageError(f"model.rank: {type(optimizer).__name__} can't project; set rank to null, or take GaLoreAdamW")
+        self._check_projection(optimizer)
         kept = ("params", "param_names")
         self._options = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
         steps = int(self.trainer.estimated_stepping_batches)
@@ -169,6 +189,10 @@ class CausalLMModule(LightningModule):
             num_training_steps=steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_projection(self, optimizer: Optimizer) -> None:
+        if self.hparams.rank is not None and not isinstance(optimizer, GaLoreAdamW):
+            raise UsageError(f"model.rank: {type(optimizer).__name__} can't project; set rank to null, or take GaLoreAdamW")
 
     def _param_groups(self) -> Any:
         names = ("rank", "update_proj_gap", "scale", "proj_type", "subspace", "project_embeddings")
@@ -403,15 +427,28 @@ def _stop_at(model: PreTrainedModel, token: int) -> None:
 
 
 def _add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+    config = _lora_config(settings)
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
+
+
+def _lora_config(settings: dict[str, Any]) -> Any:
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError as error:
         raise UsageError('model.lora: needs peft; pip install "ows_lightning[lora]"') from error
+    if not isinstance(rank := settings.get("r", 8), int) or rank < 1:
+        raise UsageError(f"model.lora.r: {rank!r} must be a whole number of at least 1")
     try:
-        config = LoraConfig(task_type="CAUSAL_LM", **settings)
+        return LoraConfig(task_type="CAUSAL_LM", **settings)
     except TypeError as error:
-        raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error
-    return get_peft_model(model, config)
+        known = inspect.signature(LoraConfig).parameters
+        wrong = next((key for key in settings if key not in known), None)
+        if wrong is None:
+            raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error
+        near = "".join(f"; did you mean '{name}'?" for name in difflib.get_close_matches(wrong, known, n=1))
+        raise UsageError(f"model.lora.{wrong}: peft's LoraConfig has no such key{near}") from error
 
 
 def _both_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:

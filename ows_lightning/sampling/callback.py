@@ -118,10 +118,7 @@ class LayerwiseSampling(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the blocks and checks the settings against them; nothing is frozen yet."""
         layers = decoder_layers(pl_module)
-        if self.activated_layers > len(layers):
-            raise UsageError(
-                f"sampling.activated_layers: {self.activated_layers} is more than the model's {len(layers)} blocks"
-            )
+        self.check(len(layers))
         # What a user froze before (LoRA's base, say) is none of our business.
         self._trainable = [p for p in pl_module.parameters() if p.requires_grad]
         self._layers = [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in layers]
@@ -169,6 +166,25 @@ class LayerwiseSampling(Callback):
                 p.requires_grad_(True)
 
     # ------------------------------------------------------------------ what it does
+
+    def check(self, num_layers: int) -> None:
+        """Checks the settings against the number of the model's blocks, which is known before its weights are.
+
+        Raises:
+            UsageError: More blocks are to train than there are, or the scores or weights are those of another number.
+        """
+        if self.activated_layers > num_layers:
+            raise UsageError(f"sampling.activated_layers: {self.activated_layers} is more than the model's {num_layers} blocks")
+        ratios = torch.ones(num_layers)
+        if self.scores is not None:
+            ratios = torch.as_tensor(OutlierScores.load(Path(self.scores)).ratios_for(num_layers))
+        sampling_probabilities(ratios, self.distribution)
+
+    def blocks_of(self, interval: int) -> list[int]:
+        """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""
+        assert self.probabilities is not None
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + interval)
+        return draw_blocks(self.probabilities, self.activated_layers, generator)
 
     def compute_scores(self, pl_module: LightningModule, loader: Any) -> OutlierScores:
         """Returns the blocks' scores and the probabilities that follow from them.
@@ -223,11 +239,8 @@ class LayerwiseSampling(Callback):
     def _draw(self, trainer: Trainer) -> None:
         """Draws the blocks of a new interval and lets them train."""
         start = time.perf_counter()
-        assert self.probabilities is not None
         interval = trainer.global_step // self.interval_steps
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + interval)
-        blocks = draw_blocks(self.probabilities, self.activated_layers, generator)
-        self.history.append((interval, trainer.global_step, blocks))
+        self.history.append((interval, trainer.global_step, self.blocks_of(interval)))
         self._activate(trainer)
         self._log_metrics(trainer, {"interval": float(interval), "drawing_s": time.perf_counter() - start})
         self._write_history(self._folder(trainer))
