@@ -10,6 +10,7 @@ from torch import Tensor
 Side = Literal["left", "right"]
 Method = Literal["randomized", "svd"]
 
+NOISE = 1e-5  # singular values below this part of the largest are rounding in float32
 OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 4.2) find 5 to 10 enough in most cases
 
 
@@ -46,8 +47,13 @@ def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     basis = _orthonormal(matrix.mT @ _orthonormal(matrix @ basis.to(matrix.dtype)).to(matrix.dtype))
     # Rotate onto the principal axes within the basis before the surplus columns are dropped.
     image = (matrix @ basis.to(matrix.dtype)).float()
-    axes = torch.linalg.eigh(image.mT @ image).eigenvectors  # ascending
-    return basis @ axes[..., -rank:].flip(-1)
+    _, values, axes = torch.linalg.svd(torch.linalg.qr(image, mode="r").R)
+    vectors = basis @ axes[..., :rank, :].mT
+    # Rounding, which differs with the number of processes, must not choose what the gradient leaves open: the directions beyond
+    # its numerical rank come from the generator, and of each vector's two signs, on which kept moments depend, one is taken.
+    free = torch.randn(n, rank, generator=generator, device=matrix.device)
+    vectors = _orthonormal(torch.where(values[..., None, :rank] > NOISE * values[..., None, :1], vectors, free))
+    return vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

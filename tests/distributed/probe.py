@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-COUNTED = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "broadcast")
+KINDS = ("allreduce", "reduce_scatter", "allgather", "broadcast")
 
 
 class Probe(Callback):
-    """Writes each step's loss and, by kind, how many elements were communicated in it, for every rank.
+    """Writes each step's loss and, by kind, how many elements this rank gave to be communicated in it.
 
     Args:
         folder: Where to write ``rank0.json`` and so on.
@@ -24,38 +25,48 @@ class Probe(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self.losses: list[float] = []
-        self.communicated: list[dict[str, int]] = []
-        self._now: dict[str, int] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for name in COUNTED:
-            setattr(dist, name, self._counting(name, getattr(dist, name)))
-
-    def _counting(self, name: str, call: Any) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            sent = kwargs.get("tensor", kwargs.get("input", args[0] if args else None))
-            if name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
-                sent = kwargs.get("input", kwargs.get("input_tensor", args[1] if len(args) > 1 else None))
-            if isinstance(sent, Tensor):
-                self._now[name] = self._now.get(name, 0) + sent.numel()
-            return call(*args, **kwargs)
-
-        return counted
+        self.sent: list[dict[str, int]] = []
+        self._traffic = _Traffic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step = trainer.global_step
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._now = {}
+        if trainer.global_step == len(self.losses) and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._traffic = _Traffic()
+        self._traffic.__enter__()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step > self._step:
+        self._traffic.__exit__(None, None, None)
+        if trainer.global_step > len(self.losses):
             self.losses.append(float(trainer.callback_metrics["train_loss"]))
-            self.communicated.append(dict(self._now))
+            self.sent.append(self._traffic.sent)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"losses": self.losses, "communicated": self.communicated}
+        frozen = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
+        state = trainer.optimizers[0].state
+        local = {
+            name: [list(_local(v).shape) for v in state[p].values()] for name, p in pl_module.named_parameters() if p in state
+        }
+        content = {"losses": self.losses, "sent": self.sent, "frozen": frozen, "state": local}
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
-        torch.save(trainer.optimizers[0].state_dict()["param_groups"], self.folder / f"groups{trainer.global_rank}.pt")
+
+
+class _Traffic(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        namespace, _, name = str(func).partition(".")
+        if "c10d" in namespace:
+            kind = next((kind for kind in KINDS if kind in name.replace("all_", "all")), name)
+            # An all-gather's and a reduce-scatter's first argument is the output.
+            given = args[1] if name.startswith(("_allgather_base", "_reduce_scatter_base")) else args[0]
+            elements = sum(t.numel() for t in tree_leaves(given) if isinstance(t, Tensor))
+            self.sent[kind] = self.sent.get(kind, 0) + elements
+        return func(*args, **(kwargs or {}))
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else torch.as_tensor(tensor)

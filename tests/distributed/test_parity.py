@@ -1,0 +1,70 @@
+"""Runs on several processes against the same run on one: the same draws, losses and weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.distributed.conftest import Arguments
+from tests.distributed.launch import run
+
+LOSS, WEIGHTS = 1e-5, 1e-4
+
+
+class Result:
+    """What a run left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        run_folder = folder / "runs" / "version_0"
+        self.draws = (run_folder / "sampling_history.csv").read_text()
+        self.ranks: list[dict[str, Any]] = [json.loads(p.read_text()) for p in sorted((folder / "probe").glob("rank*.json"))]
+        self.losses: list[float] = self.ranks[0]["losses"]
+        self.weights: dict[str, Tensor] = load_file(run_folder / "model" / "model.safetensors")
+
+
+def result(folder: Path, arguments: Arguments, *more: str, ranks: int = 1, strategy: str = "auto", **shape: object) -> Result:
+    probe = ["--trainer.callbacks+=tests.distributed.probe.Probe", f"--trainer.callbacks.folder={folder / 'probe'}"]
+    run(arguments(*more, *probe, ranks=ranks, strategy=strategy, runs=folder / "runs", **shape), folder, ranks)
+    return Result(folder)
+
+
+def assert_equal(one: Result, other: Result) -> None:
+    assert other.draws == one.draws
+    torch.testing.assert_close(torch.tensor(other.losses), torch.tensor(one.losses), rtol=LOSS, atol=LOSS)
+    for name, weight in one.weights.items():
+        assert (other.weights[name] - weight).norm() <= WEIGHTS * weight.norm(), name
+
+
+# An uneven width, which 2 and 4 ranks can't divide: some matrices then lie with the projected dimension sharded.
+CASES: dict[str, tuple[list[str], dict[str, object]]] = {
+    "plain": ([], {}),
+    "uneven-tied": ([], {"intermediate_size": 67, "hidden_size": 36, "tie_word_embeddings": True}),
+    "accumulated-checkpointed": (
+        ["--trainer.accumulate_grad_batches=2", "--model.gradient_checkpointing=true", "--model.project_embeddings=true"],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case: str, arguments: Arguments, tmp_path: Path) -> None:
+    more, shape = CASES[case]
+    one = result(tmp_path / "one", arguments, *more, **shape)
+    for strategy in ("fsdp2", "ddp_layerwise"):
+        assert_equal(one, result(tmp_path / strategy, arguments, *more, ranks=2, strategy=strategy, **shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["plain", "uneven-tied"])
+def test_four_processes_equal_one(case: str, arguments: Arguments, tmp_path: Path) -> None:
+    more, shape = CASES[case]
+    one = result(tmp_path / "one", arguments, *more, **shape)
+    for strategy in ("fsdp2", "ddp_layerwise"):
+        assert_equal(one, result(tmp_path / strategy, arguments, *more, ranks=4, strategy=strategy, **shape))
