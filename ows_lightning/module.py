@@ -15,6 +15,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
@@ -235,7 +236,9 @@ class CausalLMModule(LightningModule):
             last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             optimizer.accumulating = not last
         loss, targets = self._loss(batch)
-        total = self.trainer.strategy.reduce(torch.stack([loss.detach(), targets.to(loss.dtype)]), reduce_op="sum")
+        total = torch.stack([loss.detach(), targets.to(loss.dtype)])
+        if self.trainer.world_size > 1:
+            dist.all_reduce(total)  # strategy.reduce would hold all processes up with a barrier
         if self._step_targets is None:
             # What the first micro-batch has on average a rank, the same on all; any other fixed number would do.
             self._first_targets = total[1].clamp(min=1)
