@@ -45,7 +45,7 @@ def assert_equal(one: Result, other: Result) -> None:
 # An uneven width, which 2 and 4 ranks can't divide: some matrices then lie with the projected dimension sharded.
 CASES: dict[str, tuple[list[str], dict[str, object]]] = {
     "plain": ([], {}),
-    "uneven-tied": ([], {"intermediate_size": 67, "hidden_size": 36, "tie_word_embeddings": True}),
+    "uneven-tied": ([], {"intermediate_size": 67, "hidden_size": 36, "num_attention_heads": 6, "tie_word_embeddings": True}),
     "accumulated-checkpointed": (
         ["--trainer.accumulate_grad_batches=2", "--model.gradient_checkpointing=true", "--model.project_embeddings=true"],
         {},
@@ -59,6 +59,37 @@ def test_two_processes_equal_one(case: str, arguments: Arguments, tmp_path: Path
     one = result(tmp_path / "one", arguments, *more, **shape)
     for strategy in ("fsdp2", "ddp_layerwise"):
         assert_equal(one, result(tmp_path / strategy, arguments, *more, ranks=2, strategy=strategy, **shape))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp_layerwise"])
+def test_an_ordinary_step_communicates_no_more_than_it_must(strategy: str, arguments: Arguments, tmp_path: Path) -> None:
+    settings = ["--trainer.max_steps=3", "--sampling.always_train=[norm]"]
+    two = result(tmp_path, arguments, *settings, ranks=2, strategy=strategy)
+    shapes = {name: weight.shape for name, weight in two.weights.items()}
+    trained = [shape for name, shape in shapes.items() if f"model.{name}" not in two.ranks[0]["frozen"]]
+    renewing, ordinary = two.ranks[0]["sent"][0], two.ranks[0]["sent"][1]
+    if strategy == "fsdp2":
+        # The step's loss and targets, its norm, and whether it is finite; what is frozen reduces no gradient.
+        assert ordinary["allreduce"] <= 5
+        assert "broadcast" not in ordinary
+        assert ordinary["reduce_scatter"] == sum(math.prod(shape) for shape in trained)
+        assert renewing["allgather"] > ordinary["allgather"]
+    else:
+        projected = sum(max(shape) * 8 if len(shape) == 2 else shape[0] for shape in trained)
+        flags = len(shapes)  # of each parameter, whether it has a gradient anywhere
+        assert ordinary.keys() == {"allreduce"}
+        assert projected + flags <= ordinary["allreduce"] <= projected + flags + 5
+        assert renewing["allreduce"] - ordinary["allreduce"] == sum(math.prod(s) for s in trained if len(s) == 2)
+
+
+def test_optimizer_state_is_sharded_like_the_weights(arguments: Arguments, tmp_path: Path) -> None:
+    one = result(tmp_path / "one", arguments, "--trainer.max_steps=2")
+    two = result(tmp_path / "two", arguments, "--trainer.max_steps=2", ranks=2, strategy="fsdp2")
+    whole, parts = one.ranks[0]["state"], [rank["state"] for rank in two.ranks]
+    assert whole.keys() == parts[0].keys() == parts[1].keys()
+    for name, shapes in whole.items():
+        moments = [sum(math.prod(shape) for shape in part[name][-2:]) for part in parts]
+        assert sum(moments) == sum(math.prod(shape) for shape in shapes[-2:]), name
 
 
 @pytest.mark.slow
