@@ -111,6 +111,7 @@ class CausalLMModule(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens_seen, self._time_before = 0, 0.0
         self._skipped_in_a_row = 0
+        self._max_steps_before: int | None = None
         self._reset_step()
 
     @property
@@ -220,7 +221,7 @@ class CausalLMModule(LightningModule):
     def on_train_start(self) -> None:
         """Lets a resumed run have the learning rate, and number of steps, that are configured now."""
         if self.trainer.ckpt_path is not None:
-            resume.apply_changes(self.trainer, self._options)
+            resume.apply_changes(self.trainer, self._options, self._max_steps_before)
 
     # ------------------------------------------------------------------ steps
 
@@ -398,7 +399,11 @@ class CausalLMModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the curves go on from, and the settings that have to be the same when the run is resumed."""
         checkpoint["settings"] = resume.lasting_settings(self, self.trainer)
-        checkpoint["progress"] = {"tokens": self._tokens_seen, "time_s": self._time_before + time.perf_counter() - self._start}
+        checkpoint["progress"] = {
+            "tokens": self._tokens_seen,
+            "time_s": self._time_before + time.perf_counter() - self._start,
+            "max_steps": self.trainer.max_steps,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on from where the curves ended.
@@ -410,6 +415,7 @@ class CausalLMModule(LightningModule):
             resume.check_settings(checkpoint["settings"], resume.lasting_settings(self, self.trainer))
         progress = checkpoint.get("progress", {})
         self._tokens_seen, self._time_before = progress.get("tokens", 0), progress.get("time_s", 0.0)
+        self._max_steps_before = progress.get("max_steps")
 
 
 class TokenPerplexity(Perplexity):

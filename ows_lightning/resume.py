@@ -52,12 +52,13 @@ def _same(key: str, saved: Any, now: Any) -> bool:
     return bool(saved == now)
 
 
-def apply_changes(trainer: Trainer, options: Sequence[Mapping[str, Any]]) -> None:
+def apply_changes(trainer: Trainer, options: Sequence[Mapping[str, Any]], max_steps: int | None) -> None:
     """Gives a resumed run's optimizer the options that are configured now, and logs what they change.
 
     Args:
         trainer: The trainer, with optimizers and schedules as the checkpoint had them.
         options: For every parameter group the options that it was built with.
+        max_steps: The number of steps that was configured before, if it is known.
     """
     changed = {}
     for group, configured in zip(trainer.optimizers[0].param_groups, options, strict=True):
@@ -72,6 +73,8 @@ def apply_changes(trainer: Trainer, options: Sequence[Mapping[str, Any]]) -> Non
             scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
             for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+    if max_steps not in (None, trainer.max_steps):
+        changed["max_steps"] = f"trainer.max_steps from {max_steps} to {trainer.max_steps}"
     if changed:
         rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 import time
@@ -17,12 +18,14 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["ows_lightning.cli", "tests.distributed.launch", "tests.distributed.probe"])
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str], output: str) -> None:
+def _run(arguments: Sequence[str], environment: dict[str, str], output: str, file_bytes: int | None) -> None:
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     os.environ.update(environment)
     sys.argv = ["main.py"]
 
@@ -35,9 +38,16 @@ def _run(arguments: Sequence[str], environment: dict[str, str], output: str) -> 
 
 
 class Launch:
-    """Processes that run the command line, as ``torchrun`` would start them."""
+    """Processes that run the command line, as ``torchrun`` would start them.
 
-    def __init__(self, arguments: Sequence[str], folder: Path, ranks: int = 1) -> None:
+    Args:
+        arguments: The command line.
+        folder: Where the processes' output goes.
+        ranks: How many processes.
+        file_bytes: Longest file that they can write, in the place of a full disk.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path, ranks: int = 1, file_bytes: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(ranks)]
         self.processes: list[BaseProcess] = []
@@ -50,7 +60,7 @@ class Launch:
                     "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }  # fmt: skip
-            process = context.Process(target=_run, args=(list(arguments), environment, str(output)), daemon=True)
+            process = context.Process(target=_run, args=(list(arguments), environment, str(output), file_bytes))
             process.start()
             self.processes.append(process)
 

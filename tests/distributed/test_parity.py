@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.distributed.conftest import Arguments
+from tests.distributed.fixtures import Arguments
 from tests.distributed.launch import run
 
 LOSS, WEIGHTS = 1e-5, 1e-4
