@@ -6,6 +6,7 @@ A checkpoint is a file, or a directory into which every process wrote its shards
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -50,7 +51,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             write(checkpoint, partial)
             put_in_place(partial, Path(path))
         except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise not_written(path, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:

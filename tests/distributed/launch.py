@@ -90,7 +90,7 @@ def run(arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float =
     """Runs the command line to its end, which has to be a good one, and returns what it printed."""
     launch = Launch(arguments, folder, ranks)
     codes = launch.wait(timeout)
-    assert codes == [0] * ranks, f"{codes}\n{launch.output}"
+    assert codes == [0] * ranks, f"{codes}\n{launch.output[-3000:]}"
     return launch.output
 
 

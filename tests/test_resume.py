@@ -1,0 +1,302 @@
+# ruff: noqa: F811
+"""Runs that are killed, told to end, damaged or moved to other processes, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ows_lightning.checkpoints import WholeCheckpointIO, find_checkpoint, last_good
+from ows_lightning.errors import RunError, UsageError
+from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
+from tests.distributed.launch import Launch, run
+
+SAVED = ["--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1", "--trainer.max_steps=24"]
+UNEVEN = ["--model.update_proj_gap=7", "--trainer.accumulate_grad_batches=2", "--sampling.interval_steps=5"]
+
+
+def weights(runs: Path, version: int | None = None) -> dict[str, Tensor]:
+    """The weights that a run ended with; those of the last run by default."""
+    folders = sorted(runs.glob("version_*"), key=lambda path: int(path.name[8:]))
+    return load_file(folders[-1 if version is None else version] / "model" / "model.safetensors")
+
+
+def assert_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name, weight in one.items():
+        assert (other[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def at_step(runs: Path, step: int, version: int = 0) -> Path:
+    return next((runs / f"version_{version}" / "checkpoints").glob(f"epoch=*-step={step}.ckpt"))
+
+
+# ------------------------------------------------------------------ exactly
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "more"),
+    [
+        ("auto", 1, ["--data.num_workers=1"]),
+        ("auto", 1, ["--trainer.precision=bf16-true"]),
+        ("ddp_layerwise", 2, []),
+        ("fsdp2", 2, []),
+        ("fsdp2", 2, ["--trainer.precision=bf16-true"]),
+    ],
+)
+def test_a_resumed_run_equals_one_that_went_through(
+    strategy: str, ranks: int, more: list[str], arguments: Arguments, tmp_path: Path
+) -> None:
+    command = arguments(*SAVED, *UNEVEN, *more, strategy=strategy, ranks=ranks)
+    run(command, tmp_path / "through", ranks)
+    runs = tmp_path / "runs"
+    # In mid-interval and mid-epoch: 41 rows are 6 batches, intervals have 5 steps of 2.
+    run([*command, f"--ckpt_path={at_step(runs, 9)}"], tmp_path / "resumed", ranks)
+    assert_identical(weights(runs, 0), weights(runs, 1))
+    folders = [runs / "version_0", runs / "version_1"]
+    assert len({(folder / "sampling_history.csv").read_text() for folder in folders}) == 1
+    losses = [[row["train_loss"] for row in csv.DictReader((f / "metrics.csv").open()) if row["train_loss"]] for f in folders]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "strategy", "ranks", "more"),
+    [
+        (8, "auto", 1, ["--data.num_workers=1"]),
+        (6, "auto", 1, ["--trainer.precision=bf16-true"]),
+        (3, "ddp_layerwise", 2, []),
+        (3, "fsdp2", 2, []),
+    ],
+)
+def test_killed_at_random_moments(
+    kills: int, strategy: str, ranks: int, more: list[str], arguments: Arguments, tmp_path: Path
+) -> None:
+    settings = [*UNEVEN, *more, "--checkpoint.every_n_train_steps=1"]
+    run(arguments(*settings, strategy=strategy, ranks=ranks, runs=tmp_path / "through"), tmp_path / "through", ranks)
+    command = [*arguments(*settings, strategy=strategy, ranks=ranks), "--ckpt_path=last"]
+    moments = random.Random(kills)
+    for kill in range(kills):
+        launch = Launch(command, tmp_path / f"kill{kill}", ranks)
+        folder = tmp_path / "runs" / f"version_{kill}"
+        while not folder.exists() and launch.processes[0].is_alive():
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 2))
+        launch.kill()
+    run(command, tmp_path / "last", ranks)
+    assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments: Arguments, tmp_path: Path) -> None:
+    ranks, strategy = (2, "fsdp2") if number is signal.SIGUSR1 else (1, "auto")
+    settings = [*UNEVEN, "--trainer.max_steps=40"]
+    command = arguments(*settings, strategy=strategy, ranks=ranks)
+    launch = Launch(command, tmp_path / "told", ranks)
+    history = tmp_path / "runs" / "version_0" / "sampling_history.csv"
+    while not history.exists() and launch.processes[-1].is_alive():
+        time.sleep(0.01)
+    pid = launch.processes[-1].pid
+    assert pid is not None
+    os.kill(pid, number)
+    assert launch.wait() == [1] * ranks, launch.output
+    (saved,) = (tmp_path / "runs" / "version_0" / "checkpoints").glob("interrupted-*.ckpt")
+    assert f"resume with --ckpt_path {saved}" in launch.output
+    run([*command, "--ckpt_path=last"], tmp_path / "resumed", ranks)
+    run(arguments(*settings, strategy=strategy, ranks=ranks, runs=tmp_path / "through"), tmp_path / "through", ranks)
+    assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
+
+
+# ------------------------------------------------------------------ on other processes
+
+FULL = ["--trainer.strategy.class_path=ows_lightning.distributed.FSDP2Strategy",
+        "--trainer.strategy.init_args.save_distributed_checkpoint=false"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_checkpoints_of_two_processes_load_on_one_and_back(kind: str, arguments: Arguments, tmp_path: Path) -> None:
+    full = FULL if kind == "full" else []
+    run(arguments(*SAVED, runs=tmp_path / "one"), tmp_path / "one")
+    run([*arguments(*SAVED, strategy="fsdp2", ranks=2, runs=tmp_path / "two"), *full], tmp_path / "two", 2)
+    of_two, of_one = at_step(tmp_path / "two", 12), at_step(tmp_path / "one", 12)
+    assert of_two.is_dir() == (kind == "sharded")
+    run([*arguments(*SAVED, runs=tmp_path / "one"), f"--ckpt_path={of_two}"], tmp_path / "to-one")
+    run(
+        [*arguments(*SAVED, strategy="fsdp2", ranks=2, runs=tmp_path / "two"), *full, f"--ckpt_path={of_one}"],
+        tmp_path / "to-two",
+        2,
+    )
+    through = weights(tmp_path / "one", 0)
+    for runs in ("one", "two"):
+        assert_close(through, weights(tmp_path / runs, 1))
+
+
+@pytest.mark.slow
+def test_checkpoints_of_two_processes_load_on_four_and_back(arguments: Arguments, tmp_path: Path) -> None:
+    def fsdp2(ranks: int, *more: str) -> None:
+        command = arguments(*SAVED, *more, strategy="fsdp2", ranks=ranks, runs=tmp_path / str(ranks))
+        run(command, tmp_path / f"to-{ranks}", ranks)
+
+    fsdp2(2)
+    fsdp2(4, f"--ckpt_path={at_step(tmp_path / '2', 12)}")
+    fsdp2(2, f"--ckpt_path={at_step(tmp_path / '4', 18)}")
+    through = weights(tmp_path / "2", 0)
+    assert_close(through, weights(tmp_path / "4", 0))
+    assert_close(through, weights(tmp_path / "2", 1))
+
+
+def test_a_sharded_checkpoint_exports(arguments: Arguments, tmp_path: Path) -> None:
+    command = arguments(*SAVED, strategy="fsdp2", ranks=2)
+    run(command, tmp_path / "two", 2)
+    options = [f"--ckpt_path={at_step(tmp_path / 'runs', 24)}", f"--output={tmp_path / 'exported'}"]
+    kept = arguments()[1:]
+    run(["export", *kept, *options], tmp_path / "export")
+    assert_identical(weights(tmp_path / "runs"), load_file(tmp_path / "exported" / "model.safetensors"))
+
+
+# ------------------------------------------------------------------ damaged
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """A folder of two checkpoints, of which `second.ckpt` is the newer."""
+    folder = tmp_path / "version_0" / "checkpoints"
+    content = {"state_dict": {"w": torch.arange(1000.0)}, "loops": {}, "global_step": 3, "optimizer_states": []}
+    for number, name in enumerate(("first", "second")):
+        WholeCheckpointIO().save_checkpoint({**content, "global_step": number}, folder / f"{name}.ckpt")
+        os.utime(folder / f"{name}.ckpt", (number, number))
+    return folder
+
+
+def test_a_cut_checkpoint_is_named_and_passed_over(checkpoints: Path, tmp_path: Path) -> None:
+    newest = checkpoints / "second.ckpt"
+    assert find_checkpoint("last", tmp_path) == newest
+    whole, places = newest.read_bytes(), random.Random(0)
+    for _ in range(20):
+        newest.write_bytes(whole[: places.randrange(len(whole))])
+        with pytest.raises(UsageError, match=r"second.ckpt' is damaged.*last good one is '.*first.ckpt'"):
+            find_checkpoint(str(newest), tmp_path)
+        assert find_checkpoint("last", tmp_path) == checkpoints / "first.ckpt"
+
+
+def test_a_cut_shard_is_found(arguments: Arguments, tmp_path: Path) -> None:
+    command = arguments(*SAVED, strategy="fsdp2", ranks=2)
+    run(command, tmp_path / "two", 2)
+    checkpoint = at_step(tmp_path / "runs", 12)
+    places = random.Random(0)
+    for file in [*checkpoint.glob("*.distcp"), checkpoint / "meta.pt", checkpoint / ".metadata"]:
+        whole = file.read_bytes()
+        for place in [*(places.randrange(len(whole)) for _ in range(5)), len(whole) - 1]:
+            file.write_bytes(whole[:place])
+            with pytest.raises(UsageError, match="is damaged"):
+                find_checkpoint(str(checkpoint), tmp_path)
+        file.write_bytes(whole)
+    assert find_checkpoint(str(checkpoint), tmp_path) == checkpoint
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Malicious(), "loops": {}, "global_step": 1}, checkpoints / "third.ckpt")
+    with pytest.raises(UsageError, match="more than tensors and plain values"):
+        find_checkpoint(str(checkpoints / "third.ckpt"), tmp_path)
+    sharded = checkpoints / "fourth.ckpt"
+    sharded.mkdir()
+    torch.save({"loops": {}, "global_step": 1}, sharded / "meta.pt")
+    (sharded / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(UsageError, match="more than tensors and plain values"):
+        find_checkpoint(str(sharded), tmp_path)
+    assert find_checkpoint("last", tmp_path) == checkpoints / "second.ckpt"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_last_without_a_checkpoint_starts_anew(arguments: Arguments, tmp_path: Path) -> None:
+    command = arguments("--trainer.max_steps=2")
+    assert "starts anew" in run([*command, "--ckpt_path=last"], tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(strategy: str, arguments: Arguments, tmp_path: Path) -> None:
+    ranks = 2 if strategy == "fsdp2" else 1
+    command = arguments(*SAVED, strategy=strategy, ranks=ranks)
+    run([*command, "--trainer.max_steps=3"], tmp_path / "first", ranks)
+    saved = last_good(tmp_path / "runs" / "version_0" / "checkpoints")
+    launch = Launch([*command, "--ckpt_path=last", f"--checkpoint.dirpath={saved.parent}"], tmp_path / "full", ranks, 100_000)  # type: ignore[union-attr]
+    assert launch.wait() == [1] * ranks, launch.output
+    assert "can't write the checkpoint" in launch.output
+    assert "is still good" in launch.output
+    assert last_good(saved.parent) is not None  # type: ignore[union-attr]
+    assert not list(saved.parent.glob("*step=6*"))  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------ changed settings
+
+
+def test_another_model_rank_or_number_of_blocks_is_refused(arguments: Arguments, tmp_path: Path) -> None:
+    run(arguments("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=3"), tmp_path / "first")
+    changes = {
+        "model.model_name_or_path": arguments(num_hidden_layers=5),
+        "model.rank": arguments("--model.rank=4"),
+        "sampling.activated_layers": arguments("--sampling.activated_layers=3"),
+    }
+    for key, command in changes.items():
+        launch = Launch([*command, "--ckpt_path=last"], tmp_path / key)
+        assert launch.wait() == [2], launch.output
+        line = launch.output.strip().splitlines()[-1]
+        assert line.startswith("error: ckpt_path"), launch.output
+        assert key in line
+
+
+def test_another_learning_rate_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:
+    optimizer = ["--model.optimizer=GaLoreAdamW", "--model.lr_scheduler_type=constant", "--model.warmup_steps=0"]
+    command = arguments("--checkpoint.every_n_train_steps=3", *optimizer)
+    run([*command, "--model.optimizer.lr=1e-3", "--trainer.max_steps=3"], tmp_path / "first")
+    options = ["--model.optimizer.lr=5e-4", "--trainer.max_steps=5", "--ckpt_path=last"]
+    printed = run([*command, *options], tmp_path / "second")
+    assert "lr from 0.001 to 0.0005" in printed
+    assert "trainer.max_steps from 3 to 5" in printed
+    rows = list(csv.DictReader((tmp_path / "runs" / "version_1" / "metrics.csv").open()))
+    rates = [float(row[key]) for row in rows for key in row if key.startswith("lr-") and key.endswith("pg1") and row[key]]
+    assert rates == [1e-3, 1e-3, 1e-3, 5e-4, 5e-4]
+
+
+# ------------------------------------------------------------------ one of several
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_dying_ends_the_others(victim: int, arguments: Arguments, tmp_path: Path) -> None:
+    launch = Launch(arguments("--trainer.max_steps=10000", strategy="fsdp2", ranks=2), tmp_path, 2)
+    history = tmp_path / "runs" / "version_0" / "sampling_history.csv"
+    while not history.exists() and launch.processes[0].is_alive():
+        time.sleep(0.01)
+    launch.processes[victim].kill()
+    codes = launch.wait(60)
+    assert codes[1 - victim] not in (0, None)
+
+
+def test_an_unwritable_folder_is_a_run_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="can't write the checkpoint"):
+        WholeCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "file" / "x.ckpt")
