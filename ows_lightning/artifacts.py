@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from ows_lightning.card import model_card
 from ows_lightning.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
@@ -27,8 +28,8 @@ class RunArtifacts(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the PNGs into the run's folder."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if isinstance(pl_module, CausalLMModule):
-            save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model")
+        if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
+            save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module, folder))
         if trainer.is_global_zero:
             write_pictures(folder)
             figures = {name: f"{value:.4g}" for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
@@ -43,7 +44,7 @@ class ProgressBar(TQDMProgressBar):
         """Adds the active blocks to the logged figures."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LayerwiseSampling):
                 items["blocks"] = ",".join(map(str, callback.active_blocks))
         return items

@@ -6,10 +6,9 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -19,10 +18,13 @@ from ows_lightning.artifacts import ProgressBar, RunArtifacts
 from ows_lightning.checkpoints import find_checkpoint
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.distributed import require_layerwise
-from ows_lightning.errors import RunError, UsageError
+from ows_lightning.errors import UsageError, explain
 from ows_lightning.module import CausalLMModule
 from ows_lightning.parsing import OneLineParser
 from ows_lightning.preemption import SaveOnSignal
+from ows_lightning.preflight import check_run
+from ows_lightning.quiet import be_quiet
+from ows_lightning.report import write_report
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.trainer import OWSTrainer
 
@@ -58,7 +60,8 @@ class OWSCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands, and those of OWSTrainer."""
-        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in ("score", "export")}}
+        ours = {"score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **ours}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the two callbacks' keys, and default classes for model and data."""
@@ -72,10 +75,32 @@ class OWSCLI(LightningCLI):
             }
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the arguments, and checks what the parser lets pass."""
+        super().parse_arguments(parser, args)
+        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        for section in ("trainer", "checkpoint"):
+            if not isinstance(value := config[section], Namespace):
+                raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
+
+    def instantiate_classes(self) -> None:
+        """Makes model, data and Trainer; a plan needs none of them."""
+        if self.subcommand != "plan":
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "plan":
+            super()._run_subcommand(subcommand)
+            return
+        config = self.config.plan
+        OWSTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` where no logger is configured."""
         given = self._get(self.config_init, "trainer")
         sampling = self._get(self.config_init, "sampling")
+        if self.subcommand is not None:
+            check_run(self.subcommand, self.model, self.datamodule, sampling, self._get(self.config_init, "checkpoint"), given)
         callbacks = given["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         require_layerwise(given["strategy"])  # before Lightning complains of something else
@@ -99,27 +124,40 @@ class OWSCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> None:
-    """Runs one command; a user's mistake ends it with one line, and exit code 2 (usage) or 1 (run)."""
+    """Runs one command; an error ends it with one line, and exit code 2 (usage) or 1 (run)."""
+    arguments = sys.argv[1:] if args is None else args
+    be_quiet()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
-        OWSCLI(args)
-    except (UsageError, RunError) as error:
-        if os.environ.get("OWS_DEBUG") == "1":
+        if isinstance(arguments, list) and arguments[:1] == ["report"]:
+            report(arguments[1:])
+        else:
+            OWSCLI(args)
+    except Exception as error:
+        end(error)
+    except KeyboardInterrupt as error:
+        end(error)
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of an interrupt
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
-    except torch.OutOfMemoryError as error:
-        if os.environ.get("OWS_DEBUG") == "1":
-            raise
-        print(f"error: {_out_of_memory(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
+        end(error.__context__)
 
 
-def _out_of_memory(error: torch.OutOfMemoryError) -> str:
-    needed = str(error).split(". ")[0]
-    return (
-        f"{needed}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), data.max_seq_length or "
-        "sampling.activated_layers, set model.gradient_checkpointing: true, or trainer.precision: bf16-true; "
-        "`main.py plan` with the same config says how much each saves"
-    )
+def end(error: BaseException) -> NoReturn:
+    """Ends the program with the line that a user sees of an error, or with the error if OWS_DEBUG is 1."""
+    if os.environ.get("OWS_DEBUG") == "1":
+        raise error
+    line, code = explain(error)
+    print(f"error: {line}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def report(arguments: list[str]) -> None:
+    """``report RUN [RUN ...] [--output DIR]``: needs no config, no model and no data."""
+    parser = OneLineParser(prog="main.py report", description="Draw one run or compare several, from their folders alone.")
+    parser.add_argument("runs", nargs="+", help="Folders that `fit` or `score` wrote")
+    parser.add_argument("--output", type=Path | None, help="Where to write; the folder of a single run, or `report`")
+    given = parser.parse_args(arguments)
+    output = given.output or (Path(given.runs[0]) / "report" if len(given.runs) == 1 else Path("report"))
+    print(f"Written: {write_report(given.runs, output)}")

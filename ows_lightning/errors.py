@@ -1,6 +1,9 @@
-"""The two errors that a user may cause, each one clear line."""
+"""The two errors that a user may cause, and how any error becomes one clear line."""
 
 from __future__ import annotations
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class UsageError(ValueError):
@@ -9,3 +12,37 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A run that started well can't go on: the message says why, and what is left to resume from. Exit code 1."""
+
+
+EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval", "torchao": "eightbit"}
+"""Packages that are not always needed, and this project's extras that bring them."""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (UsageError, MisconfigurationException)):
+        return text, 2
+    if isinstance(error, RunError):
+        return text, 1
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text.rstrip('.')}{_install(text)}", 2
+    if isinstance(error, torch.OutOfMemoryError):
+        return _out_of_memory(text), 1
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; `--ckpt_path last` goes on from the newest checkpoint", 130
+    return f"{type(error).__name__}: {text} (set OWS_DEBUG=1 for the stack trace)", 1
+
+
+def _install(text: str) -> str:
+    extra = next((extra for package, extra in EXTRAS.items() if package in text), None)
+    return f'; pip install "ows_lightning[{extra}]"' if extra else ""
+
+
+def _out_of_memory(text: str) -> str:
+    needed = text.split(". ")[0]
+    return (
+        f"{needed}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), data.max_seq_length or "
+        "sampling.activated_layers, set model.gradient_checkpointing: true, sampling.always_train: [norm] or "
+        "trainer.precision: bf16-true; `main.py plan` with the same config says how much each saves"
+    )

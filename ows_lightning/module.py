@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ows_lightning import resume
 from ows_lightning.checkpoints import last_good
@@ -137,15 +138,23 @@ class CausalLMModule(LightningModule):
         Raises:
             UsageError: Names the setting, and what to do.
         """
-        config = load_config(self.hparams.model_name_or_path, self.hparams.trust_remote_code)
+        self.check_optimizer()
         if self.hparams.lora is not None:
             _lora_config(self.hparams.lora)
+        return load_config(self.hparams.model_name_or_path, self.hparams.trust_remote_code)
+
+    def check_optimizer(self) -> Optimizer:
+        """Makes the optimizer for a weight of no consequence.
+
+        Raises:
+            UsageError: One of its settings is out of range, or it can't project.
+        """
         try:
             optimizer = self.make_optimizer([nn.Parameter(torch.zeros(2, 2))])
         except (TypeError, ValueError) as error:
             raise UsageError(f"model.optimizer: {error}") from error
         self._check_projection(optimizer)
-        return config
+        return optimizer
 
     def configure_model(self) -> None:
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
@@ -184,7 +193,7 @@ class CausalLMModule(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = self.hparams.warmup_steps
         kind = self.hparams.lr_scheduler_type
-        scheduler = get_scheduler(
+        scheduler = transformers.get_scheduler(  # imported when used: it imports peft and bitsandbytes where they are
             "constant_with_warmup" if kind == "constant" else kind,
             optimizer,
             num_warmup_steps=round(warmup * steps) if warmup < 1 else int(warmup),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
+from ows_lightning.card import model_card, upload
 from ows_lightning.checkpoints import WholeCheckpointIO
 from ows_lightning.errors import UsageError
 from ows_lightning.export import save_huggingface
+from ows_lightning.memory import plan_from_config, plot_plan
 from ows_lightning.module import CausalLMModule
+from ows_lightning.preflight import check_writable
 from ows_lightning.report.plots import plot_scores
 from ows_lightning.report.run import RunRecord
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -30,11 +34,10 @@ class OWSTrainer(Trainer):
     @property
     def sampling(self) -> LayerwiseSampling | None:
         """The run's LayerwiseSampling callback, if it has one."""
-        return next((callback for callback in self.callbacks if isinstance(callback, LayerwiseSampling)), None)
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
 
-    def score(
-        self, model: LightningModule, datamodule: LightningDataModule, output: Path = Path(".")
-    ) -> OutlierScores:
+    def score(self, model: LightningModule, datamodule: LightningDataModule, output: Path = Path(".")) -> OutlierScores:
         """Compute the blocks' outlier scores; prints them, and writes them as JSON and as a bar chart.
 
         Args:
@@ -42,7 +45,11 @@ class OWSTrainer(Trainer):
             datamodule: Where the calibration rows come from.
             output: The folder for ``outlier_scores.json`` (which ``sampling.scores`` takes) and ``outlier_scores.png``.
         """
-        sampling = self.sampling or LayerwiseSampling()
+        check_writable("output", output)
+        sampling = copy.copy(self.sampling) if self.sampling else LayerwiseSampling()
+        sampling.scores = None
+        if sampling.distribution not in ("outlier", "outlier_reverse", "weight_norm"):
+            sampling.distribution = "outlier"  # the others need no scores, and scores were asked for
         self._prepare(model, datamodule)
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -54,8 +61,35 @@ class OWSTrainer(Trainer):
         print(f"{scores.table()}\nWritten: {output / 'outlier_scores.json'} and outlier_scores.png")
         return scores
 
+    @staticmethod
+    def plan(
+        config: Any,
+        method: str | list[str] | None = None,
+        format: Literal["table", "json"] = "table",
+        output: Path | None = None,
+    ) -> None:
+        """Predict the memory that a config needs, and what other methods would; loads nothing and needs no GPU.
+
+        Args:
+            config: The parsed config.
+            method: Methods to predict, as ``ows,full`` or a list; all by default.
+            format: ``table`` for people, ``json`` for programs.
+            output: A folder for ``plan.png`` and ``plan.json``.
+        """
+        plan = plan_from_config(config, method.split(",") if isinstance(method, str) else method)
+        print(plan.to_json() if format == "json" else plan.to_table())
+        if output is not None:
+            check_writable("output", output)
+            (output / "plan.json").write_text(plan.to_json() + "\n")
+            plot_plan(plan)[0].savefig(output / "plan.png")
+
     def export(
-        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: Path, output: Path = Path("model")
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: Path,
+        output: Path = Path("model"),
+        push_to_hub: str | None = None,
     ) -> None:
         """Write a checkpoint's model as a Hugging Face directory.
 
@@ -64,16 +98,23 @@ class OWSTrainer(Trainer):
             datamodule: Not needed.
             ckpt_path: The checkpoint.
             output: The directory to write.
+            push_to_hub: Upload the directory to the hub under this name, ``owner/name``, too.
         """
         if not isinstance(model, CausalLMModule):
             raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
-        if not ckpt_path.exists():
-            raise UsageError(f"ckpt_path: no checkpoint '{ckpt_path}'")
+        check_writable("output", output.absolute().parent)
+        checkpoint = WholeCheckpointIO().load_checkpoint(ckpt_path)
         self._prepare(model, datamodule)
-        checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)
-        model.load_state_dict(checkpoint["state_dict"])
-        save_huggingface(model.model, model.tokenizer, output)
+        try:
+            model.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            name = model.hparams["model_name_or_path"]
+            raise UsageError(f"ckpt_path: '{ckpt_path}' is of another model than '{name}'") from error
+        assert model.model is not None
+        save_huggingface(model.model, model.tokenizer, output, model_card(model, ckpt_path.absolute().parent.parent))
         print(f"Written: {output}")
+        if push_to_hub is not None:
+            print(f"Uploaded: {upload(output, push_to_hub)}")
 
     def _prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Connects model and data to this Trainer and loads the weights, without running a loop."""

@@ -174,7 +174,9 @@ class LayerwiseSampling(Callback):
             UsageError: More blocks are to train than there are, or the scores or weights are those of another number.
         """
         if self.activated_layers > num_layers:
-            raise UsageError(f"sampling.activated_layers: {self.activated_layers} is more than the model's {num_layers} blocks")
+            raise UsageError(
+                f"sampling.activated_layers: {self.activated_layers} is more than the model's {num_layers} blocks"
+            )
         ratios = torch.ones(num_layers)
         if self.scores is not None:
             ratios = torch.as_tensor(OutlierScores.load(Path(self.scores)).ratios_for(num_layers))
