@@ -93,6 +93,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             error = None
         except (RunError, OSError, RuntimeError, dcp.CheckpointException) as failure:
             error = failure
+        if self.global_rank == 0:
+            shutil.rmtree(checkpoints.partial_path(path), ignore_errors=True)
         if message := self.broadcast(str(error) if isinstance(error, RunError) else None):
             raise RunError(message)
         if error is not None:
