@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
-import logging
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 
 from ows_lightning.card import model_card
+from ows_lightning.errors import UsageError
 from ows_lightning.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
 from ows_lightning.resume import continue_curves
 from ows_lightning.sampling.callback import LayerwiseSampling
 
-log = logging.getLogger(__name__)
-
 
 class RunArtifacts(Callback):
-    """Writes the trained model as a Hugging Face directory, and the run as pictures, at the end of ``fit``."""
+    """Takes the run's folder for this run alone, and at the end of ``fit`` writes the trained model and pictures into it."""
+
+    _lock: FileLock | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Locks the folder.
+
+        Raises:
+            UsageError: Another run that still lives writes to it.
+        """
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the folder back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the curves of a resumed run with what was logged before."""
@@ -32,9 +58,43 @@ class RunArtifacts(Callback):
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module, folder))
         if trainer.is_global_zero:
             write_pictures(folder)
-            figures = {name: f"{value:.4g}" for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-            log.info("After training: %s", ", ".join(f"{name} {value}" for name, value in figures.items()))
-            log.info("The run is in %s: the model in model/, pictures, metrics.csv, checkpoints/", folder)
+
+
+class PredictionFile(BasePredictionWriter):
+    """Writes each answer of ``predict`` as a line of ``predictions.jsonl`` into the run's folder; a file a rank."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self._path: Path | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the file."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        self._path = folder / f"predictions{rank}.jsonl"
+        self._path.write_text("", encoding="utf-8")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: list[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Adds a batch's rows: ``prompt``, ``reference``, ``generated``, and what else the data has of them."""
+        assert self._path is not None
+        with self._path.open("a", encoding="utf-8") as file:
+            for row in prediction:
+                known = {key: value for key, value in row.items() if value is not None}
+                file.write(json.dumps(known, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says where it is."""
+        print(f"Written: {self._path}")
 
 
 class ProgressBar(TQDMProgressBar):

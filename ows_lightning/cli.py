@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
-from ows_lightning.artifacts import ProgressBar, RunArtifacts
+from ows_lightning.artifacts import PredictionFile, ProgressBar, RunArtifacts
 from ows_lightning.checkpoints import find_checkpoint
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.distributed import require_layerwise
@@ -26,6 +26,7 @@ from ows_lightning.preflight import check_run
 from ows_lightning.quiet import be_quiet
 from ows_lightning.report import write_report
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.summary import RunSummary
 from ows_lightning.trainer import OWSTrainer
 
 log = logging.getLogger(__name__)
@@ -104,11 +105,17 @@ class OWSCLI(LightningCLI):
         callbacks = given["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         require_layerwise(given["strategy"])  # before Lightning complains of something else
-        callbacks += [RunArtifacts(), SaveOnSignal()] if sampling is None else [sampling, RunArtifacts(), SaveOnSignal()]
+        callbacks += [] if sampling is None else [sampling]
+        config = self.config.get(str(self.subcommand), self.config)
+        callbacks += [RunArtifacts(), SaveOnSignal(), RunSummary(config)]
+        if self.subcommand == "predict":
+            callbacks.append(PredictionFile())
         if given["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
         if given["logger"] in (None, True):
             kwargs["logger"] = CSVLogger(given["default_root_dir"] or "runs", name="")
+        if given["enable_model_summary"] is None:
+            kwargs["enable_model_summary"] = False  # RunSummary says more
         if given["logger"] is not False:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)

@@ -19,7 +19,6 @@ import torch.distributed as dist
 import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
@@ -306,10 +305,8 @@ class CausalLMModule(LightningModule):
         self._evaluate(batch, self.val_perplexity, self.val_exact_match)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the held-out figures; those from before the training are printed."""
-        figures = self._log_evaluation("val", self.val_perplexity, self.val_exact_match)
-        if self.trainer.sanity_checking and self.trainer.num_sanity_val_steps == float("inf"):
-            rank_zero_info("Before training: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        """Logs the held-out figures."""
+        self._log_evaluation("val", self.val_perplexity, self.val_exact_match)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data."""
