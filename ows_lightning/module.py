@@ -29,7 +29,7 @@ from ows_lightning import resume
 from ows_lightning.checkpoints import last_good
 from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed import require_layerwise
-from ows_lightning.distributed.fsdp import shard_model
+from ows_lightning.distributed.loading import empty_model, load_into_shards
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.loss import logits_of, next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
@@ -160,16 +160,12 @@ class CausalLMModule(LightningModule):
         if self.model is not None:
             return
         precision = self._trainer.precision if self._trainer is not None else "32-true"
-        model = load_model(
-            self.hparams.model_name_or_path,
-            dtype=DTYPES.get(precision, torch.float32),
-            attn_implementation=self.hparams.attn_implementation,
-            trust_remote_code=self.hparams.trust_remote_code,
-        )
-        resize_embeddings(model, self.tokenizer)
-        if self.tokenizer.chat_template:
-            _stop_at(model, end_of_turn_id(self.tokenizer))
-        self.model = _add_lora(model, self.hparams.lora) if self.hparams.lora is not None else model
+        if self.device_mesh is None:
+            self.model = self._build(empty=False)
+        else:
+            mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
+            self.model = load_into_shards(self._build, self.hparams.model_name_or_path, mesh, device, precision)
+        model = self.language_model
         if self.hparams.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
@@ -177,8 +173,18 @@ class CausalLMModule(LightningModule):
         if self.hparams.compile:
             for layer in decoder_layers(model):
                 layer.compile()
-        if self.device_mesh is not None:
-            shard_model(self.model, self.device_mesh["data_parallel"], precision)
+
+    def _build(self, empty: bool) -> nn.Module:
+        """Makes the model with its weights, or ``empty`` for FSDP2 to fill its shards."""
+        precision = self._trainer.precision if self._trainer is not None else "32-true"
+        name = self.hparams.model_name_or_path
+        options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
+        options["dtype"] = DTYPES.get(precision, torch.float32)
+        model = empty_model(name, len(self.tokenizer), **options) if empty else load_model(name, **options)
+        resize_embeddings(model, self.tokenizer)
+        if self.tokenizer.chat_template:
+            _stop_at(model, end_of_turn_id(self.tokenizer))
+        return _add_lora(model, self.hparams.lora) if self.hparams.lora is not None else model
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""

@@ -1,0 +1,163 @@
+"""Loading a model straight into shards: no process holds all weights, or some of them twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from ows_lightning.distributed.fsdp import shard_model
+from ows_lightning.pretrained import load_config
+
+
+def empty_model(
+    name: str,
+    num_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Builds what ``load_model`` would load, with its weights on the meta device and its buffers in memory.
+
+    Args:
+        name: Hub name, directory, GGUF file or ``package://PACKAGE/FILE.gguf``.
+        num_tokens: Number of tokens that the embeddings need rows for.
+        dtype: Data type of the weights.
+        attn_implementation: See ``load_model``.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+    config = load_config(name, trust_remote_code)
+    with _parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+        if num_tokens > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with contextlib.suppress(OSError):  # it has none of its own
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.train()
+
+
+def load_into_shards(
+    build: Callable[[bool], nn.Module], name: str, mesh: DeviceMesh, device: torch.device, precision: str
+) -> nn.Module:
+    """Builds a model, shards it, and fills the shards.
+
+    From safetensors that name the model's weights as the model does, every process reads its own parts. Else (GGUF, experts
+    that transformers fuses when it loads, added tokens, adapters) rank 0 loads the model and hands out a weight at a time.
+
+    Args:
+        build: Makes the model with its weights (False), or without (True), see ``empty_model``.
+        name: The model's name.
+        mesh: The processes, one-dimensional.
+        device: This process's device.
+        precision: The Trainer's, see ``shard_model``.
+    """
+    model = _without_weights(build(True))
+    files = _weight_files(name)
+    tensors = {**dict(model.named_parameters()), **_persistent_buffers(model)}
+    straight = all(key in files and _shape(files[key], key) == tensor.shape for key, tensor in tensors.items())
+    whole: dict[str, Tensor] = {}
+    if not straight and mesh.get_local_rank() == 0:
+        loaded = build(False)
+        whole = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+
+    shard_model(model, mesh, precision)
+    buffers = dict(model.named_buffers())
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for key, buffer in model.named_buffers():
+            buffer.copy_(buffers[key])
+        for key, tensor in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items():
+            if straight:
+                _read_part(tensor, files[key], key)
+            else:
+                _hand_out(tensor, whole.pop(key, None), mesh)
+    return model
+
+
+def _weight_files(name: str) -> dict[str, Path]:
+    """Which safetensors file each weight of a model is in; none for a model in another format."""
+    if name.endswith(".gguf"):
+        return {}
+    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    if index := cached_file(name, "model.safetensors.index.json", **options):
+        in_shards: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        paths = {file: Path(str(cached_file(name, file))) for file in sorted(set(in_shards.values()))}
+        return {key: paths[file] for key, file in in_shards.items()}
+    if single := cached_file(name, "model.safetensors", **options):
+        with safe_open(single, "pt") as file:
+            return dict.fromkeys(file.keys(), Path(single))
+    return {}
+
+
+def _shape(path: Path, key: str) -> tuple[int, ...]:
+    with safe_open(path, "pt") as file:
+        return tuple(file.get_slice(key).get_shape())
+
+
+def _read_part(tensor: Tensor, path: Path, key: str) -> None:
+    """Reads this process's part of a weight, and nothing else of the file."""
+    with safe_open(path, "pt") as file:
+        if not isinstance(tensor, DTensor):
+            tensor.copy_(file.get_tensor(key))
+            return
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        if 0 not in shape:
+            part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+            tensor.to_local().copy_(file.get_slice(key)[part])
+
+
+def _hand_out(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) -> None:
+    """Fills a weight on all processes from rank 0's whole one."""
+    full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if whole is not None:
+        full.copy_(whole)
+    if isinstance(tensor, DTensor):
+        tensor.copy_(distribute_tensor(full, mesh, tensor.placements))  # from rank 0
+    else:
+        dist.broadcast(full, group=mesh.get_group(), group_src=0)
+        tensor.copy_(full)
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    buffers = dict(model.named_buffers())
+    return {key: buffers[key] for key in model.state_dict().keys() & buffers.keys()}
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are made within it have their parameters on the meta device, and their buffers where they belong."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """Moves the parameters that are still in memory, such as those of adapters, to the meta device."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    return model
