@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from ows_lightning.errors import RunError
 from ows_lightning.module import CausalLMModule
@@ -75,7 +75,7 @@ def upload(directory: Path, name: str) -> str:
     try:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(folder_path=directory, repo_id=name)
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"push_to_hub: can't upload to '{name}' ({reason}); run 'hf auth login'; the model is in '{directory}'"

@@ -163,7 +163,7 @@ def end(error: BaseException) -> NoReturn:
 def report(arguments: list[str]) -> None:
     """``report RUN [RUN ...] [--output DIR]``: needs no config, no model and no data."""
     parser = OneLineParser(prog="main.py report", description="Draw one run or compare several, from their folders alone.")
-    parser.add_argument("runs", nargs="+", help="Folders that `fit` or `score` wrote")
+    parser.add_argument("runs", nargs="*", help="Folders that `fit` or `score` wrote")
     parser.add_argument("--output", type=Path | None, help="Where to write; the folder of a single run, or `report`")
     given = parser.parse_args(arguments)
     output = given.output or (Path(given.runs[0]) / "report" if len(given.runs) == 1 else Path("report"))

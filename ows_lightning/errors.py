@@ -20,6 +20,7 @@ EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval", "torc
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
+    error = _unwrapped(error)
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, (UsageError, MisconfigurationException)):
         return text, 2
@@ -32,6 +33,15 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; `--ckpt_path last` goes on from the newest checkpoint", 130
     return f"{type(error).__name__}: {text} (set OWS_DEBUG=1 for the stack trace)", 1
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """The error from which another was made: jsonargparse wraps those of a class that it makes in long ones of its own."""
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
+    ours = next((inner for inner in chain if isinstance(inner, (UsageError, RunError))), None)
+    return ours or (chain[-1] if "Does not validate against" in str(error) else error)
 
 
 def _install(text: str) -> str:

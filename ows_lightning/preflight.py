@@ -68,6 +68,8 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
         trainer: The Trainer's arguments.
         gpus: Number of CUDA devices.
     """
+    if (micro_batches := trainer["accumulate_grad_batches"]) < 1:
+        raise UsageError(f"trainer.accumulate_grad_batches: {micro_batches} must be at least 1")
     accelerator, devices, precision = trainer["accelerator"], trainer["devices"], str(trainer["precision"])
     if accelerator in ("gpu", "cuda") and not gpus and not (accelerator == "gpu" and torch.backends.mps.is_available()):
         raise UsageError(
@@ -76,12 +78,23 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not torch.backends.mps.is_available())
     if on_cpu and precision in ("16", "16-mixed", "16-true"):
         raise UsageError(f"trainer.precision: {precision} needs a GPU; set trainer.precision: bf16-true or bf16-mixed")
-    wanted = int(devices) if str(devices).lstrip("-").isdigit() else 1
     there = (os.cpu_count() or 1) if on_cpu else gpus
-    if wanted > there > 0:
-        raise UsageError(
-            f"trainer.devices: {wanted} are more than the {there} {'CPU cores' if on_cpu else 'GPUs'} of this machine"
-        )
+    if (wanted := _number_of_devices(devices)) > there > 0:
+        what = "CPU cores" if on_cpu else "GPUs"
+        raise UsageError(f"trainer.devices: {wanted} are more than the {there} {what} of this machine")
+
+
+def _number_of_devices(devices: Any) -> int:
+    """How many devices are asked for; 0 for all there are."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part]
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if devices == "auto" or str(devices) == "-1":
+        return 0
+    if not str(devices).isdigit() or int(devices) < 1:
+        raise UsageError(f"trainer.devices: '{devices}' is no number of devices; give 1 or more, a list of indices, or auto")
+    return int(devices)
 
 
 def check_writable(key: str, folder: Path) -> None:
