@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import ows_lightning
 from ows_lightning.cli import OWSCLI, main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import recognise, to_example
@@ -118,8 +122,8 @@ def project(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def run(args: list[str]) -> None:
-    """Runs a command of main.py, made small where it trains or evaluates."""
-    if args[0] in ("fit", "validate", "test", "predict", "score"):
+    """Runs a command of main.py, made small where it needs a model."""
+    if args[0] not in ("plan", "report"):
         args = [*args, *smaller(args)]
     main(args)
 
@@ -170,10 +174,24 @@ def check_launch(words: list[str]) -> None:
 
 def check_installation(packages: list[str]) -> None:
     """Nothing is installed in tests (``.ci/run`` executes the README's lines in a new environment): extras exist."""
-    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M)
+    extras = re.findall(
+        r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1], re.M
+    )
     for package in packages:
         named = re.fullmatch(r"(?:\.|ows_lightning)\[([\w,]+)\]", package)
         assert named is None or set(named[1].split(",")) <= set(extras), package
+
+
+def evaluate_with_lm_eval(args: list[str]) -> None:
+    """Runs lm-eval in this process, if the extra ``eval`` is installed."""
+    if find_spec("lm_eval") is None:
+        warnings.warn("the extra 'eval' is not installed: lm_eval is not executed", stacklevel=2)
+        return
+    from lm_eval.__main__ import cli_evaluate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lm_eval", *args])
+        cli_evaluate()
 
 
 def execute(words: list[str]) -> None:
@@ -197,6 +215,8 @@ def execute(words: list[str]) -> None:
         case ["python", "-m", "benchmarks.compare", *args]:  # takes an hour; tests/benchmarks runs it small
             source = (ROOT / "benchmarks" / "compare.py").read_text()
             assert all(f'"{word}"' in source for word in args if word.startswith("--"))
+        case ["lm_eval", *args]:
+            evaluate_with_lm_eval(args)
         case ["tensorboard", "--logdir", folder]:
             assert Path(folder).is_dir()  # a server, that would not end
         case _:
@@ -218,7 +238,8 @@ def test_commands(document: Path, project: Path, capsys: pytest.CaptureFixture[s
         try:
             execute(words)
         except SystemExit as error:
-            assert not error.code, f"{document.name}:{line}: {command} exits with {error.code}: {capsys.readouterr().err}"
+            said = capsys.readouterr().err.splitlines()
+            assert not error.code, f"{document.name}:{line}: {command}\n{said[-1:]}"
 
 
 # ------------------------------------------------------------------ Python, YAML and data
@@ -228,6 +249,7 @@ def write_named_files(document: Path) -> None:
     """Writes the blocks that begin with a file's name, such as ``# my_config.yaml``, under that name."""
     for block in blocks(document, "yaml", "python"):
         if named := re.match(r"# (\w[\w./-]*\.(?:yaml|py))\n", block.text):
+            Path(named[1]).parent.mkdir(exist_ok=True)
             Path(named[1]).write_text(block.text)
 
 
@@ -244,6 +266,8 @@ def test_yaml_fits_the_code(document: Path, project: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(project)
     write_named_files(document)
     for block in blocks(document, "yaml"):
+        if block.text.startswith("# my_tasks/"):  # lm-eval's, which test_commands executes
+            continue
         Path("block.yaml").write_text(block.text)
         with pytest.raises(Parsed):
             ParsingCLI(["fit", "--config", "configs/quickstart.yaml", "--config", "block.yaml"])
@@ -272,7 +296,9 @@ def test_links_lead_somewhere(document: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
         if file.suffix == ".py" and (symbol := re.fullmatch(r"`(\w+)`", text)):
-            assert re.search(rf"\b(def|class) {symbol[1]}\b|^{symbol[1]}\b", file.read_text(), re.M), f"{symbol[1]} in {target}"
+            assert re.search(rf"\b(def|class) {symbol[1]}\b|^{symbol[1]}\b", file.read_text(), re.M), (
+                f"{symbol[1]} in {target}"
+            )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
@@ -284,3 +310,18 @@ def test_keys_exist(document: Path) -> None:
 def test_every_document_is_found_from_the_readme() -> None:
     linked = re.findall(r"\((docs/[\w-]+\.md)", (ROOT / "README.md").read_text())
     assert {os.path.relpath(document, ROOT) for document in DOCUMENTS[1:]} <= set(linked)
+
+
+def test_signatures_are_those_of_the_code() -> None:
+    described = set()
+    for block in blocks(ROOT / "docs" / "api.md", "text"):
+        for statement in ast.parse(block.text).body:
+            call: Any = statement.value  # type: ignore[attr-defined]
+            described.add(call.func.id)
+            parameters = inspect.signature(getattr(ows_lightning, call.func.id)).parameters
+            assert [arg.id for arg in call.args] + [word.arg for word in call.keywords] == list(parameters)
+            defaults = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+            assert {k: v for k, v in defaults.items() if v is not ...} == {
+                k: parameters[k].default for k, v in defaults.items() if v is not ...
+            }
+    assert described == set(ows_lightning.__all__)
