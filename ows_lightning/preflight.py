@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,10 +77,8 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not torch.backends.mps.is_available())
     if on_cpu and precision in ("16", "16-mixed", "16-true"):
         raise UsageError(f"trainer.precision: {precision} needs a GPU; set trainer.precision: bf16-true or bf16-mixed")
-    there = (os.cpu_count() or 1) if on_cpu else gpus
-    if (wanted := _number_of_devices(devices)) > there > 0:
-        what = "CPU cores" if on_cpu else "GPUs"
-        raise UsageError(f"trainer.devices: {wanted} are more than the {there} {what} of this machine")
+    if (wanted := _number_of_devices(devices)) > gpus > 0 and not on_cpu:  # processes on CPUs may share cores
+        raise UsageError(f"trainer.devices: {wanted} are more than the {gpus} GPUs of this machine")
 
 
 def _number_of_devices(devices: Any) -> int:

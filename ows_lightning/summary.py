@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from ows_lightning.data import InstructionDataModule
@@ -71,10 +70,11 @@ class RunSummary(Callback):
             self.before = _held_out(trainer)
             log.info("Before training: held-out %s", _figures(self.before))
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what was gained, where it is, and how to go on."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        if not trainer.is_global_zero:
+            return
         if after := _held_out(trainer):
             log.info("After training: held-out %s", _figures(after, self.before))
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
