@@ -238,8 +238,8 @@ def test_commands(document: Path, project: Path, capsys: pytest.CaptureFixture[s
         try:
             execute(words)
         except SystemExit as error:
-            said = capsys.readouterr().err.splitlines()
-            assert not error.code, f"{document.name}:{line}: {command}\n{said[-1:]}"
+            if error.code:
+                pytest.fail(f"{document.name}:{line}: {command}\n{capsys.readouterr().err.splitlines()[-1:]}")
 
 
 # ------------------------------------------------------------------ Python, YAML and data
@@ -296,7 +296,8 @@ def test_links_lead_somewhere(document: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
         if file.suffix == ".py" and (symbol := re.fullmatch(r"`(\w+)`", text)):
-            assert re.search(rf"\b(def|class) {symbol[1]}\b|^{symbol[1]}\b", file.read_text(), re.M), (
+            defined = rf"\b(def|class) {symbol[1]}\b|^{symbol[1]}\b"
+            assert re.search(defined, file.read_text(), flags=re.MULTILINE), f"{symbol[1]} in {target}"
                 f"{symbol[1]} in {target}"
             )
 
