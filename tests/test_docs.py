@@ -298,8 +298,6 @@ def test_links_lead_somewhere(document: Path) -> None:
         if file.suffix == ".py" and (symbol := re.fullmatch(r"`(\w+)`", text)):
             defined = rf"\b(def|class) {symbol[1]}\b|^{symbol[1]}\b"
             assert re.search(defined, file.read_text(), flags=re.MULTILINE), f"{symbol[1]} in {target}"
-                f"{symbol[1]} in {target}"
-            )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
