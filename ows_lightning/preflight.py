@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,8 +78,11 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not torch.backends.mps.is_available())
     if on_cpu and precision in ("16", "16-mixed", "16-true"):
         raise UsageError(f"trainer.precision: {precision} needs a GPU; set trainer.precision: bf16-true or bf16-mixed")
-    if (wanted := _number_of_devices(devices)) > gpus > 0 and not on_cpu:  # processes on CPUs may share cores
-        raise UsageError(f"trainer.devices: {wanted} are more than the {gpus} GPUs of this machine")
+    cores = os.cpu_count() or 1
+    wanted, there = _number_of_devices(devices), 8 * cores if on_cpu else gpus  # a few processes may share a core
+    if wanted > there > 0:
+        what = f"{cores} CPU cores" if on_cpu else f"{gpus} GPUs"
+        raise UsageError(f"trainer.devices: {wanted} are more than the {what} of this machine")
 
 
 def _number_of_devices(devices: Any) -> int:
