@@ -31,6 +31,7 @@ from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed import require_layerwise
 from ows_lightning.distributed.loading import empty_model, load_into_shards
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.evaluation import ChoiceAccuracy, row_log_likelihoods
 from ows_lightning.loss import logits_of, next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.groups import galore_param_groups
@@ -108,6 +109,7 @@ class CausalLMModule(LightningModule):
         self.model: PreTrainedModel | nn.Module | None = None
         self.val_perplexity, self.val_exact_match = TokenPerplexity(), MeanMetric()
         self.test_perplexity, self.test_exact_match = TokenPerplexity(), MeanMetric()
+        self.test_choices = ChoiceAccuracy()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens_seen, self._time_before = 0, 0.0
         self._skipped_in_a_row = 0
@@ -306,6 +308,11 @@ class CausalLMModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.optimizers(use_pl_optimizer=False).zero_grad()
 
+    def on_validation_start(self) -> None:
+        """Sums up in float32, whatever dtype the Trainer's precision gave the metrics with the rest of the module."""
+        self.val_perplexity.set_dtype(torch.float32)
+        self.val_exact_match.set_dtype(torch.float32)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
         self._evaluate(batch, self.val_perplexity, self.val_exact_match)
@@ -314,13 +321,24 @@ class CausalLMModule(LightningModule):
         """Logs the held-out figures."""
         self._log_evaluation("val", self.val_perplexity, self.val_exact_match)
 
+    def on_test_start(self) -> None:
+        """Sums up in float32."""
+        self.test_perplexity.set_dtype(torch.float32)
+        self.test_exact_match.set_dtype(torch.float32)
+
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As ``validation_step``, on the test data."""
+        """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
+        if "right" in batch:
+            self.test_choices.update(batch, self._through_forward(row_log_likelihoods, batch))
+            return
         self._evaluate(batch, self.test_perplexity, self.test_exact_match)
 
     def on_test_epoch_end(self) -> None:
         """Logs the figures of the test data."""
         self._log_evaluation("test", self.test_perplexity, self.test_exact_match)
+        if self.test_choices.update_count > 0:
+            self.log_dict({f"test_{name}": value for name, value in self.test_choices.compute().items()})
+            self.test_choices.reset()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""

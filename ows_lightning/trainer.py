@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from ows_lightning.card import model_card, upload
 from ows_lightning.checkpoints import WholeCheckpointIO
 from ows_lightning.errors import UsageError
+from ows_lightning.evaluation import run_tasks
 from ows_lightning.export import save_huggingface
 from ows_lightning.memory import plan_from_config, plot_plan
 from ows_lightning.module import CausalLMModule
@@ -36,6 +38,62 @@ class OWSTrainer(Trainer):
         """The run's LayerwiseSampling callback, if it has one."""
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        tasks: list[str] | None = None,
+        include_path: Path | None = None,
+    ) -> Any:
+        """Evaluate on the test set: loss, perplexity, exact match of generated answers, accuracy where rows have choices.
+
+        Args:
+            model: The module.
+            dataloaders: Test data, where there is no data module.
+            ckpt_path: The checkpoint to evaluate; without it, the model as it is.
+            verbose: Print the figures.
+            datamodule: The data module.
+            weights_only: Lightning's; checkpoints hold nothing else here.
+            tasks: Names of tasks of lm-evaluation-harness to run, too. Needs the extra ``eval``.
+            include_path: A folder with YAML files of further tasks.
+        """
+        figures = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        if verbose and self.is_global_zero:
+            print(figures_table(figures))
+        module = self.lightning_module
+        if tasks and isinstance(module, CausalLMModule):
+            module.to(self.strategy.root_device)  # it is taken from there when a loop ends
+            run_tasks(module.language_model, module.tokenizer, tasks, None if include_path is None else str(include_path))
+        return figures
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate on the validation set: loss, perplexity, exact match of generated answers.
+
+        Args:
+            model: The module.
+            dataloaders: Validation data, where there is no data module.
+            ckpt_path: The checkpoint to evaluate; without it, the model as it is.
+            verbose: Print the figures.
+            datamodule: The data module.
+            weights_only: Lightning's; checkpoints hold nothing else here.
+        """
+        figures = super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        if verbose and self.is_global_zero:
+            print(figures_table(figures))
+        return figures
 
     def score(self, model: LightningModule, datamodule: LightningDataModule, output: Path = Path(".")) -> OutlierScores:
         """Compute the blocks' outlier scores; prints them, and writes them as JSON and as a bar chart.
@@ -122,3 +180,14 @@ class OWSTrainer(Trainer):
         model.trainer = self
         datamodule.trainer = self
         model.configure_model()
+
+
+def figures_table(figures: Sequence[Mapping[str, float]]) -> str:
+    """Returns an evaluation's figures as lines of text, each once: Lightning repeats them for every data loader."""
+    merged = {name: value for part in figures for name, value in part.items()}
+    lines = []
+    for name, value in merged.items():
+        if not name.endswith("_stderr"):
+            error = f" ± {merged[f'{name}_stderr']:.3g}" if f"{name}_stderr" in merged else ""
+            lines.append(f"{name:<20} {value:.4g}{error}")
+    return "\n".join(lines)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data import formats
+from ows_lightning.data.choices import ChoiceRows, collate_choices
 from ows_lightning.data.loader import PromptRows, ResumableLoader, Rows, ShardedSampler, collate, collate_prompts
 from ows_lightning.data.masking import IGNORED, Encoder, with_chat_template
 from ows_lightning.data.packing import pack, require_separate_documents
@@ -43,7 +44,8 @@ class InstructionDataModule(LightningDataModule):
     text               text                                         plain text, every token a target
     ================== ============================================ ==========================================
 
-    ``answer`` and ``choices`` are kept for scoring; where a test set has no output or completion, ``answer`` stands in for it.
+    ``answer`` and ``choices`` are kept for scoring, see `choices_of`; where a test set has no output or completion, ``answer``
+    stands in for it.
 
     Training batches are dicts of int64 tensors (B, L), padded on the right to the longest row: ``input_ids``, ``labels``
     (-100: no target; not shifted), and ``attention_mask``, or with `packing` ``position_ids`` that restart with each document.
@@ -182,8 +184,19 @@ class InstructionDataModule(LightningDataModule):
         return self._eval_dataloaders("val")
 
     def test_dataloader(self) -> list[DataLoader]:
-        """Test rows in their order, then `exact_match_rows` of them as prompts."""
-        return self._eval_dataloaders("test")
+        """Test rows in their order, `exact_match_rows` of them as prompts, and each choice of those that have choices."""
+        loaders = self._eval_dataloaders("test")
+        examples = self._examples_of(str(self._key("test"))).select(self._indices("test")) if loaders else ()
+        if len(choices := ChoiceRows(examples, self._encoder())):
+            loaders.append(
+                DataLoader(
+                    choices,
+                    batch_size=self.eval_batch_size,
+                    num_workers=self.num_workers,
+                    collate_fn=partial(collate_choices, pad_token_id=self._pad_token_id),
+                )
+            )
+        return loaders
 
     def predict_dataloader(self) -> DataLoader:
         """Test rows as prompts, see `PromptRows` and `collate_prompts`."""
