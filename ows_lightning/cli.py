@@ -104,7 +104,8 @@ class OWSCLI(LightningCLI):
             check_run(self.subcommand, self.model, self.datamodule, sampling, self._get(self.config_init, "checkpoint"), given)
         callbacks = given["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        require_layerwise(given["strategy"])  # before Lightning complains of something else
+        if sampling is not None or "ddp" not in str(given["strategy"]):
+            require_layerwise(given["strategy"])  # before Lightning complains of something else
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
         callbacks += [RunArtifacts(), SaveOnSignal(), RunSummary(config)]

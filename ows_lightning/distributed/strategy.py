@@ -179,7 +179,9 @@ def require_layerwise(strategy: object) -> None:
     name = strategy if isinstance(strategy, str) else ""
     if isinstance(strategy, FSDPStrategy) or (name.startswith("fsdp") and name != "fsdp2"):
         reason = "FSDP1 shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
-    elif isinstance(strategy, DDPStrategy) and not isinstance(strategy, LayerwiseDDPStrategy):
+    elif (isinstance(strategy, DDPStrategy) and not isinstance(strategy, LayerwiseDDPStrategy)) or (
+        name.startswith("ddp") and name != "ddp_layerwise"
+    ):
         reason = "DDP fixes the set of trained parameters, and averages full gradients; write strategy: ddp_layerwise"
     elif type(strategy).__name__ == "DeepSpeedStrategy" or name.startswith("deepspeed"):
         reason = "DeepSpeed shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
