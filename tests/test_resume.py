@@ -23,6 +23,7 @@ from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
 
 SAVED = ["--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1", "--trainer.max_steps=24"]
+ROUNDING = ["--model.optimizer=GaLoreAdamW", "--model.optimizer.stochastic_rounding=true"]
 UNEVEN = ["--model.update_proj_gap=7", "--trainer.accumulate_grad_batches=2", "--sampling.interval_steps=5"]
 
 
@@ -56,7 +57,7 @@ def at_step(runs: Path, step: int, version: int = 0) -> Path:
         ("auto", 1, ["--trainer.precision=bf16-true"]),
         ("ddp_layerwise", 2, []),
         ("fsdp2", 2, []),
-        ("fsdp2", 2, ["--trainer.precision=bf16-true"]),
+        ("fsdp2", 2, ["--trainer.precision=bf16-true", *ROUNDING]),
     ],
 )
 def test_a_resumed_run_equals_one_that_went_through(
@@ -88,7 +89,7 @@ def test_a_resumed_run_equals_one_that_went_through(
 def test_killed_at_random_moments(
     kills: int, strategy: str, ranks: int, more: list[str], arguments: Arguments, tmp_path: Path
 ) -> None:
-    settings = [*UNEVEN, *more, "--checkpoint.every_n_train_steps=1"]
+    settings = [*UNEVEN, *more, "--checkpoint.every_n_train_steps=1", "--trainer.max_steps=40"]
     run(arguments(*settings, strategy=strategy, ranks=ranks, runs=tmp_path / "through"), tmp_path / "through", ranks)
     command = [*arguments(*settings, strategy=strategy, ranks=ranks), "--ckpt_path=last"]
     moments = random.Random(kills)

@@ -9,16 +9,24 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+Target = Callable[[list[str]], None]
 
 # A server imports everything once; each process is a fork of it, and starts in a moment.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["ows_lightning.cli", "tests.distributed.launch", "tests.distributed.probe"])
 
 
-def _run(arguments: Sequence[str], environment: dict[str, str], output: str, file_bytes: int | None) -> None:
+def _main(arguments: list[str]) -> None:
+    from ows_lightning.cli import main
+
+    main(arguments)
+
+
+def _run(target: Target, arguments: Sequence[str], environment: dict[str, str], output: str, file_bytes: int | None) -> None:
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -33,11 +41,10 @@ def _run(arguments: Sequence[str], environment: dict[str, str], output: str, fil
 
     torch.set_num_threads(1)
     from ows_lightning import artifacts
-    from ows_lightning.cli import main
 
     # Pictures take longer than these runs.
     artifacts.write_pictures = lambda folder: []  # type: ignore[assignment]
-    main(list(arguments))
+    target(list(arguments))
 
 
 class Launch:
@@ -48,9 +55,12 @@ class Launch:
         folder: Where the processes' output goes.
         ranks: How many processes.
         file_bytes: Longest file that they can write, in the place of a full disk.
+        target: What runs in the place of the command line.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, ranks: int = 1, file_bytes: int | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, ranks: int = 1, file_bytes: int | None = None, target: Target = _main
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(ranks)]
         self.processes: list[BaseProcess] = []
@@ -63,7 +73,7 @@ class Launch:
                     "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }  # fmt: skip
-            process = context.Process(target=_run, args=(list(arguments), environment, str(output), file_bytes))
+            process = context.Process(target=_run, args=(target, list(arguments), environment, str(output), file_bytes))
             process.start()
             self.processes.append(process)
 
@@ -89,9 +99,9 @@ class Launch:
         return "\n".join(output.read_text() for output in self.outputs if output.exists())
 
 
-def run(arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 120) -> str:
+def run(arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 120, target: Target = _main) -> str:
     """Runs the command line to its end, which has to be a good one, and returns what it printed."""
-    launch = Launch(arguments, folder, ranks)
+    launch = Launch(arguments, folder, ranks, target=target)
     codes = launch.wait(timeout)
     assert codes == [0] * ranks, f"{codes}\n{launch.output[-3000:]}"
     return launch.output

@@ -1,0 +1,63 @@
+"""Which strategies are refused, and how weights get into shards."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from ows_lightning.distributed.loading import empty_model, load_into_shards
+from ows_lightning.pretrained import load_model
+from tests.distributed.fixtures import Arguments
+from tests.distributed.launch import Launch, run
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("strategy", "instead"),
+    [("fsdp", "fsdp2"), ("ddp", "ddp_layerwise"), ("ddp_find_unused_parameters_true", "ddp_layerwise")],
+)
+def test_lightnings_own_strategies_are_refused(strategy: str, instead: str, arguments: Arguments, tmp_path: Path) -> None:
+    launch = Launch(arguments(strategy=strategy), tmp_path)
+    assert launch.wait() == [2]
+    line = launch.output.strip().splitlines()[-1]
+    assert line.startswith(f"error: trainer.strategy: {strategy}")
+    assert line.endswith(f"write strategy: {instead}")
+
+
+WIDTH = 1024
+
+
+def load_a_model(arguments: list[str]) -> None:
+    name = arguments[0]
+    dist.init_process_group("gloo")
+    mesh, never = init_device_mesh("cpu", (dist.get_world_size(),)), []
+
+    def build(empty: bool) -> nn.Module:
+        never.append(not empty)
+        return empty_model(name, 0) if empty else load_model(name)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load_into_shards(build, name, mesh, torch.device("cpu"), "32-true")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert not any(never)
+    # The mapped file's pages count as well: this process's part of it, and its shards.
+    assert grown < 1.25 * size, (grown, size)
+    whole = dict(load_model(name).named_parameters())
+    for key, shard in model.named_parameters():
+        assert isinstance(shard, DTensor)
+        assert torch.equal(shard.full_tensor(), whole[key]), key
+    dist.destroy_process_group()
+
+
+def test_every_process_reads_its_own_part_of_the_weights(tmp_path: Path) -> None:
+    shape = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": 4, "max_position_embeddings": 64}
+    tiny_model("llama", **shape).save_pretrained(tmp_path / "model", max_shard_size="60MB")
+    run([str(tmp_path / "model")], tmp_path, ranks=4, target=load_a_model)
