@@ -355,6 +355,7 @@ class CausalLMModule(LightningModule):
             attention_mask=batch["attention_mask"],
             max_new_tokens=self.hparams.max_new_tokens,
             do_sample=False,
+            synced_gpus=self.device_mesh is not None,  # each forward pass gathers weights: all processes have to take part
             temperature=None,
             top_p=None,
             top_k=None,

@@ -43,7 +43,7 @@ def empty_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
-        if num_tokens > model.get_input_embeddings().num_embeddings:
+        if num_tokens > next(model.get_input_embeddings().parameters()).size(0):
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
     with contextlib.suppress(OSError):  # it has none of its own
         model.generation_config = GenerationConfig.from_pretrained(name)
