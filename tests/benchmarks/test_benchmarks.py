@@ -1,0 +1,94 @@
+"""The benchmark on a model of a few kilobytes: does every method run, and does the report say what was measured?"""
+
+import csv
+import functools
+import json
+import math
+
+import pytest
+
+from benchmarks import compare
+from benchmarks.methods import METHODS, PACKAGES
+from benchmarks.models import WORKLOADS
+from benchmarks.report import targets_table, write_report
+from benchmarks.worker import measure
+
+SETTINGS = {
+    "model": "tiny",
+    "device": "cpu",
+    "shape": list(WORKLOADS["tiny"].shapes[0]),
+    "steps": 6,
+    "interval": 3,
+    "repeat": 0,
+    "versions": {"torch": "2", "transformers": "5"},
+}
+
+
+@functools.cache
+def run(method):
+    if method in PACKAGES:
+        pytest.importorskip(PACKAGES[method])
+    return measure({**SETTINGS, "method": method, "directory": ""})
+
+
+def finished(seconds, held, peak):
+    return {
+        "seconds": seconds,
+        "held_mb": held,
+        "interval_peak_mb": [peak - 1, peak],
+        "interval_tensors_mb": [held, held],
+        "machine": "a computer",
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_is_measured(method):
+    result = run(method)
+    assert len(result["seconds"]) == 6
+    assert all(seconds > 0 for seconds in result["seconds"])
+    assert len(result["interval_peak_mb"]) == len(result["interval_tensors_mb"]) == 3
+    assert max(result["interval_peak_mb"]) > result["held_mb"] > 0
+    assert all(math.isfinite(loss) for loss in result["losses"])
+
+
+def test_states_pile_up_in_the_published_code_but_not_in_ours():
+    ours = run("ours_frozen")["interval_tensors_mb"]
+    published = run("ows_published")["interval_tensors_mb"]
+    assert ours[-1] == pytest.approx(ours[0], abs=1e-3)
+    assert published[-1] > published[0] + 0.005
+
+
+def test_command_writes_a_report_and_goes_on_where_it_stopped(tmp_path, capsys):
+    arguments = ["--model", "tiny", "--device", "cpu", "--methods", "ours_frozen", "--repeats", "1", "--steps", "2"]
+    compare.main([*arguments, "--output", str(tmp_path)])
+    assert "Ours, embeddings frozen" in capsys.readouterr().out
+    name = "tiny-cpu-2x16x2"
+    assert {f"{name}.md", f"{name}.csv", f"{name}.png", "results.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+    results = (tmp_path / "results.jsonl").read_text()
+    assert json.loads(results)["settings"]["method"] == "ours_frozen"
+
+    compare.main([*arguments, "--output", str(tmp_path)])
+    assert (tmp_path / "results.jsonl").read_text() == results
+
+
+def test_a_worker_that_fails_is_a_row(tmp_path):
+    error = compare._run({**SETTINGS, "method": "ours_frozen", "directory": str(tmp_path), "model": "missing"})["error"]
+    assert error == "KeyError: 'missing'"
+    runs = {"ours_frozen": [finished([1.0, 1.0, 2.0], 100, 300)], "full": [{"error": "out of memory"}]}
+    write_report(runs, SETTINGS, tmp_path / "table")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert "| Full AdamW | out of memory |" in lines[-1]
+    ours, full = csv.DictReader((tmp_path / "table.csv").open())
+    assert (ours["step_s"], ours["above_start_mb"], ours["worst_over_median"]) == ("1.0", "200", "2.0")
+    assert full["error"] == "out of memory"
+
+
+def test_ratios_are_taken_repeat_by_repeat():
+    runs = {
+        "ours_frozen": [finished([1.0, 1.0], 100, 200), finished([3.0, 3.0], 100, 200), finished([9.0], 100, 200)],
+        "lora": [finished([2.0, 2.0], 100, 300), finished([4.0, 4.0], 100, 300), {"error": "killed by signal 9"}],
+    }
+    table = targets_table(runs)
+    assert "| time a token, ours frozen / LoRA | 0.62 (0.50 to 0.75) | at most 0.80 |" in table
+    assert "| peak above start, ours frozen / LoRA | 0.50 (0.50 to 0.50) | at most 0.60 |" in table
+    assert "OWS as published" not in table
