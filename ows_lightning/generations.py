@@ -1,0 +1,73 @@
+"""What the model answers to fixed prompts while it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ows_lightning.data.masking import Encoder, with_chat_template
+from ows_lightning.errors import UsageError
+from ows_lightning.module import CausalLMModule
+
+log = logging.getLogger(__name__)
+
+
+class ShowGenerations(Callback):
+    """Logs the answers to fixed prompts, at the start and every so many optimizer steps, also to TensorBoard.
+
+    Answers are greedy and at most the module's ``max_new_tokens`` long. The training's state stays as it is.
+
+    Args:
+        prompts: Questions, each asked as a user's message in the model's chat template.
+        every_n_steps: Optimizer steps from one time to the next.
+
+    Raises:
+        UsageError: There is no prompt, or the interval is below 1.
+    """
+
+    def __init__(self, prompts: Sequence[str], every_n_steps: int = 100) -> None:
+        if not prompts:
+            raise UsageError("ShowGenerations.prompts: give one prompt at least")
+        if every_n_steps < 1:
+            raise UsageError(f"ShowGenerations.every_n_steps: {every_n_steps} must be at least 1")
+        self.prompts = list(prompts)
+        self.every_n_steps = every_n_steps
+        self._shown = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows what the model answers at first."""
+        self._show(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Shows it after each interval."""
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._shown:
+            self._show(trainer, pl_module)
+
+    def _show(self, trainer: Trainer, module: LightningModule) -> None:
+        self._shown = trainer.global_step
+        if not isinstance(module, CausalLMModule):
+            raise UsageError(f"ShowGenerations: {type(module).__name__} can't generate; use CausalLMModule")
+        encoder = Encoder(with_chat_template(module.tokenizer), max_seq_length=1 << 20)
+        was_training = module.training
+        module.eval()
+        answers = []
+        for prompt in self.prompts:
+            _, ids = encoder.encode_prompt({"messages": [{"role": "user", "content": prompt}]}, where="a prompt")
+            batch = torch.tensor([ids], device=module.device)
+            with trainer.precision_plugin.forward_context():
+                answers += module.generate({"input_ids": batch, "attention_mask": torch.ones_like(batch)})
+        module.train(was_training)
+        if not trainer.is_global_zero:
+            return
+        shown = "\n".join(f"  {prompt!r} -> {answer!r}" for prompt, answer in zip(self.prompts, answers, strict=True))
+        log.info("Answers after step %d:\n%s", trainer.global_step, shown)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                text = "\n\n".join(f"**{prompt}**\n\n{answer}" for prompt, answer in zip(self.prompts, answers, strict=True))
+                logger.experiment.add_text("generations", text, trainer.global_step)
