@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
@@ -30,6 +31,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{text.rstrip('.')}{_install(text)}", 2
     if isinstance(error, torch.OutOfMemoryError):
         return _out_of_memory(text), 1
+    if isinstance(error, RuntimeError) and ("gloo/transport" in text or isinstance(error, torch.distributed.DistBackendError)):
+        return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; `--ckpt_path last` goes on from the newest checkpoint", 130
     return f"{type(error).__name__}: {text} (set OWS_DEBUG=1 for the stack trace)", 1

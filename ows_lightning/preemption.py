@@ -50,6 +50,6 @@ class SaveOnSignal(Callback):
             requeue(self._received, None)
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or Path(trainer.log_dir or ".", "checkpoints")
         path = Path(folder, f"interrupted-step={trainer.global_step}.ckpt")
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         name = "a signal" if self._received is None else self._received.name
         raise RunError(f"stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")

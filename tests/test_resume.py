@@ -107,7 +107,7 @@ def test_killed_at_random_moments(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments: Arguments, tmp_path: Path) -> None:
     ranks, strategy = (2, "fsdp2") if number is signal.SIGUSR1 else (1, "auto")
-    settings = [*UNEVEN, "--trainer.max_steps=40"]
+    settings = [*UNEVEN, "--trainer.max_steps=30"]
     command = arguments(*settings, strategy=strategy, ranks=ranks)
     launch = Launch(command, tmp_path / "told", ranks)
     history = tmp_path / "runs" / "version_0" / "sampling_history.csv"
@@ -295,6 +295,7 @@ def test_one_process_dying_ends_the_others(victim: int, arguments: Arguments, tm
     launch.processes[victim].kill()
     codes = launch.wait(60)
     assert codes[1 - victim] not in (0, None)
+    assert "another process of this run has ended" in launch.output
 
 
 def test_an_unwritable_folder_is_a_run_error(tmp_path: Path) -> None:
