@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CHUNK = 1 << 23  # logits held at a time (32 MB in float32); below it, speed suffers before memory gains
+SLICE = 1 << 20  # of those, elements in float32 at a time: they fit a CPU's cache
 
 
 def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -48,14 +50,25 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _cross_entropy_sum(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    def loss_of(hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(model, hidden).float(), targets, reduction="sum")
-
     rows = max(1, CHUNK // model.config.get_text_config().vocab_size)
     if not torch.is_grad_enabled():
-        return torch.stack([loss_of(*chunk) for chunk in zip(hidden.split(rows), targets.split(rows), strict=True)]).sum()
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
     head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    return _Chunked.apply(loss_of, rows, targets, hidden, *head)
+    return _Chunked.apply(partial(logits_of, model), rows, targets, hidden, *head)
+
+
+def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the summed cross entropy and replaces the logits by its gradient, softmax minus one-hot; float32 within."""
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    rows = max(1, SLICE // logits.size(-1))
+    for part, target in zip(logits.split(rows), targets.unsqueeze(-1).split(rows), strict=True):
+        exact = part.float()
+        log_sum = exact.logsumexp(-1, keepdim=True)
+        total += (log_sum - exact.gather(-1, target)).sum()
+        gradient = exact.sub_(log_sum).exp_()
+        part.copy_(gradient.scatter_add_(-1, target, -torch.ones_like(target, dtype=exact.dtype)))
+    return total
 
 
 class _Chunked(torch.autograd.Function):
@@ -63,7 +76,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss_of: Callable[[Tensor, Tensor], Tensor], rows: int, targets: Tensor, hidden: Tensor, *head: nn.Parameter
+        ctx: Any, to_logits: Callable[[Tensor], Tensor], rows: int, targets: Tensor, hidden: Tensor, *head: nn.Parameter
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wants_hidden = ctx.needs_input_grad[3]
@@ -73,9 +86,10 @@ class _Chunked(torch.autograd.Function):
             chunk = hidden[start : start + rows].detach().requires_grad_(wants_hidden)
             wanted = [chunk] * wants_hidden + list(head)
             with torch.enable_grad():
-                loss = loss_of(chunk, targets[start : start + rows])
-            total += loss.detach()
-            gradients = list(torch.autograd.grad(loss, wanted)) if wanted else []
+                logits = to_logits(chunk)
+            slope = logits.detach()
+            total += _cross_entropy_into_gradient_(slope, targets[start : start + rows])
+            gradients = list(torch.autograd.grad(logits, wanted, slope)) if wanted else []
             if hidden_gradient is not None:
                 hidden_gradient[start : start + rows] = gradients.pop(0)
             head_gradients = [

@@ -44,9 +44,7 @@ ARCHITECTURES = list(_ARCHITECTURES)
 """Every architecture that `tiny_model` builds, by transformers' model type."""
 
 
-def tiny_model(
-    architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
-) -> PreTrainedModel:
+def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Builds a causal LM with random weights, in training mode (4 blocks, hidden size 32, vocabulary 128).
 
     Args:
