@@ -10,6 +10,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.image import imread
 
 from ows_lightning.card import model_card
 from ows_lightning.errors import UsageError
@@ -57,7 +59,14 @@ class RunArtifacts(Callback):
         if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module, folder))
         if trainer.is_global_zero:
-            write_pictures(folder)
+            _show_in_tensorboard(write_pictures(folder), trainer)
+
+
+def _show_in_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for path in pictures:
+                logger.experiment.add_image(path.stem, imread(path), trainer.global_step, dataformats="HWC")
 
 
 class PredictionFile(BasePredictionWriter):

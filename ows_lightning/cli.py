@@ -113,8 +113,9 @@ class OWSCLI(LightningCLI):
             callbacks.append(PredictionFile())
         if given["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
+        kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
         if given["logger"] in (None, True):
-            kwargs["logger"] = CSVLogger(given["default_root_dir"] or "runs", name="")
+            kwargs["logger"] = CSVLogger(kwargs["default_root_dir"], name="")
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
         if given["logger"] is not False:

@@ -99,6 +99,6 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         # In place: they are used once, and a head's gradient is as large as the head.
         return None, None, None, *(g if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,12 @@ class CausalLMModule(LightningModule):
         UsageError: A setting is out of its range, or settings contradict each other.
     """
 
+    # Of the optimizer step that is under way, over its micro-batches and ranks so far; None before its first micro-batch.
+    _step_loss: Any  # summed cross entropy
+    _step_targets: Any  # number of target tokens
+    _first_targets: Any  # that of the first micro-batch
+    _step_tokens: int
+
     def __init__(
         self,
         model_name_or_path: str,
@@ -106,7 +112,7 @@ class CausalLMModule(LightningModule):
             raise UsageError(f"model.warmup_steps: {warmup_steps} must be at least 0 (below 1 it is a share of all steps)")
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
-        self.model: PreTrainedModel | nn.Module | None = None
+        self.model: Any = None  # a transformers model, or peft's around one
         self.val_perplexity, self.val_exact_match = TokenPerplexity(), MeanMetric()
         self.test_perplexity, self.test_exact_match = TokenPerplexity(), MeanMetric()
         self.test_choices = ChoiceAccuracy()
@@ -120,13 +126,13 @@ class CausalLMModule(LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams.model_name_or_path, self.hparams.trust_remote_code)
+            self._tokenizer = load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
         return self._tokenizer
 
     @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model itself, also within a peft model."""
-        return causal_lm(self)
+        return cast(PreTrainedModel, causal_lm(self))
 
     # ------------------------------------------------------------------ set-up
 
@@ -140,9 +146,9 @@ class CausalLMModule(LightningModule):
             UsageError: Names the setting, and what to do.
         """
         self.check_optimizer()
-        if self.hparams.lora is not None:
-            _lora_config(self.hparams.lora)
-        return load_config(self.hparams.model_name_or_path, self.hparams.trust_remote_code)
+        if self.hparams["lora"] is not None:
+            _lora_config(self.hparams["lora"])
+        return load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
 
     def check_optimizer(self) -> Optimizer:
         """Makes the optimizer for a weight of no consequence.
@@ -166,29 +172,29 @@ class CausalLMModule(LightningModule):
             self.model = self._build(empty=False)
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
-            self.model = load_into_shards(self._build, self.hparams.model_name_or_path, mesh, device, precision)
+            self.model = load_into_shards(self._build, self.hparams["model_name_or_path"], mesh, device, precision)
         model = self.language_model
-        if self.hparams.gradient_checkpointing:
+        if self.hparams["gradient_checkpointing"]:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
             model.disable_input_require_grads()
-        if self.hparams.compile:
+        if self.hparams["compile"]:
             for layer in decoder_layers(model):
                 layer.compile()
 
     def _build(self, empty: bool) -> nn.Module:
         """Makes the model with its weights, or ``empty`` for FSDP2 to fill its shards."""
         precision = self._trainer.precision if self._trainer is not None else "32-true"
-        name = self.hparams.model_name_or_path
+        name = self.hparams["model_name_or_path"]
         options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
         options["dtype"] = DTYPES.get(precision, torch.float32)
         model = empty_model(name, len(self.tokenizer), **options) if empty else load_model(name, **options)
         resize_embeddings(model, self.tokenizer)
         if self.tokenizer.chat_template:
             _stop_at(model, end_of_turn_id(self.tokenizer))
-        return _add_lora(model, self.hparams.lora) if self.hparams.lora is not None else model
+        return _add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""
         optimizer = self.make_optimizer(self._param_groups())
         if isinstance(optimizer, GaLoreAdamW):
@@ -198,8 +204,8 @@ class CausalLMModule(LightningModule):
         kept = ("params", "param_names")
         self._options = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = self.hparams.warmup_steps
-        kind = self.hparams.lr_scheduler_type
+        warmup = self.hparams["warmup_steps"]
+        kind = self.hparams["lr_scheduler_type"]
         scheduler = transformers.get_scheduler(  # imported when used: it imports peft and bitsandbytes where they are
             "constant_with_warmup" if kind == "constant" else kind,
             optimizer,
@@ -209,13 +215,13 @@ class CausalLMModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _check_projection(self, optimizer: Optimizer) -> None:
-        if self.hparams.rank is not None and not isinstance(optimizer, GaLoreAdamW):
+        if self.hparams["rank"] is not None and not isinstance(optimizer, GaLoreAdamW):
             raise UsageError(f"model.rank: {type(optimizer).__name__} can't project; set rank to null, or take GaLoreAdamW")
 
     def _param_groups(self) -> Any:
         names = ("rank", "update_proj_gap", "scale", "proj_type", "subspace", "project_embeddings")
         groups = galore_param_groups(self, **{name: self.hparams[name] for name in names if self.hparams[name] is not None})
-        if self.hparams.rank is None:
+        if self.hparams["rank"] is None:
             keep = ("params", "weight_decay")
             groups = [{key: group[key] for key in keep if key in group} for group in groups]
         return groups
@@ -248,7 +254,7 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; scaled in ``configure_gradient_clipping`` to be the whole step's mean."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, GaLoreAdamW):
             last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             optimizer.accumulating = not last
@@ -294,7 +300,7 @@ class CausalLMModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ends a run whose gradients stay NaN or Inf; its weights are still those of the last good step."""
-        if self._skipped_in_a_row >= self.hparams.max_skipped_steps:
+        if self._skipped_in_a_row >= self.hparams["max_skipped_steps"]:
             folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
             good = last_good(Path(folder)) if folder else None
             where = f"the last checkpoint is '{good}'" if good else "there is no checkpoint yet"
@@ -303,10 +309,10 @@ class CausalLMModule(LightningModule):
                 "lower the learning rate, or set trainer.gradient_clip_val"
             )
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, and drops the gradients at once: Lightning would keep full-rank ones through the next forward."""
-        super().optimizer_step(*args, **kwargs)
-        self.optimizers(use_pl_optimizer=False).zero_grad()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     def on_validation_start(self) -> None:
         """Sums up in float32, whatever dtype the Trainer's precision gave the metrics with the rest of the module."""
@@ -350,10 +356,11 @@ class CausalLMModule(LightningModule):
     def generate(self, batch: dict[str, Any]) -> list[str]:
         """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
         prompts = batch["input_ids"]
-        generated = self.language_model.generate(
+        model: Any = self.language_model  # transformers types it as a tensor or a module
+        generated = model.generate(
             input_ids=prompts,
             attention_mask=batch["attention_mask"],
-            max_new_tokens=self.hparams.max_new_tokens,
+            max_new_tokens=self.hparams["max_new_tokens"],
             do_sample=False,
             synced_gpus=self.device_mesh is not None,  # each forward pass gathers weights: all processes have to take part
             temperature=None,
@@ -371,13 +378,12 @@ class CausalLMModule(LightningModule):
     def _through_forward(self, method: Callable[..., Any], *args: Any) -> Any:
         """Runs ``method(language_model, *args)`` within the model's ``__call__``, whose hooks sharding depends on."""
         model = self.model
-        assert model is not None
 
         def forward(_: nn.Module, *args: Any) -> Any:
             del model.forward  # the class's own again, for calls from within
             return method(self.language_model, *args)
 
-        model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+        model.forward = MethodType(forward, model)
         return model(*args)
 
     @staticmethod
@@ -387,9 +393,7 @@ class CausalLMModule(LightningModule):
         return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _reset_step(self) -> None:
-        self._step_targets: Tensor | None = None
-        self._step_loss: Tensor | None = None
-        self._first_targets: Tensor | None = None
+        self._step_targets, self._step_loss, self._first_targets = None, None, None
         self._step_tokens = 0
 
     def _log_step(self, loss: Tensor, norm: Tensor) -> None:
@@ -452,7 +456,7 @@ class CausalLMModule(LightningModule):
 class TokenPerplexity(Perplexity):
     """torchmetrics' perplexity, fed with summed losses: logits of a whole batch never exist."""
 
-    def update(self, loss: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+    def update(self, loss: Tensor, targets: Tensor) -> None:
         """Adds a summed cross entropy (nats) over a number of targets."""
         self.total_log_probs += loss
         self.count += targets

@@ -72,11 +72,7 @@ def test_accuracy_is_that_of_one_forward_pass_a_choice(
 
 
 def test_rows_of_the_commonsense_files_have_their_choices_in_the_question() -> None:
-    messages = [
-        {"role": "user", "content": COMMONSENSE["instruction"]},
-        {"role": "assistant", "content": COMMONSENSE["output"]},
-    ]
-    texts, right = choices_of({"messages": messages, "answer": "true"}, "row 1")
+    texts, right = choices_of(to_example(COMMONSENSE, "alpaca", "row 1"), "row 1")
     assert texts == ["the correct answer is true", "the correct answer is false"]
     assert right == 0
 
@@ -135,7 +131,8 @@ def test_lm_eval_runs_on_the_checkpoint_and_on_the_exported_directory(
     model = model_dir(num_hidden_layers=2)
     main(
         f"test --model.model_name_or_path {model} --data.dataset {rows_file} --data.val_size 4 --trainer.accelerator cpu "
-        f"--trainer.enable_progress_bar false --trainer.logger false --tasks [even] --include_path {tasks}".split()
+        f"--trainer.enable_progress_bar false --trainer.default_root_dir {tmp_path} "
+        f"--tasks [even] --include_path {tasks}".split()
     )
     table = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("|even"))
     assert "acc" in table

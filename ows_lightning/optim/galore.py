@@ -276,7 +276,7 @@ class GaLoreAdamW(Optimizer):
     # ------------------------------------------------------------------ the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one optimizer step, or skips it with a warning if any gradient holds a NaN or Inf."""
         loss = None
         if closure is not None:

@@ -49,8 +49,8 @@ def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     image = (matrix @ basis.to(matrix.dtype)).float()
     _, values, axes = torch.linalg.svd(torch.linalg.qr(image, mode="r").R)
     vectors = basis @ axes[..., :rank, :].mT
-    # Rounding, which differs with the number of processes, must not choose what the gradient leaves open: the directions beyond
-    # its numerical rank come from the generator, and of each vector's two signs, on which kept moments depend, one is taken.
+    # Rounding, which differs with the number of processes, must not choose what the gradient leaves open: the directions
+    # beyond its numerical rank come from the generator, and one of each vector's signs, on which kept moments depend.
     free = torch.randn(n, rank, generator=generator, device=matrix.device)
     vectors = _orthonormal(torch.where(values[..., None, :rank] > NOISE * values[..., None, :1], vectors, free))
     return vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
