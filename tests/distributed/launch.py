@@ -34,6 +34,8 @@ def _run(target: Target, arguments: Sequence[str], environment: dict[str, str], 
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    # As in a process that was started from a shell; workers of the server's kind would outlive a run that is killed.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(environment)
     sys.argv = ["main.py"]
 
