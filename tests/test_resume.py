@@ -107,11 +107,10 @@ def test_killed_at_random_moments(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments: Arguments, tmp_path: Path) -> None:
     ranks, strategy = (2, "fsdp2") if number is signal.SIGUSR1 else (1, "auto")
-    settings = [*UNEVEN, "--trainer.max_steps=30"]
+    settings = [*UNEVEN, "--trainer.max_steps=30", "--checkpoint.every_n_train_steps=2"]
     command = arguments(*settings, strategy=strategy, ranks=ranks)
     launch = Launch(command, tmp_path / "told", ranks)
-    history = tmp_path / "runs" / "version_0" / "sampling_history.csv"
-    while not history.exists() and launch.processes[-1].is_alive():
+    while not (tmp_path / "runs/version_0/checkpoints/last.ckpt").exists() and launch.processes[-1].is_alive():
         time.sleep(0.01)
     pid = launch.processes[-1].pid
     assert pid is not None
