@@ -39,6 +39,7 @@ SECTIONS: dict[str, Any] = {
     "trainer": Trainer,
     "checkpoint": ModelCheckpoint,
 }
+QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]
 # What makes a command small: always, and where the command does not set it itself.
 ALWAYS = {
     "trainer.accelerator": "cpu",
@@ -104,7 +105,7 @@ def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["main.py"])
-        run(["fit", "--config", "configs/quickstart.yaml"])
+        run(QUICKSTART)
     return folder
 
 
@@ -202,6 +203,8 @@ def execute(words: list[str]) -> None:
         case ["python", "main.py", *args] if "--tasks" in args and find_spec("lm_eval") is None:
             with pytest.raises(SystemExit, match="2"):  # says which extra is missing, see tests/test_errors.py
                 run(args)
+        case ["python", "main.py", *args] if args == QUICKSTART:
+            assert Path("runs/quickstart/version_0/model").is_dir()  # this is what the project's first run was made with
         case ["python", "main.py", *args]:
             run(args)
         case ["torchrun" | "srun", *_]:
