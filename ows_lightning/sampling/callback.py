@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
 import logging
@@ -132,6 +133,7 @@ class LayerwiseSampling(Callback):
             self._score(trainer, pl_module)
         if self.history:
             self._activate(trainer)
+            self._write_history(self._folder(trainer))
         else:
             self._draw(trainer)
 
@@ -220,12 +222,16 @@ class LayerwiseSampling(Callback):
         if not isinstance(loader, DataLoader):
             raise UsageError("sampling.scores: give a file from `main.py score`; calibration needs a single train DataLoader")
         dataset = loader.dataset
-        if not isinstance(dataset, IterableDataset):
+        kind: Any = DataLoader
+        if isinstance(dataset, IterableDataset):
+            # The run's own position stays: the copy moves, and a loader of its kind knows what its rows look like.
+            dataset, kind = copy.deepcopy(dataset), type(loader)
+        else:
             order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))  # type: ignore[arg-type]
             dataset = Subset(dataset, order[: self.calibration_samples].tolist())
         size = min(loader.batch_size or 1, self.calibration_samples)
         # A generator of its own: a DataLoader without one draws from the global one, and the run's order would change.
-        batches = DataLoader(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
+        batches = kind(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
         return itertools.islice(batches, -(-self.calibration_samples // size))
 
     def _score(self, trainer: Trainer, pl_module: LightningModule) -> None:
