@@ -29,7 +29,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, 1
     if isinstance(error, ModuleNotFoundError):
         return f"{text.rstrip('.')}{_install(text)}", 2
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:  # the latter on a CPU
         return _out_of_memory(text), 1
     if isinstance(error, RuntimeError) and ("gloo/transport" in text or isinstance(error, torch.distributed.DistBackendError)):
         return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
@@ -41,7 +41,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 def _unwrapped(error: BaseException) -> BaseException:
     """The error from which another was made: jsonargparse wraps those of a class that it makes in long ones of its own."""
     chain = [error]
-    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:  # it may be a circle
         chain.append(inner)
     ours = next((inner for inner in chain if isinstance(inner, (UsageError, RunError))), None)
     return ours or (chain[-1] if "Does not validate against" in str(error) else error)

@@ -381,7 +381,7 @@ CASES = {
     ),
     "DDP": Case(
         fit("--trainer.strategy ddp"),
-        "trainer.strategy: DDPStrategy can't train sampled or projected weights: DDP fixes the set of trained "
+        "trainer.strategy: ddp can't train sampled or projected weights: DDP fixes the set of trained "
         "parameters, and averages full gradients; write strategy: ddp_layerwise",
     ),
     # ------------------------------------------------------------------ scores and checkpoints
@@ -574,6 +574,12 @@ def test_base_model_without_template_is_said(
 )
 def test_every_error_is_one_line(error: BaseException, line: str, code: int) -> None:
     assert explain(error) == (line, code)
+
+
+def test_errors_that_cause_each_other_end() -> None:
+    first, second = KeyError("first"), KeyError("second")
+    first.__context__, second.__context__ = second, first
+    assert explain(first) == ("KeyError: 'first' (set OWS_DEBUG=1 for the stack trace)", 1)
 
 
 def test_out_of_memory_names_the_settings_to_change() -> None:
