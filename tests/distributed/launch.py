@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -27,6 +28,7 @@ def _main(arguments: list[str]) -> None:
 
 
 def _run(target: Target, arguments: Sequence[str], environment: dict[str, str], output: str, file_bytes: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
