@@ -64,9 +64,11 @@ def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, SLICE // logits.size(-1))
     for part, target in zip(logits.split(rows), targets.unsqueeze(-1).split(rows), strict=True):
         exact = part.float()
-        log_sum = exact.logsumexp(-1, keepdim=True)
-        total += (log_sum - exact.gather(-1, target)).sum()
-        gradient = exact.sub_(log_sum).exp_()
+        chosen, largest = exact.gather(-1, target), exact.amax(-1, keepdim=True)
+        gradient = exact.sub_(largest).exp_()
+        norm = gradient.sum(-1, keepdim=True)
+        total += (norm.log() + largest - chosen).sum()
+        gradient.div_(norm)
         part.copy_(gradient.scatter_add_(-1, target, -torch.ones_like(target, dtype=exact.dtype)))
     return total
 

@@ -35,8 +35,8 @@ class Method:
         rank: Rank of the projected gradients; None trains in full rank.
         subspace: How subspaces are found.
         project_embeddings: Project embeddings and LM head, too.
-        ours: This package's step (chunked loss, projection within backward, Lightning's loop) instead of the usual one: the
-            model's own loss with the logits of the whole batch, all gradients at once, dropped after the step.
+        ours: This package's step (chunked loss, projection within backward) instead of the usual one: the model's own loss
+            with the logits of the whole batch, and all gradients at once.
         states_kept: Optimizer states of blocks that are frozen again stay.
         renews_with_state: A subspace lives shorter than a block is active.
         lora: Settings of peft's LoraConfig.
@@ -124,8 +124,7 @@ def follow_steps(model: nn.Module, method: Method, work: Workload) -> StepMemory
         for p in _trainable(model):
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        if not method.ours:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
         _label_states(optimizer, tracker)
         draw(blocks)
         everything_has_state = method.states_kept or method.activated_layers is None
@@ -152,8 +151,6 @@ def _step(model: nn.Module, optimizer: Optimizer, method: Method, work: Workload
         mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
         with mixed:
             loss = next_token_loss(language_model, batch)[0] if method.ours else model(**batch, use_cache=False).loss
-        if micro == 0 and method.ours:
-            optimizer.zero_grad()  # where Lightning has it: gradients of the step before live through this forward
         loss.backward()
         del loss, batch
         tracker.category = "other"
@@ -169,8 +166,7 @@ def _step(model: nn.Module, optimizer: Optimizer, method: Method, work: Workload
     del gradients
     optimizer.step()
     _label_states(optimizer, tracker)
-    if not method.ours:
-        optimizer.zero_grad()
+    optimizer.zero_grad()
     return consumed
 
 

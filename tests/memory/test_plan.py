@@ -199,8 +199,17 @@ def test_llama_2_7b_fits_where_it_should(batch_size: int, accumulate: int, limit
     assert needed.bytes["weights"] == pytest.approx(13.48e9, rel=1e-3)
 
 
-def test_hardly_grows_with_the_number_of_active_blocks() -> None:
-    one, eight = (predict(settings_from_config(llama_7b(1, 16, sampling__activated_layers=n))).peak_bytes for n in (1, 8))
+@pytest.mark.parametrize(
+    "moments_dtype",
+    [
+        "bfloat16",
+        pytest.param("float32", marks=pytest.mark.xfail(strict=True, reason="0.59 GB, of which 0.35 are moments")),
+    ],
+)
+def test_hardly_grows_with_the_number_of_active_blocks(moments_dtype: str) -> None:
+    optimizer = {"class_path": "ows_lightning.optim.galore.GaLoreAdamW", "init_args": {"moments_dtype": moments_dtype}}
+    changes = [{"sampling__activated_layers": count, "model__optimizer": optimizer} for count in (1, 8)]
+    one, eight = (predict(settings_from_config(llama_7b(1, 16, **change))).peak_bytes for change in changes)
     assert eight - one <= 0.5e9
 
 
