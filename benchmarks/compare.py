@@ -23,6 +23,7 @@ import transformers
 from benchmarks.methods import METHODS, PACKAGES
 from benchmarks.models import WORKLOADS, prepare
 from benchmarks.report import Runs, targets_table, write_report
+from ows_lightning.preflight import cpu_has_bfloat16
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ("benchmarks", "ows_lightning/optim", "ows_lightning/sampling", "ows_lightning/loss.py")
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(WORKLOADS), default="smollm2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights; float32 on a CPU without bfloat16")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--repeats", type=int, default=3, help="processes a method")
     parser.add_argument("--steps", type=int, default=45, help="measured optimizer steps, after 3 of warm-up")
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         parser.error("--device: the peak memory of a phase can be measured on Linux alone")
 
+    native = args.device == "cuda" or cpu_has_bfloat16()
     output = args.output.absolute()
     directory = output / "models" / args.model
     directory.mkdir(parents=True, exist_ok=True)
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common = {
             "model": args.model,
             "device": args.device,
+            "dtype": args.dtype or ("bfloat16" if native else "float32"),
             "shape": list(shape),
             "steps": args.steps,
             "interval": args.interval,
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "code": _code_version()},
         }
         runs = _run_missing(common, args.methods, args.repeats, directory, output / "results.jsonl")
-        report = output / f"{args.model}-{args.device}-{'x'.join(map(str, shape))}"
+        report = output / "-".join([args.model, args.device, common["dtype"], "x".join(map(str, shape))])
         write_report(runs, common, report)
         print(f"\n{report.with_suffix('.md').read_text()}\n{targets_table(runs)}\n\nWritten to {report}.md, .csv and .png\n")
 

@@ -35,7 +35,7 @@ class BatchShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in bfloat16 and how it is trained.
+    """A model and how it is trained.
 
     Attributes:
         source: Where its weights come from, or the dimensions of a Llama with random weights.
@@ -96,14 +96,14 @@ def prepare(workload: Workload, directory: Path) -> None:
     scores.write_text(json.dumps(ratios.tolist()))
 
 
-def load(workload: Workload, directory: Path, device: torch.device) -> PreTrainedModel:
-    """Returns the model in bfloat16 and in training mode; random weights are made on the device itself."""
+def load(workload: Workload, directory: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns the model in training mode; random weights are made on the device itself."""
     if isinstance(workload.source, dict):
         config = AutoConfig.for_model("llama", **workload.source, tie_word_embeddings=False)
         with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=dtype)
         for p in model.parameters():
             p.data = p.data.to(device, copy=True)  # pages mapped from the file would count as memory only once read
         model.to(device)  # type: ignore[arg-type]  # buffers

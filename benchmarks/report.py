@@ -143,7 +143,7 @@ def _description(runs: Runs, settings: dict[str, Any]) -> str:
     machines = [run["machine"] for finished in runs.values() for run in finished if "machine" in run]
     machine = machines[0] if machines else settings["device"]
     return (
-        f"{settings['model']} in bfloat16, {BatchShape(*settings['shape'])} tokens a step; {machine}, "
+        f"{settings['model']} in {settings['dtype']}, {BatchShape(*settings['shape'])} tokens a step; {machine}, "
         f"torch {settings['versions']['torch']}, transformers {settings['versions']['transformers']}. "
         f"{settings['steps']} steps after 3 of warm-up, blocks drawn every {settings['interval']} steps. "
         "Medians over the runs (each in a process of its own), in brackets their range; the worst step is the slowest of a "

@@ -27,7 +27,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Trains for a while and returns what was measured.
 
     Args:
-        settings: ``model``, ``directory`` (where its weights are), ``device``, ``method``, ``shape`` (a ``BatchShape`` as a
+        settings: ``model``, ``directory`` (where its weights are), ``device``, ``dtype``, ``method``, ``shape`` (a ``BatchShape`` as a
             list), ``steps``, ``interval`` and ``repeat``, which seeds everything.
 
     Returns:
@@ -40,7 +40,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     workload, directory = WORKLOADS[settings["model"]], Path(settings["directory"])
     shape, repeat, steps = BatchShape(*settings["shape"]), settings["repeat"], WARM_UP + settings["steps"]
     torch.manual_seed(repeat)
-    model = load(workload, directory, device)
+    model = load(workload, directory, device, getattr(torch, settings["dtype"]))
     vocab_size = model.config.vocab_size
     probabilities = block_probabilities(workload, directory)
     training = METHODS[settings["method"]][1](model, Setting(workload.rank, settings["interval"], probabilities, repeat))

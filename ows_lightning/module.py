@@ -296,6 +296,8 @@ class CausalLMModule(LightningModule):
             else:
                 torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
         self._log_step(self._step_loss / targets, norm)
+        if isinstance(optimizer, GaLoreAdamW):
+            self.log("renewal_s", optimizer.renewal_s)
         self._reset_step()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

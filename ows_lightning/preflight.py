@@ -78,11 +78,18 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not torch.backends.mps.is_available())
     if on_cpu and precision in ("16", "16-mixed", "16-true"):
         raise UsageError(f"trainer.precision: {precision} needs a GPU; set trainer.precision: bf16-true or bf16-mixed")
+    if on_cpu and precision.startswith("bf16") and not cpu_has_bfloat16():
+        log.warning("trainer.precision: %s is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster", precision)
     cores = os.cpu_count() or 1
     wanted, there = _number_of_devices(devices), 8 * cores if on_cpu else gpus  # a few processes may share a core
     if wanted > there > 0:
         what = f"{cores} CPU cores" if on_cpu else f"{gpus} GPUs"
         raise UsageError(f"trainer.devices: {wanted} are more than the {what} of this machine")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are fast on this CPU; without AVX-512, an x86 one takes 7 to 100 times as long."""
+    return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
 def _number_of_devices(devices: Any) -> int:

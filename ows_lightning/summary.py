@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.memory.prediction import predict
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.decoder import decoder_layers, non_block_parameters
 
@@ -41,6 +43,7 @@ class RunSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the summary."""
+        self._start = time.perf_counter()
         folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
         steps = trainer.estimated_stepping_batches
         if not trainer.is_global_zero:
@@ -69,6 +72,14 @@ class RunSummary(Callback):
         if trainer.num_sanity_val_steps == float("inf") and not self.before:
             self.before = _held_out(trainer)
             log.info("Before training: held-out %s", _figures(self.before))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs what the method itself cost: scores, draws and the search for subspaces."""
+        sampling, whole = _sampling(trainer), time.perf_counter() - self._start
+        seconds = sampling.seconds if sampling is not None else 0.0
+        seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
+        if seconds and trainer.is_global_zero:
+            log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what was gained, where it is, and how to go on."""

@@ -16,7 +16,7 @@ from transformers import BertConfig
 
 from ows_lightning.cli import main
 from ows_lightning.errors import RunError, UsageError, explain
-from ows_lightning.preflight import check_devices
+from ows_lightning.preflight import check_devices, cpu_has_bfloat16
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 
@@ -521,6 +521,13 @@ def test_more_devices_than_gpus() -> None:
     with pytest.raises(UsageError, match=r"^trainer\.devices: 4 are more than the 2 GPUs of this machine$"):
         check_devices(trainer, gpus=2)
     check_devices({**trainer, "devices": "0,1"}, gpus=2)
+
+
+def test_bfloat16_on_a_cpu_without_it(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": "bf16-true", "accumulate_grad_batches": 1}
+    check_devices(trainer, gpus=0)
+    line = "trainer.precision: bf16-true is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster"
+    assert caplog.messages == ([] if cpu_has_bfloat16() else [line])
 
 
 def test_no_network_for_the_upload(

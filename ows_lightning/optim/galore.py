@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -42,13 +43,26 @@ def project(gradient: Tensor, projector: Tensor, side: Side) -> Tensor:
 
 
 def adam_direction(
-    gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, betas: tuple[float, float], eps: float
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    generator: torch.Generator | None,
 ) -> Tensor:
-    """Moves both moments on in place and returns Adam's direction for (projected) gradient number ``step``."""
-    beta1, beta2 = betas
+    """Moves both moments on in place and returns Adam's direction for (projected) gradient number ``step``.
+
+    Moments in bfloat16 move on in float32 and are rounded stochastically: to nearest, a second moment would never decay.
+    """
+    (beta1, beta2), kept = betas, (exp_avg, exp_avg_sq)
+    exp_avg, exp_avg_sq = (moment.float() if generator is not None else moment for moment in kept)
     gradient = gradient.to(exp_avg.dtype)
     exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    if generator is not None:
+        round_stochastically_(kept[0], exp_avg, generator)
+        round_stochastically_(kept[1], exp_avg_sq, generator)
     bias_correction = math.sqrt(1 - beta2**step) / (1 - beta1**step)
     return (exp_avg * bias_correction).div_(exp_avg_sq.sqrt().add_(eps))
 
@@ -115,7 +129,7 @@ class GaLoreAdamW(Optimizer):
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay; acts on W.
-        moments_dtype: ``float32`` or ``bfloat16``, which halves the state; a bfloat16 second moment hardly decays, though.
+        moments_dtype: ``float32`` or ``bfloat16``, which halves the state; moments are then rounded stochastically.
         moments_at_renewal: What becomes of the moments when the subspace is renewed: ``keep`` them as numbers (GaLore),
             ``reproject`` them onto the new subspace, or ``reset`` them.
         stochastic_rounding: Round bfloat16 weights up or down at random, with the right mean, instead of to nearest.
@@ -150,6 +164,7 @@ class GaLoreAdamW(Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.accumulating = False  # True while backward runs for a micro-batch that is not the last of its step
         self.skipped_steps = 0
+        self.renewal_s = 0.0  # seconds spent on finding subspaces, so far
         self._discard_gradients()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -262,9 +277,12 @@ class GaLoreAdamW(Optimizer):
             if not torch.linalg.vector_norm(matrices).isfinite():
                 self._projected[p] = matrices.new_full((), float("nan"))  # found by step(), which skips
                 return
-            step = int(self.state[p].get("step", 0))
+            start, step = time.perf_counter(), int(self.state[p].get("step", 0))
             vectors = leading_singular_vectors(matrices, group["rank"], side, group["subspace"], seed=index + step)
             self._renewed[p] = place_projector(vectors, p, side)
+            if gradient.is_cuda:
+                torch.cuda.synchronize(gradient.device)  # what was launched is not yet done
+            self.renewal_s += time.perf_counter() - start
         projector = self._renewed[p] if p in self._renewed else self.state[p]["projector"]
         projected = place_projected(project(local(gradient), local(projector), side), p, side)
         self._projected[p] = projected if p not in self._projected else self._projected[p] + projected
@@ -300,19 +318,20 @@ class GaLoreAdamW(Optimizer):
             self._renew(state, self._renewed.pop(p), side)
         step = self._count(state, gradient)
         exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        direction = adam_direction(local(gradient), exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
+        of_moments, of_weight = self._generators(p, step)
+        direction = adam_direction(local(gradient), exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
         lr, decay = group["lr"] * group["scale"], group["lr"] * group["weight_decay"]
-        project_back_(local(p), direction, local(state["projector"]), side, lr, decay, self._generator(p, step))
+        project_back_(local(p), direction, local(state["projector"]), side, lr, decay, of_weight)
 
     def _step_full_rank(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         step = self._count(state, gradient)
-        generator, decay = self._generator(p, step), group["lr"] * group["weight_decay"]
+        (of_moments, of_weight), decay = self._generators(p, step), group["lr"] * group["weight_decay"]
         rows = max(1, CHUNK * p.size(0) // p.numel()) if p.dim() else 1
         tensors = [local(tensor) for tensor in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, part, exp_avg, exp_avg_sq in zip(*(torch.atleast_1d(t).split(rows) for t in tensors), strict=True):
-            direction = adam_direction(part, exp_avg, exp_avg_sq, step, group["betas"], group["eps"])
-            descend_(weight, direction, group["lr"], decay, generator)
+            direction = adam_direction(part, exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
+            descend_(weight, direction, group["lr"], decay, of_weight)
 
     def _count(self, state: dict[str, Any], gradient: Tensor) -> int:
         """Returns the number of the step that begins for one parameter; the first one allocates its moments."""
@@ -397,7 +416,11 @@ class GaLoreAdamW(Optimizer):
                     named[name] = gradient
         return named
 
-    def _generator(self, p: Tensor, step: int) -> torch.Generator | None:
-        if not self.stochastic_rounding or p.dtype != torch.bfloat16:
-            return None
-        return torch.Generator(p.device).manual_seed(1_000_003 * self._places[p][1] + step)
+    def _generators(self, p: Tensor, step: int) -> tuple[torch.Generator | None, torch.Generator | None]:
+        """What rounds the moments, and the weight, stochastically; None where nothing is to be rounded."""
+        of_moments = self.state[p]["exp_avg"].dtype == torch.bfloat16
+        of_weight = self.stochastic_rounding and p.dtype == torch.bfloat16
+        if not of_moments and not of_weight:
+            return None, None
+        generator = torch.Generator(p.device).manual_seed(1_000_003 * self._places[p][1] + step)
+        return generator if of_moments else None, generator if of_weight else None

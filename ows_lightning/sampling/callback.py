@@ -103,6 +103,7 @@ class LayerwiseSampling(Callback):
         self.outlier_scores: OutlierScores | None = None
         self.history: list[tuple[int, int, list[int]]] = []  # (interval, optimizer step, blocks) of every draw
         self.probabilities: Tensor | None = None
+        self.seconds = 0.0  # spent on scores and draws so far
 
     @property
     def active_blocks(self) -> list[int]:
@@ -239,7 +240,7 @@ class LayerwiseSampling(Callback):
         start = time.perf_counter()
         self.outlier_scores = trainer.strategy.broadcast(self.compute_scores(pl_module, trainer.train_dataloader))
         self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
-        self._log_metrics(trainer, {"scoring_s": time.perf_counter() - start})
+        self._log_timing(trainer, "scoring_s", start)
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             self.outlier_scores.save(folder / "outlier_scores.json")
@@ -250,7 +251,8 @@ class LayerwiseSampling(Callback):
         interval = trainer.global_step // self.interval_steps
         self.history.append((interval, trainer.global_step, self.blocks_of(interval)))
         self._activate(trainer)
-        self._log_metrics(trainer, {"interval": float(interval), "drawing_s": time.perf_counter() - start})
+        self._log_metrics(trainer, {"interval": float(interval)})
+        self._log_timing(trainer, "drawing_s", start)
         self._write_history(self._folder(trainer))
 
     def _activate(self, trainer: Trainer) -> None:
@@ -267,6 +269,11 @@ class LayerwiseSampling(Callback):
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir)
+
+    def _log_timing(self, trainer: Trainer, name: str, start: float) -> None:
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self._log_metrics(trainer, {name: seconds})
 
     @staticmethod
     def _log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -16,6 +16,7 @@ from benchmarks.worker import measure
 SETTINGS = {
     "model": "tiny",
     "device": "cpu",
+    "dtype": "bfloat16",
     "shape": list(WORKLOADS["tiny"].shapes[0]),
     "steps": 6,
     "interval": 3,
@@ -62,7 +63,8 @@ def test_command_writes_a_report_and_goes_on_where_it_stopped(tmp_path, capsys):
     arguments = ["--model", "tiny", "--device", "cpu", "--methods", "ours_frozen", "--repeats", "1", "--steps", "2"]
     compare.main([*arguments, "--output", str(tmp_path)])
     assert "Ours, embeddings frozen" in capsys.readouterr().out
-    name = "tiny-cpu-2x16x2"
+    (report,) = tmp_path.glob("tiny-cpu-*-2x16x2.md")
+    name = report.stem
     assert {f"{name}.md", f"{name}.csv", f"{name}.png", "results.jsonl"} <= {path.name for path in tmp_path.iterdir()}
     results = (tmp_path / "results.jsonl").read_text()
     assert json.loads(results)["settings"]["method"] == "ours_frozen"

@@ -294,6 +294,21 @@ def test_stochastic_rounding_keeps_small_updates_alive() -> None:
     assert final(True) == pytest.approx(1 - 100 * 1e-4, abs=5e-4)  # standard error of the mean: 64 * 64 weights
 
 
+def test_moments_in_bfloat16_decay_as_those_in_float32_do() -> None:
+    def second_moment(moments_dtype: str) -> float:
+        weight = nn.Parameter(torch.zeros(64, 64))
+        optimizer = GaLoreAdamW([weight], lr=0.0, moments_dtype=moments_dtype)
+        for step in range(400):
+            weight.grad = torch.full_like(weight, 1.0 if step < 200 else 0.1)
+            optimizer.step()
+        moment = optimizer.state[weight]["exp_avg_sq"]
+        assert moment.dtype == getattr(torch, moments_dtype)
+        return moment.float().mean().item()
+
+    # Rounded to nearest, it would stay where it was after 200 steps, a third too high. 1 %: many standard errors of the mean.
+    assert second_moment("bfloat16") == pytest.approx(second_moment("float32"), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
