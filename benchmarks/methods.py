@@ -61,7 +61,7 @@ def full(model: PreTrainedModel, setting: Setting) -> Training:
 
 
 def lora(model: PreTrainedModel, setting: Setting) -> Training:
-    """LoRA, r = 16 on every linear layer of the blocks. Adapters in the weights' dtype, which is faster than peft's default."""
+    """LoRA, r = 16 on every linear layer of the blocks. Adapters in the weights' dtype, faster than peft's default."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

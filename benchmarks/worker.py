@@ -27,8 +27,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Trains for a while and returns what was measured.
 
     Args:
-        settings: ``model``, ``directory`` (where its weights are), ``device``, ``dtype``, ``method``, ``shape`` (a ``BatchShape`` as a
-            list), ``steps``, ``interval`` and ``repeat``, which seeds everything.
+        settings: ``model``, ``directory`` (where its weights are), ``device``, ``dtype``, ``method``, ``shape`` (a
+            ``BatchShape`` as a list), ``steps``, ``interval`` and ``repeat``, which seeds everything.
 
     Returns:
         ``seconds`` of each measured optimizer step and of each ``warm_up`` step before; ``held_mb`` before the first step;

@@ -79,7 +79,9 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
     if on_cpu and precision in ("16", "16-mixed", "16-true"):
         raise UsageError(f"trainer.precision: {precision} needs a GPU; set trainer.precision: bf16-true or bf16-mixed")
     if on_cpu and precision.startswith("bf16") and not cpu_has_bfloat16():
-        log.warning("trainer.precision: %s is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster", precision)
+        log.warning(
+            "trainer.precision: %s is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster", precision
+        )
     cores = os.cpu_count() or 1
     wanted, there = _number_of_devices(devices), 8 * cores if on_cpu else gpus  # a few processes may share a core
     if wanted > there > 0:
