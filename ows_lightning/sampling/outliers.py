@@ -35,7 +35,8 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
 
     The weights of a block are those of its `nn.Linear` and `Conv1D` modules, and the bare parameters that activations
     are multiplied with (experts, routers). An expert's norms run over the tokens that are routed to it. Biases do not
-    count. The model's mode, hooks and gradients come back as they were. Under FSDP2 all ranks pass the same batches.
+    count, nor does what an adapter (LoRA) adds to them. The model's mode, hooks and gradients come back as they were.
+    Under FSDP2 all ranks pass the same batches.
 
     Args:
         model: A causal LM, or any module that contains one.
@@ -121,7 +122,7 @@ class _Weight:
 def _block_weights(block: nn.Module) -> list[_Weight]:
     """Lists the matrices of a block: those of its linear modules, and bare parameters such as stacks of experts."""
     weights = []
-    for module in block.modules():
+    for module in _without_adapters(block):
         if isinstance(module, (nn.Linear, Conv1D)):
             weights.append(_Weight(module, "weight", transposed=isinstance(module, Conv1D)))
         elif not isinstance(module, (nn.Embedding, _ConvNd)):
@@ -129,6 +130,16 @@ def _block_weights(block: nn.Module) -> list[_Weight]:
                 if parameter.dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
                     weights.append(_Weight(module, name))
     return weights
+
+
+def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields a module and those in it; of one that wraps a layer to adapt it, as peft's do, the layer that it wraps alone."""
+    if isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        yield from _without_adapters(base)
+        return
+    yield module
+    for child in module.children():
+        yield from _without_adapters(child)
 
 
 def _outlier_ratio(index: int, weights: list[_Weight], threshold: float) -> float:

@@ -203,6 +203,18 @@ def test_works_inside_another_module() -> None:
     assert torch.equal(layer_outlier_ratios(wrapper, [tiny_batch()]), layer_outlier_ratios(model, [tiny_batch()]))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_adapters_do_not_count(architecture: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = spread(tiny_model(architecture))
+    ratios, norms = layer_outlier_ratios(model, [tiny_batch()], 3.0), layer_weight_norms(model)
+    matrices = sum(p.dim() > 1 for p in model.parameters())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    assert sum(p.dim() > 1 for p in adapted.parameters()) > matrices
+    assert torch.equal(ratios, layer_outlier_ratios(adapted, [tiny_batch()], 3.0))
+    assert torch.equal(norms, layer_weight_norms(adapted))
+
+
 def model_state(model: PreTrainedModel) -> dict[str, object]:
     return {
         "modes": [module.training for module in model.modules()],
