@@ -37,7 +37,7 @@ from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.groups import galore_param_groups
 from ows_lightning.optim.sharding import local, total_norm
 from ows_lightning.optim.subspace import Method
-from ows_lightning.pretrained import load_config, load_model, load_tokenizer, resize_embeddings
+from ows_lightning.pretrained import checkpoint_activations, load_config, load_model, load_tokenizer, resize_embeddings
 from ows_lightning.sampling.decoder import causal_lm, decoder_layers
 
 log = logging.getLogger(__name__)
@@ -173,13 +173,10 @@ class CausalLMModule(LightningModule):
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             self.model = load_into_shards(self._build, self.hparams["model_name_or_path"], mesh, device, precision)
-        model = self.language_model
         if self.hparams["gradient_checkpointing"]:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
-            model.disable_input_require_grads()
+            checkpoint_activations(self.language_model)
         if self.hparams["compile"]:
-            for layer in decoder_layers(model):
+            for layer in decoder_layers(self):
                 layer.compile()
 
     def _build(self, empty: bool) -> nn.Module:

@@ -225,6 +225,14 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         log.info("Resized the embeddings from %d to %d tokens, for the tokenizer's new ones.", rows, len(tokenizer))
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Lets backward recompute the blocks' activations, though not those of frozen blocks below the active ones."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
+    enable({"use_reentrant": False})
+    # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
+    model.disable_input_require_grads()
+
+
 def _locate(name: str) -> _Source:
     """Finds out which of the four kinds of name it is; a GGUF file's existence is checked, nothing else."""
     if not name:

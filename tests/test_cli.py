@@ -234,6 +234,7 @@ def test_classes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_start_is_quiet(config: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(config), "--trainer.max_steps", "2"]
+    command += ["--model.gradient_checkpointing", "true"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     said = done.stdout + done.stderr
     for noise in ("litlogger", "gemm_4bit", "LeafSpec", "many workers", "GPU available", "Deprecat", "FutureWarning"):

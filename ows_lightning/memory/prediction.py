@@ -18,6 +18,7 @@ from ows_lightning.memory.fake import faking, materialize_, meta_model
 from ows_lightning.memory.settings import PlanSettings
 from ows_lightning.memory.step import Method, StepMemory, Workload, follow_steps
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.pretrained import checkpoint_activations
 from ows_lightning.sampling.decoder import decoder_layers
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
@@ -108,8 +109,7 @@ def _follow(settings: PlanSettings, method: Method, active: int, frozen: int) ->
     """Follows a step of a fake model with so many blocks."""
     model = meta_model(settings.model, settings.dtype, settings.attention, active + frozen)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        model.disable_input_require_grads()  # type: ignore[operator]
+        checkpoint_activations(model)  # type: ignore[arg-type]
     if method.lora is not None:
         model = _add_lora(model, method.lora)
     if method.activated_layers is not None:
