@@ -76,6 +76,14 @@ class OWSCLI(LightningCLI):
             }
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lets every command take the config that a run of `fit`, the first of the commands, wrote into its folder."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        arguments = self._subcommand_method_arguments
+        assert isinstance(parser, OneLineParser)
+        parser.foreign_keys = set(arguments["fit"]) - set(arguments[subcommand])
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the arguments, and checks what the parser lets pass."""
         super().parse_arguments(parser, args)

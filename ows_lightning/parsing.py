@@ -7,9 +7,10 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
@@ -31,7 +32,20 @@ _NAMEABLE = (LightningModule, LightningDataModule, Callback, Logger, Optimizer)
 
 
 class OneLineParser(LightningArgumentParser):
-    """Lightning's parser, whose errors are UsageErrors of one line, without the usage of all two hundred options."""
+    """Lightning's parser, whose errors are UsageErrors of one line, without the usage of all two hundred options.
+
+    Attributes:
+        foreign_keys: Keys that a config file may have, because `fit` writes them, though this parser does not have them.
+    """
+
+    foreign_keys: Collection[str] = ()
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Parses the text of a config file."""
+        config = super().parse_string(*args, **kwargs)
+        for key in self.foreign_keys:
+            config.pop(key, None)
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises the error.

@@ -164,6 +164,22 @@ def test_export_of_the_last_checkpoint_is_the_model_of_the_run(config: Path) -> 
         assert "activated_layers: 2" in card
 
 
+def test_every_command_takes_the_config_that_fit_wrote(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", config, "--trainer.max_steps", "2")
+    written, last = Path("runs/version_0/config.yaml"), "runs/version_0/checkpoints/last.ckpt"
+    assert "ckpt_path: null" in written.read_text()
+    capsys.readouterr()
+    run("validate", written)
+    run("test", written, "--ckpt_path", last)
+    run("predict", written)
+    run("score", written)
+    run("plan", written, "--method", "ows")
+    run("export", written, "--ckpt_path", last)
+    said = capsys.readouterr().out
+    for result in ("val_loss", "test_loss", "predictions.jsonl", "outlier_scores.json", "peak", "Written: model"):
+        assert result in said
+
+
 def test_report_compares_runs_without_a_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         run("fit", config, "--trainer.max_steps", "2")

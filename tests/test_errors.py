@@ -78,6 +78,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "class.yaml": "model: {class_path: ows_lightning.module.CausalLMModul}\n",
         "callback.yaml": "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitr: val_loss}}]}\n",
         "adamw.yaml": "model: {rank: null, optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.1}}}\n",
+        "run.yaml": "ckpt_path: null\nweights_only: null\noutputt: scores\n",
         "broken.yaml": "model: [\n",
         "text.yaml": "just text\n",
     }
@@ -129,6 +130,10 @@ CASES = {
     "misspelt key": Case(
         fit("--config trainer.yaml"),
         "trainer.max_step: there is no such key; did you mean 'trainer.max_steps'?",
+    ),
+    "misspelt key beside those that fit alone has": Case(
+        "score --config base.yaml --config run.yaml",
+        "outputt: there is no such key; did you mean 'output'?",
     ),
     "misspelt key of the sampling": Case(
         fit("--config sampling.yaml"),
