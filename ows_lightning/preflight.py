@@ -19,7 +19,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.scores import OutlierScores
+from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def check_run(
     if isinstance(model, CausalLMModule):
         config = model.check()
         if sampling is not None and command == "fit":
-            sampling.check(config.get_text_config().num_hidden_layers)
+            sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
             _warn_of_scores(sampling, model.hparams["model_name_or_path"])
     if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
         data.check()

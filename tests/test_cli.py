@@ -126,6 +126,20 @@ def test_scores_are_written_drawn_and_taken_by_a_run(config: Path, capsys: pytes
     assert used["probabilities"] == scores["probabilities"]
 
 
+def test_scores_serve_the_models_that_were_made_of_the_scored_one(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run("score", config)
+    without = json.loads(Path("outlier_scores.json").read_text())
+    assert without.pop("architecture") == {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64}
+    Path("older.json").write_text(json.dumps(without))
+    given = ["--trainer.max_steps", "1", "--sampling.scores"]
+    run("fit", config, *given, "outlier_scores.json")
+    assert "sampling.scores" not in caplog.text
+    for file in ("outlier_scores.json", "older.json"):
+        caplog.clear()
+        run("fit", config, *given, file, "--model.model_name_or_path", "runs/version_0/model")
+        assert f"sampling.scores: '{file}' holds the scores of '{without['model']}'" in caplog.text
+
+
 def test_scores_are_outlier_ratios_whatever_the_config_samples_by(config: Path) -> None:
     run("score", config, "--output", "by_outliers")
     run("score", config, "--output", "uniform", "--sampling.distribution", "uniform")

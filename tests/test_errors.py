@@ -61,6 +61,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = {"model": "other", "num_layers": 7, "threshold": 13.0, "calibration_samples": 8, "distribution": "outlier"}
     scores |= {"outlier_ratios": [1.0] * 7, "probabilities": [1 / 7] * 7}
     (folder / "scores.json").write_text(json.dumps(scores))
+    alike = {**scores, "num_layers": 4, "outlier_ratios": [1.0] * 4, "probabilities": [1 / 4] * 4}
+    alike["architecture"] = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64}
+    (folder / "alike.json").write_text(json.dumps(alike))
     (folder / "noscores.json").write_text('{"a": 1}')
     (folder / "damaged.ckpt").write_text("nothing")
     yaml = {
@@ -393,6 +396,11 @@ CASES = {
     "scores of another model": Case(
         fit("--sampling.scores scores.json"),
         "sampling.scores: holds 7 blocks of 'other', but the model has 4; run `main.py score` with this model",
+    ),
+    "scores of another model with as many blocks": Case(
+        fit("--sampling.scores alike.json"),
+        "sampling.scores: holds those of 'other', whose hidden_size is 64, but the model's is 32; run `main.py "
+        "score` with this model",
     ),
     "missing scores": Case(
         fit("--sampling.scores score.json"),

@@ -7,7 +7,7 @@ import csv
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from ows_lightning.sampling.activation import activate_blocks
 from ows_lightning.sampling.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.sampling.distributions import draw_blocks, sampling_probabilities
 from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
-from ows_lightning.sampling.scores import OutlierScores
+from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class LayerwiseSampling(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the blocks and checks the settings against them; nothing is frozen yet."""
         layers = decoder_layers(pl_module)
-        self.check(len(layers))
+        self.check(len(layers), architecture_of(getattr(causal_lm(pl_module), "config", None)))
         # What a user froze before (LoRA's base, say) is none of our business.
         self._trainable = [p for p in pl_module.parameters() if p.requires_grad]
         self._layers = [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in layers]
@@ -170,11 +170,16 @@ class LayerwiseSampling(Callback):
 
     # ------------------------------------------------------------------ what it does
 
-    def check(self, num_layers: int) -> None:
-        """Checks the settings against the number of the model's blocks, which is known before its weights are.
+    def check(self, num_layers: int, architecture: Mapping[str, Any]) -> None:
+        """Checks the settings against what is known of a model before its weights are.
+
+        Args:
+            num_layers: Number of the model's blocks.
+            architecture: See `architecture_of`.
 
         Raises:
-            UsageError: More blocks are to train than there are, or the scores or weights are those of another number.
+            UsageError: More blocks are to train than there are, the weights are those of another number of blocks, or the
+                scores those of another model.
         """
         if self.activated_layers > num_layers:
             raise UsageError(
@@ -182,7 +187,7 @@ class LayerwiseSampling(Callback):
             )
         ratios = torch.ones(num_layers)
         if self.scores is not None:
-            ratios = torch.as_tensor(OutlierScores.load(Path(self.scores)).ratios_for(num_layers))
+            ratios = torch.as_tensor(OutlierScores.load(Path(self.scores)).ratios_for(num_layers, architecture))
         sampling_probabilities(ratios, self.distribution)
 
     def blocks_of(self, interval: int) -> list[int]:
@@ -198,24 +203,26 @@ class LayerwiseSampling(Callback):
             pl_module: The module with the model.
             loader: The train DataLoader; calibration rows are taken from its data set, not from its position.
         """
-        num_layers, samples = len(decoder_layers(pl_module)), 0
+        config = getattr(causal_lm(pl_module), "config", None)
+        num_layers, architecture, samples = len(decoder_layers(pl_module)), architecture_of(config), 0
         ratios: Sequence[float] | Tensor = torch.zeros(num_layers)
         if self.scores is not None:
             known = OutlierScores.load(Path(self.scores))
-            ratios, samples = known.ratios_for(num_layers), known.calibration_samples
+            ratios, samples = known.ratios_for(num_layers, architecture), known.calibration_samples
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(pl_module)
         elif self.distribution in ("outlier", "outlier_reverse"):
             samples = self.calibration_samples
             ratios = layer_outlier_ratios(pl_module, self._calibration_batches(loader), self.threshold)
         return OutlierScores(
-            model=getattr(getattr(causal_lm(pl_module), "config", None), "_name_or_path", ""),
+            model=pl_module.hparams.get("model_name_or_path", getattr(config, "_name_or_path", "")),
             num_layers=num_layers,
             threshold=self.threshold,
             calibration_samples=samples,
             distribution=self.distribution,
             outlier_ratios=torch.as_tensor(ratios).tolist(),
             probabilities=sampling_probabilities(ratios, self.distribution).tolist(),
+            architecture=architecture,
         )
 
     def _calibration_batches(self, loader: Any) -> Iterable[dict[str, Tensor]]:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError
+
+
+def architecture_of(config: Any) -> dict[str, Any]:
+    """Returns what models must have in common for the scores of one to say anything of another, by the config's keys.
+
+    A model and its fine-tuned or exported copies have it in common, whatever their names and vocabularies.
+
+    Args:
+        config: A config of transformers; of any other object nothing is known.
+    """
+    config = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    keys = ("model_type", "hidden_size", "intermediate_size")
+    return {key: value for key in keys if (value := getattr(config, key, None)) is not None}
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,7 @@ class OutlierScores:
         distribution: Name of the distribution, or a list of weights.
         outlier_ratios: D_l in percent, first block first (for ``weight_norm``: the norms of the weights).
         probabilities: p_l, first block first.
+        architecture: See `architecture_of`; empty in files that don't have it.
     """
 
     model: str
@@ -31,6 +48,7 @@ class OutlierScores:
     distribution: str | Sequence[float]
     outlier_ratios: Sequence[float]
     probabilities: Sequence[float]
+    architecture: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes the scores as JSON."""
@@ -51,17 +69,23 @@ class OutlierScores:
         except (ValueError, TypeError) as error:
             raise UsageError(f"sampling.scores: '{path}' is no file of outlier scores; `main.py score` writes one") from error
 
-    def ratios_for(self, num_layers: int) -> Sequence[float]:
-        """Returns the outlier ratios for a model with ``num_layers`` blocks.
+    def ratios_for(self, num_layers: int, architecture: Mapping[str, Any]) -> Sequence[float]:
+        """Returns the outlier ratios for a model with ``num_layers`` blocks and an `architecture_of` its own.
 
         Raises:
-            UsageError: The scores are those of a model with another number of blocks.
+            UsageError: The scores are those of a model with another number of blocks, or of other blocks.
         """
         if len(self.outlier_ratios) != num_layers:
             raise UsageError(
                 f"sampling.scores: holds {len(self.outlier_ratios)} blocks of '{self.model}', but the model has {num_layers}; "
                 "run `main.py score` with this model"
             )
+        for key, value in self.architecture.items():
+            if (other := architecture.get(key, value)) != value:
+                raise UsageError(
+                    f"sampling.scores: holds those of '{self.model}', whose {key} is {value}, but the model's is {other}; "
+                    "run `main.py score` with this model"
+                )
         return self.outlier_ratios
 
     def table(self) -> str:
