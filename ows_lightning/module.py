@@ -349,7 +349,8 @@ class CausalLMModule(LightningModule):
         """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
         answers = self.generate(batch)
         facts = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
-        return [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
+        rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
+        return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Any]) -> list[str]:
@@ -414,7 +415,8 @@ class CausalLMModule(LightningModule):
             perplexity.update(*self._loss(batch))
             return
         answers = self.generate(batch)
-        hits = [answer.strip() == right.strip() for answer, right in zip(answers, batch["reference"], strict=True)]
+        pairs = zip(answers, batch["reference"], strict=True)
+        hits = [answer.strip() == right.strip() for answer, right in pairs if right is not None]  # None: as in predict_step
         exact_match.update(torch.tensor(hits, dtype=torch.float32, device=self.device))
 
     def _log_evaluation(self, stage: str, perplexity: TokenPerplexity, exact_match: MeanMetric) -> dict[str, float]:

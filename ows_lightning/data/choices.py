@@ -22,6 +22,8 @@ _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commo
 class ChoiceRows(Dataset[dict[str, Any]]):
     """A row and one of its choices an item: ``input_ids``, ``labels`` of the choice alone, and what scoring needs.
 
+    The item behind the last is the last again, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
+
     Args:
         table: Examples, with the columns ``where`` and ``example``; those without choices are left out.
         encoder: Renders and tokenises.
@@ -42,7 +44,7 @@ class ChoiceRows(Dataset[dict[str, Any]]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, where, example, text, right = self.items[index]
+        row, where, example, text, right = self.items[min(index, len(self) - 1)]
         question = split_prompt(example["messages"])[0]
         answered = {**example, "messages": [*question, {"role": "assistant", "content": text}]}
         # The last turn alone: earlier answers of a conversation are no part of the choice.

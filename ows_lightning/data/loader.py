@@ -57,6 +57,8 @@ def as_item(documents: Sequence[tuple[list[int], list[int]]], packed: bool) -> I
 class PromptRows(Dataset[dict[str, Any]]):
     """Rows as prompts: ``input_ids``, the rendered ``prompt``, the ``reference`` answer, ``answer``, ``choices``, ``row``.
 
+    The row behind the last has no reference (None): it fills up the ranks' shares (see `ShardedSampler`).
+
     Args:
         table: The examples, with the columns ``where`` and ``example``.
         encoder: Renders and tokenises.
@@ -70,13 +72,13 @@ class PromptRows(Dataset[dict[str, Any]]):
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        entry = self.table[index]
+        entry = self.table[min(index, len(self) - 1)]
         example = json.loads(entry["example"])
         prompt, input_ids = self.encoder.encode_prompt(example, entry["where"])
         return {
             "input_ids": input_ids,
             "prompt": prompt,
-            "reference": split_prompt(example.get("messages", []))[1],
+            "reference": split_prompt(example.get("messages", []))[1] if index < len(self) else None,
             "answer": example.get("answer"),
             "choices": example.get("choices"),
             "row": index,
@@ -97,7 +99,7 @@ class ShardedSampler(DistributedSampler):
     It is a `DistributedSampler`, which Lightning leaves in place and tells the epoch.
 
     Args:
-        lengths: Length of every row in tokens.
+        lengths: Length of every row in tokens; only their number counts without `group_size`.
         rank: This process's rank.
         num_replicas: Number of processes.
         seed: Seed of the order.

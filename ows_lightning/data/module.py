@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -188,14 +188,7 @@ class InstructionDataModule(LightningDataModule):
         loaders = self._eval_dataloaders("test")
         examples = self._examples_of(str(self._key("test"))).select(self._indices("test")) if loaders else ()
         if len(choices := ChoiceRows(examples, self._encoder())):
-            loaders.append(
-                DataLoader(
-                    choices,
-                    batch_size=self.eval_batch_size,
-                    num_workers=self.num_workers,
-                    collate_fn=partial(collate_choices, pad_token_id=self._pad_token_id),
-                )
-            )
+            loaders.append(self._ordered_dataloader(choices, collate_choices))
         return loaders
 
     def predict_dataloader(self) -> DataLoader:
@@ -374,25 +367,24 @@ class InstructionDataModule(LightningDataModule):
     def _eval_dataloaders(self, part: str) -> list[DataLoader]:
         if part not in self._rows:
             return []
-        rows, (rank, world_size) = self._rows[part], self._ranks()
-        loss = DataLoader(
-            rows,
-            batch_size=self.eval_batch_size,
-            sampler=ShardedSampler(rows.lengths, rank, world_size, shuffle=False),
-            num_workers=self.num_workers,
-            collate_fn=partial(collate, pad_token_id=self._pad_token_id),
-            pin_memory=torch.cuda.is_available(),
-        )
+        loss = self._ordered_dataloader(self._rows[part], collate)
         if not self.exact_match_rows:
             return [loss]
         return [loss, self._prompt_dataloader(part, self._indices(part)[: self.exact_match_rows])]
 
     def _prompt_dataloader(self, part: str, rows: np.ndarray) -> DataLoader:
+        prompts = PromptRows(self._examples_of(str(self._key(part))).select(rows), self._encoder())
+        return self._ordered_dataloader(prompts, collate_prompts)
+
+    def _ordered_dataloader(self, rows: Rows | PromptRows | ChoiceRows, collate_rows: Callable[..., Any]) -> DataLoader:
+        """One rank's share of rows in their order, filled up so that all ranks have as many batches."""
         return DataLoader(
-            PromptRows(self._examples_of(str(self._key(part))).select(rows), self._encoder()),
+            rows,
             batch_size=self.eval_batch_size,
+            sampler=ShardedSampler(range(len(rows)), *self._ranks(), shuffle=False),
             num_workers=self.num_workers,
-            collate_fn=partial(collate_prompts, pad_token_id=self._pad_token_id),
+            collate_fn=partial(collate_rows, pad_token_id=self._pad_token_id),
+            pin_memory=torch.cuda.is_available(),
         )
 
     def _stream_dataloader(self) -> StreamLoader:
