@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,13 +31,18 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, 1
     if isinstance(error, ModuleNotFoundError):
         return f"{text.rstrip('.')}{_install(text)}", 2
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:  # the latter on a CPU
-        return _out_of_memory(text), 1
+    if is_out_of_memory(error):
+        return _out_of_memory(text, getattr(error, "__notes__", ())), 1
     if isinstance(error, RuntimeError) and ("gloo/transport" in text or isinstance(error, torch.distributed.DistBackendError)):
         return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; `--ckpt_path last` goes on from the newest checkpoint", 130
     return f"{type(error).__name__}: {text} (set OWS_DEBUG=1 for the stack trace)", 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory, or the machine's, did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -52,10 +59,11 @@ def _install(text: str) -> str:
     return f'; pip install "ows_lightning[{extra}]"' if extra else ""
 
 
-def _out_of_memory(text: str) -> str:
-    needed = text.split(". ")[0]
+def _out_of_memory(text: str, notes: Iterable[str]) -> str:
+    happened = text.rpartition("DefaultCPUAllocator: ")[2].split(". ")[0]
     return (
-        f"{needed}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), data.max_seq_length or "
-        "sampling.activated_layers, set model.gradient_checkpointing: true, sampling.always_train: [norm] or "
-        "trainer.precision: bf16-true; `main.py plan` with the same config says how much each saves"
+        f"{'; '.join([happened, *notes])}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), "
+        "data.max_seq_length or sampling.activated_layers, set model.gradient_checkpointing: true, "
+        "sampling.always_train: [norm] or trainer.precision: bf16-true; "
+        "`main.py plan` with the same config says how much each saves"
     )

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, is_out_of_memory
 from ows_lightning.memory.prediction import predict
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.module import CausalLMModule
@@ -40,6 +40,7 @@ class RunSummary(Callback):
     def __init__(self, config: Any = None) -> None:
         self.config = config
         self.before: dict[str, float] = {}
+        self.predicted: str | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the summary."""
@@ -98,6 +99,11 @@ class RunSummary(Callback):
             f"\n      python main.py test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}" if last else "",
         )
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets the message of memory that did not suffice say what was predicted."""
+        if self.predicted is not None and is_out_of_memory(exception):
+            exception.__notes__ = [self.predicted]  # as add_note, which Python 3.10 lacks
+
     def state_dict(self) -> dict[str, Any]:
         """The figures from before the training."""
         return {"before": dict(self.before)}
@@ -124,8 +130,8 @@ class RunSummary(Callback):
                 peak = predict(settings_from_config(self.config)).peak_bytes
         except (UsageError, RuntimeError, TypeError, NotImplementedError) as error:
             return f"not predicted ({str(error).splitlines()[0]}), {there}"
-        warning = "; too little: see `main.py plan`" if available and peak > available else ""
-        return f"{peak / 1e9:.1f} GB predicted for tensors, {there}{warning}"
+        self.predicted = f"{peak / 1e9:.1f} GB predicted for tensors, {there}"
+        return f"{self.predicted}{'; too little: see `main.py plan`' if available and peak > available else ''}"
 
 
 def _data(trainer: Trainer) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import BertConfig
 
 from ows_lightning.cli import main
 from ows_lightning.errors import RunError, UsageError, explain
+from ows_lightning.module import CausalLMModule
 from ows_lightning.preflight import check_devices, cpu_has_bfloat16
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
@@ -612,4 +614,24 @@ def test_out_of_memory_names_the_settings_to_change() -> None:
         "plan",
     ):
         assert setting in line
+    assert code == 1
+
+
+class Greedy(CausalLMModule):
+    """Asks for more memory than there is anywhere."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.empty(1 << 50)
+
+
+def test_out_of_memory_quotes_the_prediction(
+    model_dir: Callable[..., Path], rows_file: Path, typed: Callable[[str], tuple[str, int]]
+) -> None:
+    rest = f"--model tests.test_errors.Greedy --model.model_name_or_path {model_dir()} --data.dataset {rows_file}"
+    line, code = typed(fit(f"{rest} --trainer.precision 32-true --trainer.enable_progress_bar false"))
+    assert re.match(
+        r"can't allocate memory: you tried to allocate 4503599627370496 bytes; "
+        r"0\.\d GB predicted for tensors, [\d.]+ GB available on cpu; lower data\.batch_size",
+        line,
+    )
     assert code == 1
