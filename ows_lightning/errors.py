@@ -17,7 +17,7 @@ class RunError(RuntimeError):
     """A run that started well can't go on: the message says why, and what is left to resume from. Exit code 1."""
 
 
-EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval", "torchao": "eightbit"}
+EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}
 """Packages that are not always needed, and this project's extras that bring them."""
 
 

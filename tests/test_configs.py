@@ -99,7 +99,7 @@ def assert_complete(run: Path, method: Path, steps: int) -> None:
         warnings.simplefilter("error")
         model = AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == torch.float32
     inputs = tokenizer("who", return_tensors="pt")
     assert torch.isfinite(model(**inputs).logits).all()
 
@@ -130,7 +130,7 @@ def test_method_trains(method: Path, model_dir: Callable[..., Path], rows_file: 
 def smollm2_dir(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's model as a directory, which loads faster than GGUF."""
     directory = tmp_path_factory.mktemp("smollm2") / "model"
-    save_huggingface(load_model(smollm2, torch.bfloat16), load_tokenizer(smollm2), directory)
+    save_huggingface(load_model(smollm2, torch.float32), load_tokenizer(smollm2), directory)
     return directory
 
 
