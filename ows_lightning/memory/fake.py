@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.pretrained import load_config
-from ows_lightning.sampling.decoder import causal_lm
 
 SHIPPED = Path(__file__).parent / "models"
 
@@ -67,32 +61,3 @@ def meta_model(
             text.layer_types = text.layer_types[:num_layers]
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
-
-
-@contextmanager
-def faking() -> Iterator[None]:
-    """Operators return fake CPU tensors within it; `materialize_` puts a meta model's weights there."""
-    with FakeTensorMode(), _WorstCase():
-        yield
-
-
-def materialize_(model: nn.Module) -> None:
-    """Turns a meta model's tensors into fake ones (within `faking`). Shared weights stay shared."""
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-    model._apply(fake)
-    causal_lm(model).tie_weights()  # type: ignore[operator]
-
-
-class _WorstCase(TorchDispatchMode):
-    """Answers what depends on values that fake tensors lack: a mask selects everything, a condition holds, a number is 1."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else 1
-        if func is torch.ops.aten.index.Tensor and getattr(args[1][0], "dtype", None) == torch.bool:
-            tensor, (mask,) = args
-            return tensor.new_empty((mask.numel(), *tensor.shape[mask.dim() :]))
-        return func(*args, **(kwargs or {}))

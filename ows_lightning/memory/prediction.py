@@ -14,9 +14,11 @@ from torch.optim import AdamW, Optimizer
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.devices import Shards, communicated_bytes, on_each_device
-from ows_lightning.memory.fake import faking, materialize_, meta_model
+from ows_lightning.memory.fake import meta_model
+from ows_lightning.memory.operators import FakeOperators, materialize_
 from ows_lightning.memory.settings import PlanSettings
 from ows_lightning.memory.step import Method, StepMemory, Workload, follow_steps
+from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.pretrained import checkpoint_activations
 from ows_lightning.sampling.decoder import decoder_layers
@@ -117,14 +119,14 @@ def _follow(settings: PlanSettings, method: Method, active: int, frozen: int) ->
     work = Workload(
         settings.batch_size,
         settings.max_seq_length,
-        min(settings.accumulate_grad_batches, 2),  # those between the first and the last are like the last
+        settings.accumulate_grad_batches > 1,
         settings.autocast,
         host_memory=settings.on_gpu,
-        alignment=_CUDA_BLOCK if settings.on_gpu else 1,
     )
-    with faking():
+    tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators())
+    with tracker:
         materialize_(model)
-        return follow_steps(model, method, work)
+    return follow_steps(model, method, work, tracker)
 
 
 def _add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:

@@ -61,18 +61,16 @@ class Workload:
     Attributes:
         batch_size: Rows of a micro-batch.
         length: Tokens in a row; every one is a target.
-        accumulate_grad_batches: Micro-batches in a step.
+        accumulates: Whether it is the last of several micro-batches in a step.
         autocast: Dtype of mixed precision; None computes in the weights' own.
         host_memory: Where gradients that a step keeps on the host do not count: on any device but the CPU itself.
-        alignment: See MemoryTracker.
     """
 
     batch_size: int
     length: int
-    accumulate_grad_batches: int = 1
+    accumulates: bool = False
     autocast: torch.dtype | None = None
     host_memory: bool = False
-    alignment: int = 1
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,8 @@ class StepMemory:
     consumed: int
 
 
-def follow_steps(model: nn.Module, method: Method, work: Workload) -> StepMemory:
-    """Takes a method's worst optimizer steps under a `MemoryTracker`.
+def follow_steps(model: nn.Module, method: Method, work: Workload, tracker: MemoryTracker) -> StepMemory:
+    """Takes a method's worst optimizer steps under a tracker.
 
     They are the first one after a draw, which finds subspaces, and an ordinary one. Of all draws, the one that costs
     most is taken: the lowest block trains, so that activations are kept from there up, and so do the highest ones, whose
@@ -102,11 +100,11 @@ def follow_steps(model: nn.Module, method: Method, work: Workload) -> StepMemory
         model: A causal LM on the CPU, real or fake, maybe within a peft model; its weights are changed if they are real.
         method: How it trains.
         work: What it trains on.
+        tracker: A new one; it runs the operators of a fake model.
     """
-    tracker, consumed = MemoryTracker(work.alignment), 0
     layers, count = decoder_layers(model), len(decoder_layers(model))
     active = count if method.activated_layers is None else min(method.activated_layers, count)
-    blocks = [0, *range(count - active + 1, count)]
+    blocks, consumed = [0, *range(count - active + 1, count)], 0
     with tracker:
         tracker.label("weights", [*model.parameters(), *model.buffers()])
         optimizer = method.optimizer(_param_groups(model, method))
@@ -140,23 +138,26 @@ def follow_steps(model: nn.Module, method: Method, work: Workload) -> StepMemory
 def _step(model: nn.Module, optimizer: Optimizer, method: Method, work: Workload, tracker: MemoryTracker, renews: bool) -> int:
     """The training step of CausalLMModule in Lightning's loop, or the usual one of other tools."""
     language_model: Any = causal_lm(model)
-    for micro in range(work.accumulate_grad_batches):
-        last = micro == work.accumulate_grad_batches - 1
-        tracker.begin_span((renews, last, "forward"))
-        batch = _batch(work, _trainable(model)[0].device)
+    if work.accumulates:
+        # Earlier micro-batches leave nothing but gradients, and need no more than the last one does beside those.
+        tracker.begin_span(())
         if isinstance(optimizer, GaLoreAdamW):
-            optimizer.accumulating = not last
-        tracker.category = "activations"
-        # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
-        mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
-        with mixed:
-            loss = next_token_loss(language_model, batch)[0] if method.ours else model(**batch, use_cache=False).loss
-        loss.backward()
-        del loss, batch
-        tracker.category = "other"
-        if isinstance(optimizer, GaLoreAdamW):
-            tracker.label("gradients", optimizer._projected.values())
-    tracker.begin_span((renews, True, "step"))
+            optimizer.accumulating = True
+        for p in _trainable(model):
+            p.backward(torch.zeros_like(p))
+    if isinstance(optimizer, GaLoreAdamW):
+        optimizer.accumulating = False
+    tracker.begin_span((renews, "forward"))
+    batch = _batch(work, _trainable(model)[0].device)
+    tracker.category = "activations"
+    # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
+    mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
+    with mixed:
+        loss = next_token_loss(language_model, batch)[0] if method.ours else model(**batch, use_cache=False).loss
+    loss.backward()
+    del loss, batch
+    tracker.category = "other"
+    tracker.begin_span((renews, "step"))
     if isinstance(optimizer, GaLoreAdamW) and method.ours:
         gradients = optimizer.gradients()
     else:
@@ -226,8 +227,10 @@ def _watch(
 
     def end(p: Tensor) -> None:
         tracker.category = before
-        if galore is not None and host_memory:
-            tracker.label(HOST, [galore._hosted.get(p)])
+        if galore is not None:
+            tracker.label("gradients", [galore._projected.get(p)])
+            if host_memory:
+                tracker.label(HOST, [galore._hosted.get(p)])
 
     parameters = _trainable(model)
     for p in parameters:
@@ -239,8 +242,7 @@ def _watch(
         p.register_post_accumulate_grad_hook(end)
 
     def stage(name: str, category: str = "activations") -> None:
-        renews, last, *_ = tracker.span
-        tracker.begin_span((renews, last, name))
+        tracker.begin_span((tracker.span[0], name))
         tracker.category = category
 
     def enter_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

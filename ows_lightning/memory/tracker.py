@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,10 @@ class _Allocation:
     reference: Any
 
 
+def _operate(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all storages that live at a time, and breaks its peaks down by category.
 
@@ -34,10 +38,12 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         alignment: Sizes are rounded up to a multiple of so many bytes: 512 for CUDA's allocator.
+        operate: Runs an operator, given its arguments and keyword arguments.
     """
 
-    def __init__(self, alignment: int = 1) -> None:
+    def __init__(self, alignment: int = 1, operate: Callable[[Any, Sequence[Any], dict[str, Any]], Any] = _operate) -> None:
         super().__init__()
+        self._operate = operate
         self.category = "other"
         self._alignment = alignment
         self._alive: dict[int, _Allocation] = {}
@@ -49,7 +55,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs an operator, and takes its results into account."""
-        result = func(*args, **(kwargs or {}))
+        result = self._operate(func, args, kwargs or {})
         if isinstance(result, Tensor):
             self._allocation(result)
         elif isinstance(result, (tuple, list)):

@@ -120,6 +120,7 @@ def run_and_track(config: dict[str, Any]) -> int:
         **trainer_arguments,
         callbacks=[track, *callbacks],
         max_steps=steps,
+        default_root_dir=arguments["model_name_or_path"],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -163,7 +164,7 @@ def test_follows_other_architectures(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     settings = settings_from_config(make_config(tmp_path, model__rank=8, trainer__precision="bf16-true"))
-    real = follow_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length))
+    real = follow_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
     expected = max(sum(sizes.values()) for sizes in real.peaks.values())
     assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
 

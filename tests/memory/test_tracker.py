@@ -44,7 +44,7 @@ def test_counts_what_torch_allocates(method: Method, tmp_path: Path) -> None:
     model = tiny_model("llama", **SHAPE)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        peaks = follow_steps(model, method, Workload(batch_size=4, length=64)).peaks
+        peaks = follow_steps(model, method, Workload(batch_size=4, length=64), MemoryTracker()).peaks
     tracked = max(sum(sizes.values()) for sizes in peaks.values())
     assert tracked == pytest.approx(held + allocated_peak(prof, tmp_path), rel=0.02)
 
@@ -88,8 +88,8 @@ def test_host_memory_does_not_count() -> None:
 
 def test_categories_are_what_a_step_is_made_of() -> None:
     model = tiny_model("llama", **SHAPE)
-    peaks = follow_steps(model, OURS, Workload(batch_size=2, length=16)).peaks
-    ordinary_step = peaks[(False, True, "step")]
+    peaks = follow_steps(model, OURS, Workload(batch_size=2, length=16), MemoryTracker()).peaks
+    ordinary_step = peaks[(False, "step")]
     active = [model.model.layers[index] for index in (0, 3)]
     assert ordinary_step["weights"] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     matrices = [p for layer in active for p in layer.parameters() if p.dim() == 2]

@@ -1,0 +1,136 @@
+"""Fake tensors: they have a shape, and a storage that knows its size, but no contents. And operators on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from ows_lightning.sampling.decoder import causal_lm
+
+aten = torch.ops.aten
+profiler = torch.ops.profiler
+_REAL = profiler._record_function_enter_new.default, profiler._record_function_exit._RecordFunction
+
+
+class FakeOperators:
+    """Runs operators on fake CPU tensors, for a `MemoryTracker`.
+
+    The layout of an operator's result follows from those of its arguments. torch's FakeTensorMode tells it, and once for each:
+    to look it up again takes a tenth of the time.
+    """
+
+    _results: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self) -> None:
+        self._oracle = FakeTensorMode()
+
+    def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Returns what an operator does. What depends on values gets the worst answer: a mask selects all, a number is 1."""
+        if func in _REAL:
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1
+        if func is aten.index.Tensor and getattr(args[1][0], "dtype", None) == torch.bool:
+            tensor, (mask,) = args
+            func, args = aten.new_empty.default, (tensor, [mask.numel(), *tensor.shape[mask.dim() :]])
+        given = (*args, *kwargs.values())
+        key = func, tuple(kwargs), _layout(given)
+        if key not in self._results:
+            self._results[key] = self._ask(func, args, kwargs)
+        result = self._results[key]
+        if func is aten.split.Tensor and len(result) > 3 and not torch.is_grad_enabled():
+            # Work chunk by chunk. From the second on, each meets its predecessor's leftovers, and the last may be smaller.
+            result = [*result[:2], result[-1]]
+        return _make(result, given)
+
+    def _ask(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Returns an operator's result with an `_Outline` in each tensor's place."""
+
+        def stand_in(tensor: Tensor) -> Tensor:
+            whole = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device="meta")
+            part = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            return FakeTensor(self._oracle, part, tensor.device)
+
+        args, kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
+        with self._oracle:
+            result = func(*args, **kwargs)
+        # What is lifted is a real tensor, of which a fake one is to be made.
+        given = () if func is aten.lift_fresh.default else (*args, *kwargs.values())
+        return tree_map_only(Tensor, partial(_Outline.of, given=given), result)
+
+
+def materialize_(model: nn.Module) -> None:
+    """Turns a meta model's tensors into fake ones (under `FakeOperators`). Shared weights stay shared."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    model._apply(fake)
+    causal_lm(model).tie_weights()  # type: ignore[operator]
+
+
+class _Fake(FakeTensor):
+    """transformers asks whether tensors are FakeTensors, and then builds attention masks without a look at their values."""
+
+    device = Tensor.device
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise RuntimeError(f"{func} needs a tensor with contents")
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """A tensor that an operator returns: a new one, one on the storage of a given one, or that one ``itself``."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    source: int | None
+    itself: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor, given: Sequence[Any]) -> _Outline:
+        storage = tensor.untyped_storage()._cdata
+        shares = (i for i, x in enumerate(given) if isinstance(x, Tensor) and x.untyped_storage()._cdata == storage)
+        source = next(shares, None)
+        layout = tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device
+        return cls(*layout, source, source is not None and tensor is given[source])
+
+    def make(self, given: Sequence[Any]) -> Tensor:
+        if self.source is None:
+            return self._new()
+        source = given[self.source]
+        if self.itself and source.shape == self.shape and source.stride() == self.stride:
+            return source
+        made = source if self.itself else self._new()
+        with torch._C._DisableTorchDispatch():
+            return made.set_(source.untyped_storage(), self.offset, self.shape, self.stride)
+
+    def _new(self) -> Tensor:
+        return Tensor._make_wrapper_subclass(_Fake, self.shape, strides=self.stride, dtype=self.dtype, device=self.device)
+
+
+def _make(result: Any, given: Sequence[Any]) -> Any:
+    if isinstance(result, _Outline):
+        return result.make(given)
+    return [_make(part, given) for part in result] if isinstance(result, (list, tuple)) else result
+
+
+def _layout(value: Any) -> Any:
+    """What the layout of an operator's result depends on, hashable."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_layout, value))
+    return None if isinstance(value, torch.Generator) else (type(value), value)
