@@ -26,11 +26,12 @@ def advise(settings: PlanSettings, card: int, predict: Callable[[PlanSettings], 
     if not predict(least).fits(card):
         more = "more devices" if is_sharded(settings) else "several devices with the strategy fsdp2"
         return f"does not fit, takes {predict(least).peak_bytes / 1e9:.1f} GB at the least; use {more}"
-    changed, keys = next(step for step in milder if predict(_with_batch_size(step[0], 1)).fits(card))
     sizes = [settings.batch_size >> halvings for halvings in range(settings.batch_size.bit_length())]
-    best = _with_batch_size(
-        changed, sizes[bisect_left(sizes, True, key=lambda n: predict(_with_batch_size(changed, n)).fits(card))]
-    )
+
+    def fitting(changed: PlanSettings) -> list[int]:
+        return sizes[bisect_left(sizes, True, key=lambda size: predict(_with_batch_size(changed, size)).fits(card)) :]
+
+    best, keys = next((_with_batch_size(changed, size), keys) for changed, keys in milder for size in fitting(changed))
     if best.batch_size < settings.batch_size:
         sizes_keys = ("data.batch_size", best.batch_size), ("trainer.accumulate_grad_batches", best.accumulate_grad_batches)
         keys = [f"{key} {value}" for key, value in sizes_keys] + keys
