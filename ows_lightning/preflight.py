@@ -90,7 +90,7 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 are fast on this CPU; without AVX-512, an x86 one takes 7 to 100 times as long."""
+    """Whether matrix products in bfloat16 are fast on this CPU; without AVX-512, an x86 one takes many times as long."""
     return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 

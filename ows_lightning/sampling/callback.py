@@ -258,8 +258,7 @@ class LayerwiseSampling(Callback):
         interval = trainer.global_step // self.interval_steps
         self.history.append((interval, trainer.global_step, self.blocks_of(interval)))
         self._activate(trainer)
-        self._log_metrics(trainer, {"interval": float(interval)})
-        self._log_timing(trainer, "drawing_s", start)
+        self._log_timing(trainer, "drawing_s", start, interval=float(interval))
         self._write_history(self._folder(trainer))
 
     def _activate(self, trainer: Trainer) -> None:
@@ -277,15 +276,11 @@ class LayerwiseSampling(Callback):
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir)
 
-    def _log_timing(self, trainer: Trainer, name: str, start: float) -> None:
+    def _log_timing(self, trainer: Trainer, name: str, start: float, **metrics: float) -> None:
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        self._log_metrics(trainer, {name: seconds})
-
-    @staticmethod
-    def _log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics({name: seconds, **metrics}, step=trainer.global_step)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -252,7 +252,9 @@ class TestState:
                 assert value.dtype == restored.state[p][key].dtype
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("settings", [{}, {"stochastic_rounding": True}, {"moments_at_renewal": "reset"}])
+    @pytest.mark.parametrize(
+        "settings", [{}, {"stochastic_rounding": True}, {"moments_at_renewal": "reset"}, {"moments_dtype": "bfloat16"}]
+    )
     def test_a_resumed_run_equals_an_uninterrupted_one(self, dtype: torch.dtype, settings: dict) -> None:
         model = net(dtype=dtype)
         optimizer = GaLoreAdamW(groups(model, update_proj_gap=4), lr=1e-2, **settings)
