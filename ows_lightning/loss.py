@@ -97,6 +97,7 @@ class _Chunked(torch.autograd.Function):
             head_gradients = [
                 new if old is None else old.add_(new) for old, new in zip(head_gradients, gradients, strict=True)
             ]
+            del gradients  # or it would be there beside the next chunk's: a third tensor of the head's size
         ctx.save_for_backward(hidden_gradient, *head_gradients)
         return total
 
