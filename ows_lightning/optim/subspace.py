@@ -51,8 +51,10 @@ def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     vectors = basis @ axes[..., :rank, :].mT
     # Rounding, which differs with the number of processes, must not choose what the gradient leaves open: the directions
     # beyond its numerical rank come from the generator, and one of each vector's signs, on which kept moments depend.
-    free = torch.randn(n, rank, generator=generator, device=matrix.device)
-    vectors = _orthonormal(torch.where(values[..., None, :rank] > NOISE * values[..., None, :1], vectors, free))
+    left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
+    if left_open.any():
+        free = torch.randn(n, rank, generator=generator, device=matrix.device)
+        vectors = _orthonormal(torch.where(left_open, free, vectors))
     return vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
 
 
