@@ -6,6 +6,7 @@ import copy
 import csv
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -87,8 +88,8 @@ class LayerwiseSampling(Callback):
         for name, value in at_least_one.items():
             if value < 1:
                 raise UsageError(f"sampling.{name}: {value} must be at least 1")
-        if not threshold > 0:
-            raise UsageError(f"sampling.threshold: {threshold} must be above 0 (the paper's is 13)")
+        if not 0 < threshold < math.inf:
+            raise UsageError(f"sampling.threshold: {threshold} must be a finite number above 0 (the paper's is 13)")
         if unknown := set(always_train) - {"embeddings", "lm_head", "norm"}:
             raise UsageError(f"sampling.always_train: unknown {sorted(unknown)}; choose from embeddings, lm_head, norm")
         self.activated_layers = activated_layers
@@ -178,17 +179,17 @@ class LayerwiseSampling(Callback):
             architecture: See `architecture_of`.
 
         Raises:
-            UsageError: More blocks are to train than there are, the weights are those of another number of blocks, or the
-                scores those of another model.
+            UsageError: More blocks are to train than there are or can be drawn, the weights are those of another number of
+                blocks, or the scores those of another model.
         """
         if self.activated_layers > num_layers:
             raise UsageError(
                 f"sampling.activated_layers: {self.activated_layers} is more than the model's {num_layers} blocks"
             )
-        ratios = torch.ones(num_layers)
+        ratios: Sequence[float] = [1.0] * num_layers
         if self.scores is not None:
-            ratios = torch.as_tensor(OutlierScores.load(Path(self.scores)).ratios_for(num_layers, architecture))
-        sampling_probabilities(ratios, self.distribution)
+            ratios = OutlierScores.load(Path(self.scores)).ratios_for(num_layers, architecture, self.distribution)
+        draw_blocks(sampling_probabilities(ratios, self.distribution), self.activated_layers, torch.Generator())
 
     def blocks_of(self, interval: int) -> list[int]:
         """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""
@@ -204,11 +205,13 @@ class LayerwiseSampling(Callback):
             loader: The train DataLoader; calibration rows are taken from its data set, not from its position.
         """
         config = getattr(causal_lm(pl_module), "config", None)
-        num_layers, architecture, samples = len(decoder_layers(pl_module)), architecture_of(config), 0
+        num_layers, architecture = len(decoder_layers(pl_module)), architecture_of(config)
+        threshold, samples = self.threshold, 0
         ratios: Sequence[float] | Tensor = torch.zeros(num_layers)
         if self.scores is not None:
             known = OutlierScores.load(Path(self.scores))
-            ratios, samples = known.ratios_for(num_layers, architecture), known.calibration_samples
+            ratios = known.ratios_for(num_layers, architecture, self.distribution)
+            threshold, samples = known.threshold, known.calibration_samples
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(pl_module)
         elif self.distribution in ("outlier", "outlier_reverse"):
@@ -217,7 +220,7 @@ class LayerwiseSampling(Callback):
         return OutlierScores(
             model=pl_module.hparams.get("model_name_or_path", getattr(config, "_name_or_path", "")),
             num_layers=num_layers,
-            threshold=self.threshold,
+            threshold=threshold,
             calibration_samples=samples,
             distribution=self.distribution,
             outlier_ratios=torch.as_tensor(ratios).tolist(),

@@ -270,6 +270,11 @@ def _texts(
 
     With `rows_alone`, a batch that has padding is yielded row by row, each without its padding.
     """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise UsageError(
+            f"sampling.scores: give a file from `main.py score`; calibration needs batches with `input_ids`, not a "
+            f"{type(batch).__name__}"
+        )
     keys = ("input_ids", "attention_mask", "position_ids")
     inputs = {key: batch[key].to(device) for key in keys if batch.get(key) is not None}
     mask = inputs.get("attention_mask")

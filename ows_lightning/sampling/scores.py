@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,31 @@ class OutlierScores:
             UsageError: The file is missing or is no file of scores.
         """
         try:
-            return cls(**json.loads(path.read_text()))
+            scores = cls(**json.loads(path.read_text()))
+            return replace(scores, outlier_ratios=[float(ratio) for ratio in scores.outlier_ratios])
         except OSError as error:
             raise UsageError(f"sampling.scores: can't read '{path}' ({error.strerror}); `main.py score` writes it") from error
         except (ValueError, TypeError) as error:
             raise UsageError(f"sampling.scores: '{path}' is no file of outlier scores; `main.py score` writes one") from error
 
-    def ratios_for(self, num_layers: int, architecture: Mapping[str, Any]) -> Sequence[float]:
+    def ratios_for(
+        self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
+    ) -> Sequence[float]:
         """Returns the outlier ratios for a model with ``num_layers`` blocks and an `architecture_of` its own.
 
         Raises:
-            UsageError: The scores are those of a model with another number of blocks, or of other blocks.
+            UsageError: The scores are those of a model with another number of blocks, of other blocks, or no such scores as
+                ``distribution`` is made of.
         """
+        asks_for_norms = distribution == "weight_norm"
+        if asks_for_norms or distribution in ("outlier", "outlier_reverse"):
+            holds_norms = self.distribution == "weight_norm"
+            if holds_norms != asks_for_norms or not any(self.outlier_ratios):
+                what = "norms of weights" if holds_norms else "outlier ratios" if any(self.outlier_ratios) else "no scores"
+                raise UsageError(
+                    f"sampling.scores: holds {what} (its distribution is {self.distribution}), of which {distribution} "
+                    f"can't be made; run `main.py score` with sampling.distribution {distribution}"
+                )
         if len(self.outlier_ratios) != num_layers:
             raise UsageError(
                 f"sampling.scores: holds {len(self.outlier_ratios)} blocks of '{self.model}', but the model has {num_layers}; "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,24 @@ def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
         fit(SomebodyElsesModule(), LayerwiseSampling(activated_layers=1, scores=tmp_path / "scores.json"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("distribution", "ratios", "message"),
+    [
+        ("weight_norm", [1.0] * LAYERS, "sampling.scores: holds norms of weights (its distribution is weight_norm), of which"),
+        ("uniform", [0.0] * LAYERS, "sampling.scores: holds no scores (its distribution is uniform), of which outlier can't"),
+    ],
+)
+def test_scores_of_another_kind_are_refused(distribution: str, ratios: list, message: str, tmp_path: Path) -> None:
+    OutlierScores("m", LAYERS, 13.0, 8, distribution, ratios, ratios).save(tmp_path / "scores.json")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        LayerwiseSampling(activated_layers=2, scores=tmp_path / "scores.json").check(LAYERS, {})
+
+
+def test_fewer_drawable_blocks_than_are_to_train_are_refused_before_there_is_a_model() -> None:
+    with pytest.raises(UsageError, match="2 is more than the 1 of 6 blocks whose probability is not zero"):
+        LayerwiseSampling(activated_layers=2, distribution=[1.0] + [0.0] * (LAYERS - 1)).check(LAYERS, {})
+
+
 def test_calibration_leaves_the_data_order_alone(tmp_path: Path) -> None:
     class Order(Callback):
         def __init__(self) -> None:
@@ -307,7 +327,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     [
         ({"activated_layers": 0}, "activated_layers: 0 must be at least 1"),
         ({"interval_steps": 0}, "interval_steps: 0 must be at least 1"),
-        ({"threshold": 0.0}, "threshold: 0.0 must be above 0"),
+        ({"threshold": 0.0}, "threshold: 0.0 must be a finite number above 0"),
+        ({"threshold": math.inf}, "threshold: inf must be a finite number above 0"),
         ({"calibration_samples": 0}, "calibration_samples: 0 must be at least 1"),
         ({"rescore_every": 0}, "rescore_every: 0 must be at least 1"),
         ({"always_train": ("head",)}, "always_train: unknown"),
