@@ -29,6 +29,7 @@ PLAIN_TEMPLATE = """\
 {{ '### Response:\\n' if add_generation_prompt else '' }}"""
 
 Span = tuple[int, int]
+_ANSWERED: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 
 
 @dataclass
@@ -73,8 +74,8 @@ class Encoder:
 
         Returns:
             No row when the example has no target; one row; or more when the template renders earlier answers differently from
-            the last (Qwen3 drops their thinking): then each such answer is a row of its own, ending with that answer, so that
-            it is trained in the form in which the model has to give it.
+            the last (Qwen3 drops their thinking) or does not end them: then each such answer is a row of its own, ending with
+            that answer, so that it is trained in the form in which the model has to give it.
         """
         if "text" in example:
             rows = [self._plain_text(example["text"])]
@@ -115,22 +116,28 @@ class Encoder:
                 elif self._says_something(text[slice(*span)]):  # not so where the template leaves out tool calls
                     spans.append(span)
         if turns[-1] == len(messages) - 1:
+            if turns[-1] in alone and (merged := _merged_system(messages)):
+                return self._conversation(merged, tools, where)  # Mistral's show a system message only when a question is last
             text, spans = self._ended(text, spans)
         rows = [self._encode_text(text, spans)]
         if not self.train_on_prompt:
+            if turns[-1] in alone:
+                raise UsageError(f"{where}: the chat template renders the answer in a way that hides where it begins")
             for i in alone:
-                if i == turns[-1]:
-                    raise UsageError(f"{where}: the chat template renders the answer in a way that hides where it begins")
                 earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:i]]
                 rows += self._conversation([*earlier, messages[i]], tools, where)
         return rows
 
     def _answer_span(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> Span | None:
-        """Where message `i` and its end-of-turn token stand in `text`; None when the template rewrites it or its context."""
+        """Where message `i` and its end-of-turn token stand in `text`.
+
+        None when the template writes it or its context otherwise there than at the end, or lets only a last answer end.
+        """
         head = self._render(messages[:i], tools, where, add_generation_prompt=True)
         start = _common_prefix(head, text)
         if start < len(head):
             # A generation prompt that opens something the answer lacks (<think>) is no obstacle, a changed context is.
+            start = min(start, self._where_contents_differ(text, messages, i, tools, where))
             before = self._render(messages[:i], tools, where) if i else ""
             if start < len(self._without_eos(before)):
                 return None
@@ -139,15 +146,23 @@ class Encoder:
         answer = self._render(messages[: i + 1], tools, where)
         if not text.startswith(answer):
             answer = self._without_eos(answer)  # some templates (Phi-3) end every conversation with one
-        return (start, len(answer)) if text.startswith(answer) and start < len(answer) else None
+        if not text.startswith(answer) or not answer.rstrip().endswith(self._ends):
+            return None
+        return (start, len(answer)) if start < len(answer) else None
+
+    def _where_contents_differ(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> int:
+        """Where `text` ceases to be the same with another content of message `i`: no later than where that content begins."""
+        content = "." if messages[i]["content"].lstrip().startswith("!") else "!"
+        other = [*messages[:i], {"role": "assistant", "content": content}]
+        return _common_prefix(self._render(other, tools, where), text)
 
     def _ended(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Leave white space after the end-of-turn token out of the targets, and add a token where the template has none."""
         trimmed = []
         for start, end in spans:
             stop = len(text[:end].rstrip())
-            trimmed.append((start, stop if text[:stop].endswith(self._special) else end))
-        if not text.rstrip().endswith(self._special):
+            trimmed.append((start, stop if text[:stop].endswith(self._ends) else end))
+        if not text.rstrip().endswith(self._ends):
             text += self.tokenizer.eos_token
             if trimmed and trimmed[-1][1] == len(text) - len(self.tokenizer.eos_token):
                 trimmed[-1] = (trimmed[-1][0], len(text))
@@ -186,22 +201,25 @@ class Encoder:
                 )
             )
         except (jinja2.TemplateError, TypeError) as error:
-            if messages and messages[0]["role"] == "system":  # as Gemma and old Mistral, which know no system message
-                merged = _merged_system(messages)
-                if merged is not None:
-                    return self._render(merged, tools, where, add_generation_prompt)
+            if merged := _merged_system(messages):  # as Gemma and old Mistral, which know no system message
+                return self._render(merged, tools, where, add_generation_prompt)
             raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from None
 
     @cached_property
-    def _special(self) -> tuple[str, ...]:
+    def _ends(self) -> tuple[str, ...]:
+        """Tokens that may end an answer: the special ones, and any other added one that the template puts behind an answer."""
+        behind = self._render(_ANSWERED, None, "the chat template").rpartition("!")[2]
         added = self.tokenizer.added_tokens_decoder.values()
-        return (self.tokenizer.eos_token, *(str(token) for token in added if token.special))
+        return (
+            self.tokenizer.eos_token,
+            *(str(token) for token in added if token.special or (str(token).strip() and str(token) in behind)),
+        )
 
     def _says_something(self, answer: str) -> bool:
         """Whether there is more to an answer than the tokens that end it."""
         answer = answer.strip()
-        while answer.endswith(self._special):
-            answer = answer.removesuffix(next(t for t in self._special if answer.endswith(t))).rstrip()
+        while answer.endswith(self._ends):
+            answer = answer.removesuffix(next(t for t in self._ends if answer.endswith(t))).rstrip()
         return bool(answer)
 
     def _without_eos(self, text: str) -> str:
@@ -232,8 +250,7 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token with which the tokenizer's chat template ends an answer: where generation has to stop."""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    (row,) = Encoder(tokenizer, max_seq_length=1 << 20).encode({"messages": messages}, where="the chat template")
+    (row,) = Encoder(tokenizer, max_seq_length=1 << 20).encode({"messages": _ANSWERED}, where="the chat template")
     return next(label for label in reversed(row.labels) if label != IGNORED)
 
 
@@ -244,8 +261,8 @@ def _is_target(message: Message) -> bool:
 
 
 def _merged_system(messages: list[Message]) -> list[Message] | None:
-    """The messages with the system message at the head of the first user message."""
-    if len(messages) < 2 or messages[1]["role"] != "user":
+    """The messages with the system message at the head of the first user message; None where there are no such two."""
+    if len(messages) < 2 or [message["role"] for message in messages[:2]] != ["system", "user"]:
         return None
     content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
     return [{**messages[1], "content": content}, *messages[2:]]

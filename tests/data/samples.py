@@ -37,6 +37,28 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+# The system message stands only in a question that is the last message.
+MISTRAL_V03 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+    "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{{ m['content'] }}[/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# gpt-oss: an answer that is the last message ends otherwise than an earlier one.
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}{{ '<|channel|>final' if m['role'] == 'assistant' }}<|message|>"
+    "{{ m['content'] }}{{ eos_token if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+EOS_LAST = (
+    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}"
+    "{{ eos_token if loop.last and m['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+ENDLESS = (
+    "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
 TEMPLATES: dict[str, str | None] = {
     "chatml": CHATML,
     "llama3": LLAMA3,
@@ -44,6 +66,9 @@ TEMPLATES: dict[str, str | None] = {
     "qwen3": QWEN3,
     "phi3": PHI3,
     "mistral": MISTRAL,
+    "mistral_v03": MISTRAL_V03,
+    "harmony": HARMONY,
+    "eos_last": EOS_LAST,
     "none": None,
 }
 _SPECIAL = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data.masking import Encoded, Encoder, with_chat_template
 from ows_lightning.errors import UsageError
-from tests.data.samples import TEMPLATES, tiny_tokenizer
+from tests.data.samples import ENDLESS, TEMPLATES, tiny_tokenizer
 
 Messages = list[dict[str, Any]]
 TWO_TURNS: Messages = [
@@ -49,6 +49,44 @@ def test_every_answer_is_trained_with_its_end_of_turn(template: str, end: str) -
     first, last = trained(made, row)
     assert first == f"yes{end}"
     assert last.startswith(f"the answer is no{end}")
+
+
+@pytest.mark.parametrize(("template", "start"), [("harmony", "<|channel|>final<|message|>"), ("eos_last", "")])
+def test_answers_that_only_the_last_message_ends_are_rows_of_their_own(template: str, start: str) -> None:
+    made, rows = encode(TWO_TURNS, template)
+    assert [trained(made, row) for row in rows] == [[f"{start}the answer is no</s>"], [f"{start}yes</s>"]]
+    for row, messages in zip(rows, (TWO_TURNS, TWO_TURNS[:2]), strict=True):
+        assert row.input_ids == made.tokenizer.apply_chat_template(messages).input_ids
+
+
+def test_every_answer_ends_where_the_template_ends_none() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ENDLESS
+    made = Encoder(tokenizer, 512)
+    rows = made.encode({"messages": TWO_TURNS}, "row 1")
+    assert [trained(made, row) for row in rows] == [["the answer is no\n\n</s>"], ["yes\n\n</s>"]]
+
+
+def test_a_token_that_was_added_without_being_special_ends_an_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|eot|>", "yes"])
+    assert tokenizer.chat_template is not None
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|eot|>")
+    made = Encoder(tokenizer, 512)
+    (row,) = made.encode({"messages": TWO_TURNS}, "row 1")
+    assert trained(made, row) == ["yes<|eot|>", "the answer is no<|eot|>"]
+    assert row.input_ids == tokenizer.apply_chat_template(TWO_TURNS).input_ids
+
+
+def test_an_answer_that_begins_as_what_the_generation_prompt_opens() -> None:
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.chat_template is not None
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{%", "assistant\n<think>\n{%")
+    assert tokenizer.apply_chat_template(TWO_TURNS[:1], tokenize=False, add_generation_prompt=True).endswith("<think>\n")
+    made = Encoder(tokenizer, 512)
+    for answer in ("<b>yes</b>", "<think>", "!", "yes"):
+        (row,) = made.encode({"messages": [TWO_TURNS[0], {"role": "assistant", "content": answer}]}, "row 1")
+        assert trained(made, row) == [f"{answer}<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -123,6 +161,16 @@ def test_a_system_message_that_the_template_refuses_joins_the_first_question() -
     made, (row,) = encode(SYSTEM + TWO_TURNS, "gemma")
     assert "user\nbe brief\n\nwho is the third" in made.tokenizer.decode(row.input_ids)
     assert len(trained(made, row)) == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_on_prompt": True}, {"last_turn_only": True}])
+def test_a_system_message_that_the_template_shows_in_the_last_question_joins_the_first(settings: dict[str, bool]) -> None:
+    made, (row,) = encode(SYSTEM + TWO_TURNS, "mistral_v03", **settings)
+    assert made.tokenizer.decode(row.input_ids).startswith("<s>[INST] be brief\n\nwho is the third[/INST] yes</s>")
+    if not settings:
+        assert trained(made, row) == [" yes</s>", " the answer is no</s>"]
+    prompt, ids = made.encode_prompt({"messages": SYSTEM + TWO_TURNS[:2]}, "row 1")
+    assert made.encode({"messages": SYSTEM + TWO_TURNS[:2]}, "row 1")[0].input_ids[: len(ids)] == ids
 
 
 def test_messages_that_the_template_refuses_name_the_row() -> None:
