@@ -23,7 +23,7 @@ from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, _ex
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.memory.step import Workload, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
-from ows_lightning.module import CausalLMModule
+from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from tests.data.samples import tiny_tokenizer
@@ -159,11 +159,18 @@ def test_predicts_a_real_run_within_five_percent(directory: Path, changes: dict[
     assert predicted == pytest.approx(run_and_track(config), rel=0.05)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "falcon", "bloom", "gemma2", "qwen3", "qwen3_moe"])
-def test_follows_other_architectures(architecture: str, tmp_path: Path) -> None:
-    model = tiny_model(architecture, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        *((name, "bf16-true") for name in ("gpt2", "falcon", "bloom", "gemma2", "qwen3", "qwen3_moe")),
+        ("qwen3_moe", "32-true"),
+        ("mixtral", "32-true"),
+    ],
+)
+def test_follows_other_architectures(architecture: str, precision: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture, dtype=DTYPES.get(precision, torch.float32))
     model.save_pretrained(tmp_path)
-    settings = settings_from_config(make_config(tmp_path, model__rank=8, trainer__precision="bf16-true"))
+    settings = settings_from_config(make_config(tmp_path, model__rank=8, trainer__precision=precision))
     real = follow_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
     expected = max(sum(sizes.values()) for sizes in real.peaks.values())
     assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
