@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ows_lightning import resume
 from ows_lightning.checkpoints import last_good
-from ows_lightning.data.masking import end_of_turn_id
+from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed import require_layerwise
 from ows_lightning.distributed.loading import empty_model, load_into_shards
 from ows_lightning.errors import RunError, UsageError
@@ -78,10 +78,8 @@ class CausalLMModule(LightningModule):
     """
 
     # Of the optimizer step that is under way, over its micro-batches and ranks so far; None before its first micro-batch.
-    _step_loss: Any  # summed cross entropy
-    _step_targets: Any  # number of target tokens
+    _step_totals: Any  # summed cross entropy, number of target tokens, and of all tokens
     _first_targets: Any  # that of the first micro-batch
-    _step_tokens: int
 
     def __init__(
         self,
@@ -108,6 +106,9 @@ class CausalLMModule(LightningModule):
             raise UsageError(f"model.rank: {rank} must be at least 1, or null to train in full rank")
         if update_proj_gap < 1:
             raise UsageError(f"model.update_proj_gap: {update_proj_gap} must be at least 1")
+        for name, value in (("max_new_tokens", max_new_tokens), ("max_skipped_steps", max_skipped_steps)):
+            if value < 1:
+                raise UsageError(f"model.{name}: {value} must be at least 1")
         if warmup_steps < 0:
             raise UsageError(f"model.warmup_steps: {warmup_steps} must be at least 0 (below 1 it is a share of all steps)")
         self.save_hyperparameters(ignore=["optimizer"])
@@ -124,9 +125,10 @@ class CausalLMModule(LightningModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded on first use."""
+        """The model's tokenizer, loaded on first use; with a plain chat template where it has none of its own."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+            tokenizer = load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+            self._tokenizer = with_chat_template(tokenizer)
         return self._tokenizer
 
     @property
@@ -151,13 +153,13 @@ class CausalLMModule(LightningModule):
         return load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
 
     def check_optimizer(self) -> Optimizer:
-        """Makes the optimizer for a weight of no consequence.
+        """Makes the optimizer for two groups of weights of no consequence.
 
         Raises:
             UsageError: One of its settings is out of range, or it can't project.
         """
         try:
-            optimizer = self.make_optimizer([nn.Parameter(torch.zeros(2, 2))])
+            optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]} for _ in range(2)])
         except (TypeError, ValueError) as error:
             raise UsageError(f"model.optimizer: {error}") from error
         self._check_projection(optimizer)
@@ -187,8 +189,7 @@ class CausalLMModule(LightningModule):
         options["dtype"] = DTYPES.get(precision, torch.float32)
         model = empty_model(name, len(self.tokenizer), **options) if empty else load_model(name, **options)
         resize_embeddings(model, self.tokenizer)
-        if self.tokenizer.chat_template:
-            _stop_at(model, end_of_turn_id(self.tokenizer))
+        _stop_at(model, end_of_turn_id(self.tokenizer))
         return _add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     def configure_optimizers(self) -> Any:
@@ -200,9 +201,17 @@ class CausalLMModule(LightningModule):
         self._check_projection(optimizer)
         kept = ("params", "param_names")
         self._options = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = self.hparams["warmup_steps"]
-        kind = self.hparams["lr_scheduler_type"]
+        steps, warmup, kind = (
+            self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"], self.hparams["lr_scheduler_type"]
+        )  # fmt: skip
+        if steps == float("inf"):
+            if kind != "constant" or 0 < warmup < 1:
+                raise UsageError(
+                    "trainer.max_steps: the schedule needs the number of steps; give max_steps or max_epochs, or set "
+                    "model.lr_scheduler_type to constant and model.warmup_steps to a number of steps"
+                )
+            steps = 0  # of no consequence for a constant rate
+        steps = int(steps)
         scheduler = transformers.get_scheduler(  # imported when used: it imports peft and bitsandbytes where they are
             "constant_with_warmup" if kind == "constant" else kind,
             optimizer,
@@ -256,17 +265,21 @@ class CausalLMModule(LightningModule):
             last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             optimizer.accumulating = not last
         loss, targets = self._loss(batch)
-        total = torch.stack([loss.detach(), targets.to(loss.dtype)])
+        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else loss.new_tensor(batch["input_ids"].numel())
+        total = torch.stack([loss.detach(), targets.to(loss.dtype), tokens.to(loss.dtype)])
         if self.trainer.world_size > 1:
             dist.all_reduce(total)  # strategy.reduce would hold all processes up with a barrier
-        if self._step_targets is None:
+        if self._step_totals is None:
             # What the first micro-batch has on average a rank, the same on all; any other fixed number would do.
             self._first_targets = total[1].clamp(min=1)
-            self._step_loss, self._step_targets = total[0], total[1]
+            self._step_totals = total
         else:
-            self._step_loss, self._step_targets = self._step_loss + total[0], self._step_targets + total[1]
-        self._step_tokens += int(batch["input_ids"].numel()) * self.trainer.world_size
+            self._step_totals = self._step_totals + total
         return loss * self.trainer.world_size / self._first_targets
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Makes the gradients of a loss that is not finite NaN, if they are not: on every process the step is skipped then."""
+        super().backward(loss * torch.where(loss.isfinite(), 1.0, float("nan")), *args, **kwargs)
 
     def configure_gradient_clipping(
         self,
@@ -277,22 +290,23 @@ class CausalLMModule(LightningModule):
         """Makes the gradient that of the step's mean loss, logs its norm, and clips what the optimizer consumes."""
         gradients = self._gradients(optimizer)
         parts = [local(gradient) for gradient in gradients]
-        assert self._step_targets is not None
-        targets = self._step_targets.clamp(min=1)
+        loss, targets, tokens = self._step_totals
+        targets = targets.clamp(min=1)
         if self.trainer.accumulate_grad_batches > 1:
             torch._foreach_mul_(parts, self._first_targets * self.trainer.accumulate_grad_batches / targets)
         norm = total_norm(gradients)
         self._skipped_in_a_row = 0 if norm.isfinite() else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row and not isinstance(optimizer, GaLoreAdamW):  # which skips, and names the weight, by itself
-            log.warning("Step skipped: a gradient holds NaN or Inf (%d in a row)", self._skipped_in_a_row)
-            optimizer.zero_grad()
-        if gradient_clip_val:
+        if self._skipped_in_a_row:
+            if not isinstance(optimizer, GaLoreAdamW):  # which skips, and names the weight, by itself
+                log.warning("Step skipped: a gradient holds NaN or Inf (%d in a row)", self._skipped_in_a_row)
+                optimizer.zero_grad()
+        elif gradient_clip_val:
             if gradient_clip_algorithm == "value":
                 torch._foreach_clamp_min_(parts, -gradient_clip_val)
                 torch._foreach_clamp_max_(parts, gradient_clip_val)
             else:
                 torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
-        self._log_step(self._step_loss / targets, norm)
+        self._log_step(loss / targets, norm, int(tokens))
         if isinstance(optimizer, GaLoreAdamW):
             self.log("renewal_s", optimizer.renewal_s)
         self._reset_step()
@@ -301,10 +315,13 @@ class CausalLMModule(LightningModule):
         """Ends a run whose gradients stay NaN or Inf; its weights are still those of the last good step."""
         if self._skipped_in_a_row >= self.hparams["max_skipped_steps"]:
             folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-            good = last_good(Path(folder)) if folder else None
-            where = f"the last checkpoint is '{good}'" if good else "there is no checkpoint yet"
+            good = self.trainer.strategy.broadcast(last_good(Path(folder)) if folder else None)
+            if folder and good is None:
+                good = Path(folder) / f"stopped-step={self.trainer.global_step}.ckpt"
+                self.trainer.save_checkpoint(good)
+            where = f"the last checkpoint is '{good}'" if good else "checkpoints are switched off"
             raise RunError(
-                f"{self._skipped_in_a_row} steps in a row had NaN or Inf in a gradient and were skipped; {where}; "
+                f"{self._skipped_in_a_row} steps in a row had NaN or Inf in the loss or a gradient and were skipped; {where}; "
                 "lower the learning rate, or set trainer.gradient_clip_val"
             )
 
@@ -393,13 +410,12 @@ class CausalLMModule(LightningModule):
         return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _reset_step(self) -> None:
-        self._step_targets, self._step_loss, self._first_targets = None, None, None
-        self._step_tokens = 0
+        self._step_totals, self._first_targets = None, None
 
-    def _log_step(self, loss: Tensor, norm: Tensor) -> None:
+    def _log_step(self, loss: Tensor, norm: Tensor, tokens: int) -> None:
         now = time.perf_counter()
-        self._tokens_seen += int(self._step_tokens)
-        self.log_dict({"train_loss": loss, "tokens_per_second": self._step_tokens / (now - self._last_step)}, prog_bar=True)
+        self._tokens_seen += tokens
+        self.log_dict({"train_loss": loss, "tokens_per_second": tokens / (now - self._last_step)}, prog_bar=True)
         self.log_dict(
             {
                 "grad_norm": norm,
@@ -475,7 +491,10 @@ def _add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
     config = _lora_config(settings)
     from peft import get_peft_model
 
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # the model has no such modules
+        raise UsageError(f"model.lora: {error}") from error
 
 
 def _lora_config(settings: dict[str, Any]) -> Any:
@@ -497,8 +516,8 @@ def _lora_config(settings: dict[str, Any]) -> Any:
 
 
 def _both_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return logits_of(model, hidden), model.forward(input_ids=ids, use_cache=False).logits
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    return logits_of(model, model.base_model(**inputs).last_hidden_state), model.forward(**inputs).logits
 
 
 def _peak_memory_mb(device: torch.device) -> float:
