@@ -77,7 +77,7 @@ def targets_table(runs: Runs) -> str:
         if values:
             measured = f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
             rows.append([target.name, measured, f"at most {target.at_most:.2f}"])
-    return _markdown(["Ratio", "Measured", "Target on a CPU"], rows)
+    return markdown(["Ratio", "Measured", "Target on a CPU"], rows)
 
 
 def write_report(runs: Runs, settings: dict[str, Any], path: Path) -> None:
@@ -90,7 +90,7 @@ def write_report(runs: Runs, settings: dict[str, Any], path: Path) -> None:
     """
     tokens = BatchShape(*settings["shape"]).tokens
     figures = {method: _figures(runs, method, tokens) for method in runs}
-    path.with_suffix(".md").write_text(_description(runs, settings) + "\n\n" + _as_markdown(figures) + "\n")
+    path.with_suffix(".md").write_text(_description(runs, settings) + "\n\n" + _asmarkdown(figures) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:
         columns = list(dict.fromkeys(name for row in figures.values() for name in row))
         writer = csv.DictWriter(file, columns)
@@ -152,7 +152,7 @@ def _description(runs: Runs, settings: dict[str, Any]) -> str:
     )
 
 
-def _as_markdown(figures: dict[str, dict[str, Any]]) -> str:
+def _asmarkdown(figures: dict[str, dict[str, Any]]) -> str:
     header = [
         "Method",
         "Step (s)",
@@ -179,10 +179,11 @@ def _as_markdown(figures: dict[str, dict[str, Any]]) -> str:
                 f"{tensors[0]:,.0f} / {tensors[-1]:,.0f}",
             ]
         )
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table, its first column to the left and the others to the right."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 

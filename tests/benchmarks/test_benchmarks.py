@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks import compare
+from benchmarks import compare, learning
 from benchmarks.methods import METHODS, PACKAGES
 from benchmarks.models import WORKLOADS
 from benchmarks.report import targets_table, write_report
@@ -94,3 +94,27 @@ def test_ratios_are_taken_repeat_by_repeat():
     assert "| time a token, ours frozen / LoRA | 0.62 (0.50 to 0.75) | at most 0.80 |" in table
     assert "| peak above start, ours frozen / LoRA | 0.50 (0.50 to 0.50) | at most 0.60 |" in table
     assert "OWS as published" not in table
+
+
+def test_learning_compares_held_out_losses_and_goes_on_where_it_stopped(model_dir, rows_file, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{model_name_or_path: {model_dir()}, rank: 8}}\n"
+        f"data: {{dataset: {rows_file}, eval_dataset: {rows_file}}}\n"
+        "sampling: {activated_layers: 2, distribution: uniform, always_train: [norm]}\n"
+        "trainer: {accelerator: cpu, devices: 1, log_every_n_steps: 1, check_val_every_n_epoch: null}\n"
+    )
+    command = ["--config", str(config), "--seeds", "1", "--steps", "2", "--jobs", "2", "--output", str(tmp_path / "learning")]
+    learning.main([*command, "--settings", "float32", "full_rank"])
+    assert capsys.readouterr().out.count(", seed 0: ") == 2
+    learning.main([*command, "--settings", "float32", "full_rank"])
+    assert ", seed 0: " not in capsys.readouterr().out
+    header, _, *rows = (tmp_path / "learning" / "learning.md").read_text().splitlines()
+    assert "Held-out loss, 1 seeds" in header
+    assert [row.split(" | ")[0] for row in rows] == ["| float32 throughout", "| embeddings and head train in full rank"]
+
+
+def test_learning_pairs_seeds():
+    table = learning.as_table({"base": [1.0, 2.0, 3.0], "keep": [1.5, 2.0, 3.25]}).splitlines()
+    assert table[2].endswith("| 2.000 (1.000 to 3.000) |  |")
+    assert table[3].endswith("| 2.000 (1.500 to 3.250) | +0.250 (+0.000 to +0.500) |")
