@@ -11,7 +11,7 @@ import datasets
 from torch import Tensor, tensor
 from torch.utils.data import Dataset
 
-from ows_lightning.data.formats import Example, split_prompt
+from ows_lightning.data.formats import Example, index_of_choice, split_prompt
 from ows_lightning.data.loader import collate
 from ows_lightning.data.masking import Encoder
 from ows_lightning.errors import UsageError
@@ -82,13 +82,10 @@ def choices_of(example: Example, where: str) -> tuple[list[str], int]:
 
 
 def _index(answer: Any, options: Sequence[str], where: str) -> int:
-    if answer in options:
-        return options.index(answer)
-    if isinstance(answer, str) and len(answer) == 1 and answer.isupper():
-        answer = ord(answer) - ord("A")
-    if isinstance(answer, int) and 0 <= answer < len(options):
-        return answer
-    raise UsageError(f"{where}: the answer {answer!r} is none of the choices {', '.join(options)}")
+    index = index_of_choice(answer, options)
+    if index is None:
+        raise UsageError(f"{where}: the answer {answer!r} is none of the choices {', '.join(options)}")
+    return index
 
 
 def collate_choices(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ows_lightning.errors import UsageError
@@ -20,18 +20,19 @@ _ROLES |= {"function_call": "assistant", "observation": "tool", "function_respon
 _ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "function")}
 
 
-def to_example(row: Row, data_format: str, where: str) -> Example:
+def to_example(row: Row, data_format: str, where: str, answered: bool = True) -> Example:
     """Turn `row` into an example.
 
     Args:
         row: The row's columns, already under the names of the format.
         data_format: A key of `FORMATS`.
         where: Names the row in messages, such as ``train.jsonl line 7``.
+        answered: Whether the row needs a column for the answer; prompts to be answered need none.
 
     Raises:
         UsageError: When a column is missing, empty where it must not be, or of a wrong type; the message names the row.
     """
-    missing = _missing(FORMATS[data_format][0], row)
+    missing = _missing(_needed(data_format, answered), row)
     if missing:
         raise UsageError(f"{where} has no column {_or(missing)}, which {data_format} rows need ({_found(row)})")
     example = FORMATS[data_format][1](row, where)
@@ -43,16 +44,17 @@ def to_example(row: Row, data_format: str, where: str) -> Example:
     return example
 
 
-def recognise(columns: Iterable[str], where: str) -> str:
-    """The format of rows that have these columns.
+def recognise(columns: Iterable[str], where: str, answered: bool = True) -> str:
+    """The format of rows that have these columns, of which those for the answer may be missing if not `answered`.
 
     Raises:
         UsageError: When none fits; the message lists the columns there are and the nearest right name.
     """
     columns = list(columns)
-    for name, (needed, _) in FORMATS.items():
-        if not _missing(needed, columns):
-            return name
+    for required in (True, answered):
+        for name in FORMATS:
+            if not _missing(_needed(name, required), columns):
+                return name
     wanted = {column for needed, _ in FORMATS.values() for group in needed for column in group} - set(columns)
     near = [(match[0], column) for column in columns if (match := difflib.get_close_matches(column, wanted, n=1))]
     hint = f"; did you mean '{near[0][0]}' by '{near[0][1]}'?" if near else ""
@@ -78,9 +80,17 @@ def rename(row: Row, columns: Mapping[str, str], where: str) -> Row:
 
 
 def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:
-    """Cut a conversation before its last answer: the messages to answer, and that answer's text (empty without one)."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return (messages[: answers[-1]], messages[answers[-1]]["content"]) if answers else (messages, "")
+    """Cut off the answer with which a conversation ends: the messages to answer, and its text (empty without one)."""
+    return (messages[:-1], messages[-1]["content"]) if messages and messages[-1]["role"] == "assistant" else (messages, "")
+
+
+def index_of_choice(answer: Any, choices: Sequence[Any]) -> int | None:
+    """Which of the choices is meant by one of them, by its index from 0, or by its letter; None for anything else."""
+    if answer in choices:
+        return choices.index(answer)
+    if isinstance(answer, str) and len(answer) == 1 and answer.isupper():
+        answer = ord(answer) - ord("A")
+    return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
 
 
 def _from_messages(row: Row, where: str, column: str = "messages") -> Example:
@@ -117,8 +127,8 @@ def _from_text(row: Row, where: str) -> Example:
     return {"text": _text(row, "text", where)}
 
 
-#: name -> (the columns it needs, each a tuple of alternatives; the conversion). `answer` stands in for an answer column that
-#: is missing, as in test sets.
+#: name -> (the columns it needs, each a tuple of alternatives, the answer's last; the conversion). `answer` stands in for an
+#: answer column that is missing, as in test sets.
 FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Example]]] = {
     "messages": ((("messages",),), _from_messages),
     "sharegpt": ((("conversations",),), _from_sharegpt),
@@ -141,8 +151,8 @@ def _answer(row: Row, column: str, where: str) -> list[Message]:
     if row.get(column) is not None:
         return [{"role": "assistant", "content": _text(row, column, where)}]
     answer, choices = row.get("answer"), row.get("choices")
-    if isinstance(answer, int) and isinstance(choices, list) and 0 <= answer < len(choices):
-        answer = choices[answer]
+    if isinstance(choices, list) and (index := index_of_choice(answer, choices)) is not None:
+        answer = choices[index]
     return [{"role": "assistant", "content": "" if answer is None else str(answer)}]
 
 
@@ -161,38 +171,48 @@ def _message(turn: Any, where: str) -> Message:
     """One message in OpenAI's form from either spelling; everything else in it (tool calls, reasoning) is passed through."""
     if not isinstance(turn, dict):
         raise UsageError(f"{where} must be an object with role and content, got {_kind(turn)}")
-    message = _without_none(turn)
+    message = without_none(turn, keep="arguments")  # a call's empty argument is what the model has to say
     role = message.pop("from", None) or message.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise UsageError(f"{where} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
     message["role"] = _ROLES[role]
     content = message.pop("value", None) if "value" in message else message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(part.get("text", "") for part in content)
-    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+    if content is None and message["role"] == "assistant" and (message.get("tool_calls") or message.get("reasoning_content")):
         content = ""
     if not isinstance(content, str):
         raise UsageError(f"{where}: the content must be text, got {_kind(content)}")
     message["content"] = content
-    for call in message.get("tool_calls", []):
-        function = call.get("function", {}) if isinstance(call, dict) else {}
-        if isinstance(function.get("arguments"), str):  # OpenAI's API has JSON text here, chat templates expect the object
-            function["arguments"] = _parsed_json(function["arguments"], f"{where}: the arguments of a tool call")
+    if "tool_calls" in message:
+        for call in _objects(message["tool_calls"], f"{where}: 'tool_calls'"):
+            function = call.get("function", {})
+            if not isinstance(function, dict):
+                raise UsageError(f"{where}: the function of a tool call must be an object with a name, got {_kind(function)}")
+            if isinstance(function.get("arguments"), str):  # as in OpenAI's API; chat templates expect the object
+                function["arguments"] = _parsed_json(function["arguments"], f"{where}: the arguments of a tool call")
     return message
 
 
-def _without_none(value: Any) -> Any:
-    """Drop empty keys, with which Arrow fills the objects of a column until all have the same."""
+def without_none(value: Any, keep: str | None = None) -> Any:
+    """Drop empty keys, with which Arrow fills the objects of a column until all have the same; not those below `keep`."""
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+        return {k: v if k == keep else without_none(v, keep) for k, v in value.items() if v is not None}
+    return [without_none(v, keep) for v in value] if isinstance(value, list) else value
 
 
 def _parsed_tools(tools: Any, where: str) -> list[Any]:
-    tools = _parsed_json(tools, f"{where}: 'tools'") if isinstance(tools, str) else _without_none(tools)
-    if not isinstance(tools, list):
-        raise UsageError(f"{where}: 'tools' must be a list of functions, got {_kind(tools)}")
-    return tools
+    tools = _parsed_json(tools, f"{where}: 'tools'") if isinstance(tools, str) else without_none(tools)
+    return _objects(tools, f"{where}: 'tools'")
+
+
+def _objects(value: Any, what: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise UsageError(f"{what} must be a list of objects, got {_kind(value)}")
+    for entry in value:
+        if not isinstance(entry, dict):
+            raise UsageError(f"{what} must be a list of objects, got {_kind(entry)} in it")
+    return value
 
 
 def _parsed_json(text: str, where: str) -> Any:
@@ -209,6 +229,11 @@ def _text(row: Row, column: str, where: str, optional: bool = False) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{where}: '{column}' must be text, got {_kind(value)}")
     return value
+
+
+def _needed(data_format: str, answered: bool) -> tuple[tuple[str, ...], ...]:
+    needed = FORMATS[data_format][0]
+    return needed if answered else needed[:1]
 
 
 def _missing(needed: tuple[tuple[str, ...], ...], columns: Iterable[str]) -> tuple[str, ...]:

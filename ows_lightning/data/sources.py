@@ -8,16 +8,20 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from ows_lightning.data.formats import without_none
 from ows_lightning.errors import UsageError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
+_PREFERRED = {"eval_dataset": ("validation", "test"), "test_dataset": ("test", "validation")}
 _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(["val", "valid", "validation", "dev", "eval"], "validation")
 
 
@@ -29,13 +33,13 @@ class Source:
         name: The name as the user wrote it.
         key: The setting that named it, for messages (``dataset``, ``eval_dataset``, ``test_dataset``).
         files: Local files, empty for a data set on the hub or one written by ``Dataset.save_to_disk``.
-        split: Split of a data set that is not made of files.
+        splits: Splits of a data set that is not made of files; the first that it has is taken.
     """
 
     name: str
     key: str
     files: tuple[str, ...]
-    split: str
+    splits: tuple[str, ...]
 
     def error(self, message: str) -> UsageError:
         """The error for this source, with the setting's name in front."""
@@ -45,24 +49,30 @@ class Source:
 def resolve(name: str, key: str, split: str = "train") -> Source:
     """Find what `name` stands for: a file, a directory, a glob, or a data set on the hub (``owner/name[/config][:split]``).
 
+    Args:
+        name: The name as the user wrote it.
+        key: The setting that named it. Where there are splits, ``eval_dataset`` prefers validation and then test rows,
+            ``test_dataset`` test and then validation rows.
+        split: The split to take by other settings, or where there are none of these.
+
     Raises:
         UsageError: When nothing local matches and `name` can't be a hub name.
     """
     path = Path(name).expanduser()
-    source = Source(name, key, (), split)
+    source = Source(name, key, (), tuple(dict.fromkeys([*_PREFERRED.get(key, ()), split])))
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise source.error(f"'{name}' is not a {', '.join(SUFFIXES)} file")
-        return Source(name, key, (str(path),), split)
+        return replace(source, files=(str(path),))
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return source
-        return Source(name, key, _files_of_split(path, source), split)
+        return replace(source, files=_files_of_split(path, source))
     if glob.has_magic(name):
         files = sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).suffix in SUFFIXES)
         if not files:
             raise source.error(f"no {', '.join(SUFFIXES)} file matches '{name}'")
-        return Source(name, key, tuple(files), split)
+        return replace(source, files=tuple(files))
     if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
         near = difflib.get_close_matches(path.name, [p.name for p in _listdir(path.parent)], n=1)
         raise source.error(f"no file matches '{name}'" + (f"; did you mean '{path.parent / near[0]}'?" if near else ""))
@@ -77,7 +87,7 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     """
     if not source.files:
         for number, row in enumerate(open_dataset(source), start=1):
-            yield f"{source.name} row {number}", row
+            yield f"{source.name} row {number}", plain(row)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     for file in map(Path, source.files):
         empty = True
@@ -112,24 +122,50 @@ def _listdir(path: Path) -> list[Path]:
 
 
 def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
-    """The data files below `directory`; where file names name splits (train.jsonl, test.jsonl), those of `source.split`."""
+    """The data files below `directory`; where names name splits (train.jsonl, test/a.jsonl), those of one of `source`'s."""
     files = [p for p in sorted(directory.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
     if not files:
         raise source.error(f"the directory '{source.name}' holds no {', '.join(SUFFIXES)} file")
-    splits = {p: _split_of(p.stem) for p in files}
+    splits = {p: _split_of(p.relative_to(directory)) for p in files}
     if any(splits.values()):
-        wanted = _SPLIT_WORDS.get(source.split, source.split)
-        chosen = [p for p in files if splits[p] == wanted]
-        if not chosen:
-            names = ", ".join(p.name for p in files)
-            raise source.error(f"no file in '{source.name}' is named for data.split '{source.split}' (files: {names})")
-        files = chosen
+        chosen = _choose(source, [split for split in splits.values() if split])
+        names = [str(p.relative_to(directory)) for p in files if splits[p] is None or not chosen]
+        if chosen is None:
+            raise source.error(
+                f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {_few(names)})"
+            )
+        if names:
+            rank_zero_warn(
+                f"data.{source.key}: '{source.name}' has files of splits, so those that name none are left out: {_few(names)}"
+            )
+        files = [p for p in files if splits[p] == chosen]
     return tuple(map(str, files))
 
 
-def _split_of(stem: str) -> str | None:
-    words = re.split(r"[^a-z]+", stem.lower())
+def _split_of(path: Path) -> str | None:
+    """The split that a path names: its outermost folder that names one, or its file's name."""
+    words = re.split(r"[^a-z]+", str(path.with_suffix("")).lower())
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def _choose(source: Source, there: Collection[str]) -> str | None:
+    """The first of the splits that `source` may take that is there, under any of its names."""
+    names = {_SPLIT_WORDS.get(split, split): split for split in there}
+    names |= {split: split for split in there}
+    wanted = next((word for split in source.splits for word in (split, _SPLIT_WORDS.get(split)) if word in names), None)
+    if wanted is not None and wanted == source.splits[-1] and len(source.splits) > 2:
+        others = " or ".join(source.splits[:-1])
+        rank_zero_warn(f"data.{source.key}: '{source.name}' has no {others} split; its {wanted} split is taken")
+    return names[wanted] if wanted is not None else None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def plain(row: Row) -> Row:
+    """A row of typed columns without the empty keys with which its objects are filled up."""
+    return {column: without_none(value) for column, value in row.items()}
 
 
 def open_dataset(source: Source, streaming: bool = False) -> Any:
@@ -138,18 +174,34 @@ def open_dataset(source: Source, streaming: bool = False) -> Any:
 
     try:
         if Path(source.name).expanduser().is_dir():
-            data = datasets.load_from_disk(str(Path(source.name).expanduser()))
-            data = data[source.split] if isinstance(data, datasets.DatasetDict) else data
+            data = _one_split(datasets.load_from_disk(str(Path(source.name).expanduser())), source)
             return data.to_iterable_dataset() if streaming else data
         match = _HUB_NAME.fullmatch(source.name)
         assert match is not None
-        path, config, split = match["path"], match["config"], match["split"] or source.split
-        return datasets.load_dataset(path, config, split=split, streaming=streaming)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        path, config, split = match["path"], match["config"], match["split"]
+        if split is None and len(source.splits) == 1:
+            split = source.splits[0]  # may be a slice of one, as train[:1000]
+        return _one_split(datasets.load_dataset(path, config, split=split, streaming=streaming), source)
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        inner = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        reason = next(iter(str(inner or error).strip().splitlines()), type(inner or error).__name__)
         raise source.error(
             f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
         ) from error
+
+
+def _one_split(data: Any, source: Source) -> Any:
+    if not isinstance(data, dict):
+        return data
+    split = _choose(source, data)
+    if split is None:
+        splits = ", ".join(data)
+        raise source.error(
+            f"'{source.name}' has no split '{source.splits[-1]}'; set data.split to one of those it has: {splits}"
+        )
+    return data[split]
 
 
 def _decode(line: bytes, place: str, source: Source) -> str:
@@ -226,6 +278,6 @@ def _read_parquet(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield f"row {number}", row
+                yield f"row {number}", plain(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise source.error(f"{file.name} is not a readable parquet file: {str(error).splitlines()[0]}") from None

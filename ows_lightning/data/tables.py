@@ -51,13 +51,15 @@ def read_examples(source: Source, data_format: str | None, columns: Mapping[str,
     """
     arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
     code = [inspect.getsource(module) for module in (formats, sources)]
-    fingerprint = _hash(sources.content_hash(source), source.name, data_format, dict(columns), code)
+    content = sources.content_hash(source)
+    fingerprint = _hash(content, source.name, _is_answered(source), data_format, dict(columns), code)
     try:
         return datasets.Dataset.from_generator(_examples, features=EXAMPLES, gen_kwargs=arguments, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UsageError):
-            raise error.__cause__ from None
-        raise
+        cause = error.__cause__
+        if cause is None or isinstance(cause, UsageError):
+            raise cause or error from None
+        raise source.error(f"the rows of '{source.name}' can't be read: {type(cause).__name__}: {cause}") from cause
 
 
 def stream_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.IterableDataset:
@@ -122,22 +124,38 @@ def _cores() -> int:
 
 
 def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    answered = _is_answered(source)
     for where, row in sources.read_rows(source):
         renamed = formats.rename(row, columns, where)
-        data_format = data_format or formats.recognise(renamed, where)
-        yield _entry(renamed, data_format, where)
+        data_format = data_format or formats.recognise(renamed, where, answered)
+        yield _entry(renamed, data_format, where, answered)
 
 
 def _numbered_example(
     row: Row, index: int, source: Source, data_format: str | None, columns: Mapping[str, str]
 ) -> dict[str, str]:
-    where = f"{source.name} row {index + 1}"
-    renamed = formats.rename(row, columns, where)
-    return _entry(renamed, data_format or formats.recognise(renamed, where), where)
+    where, answered = f"{source.name} row {index + 1}", _is_answered(source)
+    renamed = formats.rename(sources.plain(dict(row)), columns, where)
+    return _entry(renamed, data_format or formats.recognise(renamed, where, answered), where, answered)
 
 
-def _entry(row: Row, data_format: str, where: str) -> dict[str, str]:
-    return {"where": where, "example": json.dumps(formats.to_example(row, data_format, where), ensure_ascii=False)}
+def _is_answered(source: Source) -> bool:
+    """Whether the source's rows need an answer; test rows may be prompts for `predict`."""
+    return source.key != "test_dataset"
+
+
+def _entry(row: Row, data_format: str, where: str, answered: bool) -> dict[str, str]:
+    try:
+        example = json.dumps(formats.to_example(row, data_format, where, answered), ensure_ascii=False, default=str)
+        example.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UsageError(f"{where} holds {half}, one half of a character; write the whole character, or remove it") from None
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a row holds, its name is said
+        raise UsageError(f"{where} can't be read as {data_format}: {type(error).__name__}: {error}") from error
+    return {"where": where, "example": example}
 
 
 def _encode(batch: dict[str, list[Any]], indices: Sequence[int], encoder: Encoder) -> dict[str, list[Any]]:

@@ -29,6 +29,8 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}], "name": None}]}, [QUESTION]),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [QUESTION, ANSWER]),
         ({"prompt": "q", "choices": ["x", "a"], "answer": 1}, [QUESTION, ANSWER]),
+        ({"prompt": "q", "choices": ["x", "a"], "answer": "B"}, [QUESTION, ANSWER]),
+        ({"prompt": "q", "choices": ["a", "B"], "answer": "B"}, [QUESTION, {**ANSWER, "content": "B"}]),
         ({"instruction": "q", "answer": "a"}, [QUESTION, ANSWER]),
     ],
 )
@@ -52,14 +54,42 @@ def test_tools_and_their_calls_reach_the_chat_template() -> None:
     assert made["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
 
 
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"prompt": "q"}, [QUESTION]),
+        ({"prompt": [QUESTION]}, [QUESTION]),
+        ({"instruction": "q", "system": "s"}, [{"role": "system", "content": "s"}, QUESTION]),
+        ({"messages": [QUESTION, ANSWER, QUESTION]}, [QUESTION, ANSWER, QUESTION]),
+        ({"conversations": [{"from": "human", "value": "q"}]}, [QUESTION]),
+    ],
+)
+def test_prompts_need_no_answer(row: dict[str, Any], question: list[dict[str, Any]]) -> None:
+    made = to_example(row, recognise(row, "row 1", answered=False), "row 1", answered=False)
+    messages, reference = split_prompt(made["messages"])
+    assert ([{k: v for k, v in m.items() if k != "weight"} for m in messages], reference) == (question, "")
+
+
+def test_empty_arguments_of_a_call_are_kept() -> None:
+    call = {"id": None, "function": {"name": "f", "arguments": {"x": None}}}
+    made = example({"messages": [QUESTION, {"role": "assistant", "tool_calls": [call]}]})
+    assert made["messages"][1]["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": None}}}]
+
+
+def test_reasoning_alone_is_an_answer() -> None:
+    thinking = {"role": "assistant", "reasoning_content": "hm", "content": None}
+    assert example({"messages": [QUESTION, thinking]})["messages"][1] == {**thinking, "content": ""}
+
+
 def test_answer_and_choices_are_kept() -> None:
     made = example({"instruction": "q", "output": "the answer is b", "answer": "b", "choices": ["a", "b"]})
     assert (made["answer"], made["choices"]) == ("b", ["a", "b"])
 
 
-def test_split_prompt_cuts_before_the_last_answer() -> None:
+def test_split_prompt_cuts_off_the_answer_at_the_end() -> None:
     assert split_prompt([QUESTION, ANSWER, QUESTION, ANSWER]) == ([QUESTION, ANSWER, QUESTION], "a")
     assert split_prompt([QUESTION]) == ([QUESTION], "")
+    assert split_prompt([QUESTION, ANSWER, QUESTION]) == ([QUESTION, ANSWER, QUESTION], "")
 
 
 def test_columns_are_renamed() -> None:
@@ -84,6 +114,13 @@ def test_columns_are_renamed() -> None:
         ({"prompt": "q", "completion": 4}, "row 1: 'completion' must be text, got a number"),
         ({"instruction": ["q"], "output": "a"}, "row 1: 'instruction' must be text, got a list"),
         ({"messages": [QUESTION], "tools": "{"}, "row 1: 'tools' is not valid JSON"),
+        ({"messages": [QUESTION], "tools": ["f"]}, "row 1: 'tools' must be a list of objects, got text in it"),
+        ({"messages": [{"role": ["user"], "content": "q"}]}, r"entry 1 has the role \['user'\]; known are"),
+        ({"messages": [{**ANSWER, "tool_calls": "f"}]}, "entry 1: 'tool_calls' must be a list of objects, got text"),
+        (
+            {"messages": [{**ANSWER, "tool_calls": [{"function": "f"}]}]},
+            "row 1: 'messages' entry 1: the function of a tool call must be an object with a name, got text",
+        ),
     ],
 )
 def test_wrong_rows_are_named(row: dict[str, Any], message: str) -> None:

@@ -169,7 +169,7 @@ def test_a_system_message_that_the_template_shows_in_the_last_question_joins_the
     assert made.tokenizer.decode(row.input_ids).startswith("<s>[INST] be brief\n\nwho is the third[/INST] yes</s>")
     if not settings:
         assert trained(made, row) == [" yes</s>", " the answer is no</s>"]
-    prompt, ids = made.encode_prompt({"messages": SYSTEM + TWO_TURNS[:2]}, "row 1")
+    _, ids = made.encode_prompt({"messages": SYSTEM + TWO_TURNS[:2]}, "row 1")
     assert made.encode({"messages": SYSTEM + TWO_TURNS[:2]}, "row 1")[0].input_ids[: len(ids)] == ids
 
 

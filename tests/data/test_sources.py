@@ -29,8 +29,8 @@ def write(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
     return path
 
 
-def rows_of(name: str | Path, split: str = "train") -> list[dict[str, str]]:
-    return [row for _, row in read_rows(resolve(str(name), "dataset", split))]
+def rows_of(name: str | Path, split: str = "train", key: str = "dataset") -> list[dict[str, str]]:
+    return [row for _, row in read_rows(resolve(str(name), key, split))]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
@@ -64,12 +64,66 @@ def test_a_directory_whose_files_name_splits_gives_the_split(tmp_path: Path) -> 
         rows_of(tmp_path, "validation")
 
 
+def test_folders_name_splits_too(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "a.jsonl", ROWS[:1])
+    write(tmp_path / "test" / "a.jsonl", ROWS[1:])
+    assert rows_of(tmp_path) == ROWS[:1]
+    assert rows_of(tmp_path, "test") == ROWS[1:]
+
+
+def test_files_that_name_no_split_beside_those_that_do_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS[:1])
+    write(tmp_path / "more" / "extra.jsonl", ROWS[1:])
+    with pytest.warns(UserWarning, match=r"data.dataset: .* those that name none are left out: more/extra.jsonl"):
+        assert rows_of(tmp_path) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("splits", "validation", "test"),
+    [
+        (["train", "dev", "test"], "dev", "test"),
+        (["train", "test"], "test", "test"),
+        (["train", "valid"], "valid", "valid"),
+        (["train"], "train", "train"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["directory", "save_to_disk", "hub"])
+@pytest.mark.filterwarnings("ignore:data.*its train split is taken")
+def test_held_out_rows_come_from_their_own_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, splits: list[str], validation: str, test: str
+) -> None:
+    rows = {split: [{"text": split}] for split in splits}
+    name = str(tmp_path / "data")
+    if kind == "directory":
+        for split in splits:
+            write(tmp_path / "data" / f"{split}.jsonl", rows[split])
+    else:
+        data = datasets.DatasetDict({split: datasets.Dataset.from_list(rows[split]) for split in splits})
+        data.save_to_disk(name)
+    if kind == "hub":
+        name = "owner/name"
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: data[split] if split else data)
+    assert [rows_of(name, key=key)[0]["text"] for key in ("dataset", "eval_dataset", "test_dataset")] == [
+        "train",
+        validation,
+        test,
+    ]
+
+
+def test_held_out_rows_that_are_training_rows_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl")
+    with pytest.warns(UserWarning, match=r"data.eval_dataset: .* has no validation or test split; its train split is taken"):
+        assert rows_of(tmp_path, key="eval_dataset") == ROWS
+
+
 def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list(ROWS)
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
     assert rows_of(tmp_path / "one") == ROWS
     assert rows_of(tmp_path / "splits", "test") == ROWS
+    with pytest.raises(UsageError, match=r"has no split 'train'; set data.split to one of those it has: test$"):
+        rows_of(tmp_path / "splits")
 
 
 def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
@@ -125,3 +179,12 @@ def test_an_unreachable_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"^data.eval_dataset: 'nobody/nothing:test' is neither a local file nor a data set"):
         list(read_rows(resolve("nobody/nothing:test", "eval_dataset")))
+
+
+def test_a_data_set_of_the_hub_that_is_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UsageError, match=r"^data.dataset: 'owner/old' .*: Dataset scripts are no longer supported"):
+        rows_of("owner/old")
