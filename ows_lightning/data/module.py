@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data import formats
-from ows_lightning.data.choices import ChoiceRows, collate_choices
+from ows_lightning.data.choices import ChoiceRows, choices_of, collate_choices
+from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.loader import PromptRows, ResumableLoader, Rows, ShardedSampler, collate, collate_prompts
 from ows_lightning.data.masking import IGNORED, Encoder, with_chat_template
 from ows_lightning.data.packing import pack, require_separate_documents
@@ -25,6 +27,10 @@ from ows_lightning.data.sources import resolve
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.data.tables import EXAMPLES, column, mix, read_examples, stream_examples, tokenise
 from ows_lightning.errors import UsageError
+
+#: The parts whose rows with targets a stage needs; prompts need none.
+_PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
+_ALL_PARTS = ("train", "val", "test")
 
 
 class InstructionDataModule(LightningDataModule):
@@ -45,7 +51,7 @@ class InstructionDataModule(LightningDataModule):
     ================== ============================================ ==========================================
 
     ``answer`` and ``choices`` are kept for scoring, see `choices_of`; where a test set has no output or completion, ``answer``
-    stands in for it.
+    stands in for it. To predict, `test_dataset` needs no answers at all.
 
     Training batches are dicts of int64 tensors (B, L), padded on the right to the longest row: ``input_ids``, ``labels``
     (-100: no target; not shifted), and ``attention_mask``, or with `packing` ``position_ids`` that restart with each document.
@@ -60,8 +66,10 @@ class InstructionDataModule(LightningDataModule):
     Args:
         dataset: The source of the training rows; a list of sources, whose rows are joined; or a mapping from sources to
             weights, the shares that they have in an epoch: rows of a source too small for its share are repeated.
-        eval_dataset: Rows for validation. Without it, `val_size` of the training rows.
-        test_dataset: Rows for testing and prediction. Without it, the validation rows.
+        eval_dataset: Rows for validation. Without it, `val_size` of the training rows. Of a source with splits those for
+            validation, or for testing where there are none.
+        test_dataset: Rows for testing and prediction, for the latter also without answers. Without it, the validation rows.
+            Of a source with splits those for testing, or for validation where there are none.
         val_size: Fraction (below 1) or number of rows to split off by `seed` when there is no `eval_dataset`; 0 for none.
         batch_size: Rows in a batch of one rank.
         eval_batch_size: The same outside training; `batch_size` when not given.
@@ -72,11 +80,11 @@ class InstructionDataModule(LightningDataModule):
         packing: Put several documents into a training row of `max_seq_length` tokens; they don't see one another.
         group_by_length: Batches of rows of similar length, for less padding.
         streaming: Read the training rows as a stream, with at most one worker.
-        exact_match_rows: Validation and test rows (the first ones) whose answers are also generated, in a second loader after
-            that of the loss, for comparison with the reference.
+        exact_match_rows: Validation and test rows (the first ones with an answer) whose answers are also generated, in a
+            second loader after that of the loss, for comparison with the reference.
         data_format: Name of the format, for rows that it can't be recognised from.
         columns: Own column names by the format's names: ``{instruction: question, output: reply}``.
-        split: Split of data sets on the hub, and of directories whose file names name splits.
+        split: Split of a `dataset` on the hub, or in a directory whose files or folders name splits.
         tokenizer: A tokenizer or the name of one. Without it, the LightningModule's ``tokenizer``.
         num_workers: Processes that collate batches.
         seed: Seed of the split, the mixture and the order.
@@ -142,11 +150,13 @@ class InstructionDataModule(LightningDataModule):
             if getattr(self, key):
                 self._examples_of(key)
         self._split_rows()
+        if self.test_dataset or self._stage() == "test":
+            self._check_choices()
 
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
         self.check()
-        for part in ("train", "val", "test"):
+        for part in _PARTS.get(self._stage(), _ALL_PARTS):
             if (key := self._key(part)) and len(self._examples_of(key)):
                 self._tokens_of(key)
 
@@ -156,8 +166,7 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UsageError: When no row has a target.
         """
-        parts = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
-        for part in parts.get(str(stage), ("train", "val", "test")):
+        for part in _PARTS.get(stage or "", _ALL_PARTS):
             if part not in self._rows and self._key(part):
                 self._rows[part] = self._make_rows(part)
 
@@ -226,6 +235,11 @@ class InstructionDataModule(LightningDataModule):
         tokenizer = self._encoder().tokenizer
         return [(str(tokenizer.decode(item["input_ids"][a:b])), bool(trained[a])) for a, b in itertools.pairwise(edges)]
 
+    def _stage(self) -> str:
+        """What the Trainer is about to do: fit, validate, test, predict; empty where it does not say."""
+        stage = self.trainer.state.fn if self.trainer else None
+        return stage.value if stage else ""
+
     def _check_settings(self) -> None:
         least = {"batch_size": 1, "eval_batch_size": 1, "max_seq_length": 2, "exact_match_rows": 0, "num_workers": 0}
         for name, bound in {**least, "seed": 0}.items():
@@ -247,6 +261,12 @@ class InstructionDataModule(LightningDataModule):
             raise UsageError("data.group_by_length: the rows of a stream can't be sorted by length; set it to false")
         if self.packing and self.group_by_length:
             raise UsageError("data.group_by_length does nothing for packed rows, which have one length; set one of the two")
+
+    def _check_choices(self) -> None:
+        """Find a test row whose answer is none of its choices."""
+        if key := self._key("test"):
+            for entry in self._examples_of(key).select(self._indices("test")):
+                choices_of(json.loads(entry["example"]), entry["where"])
 
     # Parts (train, val, test), and the settings that say where their rows come from.
 
@@ -295,12 +315,18 @@ class InstructionDataModule(LightningDataModule):
         return np.concatenate(mixed)
 
     def _make_rows(self, part: str) -> Rows:
-        documents = self._tokens_of(str(self._key(part)))
+        key = str(self._key(part))
+        documents = self._tokens_of(key)
         row_of, wanted = column(documents, "row"), self._indices(part)
         first, last = np.searchsorted(row_of, wanted, "left"), np.searchsorted(row_of, wanted, "right")
         chosen = [document for a, b in zip(first.tolist(), last.tolist(), strict=True) for document in range(a, b)]
+        if not len(documents):
+            raise UsageError(
+                f"data.{key}: none of {len(self._examples_of(key))} rows has a target token (an answer that is not empty): "
+                f"{self._named(key, self._dropped(key))}{'; `predict` needs none' if part == 'test' else ''}"
+            )
         if not chosen:
-            raise UsageError(f"data.{self._key(part)}: no row for {part} has an answer to train on")
+            raise UsageError(f"data.{key}: no row for {part} has an answer to train on")
         if part != "train" or not self.packing:
             return Rows(documents, [[document] for document in chosen])
         packed = pack(column(documents, "length")[chosen].tolist(), self.max_seq_length)
@@ -317,7 +343,11 @@ class InstructionDataModule(LightningDataModule):
         if key not in self._examples:
             if key == "dataset" and self.streaming:
                 held_out = 0 if self.eval_dataset else int(self.val_size)
-                first = list(self._stream_examples().take(held_out or 1))  # one at least, which tells whether it is readable
+                first = list(self._stream_examples().take(held_out + 1))  # one more, which tells whether there are others
+                if len(first) <= held_out:
+                    raise UsageError(
+                        f"data.val_size: {held_out} of {len(first)} rows leaves none to train on; lower it, or set val_size: 0"
+                    )
                 self._examples[key] = datasets.Dataset.from_dict(
                     {name: [row[name] for row in first[:held_out]] for name in EXAMPLES}, features=EXAMPLES
                 )
@@ -334,10 +364,8 @@ class InstructionDataModule(LightningDataModule):
     def _report(self, key: str) -> None:
         """Say which rows have no target, and how many were cut."""
         dropped, total = self._dropped(key), len(self._examples_of(key))
-        if dropped:
-            named = ", ".join(self._examples_of(key)[dropped[:10]]["where"]) + (", ..." if len(dropped) > 10 else "")
-            if len(dropped) == total:
-                raise UsageError(f"data.{key}: none of {total} rows has a target token (an answer that is not empty): {named}")
+        if 0 < len(dropped) < total:
+            named = self._named(key, dropped)
             rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
         if (documents := len(self._tokens[key])) > total - len(dropped):
             rank_zero_info(
@@ -348,6 +376,10 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_info(
                 f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={self.max_seq_length} tokens."
             )
+
+    def _named(self, key: str, rows: list[int]) -> str:
+        """Where the rows stand, of many the first ones."""
+        return ", ".join(self._examples_of(key)[rows[:10]]["where"]) + (", ..." if len(rows) > 10 else "")
 
     def _dropped(self, key: str) -> list[int]:
         return np.setdiff1d(np.arange(len(self._examples_of(key))), column(self._tokens[key], "row")).tolist()
@@ -370,7 +402,15 @@ class InstructionDataModule(LightningDataModule):
         loss = self._ordered_dataloader(self._rows[part], collate)
         if not self.exact_match_rows:
             return [loss]
-        return [loss, self._prompt_dataloader(part, self._indices(part)[: self.exact_match_rows])]
+        rows = self._with_reference(part)
+        return [loss, self._prompt_dataloader(part, rows)] if len(rows) else [loss]
+
+    def _with_reference(self, part: str) -> np.ndarray:
+        """The first `exact_match_rows` examples of a part that end with an answer, to compare a generated one with."""
+        table = self._examples_of(str(self._key(part)))
+        conversations = ((i, json.loads(table[i]["example"]).get("messages", [])) for i in self._indices(part).tolist())
+        answered = (i for i, messages in conversations if split_prompt(messages)[1].strip())
+        return np.fromiter(itertools.islice(answered, self.exact_match_rows), dtype=np.int64)
 
     def _prompt_dataloader(self, part: str, rows: np.ndarray) -> DataLoader:
         prompts = PromptRows(self._examples_of(str(self._key(part))).select(rows), self._encoder())
@@ -427,7 +467,10 @@ class InstructionDataModule(LightningDataModule):
         if isinstance(self.tokenizer, str):
             from ows_lightning.pretrained import load_tokenizer
 
-            self.tokenizer = load_tokenizer(self.tokenizer)
+            try:
+                self.tokenizer = load_tokenizer(self.tokenizer)
+            except UsageError as error:
+                raise UsageError(str(error).replace("model.model_name_or_path", "data.tokenizer")) from None
         if self.tokenizer is None:
             raise UsageError("data.tokenizer: name a tokenizer, since the model brings none")
         tokenizer = with_chat_template(self.tokenizer)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import datetime
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -39,6 +42,11 @@ class Recorder(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Predictor(Recorder):
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+        return batch["prompt"]
 
 
 def answers(tokenizer: Any, batch: dict[str, Tensor]) -> list[str]:
@@ -110,6 +118,40 @@ def test_prompts_with_their_references(jsonl: Write) -> None:
     assert batch["attention_mask"][0, 0] == 0
     assert batch["attention_mask"][:, -1].all()
     assert data.tokenizer.decode(batch["input_ids"][1]) == batch["prompt"][1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q"},
+        {"instruction": "q"},
+        {"messages": [{"role": "user", "content": "q"}]},
+        {"conversations": [{"from": "human", "value": "q"}]},
+    ],
+)
+def test_prompts_without_answers_are_for_prediction_alone(jsonl: Write, row: dict[str, Any]) -> None:
+    prompts = {"test_dataset": jsonl([row], "prompts.jsonl"), "tokenizer": None}
+    data = make(jsonl(pairs(4)), **prompts)
+    module = Predictor()
+    fit(data, module=module, max_steps=1)
+    (answered,) = lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False).predict(module, data) or []
+    assert answered == ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"]
+    with pytest.raises(UsageError, match=r"^data.test_dataset: none of 1 rows has a target token .*line 1; `predict` needs"):
+        ready(jsonl(pairs(4)), **prompts | {"tokenizer": tiny_tokenizer()})
+
+
+def test_prompts_are_no_training_rows(jsonl: Write) -> None:
+    prompts = jsonl([{"prompt": "q"}], "prompts.jsonl")
+    make(jsonl(pairs(4)), test_dataset=prompts).check()
+    with pytest.raises(UsageError, match=r"prompts.jsonl line 1: columns 'prompt' fit no format"):
+        make(prompts).check()
+
+
+def test_exact_match_is_of_rows_with_an_answer(jsonl: Write) -> None:
+    rows = [{"prompt": "q", "completion": None}, *pairs(3), {"prompt": "q", "completion": " "}]
+    data = ready(jsonl(pairs(4)), eval_dataset=jsonl(rows, "eval.jsonl"), exact_match_rows=2)
+    _, prompts = data.val_dataloader()
+    assert [batch["reference"] for batch in prompts] == [["answer 0", "answer 1"]]
 
 
 def test_exact_match_rows_come_as_a_second_loader(jsonl: Write) -> None:
@@ -222,6 +264,18 @@ def test_a_resumed_run_sees_the_remaining_batches(
         assert rest == [batch for batch in whole if batch[0] >= step], checkpoint.name
 
 
+def test_a_run_resumed_from_a_checkpoint_of_a_validation_sees_the_remaining_batches(jsonl: Write, tmp_path: Path) -> None:
+    file = jsonl(pairs(18))
+    run: dict[str, Any] = {"max_epochs": 2, "val_check_interval": 0.25}
+    checkpoints = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+    whole = fit(make(file, tokenizer=None, val_size=2), callbacks=[checkpoints], **run).seen
+    saved = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    assert [path.stem for path in saved] == [f"step={step}" for step in range(2, 17, 2)]
+    for checkpoint in saved:
+        rest = fit(make(file, tokenizer=None, val_size=2), ckpt_path=checkpoint, **run).seen
+        assert rest == [batch for batch in whole if batch[0] >= int(checkpoint.stem.removeprefix("step="))], checkpoint.name
+
+
 def test_epochs_have_different_orders_and_all_rows(jsonl: Write) -> None:
     seen = [row for _, rows in fit(make(jsonl(pairs(9))), max_epochs=2).seen for row in rows]
     first, second = seen[:9], seen[9:]
@@ -298,6 +352,10 @@ def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], mes
         ([], {}, "data.dataset: .*rows.jsonl has no rows"),
         (pairs(3), {"val_size": 3}, "data.val_size: 3 of 3 rows leaves none to train on; set val_size: 0"),
         (pairs(1), {"val_size": 0.1}, "data.val_size: 0.1 of 1 rows leaves none to train on"),
+        (pairs(3), {"val_size": 3, "streaming": True}, "data.val_size: 3 of 3 rows leaves none to train on; lower it, or set"),
+        (pairs(3), {"val_size": 9, "streaming": True}, "data.val_size: 9 of 3 rows leaves none to train on"),
+        ([{"text": "a \ud83d b"}], {}, r"rows.jsonl line 1 holds '\\ud83d', one half of a character"),
+        ([{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}], {}, "rows.jsonl line 1 .* TypeError"),
         (pairs(3), {"columns": {"output": "complition"}}, "rows.jsonl line 1 has no column 'complition' .*'completion'"),
         ([*pairs(2), {"prompt": "q"}], {}, "rows.jsonl line 3 has no column 'completion' or 'answer'"),
         ([{"prompt": "q", "ouput": "a"}], {}, "rows.jsonl line 1: columns 'prompt', 'ouput' fit no format"),
@@ -324,9 +382,27 @@ def test_a_data_set_without_any_target_is_an_error(jsonl: Write) -> None:
         ready(jsonl(rows), streaming=True).sample_row()
 
 
+def test_an_answer_that_is_none_of_the_choices_is_found_by_check(jsonl: Write) -> None:
+    rows = [{"prompt": "q", "choices": ["yes", "no"], "answer": answer} for answer in ("no", "maybe")]
+    with pytest.raises(UsageError, match=r"^test.jsonl line 2: the answer 'maybe' is none of the choices yes, no"):
+        make(jsonl(pairs(3)), test_dataset=jsonl(rows, "test.jsonl"), tokenizer=None).check()
+
+
+def test_values_that_json_does_not_know_are_passed_through(tmp_path: Path) -> None:
+    day = datetime.datetime(2026, 11, 1)
+    messages = [{"role": "user", "content": "q", "at": day}, {"role": "assistant", "content": "a", "at": None}]
+    pq.write_table(pa.Table.from_pylist([{"messages": messages}]), tmp_path / "rows.parquet")
+    assert epoch(ready(str(tmp_path / "rows.parquet"))) == ["a|"]
+
+
 def test_streams_need_an_end(jsonl: Write) -> None:
     with pytest.raises(UsageError, match=r"^data.streaming: a stream has no end; set trainer.max_steps"):
         fit(make(jsonl(pairs(3)), streaming=True), max_epochs=1)
+
+
+def test_a_tokenizer_that_is_not_there(jsonl: Write) -> None:
+    with pytest.raises(UsageError, match=r"^data.tokenizer: no such directory '\./no/where'"):
+        ready(jsonl(pairs(3)), tokenizer="./no/where")
 
 
 def test_without_a_tokenizer(jsonl: Write) -> None:
