@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from ows_lightning.artifacts import PredictionFile, ProgressBar, RunArtifacts
 from ows_lightning.checkpoints import find_checkpoint
@@ -91,6 +93,8 @@ class OWSCLI(LightningCLI):
         for section in ("trainer", "checkpoint"):
             if not isinstance(value := config[section], Namespace):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
+        if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
+            raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
 
     def instantiate_classes(self) -> None:
         """Makes model, data and Trainer; a plan needs none of them."""
@@ -105,7 +109,7 @@ class OWSCLI(LightningCLI):
         OWSTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` where no logger is configured."""
+        """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` where none is configured."""
         given = self._get(self.config_init, "trainer")
         sampling = self._get(self.config_init, "sampling")
         if self.subcommand is not None:
@@ -122,13 +126,18 @@ class OWSCLI(LightningCLI):
         if given["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
         kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
-        if given["logger"] in (None, True):
-            kwargs["logger"] = CSVLogger(kwargs["default_root_dir"], name="")
+        if given["logger"] is not False:
+            kwargs["logger"] = with_csv(given["logger"], kwargs["default_root_dir"])
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
         if given["logger"] is not False:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except UsageError:
+            raise
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UsageError(f"trainer: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint. A resumed run's settings are the user's, not those in the checkpoint."""
@@ -138,6 +147,21 @@ class OWSCLI(LightningCLI):
             config.ckpt_path = None if path is None else str(path)
             if path is None:
                 log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
+
+
+def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
+    """Puts a CSV logger before the configured ones: the first one's folder is the run's, and pictures are drawn from it.
+
+    Args:
+        loggers: ``trainer.logger``, not false.
+        folder: Where the CSV logger makes its ``version_N``, if none is configured.
+    """
+    if loggers is None or isinstance(loggers, bool):
+        loggers = []
+    loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
+    if not any(isinstance(logger, CSVLogger) for logger in loggers):
+        loggers.append(CSVLogger(folder, name=""))
+    return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
 
 
 def main(args: ArgsType = None) -> None:

@@ -40,6 +40,7 @@ class RunSummary(Callback):
     def __init__(self, config: Any = None) -> None:
         self.config = config
         self.before: dict[str, float] = {}
+        self.trained = False
         self.predicted: str | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,6 +58,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs which share of the weights trains at some time in the run: the draws follow from the scores."""
+        self.trained = True
         sampling = _sampling(trainer)
         steps = trainer.estimated_stepping_batches
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
@@ -87,6 +89,8 @@ class RunSummary(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if not trainer.is_global_zero:
             return
+        if not self.trained:  # a resumed run that had ended
+            log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
         if after := _held_out(trainer):
             log.info("After training: held-out %s", _figures(after, self.before))
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")

@@ -99,6 +99,9 @@ def test_a_resumed_run_keeps_the_figures_from_before(config: Path, caplog: pytes
     caplog.clear()
     run("fit", config, "--ckpt_path", "last")
     assert re.search(rf"After training: held-out loss {before} -> ", caplog.text)
+    assert "Nothing was trained" not in caplog.text
+    run("fit", config, "--ckpt_path", "last")
+    assert "Nothing was trained: the checkpoint is of step 4 already; raise max_steps" in caplog.text
 
 
 def test_predict_writes_a_line_a_row(config: Path) -> None:
@@ -226,6 +229,27 @@ trainer:
     assert {"train_loss", "val_loss", "tokens_per_second"} <= set(tags["scalars"])
     assert {"outlier_scores", "sampling_history", "loss"} <= set(tags["images"])
     assert [event.step for event in events.Tensors("generations/text_summary")] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("save_dir", ["board", "runs"])
+def test_other_loggers_stand_beside_the_csv_one(config: Path, save_dir: str) -> None:
+    pytest.importorskip("tensorboard")
+    run(
+        "fit",
+        config,
+        "--trainer.max_steps",
+        "2",
+        "--trainer.logger",
+        "TensorBoardLogger",
+        "--trainer.logger.save_dir",
+        save_dir,
+    )
+    files = {"metrics.csv", "loss.png", "config.yaml", "sampling_history.csv", "outlier_scores.json", "model", "checkpoints"}
+    assert files <= {path.name for path in Path("runs/version_0").iterdir()}
+    assert "| Held-out loss (nats) |" in Path("runs/version_0/model/README.md").read_text()
+    assert list(Path(save_dir).glob("lightning_logs/version_0/events.*"))
+    main(["report", "runs"])
+    assert Path("runs/report/loss.png").is_file()
 
 
 class PlainModule(LightningModule):
