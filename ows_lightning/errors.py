@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -20,15 +21,27 @@ class RunError(RuntimeError):
 EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}
 """Packages that are not always needed, and this project's extras that bring them."""
 
+_LATE = {
+    r"`val_check_interval` \((\S+)\) must be less than or equal to the number of the training batches \((\d+)\)": (
+        "trainer.val_check_interval: {} is more than the {} training batches of an epoch; lower it, or set "
+        "trainer.check_val_every_n_epoch: null to count over epochs"
+    ),
+    r'ckpt_path="(\w+)"\)` is set but': "ckpt_path: there is no '{}' checkpoint to find; give the path of one, or `last`",
+}
+"""Settings that Lightning refuses in the midst of its set-up, and what a user can do about them."""
+
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
     error = _unwrapped(error)
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_own_text(error).split()) or type(error).__name__
     if isinstance(error, (UsageError, MisconfigurationException)):
         return text, 2
     if isinstance(error, RunError):
         return text, 1
+    for pattern, line in _LATE.items():
+        if found := re.search(pattern, text):
+            return line.format(*found.groups()), 2
     if isinstance(error, ModuleNotFoundError):
         return f"{text.rstrip('.')}{_install(text)}", 2
     if is_out_of_memory(error):
@@ -52,6 +65,13 @@ def _unwrapped(error: BaseException) -> BaseException:
         chain.append(inner)
     ours = next((inner for inner in chain if isinstance(inner, (UsageError, RunError))), None)
     return ours or (chain[-1] if "Does not validate against" in str(error) else error)
+
+
+def _own_text(error: BaseException) -> str:
+    """The error's text, without the stack trace that a worker of a DataLoader sends with it."""
+    text = str(error)
+    raised = re.findall(r"^[\w.]+: (.*)", text, flags=re.MULTILINE) if "DataLoader worker process" in text else []
+    return raised[-1] if raised else text
 
 
 def _install(text: str) -> str:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NoReturn
@@ -28,6 +29,7 @@ _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
     "dict": "a mapping of keys to values", "NoneType": "null", "collections.abc.Iterable": "a list",
 }  # fmt: skip
+_NOTHING = "{}: nothing is given below it; write its keys there, or delete the line"
 _NAMEABLE = (LightningModule, LightningDataModule, Callback, Logger, Optimizer)
 
 
@@ -39,6 +41,15 @@ class OneLineParser(LightningArgumentParser):
     """
 
     foreign_keys: Collection[str] = ()
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Parses a config file."""
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            byte = f"byte 0x{error.object[error.start]:02x}"
+            raise UsageError(f"config: {path} line {line} is not UTF-8 ({byte}); save it as UTF-8") from error
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a config file."""
@@ -83,11 +94,17 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
         if found := re.search(r"the following arguments are required: (.+)", line):
             name = found[1].split(",")[0].partition(".")
             name = f"{key}.{found[1]}" if key else name[2] or name[0]
+            if name in SECTIONS:  # they have defaults: only null can have taken them away
+                return _NOTHING.format(name)
             return f"{name}: not given, and it has no default; put it into the YAML file or write --{name}"
         if found := re.search(r'invalid choice: \'(.+?)\'|expected "subcommand" to be one of', line):
             return _subcommand(found[1], parser)
         if found := re.search(r"(?:File does not exist: '|Unable to load config [\"'])(.+?)[\"']", line):
             return f"{key or 'config'}: no such file '{found[1]}'; give the path of a YAML file"
+        if found := re.search(r"Path is not a file: '(.+)'", line):
+            return f"{key or 'config'}: '{found[1]}' is a folder; give the path of a YAML file"
+        if found := re.match(r"Unexpected config: (\w+):\s*$", message):
+            return _NOTHING.format(found[1])
         if found := re.match(r"argument (?:-c/)?--(\S+?)(?:/\S+)?: expected one argument", line):
             return f"{found[1]}: no value is given; write --{found[1]} VALUE"
         if found := re.search(r"(?:Problems parsing|Unexpected) config: (.*)", line):

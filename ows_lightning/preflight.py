@@ -5,23 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.parsing import nearest
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
+
+LOGGED = (
+    "train_loss", "val_loss", "val_perplexity", "val_exact_match", "tokens_per_second", "grad_norm", "peak_memory_mb",
+    "tokens", "time_s", "renewal_s", "epoch", "step",
+)  # fmt: skip
+"""The figures that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
 
 
 def check_run(
@@ -47,11 +56,12 @@ def check_run(
     """
     if command == "fit":
         check_precision(model, str(trainer["precision"]))
+        check_training(trainer)
     check_devices(trainer, torch.cuda.device_count())
-    if command == "fit":
+    if command in ("fit", "validate", "test", "predict"):
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
-        if isinstance(data, InstructionDataModule):
-            _check_monitor(checkpoint, data)
+    if command == "fit":
+        _check_monitors(model, data, checkpoint, trainer["callbacks"] or [])
     if isinstance(model, CausalLMModule):
         config = model.check()
         if sampling is not None and command == "fit":
@@ -61,15 +71,35 @@ def check_run(
         data.check()
 
 
+def check_training(trainer: Mapping[str, Any]) -> None:
+    """Refuses numbers with which nothing would train, or in the wrong direction.
+
+    Args:
+        trainer: The Trainer's arguments.
+    """
+    for key in ("max_steps", "max_epochs", "limit_train_batches"):
+        if trainer[key] == 0:
+            raise UsageError(f"trainer.{key}: with 0 nothing is trained; give a number above 0, or leave it out")
+    if (trainer["gradient_clip_val"] or 0) < 0:
+        raise UsageError(f"trainer.gradient_clip_val: {trainer['gradient_clip_val']} must be above 0, or null not to clip")
+    if trainer["val_check_interval"] == 0:
+        raise UsageError("trainer.val_check_interval: 0 is no interval; to validate never, set trainer.limit_val_batches: 0")
+    if trainer["check_val_every_n_epoch"] == 0:
+        raise UsageError("trainer.check_val_every_n_epoch: 0 must be at least 1; null counts trainer.val_check_interval alone")
+
+
 def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
-    """Checks accelerator, devices and precision against the machine.
+    """Checks strategy, accelerator, devices and precision against the machine.
 
     Args:
         trainer: The Trainer's arguments.
         gpus: Number of CUDA devices.
     """
-    if (micro_batches := trainer["accumulate_grad_batches"]) < 1:
-        raise UsageError(f"trainer.accumulate_grad_batches: {micro_batches} must be at least 1")
+    for key in ("accumulate_grad_batches", "num_nodes"):
+        if trainer[key] < 1:
+            raise UsageError(f"trainer.{key}: {trainer[key]} must be at least 1")
+    _check_name("strategy", trainer["strategy"], StrategyRegistry.available_strategies(), "auto, ddp_layerwise or fsdp2")
+    _check_name("accelerator", trainer["accelerator"], [*AcceleratorRegistry.available_accelerators(), "gpu"], "auto")
     accelerator, devices, precision = trainer["accelerator"], trainer["devices"], str(trainer["precision"])
     if accelerator in ("gpu", "cuda") and not gpus and not (accelerator == "gpu" and torch.backends.mps.is_available()):
         raise UsageError(
@@ -92,6 +122,11 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
 def cpu_has_bfloat16() -> bool:
     """Whether matrix products in bfloat16 are fast on this CPU; without AVX-512, an x86 one takes many times as long."""
     return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
+
+
+def _check_name(key: str, given: Any, known: Sequence[str], usual: str) -> None:
+    if isinstance(given, str) and given not in ("auto", *known):
+        raise UsageError(f"trainer.{key}: there is no '{given}'{nearest(given, known) or f'; take {usual}'}")
 
 
 def _number_of_devices(devices: Any) -> int:
@@ -132,12 +167,29 @@ def check_precision(model: LightningModule, precision: str) -> None:
         )
 
 
-def _check_monitor(checkpoint: ModelCheckpoint, data: InstructionDataModule) -> None:
-    if (checkpoint.monitor or "").startswith("val_") and not (data.eval_dataset or data.val_size):
-        raise UsageError(
-            f"checkpoint.monitor: {checkpoint.monitor} needs held-out rows; set data.val_size or data.eval_dataset, "
-            "or checkpoint.monitor: null"
-        )
+def _check_monitors(
+    model: LightningModule, data: LightningDataModule, checkpoint: ModelCheckpoint, callbacks: Callback | list[Callback]
+) -> None:
+    """Refuses to monitor what is never logged; callbacks of the user's and other modules may log what they like."""
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    alone = type(model) is CausalLMModule and all(
+        type(callback).__module__.startswith(("lightning.", "ows_lightning.")) for callback in callbacks
+    )
+    monitors = {"checkpoint.monitor": checkpoint.monitor}
+    monitors |= {f"trainer.callbacks.{type(one).__name__}.monitor": getattr(one, "monitor", None) for one in callbacks}
+    names = ", ".join(LOGGED)
+    for key, figure in monitors.items():
+        if alone and figure and figure not in LOGGED and not figure.startswith("lr-"):
+            raise UsageError(f"{key}: no figure '{figure}' is logged{nearest(figure, LOGGED) or f'; choose from {names}'}")
+        if figure and figure.startswith("val_") and isinstance(data, InstructionDataModule):
+            _check_held_out(key, figure, data)
+
+
+def _check_held_out(key: str, figure: str, data: InstructionDataModule) -> None:
+    if not (data.eval_dataset or data.val_size):
+        raise UsageError(f"{key}: {figure} needs held-out rows; set data.val_size or data.eval_dataset, or monitor train_loss")
+    if figure == "val_exact_match" and not data.exact_match_rows:
+        raise UsageError(f"{key}: {figure} needs answers to compare; set data.exact_match_rows, or monitor val_loss")
 
 
 def _warn_of_scores(sampling: LayerwiseSampling, model: str) -> None:
