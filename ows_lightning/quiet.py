@@ -15,6 +15,7 @@ _WARNINGS = (
 )
 _LOGS = {
     "lightning.pytorch.utilities.rank_zero": ("litlogger", "GPU available:", "TPU available:", "HPU available:"),
+    "torch._subclasses.fake_tensor": ("failed while attempting to run meta for",),  # a stack trace; what failed says so itself
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
 }
 
