@@ -116,6 +116,11 @@ def ours_frozen(model: PreTrainedModel, setting: Setting) -> Training:
     return _ours(model, setting, frozen=("embeddings", "lm_head"))
 
 
+def forward_backward(model: PreTrainedModel, setting: Setting) -> Training:
+    """Forward and backward of ours with frozen embeddings, and no optimizer: what a step can't do without."""
+    return _ours(model, setting, frozen=("embeddings", "lm_head"), make_optimizer=_NoSteps)
+
+
 METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] = {
     "full": ("Full AdamW", full),
     "lora": ("LoRA r=16 (peft)", lora),
@@ -126,6 +131,7 @@ METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] =
     "ours_full_rank": ("Ours, embeddings full rank", ours_full_rank),
     "ours_low_rank": ("Ours, embeddings low rank", ours_low_rank),
     "ours_frozen": ("Ours, embeddings frozen", ours_frozen),
+    "forward_backward": ("Its forward and backward alone", forward_backward),
 }
 """Key -> how tables call the method, and what sets it up."""
 
@@ -133,12 +139,27 @@ PACKAGES = {"lora": "peft", "galore": "galore_torch", "ows_published": "galore_t
 """Key -> the peer's package, from the extra ``benchmarks``."""
 
 
-def _ours(model: PreTrainedModel, setting: Setting, project_embeddings: bool = False, frozen: Sequence[str] = ()) -> Training:
+class _NoSteps(Optimizer):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Leaves the weights as they are."""
+
+
+def _ours(
+    model: PreTrainedModel,
+    setting: Setting,
+    project_embeddings: bool = False,
+    frozen: Sequence[str] = (),
+    make_optimizer: Callable[..., Optimizer] = GaLoreAdamW,
+) -> Training:
     if model.is_gradient_checkpointing:
         model.disable_input_require_grads()  # as CausalLMModule does
     groups = galore_param_groups(model, rank=setting.rank, project_embeddings=project_embeddings)
-    optimizer = GaLoreAdamW(groups, lr=LR)
-    optimizer.project_in_backward()
+    optimizer = make_optimizer(groups, lr=LR)
+    if isinstance(optimizer, GaLoreAdamW):
+        optimizer.project_in_backward()
     outside = non_block_parameters(model)
     others = [(p, False) for part in frozen for p in outside[part]]
 

@@ -52,6 +52,7 @@ TARGETS = (
     Target("time a token, ours frozen / LoRA", step_s, "ours_frozen", "lora", 0.80),
     Target("time a token, ours frozen / OWS as published", step_s, "ours_frozen", "ows_published", 0.80),
     Target("time a token, ours frozen / full AdamW", step_s, "ours_frozen", "full", 0.55),
+    Target("a step, ours frozen / its forward and backward alone", step_s, "ours_frozen", "forward_backward", 1.05),
     Target("worst step / median step, ours frozen", worst_over_median, "ours_frozen", None, 1.3),
     Target("worst step / median step, ours low rank", worst_over_median, "ours_low_rank", None, 1.3),
     Target("worst step / median step, ours full rank", worst_over_median, "ours_full_rank", None, 1.3),
