@@ -18,8 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from ows_lightning.errors import RunError, UsageError
 
@@ -55,6 +61,8 @@ def save_huggingface(
 ) -> None:
     """Writes a model directory: safetensors, config, generation config, tokenizer, chat template and model card.
 
+    A vision-language model also gets the processor's files of the model that it was made from.
+
     `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once; the
     weights keep their dtype. A model inside peft is written merged, as a plain model, and is itself left as it was,
     bit for bit. A model sharded by FSDP2 is gathered and merged one weight at a time, and written in shards of about
@@ -88,6 +96,7 @@ def save_huggingface(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             tokenizer.save_pretrained(partial)
+            _copy_processor(base, partial)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
@@ -127,6 +136,15 @@ def _replace(target: Path, partial: Path) -> None:
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
+    """Brings along what tells how a vision-language model wants its images, which no training changes."""
+    if type(model.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return
+    for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME):
+        with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
+            shutil.copy(cached_file(model.name_or_path, name), directory)
 
 
 def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma3Config, PreTrainedTokenizerFast
 
 from ows_lightning.errors import UsageError
+from ows_lightning.export import save_huggingface
 from ows_lightning.pretrained import check_model_name, load_config, load_model, load_tokenizer, resize_embeddings
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -106,6 +107,22 @@ def test_no_tokenizer(architecture: str, tmp_path: Path) -> None:
     tiny_model(architecture).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"has no tokenizer; copy tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+def test_vision_language_model_keeps_its_processor(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 128, "num_key_value_heads": 2, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config={**sizes, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4)
+    for name in ("base", "plain"):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    files = {"preprocessor_config.json": '{"image_processor_type": "Gemma3ImageProcessor"}', "processor_config.json": "{}"}
+    for name, content in files.items():
+        (tmp_path / "base" / name).write_text(content)
+
+    save_huggingface(load_model(str(tmp_path / "base")), tiny_tokenizer(), tmp_path / "model")
+    assert {name: (tmp_path / "model" / name).read_text() for name in files} == files
+    save_huggingface(load_model(str(tmp_path / "plain")), tiny_tokenizer(), tmp_path / "model")
+    assert not files.keys() & {path.name for path in (tmp_path / "model").iterdir()}
 
 
 # Refusals
