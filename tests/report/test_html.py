@@ -15,6 +15,9 @@ from matplotlib.image import imread
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord, write_report
 
+# The same browser under the names that its packages give it.
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
 
 class Page(HTMLParser):
     """Collects elements and text, and fails where tags are not closed in order."""
@@ -153,14 +156,14 @@ def test_an_output_that_can_t_be_written_is_named(tmp_path, make_run):
         write_report([make_run(tmp_path / "ows", steps=50)], tmp_path / "taken")
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed: apt-get install chromium")
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed: apt-get install chromium")
 def test_opens_in_a_browser(tmp_path, make_run):
     page = write_report([make_run(tmp_path / "ows"), make_run(tmp_path / "lisa", seed=1)], tmp_path / "report")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     screenshot = tmp_path / "page.png"
     subprocess.run(
         [
-            *("chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars"),
+            *(BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--hide-scrollbars"),
             *("--window-size=1200,7500", f"--screenshot={screenshot}", page.as_uri()),
         ],
         check=True,
