@@ -50,6 +50,18 @@ def empty_model(
     return model.train()
 
 
+def allocate(model: nn.Module) -> nn.Module:
+    """Gives the weights of an ``empty_model`` memory, without values, in place; tied ones stay tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta:
+                if weight not in made:
+                    made[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
+                module._parameters[name] = made[weight]
+    return model
+
+
 def load_into_shards(
     build: Callable[[bool], nn.Module], name: str, mesh: DeviceMesh, device: torch.device, precision: str
 ) -> nn.Module:
@@ -134,7 +146,7 @@ def _hand_out(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) -> None:
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     buffers = dict(model.named_buffers())
-    return {key: buffers[key] for key in model.state_dict().keys() & buffers.keys()}
+    return {key: buffers[key] for key in model.state_dict() if key in buffers}  # in an order that is the same on all ranks
 
 
 @contextlib.contextmanager

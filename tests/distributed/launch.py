@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -60,24 +60,37 @@ class Launch:
         ranks: How many processes.
         file_bytes: Longest file that they can write, in the place of a full disk.
         target: What runs in the place of the command line.
+        environment: Further variables of the processes; with SLURM's, it is SLURM that started them.
     """
 
     def __init__(
-        self, arguments: Sequence[str], folder: Path, ranks: int = 1, file_bytes: int | None = None, target: Target = _main
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        ranks: int = 1,
+        file_bytes: int | None = None,
+        target: Target = _main,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(ranks)]
         self.processes: list[BaseProcess] = []
-        port = _free_port()
+        port = free_port()
         for rank, output in enumerate(self.outputs):
-            environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-            if ranks > 1:
-                environment |= {
+            variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+            if environment and "SLURM_NTASKS" in environment:
+                variables |= {
+                    "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0",
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                }  # fmt: skip
+            elif ranks > 1:
+                variables |= {
                     "TORCHELASTIC_RUN_ID": "tests", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
                     "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }  # fmt: skip
-            process = context.Process(target=_run, args=(target, list(arguments), environment, str(output), file_bytes))
+            variables |= environment or {}
+            process = context.Process(target=_run, args=(target, list(arguments), variables, str(output), file_bytes))
             process.start()
             self.processes.append(process)
 
@@ -111,7 +124,8 @@ def run(arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float =
     return launch.output
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +14,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.distributed.loading import empty_model, load_into_shards
 from ows_lightning.pretrained import load_model
 from tests.distributed.fixtures import Arguments
-from tests.distributed.launch import Launch, run
+from tests.distributed.launch import Launch, free_port, run
 from tests.tiny import tiny_model
 
 
@@ -61,3 +65,36 @@ def test_every_process_reads_its_own_part_of_the_weights(tmp_path: Path) -> None
     shape = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": 4, "max_position_embeddings": 64}
     tiny_model("llama", **shape).save_pretrained(tmp_path / "model", max_shard_size="60MB")
     run([str(tmp_path / "model")], tmp_path, ranks=4, target=load_a_model)
+
+
+def hand_out_buffers(name: str) -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = load_into_shards(
+        lambda empty: empty_model(name, 0) if empty else load_model(name), name, mesh, torch.device("cpu"), "32"
+    )
+    expected = dict(load_model(name).named_buffers())
+    for key, buffer in model.named_buffers():
+        assert torch.equal(buffer, expected[key]), key
+    dist.destroy_process_group()
+
+
+def test_buffers_are_the_same_whatever_the_processes_hash_seeds(tmp_path: Path) -> None:
+    """Stacked experts are handed out by rank 0, and with them the router's biases, which are buffers."""
+    config = AutoConfig.for_model(
+        "glm4_moe", vocab_size=32, hidden_size=16, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=1, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=0,
+        pad_token_id=0, head_dim=8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for key, buffer in model.named_buffers():
+        if "bias" in key:
+            buffer.normal_()
+    model.save_pretrained(tmp_path)
+    program = f"from tests.distributed.test_strategy import hand_out_buffers; hand_out_buffers({str(tmp_path)!r})"
+    processes, port = [], free_port()
+    for rank in range(2):
+        variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONHASHSEED": rank}
+        environment = os.environ | {key: str(value) for key, value in variables.items()}
+        processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[2]))
+    assert [process.wait(120) for process in processes] == [0, 0]
