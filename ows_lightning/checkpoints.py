@@ -13,24 +13,33 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ows_lightning.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 NEEDED = ("state_dict", "loops", "global_step")
 # What a file that is no checkpoint, or a cut one, makes torch and pickle raise.
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError)
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
+
+
+class Forbidden(pickle.UnpicklingError):
+    """A pickle asks for more than tensors and plain values."""
+
+    def __str__(self) -> str:
+        return "it holds more than tensors and plain values, which could run code when it is read"
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -75,12 +84,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
 # ------------------------------------------------------------------ finding
 
 
-def find_checkpoint(ckpt_path: str, root: Path) -> Path | None:
+def find_checkpoint(ckpt_path: str, *places: Path) -> Path | None:
     """Returns the checkpoint that a user means, if it is good.
 
     Args:
-        ckpt_path: A path; or ``last``, the newest good checkpoint of the newest run in ``root`` that has one.
-        root: The Trainer's ``default_root_dir``, with the runs' folders ``version_N``.
+        ckpt_path: A path; or ``last``, the newest good checkpoint of the first place that has one.
+        places: Where runs may have saved: folders of checkpoints, or folders with runs' folders ``version_N``, of which the
+            newest run counts that has a good checkpoint.
 
     Returns:
         A path, or None if there is no checkpoint for ``last`` yet.
@@ -91,21 +101,29 @@ def find_checkpoint(ckpt_path: str, root: Path) -> Path | None:
     if ckpt_path != "last":
         read(Path(ckpt_path), inspect)
         return Path(ckpt_path)
-    runs = sorted((p for p in root.glob("version_*") if p.name[8:].isdigit()), key=lambda p: int(p.name[8:]), reverse=True)
-    return next((path for run in runs if (path := last_good(run / "checkpoints"))), None)
+    return next((path for place in places for folder in _folders(place) if (path := last_good(folder))), None)
+
+
+def _folders(place: Path) -> Iterator[Path]:
+    """Yields the folders of checkpoints in a place, the newest run's first."""
+    runs = [run for run in place.glob("version_*") if run.name[8:].isdigit()]
+    for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
+        yield run / "checkpoints"
+    yield from (place / "checkpoints", place)
 
 
 def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
     """Returns the newest checkpoint in a folder that is whole; damaged ones are named in the log."""
-    for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        if path == other_than:
-            continue
-        try:
-            inspect(path)
-        except UNREADABLE as error:
-            log.warning("Passed over the damaged checkpoint %s (%s)", path, one_line(error))
-        else:
-            return path
+    for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill in the midst of `put_in_place`
+        for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            if path == other_than:
+                continue
+            try:
+                inspect(path)
+            except UNREADABLE as error:
+                log.warning("Passed over the damaged checkpoint %s (%s)", path, one_line(error))
+            else:
+                return path
     return None
 
 
@@ -119,17 +137,16 @@ def inspect(path: Path) -> dict[str, Any]:
     return load_file(path / META, needed=NEEDED[1:])
 
 
-def read(path: Path, how: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def read(path: Path, how: Callable[[Path], T]) -> T:
     """Reads a checkpoint; what is wrong with it becomes one line that names the last good one beside it."""
     if not path.exists():
         raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_mend(path)}")
     try:
         return how(path)
+    except UsageError:
+        raise
     except UNREADABLE as error:
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds more than tensors and plain values, which could run code when it is read"
-        else:
-            reason = one_line(error)
+        reason = one_line(error)
         raise UsageError(f"ckpt_path: '{path}' is damaged or no checkpoint of a run ({reason}); {_mend(path)}") from error
 
 
@@ -143,7 +160,12 @@ def _mend(path: Path) -> str:
 
 def load_file(path: Path, needed: Iterable[str] = NEEDED) -> dict[str, Any]:
     """Reads a file of tensors and plain values; the tensors are mapped into memory, not read."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # of no pickle's
+            raise ValueError("it is no file of torch's") from error
+        raise Forbidden from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")
     return checkpoint
@@ -163,26 +185,41 @@ def partial_path(path: Any) -> Path:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Gives a finished file or directory its name; what had the name before is there until then."""
+    """Gives a finished file or directory its name; what had the name before is there until then, if as ``.NAME.old``."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    if partial.is_dir():
+        for written in (*partial.iterdir(), partial):
+            _to_disk(written)
     if path.is_dir():
         path.rename(old)
     partial.replace(path)
     shutil.rmtree(old, ignore_errors=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(number)
     finally:
-        os.close(folder)
+        os.close(number)
 
 
 def not_written(path: Any, error: BaseException) -> RunError:
     """The error of a checkpoint that could not be written."""
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error
     before = last_good(Path(path).parent)
     kept = f"'{before}' is still good" if before else "there is no earlier one"
-    return RunError(f"can't write the checkpoint '{path}' ({one_line(cause)}); {kept}; free space on the disk and resume")
+    reason = one_line(cause(error))
+    return RunError(f"can't write the checkpoint '{path}' ({reason}); {kept}; free space on the disk and resume")
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong on the first process that failed, and where it was the system's fault, what the system said."""
+    if isinstance(error, dcp.CheckpointException):
+        return cause(next(iter(error.failures.values()))[0])
+    return error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def one_line(error: BaseException) -> str:
@@ -243,20 +280,56 @@ def load_tensors(
     path: Path, prefix: str, empty: Callable[[str, TensorStorageMetadata], Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Reads the tensors whose names begin with a prefix, which is taken off; each process what it needs, on its own."""
-    contents = read_metadata(path).state_dict_metadata.items()
-    saved = {k: v for k, v in contents if k.startswith(prefix) and isinstance(v, TensorStorageMetadata)}
     tensors = {
         name: empty(name.removeprefix(prefix), info) if empty else torch.empty(info.size, dtype=info.properties.dtype)
-        for name, info in saved.items()
+        for name, info in _contents(path, prefix).items()
     }
     read_into(tensors, path)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
+@torch.no_grad()
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fills a module's weights, plain ones or DTensors, from a checkpoint of either kind; nothing else of it is read.
+
+    Raises:
+        UsageError: The checkpoint is of another model.
+    """
+    prefix = "state_dict."
+    weights = {prefix + name: weight for name, weight in module.state_dict().items()}
+    if path.is_dir():
+        shapes = {name: info.size for name, info in _contents(path, prefix).items()}
+    else:
+        whole = {prefix + name: weight for name, weight in load_file(path)["state_dict"].items()}
+        shapes = {name: weight.shape for name, weight in whole.items()}
+    if different := sorted(shapes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):
+        raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0][0].removeprefix(prefix)}")
+    if path.is_dir():
+        read_into(weights, path)
+    else:
+        for name, weight in weights.items():
+            weight.copy_(whole[name])
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes tensors, plain ones or DTensors, into a directory of shards; each process its part."""
+    dcp.save(tensors, storage_writer=_Writer(path))
+
+
 def read_into(tensors: dict[str, Tensor], path: Path) -> None:
     """Fills tensors, plain ones or DTensors, from a directory of shards."""
-    if tensors:
+    if not tensors:
+        return
+    try:
         dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+    except dcp.CheckpointException as error:  # which is no Exception
+        raise ValueError(one_line(cause(error))) from error
+
+
+def _contents(path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
+    """The saved tensors whose names begin with a prefix; anything else is never read, for torch would unpickle it."""
+    contents = read_metadata(path).state_dict_metadata.items()
+    return {k: info for k, info in contents if k.startswith(prefix) and isinstance(info, TensorStorageMetadata)}
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -275,6 +348,16 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer of shards; only the error itself reaches the other processes, not the full disk behind it."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            raise cause(error) from error
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         plain = re.fullmatch(r"\w+", name) is not None
@@ -287,7 +370,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
             return PurePath  # where it was written; of any system
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        raise Forbidden
 
 
 _METADATA_CLASSES = {

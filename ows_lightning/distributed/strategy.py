@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -85,34 +85,45 @@ class FSDP2Strategy(ModelParallelStrategy):
             RunError: On all ranks, if one of them can't write.
         """
         path = Path(self.broadcast(filepath))
-        try:
-            if self._save_distributed_checkpoint:
-                self._save_shards(checkpoint, path)
-            elif self.global_rank == 0:
-                WholeCheckpointIO().save_checkpoint(checkpoint, path)
-            error = None
-        except (RunError, OSError, RuntimeError, dcp.CheckpointException) as failure:
-            error = failure
-        if self.global_rank == 0:
-            shutil.rmtree(checkpoints.partial_path(path), ignore_errors=True)
-        if message := self.broadcast(str(error) if isinstance(error, RunError) else None):
-            raise RunError(message)
-        if error is not None:
-            raise checkpoints.not_written(path, error) from error
+        if self._save_distributed_checkpoint:
+            self._save_shards(checkpoint, path)
+        else:
+            self._on_first(path, lambda: WholeCheckpointIO().save_checkpoint(checkpoint, path))
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
         partial = checkpoints.partial_path(path)
-        if self.global_rank == 0:
+        tensors, rest = checkpoints.split(checkpoint)
+
+        def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        self.barrier()
-        tensors, rest = checkpoints.split(checkpoint)
-        dcp.save(tensors, checkpoint_id=str(partial))
-        if self.global_rank == 0:
+
+        def finish() -> None:
             checkpoints.write(rest, partial / checkpoints.META)
             if path.is_file():
                 path.unlink()
             checkpoints.put_in_place(partial, path)
+
+        try:
+            self._on_first(path, begin)
+            checkpoints.save_tensors(tensors, partial)
+            self._on_first(path, finish)
+        except dcp.CheckpointException as error:  # on all processes, if it is one's
+            raise checkpoints.not_written(path, error) from error
+        finally:
+            if self.global_rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _on_first(self, path: Path, act: Callable[[], None]) -> None:
+        """Does on rank 0 what belongs to the writing of a checkpoint; if it fails there, it has failed everywhere."""
+        message = None
+        if self.global_rank == 0:
+            try:
+                act()
+            except (OSError, RuntimeError) as error:
+                message = str(error if isinstance(error, RunError) else checkpoints.not_written(path, error))
+        if message := self.broadcast(message):
+            raise RunError(message)
 
     # ------------------------------------------------------------------ loading
 
@@ -129,13 +140,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Reads this process's part of the weights into the module."""
         assert self.lightning_module is not None
-        state = self.lightning_module.state_dict()
+        module, path = self.lightning_module, Path(checkpoint["path"])
         if "state_dict" not in checkpoint:
-            checkpoints.read_into({f"state_dict.{name}": tensor for name, tensor in state.items()}, Path(checkpoint["path"]))
+            checkpoints.read(path, lambda path: checkpoints.load_weights(module, path))
             return
+        state = module.state_dict()
         saved = checkpoint["state_dict"]
         if strict and (different := sorted(state.keys() ^ saved.keys())):
-            raise UsageError(f"ckpt_path: '{checkpoint['path']}' is of another model, as to {different[0]}")
+            raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0]}")
         for name in state.keys() & saved.keys():
             state[name].copy_(_part(saved[name], state[name]))
 
@@ -151,7 +163,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             return torch.empty(saved.size, dtype=saved.properties.dtype)  # of low rank: the optimizer takes its part
 
         if "state_dict" not in checkpoint:
-            states = checkpoints.load_optimizers(Path(checkpoint["path"]), states, empty)
+            states = checkpoints.read(
+                Path(checkpoint["path"]),
+                lambda path: checkpoints.load_optimizers(path, checkpoint["optimizer_states"], empty),
+            )
         for weights, optimizer, state in zip(places, self.optimizers, states, strict=True):
             for number, values in state["state"].items():
                 state["state"][number] = {key: _part(value, weights[number]) for key, value in values.items()}
