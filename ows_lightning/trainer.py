@@ -12,7 +12,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from ows_lightning.card import model_card, upload
-from ows_lightning.checkpoints import WholeCheckpointIO
+from ows_lightning.checkpoints import WholeCheckpointIO, load_weights, read
+from ows_lightning.distributed.loading import allocate
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import run_tasks
 from ows_lightning.export import save_huggingface
@@ -161,14 +162,9 @@ class OWSTrainer(Trainer):
         if not isinstance(model, CausalLMModule):
             raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
         check_writable("output", output.absolute().parent)
-        checkpoint = WholeCheckpointIO().load_checkpoint(ckpt_path)
-        self._prepare(model, datamodule)
-        try:
-            model.load_state_dict(checkpoint["state_dict"])
-        except RuntimeError as error:
-            name = model.hparams["model_name_or_path"]
-            raise UsageError(f"ckpt_path: '{ckpt_path}' is of another model than '{name}'") from error
-        assert model.model is not None
+        model.trainer = self  # which knows the precision
+        model.model = allocate(model._build(empty=True))
+        read(ckpt_path, lambda path: load_weights(model, path))
         save_huggingface(model.model, model.tokenizer, output, model_card(model, ckpt_path.absolute().parent.parent))
         print(f"Written: {output}")
         if push_to_hub is not None:
