@@ -118,9 +118,10 @@ class OWSCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning complains of something else
+        callbacks.append(SaveOnSignal())  # before sampling, whose scores take a while
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
-        callbacks += [RunArtifacts(), SaveOnSignal(), RunSummary(config)]
+        callbacks += [RunArtifacts(), RunSummary(config)]
         if self.subcommand == "predict":
             callbacks.append(PredictionFile())
         if given["enable_progress_bar"] is not False:
@@ -141,12 +142,22 @@ class OWSCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint. A resumed run's settings are the user's, not those in the checkpoint."""
-        config = self.config.get(self.config.get("subcommand"), {})
-        if self.config.get("subcommand") != "export" and (given := config.get("ckpt_path")) and given not in ("best", "hpc"):
-            path = find_checkpoint(str(given), Path(config.trainer.default_root_dir or "runs"))
-            config.ckpt_path = None if path is None else str(path)
-            if path is None:
-                log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
+        command = str(self.config.get("subcommand"))
+        config = self.config.get(command, Namespace())
+        given = config.get("ckpt_path")
+        if not given or given in ("best", "hpc"):
+            return
+        root = Path(config.trainer.default_root_dir or "runs")
+        places = [root / "checkpoints", root] if config.trainer.logger is False else [root]
+        if config.checkpoint.dirpath:
+            places = [Path(config.checkpoint.dirpath), *places]
+        path = find_checkpoint(str(given), *places)
+        config.ckpt_path = path if path is None or command == "export" else str(path)
+        if path is None and command != "fit":
+            where = " or ".join(f"'{place}'" for place in places)
+            raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
+        if path is None:
+            log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
 
 
 def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.errors import RunError
@@ -17,21 +19,33 @@ class SaveOnSignal(Callback):
     """Saves a checkpoint at the end of the optimizer step in which SIGTERM or SIGUSR1 arrived, on any rank, and ends the run.
 
     Lightning's own handler would save in the midst of a step. Where SLURM requeues, that handler runs then, at the step's end.
+    A signal from before the first step, while a validation runs or blocks are scored, waits for the end of that step.
     """
 
     def __init__(self) -> None:
-        self._received: signal.Signals | None = None
+        self._received = 0
         self._before: dict[signal.Signals, Any] = {}
         self._step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets an earlier run's signals."""
+        self._received, self._before = 0, {}
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals over, until the Trainer puts back what was there before the run."""
-        self._received, self._step = None, trainer.global_step
-        if threading.current_thread() is threading.main_thread():
+        self._take_over()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals over where there was no validation before."""
+        self._take_over()
+        self._step = trainer.global_step
+
+    def _take_over(self) -> None:
+        if not self._before and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
+        self._received = number
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -44,12 +58,20 @@ class SaveOnSignal(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+        if not (number := self._received_anywhere(trainer)):
             return
-        if self._received is signal.SIGUSR1 and callable(requeue := self._before[signal.SIGUSR1]):
-            requeue(self._received, None)
+        if number == signal.SIGUSR1 and callable(requeue := self._before.get(signal.SIGUSR1)):
+            requeue(number, None)
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or Path(trainer.log_dir or ".", "checkpoints")
         path = Path(folder, f"interrupted-step={trainer.global_step}.ckpt")
         trainer.save_checkpoint(path, weights_only=False)
-        name = "a signal" if self._received is None else self._received.name
+        name = signal.Signals(number).name
         raise RunError(f"stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
+
+    def _received_anywhere(self, trainer: Trainer) -> int:
+        """The signal that arrived on any rank, the same one on all, or 0."""
+        if trainer.world_size == 1:
+            return self._received
+        number = torch.tensor(self._received, device=trainer.strategy.root_device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)  # strategy.reduce would hold all ranks up with a barrier
+        return int(number)

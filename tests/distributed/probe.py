@@ -1,8 +1,10 @@
-"""A callback that tests put into a run, to see on each rank what users can't."""
+"""Callbacks that tests put into a run, to see on each rank what users can't, and to be at hand at the right moment."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ows_lightning.sampling.decoder import decoder_layers
 
 KINDS = ("allreduce", "reduce_scatter", "allgather", "broadcast")
 
@@ -50,6 +54,33 @@ class Probe(Callback):
         }
         content = {"losses": self.losses, "sent": self.sent, "frozen": frozen, "state": local}
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
+
+
+class Signalled(Callback):
+    """Sends SIGTERM to the last rank before its first step.
+
+    Args:
+        during: ``validation``, that before training; or ``scoring``.
+    """
+
+    def __init__(self, during: str) -> None:
+        self.during = during
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.during == "validation":
+            self._send(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def once(*_: Any) -> None:
+            hook.remove()
+            self._send(trainer)
+
+        if self.during == "scoring":
+            hook = decoder_layers(pl_module)[0].register_forward_pre_hook(once)
+
+    def _send(self, trainer: Trainer) -> None:
+        if trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Traffic(TorchDispatchMode):
