@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ows_lightning.errors import UsageError
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.decoder import decoder_layers
+from ows_lightning.sampling.decoder import causal_lm, decoder_layers
+from ows_lightning.sampling.scores import architecture_of
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +29,25 @@ def lasting_settings(module: LightningModule, trainer: Trainer) -> dict[str, Any
     """Returns the settings that a run keeps from its first step to its last, as plain values by their YAML keys."""
     settings: dict[str, Any] = {f"model.{key}": module.hparams[key] for key in MODEL_KEYS if key in module.hparams}
     settings["number of blocks"] = len(decoder_layers(module))
+    settings |= architecture_of(getattr(causal_lm(module), "config", None))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LayerwiseSampling):
             settings |= {f"sampling.{key}": getattr(callback, key) for key in SAMPLING_KEYS}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def check_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_settings(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
     """Refuses to resume a run with settings that it can't change.
 
+    Args:
+        saved: The ``lasting_settings`` in the checkpoint; None if it has none.
+        now: Those of the run that resumes.
+
     Raises:
-        UsageError: Names the keys that differ, with both values.
+        UsageError: Names the keys that differ, with both values; or the checkpoint is none of such a run.
     """
+    if saved is None:
+        raise UsageError("ckpt_path: the checkpoint is of another program's run; give one that `main.py fit` wrote")
     different = [key for key in saved.keys() | now.keys() if not _same(key, saved.get(key), now.get(key))]
     if different:
         listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in sorted(different))
