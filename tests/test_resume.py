@@ -7,6 +7,7 @@ import csv
 import os
 import pickle
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,8 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ows_lightning import checkpoints
 from ows_lightning.checkpoints import WholeCheckpointIO, find_checkpoint, last_good
+from ows_lightning.cli import OWSCLI
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.resume import check_settings
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
 
@@ -63,11 +67,11 @@ def at_step(runs: Path, step: int, version: int = 0) -> Path:
 def test_a_resumed_run_equals_one_that_went_through(
     strategy: str, ranks: int, more: list[str], arguments: Arguments, tmp_path: Path
 ) -> None:
-    command = arguments(*SAVED, *UNEVEN, *more, strategy=strategy, ranks=ranks)
+    command = arguments(*SAVED, *UNEVEN, *more, "--checkpoint.every_n_train_steps=4", strategy=strategy, ranks=ranks)
     run(command, tmp_path / "through", ranks)
     runs = tmp_path / "runs"
-    # In mid-interval and mid-epoch: 41 rows are 6 batches, intervals have 5 steps of 2.
-    run([*command, f"--ckpt_path={at_step(runs, 9)}"], tmp_path / "resumed", ranks)
+    # In mid-epoch and mid-interval: 41 rows are 6 batches, which are 3 steps; intervals have 5 steps.
+    run([*command, f"--ckpt_path={at_step(runs, 8)}"], tmp_path / "resumed", ranks)
     assert_identical(weights(runs, 0), weights(runs, 1))
     folders = [runs / "version_0", runs / "version_1"]
     assert len({(folder / "sampling_history.csv").read_text() for folder in folders}) == 1
@@ -104,12 +108,21 @@ def test_killed_at_random_moments(
     assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
 
 
+SLURM = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "train", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "2"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments: Arguments, tmp_path: Path) -> None:
+    """SIGUSR1 reaches one of two processes under SLURM, and the job is put into the queue again, once."""
     ranks, strategy = (2, "fsdp2") if number is signal.SIGUSR1 else (1, "auto")
     settings = [*UNEVEN, "--trainer.max_steps=30", "--checkpoint.every_n_train_steps=2"]
     command = arguments(*settings, strategy=strategy, ranks=ranks)
-    launch = Launch(command, tmp_path / "told", ranks)
+    scontrol, requeued = tmp_path / "bin" / "scontrol", tmp_path / "requeued.txt"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {requeued}\n')
+    scontrol.chmod(0o755)
+    slurm = {**SLURM, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"} if number is signal.SIGUSR1 else {}
+    launch = Launch(command, tmp_path / "told", ranks, environment=slurm)
     while not (tmp_path / "runs/version_0/checkpoints/last.ckpt").exists() and launch.processes[-1].is_alive():
         time.sleep(0.01)
     pid = launch.processes[-1].pid
@@ -117,10 +130,25 @@ def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments
     os.kill(pid, number)
     assert launch.wait() == [1] * ranks, launch.output
     (saved,) = (tmp_path / "runs" / "version_0" / "checkpoints").glob("interrupted-*.ckpt")
-    assert f"resume with --ckpt_path {saved}" in launch.output
+    assert launch.output.count(f"stopped by {number.name} after step") == ranks
+    assert launch.output.count(f"resume with --ckpt_path {saved}") == ranks
+    assert (requeued.read_text() if slurm else "requeue 1234\n") == "requeue 1234\n"
     run([*command, "--ckpt_path=last"], tmp_path / "resumed", ranks)
     run(arguments(*settings, strategy=strategy, ranks=ranks, runs=tmp_path / "through"), tmp_path / "through", ranks)
     assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(("during", "strategy", "ranks"), [("validation", "auto", 1), ("scoring", "fsdp2", 2)])
+def test_a_signal_before_the_first_step_waits_for_its_end(
+    during: str, strategy: str, ranks: int, arguments: Arguments, tmp_path: Path
+) -> None:
+    signalled = ["--trainer.callbacks+=tests.distributed.probe.Signalled", f"--trainer.callbacks.during={during}"]
+    command = arguments(*signalled, "--data.val_size=4", "--trainer.max_steps=3", strategy=strategy, ranks=ranks)
+    launch = Launch(command, tmp_path / "told", ranks)
+    assert launch.wait(60) == [1] * ranks, launch.output
+    saved = tmp_path / "runs" / "version_0" / "checkpoints" / "interrupted-step=1.ckpt"
+    assert launch.output.count(f"stopped by SIGTERM after step 1; resume with --ckpt_path {saved}") == ranks
+    assert find_checkpoint("last", tmp_path / "runs") == saved
 
 
 # ------------------------------------------------------------------ on other processes
@@ -161,12 +189,20 @@ def test_checkpoints_of_two_processes_load_on_four_and_back(arguments: Arguments
     assert_close(through, weights(tmp_path / "2", 1))
 
 
-def test_a_sharded_checkpoint_exports(arguments: Arguments, tmp_path: Path) -> None:
-    command = arguments(*SAVED, strategy="fsdp2", ranks=2)
-    run(command, tmp_path / "two", 2)
-    options = [f"--ckpt_path={at_step(tmp_path / 'runs', 24)}", f"--output={tmp_path / 'exported'}"]
-    kept = arguments()[1:]
-    run(["export", *kept, *options], tmp_path / "export")
+def test_a_sharded_checkpoint_exports_from_its_weights_alone(arguments: Arguments, tmp_path: Path) -> None:
+    """Neither the weights that the run began with nor the optimizer's state are read."""
+    run(arguments(*SAVED, strategy="fsdp2", ranks=2), tmp_path / "two", 2)
+    checkpoint = at_step(tmp_path / "runs", 24)
+    for index, place in checkpoints.read_metadata(checkpoint).storage_data.items():
+        if index.fqn.startswith("optimizer_"):
+            with (checkpoint / place.relative_path).open("r+b") as file:
+                file.seek(place.offset)
+                file.write(bytes(place.length))
+    command = arguments()[1:]
+    name = command.index("--model.model_name_or_path") + 1
+    command[name] = str(shutil.copytree(command[name], tmp_path / "llama"))
+    (tmp_path / "llama" / "model.safetensors").write_bytes(b"")
+    run(["export", *command, "--ckpt_path=last", f"--output={tmp_path / 'exported'}"], tmp_path / "export")
     assert_identical(weights(tmp_path / "runs"), load_file(tmp_path / "exported" / "model.safetensors"))
 
 
@@ -174,7 +210,7 @@ def test_a_sharded_checkpoint_exports(arguments: Arguments, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Path:
+def saved(tmp_path: Path) -> Path:
     """A folder of two checkpoints, of which `second.ckpt` is the newer."""
     folder = tmp_path / "version_0" / "checkpoints"
     content = {"state_dict": {"w": torch.arange(1000.0)}, "loops": {}, "global_step": 3, "optimizer_states": []}
@@ -184,15 +220,15 @@ def checkpoints(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_cut_checkpoint_is_named_and_passed_over(checkpoints: Path, tmp_path: Path) -> None:
-    newest = checkpoints / "second.ckpt"
+def test_a_cut_checkpoint_is_named_and_passed_over(saved: Path, tmp_path: Path) -> None:
+    newest = saved / "second.ckpt"
     assert find_checkpoint("last", tmp_path) == newest
     whole, places = newest.read_bytes(), random.Random(0)
     for _ in range(20):
         newest.write_bytes(whole[: places.randrange(len(whole))])
         with pytest.raises(UsageError, match=r"second.ckpt' is damaged.*last good one is '.*first.ckpt'"):
             find_checkpoint(str(newest), tmp_path)
-        assert find_checkpoint("last", tmp_path) == checkpoints / "first.ckpt"
+        assert find_checkpoint("last", tmp_path) == saved / "first.ckpt"
 
 
 def test_a_cut_shard_is_found(arguments: Arguments, tmp_path: Path) -> None:
@@ -204,10 +240,18 @@ def test_a_cut_shard_is_found(arguments: Arguments, tmp_path: Path) -> None:
         whole = file.read_bytes()
         for place in [*(places.randrange(len(whole)) for _ in range(5)), len(whole) - 1]:
             file.write_bytes(whole[:place])
-            with pytest.raises(UsageError, match="is damaged"):
+            with pytest.raises(UsageError, match="is damaged") as error:
                 find_checkpoint(str(checkpoint), tmp_path)
+            assert "could run code" not in str(error.value)
         file.write_bytes(whole)
     assert find_checkpoint(str(checkpoint), tmp_path) == checkpoint
+    for file in checkpoint.glob("*.distcp"):  # as long as it should be, and found out when it is read
+        file.write_bytes(bytes(file.stat().st_size))
+    launch = Launch([*command, f"--ckpt_path={checkpoint}"], tmp_path / "resumed", 2)
+    assert launch.wait() == [2, 2], launch.output
+    assert launch.output.count("is damaged or no checkpoint of a run") == 2
+    assert launch.output.count(f"the last good one is '{checkpoint.parent}") == 2
+    assert "Traceback" not in launch.output
 
 
 class Malicious:
@@ -215,21 +259,63 @@ class Malicious:
         return os.mkdir, ("ran",)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(
-    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_would_run_code_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": Malicious(), "loops": {}, "global_step": 1}, checkpoints / "third.ckpt")
+    torch.save({"state_dict": Malicious(), "loops": {}, "global_step": 1}, saved / "third.ckpt")
     with pytest.raises(UsageError, match="more than tensors and plain values"):
-        find_checkpoint(str(checkpoints / "third.ckpt"), tmp_path)
-    sharded = checkpoints / "fourth.ckpt"
+        find_checkpoint(str(saved / "third.ckpt"), tmp_path)
+    sharded = saved / "fourth.ckpt"
     sharded.mkdir()
     torch.save({"loops": {}, "global_step": 1}, sharded / "meta.pt")
     (sharded / ".metadata").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(UsageError, match="more than tensors and plain values"):
         find_checkpoint(str(sharded), tmp_path)
-    assert find_checkpoint("last", tmp_path) == checkpoints / "second.ckpt"
+    assert find_checkpoint("last", tmp_path) == saved / "second.ckpt"
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_whose_replacement_was_cut_off_is_found(saved: Path) -> None:
+    (saved / "first.ckpt").unlink()
+    (saved / "second.ckpt").rename(saved / ".second.ckpt.old")  # a kill before the new one had its name
+    assert last_good(saved) == saved / ".second.ckpt.old"
+
+
+class Parsed(Exception):
+    """The command line was understood."""
+
+
+class ParsingCLI(OWSCLI):
+    """Stops when all is parsed, before anything is made of it."""
+
+    def before_instantiate_classes(self) -> None:
+        found.append(self.config[self.config.subcommand].ckpt_path)
+        raise Parsed
+
+
+found: list[object] = []
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "export"])
+@pytest.mark.parametrize("place", ["version_0/checkpoints", "checkpoints", "elsewhere"])
+def test_last_looks_where_the_run_saves(
+    command: str, place: str, saved: Path, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    root = tmp_path / "root"
+    where = {"checkpoints": ["--trainer.logger=false"], "elsewhere": [f"--checkpoint.dirpath={root / place}"]}
+    shutil.copytree(saved, root / place)
+    with pytest.raises(Parsed):
+        ParsingCLI([command, *arguments(*where.get(place, []), runs=root)[1:], "--ckpt_path=last"])
+    assert Path(str(found.pop())) == root / place / "second.ckpt"
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict", "export"])
+def test_no_untrained_model_is_evaluated_for_want_of_a_checkpoint(
+    command: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    with pytest.raises(UsageError, match=r"ckpt_path: no run has saved a checkpoint in '.*runs'"):
+        ParsingCLI([command, *arguments()[1:], "--ckpt_path=last"])
 
 
 def test_last_without_a_checkpoint_starts_anew(arguments: Arguments, tmp_path: Path) -> None:
@@ -239,16 +325,26 @@ def test_last_without_a_checkpoint_starts_anew(arguments: Arguments, tmp_path: P
 
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(strategy: str, arguments: Arguments, tmp_path: Path) -> None:
-    ranks = 2 if strategy == "fsdp2" else 1
-    command = arguments(*SAVED, strategy=strategy, ranks=ranks)
+    ranks, folder = 2 if strategy == "fsdp2" else 1, tmp_path / "saved"
+    command = arguments(*SAVED, f"--checkpoint.dirpath={folder}", strategy=strategy, ranks=ranks)
     run([*command, "--trainer.max_steps=3"], tmp_path / "first", ranks)
-    saved = last_good(tmp_path / "runs" / "version_0" / "checkpoints")
-    launch = Launch([*command, "--ckpt_path=last", f"--checkpoint.dirpath={saved.parent}"], tmp_path / "full", ranks, 100_000)  # type: ignore[union-attr]
+    launch = Launch([*command, "--ckpt_path=last"], tmp_path / "full", ranks, file_bytes=100_000)
     assert launch.wait() == [1] * ranks, launch.output
-    assert "can't write the checkpoint" in launch.output
-    assert "is still good" in launch.output
-    assert last_good(saved.parent) is not None  # type: ignore[union-attr]
-    assert not list(saved.parent.glob("*step=6*"))  # type: ignore[union-attr]
+    assert launch.output.count("can't write the checkpoint") == ranks
+    assert launch.output.count("File too large") == ranks
+    assert launch.output.count(f"'{last_good(folder)}' is still good") == ranks
+    assert not list(folder.glob("*step=6*"))
+
+
+def test_what_fails_on_one_process_alone_ends_all(arguments: Arguments, tmp_path: Path) -> None:
+    """Rank 0 makes the folder for the shards."""
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / ".last.ckpt.partial").write_text("in the way")
+    options = ["--trainer.max_steps=2", "--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=0"]
+    launch = Launch(arguments(*options, f"--checkpoint.dirpath={tmp_path / 'saved'}", strategy="fsdp2", ranks=2), tmp_path, 2)
+    assert launch.wait(60) == [1, 1], launch.output
+    assert launch.output.count("can't write the checkpoint") == 2
+    assert launch.output.count("File exists") == 2
 
 
 # ------------------------------------------------------------------ changed settings
@@ -256,9 +352,12 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(strategy: str, a
 
 def test_another_model_rank_or_number_of_blocks_is_refused(arguments: Arguments, tmp_path: Path) -> None:
     run(arguments("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=3"), tmp_path / "first")
+    wide = arguments(hidden_size=64)
+    namesake = shutil.copytree(wide[wide.index("--model.model_name_or_path") + 1], tmp_path / "elsewhere" / "llama")
     changes = {
         "model.model_name_or_path": arguments(num_hidden_layers=5),
         "model.rank": arguments("--model.rank=4"),
+        "hidden_size": [*arguments(), f"--model.model_name_or_path={namesake}"],
         "sampling.activated_layers": arguments("--sampling.activated_layers=3"),
     }
     for key, command in changes.items():
@@ -267,6 +366,11 @@ def test_another_model_rank_or_number_of_blocks_is_refused(arguments: Arguments,
         line = launch.output.strip().splitlines()[-1]
         assert line.startswith("error: ckpt_path"), launch.output
         assert key in line
+
+
+def test_a_run_of_another_program_is_refused() -> None:
+    with pytest.raises(UsageError, match="ckpt_path: the checkpoint is of another program's run"):
+        check_settings(None, {"model.rank": 8})
 
 
 def test_another_learning_rate_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:
