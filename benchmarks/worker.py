@@ -46,7 +46,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     training = METHODS[settings["method"]][1](model, Setting(workload.rank, settings["interval"], probabilities, repeat))
     optimizer = training.optimizer
 
-    memory = _CudaMemory() if device.type == "cuda" else _ProcessMemory()
+    memory = memory_of(device)
     memory.release()
     held_before = memory.held()
     seconds, losses, interval_peaks, interval_tensors = [], [], [], []
@@ -82,6 +82,11 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         "losses": [losses[0], losses[-1]],
         "machine": memory.machine(),
     }
+
+
+def memory_of(device: torch.device) -> _ProcessMemory | _CudaMemory:
+    """What measures the memory that work on a device takes."""
+    return _CudaMemory() if device.type == "cuda" else _ProcessMemory()
 
 
 class _ProcessMemory:

@@ -33,7 +33,7 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[T
     targets = batch["labels"][:, 1:]
     has_target = targets != -100
     targets = targets[has_target]
-    return _cross_entropy_sum(model, hidden[has_target], targets), torch.tensor(targets.numel(), device=targets.device)
+    return summed_cross_entropy(model, hidden[has_target], targets), torch.tensor(targets.numel(), device=targets.device)
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -49,7 +49,17 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def _cross_entropy_sum(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Returns the summed cross entropy of a model's logits, of which a chunk exists at a time; its gradient, too.
+
+    Args:
+        model: A causal LM of transformers.
+        hidden: Last hidden states of shape (N, hidden).
+        targets: Shape (N,), int64.
+
+    Returns:
+        A scalar in float32, with a graph.
+    """
     rows = max(1, CHUNK // model.config.get_text_config().vocab_size)
     if not torch.is_grad_enabled():
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)

@@ -6,12 +6,14 @@ import json
 import math
 
 import pytest
+import torch
 
-from benchmarks import compare, learning
+from benchmarks import compare, learning, loss_head
 from benchmarks.methods import METHODS, PACKAGES
 from benchmarks.models import WORKLOADS
 from benchmarks.report import targets_table, write_report
 from benchmarks.worker import measure
+from tests.tiny import tiny_model
 
 SETTINGS = {
     "model": "tiny",
@@ -118,3 +120,21 @@ def test_learning_pairs_seeds():
     table = learning.as_table({"base": [1.0, 2.0, 3.0], "keep": [1.5, 2.0, 3.25]}).splitlines()
     assert table[2].endswith("| 2.000 (1.000 to 3.000) |  |")
     assert table[3].endswith("| 2.000 (1.500 to 3.250) | +0.250 (+0.000 to +0.500) |")
+
+
+def test_all_implementations_of_the_loss_agree(capsys):
+    model = tiny_model("llama", vocab_size=64)
+    targets = torch.randint(64, (24,), generator=torch.Generator().manual_seed(0))
+    results = {}
+    for key, (_, loss) in loss_head.IMPLEMENTATIONS.items():
+        if key == "liger" or (key == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy")):
+            continue
+        hidden = torch.randn(24, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        value = loss(model, hidden, targets)
+        results[key] = (value, *torch.autograd.grad(value, [hidden, model.lm_head.weight]))
+    for result in results.values():
+        torch.testing.assert_close(result, results["whole"])
+    loss_head.main(
+        ["--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocabulary", "64", "--head", "trains", "--only", "ours"]
+    )
+    assert len([float(figure) for figure in capsys.readouterr().out.split()]) == 2
