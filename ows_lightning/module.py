@@ -463,8 +463,8 @@ class CausalLMModule(LightningModule):
         Raises:
             UsageError: A run is resumed with settings that it can't change.
         """
-        if "settings" in checkpoint and self._trainer is not None and self.trainer.training:
-            resume.check_settings(checkpoint["settings"], resume.lasting_settings(self, self.trainer))
+        if self._trainer is not None and self.trainer.training:
+            resume.check_settings(checkpoint.get("settings"), resume.lasting_settings(self, self.trainer))
         progress = checkpoint.get("progress", {})
         self._tokens_seen, self._time_before = progress.get("tokens", 0), progress.get("time_s", 0.0)
         self._max_steps_before = progress.get("max_steps")
