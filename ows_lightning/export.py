@@ -144,7 +144,7 @@ def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
         return
     for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME):
         with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
-            shutil.copy(cached_file(model.name_or_path, name), directory)
+            shutil.copy(str(cached_file(str(model.name_or_path), name)), directory)
 
 
 def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
