@@ -136,6 +136,7 @@ class InstructionDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._check_settings()
+        self._resume_at: dict[str, Any] = {}  # where the next training loader begins
         self._examples: dict[str, datasets.Dataset] = {}  # by the name of the setting
         self._tokens: dict[str, datasets.Dataset] = {}
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
@@ -172,8 +173,13 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training rows, one rank's share of them."""
-        if self.streaming:
-            return self._stream_dataloader()
+        loader = self._stream_dataloader() if self.streaming else self._shuffled_dataloader()
+        if self._resume_at:
+            loader.load_state_dict(self._resume_at)
+            self._resume_at = {}
+        return loader
+
+    def _shuffled_dataloader(self) -> ResumableLoader:
         rows, (rank, world_size) = self._rows["train"], self._ranks()
         group_size = self.batch_size * world_size if self.group_by_length else None
         sampler = ShardedSampler(rows.lengths, rank, world_size, seed=self.seed, group_size=group_size)
@@ -205,6 +211,19 @@ class InstructionDataModule(LightningDataModule):
         if self._key("test") is None:
             raise UsageError("data.test_dataset: no rows to answer; give a test_dataset, an eval_dataset or a val_size")
         return self._prompt_dataloader("test", self._indices("test"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training rows."""
+        loader = self.trainer.train_dataloader if self.trainer else None
+        return loader.state_dict() if isinstance(loader, (ResumableLoader, StreamLoader)) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on there with the next training loader.
+
+        Lightning tells the position to a loader that it makes when training starts, and not to one that it made before,
+        as it does where a schedule asks for the number of steps.
+        """
+        self._resume_at = state_dict if self._stage() == "fit" else {}
 
     def summary(self) -> dict[str, int]:
         """Figures of the training rows after `setup`: rows, dropped and truncated ones, tokens, targets, validation rows.

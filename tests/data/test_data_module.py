@@ -41,6 +41,7 @@ class Recorder(lightning.LightningModule):
         self.validated.append(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches > 0  # as schedules do: Lightning makes the loader for it
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
