@@ -44,7 +44,7 @@ COMPARED = (
     ),
     Picture(
         "memory",
-        "Peak memory by optimizer step.",
+        "Most memory held up to each optimizer step.",
         plots.plot_memory,
         partial(tables.metric_table, metric="peak_memory_mb"),
     ),

@@ -191,7 +191,7 @@ def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes
 
 
 def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Peak memory by optimizer step of one run or several; for one, lines mark where blocks were drawn.
+    """The run's peak memory up to each optimizer step, of one run or several; for one, lines mark where blocks were drawn.
 
     Args:
         runs: Runs with metrics.
@@ -200,7 +200,7 @@ def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -
     Raises:
         UsageError: No run has logged its memory.
     """
-    fig, ax = _plot_metric(runs, "peak_memory_mb", "Peak memory", "peak memory (MB)", ax)
+    fig, ax = _plot_metric(runs, "peak_memory_mb", "Peak memory so far", "peak memory so far (MB)", ax)
     runs = as_runs(runs)
     if len(runs) == 1 and 0 < len(runs[0].history) <= FEW:
         starts = [draw.step for draw in runs[0].history]
