@@ -25,18 +25,12 @@ ROOT = Path(__file__).parents[1]
 _ALL = ["--sampling.always_train", "[embeddings,lm_head,norm]"]
 _RENEWED = ["--model.update_proj_gap", "5", "--model.optimizer.init_args.moments_at_renewal"]
 _ROUNDED = ["--model.optimizer.init_args.stochastic_rounding", "true"]
-_SLOWER = ["--model.optimizer.init_args.lr", "5.0e-4"]
 _BFLOAT16 = ["--trainer.precision", "bf16-true", *_ROUNDED]
 
 SETTINGS: dict[str, tuple[str, list[str]]] = {
     "base": ("bf16-true, stochastic rounding, float32 moments, embeddings frozen", _BFLOAT16),
     "low_rank": ("embeddings and head train in low rank", [*_BFLOAT16, *_ALL, "--model.project_embeddings", "true"]),
-    "low_rank_slower": (
-        "the same at a quarter of the rate",
-        [*_BFLOAT16, *_ALL, *_SLOWER, "--model.project_embeddings", "true"],
-    ),
     "full_rank": ("embeddings and head train in full rank", [*_BFLOAT16, *_ALL]),
-    "full_rank_slower": ("the same at a quarter of the rate", [*_BFLOAT16, *_ALL, *_SLOWER]),
     "bf16_moments": ("bfloat16 moments", [*_BFLOAT16, "--model.optimizer.init_args.moments_dtype", "bfloat16"]),
     "to_nearest": ("weights rounded to nearest", ["--trainer.precision", "bf16-true"]),
     "float32": ("float32 throughout", []),
