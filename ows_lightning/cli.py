@@ -171,7 +171,8 @@ def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> l
         loggers = []
     loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
-        loggers.append(CSVLogger(folder, name=""))
+        # Written at each row: a killed run's curves end where it did.
+        loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))
     return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
 
 
