@@ -461,10 +461,11 @@ class CausalLMModule(LightningModule):
         """Goes on from where the curves ended.
 
         Raises:
-            UsageError: A run is resumed with settings that it can't change.
+            UsageError: A run is resumed with settings that it can't change, or the checkpoint is of another model.
         """
-        if self._trainer is not None and self.trainer.training:
-            resume.check_settings(checkpoint.get("settings"), resume.lasting_settings(self, self.trainer))
+        if self._trainer is not None:
+            now = resume.lasting_settings(self, self.trainer)
+            resume.check_settings(checkpoint.get("settings"), now, resumes=self.trainer.training)
         progress = checkpoint.get("progress", {})
         self._tokens_seen, self._time_before = progress.get("tokens", 0), progress.get("time_s", 0.0)
         self._max_steps_before = progress.get("max_steps")

@@ -36,19 +36,21 @@ def lasting_settings(module: LightningModule, trainer: Trainer) -> dict[str, Any
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def check_settings(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Refuses to resume a run with settings that it can't change.
+def check_settings(saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True) -> None:
+    """Refuses to resume a run with settings that it can't change, or to evaluate one model with another's weights.
 
     Args:
         saved: The ``lasting_settings`` in the checkpoint; None if it has none.
-        now: Those of the run that resumes.
+        now: Those of the run that loads it.
+        resumes: Whether it goes on training; else the model's dimensions alone have to agree.
 
     Raises:
         UsageError: Names the keys that differ, with both values; or the checkpoint is none of such a run.
     """
     if saved is None:
         raise UsageError("ckpt_path: the checkpoint is of another program's run; give one that `main.py fit` wrote")
-    different = [key for key in saved.keys() | now.keys() if not _same(key, saved.get(key), now.get(key))]
+    keys = {key for key in saved.keys() | now.keys() if resumes or "." not in key}
+    different = [key for key in keys if not _same(key, saved.get(key), now.get(key))]
     if different:
         listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in sorted(different))
         raise UsageError(f"ckpt_path: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")

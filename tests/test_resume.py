@@ -373,6 +373,13 @@ def test_a_run_of_another_program_is_refused() -> None:
         check_settings(None, {"model.rank": 8})
 
 
+def test_evaluating_asks_for_the_same_model_alone() -> None:
+    saved = {"model.rank": 8, "number of blocks": 4}
+    check_settings(saved, {"model.rank": 4, "number of blocks": 4}, resumes=False)
+    with pytest.raises(UsageError, match=r"number of blocks \(4 in the checkpoint, 6 now\)"):
+        check_settings(saved, {"model.rank": 4, "number of blocks": 6}, resumes=False)
+
+
 def test_another_learning_rate_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:
     optimizer = ["--model.optimizer=GaLoreAdamW", "--model.lr_scheduler_type=constant", "--model.warmup_steps=0"]
     command = arguments("--checkpoint.every_n_train_steps=3", *optimizer)

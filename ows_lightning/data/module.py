@@ -276,6 +276,10 @@ class InstructionDataModule(LightningDataModule):
             raise UsageError(f"data.columns: '{unknown[0]}' is no column of a format; those are {', '.join(formats.COLUMNS)}")
         if self.streaming and not self.eval_dataset and isinstance(self.val_size, float) and self.val_size:
             raise UsageError(f"data.val_size: {self.val_size} of a stream is not known; give a number of rows, or 0")
+        if self.streaming and not self.eval_dataset and self.val_size and isinstance(self.dataset, Mapping):
+            raise UsageError(
+                "data.val_size: a mixture repeats rows, also those held out of its stream; give an eval_dataset, or 0"
+            )
         if self.streaming and self.group_by_length:
             raise UsageError("data.group_by_length: the rows of a stream can't be sorted by length; set it to false")
         if self.packing and self.group_by_length:

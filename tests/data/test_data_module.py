@@ -337,6 +337,10 @@ def test_streams_hold_out_their_first_rows_and_repeat(jsonl: Write) -> None:
         ({"dataset": {"a.jsonl": 0}}, "data.dataset: the weight of 'a.jsonl' must be above 0, got 0"),
         ({"data_format": "alpacca"}, "data.data_format must be one of messages, sharegpt, .*, got 'alpacca'"),
         ({"columns": {"instructions": "x"}}, "data.columns: 'instructions' is no column of a format; those are answer, "),
+        (
+            {"streaming": True, "dataset": {"a.jsonl": 1.0, "b.jsonl": 2.0}, "val_size": 4},
+            "data.val_size: a mixture repeats rows, also those held out of its stream; give an eval_dataset, or 0",
+        ),
         ({"streaming": True, "val_size": 0.1}, "data.val_size: 0.1 of a stream is not known; give a number of rows, or 0"),
         ({"streaming": True, "group_by_length": True}, "data.group_by_length: the rows of a stream"),
         ({"packing": True, "group_by_length": True}, "data.group_by_length does nothing for packed rows"),
