@@ -27,6 +27,7 @@ from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
 
 SAVED = ["--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1", "--trainer.max_steps=24"]
+EPOCHS = ["--trainer.max_epochs=8", "--trainer.max_steps=-1"]  # as many: the schedule has to ask how many batches there are
 ROUNDING = ["--model.optimizer=GaLoreAdamW", "--model.optimizer.stochastic_rounding=true"]
 UNEVEN = ["--model.update_proj_gap=7", "--trainer.accumulate_grad_batches=2", "--sampling.interval_steps=5"]
 
@@ -59,8 +60,9 @@ def at_step(runs: Path, step: int, version: int = 0) -> Path:
     [
         ("auto", 1, ["--data.num_workers=1"]),
         ("auto", 1, ["--trainer.precision=bf16-true"]),
+        ("auto", 1, EPOCHS),
         ("ddp_layerwise", 2, []),
-        ("fsdp2", 2, []),
+        ("fsdp2", 2, EPOCHS),
         ("fsdp2", 2, ["--trainer.precision=bf16-true", *ROUNDING]),
     ],
 )

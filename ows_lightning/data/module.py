@@ -214,16 +214,26 @@ class InstructionDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training rows."""
-        loader = self.trainer.train_dataloader if self.trainer else None
-        return loader.state_dict() if isinstance(loader, (ResumableLoader, StreamLoader)) else {}
+        loader = self._training_loader()
+        return {} if loader is None else loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there with the next training loader.
+        """Go on there with the training loader, or with the next one.
 
         Lightning tells the position to a loader that it makes when training starts, and not to one that it made before,
-        as it does where a schedule asks for the number of steps.
+        as it does where a schedule asks for the number of steps: before this call (FSDP2) or after it.
         """
-        self._resume_at = state_dict if self._stage() == "fit" else {}
+        if self._stage() != "fit":
+            return
+        loader = self._training_loader()
+        if loader is None:
+            self._resume_at = state_dict
+        else:
+            loader.load_state_dict(state_dict)
+
+    def _training_loader(self) -> ResumableLoader | StreamLoader | None:
+        loader = self.trainer.train_dataloader if self.trainer else None
+        return loader if isinstance(loader, (ResumableLoader, StreamLoader)) else None
 
     def summary(self) -> dict[str, int]:
         """Figures of the training rows after `setup`: rows, dropped and truncated ones, tokens, targets, validation rows.
