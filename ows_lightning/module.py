@@ -249,6 +249,7 @@ class CausalLMModule(LightningModule):
     def on_train_start(self) -> None:
         """Lets a resumed run have the learning rate, and number of steps, that are configured now."""
         if self.trainer.ckpt_path is not None:
+            resume.save_no_step_again(self.trainer)
             resume.apply_changes(self.trainer, self._options, self._max_steps_before)
 
     # ------------------------------------------------------------------ steps

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
@@ -60,6 +61,17 @@ def _same(key: str, saved: Any, now: Any) -> bool:
     if key == "model.model_name_or_path" and saved and now:
         return Path(saved).name == Path(now).name  # a directory may have been moved
     return bool(saved == now)
+
+
+def save_no_step_again(trainer: Trainer) -> None:
+    """Lets no ModelCheckpoint save the step at which the run is resumed.
+
+    It would do so after the first micro-batch, of which a checkpoint keeps no gradients: a run resumed from there would have
+    missed it.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback._last_global_step_saved = trainer.global_step
 
 
 def apply_changes(trainer: Trainer, options: Sequence[Mapping[str, Any]], max_steps: int | None) -> None:

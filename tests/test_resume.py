@@ -75,6 +75,8 @@ def test_a_resumed_run_equals_one_that_went_through(
     # In mid-epoch and mid-interval: 41 rows are 6 batches, which are 3 steps; intervals have 5 steps.
     run([*command, f"--ckpt_path={at_step(runs, 8)}"], tmp_path / "resumed", ranks)
     assert_identical(weights(runs, 0), weights(runs, 1))
+    # Not again after the first micro-batch, whose gradients it would not have.
+    assert not list((runs / "version_1" / "checkpoints").glob("*step=8.ckpt"))
     folders = [runs / "version_0", runs / "version_1"]
     assert len({(folder / "sampling_history.csv").read_text() for folder in folders}) == 1
     losses = [[row["train_loss"] for row in csv.DictReader((f / "metrics.csv").open()) if row["train_loss"]] for f in folders]
