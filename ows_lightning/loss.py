@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-CHUNK = 1 << 23  # logits held at a time (32 MB in float32); below it, speed suffers before memory gains
+CHUNK = 1 << 25  # bytes of logits held at a time; below it, speed suffers before memory gains
 SLICE = 1 << 20  # of those, elements in float32 at a time: they fit a CPU's cache
 
 
@@ -38,8 +38,10 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[T
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Returns the logits (..., vocabulary) of last hidden states (..., hidden), scaled or capped as the config says."""
-    logits = model.get_output_embeddings()(hidden)
-    config = model.config.get_text_config()
+    return _scaled(model.config.get_text_config(), model.get_output_embeddings()(hidden))
+
+
+def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * scale
     if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
@@ -60,12 +62,14 @@ def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor
     Returns:
         A scalar in float32, with a graph.
     """
-    rows = max(1, CHUNK // model.config.get_text_config().vocab_size)
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    rows = max(1, CHUNK // (config.vocab_size * hidden.element_size()))
     if not torch.is_grad_enabled():
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
-    head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
-    return _Chunked.apply(partial(logits_of, model), rows, targets, hidden, *head)
+    return _Chunked.apply(
+        head, partial(_scaled, config), rows, targets, hidden, *(p for p in head.parameters() if p.requires_grad)
+    )
 
 
 def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,11 +78,9 @@ def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, SLICE // logits.size(-1))
     for part, target in zip(logits.split(rows), targets.unsqueeze(-1).split(rows), strict=True):
         exact = part.float()
-        chosen, largest = exact.gather(-1, target), exact.amax(-1, keepdim=True)
-        gradient = exact.sub_(largest).exp_()
-        norm = gradient.sum(-1, keepdim=True)
-        total += (norm.log() + largest - chosen).sum()
-        gradient.div_(norm)
+        behind = exact.amax(-1, keepdim=True) - exact.gather(-1, target)
+        gradient = exact.softmax(-1)
+        total += (behind - gradient.amax(-1, keepdim=True).log()).sum()  # the target's own probability may be rounded to 0
         part.copy_(gradient.scatter_add_(-1, target, -torch.ones_like(target, dtype=exact.dtype)))
     return total
 
@@ -88,30 +90,48 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, to_logits: Callable[[Tensor], Tensor], rows: int, targets: Tensor, hidden: Tensor, *head: nn.Parameter
+        ctx: Any,
+        head: nn.Module,
+        scaled: Callable[[Tensor], Tensor],
+        rows: int,
+        targets: Tensor,
+        hidden: Tensor,
+        *parameters: nn.Parameter,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        wants_hidden = ctx.needs_input_grad[3]
-        hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
-        head_gradients: Sequence[Tensor | None] = [None] * len(head)
+        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        head_gradients: dict[Tensor | None, Tensor] = {p: torch.zeros_like(p) for p in parameters}
+        multiplied = _multiplied_weight(head, hidden)
+        others = [p for p in parameters if p is not multiplied]
         for start in range(0, max(1, len(targets)), rows):  # without targets, gradients are zero, but there
-            chunk = hidden[start : start + rows].detach().requires_grad_(wants_hidden)
-            wanted = [chunk] * wants_hidden + list(head)
+            chunk = hidden[start : start + rows].detach().requires_grad_(hidden.requires_grad)
             with torch.enable_grad():
-                logits = to_logits(chunk)
+                product = head(chunk)
+                logits = scaled(product)
             slope = logits.detach()
             total += _cross_entropy_into_gradient_(slope, targets[start : start + rows])
-            gradients = list(torch.autograd.grad(logits, wanted, slope)) if wanted else []
+            if not logits.requires_grad:
+                continue
+            wanted = [product, *([chunk] if chunk.requires_grad else []), *others]
+            product_gradient, *gradients = torch.autograd.grad(logits, wanted, slope)
             if hidden_gradient is not None:
                 hidden_gradient[start : start + rows] = gradients.pop(0)
-            head_gradients = [
-                new if old is None else old.add_(new) for old, new in zip(head_gradients, gradients, strict=True)
-            ]
-            del gradients  # or it would be there beside the next chunk's: a third tensor of the head's size
-        ctx.save_for_backward(hidden_gradient, *head_gradients)
+            if multiplied in head_gradients:  # added where it belongs, in half the time of what autograd would return
+                head_gradients[multiplied].addmm_(product_gradient.mT, chunk.detach())
+            for p, gradient in zip(others, gradients, strict=True):
+                head_gradients[p].add_(gradient)
+        ctx.gradients = [hidden_gradient, *head_gradients.values()]
         return total
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: they are used once, and a head's gradient is as large as the head.
-        return None, None, None, *(g if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.saved_tensors)
+        # In place, and given away: a head's gradient is as large as the head, and autograd adds to what nobody else holds.
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, None, None, *(g if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
+
+
+def _multiplied_weight(head: nn.Module, hidden: Tensor) -> Tensor | None:
+    """The weight of a head that multiplies hidden states with it as they are, without an adapter or a cast; else None."""
+    if type(head) is not nn.Linear or head.weight.dtype != hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+        return None
+    return head.weight

@@ -13,7 +13,7 @@ from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 5 * 128)  # five rows of logits at a time
+    monkeypatch.setattr(loss, "CHUNK", 5 * 128 * 4)  # five rows of logits at a time
 
 
 def batch_with_prompt() -> dict[str, torch.Tensor]:
@@ -92,4 +92,51 @@ def test_logits_of_a_whole_batch_never_exist() -> None:
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(watch)
     next_token_loss(model, tiny_batch(rows=8, length=32))[0].backward()
-    assert 0 < largest <= loss.CHUNK
+    assert 0 < largest * 4 <= loss.CHUNK
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_heads_gradient_is_added_up_in_one_place(tied: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied, vocab_size=512)
+    size = model.lm_head.weight.numel() * 4
+    with torch.profiler.profile(profile_memory=True) as profile:
+        next_token_loss(model, tiny_batch())[0].backward()
+    assert sum(event.self_cpu_memory_usage >= size for event in profile.events()) == 2  # of the head, and of the embeddings
+
+
+class AdaptedHead(nn.Linear):
+    """Computes more than one product of its weight, as an adapter would."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) + 2 * super().forward(hidden)
+
+
+def test_a_head_with_an_adapter() -> None:
+    model = tiny_model("llama").eval()
+    model.lm_head.__class__ = AdaptedHead
+    total, count = next_token_loss(model, batch_with_prompt())
+    (total / count).backward()
+    ours = gradients(model)
+    model(**batch_with_prompt()).loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision_keeps_the_gradient_of_the_head_in_float32() -> None:
+    model = tiny_model("llama").eval()
+    total, count = next_token_loss(model, batch_with_prompt())
+    (total / count).backward()
+    exact = gradients(model)["lm_head.weight"]
+    with torch.autocast("cpu", torch.bfloat16):
+        total, count = next_token_loss(model, batch_with_prompt())
+    (total / count).backward()
+    mixed = gradients(model)["lm_head.weight"]
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=0.02 * float(exact.abs().max()))  # bfloat16 has 8 bits
+
+
+def test_a_target_of_no_probability_costs_what_its_logit_says() -> None:
+    logits = torch.tensor([[0.0, 300.0, 1.0]])
+    total = loss._cross_entropy_into_gradient_(logits, torch.tensor([0]))
+    assert total == 300
+    torch.testing.assert_close(logits, torch.tensor([[-1.0, 1.0, 0.0]]))
