@@ -106,10 +106,9 @@ class _ProcessMemory:
 
     def tensors(self) -> float:
         gc.collect()
-        tensors = [
-            o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"
-        ]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in tensors}.values()) / MB
+        there = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "cpu"]
+        storages = [tensor.untyped_storage() for tensor in there]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) / MB
 
     def reset_peak(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import compare, learning, loss_head
+from benchmarks import compare, learning, loss_head, step_overhead
 from benchmarks.methods import METHODS, PACKAGES
 from benchmarks.models import WORKLOADS
 from benchmarks.report import targets_table, write_report
@@ -138,3 +138,12 @@ def test_all_implementations_of_the_loss_agree(capsys):
         ["--device", "cpu", "--tokens", "8", "--hidden", "16", "--vocabulary", "64", "--head", "trains", "--only", "ours"]
     )
     assert len([float(figure) for figure in capsys.readouterr().out.split()]) == 2
+
+
+def test_step_overhead_compares_steps_of_one_process(tmp_path, capsys):
+    step_overhead.main(["--model", "tiny", "--steps", "4", "--interval", "2", "--output", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny, 2 x 16 tokens, bfloat16, new blocks every 2 steps, 4 steps"
+    ratios = [float(line.split()[-1]) for line in lines[2:4]]
+    assert all(0.1 < ratio < 10 for ratio in ratios)
+    assert 0 < float(lines[4].split()[-1].rstrip("%")) < 100
