@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain, ours = (times[WARM_UP:] for times in seconds)
     optimizer = trainings[1].optimizer
     assert isinstance(optimizer, GaLoreAdamW)
-    print(f"{args.model}, {shape.rows} x {shape.length} tokens, {args.dtype}, new blocks every {args.interval} steps, {args.steps} steps\n")
+    print(f"{args.model}, {shape.rows} x {shape.length} tokens, {args.dtype}, ", end="")
+    print(f"new blocks every {args.interval} steps, {args.steps} steps\n")
     print(f"median step, ours / forward and backward alone: {median(o / p for o, p in zip(ours, plain, strict=True)):.3f}")
     print(f"all steps, ours / forward and backward alone:   {sum(ours) / sum(plain):.3f}")
     print(f"part of ours that finds subspaces:              {optimizer.renewal_s / sum(seconds[1]):.1%}")
