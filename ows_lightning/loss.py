@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ows_lightning.slices import rows_at_a_time
+
 CHUNK = 1 << 25  # bytes of logits held at a time; below it, speed suffers before memory gains
-SLICE = 1 << 20  # of those, elements in float32 at a time: they fit a CPU's cache
 
 
 def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -29,11 +30,11 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[T
         Two scalars: the sum in float32, with a graph, and the number of targets, int64.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     targets = batch["labels"][:, 1:]
-    has_target = targets != -100
-    targets = targets[has_target]
-    return summed_cross_entropy(model, hidden[has_target], targets), torch.tensor(targets.numel(), device=targets.device)
+    at = (targets != -100).nonzero(as_tuple=True)  # before the model runs: a GPU is waited for here
+    targets = targets[at]
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][at]
+    return summed_cross_entropy(model, hidden, targets), torch.full((), targets.numel(), device=targets.device)
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor
 def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the summed cross entropy and replaces the logits by its gradient, softmax minus one-hot; float32 within."""
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    rows = max(1, SLICE // logits.size(-1))
+    rows = rows_at_a_time(logits.size(-1), logits.device)
     for part, target in zip(logits.split(rows), targets.unsqueeze(-1).split(rows), strict=True):
         exact = part.float()
         behind = exact.amax(-1, keepdim=True) - exact.gather(-1, target)

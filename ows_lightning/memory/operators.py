@@ -40,6 +40,9 @@ class FakeOperators:
         if func is aten.index.Tensor and getattr(args[1][0], "dtype", None) == torch.bool:
             tensor, (mask,) = args
             func, args = aten.new_empty.default, (tensor, [mask.numel(), *tensor.shape[mask.dim() :]])
+        if func is aten.nonzero.default:
+            (mask,) = args
+            func, args, kwargs = aten.new_empty.default, (mask, [mask.numel(), mask.dim()]), {"dtype": torch.int64}
         given = (*args, *kwargs.values())
         key = func, tuple(kwargs), _layout(given)
         if key not in self._results:

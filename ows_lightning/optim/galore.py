@@ -28,13 +28,13 @@ from ows_lightning.optim.sharding import (
     whole_matrices,
 )
 from ows_lightning.optim.subspace import Side, leading_singular_vectors
+from ows_lightning.slices import rows_at_a_time
 
 log = logging.getLogger(__name__)
 
 ProjType = Literal["std", "reverse_std", "right", "left"]
 
 PROJECTION_DEFAULTS = {"update_proj_gap": 200, "scale": 1.0, "proj_type": "std", "subspace": "randomized"}
-CHUNK = 1 << 20  # elements updated at a time: temporaries stay in the cache and never grow to an embedding's size
 
 
 def project(gradient: Tensor, projector: Tensor, side: Side) -> Tensor:
@@ -88,7 +88,7 @@ def project_back_(
         accumulate = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
         accumulate(tall, wide, beta=1 - decay, alpha=-lr * (1 - decay))
         return
-    rows = max(1, CHUNK // weight.size(-1))
+    rows = rows_at_a_time(weight.size(-1), weight.device)
     for part, of_tall in zip(weight.split(rows, dim=-2), tall.split(rows, dim=-2), strict=True):
         exact = part.float().mul_(1 - decay).sub_(of_tall @ wide, alpha=lr * (1 - decay))
         round_stochastically_(part, exact, generator)
@@ -100,6 +100,13 @@ def descend_(weight: Tensor, direction: Tensor, lr: float, decay: float, generat
     exact.add_(direction.to(exact.dtype), alpha=-lr).mul_(1 - decay)
     if generator is not None:
         round_stochastically_(weight, exact, generator)
+
+
+def _to_host(gradient: Tensor) -> Tensor:
+    """Moves a gradient to host memory; a GPU's to pinned memory, without waiting for it."""
+    if not gradient.is_cuda:
+        return gradient.to("cpu")
+    return torch.empty_like(gradient, device="cpu", pin_memory=True).copy_(gradient, non_blocking=True)
 
 
 class GaLoreAdamW(Optimizer):
@@ -238,7 +245,7 @@ class GaLoreAdamW(Optimizer):
         self._consume_gradients()
         accumulating, self.accumulating = self.accumulating, False
         for p in list(self._hosted):
-            p.grad = self._hosted.pop(p).to(p.device)
+            p.grad = self._hosted.pop(p).to(p.device, non_blocking=True)
             average_([p.grad], process_group)
             self._consume_gradient(p)
         self.accumulating = accumulating
@@ -269,9 +276,9 @@ class GaLoreAdamW(Optimizer):
         assert side is not None
         if self._renewal_is_due(p, group) and p not in self._renewed:
             if p in self._hosted:
-                local(gradient).add_(self._hosted.pop(p).to(p.device))
+                local(gradient).add_(self._hosted.pop(p).to(p.device, non_blocking=True))
             if self.accumulating:
-                self._hosted[p] = local(gradient).to("cpu")
+                self._hosted[p] = _to_host(local(gradient))
                 return
             matrices = whole_matrices(gradient)
             if not torch.linalg.vector_norm(matrices).isfinite():
@@ -327,7 +334,7 @@ class GaLoreAdamW(Optimizer):
         state = self.state[p]
         step = self._count(state, gradient)
         (of_moments, of_weight), decay = self._generators(p, step), group["lr"] * group["weight_decay"]
-        rows = max(1, CHUNK * p.size(0) // p.numel()) if p.dim() else 1
+        rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
         tensors = [local(tensor) for tensor in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, part, exp_avg, exp_avg_sq in zip(*(torch.atleast_1d(t).split(rows) for t in tensors), strict=True):
             direction = adam_direction(part, exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
