@@ -106,6 +106,8 @@ class CausalLMModule(LightningModule):
             raise UsageError(f"model.rank: {rank} must be at least 1, or null to train in full rank")
         if update_proj_gap < 1:
             raise UsageError(f"model.update_proj_gap: {update_proj_gap} must be at least 1")
+        if not 0 < scale < float("inf"):
+            raise UsageError(f"model.scale: {scale} must be above 0; it multiplies the updates of projected matrices")
         for name, value in (("max_new_tokens", max_new_tokens), ("max_skipped_steps", max_skipped_steps)):
             if value < 1:
                 raise UsageError(f"model.{name}: {value} must be at least 1")
@@ -238,7 +240,7 @@ class CausalLMModule(LightningModule):
         ids = torch.arange(4, device=self.device)[None] % self.language_model.config.get_text_config().vocab_size
         training = self.training
         self.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             ours, expected = self._through_forward(_both_logits, ids)
         self.train(training)
         if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2):

@@ -218,7 +218,7 @@ def _figures(after: dict[str, float], before: dict[str, float] | None = None) ->
 def _available(device: torch.device) -> int | None:
     """Bytes that are free on the device; those of the machine for a CPU, if it tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

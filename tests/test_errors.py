@@ -254,6 +254,9 @@ CASES = {
         fit("--sampling.activated_layers 5"),
         "sampling.activated_layers: 5 is more than the model's 4 blocks",
     ),
+    "updates that climb": Case(
+        fit("--model.scale -1"), "model.scale: -1.0 must be above 0; it multiplies the updates of projected matrices"
+    ),
     "renewal every 0 steps": Case(fit("--model.update_proj_gap 0"), "model.update_proj_gap: 0 must be at least 1"),
     "negative warm-up": Case(
         fit("--model.warmup_steps -1"),

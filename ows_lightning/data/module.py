@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -189,7 +188,7 @@ class InstructionDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=self._collate_training(),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._trains_on_gpu,
         )
         loader.trainer = self.trainer
         return loader
@@ -457,7 +456,7 @@ class InstructionDataModule(LightningDataModule):
             sampler=ShardedSampler(range(len(rows)), *self._ranks(), shuffle=False),
             num_workers=self.num_workers,
             collate_fn=partial(collate_rows, pad_token_id=self._pad_token_id),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._trains_on_gpu,
         )
 
     def _stream_dataloader(self) -> StreamLoader:
@@ -472,7 +471,7 @@ class InstructionDataModule(LightningDataModule):
             batch_size=self.batch_size,
             num_workers=min(self.num_workers, 1),
             collate_fn=partial(collate_with_state, collate=self._collate_training()),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._trains_on_gpu,
         )
 
     def _stream_rows(self, length: int) -> StreamRows:
@@ -490,6 +489,10 @@ class InstructionDataModule(LightningDataModule):
             with self.trainer.precision_plugin.forward_context():
                 require_separate_documents(model, flatten)
         return partial(collate, pad_token_id=self._pad_token_id, flatten=flatten)
+
+    @property
+    def _trains_on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -216,7 +216,8 @@ class LayerwiseSampling(Callback):
             ratios = layer_weight_norms(pl_module)
         elif self.distribution in ("outlier", "outlier_reverse"):
             samples = self.calibration_samples
-            ratios = layer_outlier_ratios(pl_module, self._calibration_batches(loader), self.threshold)
+            with pl_module.trainer.precision_plugin.forward_context():
+                ratios = layer_outlier_ratios(pl_module, self._calibration_batches(loader), self.threshold)
         return OutlierScores(
             model=pl_module.hparams.get("model_name_or_path", getattr(config, "_name_or_path", "")),
             num_layers=num_layers,
