@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,7 +49,7 @@ def torchs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def ligers(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Liger's kernels, on a GPU alone."""
+    """Liger's kernels (``pip install liger-kernel``), on a GPU alone."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(hidden, model.lm_head.weight, targets, reduction="sum")
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*measure(args))
         return
     rows = []
-    there = {"torch": hasattr(F, "linear_cross_entropy"), "liger": args.device == "cuda"}
+    there = {"torch": hasattr(F, "linear_cross_entropy"), "liger": args.device == "cuda" and find_spec("liger_kernel")}
     given = sys.argv[1:] if arguments is None else list(arguments)
     for head in [args.head] if args.head else ["frozen", "trains"]:
         for key in (key for key in IMPLEMENTATIONS if there.get(key, True)):
@@ -113,7 +114,7 @@ def measure(args: argparse.Namespace) -> tuple[str, str]:
         loss().backward()
         memory.synchronize()
         seconds.append(time.perf_counter() - start)
-    return f"{1000 * median(seconds[1:]):.0f}", f"{memory.peak() - held:.0f}"
+    return f"{1000 * median(seconds[1:]):.4g}", f"{memory.peak() - held:.0f}"
 
 
 if __name__ == "__main__":

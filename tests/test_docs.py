@@ -215,9 +215,8 @@ def execute(words: list[str]) -> None:
             pass  # sets up the environment that this test runs in
         case ["python", "-m", "pytest", *_]:
             pass  # this test is a part of it
-        case ["python", "-m", module, *args] if module.startswith(
-            "benchmarks."
-        ):  # take hours; tests/benchmarks runs them small
+        case ["python", "-m", module, *args] if module.startswith("benchmarks."):
+            # They take hours; tests/benchmarks runs them small.
             source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
             assert all(f'"{word}"' in source for word in args if word.startswith("--"))
         case ["lm_eval", *args]:
