@@ -234,6 +234,7 @@ class CausalLMModule(LightningModule):
             groups = [{key: group[key] for key in keep if key in group} for group in groups]
         return groups
 
+    @torch.compiler.set_stance("force_eager")
     def on_fit_start(self) -> None:
         """Makes sure that our chunked loss is this model's own loss, before anything trains."""
         self._start = self._last_step = time.perf_counter()
@@ -373,6 +374,7 @@ class CausalLMModule(LightningModule):
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
     def generate(self, batch: dict[str, Any]) -> list[str]:
         """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
         prompts = batch["input_ids"]

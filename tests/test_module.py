@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from ows_lightning.data import InstructionDataModule
@@ -189,14 +189,22 @@ def test_lora_freezes_the_base_and_trains(model_dir: ModelDir, tmp_path: Path) -
     assert any(p.abs().sum() > 0 for name, p in module.model.named_parameters() if "lora_B" in name)
 
 
+class AnswersBeforeTraining(Callback):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ids = torch.arange(3, 12)[None]
+        pl_module.generate({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
 @pytest.mark.slow
 def test_compiled_blocks_survive_resampling(model_dir: ModelDir, tmp_path: Path) -> None:
-    directory, finals = str(model_dir()), []
+    directory, finals = str(model_dir(num_hidden_layers=10)), []
     for compiled in (False, True):
-        module = CausalLMModule(directory, rank=8, compile=compiled, optimizer=galore)
-        sampling = LayerwiseSampling(1, 2, distribution="uniform", always_train=["norm"])
-        run = trainer(tmp_path, sampling, max_steps=6, max_epochs=20)
-        run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=8))
+        module = CausalLMModule(directory, rank=8, compile=compiled, max_new_tokens=4, optimizer=galore)
+        sampling = LayerwiseSampling(1, 2, threshold=2, always_train=["norm"])
+        run = trainer(tmp_path, sampling, AnswersBeforeTraining(), max_steps=6, max_epochs=20)
+        # Whoever hits torch's limit goes on without compiling, and nobody is told.
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=8))
         finals.append(weights(module))
     for name, weight in finals[1].items():
         torch.testing.assert_close(weight, finals[0][name], rtol=1e-3, atol=1e-3)  # fused kernels round differently

@@ -25,6 +25,7 @@ _CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and a floa
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # compiled blocks would be compiled anew for the hooks
 def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], threshold: float = 13.0) -> Tensor:
     """Computes the outlier ratio D_l of every decoder block on calibration text (arXiv 2405.18380, equation 2).
 
