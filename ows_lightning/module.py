@@ -180,6 +180,8 @@ class CausalLMModule(LightningModule):
         if self.hparams["gradient_checkpointing"]:
             checkpoint_activations(self.language_model)
         if self.hparams["compile"]:
+            # The blocks share their cases: frozen or not, with a gradient from below or not, lengths that are fixed or change.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
             for layer in decoder_layers(self):
                 layer.compile()
 

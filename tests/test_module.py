@@ -19,6 +19,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.pretrained import load_model
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.decoder import decoder_layers
+from ows_lightning.sampling.outliers import layer_outlier_ratios
 from tests.tiny import tiny_batch
 
 ModelDir = Callable[..., Path]
@@ -189,25 +190,30 @@ def test_lora_freezes_the_base_and_trains(model_dir: ModelDir, tmp_path: Path) -
     assert any(p.abs().sum() > 0 for name, p in module.model.named_parameters() if "lora_B" in name)
 
 
-class AnswersBeforeTraining(Callback):
+class ScoresAndAnswersBeforeTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ids = torch.arange(3, 12)[None]
+        layer_outlier_ratios(pl_module, [{"input_ids": ids}], threshold=2)
         pl_module.generate({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 @pytest.mark.slow
 def test_compiled_blocks_survive_resampling(model_dir: ModelDir, tmp_path: Path) -> None:
-    directory, finals = str(model_dir(num_hidden_layers=10)), []
+    directory, flat = str(model_dir(num_hidden_layers=10)), []
+    batches = [tiny_batch(rows=rows, length=length) for rows in (2, 3, 4) for length in (8, 11, 13, 16)]
     for compiled in (False, True):
         module = CausalLMModule(directory, rank=8, compile=compiled, max_new_tokens=4, optimizer=galore)
-        sampling = LayerwiseSampling(1, 2, threshold=2, always_train=["norm"])
-        run = trainer(tmp_path, sampling, AnswersBeforeTraining(), max_steps=6, max_epochs=20)
+        module.configure_model()
+        flat.append(torch.cat([weight.flatten() for weight in weights(module).values()]))
+        sampling = LayerwiseSampling(1, 2, distribution="uniform", always_train=["norm"])
+        run = trainer(tmp_path, sampling, ScoresAndAnswersBeforeTraining(), max_steps=16, max_epochs=20)
         # Whoever hits torch's limit goes on without compiling, and nobody is told.
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-            run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=8))
-        finals.append(weights(module))
-    for name, weight in finals[1].items():
-        torch.testing.assert_close(weight, finals[0][name], rtol=1e-3, atol=1e-3)  # fused kernels round differently
+            run.fit(module, *(DataLoader(batches, batch_size=None) for _ in ("train", "validate")))
+        flat.append(torch.cat([weight.flatten() for weight in weights(module).values()]))
+    start, plain, _, fused = flat
+    # Fused kernels round differently, and Adam takes full steps where a gradient is all but rounding.
+    assert (fused - plain).norm() < 0.02 * (plain - start).norm()
 
 
 @pytest.mark.parametrize(
