@@ -43,12 +43,12 @@ def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     # The products run in the gradient's own dtype: no float32 copy of the matrix is made.
     # Experts share it, so that processes with some of the experts each find the same subspaces as one process with all.
     test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
-    basis = _orthonormal(matrix.mT @ test.to(matrix.dtype))
-    basis = _orthonormal(matrix.mT @ _orthonormal(matrix @ basis.to(matrix.dtype)).to(matrix.dtype))
-    # Rotate onto the principal axes within the basis before the surplus columns are dropped.
-    image = (matrix @ basis.to(matrix.dtype)).float()
-    _, values, axes = torch.linalg.svd(torch.linalg.qr(image, mode="r").R)
-    vectors = basis @ axes[..., :rank, :].mT
+    rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)
+    columns = _orthonormal(matrix @ rows).to(matrix.dtype)
+    # With A ~ C (A^T C)^T and A^T C = Q R, the left singular vectors of R turn Q onto A's right ones, largest first.
+    basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())
+    axes, values, _ = torch.linalg.svd(triangle)
+    vectors = basis @ axes[..., :rank]
     # Rounding, which differs with the number of processes, must not choose what the gradient leaves open: the directions
     # beyond its numerical rank come from the generator, and one of each vector's signs, on which kept moments depend.
     left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
