@@ -59,10 +59,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
             partial.parent.mkdir(parents=True, exist_ok=True)
             write(checkpoint, partial)
             put_in_place(partial, Path(path))
-        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:
+            raise not_written(path, error) from error
+        finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            raise not_written(path, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Reads a file or a directory of shards, always with ``weights_only=True``; a file's tensors are mapped into memory.
@@ -174,7 +175,10 @@ def load_file(path: Path, needed: Iterable[str] = NEEDED) -> dict[str, Any]:
 def write(value: Any, path: Path) -> None:
     """Writes a file of tensors and plain values, and waits until it is on the disk."""
     with path.open("wb") as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            raise cause(error) from error
         file.flush()
         os.fsync(file.fileno())
 
@@ -207,19 +211,21 @@ def _to_disk(path: Path) -> None:
         os.close(number)
 
 
-def not_written(path: Any, error: BaseException) -> RunError:
-    """The error of a checkpoint that could not be written."""
+def not_written(path: Any, error: BaseException) -> BaseException:
+    """The error of a checkpoint that could not be written; a user's interrupt remains one."""
+    reason = cause(error)
+    if isinstance(reason, KeyboardInterrupt):
+        return reason
     before = last_good(Path(path).parent)
     kept = f"'{before}' is still good" if before else "there is no earlier one"
-    reason = one_line(cause(error))
-    return RunError(f"can't write the checkpoint '{path}' ({reason}); {kept}; free space on the disk and resume")
+    return RunError(f"can't write the checkpoint '{path}' ({one_line(reason)}); {kept}; free space on the disk and resume")
 
 
 def cause(error: BaseException) -> BaseException:
-    """What went wrong on the first process that failed, and where it was the system's fault, what the system said."""
+    """What went wrong on the first process that failed; of a file that torch could not finish, why it could not."""
     if isinstance(error, dcp.CheckpointException):
         return cause(next(iter(error.failures.values()))[0])
-    return error.__context__ if isinstance(error.__context__, OSError) else error
+    return error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error
 
 
 def one_line(error: BaseException) -> str:
@@ -349,7 +355,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer of shards; only the error itself reaches the other processes, not the full disk behind it."""
+    """torch's writer of shards; only the error itself reaches the other processes, not what is behind it."""
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -9,17 +9,20 @@ import pickle
 import random
 import shutil
 import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ows_lightning import checkpoints
-from ows_lightning.checkpoints import WholeCheckpointIO, find_checkpoint, last_good
+from ows_lightning.checkpoints import WholeCheckpointIO, find_checkpoint, last_good, not_written, partial_path
 from ows_lightning.cli import OWSCLI
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.resume import check_settings
@@ -416,3 +419,28 @@ def test_an_unwritable_folder_is_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="can't write the checkpoint"):
         WholeCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "file" / "x.ckpt")
+
+
+def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path: Path) -> None:
+    path, main = tmp_path / "last.ckpt", threading.main_thread().ident
+    os.mkfifo(partial_path(path))  # it is full as long as nobody reads: the writer waits in the midst of the file
+
+    def interrupt() -> None:
+        with partial_path(path).open("rb") as pipe:
+            pipe.read(1)
+            time.sleep(0.5)
+            signal.pthread_kill(main, signal.SIGINT)  # type: ignore[arg-type]
+            while pipe.read(1 << 20):
+                pass
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        WholeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
+    thread.join()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_of_one_process_while_shards_are_written_is_an_interrupt(tmp_path: Path) -> None:
+    interrupted = dcp.CheckpointException("write", {1: (KeyboardInterrupt(), traceback.extract_stack())})
+    assert isinstance(not_written(tmp_path / "last.ckpt", interrupted), KeyboardInterrupt)
