@@ -23,7 +23,7 @@ import transformers
 from benchmarks.methods import METHODS, PACKAGES
 from benchmarks.models import WORKLOADS, prepare
 from benchmarks.report import Runs, targets_table, write_report
-from ows_lightning.preflight import cpu_has_bfloat16
+from ows_lightning.cli.preflight import cpu_has_bfloat16
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ("benchmarks", "ows_lightning/optim", "ows_lightning/sampling", "ows_lightning/loss.py")

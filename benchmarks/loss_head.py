@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.report import markdown
 from benchmarks.worker import memory_of
-from ows_lightning.loss import summed_cross_entropy
+from ows_lightning.models.loss import summed_cross_entropy
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 256  # tokens

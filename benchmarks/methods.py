@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ows_lightning.loss import next_token_loss
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.models.loss import next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
-from ows_lightning.sampling.decoder import decoder_layers, non_block_parameters
 from ows_lightning.sampling.distributions import draw_blocks, sampling_probabilities
 
 LR = 1e-4

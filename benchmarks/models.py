@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ows_lightning.export import save_huggingface
-from ows_lightning.pretrained import load_model, load_tokenizer
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.pretrained import load_model, load_tokenizer
 from ows_lightning.sampling.distributions import sampling_probabilities
 from ows_lightning.sampling.outliers import layer_outlier_ratios
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import os
 import resource
@@ -22,23 +20,24 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
-from torchmetrics.text import Perplexity
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning import resume
-from ows_lightning.checkpoints import last_good
+from ows_lightning.callbacks import resume
+from ows_lightning.checkpoints.find import last_good
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
-from ows_lightning.distributed import require_layerwise
 from ows_lightning.distributed.loading import empty_model, load_into_shards
+from ows_lightning.distributed.requirements import require_layerwise
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.evaluation import ChoiceAccuracy, row_log_likelihoods
-from ows_lightning.loss import logits_of, next_token_loss
+from ows_lightning.metrics.choices import ChoiceAccuracy, row_log_likelihoods
+from ows_lightning.metrics.perplexity import TokenPerplexity
+from ows_lightning.models.decoder import causal_lm, decoder_layers
+from ows_lightning.models.lora import add_lora, lora_config
+from ows_lightning.models.loss import logits_of, next_token_loss
+from ows_lightning.models.pretrained import checkpoint_activations, load_config, load_model, load_tokenizer, resize_embeddings
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
-from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.sharding import local, total_norm
 from ows_lightning.optim.subspace import Method
-from ows_lightning.pretrained import checkpoint_activations, load_config, load_model, load_tokenizer, resize_embeddings
-from ows_lightning.sampling.decoder import causal_lm, decoder_layers
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ class CausalLMModule(LightningModule):
         """
         self.check_optimizer()
         if self.hparams["lora"] is not None:
-            _lora_config(self.hparams["lora"])
+            lora_config(self.hparams["lora"])
         return load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
 
     def check_optimizer(self) -> Optimizer:
@@ -194,7 +193,7 @@ class CausalLMModule(LightningModule):
         model = empty_model(name, len(self.tokenizer), **options) if empty else load_model(name, **options)
         resize_embeddings(model, self.tokenizer)
         _stop_at(model, end_of_turn_id(self.tokenizer))
-        return _add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
+        return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     def configure_optimizers(self) -> Any:
         """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""
@@ -478,49 +477,12 @@ class CausalLMModule(LightningModule):
         self._max_steps_before = progress.get("max_steps")
 
 
-class TokenPerplexity(Perplexity):
-    """torchmetrics' perplexity, fed with summed losses: logits of a whole batch never exist."""
-
-    def update(self, loss: Tensor, targets: Tensor) -> None:
-        """Adds a summed cross entropy (nats) over a number of targets."""
-        self.total_log_probs += loss
-        self.count += targets
-
-
 def _stop_at(model: PreTrainedModel, token: int) -> None:
     """Ends generation at a token, too, here and where the exported model is used."""
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     if token not in stops:
         model.generation_config.eos_token_id = [*stops, token]
-
-
-def _add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
-    config = _lora_config(settings)
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:  # the model has no such modules
-        raise UsageError(f"model.lora: {error}") from error
-
-
-def _lora_config(settings: dict[str, Any]) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise UsageError('model.lora: needs peft; pip install "ows_lightning[lora]"') from error
-    if not isinstance(rank := settings.get("r", 8), int) or rank < 1:
-        raise UsageError(f"model.lora.r: {rank!r} must be a whole number of at least 1")
-    try:
-        return LoraConfig(task_type="CAUSAL_LM", **settings)
-    except TypeError as error:
-        known = inspect.signature(LoraConfig).parameters
-        wrong = next((key for key in settings if key not in known), None)
-        if wrong is None:
-            raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error
-        near = "".join(f"; did you mean '{name}'?" for name in difflib.get_close_matches(wrong, known, n=1))
-        raise UsageError(f"model.lora.{wrong}: peft's LoraConfig has no such key{near}") from error
 
 
 def _both_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import ows_lightning
-from ows_lightning.cli import OWSCLI, main
+from ows_lightning.cli.main import OWSCLI, main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import recognise, to_example
 from ows_lightning.module import CausalLMModule

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import load_model
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.pretrained import load_model
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.decoder import decoder_layers
 from ows_lightning.sampling.outliers import layer_outlier_ratios
 from tests.tiny import tiny_batch
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ows_lightning.data.module import InstructionDataModule
+from ows_lightning.data.datamodule import InstructionDataModule
 
 __all__ = ["InstructionDataModule"]

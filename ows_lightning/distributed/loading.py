@@ -18,8 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ows_lightning.distributed.fsdp import shard_model
-from ows_lightning.pretrained import load_config
+from ows_lightning.distributed.fsdp2 import shard_model
+from ows_lightning.models.pretrained import load_config
 
 
 def empty_model(

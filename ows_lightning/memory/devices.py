@@ -8,7 +8,7 @@ from torch import nn
 
 from ows_lightning.memory.settings import PlanSettings
 from ows_lightning.memory.step import Method, StepMemory
-from ows_lightning.sampling.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers
 
 
 @dataclass(frozen=True)

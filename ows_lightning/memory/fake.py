@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ows_lightning.errors import UsageError
-from ows_lightning.pretrained import load_config
+from ows_lightning.models.pretrained import load_config
 
 SHIPPED = Path(__file__).parent / "models"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from ows_lightning.sampling.decoder import causal_lm
+from ows_lightning.models.decoder import causal_lm
 
 aten = torch.ops.aten
 profiler = torch.ops.profiler

@@ -19,9 +19,9 @@ from ows_lightning.memory.operators import FakeOperators, materialize_
 from ows_lightning.memory.settings import PlanSettings
 from ows_lightning.memory.step import Method, StepMemory, Workload, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import checkpoint_activations
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.pretrained import checkpoint_activations
-from ows_lightning.sampling.decoder import decoder_layers
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 

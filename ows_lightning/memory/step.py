@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ows_lightning.loss import next_token_loss
 from ows_lightning.memory.tracker import HOST, MemoryTracker
+from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
+from ows_lightning.models.loss import next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
 from ows_lightning.sampling.activation import activate_blocks
-from ows_lightning.sampling.decoder import causal_lm, decoder_layers, non_block_parameters
 
 BETWEEN = "between"
 PARTS = ("embeddings", "lm_head", "norm")

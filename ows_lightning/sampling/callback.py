@@ -18,10 +18,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ows_lightning.distributed import require_layerwise
+from ows_lightning.distributed.requirements import require_layerwise
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.sampling.activation import activate_blocks
-from ows_lightning.sampling.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.sampling.distributions import draw_blocks, sampling_probabilities
 from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import OutlierScores, architecture_of

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from ows_lightning.errors import UsageError
-from ows_lightning.sampling.decoder import causal_lm, decoder_layers
+from ows_lightning.models.decoder import causal_lm, decoder_layers
 
 _CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and a float32 sum of so many ones is exact
 

@@ -18,11 +18,11 @@ Target = Callable[[list[str]], None]
 
 # A server imports everything once; each process is a fork of it, and starts in a moment.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["ows_lightning.cli", "tests.distributed.launch", "tests.distributed.probe"])
+context.set_forkserver_preload(["ows_lightning.cli.main", "tests.distributed.launch", "tests.distributed.probe"])
 
 
 def _main(arguments: list[str]) -> None:
-    from ows_lightning.cli import main
+    from ows_lightning.cli.main import main
 
     main(arguments)
 
@@ -44,7 +44,7 @@ def _run(target: Target, arguments: Sequence[str], environment: dict[str, str], 
     import torch
 
     torch.set_num_threads(1)
-    from ows_lightning import artifacts
+    from ows_lightning.callbacks import run_folder as artifacts
 
     # Pictures take longer than these runs.
     artifacts.write_pictures = lambda folder: []  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ows_lightning.sampling.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers
 
 KINDS = ("allreduce", "reduce_scatter", "allgather", "broadcast")
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.distributed.loading import empty_model, load_into_shards
-from ows_lightning.pretrained import load_model
+from ows_lightning.models.pretrained import load_model
 from tests.distributed.fixtures import Arguments
 from tests.distributed.launch import Launch, free_port, run
 from tests.tiny import tiny_model

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.optim.param_groups import galore_param_groups
 from tests.tiny import tiny_batch, tiny_model
 
 RANK = 4

@@ -15,10 +15,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.groups import galore_param_groups
+from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.decoder import decoder_layers
 from ows_lightning.sampling.scores import OutlierScores
 from tests.tiny import tiny_model
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ows_lightning.errors import UsageError
-from ows_lightning.sampling.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
 from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
 

@@ -1,0 +1,48 @@
+"""Predictions: each answer of ``predict`` becomes a line of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+
+class PredictionFile(BasePredictionWriter):
+    """Writes each answer of ``predict`` as a line of ``predictions.jsonl`` into the run's folder; a file a rank."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self._path: Path | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the file."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        self._path = folder / f"predictions{rank}.jsonl"
+        self._path.write_text("", encoding="utf-8")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: list[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Adds a batch's rows: ``prompt``, ``reference``, ``generated``, and what else the data has of them."""
+        assert self._path is not None
+        with self._path.open("a", encoding="utf-8") as file:
+            for row in prediction:
+                known = {key: value for key, value in row.items() if value is not None}
+                file.write(json.dumps(known, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says where it is."""
+        print(f"Written: {self._path}")

@@ -1,0 +1,65 @@
+"""What a run leaves behind besides checkpoints: a model directory that any tool loads, and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.image import imread
+
+from ows_lightning.callbacks.model_card import model_card
+from ows_lightning.callbacks.resume import continue_curves
+from ows_lightning.errors import UsageError
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.module import CausalLMModule
+from ows_lightning.report import write_pictures
+
+
+class RunFolder(Callback):
+    """Takes the run's folder for this run alone, and at the end of ``fit`` writes the trained model and pictures into it."""
+
+    _lock: FileLock | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Locks the folder.
+
+        Raises:
+            UsageError: Another run that still lives writes to it.
+        """
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the folder back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the curves of a resumed run with what was logged before."""
+        continue_curves(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``model/`` and the PNGs into the run's folder."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
+            save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module, folder))
+        if trainer.is_global_zero:
+            _show_in_tensorboard(write_pictures(folder), trainer)
+
+
+def _show_in_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for path in pictures:
+                logger.experiment.add_image(path.stem, imread(path), trainer.global_step, dataformats="HWC")

@@ -1,0 +1,226 @@
+"""What a run is about to do, said before it starts, and what it gained, said when it has ended."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from ows_lightning.data import InstructionDataModule
+from ows_lightning.errors import UsageError, is_out_of_memory
+from ows_lightning.memory.prediction import predict
+from ows_lightning.memory.settings import settings_from_config
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.callback import LayerwiseSampling
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 400  # characters of a sample row
+_FIGURES = {"val_loss": ("loss", "{:.3f}"), "val_exact_match": ("exact match", "{:.1%}")}
+
+
+class RunSummary(Callback):
+    """Logs a summary before the sanity check, and the held-out figures before and after the training at the end.
+
+    The figures from before are those of a sanity check of all validation batches (``num_sanity_val_steps: -1``).
+
+    Args:
+        config: The parsed config, from which the memory is predicted; None leaves that out.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+        self.before: dict[str, float] = {}
+        self.trained = False
+        self.predicted: str | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the summary."""
+        self._start = time.perf_counter()
+        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        steps = trainer.estimated_stepping_batches
+        if not trainer.is_global_zero:
+            return
+        lines = {"Model": self._model(pl_module), **_data(trainer), "Training": _training(trainer, pl_module, steps)}
+        if self.config is not None and isinstance(pl_module, CausalLMModule):
+            lines["Memory"] = self._memory(pl_module.device)
+        lines["Run folder"] = str(folder)
+        log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs which share of the weights trains at some time in the run: the draws follow from the scores."""
+        self.trained = True
+        sampling = _sampling(trainer)
+        steps = trainer.estimated_stepping_batches
+        if sampling is None or not trainer.is_global_zero or steps == float("inf"):
+            return
+        layers = decoder_layers(pl_module)
+        drawn = {block for _, _, blocks in sampling.history for block in blocks}
+        for interval in range(len(sampling.history), -(-int(steps) // sampling.interval_steps)):
+            drawn |= set(sampling.blocks_of(interval))
+        parameters = [*_always(pl_module, sampling), *(p for block in drawn for p in layers[block].parameters())]
+        log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(layers), _share(parameters, pl_module))
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the figures from before the training, those of the first start where the run is resumed."""
+        if trainer.num_sanity_val_steps == float("inf") and not self.before:
+            self.before = _held_out(trainer)
+            log.info("Before training: held-out %s", _figures(self.before))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs what the method itself cost: scores, draws and the search for subspaces."""
+        sampling, whole = _sampling(trainer), time.perf_counter() - self._start
+        seconds = sampling.seconds if sampling is not None else 0.0
+        seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
+        if seconds and trainer.is_global_zero:
+            log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs what was gained, where it is, and how to go on."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        if not trainer.is_global_zero:
+            return
+        if not self.trained:  # a resumed run that had ended
+            log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
+        if after := _held_out(trainer):
+            log.info("After training: held-out %s", _figures(after, self.before))
+        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        quoted = shlex.quote(str(folder))
+        log.info(
+            "%s has the model in model/ (for AutoModelForCausalLM.from_pretrained), checkpoints/, metrics.csv and pictures.\n"
+            "Next: python main.py report %s%s",
+            folder,
+            quoted,
+            f"\n      python main.py test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}" if last else "",
+        )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets the message of memory that did not suffice say what was predicted."""
+        if self.predicted is not None and is_out_of_memory(exception):
+            exception.__notes__ = [self.predicted]  # as add_note, which Python 3.10 lacks
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures from before the training."""
+        return {"before": dict(self.before)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them over from the run that is resumed."""
+        self.before = dict(state_dict["before"])
+
+    @staticmethod
+    def _model(module: LightningModule) -> str:
+        count, dtypes = _count(module.parameters()), {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+        size = f"{_short(count)} weights in {', '.join(sorted(dtypes))}"
+        if not isinstance(module, CausalLMModule):
+            return f"{type(module).__name__}, {size}"
+        kind, name = type(module.language_model).__name__, module.hparams["model_name_or_path"]
+        return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
+
+    def _memory(self, device: torch.device) -> str:
+        """A prediction, which is no reason not to train where it is not possible."""
+        available = _available(device)
+        there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
+        try:
+            with torch.random.fork_rng(devices=[]):
+                peak = predict(settings_from_config(self.config)).peak_bytes
+        except (UsageError, RuntimeError, TypeError, NotImplementedError) as error:
+            return f"not predicted ({str(error).splitlines()[0]}), {there}"
+        self.predicted = f"{peak / 1e9:.1f} GB predicted for tensors, {there}"
+        return f"{self.predicted}{'; too little: see `main.py plan`' if available and peak > available else ''}"
+
+
+def _data(trainer: Trainer) -> dict[str, str]:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, InstructionDataModule):
+        return {}
+    figures = data.summary()
+    if "rows" in figures:
+        text = f"{figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['target_tokens']:,} of them targets"
+    else:
+        text = "a stream"
+    text += f"; {figures['validation_rows']:,} rows held out"
+    return {"Data": text, "A row": f"{_marked(data.sample_row())}  (trained: what is in «»)"}
+
+
+def _marked(pieces: Sequence[tuple[str, bool]]) -> str:
+    """A row in one line, the trained parts in guillemets; long untrained parts lose their middle."""
+    shown = []
+    for text, trained in pieces:
+        text = text.replace("\n", "\\n")
+        if len(text) > _SHOWN:
+            text = f"{text[: _SHOWN // 2]} [...] {text[-_SHOWN // 2 :]}"
+        shown.append(f"«{text}»" if trained else text)
+    return "".join(shown)
+
+
+def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
+    text = f"{int(steps):,} steps" if steps != float("inf") else "no end"
+    sampling = _sampling(trainer)
+    if sampling is None:
+        return f"{text}; {_share((p for p in module.parameters() if p.requires_grad), module)}"
+    layers = decoder_layers(module)
+    sizes = [_count(p for p in layer.parameters() if p.requires_grad) for layer in layers]
+    count = round(sampling.activated_layers * sum(sizes) / len(sizes)) + _count(_always(module, sampling))
+    whole = _count(module.parameters())
+    what = " + ".join([f"{sampling.activated_layers} blocks", *sampling.always_train])
+    return (
+        f"{text}; at a time {what}: {_short(count)} weights ({count / whole:.1%}); "
+        f"new blocks every {sampling.interval_steps} steps"
+    )
+
+
+def _always(module: LightningModule, sampling: LayerwiseSampling) -> list[nn.Parameter]:
+    outside = non_block_parameters(module)
+    return list({p: None for part in sampling.always_train for p in outside[part]})
+
+
+def _sampling(trainer: Trainer) -> LayerwiseSampling | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
+
+
+def _share(parameters: Iterable[Tensor], module: LightningModule) -> str:
+    count, whole = _count(parameters), _count(module.parameters())
+    return f"{_short(count)} weights ({count / whole:.1%})"
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _short(count: int) -> str:
+    unit, letter = next(((unit, letter) for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= unit), (1, ""))
+    return f"{count / unit:.4g}{letter}"
+
+
+def _held_out(trainer: Trainer) -> dict[str, float]:
+    return {name: float(trainer.callback_metrics[name]) for name in _FIGURES if name in trainer.callback_metrics}
+
+
+def _figures(after: dict[str, float], before: dict[str, float] | None = None) -> str:
+    parts = []
+    for key, (name, form) in _FIGURES.items():
+        if key in after:
+            values = [values[key] for values in (before or {}, after) if key in values]
+            parts.append(f"{name} {' -> '.join(map(form.format, values))}")
+    return ", ".join(parts)
+
+
+def _available(device: torch.device) -> int | None:
+    """Bytes that are free on the device; those of the machine for a CPU, if it tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,1 @@
+"""Checkpoint files: written whole, found again, read with care."""

@@ -1,0 +1,89 @@
+"""Files of tensors and plain values: written whole, read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
+NEEDED = ("state_dict", "loops", "global_step")
+# What a file that is no checkpoint, or a cut one, makes torch and pickle raise.
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
+
+
+class Forbidden(pickle.UnpicklingError):
+    """A pickle asks for more than tensors and plain values."""
+
+    def __str__(self) -> str:
+        return "it holds more than tensors and plain values, which could run code when it is read"
+
+
+def load_file(path: Path, needed: Iterable[str] = NEEDED) -> dict[str, Any]:
+    """Reads a file of tensors and plain values; the tensors are mapped into memory, not read."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):  # of no pickle's
+            raise ValueError("it is no file of torch's") from error
+        raise Forbidden from error
+    if missing := [key for key in needed if key not in checkpoint]:
+        raise ValueError(f"it has no {missing[0]}")
+    return checkpoint
+
+
+def write(value: Any, path: Path) -> None:
+    """Writes a file of tensors and plain values, and waits until it is on the disk."""
+    with path.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            raise cause(error) from error
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def partial_path(path: Any) -> Path:
+    """The temporary name of a checkpoint that is being written, or removed."""
+    return Path(path).with_name(f".{Path(path).name}.partial")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a finished file or directory its name; what had the name before is there until then, if as ``.NAME.old``."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if partial.is_dir():
+        for written in (*partial.iterdir(), partial):
+            _to_disk(written)
+    if path.is_dir():
+        path.rename(old)
+    partial.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong on the first process that failed; of a file that torch could not finish, why it could not."""
+    if isinstance(error, dcp.CheckpointException):
+        return cause(next(iter(error.failures.values()))[0])
+    return error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, or the first line of it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -1,0 +1,93 @@
+"""Finds the checkpoint that a user means, and the last good one beside a damaged one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ows_lightning.checkpoints.files import (
+    META,
+    NEEDED,
+    UNREADABLE,
+    load_file,
+    one_line,
+)
+from ows_lightning.checkpoints.shards import read_metadata
+from ows_lightning.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def find_checkpoint(ckpt_path: str, *places: Path) -> Path | None:
+    """Returns the checkpoint that a user means, if it is good.
+
+    Args:
+        ckpt_path: A path; or ``last``, the newest good checkpoint of the first place that has one.
+        places: Where runs may have saved: folders of checkpoints, or folders with runs' folders ``version_N``, of which the
+            newest run counts that has a good checkpoint.
+
+    Returns:
+        A path, or None if there is no checkpoint for ``last`` yet.
+
+    Raises:
+        UsageError: There is no checkpoint, or it is damaged; names the last good one.
+    """
+    if ckpt_path != "last":
+        read(Path(ckpt_path), inspect)
+        return Path(ckpt_path)
+    return next((path for place in places for folder in _folders(place) if (path := last_good(folder))), None)
+
+
+def _folders(place: Path) -> Iterator[Path]:
+    """Yields the folders of checkpoints in a place, the newest run's first."""
+    runs = [run for run in place.glob("version_*") if run.name[8:].isdigit()]
+    for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
+        yield run / "checkpoints"
+    yield from (place / "checkpoints", place)
+
+
+def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
+    """Returns the newest checkpoint in a folder that is whole; damaged ones are named in the log."""
+    for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill in the midst of `put_in_place`
+        for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            if path == other_than:
+                continue
+            try:
+                inspect(path)
+            except UNREADABLE as error:
+                log.warning("Passed over the damaged checkpoint %s (%s)", path, one_line(error))
+            else:
+                return path
+    return None
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint's contents without reading its tensors, after a look at whether all of it is there."""
+    if not path.is_dir():
+        return load_file(path)
+    for info in read_metadata(path).storage_data.values():
+        if (path / info.relative_path).stat().st_size < info.offset + info.length:
+            raise ValueError(f"{info.relative_path} is cut short")
+    return load_file(path / META, needed=NEEDED[1:])
+
+
+def read(path: Path, how: Callable[[Path], T]) -> T:
+    """Reads a checkpoint; what is wrong with it becomes one line that names the last good one beside it."""
+    if not path.exists():
+        raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_mend(path)}")
+    try:
+        return how(path)
+    except UsageError:
+        raise
+    except UNREADABLE as error:
+        reason = one_line(error)
+        raise UsageError(f"ckpt_path: '{path}' is damaged or no checkpoint of a run ({reason}); {_mend(path)}") from error
+
+
+def _mend(path: Path) -> str:
+    good = last_good(path.parent, other_than=path) if path.parent.is_dir() else None
+    return f"the last good one is '{good}'" if good else "there is no good one beside it"

@@ -1,0 +1,87 @@
+"""Checkpoints that are written whole or not at all, hold tensors and plain values only, and are found again.
+
+A checkpoint is a file, or a directory into which every process wrote its shards (``meta.pt`` and the format of
+``torch.distributed.checkpoint``). Both hold the same dict, so that either can be resumed on any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from ows_lightning.checkpoints.files import (
+    cause,
+    load_file,
+    one_line,
+    partial_path,
+    put_in_place,
+    write,
+)
+from ows_lightning.checkpoints.find import last_good, read
+from ows_lightning.checkpoints.shards import load_shards
+from ows_lightning.errors import RunError
+
+log = logging.getLogger(__name__)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, made safe against kills, full disks and damaged files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes a file under a temporary name, and gives it its own when it is on the disk.
+
+        Raises:
+            RunError: It can't be written; what was at ``path`` is still there.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        partial = partial_path(path)
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            write(checkpoint, partial)
+            put_in_place(partial, Path(path))
+        except (OSError, RuntimeError) as error:
+            raise not_written(path, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Reads a file or a directory of shards, always with ``weights_only=True``; a file's tensors are mapped into memory.
+
+        Raises:
+            UsageError: There is no checkpoint, or it is damaged; names the last good one beside it.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, weights_only=True)
+        return read(Path(path), lambda path: load_shards(path) if path.is_dir() else load_file(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint; a directory that is half removed never bears a checkpoint's name."""
+        if Path(path).is_dir():
+            path = Path(path).rename(partial_path(path))
+        super().remove_checkpoint(path)
+
+
+# ------------------------------------------------------------------ finding
+
+
+# ------------------------------------------------------------------ files
+
+
+def not_written(path: Any, error: BaseException) -> BaseException:
+    """The error of a checkpoint that could not be written; a user's interrupt remains one."""
+    reason = cause(error)
+    if isinstance(reason, KeyboardInterrupt):
+        return reason
+    before = last_good(Path(path).parent)
+    kept = f"'{before}' is still good" if before else "there is no earlier one"
+    return RunError(f"can't write the checkpoint '{path}' ({one_line(reason)}); {kept}; free space on the disk and resume")
+
+
+# ------------------------------------------------------------------ shards

@@ -1,0 +1,174 @@
+"""Checkpoints in shards: a directory into which each process wrote its part."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ows_lightning.checkpoints.files import (
+    META,
+    NEEDED,
+    Forbidden,
+    cause,
+    load_file,
+    one_line,
+)
+from ows_lightning.errors import UsageError
+
+
+def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Splits a Lightning checkpoint into its tensors, under flat names, and the rest."""
+    rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+    tensors = {f"state_dict.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
+    rest["optimizer_states"] = []
+    for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+        rest["optimizer_states"].append({**optimizer, "state": {}})
+        for parameter, state in optimizer["state"].items():
+            rest["optimizer_states"][-1]["state"][parameter] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer_{number}.{parameter}.{key}"] = value
+    return tensors, rest
+
+
+def load_shards(path: Path) -> dict[str, Any]:
+    """Reads a directory of shards as the dict that a checkpoint in one file would be."""
+    checkpoint = load_file(path / META, needed=NEEDED[1:])
+    checkpoint["state_dict"] = load_tensors(path, "state_dict.")
+    checkpoint["optimizer_states"] = load_optimizers(path, checkpoint["optimizer_states"])
+    return checkpoint
+
+
+def load_optimizers(
+    path: Path,
+    states: list[dict[str, Any]],
+    empty: Callable[[int, int, TensorStorageMetadata], Tensor] | None = None,
+) -> list[dict[str, Any]]:
+    """Returns optimizer states with the tensors that ``split`` took out of them.
+
+    Args:
+        path: Directory of shards.
+        states: The states without tensors.
+        empty: Makes the tensor to read into, from the optimizer's and the parameter's number and the saved tensor's
+            description; a plain one on the CPU by default.
+    """
+    states = copy.deepcopy(states)
+    for number, optimizer in enumerate(states):
+        prefix = f"optimizer_{number}."
+        make = None if empty is None else lambda name, saved, n=number: empty(n, int(name.split(".")[0]), saved)
+        for name, tensor in load_tensors(path, prefix, make).items():
+            parameter, key = name.split(".", 1)
+            optimizer["state"].setdefault(int(parameter), {})[key] = tensor
+    return states
+
+
+def load_tensors(
+    path: Path, prefix: str, empty: Callable[[str, TensorStorageMetadata], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Reads the tensors whose names begin with a prefix, which is taken off; each process what it needs, on its own."""
+    tensors = {
+        name: empty(name.removeprefix(prefix), info) if empty else torch.empty(info.size, dtype=info.properties.dtype)
+        for name, info in _contents(path, prefix).items()
+    }
+    read_into(tensors, path)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fills a module's weights, plain ones or DTensors, from a checkpoint of either kind; nothing else of it is read.
+
+    Raises:
+        UsageError: The checkpoint is of another model.
+    """
+    prefix = "state_dict."
+    weights = {prefix + name: weight for name, weight in module.state_dict().items()}
+    if path.is_dir():
+        shapes = {name: info.size for name, info in _contents(path, prefix).items()}
+    else:
+        whole = {prefix + name: weight for name, weight in load_file(path)["state_dict"].items()}
+        shapes = {name: weight.shape for name, weight in whole.items()}
+    if different := sorted(shapes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):
+        raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0][0].removeprefix(prefix)}")
+    if path.is_dir():
+        read_into(weights, path)
+    else:
+        for name, weight in weights.items():
+            weight.copy_(whole[name])
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes tensors, plain ones or DTensors, into a directory of shards; each process its part."""
+    dcp.save(tensors, storage_writer=_Writer(path))
+
+
+def read_into(tensors: dict[str, Tensor], path: Path) -> None:
+    """Fills tensors, plain ones or DTensors, from a directory of shards."""
+    if not tensors:
+        return
+    try:
+        dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+    except dcp.CheckpointException as error:  # which is no Exception
+        raise ValueError(one_line(cause(error))) from error
+
+
+def _contents(path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
+    """The saved tensors whose names begin with a prefix; anything else is never read, for torch would unpickle it."""
+    contents = read_metadata(path).state_dict_metadata.items()
+    return {k: info for k, info in contents if k.startswith(prefix) and isinstance(info, TensorStorageMetadata)}
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Which tensors a directory of shards holds, and where."""
+    return _Reader(path).read_metadata()
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader of shards; it would unpickle whatever is in the list of contents."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer of shards; only the error itself reaches the other processes, not what is behind it."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            raise cause(error) from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        plain = re.fullmatch(r"\w+", name) is not None
+        dataclasses = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        if plain and module in dataclasses and name in _METADATA_CLASSES:
+            return super().find_class(module, name)
+        if (module, name) in {("torch", "Size"), ("collections", "OrderedDict"), ("torch.serialization", "_get_layout")}:
+            return super().find_class(module, name)
+        if plain and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where it was written; of any system
+        raise Forbidden
+
+
+_METADATA_CLASSES = {
+    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+    "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo",
+}  # fmt: skip

@@ -1,0 +1,191 @@
+"""OWSTrainer: Lightning's Trainer with the further verbs of ``main.py``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from ows_lightning.callbacks.model_card import model_card, upload
+from ows_lightning.checkpoints.find import read
+from ows_lightning.checkpoints.io import WholeCheckpointIO
+from ows_lightning.checkpoints.shards import load_weights
+from ows_lightning.cli.preflight import check_writable
+from ows_lightning.distributed.loading import allocate
+from ows_lightning.errors import UsageError
+from ows_lightning.memory import plan_from_config, plot_plan
+from ows_lightning.metrics.lm_eval import run_tasks
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.module import CausalLMModule
+from ows_lightning.report.plots import plot_scores
+from ows_lightning.report.run import RunRecord
+from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.scores import OutlierScores
+
+
+class OWSTrainer(Trainer):
+    """Lightning's Trainer, with a method for each further subcommand, and checkpoints that are whole or not there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
+            self.strategy.checkpoint_io = WholeCheckpointIO()
+
+    @property
+    def sampling(self) -> LayerwiseSampling | None:
+        """The run's LayerwiseSampling callback, if it has one."""
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        tasks: list[str] | None = None,
+        include_path: Path | None = None,
+    ) -> Any:
+        """Evaluate on the test set: loss, perplexity, exact match of generated answers, accuracy where rows have choices.
+
+        Args:
+            model: The module.
+            dataloaders: Test data, where there is no data module.
+            ckpt_path: The checkpoint to evaluate; without it, the model as it is.
+            verbose: Print the figures.
+            datamodule: The data module.
+            weights_only: Lightning's; checkpoints hold nothing else here.
+            tasks: Names of tasks of lm-evaluation-harness to run, too. Needs the extra ``eval``.
+            include_path: A folder with YAML files of further tasks.
+        """
+        figures = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        if verbose and self.is_global_zero:
+            print(figures_table(figures))
+        module = self.lightning_module
+        if tasks and isinstance(module, CausalLMModule):
+            module.to(self.strategy.root_device)  # it is taken from there when a loop ends
+            run_tasks(module.language_model, module.tokenizer, tasks, None if include_path is None else str(include_path))
+        return figures
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate on the validation set: loss, perplexity, exact match of generated answers.
+
+        Args:
+            model: The module.
+            dataloaders: Validation data, where there is no data module.
+            ckpt_path: The checkpoint to evaluate; without it, the model as it is.
+            verbose: Print the figures.
+            datamodule: The data module.
+            weights_only: Lightning's; checkpoints hold nothing else here.
+        """
+        figures = super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        if verbose and self.is_global_zero:
+            print(figures_table(figures))
+        return figures
+
+    def score(self, model: LightningModule, datamodule: LightningDataModule, output: Path = Path(".")) -> OutlierScores:
+        """Compute the blocks' outlier scores; prints them, and writes them as JSON and as a bar chart.
+
+        Args:
+            model: The module with the model.
+            datamodule: Where the calibration rows come from.
+            output: The folder for ``outlier_scores.json`` (which ``sampling.scores`` takes) and ``outlier_scores.png``.
+        """
+        check_writable("output", output)
+        sampling = copy.copy(self.sampling) if self.sampling else LayerwiseSampling()
+        sampling.scores = None
+        if sampling.distribution not in ("outlier", "outlier_reverse", "weight_norm"):
+            sampling.distribution = "outlier"  # the others need no scores, and scores were asked for
+        self._prepare(model, datamodule)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        model.to(self.strategy.root_device)
+        scores = sampling.compute_scores(model, datamodule.train_dataloader())
+        scores.save(output / "outlier_scores.json")
+        figure, _ = plot_scores(RunRecord(name=scores.model, path=output, scores=asdict(scores)))
+        figure.savefig(output / "outlier_scores.png")
+        print(f"{scores.table()}\nWritten: {output / 'outlier_scores.json'} and outlier_scores.png")
+        return scores
+
+    @staticmethod
+    def plan(
+        config: Any,
+        method: str | list[str] | None = None,
+        format: Literal["table", "json"] = "table",
+        output: Path | None = None,
+    ) -> None:
+        """Predict the memory that a config needs, and what other methods would; loads nothing and needs no GPU.
+
+        Args:
+            config: The parsed config.
+            method: Methods to predict, as ``ows,full`` or a list; all by default.
+            format: ``table`` for people, ``json`` for programs.
+            output: A folder for ``plan.png`` and ``plan.json``.
+        """
+        plan = plan_from_config(config, method.split(",") if isinstance(method, str) else method)
+        print(plan.to_json() if format == "json" else plan.to_table())
+        if output is not None:
+            check_writable("output", output)
+            (output / "plan.json").write_text(plan.to_json() + "\n")
+            plot_plan(plan)[0].savefig(output / "plan.png")
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: Path,
+        output: Path = Path("model"),
+        push_to_hub: str | None = None,
+    ) -> None:
+        """Write a checkpoint's model as a Hugging Face directory.
+
+        Args:
+            model: The module that the checkpoint was saved from.
+            datamodule: Not needed.
+            ckpt_path: The checkpoint.
+            output: The directory to write.
+            push_to_hub: Upload the directory to the hub under this name, ``owner/name``, too.
+        """
+        if not isinstance(model, CausalLMModule):
+            raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
+        check_writable("output", output.absolute().parent)
+        model.trainer = self  # which knows the precision
+        model.model = allocate(model._build(empty=True))
+        read(ckpt_path, lambda path: load_weights(model, path))
+        save_huggingface(model.model, model.tokenizer, output, model_card(model, ckpt_path.absolute().parent.parent))
+        print(f"Written: {output}")
+        if push_to_hub is not None:
+            print(f"Uploaded: {upload(output, push_to_hub)}")
+
+    def _prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Connects model and data to this Trainer and loads the weights, without running a loop."""
+        self.strategy.connect(model)
+        model.trainer = self
+        datamodule.trainer = self
+        model.configure_model()
+
+
+def figures_table(figures: Sequence[Mapping[str, float]]) -> str:
+    """Returns an evaluation's figures as lines of text, each once: Lightning repeats them for every data loader."""
+    merged = {name: value for part in figures for name, value in part.items()}
+    lines = []
+    for name, value in merged.items():
+        if not name.endswith("_stderr"):
+            error = f" ± {merged[f'{name}_stderr']:.3g}" if f"{name}_stderr" in merged else ""
+            lines.append(f"{name:<20} {value:.4g}{error}")
+    return "\n".join(lines)

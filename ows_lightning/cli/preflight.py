@@ -1,0 +1,197 @@
+"""What is wrong with a run's settings, found before its weights are loaded and its devices taken."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
+
+from ows_lightning.cli.parser import nearest
+from ows_lightning.data import InstructionDataModule
+from ows_lightning.errors import UsageError
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.scores import OutlierScores, architecture_of
+
+log = logging.getLogger(__name__)
+
+LOGGED = (
+    "train_loss", "val_loss", "val_perplexity", "val_exact_match", "tokens_per_second", "grad_norm", "peak_memory_mb",
+    "tokens", "time_s", "renewal_s", "epoch", "step",
+)  # fmt: skip
+"""The figures that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
+
+
+def check_run(
+    command: str,
+    model: LightningModule,
+    data: LightningDataModule,
+    sampling: LayerwiseSampling | None,
+    checkpoint: ModelCheckpoint,
+    trainer: Mapping[str, Any],
+) -> None:
+    """Checks what a command is about to use; the first thing that is wrong ends it.
+
+    Args:
+        command: ``fit``, ``score``, ...
+        model: The module, without its weights.
+        data: The data module.
+        sampling: The sampling callback.
+        checkpoint: The checkpoint callback.
+        trainer: The Trainer's arguments.
+
+    Raises:
+        UsageError: Names the setting or the row, and the mend.
+    """
+    if command == "fit":
+        check_precision(model, str(trainer["precision"]))
+        check_training(trainer)
+    check_devices(trainer, torch.cuda.device_count())
+    if command in ("fit", "validate", "test", "predict"):
+        check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
+    if command == "fit":
+        _check_monitors(model, data, checkpoint, trainer["callbacks"] or [])
+    if isinstance(model, CausalLMModule):
+        config = model.check()
+        if sampling is not None and command == "fit":
+            sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
+            _warn_of_scores(sampling, model.hparams["model_name_or_path"])
+    if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
+        data.check()
+
+
+def check_training(trainer: Mapping[str, Any]) -> None:
+    """Refuses numbers with which nothing would train, or in the wrong direction.
+
+    Args:
+        trainer: The Trainer's arguments.
+    """
+    for key in ("max_steps", "max_epochs", "limit_train_batches"):
+        if trainer[key] == 0:
+            raise UsageError(f"trainer.{key}: with 0 nothing is trained; give a number above 0, or leave it out")
+    if (trainer["gradient_clip_val"] or 0) < 0:
+        raise UsageError(f"trainer.gradient_clip_val: {trainer['gradient_clip_val']} must be above 0, or null not to clip")
+    if trainer["val_check_interval"] == 0:
+        raise UsageError("trainer.val_check_interval: 0 is no interval; to validate never, set trainer.limit_val_batches: 0")
+    if trainer["check_val_every_n_epoch"] == 0:
+        raise UsageError("trainer.check_val_every_n_epoch: 0 must be at least 1; null counts trainer.val_check_interval alone")
+
+
+def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
+    """Checks strategy, accelerator, devices and precision against the machine.
+
+    Args:
+        trainer: The Trainer's arguments.
+        gpus: Number of CUDA devices.
+    """
+    for key in ("accumulate_grad_batches", "num_nodes"):
+        if trainer[key] < 1:
+            raise UsageError(f"trainer.{key}: {trainer[key]} must be at least 1")
+    _check_name("strategy", trainer["strategy"], StrategyRegistry.available_strategies(), "auto, ddp_layerwise or fsdp2")
+    _check_name("accelerator", trainer["accelerator"], [*AcceleratorRegistry.available_accelerators(), "gpu"], "auto")
+    accelerator, devices, precision = trainer["accelerator"], trainer["devices"], str(trainer["precision"])
+    if accelerator in ("gpu", "cuda") and not gpus and not (accelerator == "gpu" and torch.backends.mps.is_available()):
+        raise UsageError(
+            f"trainer.accelerator: {accelerator}, but torch sees no GPU; set trainer.accelerator: cpu, or mend the driver"
+        )
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not torch.backends.mps.is_available())
+    if on_cpu and precision in ("16", "16-mixed", "16-true"):
+        raise UsageError(f"trainer.precision: {precision} needs a GPU; set trainer.precision: bf16-true or bf16-mixed")
+    if on_cpu and precision.startswith("bf16") and not cpu_has_bfloat16():
+        log.warning(
+            "trainer.precision: %s is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster", precision
+        )
+    cores = os.cpu_count() or 1
+    wanted, there = _number_of_devices(devices), 8 * cores if on_cpu else gpus  # a few processes may share a core
+    if wanted > there > 0:
+        what = f"{cores} CPU cores" if on_cpu else f"{gpus} GPUs"
+        raise UsageError(f"trainer.devices: {wanted} are more than the {what} of this machine")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are fast on this CPU; without AVX-512, an x86 one takes many times as long."""
+    return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
+
+
+def _check_name(key: str, given: Any, known: Sequence[str], usual: str) -> None:
+    if isinstance(given, str) and given not in ("auto", *known):
+        raise UsageError(f"trainer.{key}: there is no '{given}'{nearest(given, known) or f'; take {usual}'}")
+
+
+def _number_of_devices(devices: Any) -> int:
+    """How many devices are asked for; 0 for all there are."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part]
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if devices == "auto" or str(devices) == "-1":
+        return 0
+    if not str(devices).isdigit() or int(devices) < 1:
+        raise UsageError(f"trainer.devices: '{devices}' is no number of devices; give 1 or more, a list of indices, or auto")
+    return int(devices)
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Makes sure of a folder to write to.
+
+    Raises:
+        UsageError: It can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{key}: can't write to '{folder}' ({error.strerror}); choose another folder") from error
+
+
+def check_precision(model: LightningModule, precision: str) -> None:
+    """Refuses loss scaling with gradients that the scaler never sees."""
+    if precision not in ("16", "16-mixed") or not isinstance(model, CausalLMModule):
+        return
+    if isinstance(model.check_optimizer(), GaLoreAdamW):
+        raise UsageError(
+            "trainer.precision: 16-mixed scales the loss, and what GaLoreAdamW projects in backward is never unscaled; "
+            "set trainer.precision: bf16-mixed"
+        )
+
+
+def _check_monitors(
+    model: LightningModule, data: LightningDataModule, checkpoint: ModelCheckpoint, callbacks: Callback | list[Callback]
+) -> None:
+    """Refuses to monitor what is never logged; callbacks of the user's and other modules may log what they like."""
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    alone = type(model) is CausalLMModule and all(
+        type(callback).__module__.startswith(("lightning.", "ows_lightning.")) for callback in callbacks
+    )
+    monitors = {"checkpoint.monitor": checkpoint.monitor}
+    monitors |= {f"trainer.callbacks.{type(one).__name__}.monitor": getattr(one, "monitor", None) for one in callbacks}
+    names = ", ".join(LOGGED)
+    for key, figure in monitors.items():
+        if alone and figure and figure not in LOGGED and not figure.startswith("lr-"):
+            raise UsageError(f"{key}: no figure '{figure}' is logged{nearest(figure, LOGGED) or f'; choose from {names}'}")
+        if figure and figure.startswith("val_") and isinstance(data, InstructionDataModule):
+            _check_held_out(key, figure, data)
+
+
+def _check_held_out(key: str, figure: str, data: InstructionDataModule) -> None:
+    if not (data.eval_dataset or data.val_size):
+        raise UsageError(f"{key}: {figure} needs held-out rows; set data.val_size or data.eval_dataset, or monitor train_loss")
+    if figure == "val_exact_match" and not data.exact_match_rows:
+        raise UsageError(f"{key}: {figure} needs answers to compare; set data.exact_match_rows, or monitor val_loss")
+
+
+def _warn_of_scores(sampling: LayerwiseSampling, model: str) -> None:
+    if sampling.scores is not None and Path(of := OutlierScores.load(Path(sampling.scores)).model).name != Path(model).name:
+        log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", sampling.scores, of, model)

@@ -1,0 +1,95 @@
+"""Multiple choice: each row once with each of its choices as the answer, in the form in which answers are trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from torch import Tensor, tensor
+from torch.utils.data import Dataset
+
+from ows_lightning.data.formats import Example, index_of_choice, split_prompt
+from ows_lightning.data.loaders import collate
+from ows_lightning.data.masking import Encoder
+from ows_lightning.errors import UsageError
+
+_ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commonsense tasks of LLM-Adapters
+
+
+class ChoiceRows(Dataset[dict[str, Any]]):
+    """A row and one of its choices an item: ``input_ids``, ``labels`` of the choice alone, and what scoring needs.
+
+    The item behind the last is the last again, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
+
+    Args:
+        table: Examples, with the columns ``where`` and ``example``; those without choices are left out.
+        encoder: Renders and tokenises.
+
+    Raises:
+        UsageError: An answer is none of the row's choices; names the row.
+    """
+
+    def __init__(self, table: datasets.Dataset, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.items: list[tuple[int, str, Example, str, bool]] = []  # row, where, example, choice, is right
+        for row, entry in enumerate(table):
+            example = json.loads(entry["example"])
+            options, right = choices_of(example, entry["where"])
+            self.items += [(row, entry["where"], example, text, i == right) for i, text in enumerate(options)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, where, example, text, right = self.items[min(index, len(self) - 1)]
+        question = split_prompt(example["messages"])[0]
+        answered = {**example, "messages": [*question, {"role": "assistant", "content": text}]}
+        # The last turn alone: earlier answers of a conversation are no part of the choice.
+        encoded = Encoder(self.encoder.tokenizer, self.encoder.max_seq_length, last_turn_only=True).encode(answered, where)
+        if not encoded:
+            raise UsageError(f"{where}: the choice {text!r} has no token; give choices that are not empty")
+        ids, labels = encoded[-1].input_ids, encoded[-1].labels
+        return {"input_ids": ids, "labels": labels, "row": row, "right": right, "characters": len(text)}
+
+
+def choices_of(example: Example, where: str) -> tuple[list[str], int]:
+    """Returns an example's choices and the index of the right one; no choices for an example that is not multiple choice.
+
+    The choices are those of the columns ``choices`` (a list of texts) and ``answer`` (one of them, its index from 0, or
+    its letter); or the question ends with ``Answer format: a/b/...`` and ``answer`` is one of these.
+
+    Raises:
+        UsageError: The answer is none of the choices.
+    """
+    options, answer = example.get("choices"), example.get("answer")
+    if "messages" not in example or answer is None:
+        return [], -1
+    if options is not None:
+        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
+            raise UsageError(f"{where}: 'choices' must be a list of two texts or more")
+        return options, _index(answer, options, where)
+    question, reference = split_prompt(example["messages"])
+    found = _ANSWER_FORMAT.search(question[-1]["content"]) if question else None
+    if found is None:
+        return [], -1
+    options = found[1].split("/")
+    right = _index(answer, options, where)
+    before, _, after = reference.rpartition(options[right])
+    return [f"{before}{option}{after}" for option in options], right
+
+
+def _index(answer: Any, options: Sequence[str], where: str) -> int:
+    index = index_of_choice(answer, options)
+    if index is None:
+        raise UsageError(f"{where}: the answer {answer!r} is none of the choices {', '.join(options)}")
+    return index
+
+
+def collate_choices(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Pads as `collate` does; adds ``row``, ``right`` and ``characters``, int64 (B,)."""
+    facts = ("row", "right", "characters")
+    batch = collate([{k: v for k, v in item.items() if k not in facts} for item in items], pad_token_id)
+    return batch | {name: tensor([int(item[name]) for item in items]) for name in facts}

@@ -1,0 +1,211 @@
+"""FSDP2 for models whose trained blocks change: ``--trainer.strategy fsdp2``."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from ows_lightning.checkpoints.files import META, partial_path, put_in_place, write
+from ows_lightning.checkpoints.find import inspect, read
+from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
+from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
+from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.optim.sharding import take_part
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy with all processes sharding the data and the weights, on GPUs or CPUs.
+
+    The module shards itself in ``configure_model`` (see ``shard_model``). Checkpoints hold optimizer state for what trained
+    when they were saved, and are restored to just that: Lightning's own way needs the same parameters to be trainable as then,
+    before any callback knows which.
+
+    Args:
+        save_distributed_checkpoint: Every process writes its shards into a directory; otherwise all is gathered, a tensor at
+            a time, into one file on rank 0, as without sharding. Either kind loads on any number of processes.
+        process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs unless given.
+        timeout: How long a process waits for the others before it gives up.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        """Starts the processes' communication."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    # ------------------------------------------------------------------ saving
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state: this process's shards, or all of it on rank 0."""
+        assert self.lightning_module is not None
+        return self._to_save(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state: this process's shards, or all of it on rank 0."""
+        state = optimizer.state_dict()
+        return {**state, "state": {number: self._to_save(values) for number, values in state["state"].items()}}
+
+    def _to_save(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:
+            return dict(state)
+        gathered = {}
+        for name, value in state.items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.global_rank == 0:
+                gathered[name] = whole.cpu() if isinstance(whole, Tensor) else whole
+        return gathered
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint whole or not at all.
+
+        Raises:
+            RunError: On all ranks, if one of them can't write.
+        """
+        path = Path(self.broadcast(filepath))
+        if self._save_distributed_checkpoint:
+            self._save_shards(checkpoint, path)
+        else:
+            self._on_first(path, lambda: WholeCheckpointIO().save_checkpoint(checkpoint, path))
+
+    def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
+        partial = partial_path(path)
+        tensors, rest = split(checkpoint)
+
+        def begin() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def finish() -> None:
+            write(rest, partial / META)
+            if path.is_file():
+                path.unlink()
+            put_in_place(partial, path)
+
+        try:
+            self._on_first(path, begin)
+            save_tensors(tensors, partial)
+            self._on_first(path, finish)
+        except dcp.CheckpointException as error:  # on all processes, if it is one's
+            raise not_written(path, error) from error
+        finally:
+            if self.global_rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _on_first(self, path: Path, act: Callable[[], None]) -> None:
+        """Does on rank 0 what belongs to the writing of a checkpoint; if it fails there, it has failed everywhere."""
+        message = None
+        if self.global_rank == 0:
+            try:
+                act()
+            except (OSError, RuntimeError) as error:
+                message = str(error if isinstance(error, RunError) else not_written(path, error))
+        if message := self.broadcast(message):
+            raise RunError(message)
+
+    # ------------------------------------------------------------------ loading
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning calls ``load_optimizer_state_dict``, after hooks had a look at the checkpoint."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint but for its tensors, which the two following methods read, each process its part."""
+        path = Path(self.broadcast(checkpoint_path))
+        return {**read(path, inspect), "path": str(path)}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Reads this process's part of the weights into the module."""
+        assert self.lightning_module is not None
+        module, path = self.lightning_module, Path(checkpoint["path"])
+        if "state_dict" not in checkpoint:
+            read(path, lambda path: load_weights(module, path))
+            return
+        state = module.state_dict()
+        saved = checkpoint["state_dict"]
+        if strict and (different := sorted(state.keys() ^ saved.keys())):
+            raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0]}")
+        for name in state.keys() & saved.keys():
+            state[name].copy_(_part(saved[name], state[name]))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Reads this process's part of the optimizers' state."""
+        states = checkpoint["optimizer_states"]
+        places = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
+
+        def empty(optimizer: int, parameter: int, saved: TensorStorageMetadata) -> Tensor:
+            weight = places[optimizer][parameter]
+            if saved.size == weight.shape:
+                return torch.empty_like(weight, dtype=saved.properties.dtype)
+            return torch.empty(saved.size, dtype=saved.properties.dtype)  # of low rank: the optimizer takes its part
+
+        if "state_dict" not in checkpoint:
+            states = read(
+                Path(checkpoint["path"]),
+                lambda path: load_optimizers(path, checkpoint["optimizer_states"], empty),
+            )
+        for weights, optimizer, state in zip(places, self.optimizers, states, strict=True):
+            for number, values in state["state"].items():
+                state["state"][number] = {key: _part(value, weights[number]) for key, value in values.items()}
+            optimizer.load_state_dict(state)
+
+
+def _part(value: Any, weight: Tensor) -> Any:
+    """This process's part of a tensor that is distributed as a weight is, if it has its shape."""
+    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != weight.shape:
+        return value
+    return take_part(value, weight.device_mesh, weight.placements)
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
+    """Shards a model's parameters over the processes of a mesh, in place.
+
+    Args:
+        model: A causal LM, or a peft model around one; its parameters are replaced by DTensors.
+        mesh: The processes, one-dimensional.
+        precision: The Trainer's; with ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16 and gradients are
+            added up over the processes in float32.
+    """
+
+    def placement(weight: nn.Parameter) -> Shard | None:
+        """Wide matrices are projected from the left: with their columns sharded, projecting needs no communication."""
+        if weight.dim() == 2 and weight.size(0) < weight.size(1) and weight.size(1) % mesh.size() == 0:
+            return Shard(1)
+        return None  # rows
+
+    policy = MixedPrecisionPolicy()
+    if precision.startswith("bf16"):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    # Resharding, too, after a forward pass: parameters that stay gathered would not see that they were frozen.
+    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=True)

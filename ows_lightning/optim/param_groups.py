@@ -1,0 +1,57 @@
+"""Which parameters are projected: a model's parameters as groups for GaLoreAdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.optim.galore import ProjType
+from ows_lightning.optim.subspace import Method
+
+
+def galore_param_groups(
+    model: nn.Module,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 1.0,
+    proj_type: ProjType = "std",
+    subspace: Method = "randomized",
+    project_embeddings: bool = False,
+) -> list[dict[str, Any]]:
+    """Splits a causal LM's trainable parameters into a projected group and a full-rank group.
+
+    Call it before anything is frozen: a parameter that no group holds never trains.
+
+    Args:
+        model: A module that contains a causal LM.
+        rank: Rank r of the projected gradients.
+        update_proj_gap: Optimizer steps T between two renewals of a subspace.
+        scale: Factor alpha of the projected updates.
+        proj_type: The dimension that is projected: ``std`` the smaller, ``reverse_std`` the larger, or ``left`` / ``right``.
+        subspace: ``randomized`` or ``svd``.
+        project_embeddings: Project the embeddings and the LM head, too.
+
+    Returns:
+        Groups of ``(name, parameter)`` pairs: the weight matrices of the decoder blocks (3-D expert weights included), other
+        matrices in full rank, and vectors (norms, biases) without weight decay, as is usual.
+    """
+    blocks = {id(p) for p in decoder_layers(model).parameters() if p.dim() >= 2}
+    if project_embeddings:
+        outside = non_block_parameters(model)
+        blocks |= {id(p) for part in ("embeddings", "lm_head") for p in outside.get(part, []) if p.dim() == 2}
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [(name, p) for name, p in trainable if id(p) in blocks],
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+            "subspace": subspace,
+        },
+        {"params": [(name, p) for name, p in trainable if id(p) not in blocks and p.dim() >= 2]},
+        {"params": [(name, p) for name, p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

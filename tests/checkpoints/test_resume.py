@@ -1,0 +1,448 @@
+# ruff: noqa: F811
+"""Runs that are killed, told to end, damaged or moved to other processes, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import random
+import shutil
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ows_lightning.callbacks.resume import check_settings
+from ows_lightning.checkpoints.files import partial_path
+from ows_lightning.checkpoints.find import find_checkpoint, last_good
+from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
+from ows_lightning.checkpoints.shards import read_metadata
+from ows_lightning.cli.main import OWSCLI
+from ows_lightning.errors import RunError, UsageError
+from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
+from tests.distributed.launch import Launch, run
+
+SAVED = ["--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1", "--trainer.max_steps=24"]
+EPOCHS = ["--trainer.max_epochs=8", "--trainer.max_steps=-1"]  # as many: the schedule has to ask how many batches there are
+ROUNDING = ["--model.optimizer=GaLoreAdamW", "--model.optimizer.stochastic_rounding=true"]
+UNEVEN = ["--model.update_proj_gap=7", "--trainer.accumulate_grad_batches=2", "--sampling.interval_steps=5"]
+
+
+def weights(runs: Path, version: int | None = None) -> dict[str, Tensor]:
+    """The weights that a run ended with; those of the last run by default."""
+    folders = sorted(runs.glob("version_*"), key=lambda path: int(path.name[8:]))
+    return load_file(folders[-1 if version is None else version] / "model" / "model.safetensors")
+
+
+def assert_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name, weight in one.items():
+        assert (other[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def at_step(runs: Path, step: int, version: int = 0) -> Path:
+    return next((runs / f"version_{version}" / "checkpoints").glob(f"epoch=*-step={step}.ckpt"))
+
+
+# ------------------------------------------------------------------ exactly
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "more"),
+    [
+        ("auto", 1, ["--data.num_workers=1"]),
+        ("auto", 1, ["--trainer.precision=bf16-true"]),
+        ("auto", 1, EPOCHS),
+        ("ddp_layerwise", 2, []),
+        ("fsdp2", 2, EPOCHS),
+        ("fsdp2", 2, ["--trainer.precision=bf16-true", *ROUNDING]),
+    ],
+)
+def test_a_resumed_run_equals_one_that_went_through(
+    strategy: str, ranks: int, more: list[str], arguments: Arguments, tmp_path: Path
+) -> None:
+    command = arguments(*SAVED, *UNEVEN, *more, "--checkpoint.every_n_train_steps=4", strategy=strategy, ranks=ranks)
+    run(command, tmp_path / "through", ranks)
+    runs = tmp_path / "runs"
+    # In mid-epoch and mid-interval: 41 rows are 6 batches, which are 3 steps; intervals have 5 steps.
+    run([*command, f"--ckpt_path={at_step(runs, 8)}"], tmp_path / "resumed", ranks)
+    assert_identical(weights(runs, 0), weights(runs, 1))
+    # Not again after the first micro-batch, whose gradients it would not have.
+    assert not list((runs / "version_1" / "checkpoints").glob("*step=8.ckpt"))
+    folders = [runs / "version_0", runs / "version_1"]
+    assert len({(folder / "sampling_history.csv").read_text() for folder in folders}) == 1
+    losses = [[row["train_loss"] for row in csv.DictReader((f / "metrics.csv").open()) if row["train_loss"]] for f in folders]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "strategy", "ranks", "more"),
+    [
+        (8, "auto", 1, ["--data.num_workers=1"]),
+        (6, "auto", 1, ["--trainer.precision=bf16-true"]),
+        (3, "ddp_layerwise", 2, []),
+        (3, "fsdp2", 2, []),
+    ],
+)
+def test_killed_at_random_moments(
+    kills: int, strategy: str, ranks: int, more: list[str], arguments: Arguments, tmp_path: Path
+) -> None:
+    settings = [*UNEVEN, *more, "--checkpoint.every_n_train_steps=1", "--trainer.max_steps=40"]
+    run(arguments(*settings, strategy=strategy, ranks=ranks, runs=tmp_path / "through"), tmp_path / "through", ranks)
+    command = [*arguments(*settings, strategy=strategy, ranks=ranks), "--ckpt_path=last"]
+    moments = random.Random(kills)
+    for kill in range(kills):
+        launch = Launch(command, tmp_path / f"kill{kill}", ranks)
+        folder = tmp_path / "runs" / f"version_{kill}"
+        while not folder.exists() and launch.processes[0].is_alive():
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 2))
+        launch.kill()
+    run(command, tmp_path / "last", ranks)
+    assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
+
+
+SLURM = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "train", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments: Arguments, tmp_path: Path) -> None:
+    """SIGUSR1 reaches one of two processes under SLURM, and the job is put into the queue again, once."""
+    ranks, strategy = (2, "fsdp2") if number is signal.SIGUSR1 else (1, "auto")
+    settings = [*UNEVEN, "--trainer.max_steps=30", "--checkpoint.every_n_train_steps=2"]
+    command = arguments(*settings, strategy=strategy, ranks=ranks)
+    scontrol, requeued = tmp_path / "bin" / "scontrol", tmp_path / "requeued.txt"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {requeued}\n')
+    scontrol.chmod(0o755)
+    slurm = {**SLURM, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"} if number is signal.SIGUSR1 else {}
+    launch = Launch(command, tmp_path / "told", ranks, environment=slurm)
+    while not (tmp_path / "runs/version_0/checkpoints/last.ckpt").exists() and launch.processes[-1].is_alive():
+        time.sleep(0.01)
+    pid = launch.processes[-1].pid
+    assert pid is not None
+    os.kill(pid, number)
+    assert launch.wait() == [1] * ranks, launch.output
+    (saved,) = (tmp_path / "runs" / "version_0" / "checkpoints").glob("interrupted-*.ckpt")
+    assert launch.output.count(f"stopped by {number.name} after step") == ranks
+    assert launch.output.count(f"resume with --ckpt_path {saved}") == ranks
+    assert (requeued.read_text() if slurm else "requeue 1234\n") == "requeue 1234\n"
+    run([*command, "--ckpt_path=last"], tmp_path / "resumed", ranks)
+    run(arguments(*settings, strategy=strategy, ranks=ranks, runs=tmp_path / "through"), tmp_path / "through", ranks)
+    assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(("during", "strategy", "ranks"), [("validation", "auto", 1), ("scoring", "fsdp2", 2)])
+def test_a_signal_before_the_first_step_waits_for_its_end(
+    during: str, strategy: str, ranks: int, arguments: Arguments, tmp_path: Path
+) -> None:
+    signalled = ["--trainer.callbacks+=tests.distributed.probe.Signalled", f"--trainer.callbacks.during={during}"]
+    command = arguments(*signalled, "--data.val_size=4", "--trainer.max_steps=3", strategy=strategy, ranks=ranks)
+    launch = Launch(command, tmp_path / "told", ranks)
+    assert launch.wait(60) == [1] * ranks, launch.output
+    saved = tmp_path / "runs" / "version_0" / "checkpoints" / "interrupted-step=1.ckpt"
+    assert launch.output.count(f"stopped by SIGTERM after step 1; resume with --ckpt_path {saved}") == ranks
+    assert find_checkpoint("last", tmp_path / "runs") == saved
+
+
+# ------------------------------------------------------------------ on other processes
+
+FULL = ["--trainer.strategy.class_path=ows_lightning.distributed.FSDP2Strategy",
+        "--trainer.strategy.init_args.save_distributed_checkpoint=false"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_checkpoints_of_two_processes_load_on_one_and_back(kind: str, arguments: Arguments, tmp_path: Path) -> None:
+    full = FULL if kind == "full" else []
+    run(arguments(*SAVED, runs=tmp_path / "one"), tmp_path / "one")
+    run([*arguments(*SAVED, strategy="fsdp2", ranks=2, runs=tmp_path / "two"), *full], tmp_path / "two", 2)
+    of_two, of_one = at_step(tmp_path / "two", 12), at_step(tmp_path / "one", 12)
+    assert of_two.is_dir() == (kind == "sharded")
+    run([*arguments(*SAVED, runs=tmp_path / "one"), f"--ckpt_path={of_two}"], tmp_path / "to-one")
+    run(
+        [*arguments(*SAVED, strategy="fsdp2", ranks=2, runs=tmp_path / "two"), *full, f"--ckpt_path={of_one}"],
+        tmp_path / "to-two",
+        2,
+    )
+    through = weights(tmp_path / "one", 0)
+    for runs in ("one", "two"):
+        assert_close(through, weights(tmp_path / runs, 1))
+
+
+@pytest.mark.slow
+def test_checkpoints_of_two_processes_load_on_four_and_back(arguments: Arguments, tmp_path: Path) -> None:
+    def fsdp2(ranks: int, *more: str) -> None:
+        command = arguments(*SAVED, *more, strategy="fsdp2", ranks=ranks, runs=tmp_path / str(ranks))
+        run(command, tmp_path / f"to-{ranks}", ranks)
+
+    fsdp2(2)
+    fsdp2(4, f"--ckpt_path={at_step(tmp_path / '2', 12)}")
+    fsdp2(2, f"--ckpt_path={at_step(tmp_path / '4', 18)}")
+    through = weights(tmp_path / "2", 0)
+    assert_close(through, weights(tmp_path / "4", 0))
+    assert_close(through, weights(tmp_path / "2", 1))
+
+
+def test_a_sharded_checkpoint_exports_from_its_weights_alone(arguments: Arguments, tmp_path: Path) -> None:
+    """Neither the weights that the run began with nor the optimizer's state are read."""
+    run(arguments(*SAVED, strategy="fsdp2", ranks=2), tmp_path / "two", 2)
+    checkpoint = at_step(tmp_path / "runs", 24)
+    for index, place in read_metadata(checkpoint).storage_data.items():
+        if index.fqn.startswith("optimizer_"):
+            with (checkpoint / place.relative_path).open("r+b") as file:
+                file.seek(place.offset)
+                file.write(bytes(place.length))
+    command = arguments()[1:]
+    name = command.index("--model.model_name_or_path") + 1
+    command[name] = str(shutil.copytree(command[name], tmp_path / "llama"))
+    (tmp_path / "llama" / "model.safetensors").write_bytes(b"")
+    run(["export", *command, "--ckpt_path=last", f"--output={tmp_path / 'exported'}"], tmp_path / "export")
+    assert_identical(weights(tmp_path / "runs"), load_file(tmp_path / "exported" / "model.safetensors"))
+
+
+# ------------------------------------------------------------------ damaged
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder of two checkpoints, of which `second.ckpt` is the newer."""
+    folder = tmp_path / "version_0" / "checkpoints"
+    content = {"state_dict": {"w": torch.arange(1000.0)}, "loops": {}, "global_step": 3, "optimizer_states": []}
+    for number, name in enumerate(("first", "second")):
+        WholeCheckpointIO().save_checkpoint({**content, "global_step": number}, folder / f"{name}.ckpt")
+        os.utime(folder / f"{name}.ckpt", (number, number))
+    return folder
+
+
+def test_a_cut_checkpoint_is_named_and_passed_over(saved: Path, tmp_path: Path) -> None:
+    newest = saved / "second.ckpt"
+    assert find_checkpoint("last", tmp_path) == newest
+    whole, places = newest.read_bytes(), random.Random(0)
+    for _ in range(20):
+        newest.write_bytes(whole[: places.randrange(len(whole))])
+        with pytest.raises(UsageError, match=r"second.ckpt' is damaged.*last good one is '.*first.ckpt'"):
+            find_checkpoint(str(newest), tmp_path)
+        assert find_checkpoint("last", tmp_path) == saved / "first.ckpt"
+
+
+def test_a_cut_shard_is_found(arguments: Arguments, tmp_path: Path) -> None:
+    command = arguments(*SAVED, strategy="fsdp2", ranks=2)
+    run(command, tmp_path / "two", 2)
+    checkpoint = at_step(tmp_path / "runs", 12)
+    places = random.Random(0)
+    for file in [*checkpoint.glob("*.distcp"), checkpoint / "meta.pt", checkpoint / ".metadata"]:
+        whole = file.read_bytes()
+        for place in [*(places.randrange(len(whole)) for _ in range(5)), len(whole) - 1]:
+            file.write_bytes(whole[:place])
+            with pytest.raises(UsageError, match="is damaged") as error:
+                find_checkpoint(str(checkpoint), tmp_path)
+            assert "could run code" not in str(error.value)
+        file.write_bytes(whole)
+    assert find_checkpoint(str(checkpoint), tmp_path) == checkpoint
+    for file in checkpoint.glob("*.distcp"):  # as long as it should be, and found out when it is read
+        file.write_bytes(bytes(file.stat().st_size))
+    launch = Launch([*command, f"--ckpt_path={checkpoint}"], tmp_path / "resumed", 2)
+    assert launch.wait() == [2, 2], launch.output
+    assert launch.output.count("is damaged or no checkpoint of a run") == 2
+    assert launch.output.count(f"the last good one is '{checkpoint.parent}") == 2
+    assert "Traceback" not in launch.output
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Malicious(), "loops": {}, "global_step": 1}, saved / "third.ckpt")
+    with pytest.raises(UsageError, match="more than tensors and plain values"):
+        find_checkpoint(str(saved / "third.ckpt"), tmp_path)
+    sharded = saved / "fourth.ckpt"
+    sharded.mkdir()
+    torch.save({"loops": {}, "global_step": 1}, sharded / "meta.pt")
+    (sharded / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(UsageError, match="more than tensors and plain values"):
+        find_checkpoint(str(sharded), tmp_path)
+    assert find_checkpoint("last", tmp_path) == saved / "second.ckpt"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_whose_replacement_was_cut_off_is_found(saved: Path) -> None:
+    (saved / "first.ckpt").unlink()
+    (saved / "second.ckpt").rename(saved / ".second.ckpt.old")  # a kill before the new one had its name
+    assert last_good(saved) == saved / ".second.ckpt.old"
+
+
+class Parsed(Exception):
+    """The command line was understood."""
+
+
+class ParsingCLI(OWSCLI):
+    """Stops when all is parsed, before anything is made of it."""
+
+    def before_instantiate_classes(self) -> None:
+        found.append(self.config[self.config.subcommand].ckpt_path)
+        raise Parsed
+
+
+found: list[object] = []
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "export"])
+@pytest.mark.parametrize("place", ["version_0/checkpoints", "checkpoints", "elsewhere"])
+def test_last_looks_where_the_run_saves(
+    command: str, place: str, saved: Path, arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    root = tmp_path / "root"
+    where = {"checkpoints": ["--trainer.logger=false"], "elsewhere": [f"--checkpoint.dirpath={root / place}"]}
+    shutil.copytree(saved, root / place)
+    with pytest.raises(Parsed):
+        ParsingCLI([command, *arguments(*where.get(place, []), runs=root)[1:], "--ckpt_path=last"])
+    assert Path(str(found.pop())) == root / place / "second.ckpt"
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict", "export"])
+def test_no_untrained_model_is_evaluated_for_want_of_a_checkpoint(
+    command: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    with pytest.raises(UsageError, match=r"ckpt_path: no run has saved a checkpoint in '.*runs'"):
+        ParsingCLI([command, *arguments()[1:], "--ckpt_path=last"])
+
+
+def test_last_without_a_checkpoint_starts_anew(arguments: Arguments, tmp_path: Path) -> None:
+    command = arguments("--trainer.max_steps=2")
+    assert "starts anew" in run([*command, "--ckpt_path=last"], tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(strategy: str, arguments: Arguments, tmp_path: Path) -> None:
+    ranks, folder = 2 if strategy == "fsdp2" else 1, tmp_path / "saved"
+    command = arguments(*SAVED, f"--checkpoint.dirpath={folder}", strategy=strategy, ranks=ranks)
+    run([*command, "--trainer.max_steps=3"], tmp_path / "first", ranks)
+    launch = Launch([*command, "--ckpt_path=last"], tmp_path / "full", ranks, file_bytes=100_000)
+    assert launch.wait() == [1] * ranks, launch.output
+    assert launch.output.count("can't write the checkpoint") == ranks
+    assert launch.output.count("File too large") == ranks
+    assert launch.output.count(f"'{last_good(folder)}' is still good") == ranks
+    assert not list(folder.glob("*step=6*"))
+
+
+def test_what_fails_on_one_process_alone_ends_all(arguments: Arguments, tmp_path: Path) -> None:
+    """Rank 0 makes the folder for the shards."""
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / ".last.ckpt.partial").write_text("in the way")
+    options = ["--trainer.max_steps=2", "--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=0"]
+    launch = Launch(arguments(*options, f"--checkpoint.dirpath={tmp_path / 'saved'}", strategy="fsdp2", ranks=2), tmp_path, 2)
+    assert launch.wait(60) == [1, 1], launch.output
+    assert launch.output.count("can't write the checkpoint") == 2
+    assert launch.output.count("File exists") == 2
+
+
+# ------------------------------------------------------------------ changed settings
+
+
+def test_another_model_rank_or_number_of_blocks_is_refused(arguments: Arguments, tmp_path: Path) -> None:
+    run(arguments("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=3"), tmp_path / "first")
+    wide = arguments(hidden_size=64)
+    namesake = shutil.copytree(wide[wide.index("--model.model_name_or_path") + 1], tmp_path / "elsewhere" / "llama")
+    changes = {
+        "model.model_name_or_path": arguments(num_hidden_layers=5),
+        "model.rank": arguments("--model.rank=4"),
+        "hidden_size": [*arguments(), f"--model.model_name_or_path={namesake}"],
+        "sampling.activated_layers": arguments("--sampling.activated_layers=3"),
+    }
+    for key, command in changes.items():
+        launch = Launch([*command, "--ckpt_path=last"], tmp_path / key)
+        assert launch.wait() == [2], launch.output
+        line = launch.output.strip().splitlines()[-1]
+        assert line.startswith("error: ckpt_path"), launch.output
+        assert key in line
+
+
+def test_a_run_of_another_program_is_refused() -> None:
+    with pytest.raises(UsageError, match="ckpt_path: the checkpoint is of another program's run"):
+        check_settings(None, {"model.rank": 8})
+
+
+def test_evaluating_asks_for_the_same_model_alone() -> None:
+    saved = {"model.rank": 8, "number of blocks": 4}
+    check_settings(saved, {"model.rank": 4, "number of blocks": 4}, resumes=False)
+    with pytest.raises(UsageError, match=r"number of blocks \(4 in the checkpoint, 6 now\)"):
+        check_settings(saved, {"model.rank": 4, "number of blocks": 6}, resumes=False)
+
+
+def test_another_learning_rate_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:
+    optimizer = ["--model.optimizer=GaLoreAdamW", "--model.lr_scheduler_type=constant", "--model.warmup_steps=0"]
+    command = arguments("--checkpoint.every_n_train_steps=3", *optimizer)
+    run([*command, "--model.optimizer.lr=1e-3", "--trainer.max_steps=3"], tmp_path / "first")
+    options = ["--model.optimizer.lr=5e-4", "--trainer.max_steps=5", "--ckpt_path=last"]
+    printed = run([*command, *options], tmp_path / "second")
+    assert "lr from 0.001 to 0.0005" in printed
+    assert "trainer.max_steps from 3 to 5" in printed
+    rows = list(csv.DictReader((tmp_path / "runs" / "version_1" / "metrics.csv").open()))
+    rates = [float(row[key]) for row in rows for key in row if key.startswith("lr-") and key.endswith("pg1") and row[key]]
+    assert rates == [1e-3, 1e-3, 1e-3, 5e-4, 5e-4]
+
+
+# ------------------------------------------------------------------ one of several
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_dying_ends_the_others(victim: int, arguments: Arguments, tmp_path: Path) -> None:
+    launch = Launch(arguments("--trainer.max_steps=10000", strategy="fsdp2", ranks=2), tmp_path, 2)
+    history = tmp_path / "runs" / "version_0" / "sampling_history.csv"
+    while not history.exists() and launch.processes[0].is_alive():
+        time.sleep(0.01)
+    launch.processes[victim].kill()
+    codes = launch.wait(60)
+    assert codes[1 - victim] not in (0, None)
+    assert "another process of this run has ended" in launch.output
+
+
+def test_an_unwritable_folder_is_a_run_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="can't write the checkpoint"):
+        WholeCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "file" / "x.ckpt")
+
+
+def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path: Path) -> None:
+    path, main = tmp_path / "last.ckpt", threading.main_thread().ident
+    os.mkfifo(partial_path(path))  # it is full as long as nobody reads: the writer waits in the midst of the file
+
+    def interrupt() -> None:
+        with partial_path(path).open("rb") as pipe:
+            pipe.read(1)
+            time.sleep(0.5)
+            signal.pthread_kill(main, signal.SIGINT)  # type: ignore[arg-type]
+            while pipe.read(1 << 20):
+                pass
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        WholeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
+    thread.join()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_of_one_process_while_shards_are_written_is_an_interrupt(tmp_path: Path) -> None:
+    interrupted = dcp.CheckpointException("write", {1: (KeyboardInterrupt(), traceback.extract_stack())})
+    assert isinstance(not_written(tmp_path / "last.ckpt", interrupted), KeyboardInterrupt)

