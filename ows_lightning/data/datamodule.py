@@ -12,18 +12,18 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data import formats
-from ows_lightning.data.examples import EXAMPLES, column, mix, read_examples, stream_examples, tokenise
+from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
-from ows_lightning.data.loaders import PromptRows, ResumableLoader, Rows, ShardedSampler, collate, collate_prompts
+from ows_lightning.data.loaders import ResumableLoader, ShardedSampler
 from ows_lightning.data.masking import IGNORED, Encoder, with_chat_template
-from ows_lightning.data.multiple_choice import ChoiceRows, choices_of, collate_choices
-from ows_lightning.data.packing import pack, require_separate_documents
-from ows_lightning.data.sources import resolve
+from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
+from ows_lightning.data.packing import require_separate_documents
+from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts
+from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
 
@@ -135,10 +135,9 @@ class InstructionDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._check_settings()
-        self._resume_at: dict[str, Any] = {}  # where the next training loader begins
-        self._examples: dict[str, datasets.Dataset] = {}  # by the name of the setting
-        self._tokens: dict[str, datasets.Dataset] = {}
+        self._splits = Splits(dataset, eval_dataset, test_dataset, val_size, streaming, data_format, self.columns, split, seed)
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
+        self._resume_at: dict[str, Any] = {}  # where the next training loader begins
 
     def check(self) -> None:
         """Find all that is wrong with the data and needs no tokenizer to be found: files, their syntax, columns and types.
@@ -146,19 +145,14 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UsageError: Names the setting or the row, and what to do.
         """
-        for key in ("dataset", "eval_dataset", "test_dataset"):
-            if getattr(self, key):
-                self._examples_of(key)
-        self._split_rows()
-        if self.test_dataset or self._stage() == "test":
-            self._check_choices()
+        self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
 
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
         self.check()
         for part in _PARTS.get(self._stage(), _ALL_PARTS):
-            if (key := self._key(part)) and len(self._examples_of(key)):
-                self._tokens_of(key)
+            if (key := self._splits.key(part)) and len(self._splits.examples_of(key)):
+                self._splits.tokens_of(key, self._encoder())
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise (or take from the cache) the rows that `stage` needs.
@@ -167,8 +161,8 @@ class InstructionDataModule(LightningDataModule):
             UsageError: When no row has a target.
         """
         for part in _PARTS.get(stage or "", _ALL_PARTS):
-            if part not in self._rows and self._key(part):
-                self._rows[part] = self._make_rows(part)
+            if part not in self._rows and self._splits.key(part):
+                self._rows[part] = self._splits.rows(part, self._encoder(), self.packing and part == "train")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training rows, one rank's share of them."""
@@ -178,21 +172,6 @@ class InstructionDataModule(LightningDataModule):
             self._resume_at = {}
         return loader
 
-    def _shuffled_dataloader(self) -> ResumableLoader:
-        rows, (rank, world_size) = self._rows["train"], self._ranks()
-        group_size = self.batch_size * world_size if self.group_by_length else None
-        sampler = ShardedSampler(rows.lengths, rank, world_size, seed=self.seed, group_size=group_size)
-        loader = ResumableLoader(
-            rows,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self._collate_training(),
-            pin_memory=self._trains_on_gpu,
-        )
-        loader.trainer = self.trainer
-        return loader
-
     def val_dataloader(self) -> list[DataLoader]:
         """Validation rows in their order, then `exact_match_rows` of them as prompts; empty without validation rows."""
         return self._eval_dataloaders("val")
@@ -200,16 +179,45 @@ class InstructionDataModule(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         """Test rows in their order, `exact_match_rows` of them as prompts, and each choice of those that have choices."""
         loaders = self._eval_dataloaders("test")
-        examples = self._examples_of(str(self._key("test"))).select(self._indices("test")) if loaders else ()
+        examples = self._splits.examples("test") if loaders else ()
         if len(choices := ChoiceRows(examples, self._encoder())):
             loaders.append(self._ordered_dataloader(choices, collate_choices))
         return loaders
 
     def predict_dataloader(self) -> DataLoader:
         """Test rows as prompts, see `PromptRows` and `collate_prompts`."""
-        if self._key("test") is None:
+        if self._splits.key("test") is None:
             raise UsageError("data.test_dataset: no rows to answer; give a test_dataset, an eval_dataset or a val_size")
-        return self._prompt_dataloader("test", self._indices("test"))
+        return self._prompt_dataloader(self._splits.examples("test"))
+
+    def summary(self) -> dict[str, int]:
+        """Figures of the training rows after `setup`: rows, dropped and truncated ones, tokens, targets, validation rows.
+
+        ``rows`` counts what is batched: with packing the packed rows, ``documents`` what they are made of. Of a stream only
+        the validation rows are known.
+        """
+        validation_rows = len(self._rows["val"]) if "val" in self._rows else 0
+        if self.streaming:
+            return {"validation_rows": validation_rows}
+        rows = self._rows["train"]
+        documents = [document for row in rows.rows for document in row]
+        return {
+            "rows": len(rows),
+            "documents": len(documents),
+            "dropped_rows": len(self._splits.dropped("dataset")),
+            "truncated_rows": int(column(rows.documents, "truncated")[documents].sum()),
+            "tokens": int(column(rows.documents, "length")[documents].sum()),
+            "target_tokens": int(column(rows.documents, "targets")[documents].sum()),
+            "validation_rows": validation_rows,
+        }
+
+    def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
+        """A training row after `setup`, decoded: pieces of text, each with whether it is trained."""
+        item = next(iter(self._stream_rows(length=1)))[0] if self.streaming else self._rows["train"][index]
+        trained = np.asarray(item["labels"]) != IGNORED
+        edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
+        tokenizer = self._encoder().tokenizer
+        return [(str(tokenizer.decode(item["input_ids"][a:b])), bool(trained[a])) for a, b in itertools.pairwise(edges)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training rows."""
@@ -233,35 +241,6 @@ class InstructionDataModule(LightningDataModule):
     def _training_loader(self) -> ResumableLoader | StreamLoader | None:
         loader = self.trainer.train_dataloader if self.trainer else None
         return loader if isinstance(loader, (ResumableLoader, StreamLoader)) else None
-
-    def summary(self) -> dict[str, int]:
-        """Figures of the training rows after `setup`: rows, dropped and truncated ones, tokens, targets, validation rows.
-
-        ``rows`` counts what is batched: with packing the packed rows, ``documents`` what they are made of. Of a stream only
-        the validation rows are known.
-        """
-        validation_rows = len(self._rows["val"]) if "val" in self._rows else 0
-        if self.streaming:
-            return {"validation_rows": validation_rows}
-        rows = self._rows["train"]
-        documents = [document for row in rows.rows for document in row]
-        return {
-            "rows": len(rows),
-            "documents": len(documents),
-            "dropped_rows": len(self._dropped("dataset")),
-            "truncated_rows": int(column(rows.documents, "truncated")[documents].sum()),
-            "tokens": int(column(rows.documents, "length")[documents].sum()),
-            "target_tokens": int(column(rows.documents, "targets")[documents].sum()),
-            "validation_rows": validation_rows,
-        }
-
-    def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
-        """A training row after `setup`, decoded: pieces of text, each with whether it is trained."""
-        item = next(iter(self._stream_rows(length=1)))[0] if self.streaming else self._rows["train"][index]
-        trained = np.asarray(item["labels"]) != IGNORED
-        edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
-        tokenizer = self._encoder().tokenizer
-        return [(str(tokenizer.decode(item["input_ids"][a:b])), bool(trained[a])) for a, b in itertools.pairwise(edges)]
 
     def _stage(self) -> str:
         """What the Trainer is about to do: fit, validate, test, predict; empty where it does not say."""
@@ -294,139 +273,22 @@ class InstructionDataModule(LightningDataModule):
         if self.packing and self.group_by_length:
             raise UsageError("data.group_by_length does nothing for packed rows, which have one length; set one of the two")
 
-    def _check_choices(self) -> None:
-        """Find a test row whose answer is none of its choices."""
-        if key := self._key("test"):
-            for entry in self._examples_of(key).select(self._indices("test")):
-                choices_of(json.loads(entry["example"]), entry["where"])
-
-    # Parts (train, val, test), and the settings that say where their rows come from.
-
-    def _key(self, part: str) -> str | None:
-        if part == "test" and self.test_dataset:
-            return "test_dataset"
-        if part != "train" and self.eval_dataset:
-            return "eval_dataset"
-        if part == "train":
-            return None if self.streaming else "dataset"
-        return "dataset" if self.val_size else None
-
-    def _indices(self, part: str) -> np.ndarray:
-        """The examples of a part, by their index in what its setting names."""
-        key = self._key(part)
-        if key != "dataset":
-            return np.arange(len(self._examples_of(str(key))))
-        train, val = self._split_rows()
-        return self._mixed(train) if part == "train" else val
-
-    def _split_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        total = len(self._examples_of("dataset"))
-        if self.streaming:
-            return np.arange(0), np.arange(total)
-        if self.eval_dataset or not self.val_size:
-            return np.arange(total), np.arange(0)
-        size = self.val_size if isinstance(self.val_size, int) else max(1, round(total * self.val_size))
-        if size >= total:
-            raise UsageError(f"data.val_size: {self.val_size} of {total} rows leaves none to train on; set val_size: 0")
-        order = np.random.default_rng(self.seed).permutation(total)
-        return np.sort(order[size:]), np.sort(order[:size])
-
-    def _mixed(self, rows: np.ndarray) -> np.ndarray:
-        if not isinstance(self.dataset, Mapping):
-            return rows
-        ends = np.cumsum([len(table) for table in self._tables("dataset")])
-        parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
-        for name, part in zip(self.dataset, parts, strict=True):
-            if not len(part):
-                raise UsageError(f"data.dataset: '{name}' has no row left to train on; lower val_size or give an eval_dataset")
-        mixed = mix(parts, list(self.dataset.values()), self.seed)
-        for name, part, repeated in zip(self.dataset, parts, mixed, strict=True):
-            rank_zero_info(
-                f"data.dataset: {name} gives {len(repeated)} rows an epoch, each {len(repeated) / len(part):.2f} times."
-            )
-        return np.concatenate(mixed)
-
-    def _make_rows(self, part: str) -> Rows:
-        key = str(self._key(part))
-        documents = self._tokens_of(key)
-        row_of, wanted = column(documents, "row"), self._indices(part)
-        first, last = np.searchsorted(row_of, wanted, "left"), np.searchsorted(row_of, wanted, "right")
-        chosen = [document for a, b in zip(first.tolist(), last.tolist(), strict=True) for document in range(a, b)]
-        if not len(documents):
-            raise UsageError(
-                f"data.{key}: none of {len(self._examples_of(key))} rows has a target token (an answer that is not empty): "
-                f"{self._named(key, self._dropped(key))}{'; `predict` needs none' if part == 'test' else ''}"
-            )
-        if not chosen:
-            raise UsageError(f"data.{key}: no row for {part} has an answer to train on")
-        if part != "train" or not self.packing:
-            return Rows(documents, [[document] for document in chosen])
-        packed = pack(column(documents, "length")[chosen].tolist(), self.max_seq_length)
-        return Rows(documents, [[chosen[i] for i in row] for row in packed], packed=True)
-
-    # Examples and tokens of a setting.
-
-    def _tables(self, key: str) -> list[datasets.Dataset]:
-        names = getattr(self, key)
-        found = [resolve(name, key, self.split) for name in ([names] if isinstance(names, str) else names)]
-        return [read_examples(source, self.data_format, self.columns) for source in found]
-
-    def _examples_of(self, key: str) -> datasets.Dataset:
-        if key not in self._examples:
-            if key == "dataset" and self.streaming:
-                held_out = 0 if self.eval_dataset else int(self.val_size)
-                first = list(self._stream_examples().take(held_out + 1))  # one more, which tells whether there are others
-                if len(first) <= held_out:
-                    raise UsageError(
-                        f"data.val_size: {held_out} of {len(first)} rows leaves none to train on; lower it, or set val_size: 0"
-                    )
-                self._examples[key] = datasets.Dataset.from_dict(
-                    {name: [row[name] for row in first[:held_out]] for name in EXAMPLES}, features=EXAMPLES
-                )
-            else:
-                self._examples[key] = datasets.concatenate_datasets(self._tables(key))
-        return self._examples[key]
-
-    def _tokens_of(self, key: str) -> datasets.Dataset:
-        if key not in self._tokens:
-            self._tokens[key] = tokenise(self._examples_of(key), self._encoder(), key)
-            self._report(key)
-        return self._tokens[key]
-
-    def _report(self, key: str) -> None:
-        """Say which rows have no target, and how many were cut."""
-        dropped, total = self._dropped(key), len(self._examples_of(key))
-        if 0 < len(dropped) < total:
-            named = self._named(key, dropped)
-            rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
-        if (documents := len(self._tokens[key])) > total - len(dropped):
-            rank_zero_info(
-                f"data.{key}: {total - len(dropped)} rows became {documents}, since the template rewrites earlier answers:"
-                " each is trained at the end of a row of its own."
-            )
-        if truncated := int(column(self._tokens[key], "truncated").sum()):
-            rank_zero_info(
-                f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={self.max_seq_length} tokens."
-            )
-
-    def _named(self, key: str, rows: list[int]) -> str:
-        """Where the rows stand, of many the first ones."""
-        return ", ".join(self._examples_of(key)[rows[:10]]["where"]) + (", ..." if len(rows) > 10 else "")
-
-    def _dropped(self, key: str) -> list[int]:
-        return np.setdiff1d(np.arange(len(self._examples_of(key))), column(self._tokens[key], "row")).tolist()
-
-    def _stream_examples(self) -> datasets.IterableDataset:
-        names = [self.dataset] if isinstance(self.dataset, str) else self.dataset
-        found = [resolve(name, "dataset", self.split) for name in names]
-        streams = [stream_examples(source, self.data_format, self.columns) for source in found]
-        if not isinstance(self.dataset, Mapping) or len(streams) == 1:
-            return datasets.concatenate_datasets(streams)
-        weights = np.asarray(list(self.dataset.values()), dtype=float)
-        shares = (weights / weights.sum()).tolist()
-        return datasets.interleave_datasets(streams, shares, seed=self.seed, stopping_strategy="all_exhausted")
-
     # Loaders.
+
+    def _shuffled_dataloader(self) -> ResumableLoader:
+        rows, (rank, world_size) = self._rows["train"], self._ranks()
+        group_size = self.batch_size * world_size if self.group_by_length else None
+        sampler = ShardedSampler(rows.lengths, rank, world_size, seed=self.seed, group_size=group_size)
+        loader = ResumableLoader(
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self._collate_training(),
+            pin_memory=self._trains_on_gpu,
+        )
+        loader.trainer = self.trainer
+        return loader
 
     def _eval_dataloaders(self, part: str) -> list[DataLoader]:
         if part not in self._rows:
@@ -434,19 +296,17 @@ class InstructionDataModule(LightningDataModule):
         loss = self._ordered_dataloader(self._rows[part], collate)
         if not self.exact_match_rows:
             return [loss]
-        rows = self._with_reference(part)
-        return [loss, self._prompt_dataloader(part, rows)] if len(rows) else [loss]
+        answered = self._with_reference(self._splits.examples(part))
+        return [loss, self._prompt_dataloader(answered)] if len(answered) else [loss]
 
-    def _with_reference(self, part: str) -> np.ndarray:
-        """The first `exact_match_rows` examples of a part that end with an answer, to compare a generated one with."""
-        table = self._examples_of(str(self._key(part)))
-        conversations = ((i, json.loads(table[i]["example"]).get("messages", [])) for i in self._indices(part).tolist())
+    def _with_reference(self, examples: datasets.Dataset) -> datasets.Dataset:
+        """The first `exact_match_rows` examples that end with an answer, to compare a generated one with."""
+        conversations = ((i, json.loads(entry["example"]).get("messages", [])) for i, entry in enumerate(examples))
         answered = (i for i, messages in conversations if split_prompt(messages)[1].strip())
-        return np.fromiter(itertools.islice(answered, self.exact_match_rows), dtype=np.int64)
+        return examples.select(list(itertools.islice(answered, self.exact_match_rows)))
 
-    def _prompt_dataloader(self, part: str, rows: np.ndarray) -> DataLoader:
-        prompts = PromptRows(self._examples_of(str(self._key(part))).select(rows), self._encoder())
-        return self._ordered_dataloader(prompts, collate_prompts)
+    def _prompt_dataloader(self, examples: datasets.Dataset) -> DataLoader:
+        return self._ordered_dataloader(PromptRows(examples, self._encoder()), collate_prompts)
 
     def _ordered_dataloader(self, rows: Rows | PromptRows | ChoiceRows, collate_rows: Callable[..., Any]) -> DataLoader:
         """One rank's share of rows in their order, filled up so that all ranks have as many batches."""
@@ -475,9 +335,8 @@ class InstructionDataModule(LightningDataModule):
         )
 
     def _stream_rows(self, length: int) -> StreamRows:
-        examples = self._stream_examples().skip(len(self._examples_of("dataset"))).repeat(None)
         rank, world_size = self._ranks()
-        return StreamRows(examples, self._encoder(), length, self.packing, rank, world_size, self.seed)
+        return StreamRows(self._splits.endless(), self._encoder(), length, self.packing, rank, world_size, self.seed)
 
     def _collate_training(self) -> Any:
         """`collate`; packed rows are flattened where the attention needs it, and refused where the model mixes documents."""

@@ -1,92 +1,13 @@
-"""From tokenised rows to batches: rows by index, their order over ranks and epochs, and collation."""
+"""The order of rows over ranks and epochs, and the loader that remembers its position in it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-
-from ows_lightning.data.formats import split_prompt
-from ows_lightning.data.masking import IGNORED, Encoder
-
-Item = dict[str, list[int]]
-
-
-class Rows(Dataset[Item]):
-    """Rows of token ids and labels, each made of one document, or of several when packed.
-
-    The row behind the last, at index ``len(rows)``, has no target: it fills up the ranks' shares (see `ShardedSampler`).
-
-    Args:
-        documents: A `datasets.Dataset` with the columns ``input_ids`` and ``labels``.
-        rows: For every row the indices of its documents.
-        packed: Add ``position_ids`` that restart with every document.
-    """
-
-    def __init__(self, documents: Any, rows: Sequence[Sequence[int]], packed: bool = False) -> None:
-        self.documents = documents
-        self.rows = rows
-        self.packed = packed
-        self.lengths = [int(sum(n)) for n in _take(documents.with_format("numpy")["length"][:], rows)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Item:
-        documents = self.documents[list(self.rows[min(index, len(self) - 1)])]
-        item = as_item(list(zip(documents["input_ids"], documents["labels"], strict=True)), self.packed)
-        if index == len(self):
-            item["labels"] = [IGNORED] * len(item["labels"])
-        return item
-
-
-def as_item(documents: Sequence[tuple[list[int], list[int]]], packed: bool) -> Item:
-    """Join the token ids and labels of documents to a row; when packed, ``position_ids`` restart with every document."""
-    item = {"input_ids": [x for ids, _ in documents for x in ids], "labels": [x for _, labels in documents for x in labels]}
-    if packed:
-        item["position_ids"] = [position for ids, _ in documents for position in range(len(ids))]
-    return item
-
-
-class PromptRows(Dataset[dict[str, Any]]):
-    """Rows as prompts: ``input_ids``, the rendered ``prompt``, the ``reference`` answer, ``answer``, ``choices``, ``row``.
-
-    The row behind the last has no reference (None): it fills up the ranks' shares (see `ShardedSampler`).
-
-    Args:
-        table: The examples, with the columns ``where`` and ``example``.
-        encoder: Renders and tokenises.
-    """
-
-    def __init__(self, table: Any, encoder: Encoder) -> None:
-        self.table = table
-        self.encoder = encoder
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        entry = self.table[min(index, len(self) - 1)]
-        example = json.loads(entry["example"])
-        prompt, input_ids = self.encoder.encode_prompt(example, entry["where"])
-        return {
-            "input_ids": input_ids,
-            "prompt": prompt,
-            "reference": split_prompt(example.get("messages", []))[1] if index < len(self) else None,
-            "answer": example.get("answer"),
-            "choices": example.get("choices"),
-            "row": index,
-        }
-
-
-def _take(values: np.ndarray, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-    return (values[list(row)] for row in rows)
+from torch.utils.data import DataLoader, DistributedSampler
 
 
 class ShardedSampler(DistributedSampler):
@@ -178,48 +99,3 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration at this position."""
         self._position = self._resume_at = (state["epoch"], state["rows"] // getattr(self.sampler, "num_replicas", 1))
-
-
-def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> dict[str, Tensor]:
-    """Pad rows on the right to the longest.
-
-    Args:
-        items: Rows.
-        pad_token_id: Token that pads.
-        flatten: Put packed rows behind one another into a single one, the form in which flash attention finds documents.
-
-    Returns:
-        ``input_ids`` and ``labels``, and either ``attention_mask`` or, for packed rows, ``position_ids``; int64 (B, L). The
-        padding of a packed row is a document of its own.
-    """
-    packed = "position_ids" in items[0]
-    if packed and flatten:
-        return {name: torch.tensor([[x for item in items for x in item[name]]]) for name in items[0]}
-    length = max(len(item["input_ids"]) for item in items)
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids" if packed else "attention_mask": []}
-    for item in items:
-        size = len(item["input_ids"])
-        padding = length - size
-        batch["input_ids"].append(item["input_ids"] + [pad_token_id] * padding)
-        batch["labels"].append(item["labels"] + [IGNORED] * padding)
-        if packed:
-            batch["position_ids"].append(item["position_ids"] + list(range(padding)))
-        else:
-            batch["attention_mask"].append([1] * size + [0] * padding)
-    return {name: torch.tensor(rows) for name, rows in batch.items()}
-
-
-def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """Pad prompts on the left, where generation goes on from their last token.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, int64 (B, L); ``row``, int64 (B,); every other column as a list.
-    """
-    length = max(len(item["input_ids"]) for item in items)
-    padding = [length - len(item["input_ids"]) for item in items]
-    batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
-    ids = zip(batch["input_ids"], padding, strict=True)
-    batch["input_ids"] = torch.tensor([[pad_token_id] * n + row for row, n in ids])
-    batch["attention_mask"] = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
-    batch["row"] = torch.tensor(batch["row"])
-    return batch

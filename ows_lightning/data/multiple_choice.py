@@ -12,8 +12,8 @@ from torch import Tensor, tensor
 from torch.utils.data import Dataset
 
 from ows_lightning.data.formats import Example, index_of_choice, split_prompt
-from ows_lightning.data.loaders import collate
 from ows_lightning.data.masking import Encoder
+from ows_lightning.data.rows import collate
 from ows_lightning.errors import UsageError
 
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commonsense tasks of LLM-Adapters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ows_lightning.data.loaders import as_item, collate
+from ows_lightning.data.rows import as_item, collate
 from ows_lightning.errors import UsageError
 
 

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ows_lightning.data.loaders import Item, as_item
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.packing import pack
+from ows_lightning.data.rows import Item, as_item
 from ows_lightning.errors import UsageError
 
 State = dict[str, Any]

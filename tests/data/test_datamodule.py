@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from ows_lightning.data import InstructionDataModule, stream, tables
+from ows_lightning.data import InstructionDataModule, examples, stream
 from ows_lightning.errors import UsageError
 from tests.data.samples import pairs, tiny_tokenizer
 from tests.tiny import tiny_model
@@ -163,8 +163,8 @@ def test_exact_match_rows_come_as_a_second_loader(jsonl: Write) -> None:
 
 def test_tokens_are_cached_by_content_tokenizer_and_settings(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = []
-    encode = tables.Encoder.encode
-    monkeypatch.setattr(tables.Encoder, "encode", lambda self, *args: encoded.append(args) or encode(self, *args))
+    encode = examples.Encoder.encode
+    monkeypatch.setattr(examples.Encoder, "encode", lambda self, *args: encoded.append(args) or encode(self, *args))
     file = jsonl(pairs(5))
 
     def encodings(file: str, **settings: Any) -> int:
@@ -182,8 +182,8 @@ def test_tokens_are_cached_by_content_tokenizer_and_settings(jsonl: Write, monke
 def test_many_rows_are_tokenised_by_several_processes_alike(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = jsonl(pairs(100))
     alone = ready(file)
-    monkeypatch.setattr(tables, "_ROWS_PER_PROCESS", 50)
-    monkeypatch.setattr(tables, "_cores", lambda: 2)
+    monkeypatch.setattr(examples, "_ROWS_PER_PROCESS", 50)
+    monkeypatch.setattr(examples, "_cores", lambda: 2)
     data = ready(file, max_seq_length=511)
     assert data.summary() == alone.summary()
     assert epoch(data) == epoch(alone)

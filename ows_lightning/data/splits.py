@@ -1,0 +1,196 @@
+"""Which rows are for training, validation and testing, and their tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from ows_lightning.data.examples import EXAMPLES, column, mix, read_examples, stream_examples, tokenise
+from ows_lightning.data.masking import Encoder
+from ows_lightning.data.multiple_choice import choices_of
+from ows_lightning.data.packing import pack
+from ows_lightning.data.rows import Rows
+from ows_lightning.data.sources import resolve
+from ows_lightning.errors import UsageError
+
+
+@dataclass
+class Splits:
+    """The parts ``train``, ``val`` and ``test`` of the data, each made of rows that one of the settings names.
+
+    Sources are read at first use and held. The arguments are those settings of `InstructionDataModule` that decide which
+    examples there are. A *key* below is the name of one of the first three.
+    """
+
+    dataset: str | list[str] | dict[str, float]
+    eval_dataset: str | list[str] | None
+    test_dataset: str | list[str] | None
+    val_size: int | float
+    streaming: bool
+    data_format: str | None
+    columns: Mapping[str, str]
+    split: str
+    seed: int
+    _examples: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
+    _tokens: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
+
+    def check(self, choices: bool) -> None:
+        """Read all sources, and with `choices` find a test row whose answer is none of its choices.
+
+        Raises:
+            UsageError: Names the setting or the row, and what to do.
+        """
+        for key in ("dataset", "eval_dataset", "test_dataset"):
+            if getattr(self, key):
+                self.examples_of(key)
+        self._held_out()
+        if choices and self.key("test"):
+            for entry in self.examples("test"):
+                choices_of(json.loads(entry["example"]), entry["where"])
+
+    def key(self, part: str) -> str | None:
+        """The setting that a part's rows come from; None where there are none, or a stream of them."""
+        if part == "test" and self.test_dataset:
+            return "test_dataset"
+        if part != "train" and self.eval_dataset:
+            return "eval_dataset"
+        if part == "train":
+            return None if self.streaming else "dataset"
+        return "dataset" if self.val_size else None
+
+    def examples(self, part: str) -> datasets.Dataset:
+        """The examples of a part."""
+        return self.examples_of(str(self.key(part))).select(self._indices(part))
+
+    def rows(self, part: str, encoder: Encoder, packing: bool = False) -> Rows:
+        """The tokenised rows of a part that have a target; with `packing` several documents to a row.
+
+        Raises:
+            UsageError: No row has a target.
+        """
+        key = str(self.key(part))
+        documents = self.tokens_of(key, encoder)
+        row_of, wanted = column(documents, "row"), self._indices(part)
+        first, last = np.searchsorted(row_of, wanted, "left"), np.searchsorted(row_of, wanted, "right")
+        chosen = [document for a, b in zip(first.tolist(), last.tolist(), strict=True) for document in range(a, b)]
+        if not len(documents):
+            raise UsageError(
+                f"data.{key}: none of {len(self.examples_of(key))} rows has a target token (an answer that is not empty): "
+                f"{self._named(key, self.dropped(key))}{'; `predict` needs none' if part == 'test' else ''}"
+            )
+        if not chosen:
+            raise UsageError(f"data.{key}: no row for {part} has an answer to train on")
+        if not packing:
+            return Rows(documents, [[document] for document in chosen])
+        packed = pack(column(documents, "length")[chosen].tolist(), encoder.max_seq_length)
+        return Rows(documents, [[chosen[i] for i in row] for row in packed], packed=True)
+
+    def examples_of(self, key: str) -> datasets.Dataset:
+        """All examples of a setting; of a stream those that are held out."""
+        if key not in self._examples:
+            if key == "dataset" and self.streaming:
+                self._examples[key] = self._head_of_stream()
+            else:
+                self._examples[key] = datasets.concatenate_datasets(self._tables(key))
+        return self._examples[key]
+
+    def tokens_of(self, key: str, encoder: Encoder) -> datasets.Dataset:
+        """The documents of all examples of a setting, see `TOKENS`; says what was left out or cut."""
+        if key not in self._tokens:
+            self._tokens[key] = tokenise(self.examples_of(key), encoder, key)
+            self._report(key, encoder.max_seq_length)
+        return self._tokens[key]
+
+    def dropped(self, key: str) -> list[int]:
+        """The examples of a tokenised setting that gave no document, having no target."""
+        return np.setdiff1d(np.arange(len(self.examples_of(key))), column(self._tokens[key], "row")).tolist()
+
+    def endless(self) -> datasets.IterableDataset:
+        """The training examples of a stream, over and over, without those held out."""
+        return self._stream().skip(len(self.examples_of("dataset"))).repeat(None)
+
+    def _indices(self, part: str) -> np.ndarray:
+        """The examples of a part, by their index in what its setting names."""
+        key = self.key(part)
+        if key != "dataset":
+            return np.arange(len(self.examples_of(str(key))))
+        train, val = self._held_out()
+        return self._mixed(train) if part == "train" else val
+
+    def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of `dataset` to train on, and those held out."""
+        total = len(self.examples_of("dataset"))
+        if self.streaming:
+            return np.arange(0), np.arange(total)
+        if self.eval_dataset or not self.val_size:
+            return np.arange(total), np.arange(0)
+        size = self.val_size if isinstance(self.val_size, int) else max(1, round(total * self.val_size))
+        if size >= total:
+            raise UsageError(f"data.val_size: {self.val_size} of {total} rows leaves none to train on; set val_size: 0")
+        order = np.random.default_rng(self.seed).permutation(total)
+        return np.sort(order[size:]), np.sort(order[:size])
+
+    def _mixed(self, rows: np.ndarray) -> np.ndarray:
+        if not isinstance(self.dataset, Mapping):
+            return rows
+        ends = np.cumsum([len(table) for table in self._tables("dataset")])
+        parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
+        for name, part in zip(self.dataset, parts, strict=True):
+            if not len(part):
+                raise UsageError(f"data.dataset: '{name}' has no row left to train on; lower val_size or give an eval_dataset")
+        mixed = mix(parts, list(self.dataset.values()), self.seed)
+        for name, part, repeated in zip(self.dataset, parts, mixed, strict=True):
+            rank_zero_info(
+                f"data.dataset: {name} gives {len(repeated)} rows an epoch, each {len(repeated) / len(part):.2f} times."
+            )
+        return np.concatenate(mixed)
+
+    def _tables(self, key: str) -> list[datasets.Dataset]:
+        found = [resolve(name, key, self.split) for name in _names(getattr(self, key))]
+        return [read_examples(source, self.data_format, self.columns) for source in found]
+
+    def _head_of_stream(self) -> datasets.Dataset:
+        held_out = 0 if self.eval_dataset else int(self.val_size)
+        first = list(self._stream().take(held_out + 1))  # one more, which tells whether there are others
+        if len(first) <= held_out:
+            raise UsageError(
+                f"data.val_size: {held_out} of {len(first)} rows leaves none to train on; lower it, or set val_size: 0"
+            )
+        columns = {name: [row[name] for row in first[:held_out]] for name in EXAMPLES}
+        return datasets.Dataset.from_dict(columns, features=EXAMPLES)
+
+    def _stream(self) -> datasets.IterableDataset:
+        found = [resolve(name, "dataset", self.split) for name in _names(self.dataset)]
+        streams = [stream_examples(source, self.data_format, self.columns) for source in found]
+        if not isinstance(self.dataset, Mapping) or len(streams) == 1:
+            return datasets.concatenate_datasets(streams)
+        weights = np.asarray(list(self.dataset.values()), dtype=float)
+        shares = (weights / weights.sum()).tolist()
+        return datasets.interleave_datasets(streams, shares, seed=self.seed, stopping_strategy="all_exhausted")
+
+    def _report(self, key: str, max_seq_length: int) -> None:
+        """Say which rows have no target, and how many were cut."""
+        dropped, total, documents = self.dropped(key), len(self.examples_of(key)), len(self._tokens[key])
+        if 0 < len(dropped) < total:
+            named = self._named(key, dropped)
+            rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
+        if documents > total - len(dropped):
+            rank_zero_info(
+                f"data.{key}: {total - len(dropped)} rows became {documents}, since the template rewrites earlier answers:"
+                " each is trained at the end of a row of its own."
+            )
+        if truncated := int(column(self._tokens[key], "truncated").sum()):
+            rank_zero_info(f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={max_seq_length} tokens.")
+
+    def _named(self, key: str, rows: Sequence[int]) -> str:
+        """Where the rows stand, of many the first ones."""
+        return ", ".join(self.examples_of(key)[rows[:10]]["where"]) + (", ..." if len(rows) > 10 else "")
+
+
+def _names(sources: str | Sequence[str] | Mapping[str, float]) -> list[str]:
+    return [sources] if isinstance(sources, str) else list(sources)
