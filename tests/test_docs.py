@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import importlib
 import inspect
 import json
 import os
@@ -312,19 +312,12 @@ def test_keys_exist(document: Path) -> None:
 
 def test_every_document_is_found_from_the_readme() -> None:
     linked = re.findall(r"\((docs/[\w-]+\.md)", (ROOT / "README.md").read_text())
-    assert {os.path.relpath(document, ROOT) for document in DOCUMENTS[1:]} <= set(linked)
+    assert {os.path.relpath(document, ROOT) for document in DOCUMENTS[1:]} - {"docs/index.md"} <= set(linked)
 
 
-def test_signatures_are_those_of_the_code() -> None:
-    described = set()
-    for block in blocks(ROOT / "docs" / "api.md", "text"):
-        for statement in ast.parse(block.text).body:
-            call: Any = statement.value  # type: ignore[attr-defined]
-            described.add(call.func.id)
-            parameters = inspect.signature(getattr(ows_lightning, call.func.id)).parameters
-            assert [arg.id for arg in call.args] + [word.arg for word in call.keywords] == list(parameters)
-            defaults = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-            assert {k: v for k, v in defaults.items() if v is not ...} == {
-                k: parameters[k].default for k, v in defaults.items() if v is not ...
-            }
-    assert described == set(ows_lightning.__all__)
+def test_the_reference_has_every_name_of_the_package() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    described = {path.rpartition(".")[2]: path for path in re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)}
+    for name in ows_lightning.__all__:
+        module, _, attribute = described[name].rpartition(".")
+        assert getattr(importlib.import_module(module), attribute) is getattr(ows_lightning, name)
