@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import sys
 from collections.abc import Iterable
-
-import torch
-import torch.distributed
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class UsageError(ValueError):
@@ -35,7 +33,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
     error = _unwrapped(error)
     text = " ".join(_own_text(error).split()) or type(error).__name__
-    if isinstance(error, (UsageError, MisconfigurationException)):
+    if isinstance(error, (UsageError, *_loaded("lightning.fabric.utilities.exceptions", "MisconfigurationException"))):
         return text, 2
     if isinstance(error, RunError):
         return text, 1
@@ -46,7 +44,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{text.rstrip('.')}{_install(text)}", 2
     if is_out_of_memory(error):
         return _out_of_memory(text, getattr(error, "__notes__", ())), 1
-    if isinstance(error, RuntimeError) and ("gloo/transport" in text or isinstance(error, torch.distributed.DistBackendError)):
+    if "gloo/transport" in text or isinstance(error, _loaded("torch.distributed", "DistBackendError")):
         return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; `--ckpt_path last` goes on from the newest checkpoint", 130
@@ -55,7 +53,21 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory, or the machine's, did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, _loaded("torch", "OutOfMemoryError")) or "can't allocate memory" in str(error)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ``; did you mean 'X'?`` with the nearest of the known names, or nothing."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    near = near or [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = near or difflib.get_close_matches(name.rpartition(".")[2], [other.rpartition(".")[2] for other in known], n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
+    """An exception's class, if its library was imported at all: only then can it have been raised."""
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
 def _unwrapped(error: BaseException) -> BaseException:

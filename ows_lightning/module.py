@@ -26,6 +26,7 @@ from ows_lightning.callbacks import resume
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.loading import empty_model, load_into_shards
+from ows_lightning.distributed.requirements import require_layerwise
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.metrics.choices import ChoiceAccuracy, row_log_likelihoods
 from ows_lightning.metrics.perplexity import TokenPerplexity
@@ -37,7 +38,6 @@ from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.sharding import local, total_norm
 from ows_lightning.optim.subspace import Method
-from ows_lightning.sampling.requirements import require_layerwise
 
 log = logging.getLogger(__name__)
 

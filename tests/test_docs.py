@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import ows_lightning
+from ows_lightning.cli.config_files import find_config
 from ows_lightning.cli.main import OWSCLI, main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import recognise, to_example
@@ -149,7 +150,7 @@ def samples(args: list[str]) -> bool:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    return yaml.safe_load(Path(path).read_text())
+    return yaml.safe_load(find_config(path).read_text())
 
 
 def value_of(args: list[str], key: str) -> str:

@@ -23,15 +23,16 @@ from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.cli.commands import OWSTrainer
+from ows_lightning.cli.config_files import ConfigFile, shipped_configs, shipped_data
 from ows_lightning.cli.noise import be_quiet
 from ows_lightning.cli.parser import OneLineParser
 from ows_lightning.cli.preflight import check_run
 from ows_lightning.data import InstructionDataModule
+from ows_lightning.distributed.requirements import require_layerwise
 from ows_lightning.errors import UsageError, explain
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_report
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.requirements import require_layerwise
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,13 @@ class OWSCLI(LightningCLI):
         ours = {"score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}}
         return {**LightningCLI.subcommands(), **ours}
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser whose ``--config`` takes the names of shipped files, too."""
+        parser = self.parser_class(**kwargs)
+        what = "A YAML file, or the name of a shipped one (see `configs`); several are laid over one another"
+        parser.add_argument("-c", "--config", action=ConfigFile, help=what)
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the two callbacks' keys, and default classes for model and data."""
         parser.add_argument("--sampling", type=LayerwiseSampling | None, default=None, help="Which blocks train; null: all")
@@ -97,6 +105,10 @@ class OWSCLI(LightningCLI):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
         if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
+        data = config["data"].get("init_args", {}) if config["data"] else {}
+        for key in ("dataset", "eval_dataset", "test_dataset"):
+            if key in data:
+                data[key] = shipped_data(data[key])
 
     def instantiate_classes(self) -> None:
         """Makes model, data and Trainer; a plan needs none of them."""
@@ -187,6 +199,8 @@ def main(args: ArgsType = None) -> None:
     try:
         if isinstance(arguments, list) and arguments[:1] == ["report"]:
             report(arguments[1:])
+        elif arguments == ["configs"]:
+            list_configs()
         else:
             OWSCLI(args)
     except Exception as error:
@@ -206,6 +220,12 @@ def end(error: BaseException) -> NoReturn:
     line, code = explain(error)
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+def list_configs() -> None:
+    """``configs``: the config files that come with this package, each with what it says of itself in its first line."""
+    for name, path in shipped_configs():
+        print(f"{name:<26} {path.read_text().splitlines()[0].removeprefix('# ')}")
 
 
 def report(arguments: list[str]) -> None:

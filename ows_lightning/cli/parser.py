@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import inspect
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NoReturn
@@ -17,8 +15,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
+from ows_lightning.cli.config_files import BASE
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, nearest
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
@@ -42,19 +41,10 @@ class OneLineParser(LightningArgumentParser):
 
     foreign_keys: Collection[str] = ()
 
-    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
-        """Parses a config file."""
-        try:
-            return super().parse_path(path, *args, **kwargs)
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            byte = f"byte 0x{error.object[error.start]:02x}"
-            raise UsageError(f"config: {path} line {line} is not UTF-8 ({byte}); save it as UTF-8") from error
-
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a config file."""
         config = super().parse_string(*args, **kwargs)
-        for key in self.foreign_keys:
+        for key in (*self.foreign_keys, BASE):
             config.pop(key, None)
         return config
 
@@ -99,17 +89,10 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
             return f"{name}: not given, and it has no default; put it into the YAML file or write --{name}"
         if found := re.search(r'invalid choice: \'(.+?)\'|expected "subcommand" to be one of', line):
             return _subcommand(found[1], parser)
-        if found := re.search(r"(?:File does not exist: '|Unable to load config [\"'])(.+?)[\"']", line):
-            return f"{key or 'config'}: no such file '{found[1]}'; give the path of a YAML file"
-        if found := re.search(r"Path is not a file: '(.+)'", line):
-            return f"{key or 'config'}: '{found[1]}' is a folder; give the path of a YAML file"
         if found := re.match(r"Unexpected config: (\w+):\s*$", message):
             return _NOTHING.format(found[1])
         if found := re.match(r"argument (?:-c/)?--(\S+?)(?:/\S+)?: expected one argument", line):
             return f"{found[1]}: no value is given; write --{found[1]} VALUE"
-        if found := re.search(r"(?:Problems parsing|Unexpected) config: (.*)", line):
-            reason = " ".join(message[message.index(found[1]) :].split())
-            return f"config: not a YAML file of keys and values: {reason}"
         if found := re.search(r"dot import path string: (\S+)|has no attribute '(.+)'", line):
             return _no_class(key, found[1] or found[2])
         if found := re.match(r"Expected an? (.+?)(?:\. Got value: .*)?$", line):
@@ -118,15 +101,6 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
         if value and expected:
             return _wrong_type(key, value[1] or value[2], expected)
     return " ".join(message.split())
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns ``; did you mean 'X'?`` with the nearest of the known names, or nothing."""
-    known = sorted(set(known))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    near = near or [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = near or difflib.get_close_matches(name.rpartition(".")[2], [other.rpartition(".")[2] for other in known], n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _unknown(key: str, known: Iterable[str], parser: argparse.ArgumentParser, as_typed: str | None = None) -> str:

