@@ -6,6 +6,7 @@ import logging
 import shlex
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from ows_lightning.checkpoints.files import one_line
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, is_out_of_memory
+from ows_lightning.errors import is_out_of_memory
 from ows_lightning.memory.prediction import predict
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
@@ -52,7 +54,7 @@ class RunSummary(Callback):
             return
         lines = {"Model": self._model(pl_module), **_data(trainer), "Training": _training(trainer, pl_module, steps)}
         if self.config is not None and isinstance(pl_module, CausalLMModule):
-            lines["Memory"] = self._memory(pl_module.device)
+            lines["Memory"] = self._memory(trainer, pl_module.device)
         lines["Run folder"] = str(folder)
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
@@ -125,15 +127,17 @@ class RunSummary(Callback):
         kind, name = type(module.language_model).__name__, module.hparams["model_name_or_path"]
         return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
 
-    def _memory(self, device: torch.device) -> str:
+    def _memory(self, trainer: Trainer, device: torch.device) -> str:
         """A prediction, which is no reason not to train where it is not possible."""
         available = _available(device)
         there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
         try:
             with torch.random.fork_rng(devices=[]):
-                peak = predict(settings_from_config(self.config)).peak_bytes
-        except (UsageError, RuntimeError, TypeError, NotImplementedError) as error:
-            return f"not predicted ({str(error).splitlines()[0]}), {there}"
+                settings = settings_from_config(self.config)
+                rows = _rows(trainer)
+                peak = predict(replace(settings, batch_size=min(settings.batch_size, rows or settings.batch_size))).peak_bytes
+        except Exception as error:  # whatever the model or a user's optimizer raises when it is followed
+            return f"not predicted ({one_line(error)}), {there}"
         self.predicted = f"{peak / 1e9:.1f} GB predicted for tensors, {there}"
         return f"{self.predicted}{'; too little: see `main.py plan`' if available and peak > available else ''}"
 
@@ -149,6 +153,12 @@ def _data(trainer: Trainer) -> dict[str, str]:
         text = "a stream"
     text += f"; {figures['validation_rows']:,} rows held out"
     return {"Data": text, "A row": f"{_marked(data.sample_row())}  (trained: what is in «»)"}
+
+
+def _rows(trainer: Trainer) -> int | None:
+    """The number of training rows, where there is one: no batch is larger."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return data.summary().get("rows") if isinstance(data, InstructionDataModule) else None
 
 
 def _marked(pieces: Sequence[tuple[str, bool]]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ows_lightning.memory.settings import PlanSettings
-from ows_lightning.memory.step import Method, StepMemory
+from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 
 
@@ -32,7 +32,7 @@ def is_sharded(settings: PlanSettings) -> bool:
     return settings.devices > 1 and "fsdp" in (settings.strategy or "")
 
 
-def on_each_device(peak: dict[str, int], settings: PlanSettings, shards: Shards, method: Method) -> dict[str, int]:
+def on_each_device(peak: dict[str, int], settings: PlanSettings, shards: Shards, method: TrainingMethod) -> dict[str, int]:
     """Turns the peak of one device into that of each of n.
 
     FSDP2 shards weights, gradients, moments and an elementwise optimizer's temporaries n ways. Beside its shards, a device
@@ -50,7 +50,7 @@ def on_each_device(peak: dict[str, int], settings: PlanSettings, shards: Shards,
     return sizes
 
 
-def communicated_bytes(memory: StepMemory, settings: PlanSettings, shards: Shards, method: Method) -> int:
+def communicated_bytes(memory: StepMemory, settings: PlanSettings, shards: Shards, method: TrainingMethod) -> int:
     """Bytes that each of n devices sends in an optimizer step; its share in a ring is (n - 1) / n of the tensors.
 
     FSDP2: in every micro-batch, the blocks' weights are gathered in forward and again in backward, frozen ones too, and the

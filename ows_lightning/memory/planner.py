@@ -25,11 +25,13 @@ class Plan:
         title: What was planned.
         methods: Method -> what it needs; ``ows`` is the config's own.
         advice: A sentence for each card that ``ows`` does not fit.
+        dimensions: Where the model's dimensions come from.
     """
 
     title: str
     methods: dict[str, MethodPlan]
     advice: list[str]
+    dimensions: str = ""
 
     def to_json(self) -> str:
         """Returns one JSON object: method -> ``peak_bytes``, ``bytes`` by category, and ``communicated_bytes``."""
@@ -58,7 +60,7 @@ class Plan:
             )
             for line in lines
         ]
-        return "\n".join([self.title, *rows, *self.advice])
+        return "\n".join([self.title, *rows, *self.advice, f"Dimensions: {self.dimensions}"])
 
 
 def plan(settings: PlanSettings, methods: Sequence[str] | None = None) -> Plan:
@@ -93,7 +95,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None) -> Plan:
             if not own.fits(card):
                 cards.setdefault(advise(settings, card, remembered), []).append(str(card))
         advice += [f"{', '.join(sizes)} GB: {sentence}" for sentence, sizes in cards.items()]
-    return Plan(settings.title, plans, advice)
+    return Plan(settings.title, plans, advice, settings.dimensions)
 
 
 def plan_from_config(config: Any, method: Sequence[str] | None = None) -> Plan:

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import AdamW, Optimizer
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.devices import Shards, communicated_bytes, on_each_device
-from ows_lightning.memory.fake import meta_model
-from ows_lightning.memory.operators import FakeOperators, materialize_
+from ows_lightning.memory.dimensions import first_blocks, meta_model
+from ows_lightning.memory.fake_tensors import FakeOperators, materialize_
 from ows_lightning.memory.settings import PlanSettings
-from ows_lightning.memory.step import Method, StepMemory, Workload, follow_steps
+from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import checkpoint_activations
@@ -60,13 +59,13 @@ def _galore(settings: PlanSettings) -> Callable[[Any], Optimizer]:
     return partial(GaLoreAdamW, moments_dtype="bfloat16" if settings.dtype == torch.bfloat16 else "float32")
 
 
-METHODS: dict[str, Callable[[PlanSettings], Method]] = {
+METHODS: dict[str, Callable[[PlanSettings], TrainingMethod]] = {
     "ows": lambda settings: settings.method,
-    "full": lambda settings: Method(_adamw(settings)),
-    "lora": lambda settings: Method(_adamw(settings), lora={"r": 16, "target_modules": "all-linear"}),
-    "galore": lambda settings: Method(_galore(settings), rank=settings.method.rank or 128, subspace="svd"),
-    "lisa": lambda settings: Method(_adamw(settings), activated_layers=2, states_kept=True),
-    "ows_published": lambda settings: Method(
+    "full": lambda settings: TrainingMethod(_adamw(settings)),
+    "lora": lambda settings: TrainingMethod(_adamw(settings), lora={"r": 16, "target_modules": "all-linear"}),
+    "galore": lambda settings: TrainingMethod(_galore(settings), rank=settings.method.rank or 128, subspace="svd"),
+    "lisa": lambda settings: TrainingMethod(_adamw(settings), activated_layers=2, states_kept=True),
+    "ows_published": lambda settings: TrainingMethod(
         _galore(settings), activated_layers=5, rank=settings.method.rank or 128, subspace="svd", states_kept=True
     ),
 }
@@ -75,7 +74,7 @@ torch's AdamW, peft with r = 16, galore-torch, LISA with gamma = 2, and OWS' ref
 blocks that are frozen again. Batches, precision and checkpointing are the config's."""
 
 
-def predict(settings: PlanSettings, method: Method | None = None) -> MethodPlan:
+def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> MethodPlan:
     """Predicts what a method needs on each device, from a step of a fake model with all its operators.
 
     A step is followed on a model of few blocks. Blocks of a kind add the same each, so that the peaks of each stage of a step
@@ -92,12 +91,14 @@ def predict(settings: PlanSettings, method: Method | None = None) -> MethodPlan:
         UsageError: The model has operators that can't be followed without data.
     """
     method = method or settings.method
-    model = meta_model(settings.model, settings.dtype)
+    model = meta_model(settings.model, settings.dtype, settings.attention)
     layers = decoder_layers(model)
     active = len(layers) if method.activated_layers is None else min(method.activated_layers, len(layers))
     try:
-        memory = _extrapolate(partial(_follow, settings, method), active, len(layers) - active, _alike(layers))
-    except (RuntimeError, DynamicOutputShapeException, DataDependentOutputException) as error:
+        memory = _extrapolate(partial(_follow, model, settings, method), active, len(layers) - active, _alike(layers))
+    except UsageError:
+        raise
+    except Exception as error:  # what a model's code raises when its tensors have no contents
         raise UsageError(
             f"model.model_name_or_path: can't follow a {settings.model.model_type} model in {settings.precision} ({error})"
         ) from error
@@ -107,9 +108,9 @@ def predict(settings: PlanSettings, method: Method | None = None) -> MethodPlan:
     return MethodPlan(highest, communicated_bytes(memory, settings, shards, method))
 
 
-def _follow(settings: PlanSettings, method: Method, active: int, frozen: int) -> StepMemory:
-    """Follows a step of a fake model with so many blocks."""
-    model = meta_model(settings.model, settings.dtype, settings.attention, active + frozen)
+def _follow(model: nn.Module, settings: PlanSettings, method: TrainingMethod, active: int, frozen: int) -> StepMemory:
+    """Follows a step of a fake copy of a meta model, with so many of its blocks."""
+    model = first_blocks(model, active + frozen)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)  # type: ignore[arg-type]
     if method.lora is not None:

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.fake import find_config
-from ows_lightning.memory.step import PARTS, Method
+from ows_lightning.memory.dimensions import find_dimensions
+from ows_lightning.memory.simulated_step import PARTS, TrainingMethod
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 
@@ -27,6 +27,7 @@ class PlanSettings:
     Attributes:
         name: The model's name.
         model: The model's config.
+        dimensions: Where that was found, in words.
         method: How it trains.
         batch_size: Rows of a micro-batch, on each device.
         max_seq_length: Tokens in a row; all of them are targets, and all rows are full.
@@ -42,7 +43,8 @@ class PlanSettings:
 
     name: str
     model: PretrainedConfig = field(compare=False)
-    method: Method
+    method: TrainingMethod
+    dimensions: str = ""
     batch_size: int = 16
     max_seq_length: int = 512
     accumulate_grad_batches: int = 1
@@ -89,7 +91,7 @@ def settings_from_config(config: Any) -> PlanSettings:
     sampled = _value(config, "sampling") is not None
     precision, accelerator = str(trainer("precision") or "32-true"), trainer("accelerator")
     attention, on_gpu = model("attn_implementation"), accelerator not in ("cpu", "mps")
-    method = Method(
+    method = TrainingMethod(
         optimizer=_optimizer(model("optimizer"), on_gpu),
         activated_layers=sampling("activated_layers", 5) if sampled else None,
         always_train=tuple(sampling("always_train", PARTS)) if sampled else PARTS,
@@ -101,9 +103,11 @@ def settings_from_config(config: Any) -> PlanSettings:
         lora=model("lora"),
     )
     name = model("model_name_or_path", "")
+    config_of_model, found = find_dimensions(name, model("trust_remote_code", False))
     return PlanSettings(
         name=name,
-        model=find_config(name, model("trust_remote_code", False)),
+        model=config_of_model,
+        dimensions=found,
         method=method,
         batch_size=data("batch_size", 16),
         max_seq_length=data("max_seq_length", 512),

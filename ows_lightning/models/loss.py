@@ -104,19 +104,20 @@ class _Chunked(torch.autograd.Function):
         head_gradients: dict[Tensor | None, Tensor] = {p: torch.zeros_like(p) for p in parameters}
         multiplied = _multiplied_weight(head, hidden)
         others = [p for p in parameters if p is not multiplied]
-        for start in range(0, max(1, len(targets)), rows):  # without targets, gradients are zero, but there
-            chunk = hidden[start : start + rows].detach().requires_grad_(hidden.requires_grad)
+        into = hidden if hidden_gradient is None else hidden_gradient
+        for part, target, gradient_part in zip(hidden.split(rows), targets.split(rows), into.split(rows), strict=True):
+            chunk = part.detach().requires_grad_(hidden.requires_grad)
             with torch.enable_grad():
                 product = head(chunk)
                 logits = scaled(product)
             slope = logits.detach()
-            total += _cross_entropy_into_gradient_(slope, targets[start : start + rows])
+            total += _cross_entropy_into_gradient_(slope, target)
             if not logits.requires_grad:
                 continue
             wanted = [product, *([chunk] if chunk.requires_grad else []), *others]
             product_gradient, *gradients = torch.autograd.grad(logits, wanted, slope)
             if hidden_gradient is not None:
-                hidden_gradient[start : start + rows] = gradients.pop(0)
+                gradient_part.copy_(gradients.pop(0))
             if multiplied in head_gradients:  # added where it belongs, in half the time of what autograd would return
                 head_gradients[multiplied].addmm_(product_gradient.mT, chunk.detach())
             for p, gradient in zip(others, gradients, strict=True):

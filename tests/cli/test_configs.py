@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ows_lightning.cli.main import OWSCLI, main
-from ows_lightning.memory.fake import find_config, meta_model
+from ows_lightning.memory.dimensions import find_dimensions, meta_model
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model, load_tokenizer
@@ -55,7 +55,7 @@ def check_on_meta(*configs: Path) -> OWSCLI:
     cli = OWSCLI([*arguments, "--trainer.accelerator", "cpu"], run=False)
     module = cli.model
     assert isinstance(module, CausalLMModule)
-    module.model = meta_model(find_config(module.hparams.model_name_or_path), torch.bfloat16)
+    module.model = meta_model(find_dimensions(module.hparams.model_name_or_path).config, torch.bfloat16)
     layers = decoder_layers(module)
     if cli.trainer.sampling is not None:
         assert cli.trainer.sampling.activated_layers < len(layers)

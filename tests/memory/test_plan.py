@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from contextlib import ExitStack
@@ -14,14 +15,16 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan
 from ows_lightning.memory.advice import advise
-from ows_lightning.memory.fake import find_config, meta_model
+from ows_lightning.memory.dimensions import find_dimensions, meta_model
+from ows_lightning.memory.fake_tensors import FakeOperators, materialize_
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, _extrapolate, _follow, predict
 from ows_lightning.memory.settings import settings_from_config
-from ows_lightning.memory.step import Workload, follow_steps
+from ows_lightning.memory.simulated_step import Workload, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -176,6 +179,68 @@ def test_follows_other_architectures(architecture: str, precision: str, tmp_path
     assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
 
 
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None, "state_size": 8},
+    "mamba2": {
+        "num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None,
+        "state_size": 8, "head_dim": 16, "num_heads": 4, "n_groups": 1, "chunk_size": 8,
+    },
+    "falcon_mamba": {"num_attention_heads": None, "num_key_value_heads": None, "intermediate_size": None, "state_size": 8},
+    "jamba": {
+        "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "expert_layer_period": 2, "expert_layer_offset": 1,
+    },
+    "bamba": {
+        "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8,
+        "attn_layer_indices": [1, 3],
+    },
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "head_dim": 8},
+    "falcon_h1": {
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8, "head_dim": 8,
+    },
+}  # fmt: skip
+"""Families whose blocks are of several kinds, or that keep no list of the kinds in their configs."""
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_follows_recurrent_and_hybrid_families(family: str, tmp_path: Path) -> None:
+    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "pad_token_id": 0}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, **RECURRENT[family]}
+    shape = AutoConfig.for_model(family, **{key: value for key, value in small.items() if value is not None})
+    shape.save_pretrained(tmp_path)
+    settings = settings_from_config(make_config(tmp_path, model__rank=8, data__max_seq_length=16))
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
+    real = follow_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
+    expected = max(sum(sizes.values()) for sizes in real.peaks.values())
+    assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
+
+
+def test_absurd_batches_take_no_longer_than_others(directory: Path) -> None:
+    operators = FakeOperators()
+    calls = {}
+    for rows in (1_000, 100_000):
+        settings = settings_from_config(make_config(directory, data__batch_size=rows))
+        model = meta_model(settings.model, settings.dtype)
+        counted = Counted(operators)
+        tracker = MemoryTracker(1, counted)
+        with tracker:
+            materialize_(model)
+        follow_steps(model, settings.method, Workload(rows, LENGTH), tracker)
+        calls[rows] = counted.count
+    assert calls[100_000] < 1.5 * calls[1_000]
+
+
+class Counted:
+    """Counts the operators that it runs."""
+
+    def __init__(self, operators: FakeOperators) -> None:
+        self.operators, self.count = operators, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.count += 1
+        return self.operators(*args)
+
+
 @pytest.mark.parametrize(
     ("method", "checkpointing", "batch_size"),
     [
@@ -190,11 +255,14 @@ def test_follows_other_architectures(architecture: str, precision: str, tmp_path
 def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: bool, batch_size: int) -> None:
     config = make_config(directory, model__gradient_checkpointing=checkpointing, data__batch_size=batch_size)
     settings = settings_from_config(config)
+    shape = copy.deepcopy(settings.model)
+    shape.num_hidden_layers = 10
+    model = meta_model(shape, settings.dtype)
     total, active = 10, {"ows": 6, "lisa": 2}.get(method, 10)
 
     def peak(alike: bool) -> int:
         how = METHODS[method](settings)
-        memory = _extrapolate(lambda a, f: _follow(settings, how, a, f), active, total - active, alike)
+        memory = _extrapolate(lambda a, f: _follow(model, settings, how, a, f), active, total - active, alike)
         return max(sum(sizes.values()) for sizes in memory.peaks.values())
 
     assert peak(alike=True) == pytest.approx(peak(alike=False), rel=1e-3)
@@ -323,5 +391,25 @@ def test_errors_name_the_key(directory: Path, tmp_path: Path) -> None:
     ],
 )
 def test_shipped_dimensions_need_no_download(name: str, billions: float) -> None:
-    model = meta_model(find_config(name), torch.bfloat16)
+    model = meta_model(find_dimensions(name).config, torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["x/Llama-2-7b-pruned-16-layers", "x/Llama-2-7b-hf", "Llama-2-7b"])
+def test_names_that_only_look_like_a_known_model_get_no_shipped_dimensions(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"model\.model_name_or_path"):
+        find_dimensions(name)
+
+
+def test_local_files_come_before_shipped_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "meta-llama/Llama-2-7b-hf"
+    assert "shipped" in plan_from_config(llama_7b(), ["ows"]).to_table().splitlines()[-1]
+    tiny_model("llama").config.save_pretrained(tmp_path / name)
+    found = find_dimensions(name)
+    assert found.config.num_hidden_layers == 4
+    assert found.source == f"{name}/config.json"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ows_lightning.memory.step import Method, Workload, follow_steps
+from ows_lightning.memory.simulated_step import TrainingMethod, Workload, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.optim.galore import GaLoreAdamW
 from tests.tiny import tiny_model
 
-OURS = Method(GaLoreAdamW, activated_layers=2, always_train=("norm",), rank=8, ours=True)
+OURS = TrainingMethod(GaLoreAdamW, activated_layers=2, always_train=("norm",), rank=8, ours=True)
 SHAPE = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 160}
 
 
@@ -35,12 +35,12 @@ def allocated_peak(prof: profile, folder: Path) -> int:
     "method",
     [
         OURS,
-        Method(partial(torch.optim.AdamW, foreach=False)),
-        Method(GaLoreAdamW, activated_layers=2, rank=8, subspace="svd", states_kept=True),
+        TrainingMethod(partial(torch.optim.AdamW, foreach=False)),
+        TrainingMethod(GaLoreAdamW, activated_layers=2, rank=8, subspace="svd", states_kept=True),
     ],
     ids=["ours", "full", "published"],
 )
-def test_counts_what_torch_allocates(method: Method, tmp_path: Path) -> None:
+def test_counts_what_torch_allocates(method: TrainingMethod, tmp_path: Path) -> None:
     model = tiny_model("llama", **SHAPE)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:

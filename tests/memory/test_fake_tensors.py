@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ows_lightning.memory.operators import FakeOperators
+from ows_lightning.memory.fake_tensors import FakeOperators
 from ows_lightning.memory.tracker import MemoryTracker
 
 

@@ -25,7 +25,7 @@ PARTS = ("embeddings", "lm_head", "norm")
 
 
 @dataclass(frozen=True)
-class Method:
+class TrainingMethod:
     """What tells methods of training apart, as far as memory goes.
 
     Attributes:
@@ -89,7 +89,7 @@ class StepMemory:
     consumed: int
 
 
-def follow_steps(model: nn.Module, method: Method, work: Workload, tracker: MemoryTracker) -> StepMemory:
+def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
     """Takes a method's worst optimizer steps under a tracker.
 
     They are the first one after a draw, which finds subspaces, and an ordinary one. Of all draws, the one that costs
@@ -135,7 +135,9 @@ def follow_steps(model: nn.Module, method: Method, work: Workload, tracker: Memo
     return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed)
 
 
-def _step(model: nn.Module, optimizer: Optimizer, method: Method, work: Workload, tracker: MemoryTracker, renews: bool) -> int:
+def _step(
+    model: nn.Module, optimizer: Optimizer, method: TrainingMethod, work: Workload, tracker: MemoryTracker, renews: bool
+) -> int:
     """The training step of CausalLMModule in Lightning's loop, or the usual one of other tools."""
     language_model: Any = causal_lm(model)
     if work.accumulates:
@@ -179,7 +181,7 @@ def _batch(work: Workload, device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
 
 
-def _param_groups(model: nn.Module, method: Method) -> Any:
+def _param_groups(model: nn.Module, method: TrainingMethod) -> Any:
     if method.rank is None:
         return _trainable(model)
     return galore_param_groups(model, rank=method.rank, subspace=method.subspace, project_embeddings=method.project_embeddings)

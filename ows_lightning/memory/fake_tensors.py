@@ -43,15 +43,16 @@ class FakeOperators:
         if func is aten.nonzero.default:
             (mask,) = args
             func, args, kwargs = aten.new_empty.default, (mask, [mask.numel(), mask.dim()]), {"dtype": torch.int64}
+        if func is aten.split.Tensor and not torch.is_grad_enabled() and _chunks(*args) > 3:
+            # Work chunk by chunk. From the second on, each meets its predecessor's leftovers, and the last may be smaller.
+            tensor, size, dim = (*args, 0)[:3]
+            last = (_chunks(*args) - 1) * size
+            return [self(aten.slice.Tensor, (tensor, dim, at, at + size), {}) for at in (0, size, last)]
         given = (*args, *kwargs.values())
         key = func, tuple(kwargs), _layout(given)
         if key not in self._results:
             self._results[key] = self._ask(func, args, kwargs)
-        result = self._results[key]
-        if func is aten.split.Tensor and len(result) > 3 and not torch.is_grad_enabled():
-            # Work chunk by chunk. From the second on, each meets its predecessor's leftovers, and the last may be smaller.
-            result = [*result[:2], result[-1]]
-        return _make(result, given)
+        return _make(self._results[key], given)
 
     def _ask(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Returns an operator's result with an `_Outline` in each tensor's place."""
@@ -131,6 +132,10 @@ def _make(result: Any, given: Sequence[Any]) -> Any:
     if isinstance(result, _Outline):
         return result.make(given)
     return [_make(part, given) for part in result] if isinstance(result, (list, tuple)) else result
+
+
+def _chunks(tensor: Tensor, size: int, dim: int = 0) -> int:
+    return -(-tensor.size(dim) // size)
 
 
 def _layout(value: Any) -> Any:

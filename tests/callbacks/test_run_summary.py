@@ -1,0 +1,46 @@
+"""The summary before a run: what it predicts, and that a prediction never stands in a run's way."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+from tests.data.samples import tiny_tokenizer
+from tests.tiny import tiny_batch, tiny_model
+
+
+class NeedsContents(GaLoreAdamW):
+    """An optimizer that can't be followed with tensors that hold nothing."""
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is None:
+            raise KeyError
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("model", ["itself", "another"])
+def test_a_prediction_that_fails_is_a_line_and_the_run_goes_on(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    name = str(tmp_path) if model == "itself" else "no/such-model"
+    config = {"model": {"model_name_or_path": name, "optimizer": NeedsContents}, "data": {}, "trainer": {}, "sampling": None}
+    module = CausalLMModule(str(tmp_path), optimizer=NeedsContents, rank=4, lr_scheduler_type="constant", warmup_steps=0)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=1, logger=False, default_root_dir=tmp_path, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[RunSummary(config)],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([tiny_batch()], batch_size=None))
+    assert trainer.global_step == 1
+    (line,) = [line for line in caplog.text.splitlines() if line.startswith("Memory")]
+    assert "not predicted (" in line
