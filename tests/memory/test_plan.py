@@ -40,7 +40,7 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 LENGTH = 64
-SHIPPED = Path(__file__).parents[2] / "configs" / "llama2_7b.yaml"
+SHIPPED = Path(__file__).parents[2] / "configs" / "base.yaml"
 
 
 @pytest.fixture(scope="module")
