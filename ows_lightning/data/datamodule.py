@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import datasets
@@ -15,7 +16,6 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from ows_lightning.data import formats
 from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.loaders import ResumableLoader, ShardedSampler
@@ -23,6 +23,7 @@ from ows_lightning.data.masking import IGNORED, Encoder, with_chat_template
 from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
 from ows_lightning.data.packing import require_separate_documents
 from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts
+from ows_lightning.data.settings import check_batches, check_settings
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
@@ -134,8 +135,7 @@ class InstructionDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.num_workers = num_workers
         self.seed = seed
-        self._check_settings()
-        self._splits = Splits(dataset, eval_dataset, test_dataset, val_size, streaming, data_format, self.columns, split, seed)
+        check_settings(self)
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
 
@@ -146,6 +146,8 @@ class InstructionDataModule(LightningDataModule):
             UsageError: Names the setting or the row, and what to do.
         """
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
+        if not self.streaming:
+            check_batches(self, len(self._splits.examples_of("dataset")))
 
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
@@ -160,7 +162,10 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UsageError: When no row has a target.
         """
-        for part in _PARTS.get(stage or "", _ALL_PARTS):
+        parts = _PARTS.get(stage or "", _ALL_PARTS)
+        if stage in ("validate", "test"):
+            self._require_rows(parts[0], stage)
+        for part in parts:
             if part not in self._rows and self._splits.key(part):
                 self._rows[part] = self._splits.rows(part, self._encoder(), self.packing and part == "train")
 
@@ -186,8 +191,7 @@ class InstructionDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Test rows as prompts, see `PromptRows` and `collate_prompts`."""
-        if self._splits.key("test") is None:
-            raise UsageError("data.test_dataset: no rows to answer; give a test_dataset, an eval_dataset or a val_size")
+        self._require_rows("test", "answer")
         return self._prompt_dataloader(self._splits.examples("test"))
 
     def summary(self) -> dict[str, int]:
@@ -247,31 +251,15 @@ class InstructionDataModule(LightningDataModule):
         stage = self.trainer.state.fn if self.trainer else None
         return stage.value if stage else ""
 
-    def _check_settings(self) -> None:
-        least = {"batch_size": 1, "eval_batch_size": 1, "max_seq_length": 2, "exact_match_rows": 0, "num_workers": 0}
-        for name, bound in {**least, "seed": 0}.items():
-            if getattr(self, name) < bound:
-                raise UsageError(f"data.{name} must be at least {bound}, got {getattr(self, name)}")
-        if not self.val_size >= 0 or (isinstance(self.val_size, float) and self.val_size >= 1):
-            raise UsageError(f"data.val_size must be a fraction below 1 or a number of rows, got {self.val_size}")
-        if not self.dataset:
-            raise UsageError("data.dataset names no source; give a file, a directory, a glob or a data set on the hub")
-        if isinstance(self.dataset, Mapping) and (wrong := [k for k, w in self.dataset.items() if not w > 0]):
-            raise UsageError(f"data.dataset: the weight of '{wrong[0]}' must be above 0, got {self.dataset[wrong[0]]}")
-        if self.data_format is not None and self.data_format not in formats.FORMATS:
-            raise UsageError(f"data.data_format must be one of {', '.join(formats.FORMATS)}, got '{self.data_format}'")
-        if unknown := sorted(set(self.columns) - set(formats.COLUMNS)):
-            raise UsageError(f"data.columns: '{unknown[0]}' is no column of a format; those are {', '.join(formats.COLUMNS)}")
-        if self.streaming and not self.eval_dataset and isinstance(self.val_size, float) and self.val_size:
-            raise UsageError(f"data.val_size: {self.val_size} of a stream is not known; give a number of rows, or 0")
-        if self.streaming and not self.eval_dataset and self.val_size and isinstance(self.dataset, Mapping):
-            raise UsageError(
-                "data.val_size: a mixture repeats rows, also those held out of its stream; give an eval_dataset, or 0"
-            )
-        if self.streaming and self.group_by_length:
-            raise UsageError("data.group_by_length: the rows of a stream can't be sorted by length; set it to false")
-        if self.packing and self.group_by_length:
-            raise UsageError("data.group_by_length does nothing for packed rows, which have one length; set one of the two")
+    def _require_rows(self, part: str, what_for: str) -> None:
+        if self._splits.key(part) is None:
+            key, mend = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
+            raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {mend} or a val_size")
+
+    @cached_property
+    def _splits(self) -> Splits:
+        names = (field.name for field in dataclasses.fields(Splits) if field.init)
+        return Splits(**{name: getattr(self, name) for name in names})
 
     # Loaders.
 

@@ -6,11 +6,15 @@ import hashlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
+import jinja2
 import numpy as np
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data import formats, masking, sources
@@ -20,7 +24,14 @@ from ows_lightning.data.sources import Source
 from ows_lightning.errors import UsageError
 
 #: An example as JSON, which keeps rows apart that a typed column would unify, and the words that name its row in messages.
-EXAMPLES = datasets.Features({"where": datasets.Value("string"), "example": datasets.Value("string")})
+#: ``renamed`` has those of the user's column names that the row has.
+EXAMPLES = datasets.Features(
+    {
+        "where": datasets.Value("string"),
+        "example": datasets.Value("string"),
+        "renamed": datasets.List(datasets.Value("string")),
+    }
+)
 #: A document's tokens; ``row`` is the index of the example, which may give none, one or several documents.
 TOKENS = datasets.Features(
     {
@@ -32,6 +43,8 @@ TOKENS = datasets.Features(
         "row": datasets.Value("int64"),
     }
 )
+MOST_REPEATS = 1000
+"""How often a mixture may repeat the rows of a source in an epoch."""
 _ROWS_PER_PROCESS = 5000
 
 
@@ -50,9 +63,8 @@ def read_examples(source: Source, data_format: str | None, columns: Mapping[str,
         UsageError: For the first row that is wrong.
     """
     arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
-    code = [inspect.getsource(module) for module in (formats, sources)]
     content = sources.content_hash(source)
-    fingerprint = _hash(content, source.name, _is_answered(source), data_format, dict(columns), code)
+    fingerprint = _hash(content, source.name, _is_answered(source), data_format, dict(columns), _versions())
     try:
         return datasets.Dataset.from_generator(_examples, features=EXAMPLES, gen_kwargs=arguments, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
@@ -87,9 +99,7 @@ def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> dataset
         fn_kwargs={"encoder": encoder},
         remove_columns=examples.column_names,
         features=TOKENS,
-        new_fingerprint=_hash(
-            examples._fingerprint, _tokenizer_state(encoder.tokenizer), settings, inspect.getsource(masking)
-        ),
+        new_fingerprint=_hash(examples._fingerprint, _tokenizer_state(encoder.tokenizer), settings, _versions()),
         num_proc=processes if processes > 1 else None,
         desc=f"Tokenising {name}",
     )
@@ -100,7 +110,7 @@ def column(table: datasets.Dataset, name: str) -> np.ndarray:
     return table.with_format("numpy")[name][:]
 
 
-def mix(parts: Sequence[np.ndarray], weights: Sequence[float], seed: int) -> list[np.ndarray]:
+def mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:
     """Repeat rows until every part has the share that its weight asks for.
 
     The part that is largest for its weight is taken once; no row is left out.
@@ -109,13 +119,23 @@ def mix(parts: Sequence[np.ndarray], weights: Sequence[float], seed: int) -> lis
         parts: Row indices of every source, none empty.
         weights: The sources' weights, above 0.
         seed: Chooses the rows of an incomplete repetition.
+
+    Raises:
+        UsageError: The rows of a source would be repeated more than `MOST_REPEATS` times.
     """
-    per_weight = max(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    once = max(parts, key=lambda name: len(parts[name]) / weights[name])
+    per_weight = len(parts[once]) / weights[once]
+    most = max(parts, key=lambda name: per_weight * weights[name] / len(parts[name]))
+    if (repeats := per_weight * weights[most] / len(parts[most])) > MOST_REPEATS:
+        raise UsageError(
+            f"data.dataset: by these weights an epoch has each row of '{most}' {repeats:.3g} times, since no row of '{once}' "
+            f"is left out; at most {MOST_REPEATS} are possible: raise the weight of '{once}', or take fewer of its rows"
+        )
     random = np.random.default_rng(seed)
     mixed = []
-    for part, weight in zip(parts, weights, strict=True):
-        repeats, rest = divmod(round(per_weight * weight), len(part))
-        mixed.append(np.concatenate([*[part] * repeats, random.permutation(part)[:rest]]))
+    for name, part in parts.items():
+        whole, rest = divmod(round(per_weight * weights[name]), len(part))
+        mixed.append(np.concatenate([np.tile(part, whole), random.permutation(part)[:rest]]))
     return mixed
 
 
@@ -123,20 +143,22 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     answered = _is_answered(source)
     for where, row in sources.read_rows(source):
         renamed = formats.rename(row, columns, where)
         data_format = data_format or formats.recognise(renamed, where, answered)
-        yield _entry(renamed, data_format, where, answered)
+        yield {**_entry(renamed, data_format, where, answered), "renamed": [name for name in columns.values() if name in row]}
 
 
 def _numbered_example(
     row: Row, index: int, source: Source, data_format: str | None, columns: Mapping[str, str]
-) -> dict[str, str]:
+) -> dict[str, Any]:
     where, answered = f"{source.name} row {index + 1}", _is_answered(source)
-    renamed = formats.rename(sources.plain(dict(row)), columns, where)
-    return _entry(renamed, data_format or formats.recognise(renamed, where, answered), where, answered)
+    row = sources.plain(dict(row))
+    renamed = formats.rename(row, columns, where)
+    entry = _entry(renamed, data_format or formats.recognise(renamed, where, answered), where, answered)
+    return {**entry, "renamed": [name for name in columns.values() if name in row]}
 
 
 def _is_answered(source: Source) -> bool:
@@ -170,6 +192,12 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All of a tokenizer that decides about tokens; not its truncation and padding, which calls change."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     return [{**backend, "truncation": None, "padding": None}, tokenizer.chat_template, tokenizer.special_tokens_map]
+
+
+def _versions() -> list[str]:
+    """What decides about rows and tokens beside settings and content: our own code, and the libraries that it calls."""
+    libraries = [f"{library.__name__} {library.__version__}" for library in (datasets, jinja2, tokenizers, transformers)]
+    return libraries + [inspect.getsource(module) for module in (formats, masking, sources, sys.modules[__name__])]
 
 
 def _hash(*values: Any) -> str:

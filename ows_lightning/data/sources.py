@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import difflib
 import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import re
-from collections.abc import Collection, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -19,7 +24,20 @@ from ows_lightning.data.formats import without_none
 from ows_lightning.errors import UsageError
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def _open_zstandard(file: Path, mode: str) -> IO[bytes]:
+    import pyarrow  # type: ignore[import-untyped]
+
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
+
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+"""Endings of files that are read, in either case; those of text also with a compression's behind."""
+_COMPRESSIONS: dict[str, Callable[[Path, str], Any]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard
+}  # fmt: skip
+_KINDS = ".jsonl, .json, .parquet, .csv"  # said in messages: the usual ones
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
 _PREFERRED = {"eval_dataset": ("validation", "test"), "test_dataset": ("test", "validation")}
 _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(["val", "valid", "validation", "dev", "eval"], "validation")
@@ -58,24 +76,55 @@ def resolve(name: str, key: str, split: str = "train") -> Source:
     Raises:
         UsageError: When nothing local matches and `name` can't be a hub name.
     """
-    path = Path(name).expanduser()
     source = Source(name, key, (), tuple(dict.fromkeys([*_PREFERRED.get(key, ()), split])))
+    if not name.strip():
+        raise source.error("'' names no source; give a file, a directory, a glob or a data set on the hub")
+    try:
+        return _resolve(source, Path(name).expanduser())
+    except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be read, an unknown ~user
+        raise source.error(f"can't look for '{name[:100]}': {getattr(error, 'strerror', None) or error}") from None
+
+
+def _resolve(source: Source, path: Path) -> Source:
+    name = source.name
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise source.error(f"'{name}' is not a {', '.join(SUFFIXES)} file")
-        return replace(source, files=(str(path),))
+        if not _format_of(path):
+            raise source.error(f"'{name}' is not a {_KINDS} file")
+        return _without_splits(replace(source, files=(str(path),)))
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return source
         return replace(source, files=_files_of_split(path, source))
+    if path.exists():
+        raise source.error(f"'{name}' is a device or a pipe, not a file; save its rows as a {_KINDS} file")
+    if path.is_symlink():
+        raise source.error(f"'{name}' is a link to '{path.readlink()}', which is not there")
     if glob.has_magic(name):
-        files = sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).suffix in SUFFIXES)
+        files = sorted(f for f in glob.glob(str(path), recursive=True) if _format_of(Path(f)) and Path(f).is_file())
         if not files:
-            raise source.error(f"no {', '.join(SUFFIXES)} file matches '{name}'")
-        return replace(source, files=tuple(files))
-    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
+            raise source.error(f"no {_KINDS} file matches '{name}'")
+        return _without_splits(replace(source, files=tuple(files)))
+    if _format_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
         near = difflib.get_close_matches(path.name, [p.name for p in _listdir(path.parent)], n=1)
         raise source.error(f"no file matches '{name}'" + (f"; did you mean '{path.parent / near[0]}'?" if near else ""))
+    return source
+
+
+def _format_of(path: Path) -> str | None:
+    """The ending that says how a file is read, without that of its compression; None for other files."""
+    name = path.name.lower()
+    compressed = Path(name).suffix in _COMPRESSIONS
+    suffix = Path(Path(name).stem).suffix if compressed else Path(name).suffix
+    return suffix if suffix in SUFFIXES and not (compressed and suffix == ".parquet") else None
+
+
+def _without_splits(source: Source) -> Source:
+    """Refuse a split that was asked of rows that have none."""
+    if source.key == "dataset" and source.splits[-1] != "train":
+        raise source.error(
+            f"'{source.name}' has no splits, and data.split asks for '{source.splits[-1]}'; leave data.split out, or give "
+            "the file that holds the rows (of a data set on the hub, 'owner/name:split' asks for one)"
+        )
     return source
 
 
@@ -88,10 +137,9 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     if not source.files:
         for number, row in enumerate(open_dataset(source), start=1):
             yield f"{source.name} row {number}", plain(row)
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     for file in map(Path, source.files):
         empty = True
-        for place, row in readers[file.suffix](file, source):
+        for place, row in _READERS[str(_format_of(file))](file, source):
             empty = False
             if not isinstance(row, dict):
                 kind = type(row).__name__
@@ -123,9 +171,9 @@ def _listdir(path: Path) -> list[Path]:
 
 def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
     """The data files below `directory`; where names name splits (train.jsonl, test/a.jsonl), those of one of `source`'s."""
-    files = [p for p in sorted(directory.rglob("*")) if p.suffix in SUFFIXES and p.is_file()]
+    files = [p for p in sorted(directory.rglob("*")) if _format_of(p) and p.is_file()]
     if not files:
-        raise source.error(f"the directory '{source.name}' holds no {', '.join(SUFFIXES)} file")
+        raise source.error(f"the directory '{source.name}' holds no {_KINDS} file")
     splits = {p: _split_of(p.relative_to(directory)) for p in files}
     if any(splits.values()):
         chosen = _choose(source, [split for split in splits.values() if split])
@@ -139,6 +187,8 @@ def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
                 f"data.{source.key}: '{source.name}' has files of splits, so those that name none are left out: {_few(names)}"
             )
         files = [p for p in files if splits[p] == chosen]
+    else:
+        _without_splits(source)
     return tuple(map(str, files))
 
 
@@ -174,7 +224,10 @@ def open_dataset(source: Source, streaming: bool = False) -> Any:
 
     try:
         if Path(source.name).expanduser().is_dir():
-            data = _one_split(datasets.load_from_disk(str(Path(source.name).expanduser())), source)
+            data = datasets.load_from_disk(str(Path(source.name).expanduser()))
+            if not isinstance(data, dict) and str(data.split) != source.splits[-1]:
+                _without_splits(source)
+            data = _one_split(data, source)
             return data.to_iterable_dataset() if streaming else data
         match = _HUB_NAME.fullmatch(source.name)
         assert match is not None
@@ -213,12 +266,13 @@ def _decode(line: bytes, place: str, source: Source) -> str:
 
 
 def _lines(file: Path, source: Source) -> Iterator[tuple[int, str]]:
+    opened: Callable[[Path, str], Any] = _COMPRESSIONS.get(file.suffix.lower(), open)
     try:
-        with open(file, "rb") as stream:
+        with opened(file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
                 yield number, _decode(line, f"{file.name} line {number}", source)
-    except OSError as error:
-        raise source.error(f"can't read {file}: {error.strerror}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise source.error(f"can't read {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _read_jsonl(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
@@ -227,9 +281,12 @@ def _read_jsonl(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            where = f"{file.name} line {number}"
-            raise source.error(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise source.error(f"{file.name} line {number} is not valid JSON: {_fault(error)}") from None
+
+
+def _fault(error: Exception) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _read_json(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
@@ -239,12 +296,12 @@ def _read_json(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
         return
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", None) == "Extra data" and text.lstrip().startswith("{"):
             yield from _read_jsonl(file, source)
             return
-        where = f"{file.name} line {error.lineno}"
-        raise source.error(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+        where = f"{file.name} line {getattr(error, 'lineno', '?')}"
+        raise source.error(f"{where} is not valid JSON: {_fault(error)}") from None
     if isinstance(data, dict):
         only = next(iter(data.values())) if len(data) == 1 else None
         data = only if isinstance(only, list) and all(isinstance(row, dict) for row in only) else [data]
@@ -256,7 +313,8 @@ def _read_json(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 30)
-    reader = csv.DictReader((line for _, line in _lines(file, source)), strict=True)
+    delimiter = "\t" if _format_of(file) == ".tsv" else ","
+    reader = csv.DictReader((line for _, line in _lines(file, source)), strict=True, delimiter=delimiter)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -270,7 +328,7 @@ def _read_csv(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
 
 
 def _read_parquet(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     number = 0
@@ -281,3 +339,13 @@ def _read_parquet(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
                 yield f"row {number}", plain(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise source.error(f"{file.name} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}

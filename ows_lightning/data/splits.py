@@ -48,10 +48,20 @@ class Splits:
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if getattr(self, key):
                 self.examples_of(key)
+        self._check_columns()
         self._held_out()
         if choices and self.key("test"):
             for entry in self.examples("test"):
                 choices_of(json.loads(entry["example"]), entry["where"])
+
+    def _check_columns(self) -> None:
+        """Find a name in `columns` that no row has; of a stream not all rows are known."""
+        if self.streaming or not self.columns:
+            return
+        there = {name for table in self._examples.values() for names in table["renamed"] for name in names}
+        for name, own in self.columns.items():
+            if own not in there:
+                raise UsageError(f"data.columns.{name}: no row has a column '{own}'; correct the name, or leave it out")
 
     def key(self, part: str) -> str | None:
         """The setting that a part's rows come from; None where there are none, or a stream of them."""
@@ -143,7 +153,7 @@ class Splits:
         for name, part in zip(self.dataset, parts, strict=True):
             if not len(part):
                 raise UsageError(f"data.dataset: '{name}' has no row left to train on; lower val_size or give an eval_dataset")
-        mixed = mix(parts, list(self.dataset.values()), self.seed)
+        mixed = mix(dict(zip(self.dataset, parts, strict=True)), self.dataset, self.seed)
         for name, part, repeated in zip(self.dataset, parts, mixed, strict=True):
             rank_zero_info(
                 f"data.dataset: {name} gives {len(repeated)} rows an epoch, each {len(repeated) / len(part):.2f} times."

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import lightning
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from ows_lightning.data import InstructionDataModule, examples, stream
+from ows_lightning.data import InstructionDataModule, examples, masking, stream
 from ows_lightning.errors import UsageError
 from tests.data.samples import pairs, tiny_tokenizer
 from tests.tiny import tiny_model
@@ -177,6 +181,12 @@ def test_tokens_are_cached_by_content_tokenizer_and_settings(jsonl: Write, monke
     assert encodings(file, max_seq_length=20) == encodings(file, train_on_prompt=True) == 5
     assert encodings(file, tokenizer=tiny_tokenizer("llama3")) == 5
     assert encodings(jsonl(pairs(6))) == 6
+    for library in (transformers, tokenizers, jinja2):
+        monkeypatch.setattr(library, "__version__", "0.0")
+        assert encodings(jsonl(pairs(6))) == 6
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda of: source(of) + "# changed" * (of is masking))
+    assert encodings(jsonl(pairs(6))) == 6
 
 
 def test_many_rows_are_tokenised_by_several_processes_alike(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +211,24 @@ def test_sources_are_joined_or_mixed_by_weight(jsonl: Write) -> None:
     validated = {row for batch in loader for row in answers(held_out.tokenizer, batch)}
     assert len(validated) == 10
     assert not validated & set(epoch(held_out))
+
+
+def test_a_mixture_that_repeats_rows_without_end_is_refused(jsonl: Write) -> None:
+    many, few = jsonl(pairs(30), "many.jsonl"), jsonl(pairs(4), "few.jsonl")
+    with pytest.raises(
+        UsageError, match=r"^data.dataset: by these weights .* '.*many.jsonl' 1.33e\+04 times, .*'.*few.jsonl'"
+    ):
+        ready({many: 1, few: 1e-5})
+    assert len(epoch(ready({many: 1, few: 1e-3}))) == 4004
+
+
+@pytest.mark.parametrize(
+    ("stage", "mend"), [("validate", "an eval_dataset or"), ("test", "a test_dataset, an eval_dataset or")]
+)
+def test_evaluating_without_rows_is_refused(jsonl: Write, stage: str, mend: str) -> None:
+    trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(UsageError, match=rf"^data\.\w+_dataset: no rows to {stage}; give {mend} a val_size$"):
+        getattr(trainer, stage)(Recorder(), make(jsonl(pairs(3)), tokenizer=None))
 
 
 def test_rows_without_an_answer_are_named(jsonl: Write, recwarn: pytest.WarningsRecorder) -> None:
@@ -331,6 +359,23 @@ def test_streams_hold_out_their_first_rows_and_repeat(jsonl: Write) -> None:
         ({"eval_batch_size": 0}, "data.eval_batch_size must be at least 1, got 0"),
         ({"max_seq_length": 1}, "data.max_seq_length must be at least 2, got 1"),
         ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+        ({"batch_size": 10**9}, "data.batch_size must be at most 8192, got 1000000000"),
+        ({"eval_batch_size": 10**9}, "data.eval_batch_size must be at most 8192"),
+        ({"max_seq_length": 10**12}, "data.max_seq_length must be at most 1048576"),
+        ({"exact_match_rows": 10**12}, "data.exact_match_rows must be at most 1000000"),
+        ({"num_workers": 10**6}, "data.num_workers must be at most 512"),
+        ({"seed": 2**64}, "data.seed must be at most 4294967295"),
+        ({"seed": -1}, "data.seed must be at least 0"),
+        ({"batch_size": float("nan")}, "data.batch_size must be a whole number, got nan"),
+        ({"seed": True}, "data.seed must be a whole number, got True"),
+        ({"val_size": float("nan")}, "data.val_size must be a fraction below 1 or a number of rows, got nan"),
+        ({"val_size": float("inf")}, "data.val_size must be a fraction below 1 or a number of rows, got inf"),
+        ({"val_size": True}, "data.val_size must be a fraction below 1 or a number of rows, got True"),
+        ({"val_size": 10**12, "streaming": True}, "data.val_size: 1000000000000 rows of a stream are more than 100000"),
+        ({"dataset": {"a.jsonl": float("nan")}}, "data.dataset: the weight of 'a.jsonl' must be above 0, got nan"),
+        ({"dataset": {"a.jsonl": float("inf")}}, "data.dataset: the weight of 'a.jsonl' must be from 1e-06 to 1e"),
+        ({"dataset": {"a.jsonl": 1, "b.jsonl": 1e-9}}, "data.dataset: the weight of 'b.jsonl' must be from 1e-06 to 1e"),
+        ({"split": " "}, "data.split is empty"),
         ({"val_size": 1.0}, "data.val_size must be a fraction below 1 or a number of rows, got 1.0"),
         ({"val_size": -1}, "data.val_size must be a fraction below 1 or a number of rows, got -1"),
         ({"dataset": ""}, "data.dataset names no source"),
@@ -361,6 +406,8 @@ def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], mes
         (pairs(3), {"val_size": 9, "streaming": True}, "data.val_size: 9 of 3 rows leaves none to train on"),
         ([{"text": "a \ud83d b"}], {}, r"rows.jsonl line 1 holds '\\ud83d', one half of a character"),
         ([{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}], {}, "rows.jsonl line 1 .* TypeError"),
+        (pairs(3), {"batch_size": 300}, "data.batch_size: 300 is more than the 3 rows there are; set it to 3"),
+        (pairs(3), {"columns": {"prompt": "question"}}, "data.columns.prompt: no row has a column 'question'"),
         (pairs(3), {"columns": {"output": "complition"}}, "rows.jsonl line 1 has no column 'complition' .*'completion'"),
         ([*pairs(2), {"prompt": "q"}], {}, "rows.jsonl line 3 has no column 'completion' or 'answer'"),
         ([{"prompt": "q", "ouput": "a"}], {}, "rows.jsonl line 1: columns 'prompt', 'ouput' fit no format"),

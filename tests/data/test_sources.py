@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -36,6 +41,53 @@ def rows_of(name: str | Path, split: str = "train", key: str = "dataset") -> lis
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_files(tmp_path: Path, suffix: str) -> None:
     assert rows_of(write(tmp_path / f"rows.{suffix}")) == ROWS
+
+
+def _zstandard(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": _zstandard}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_compressed_files(tmp_path: Path, suffix: str, compression: str) -> None:
+    compress: Callable[[bytes], bytes] = COMPRESS[compression]
+    whole = compress(write(tmp_path / f"rows.{suffix}").read_bytes())
+    file = tmp_path / f"rows.{suffix}.{compression}"
+    file.write_bytes(whole)
+    assert rows_of(file) == ROWS
+    for broken in (whole[:-6], b"no archive"):
+        file.write_bytes(broken)
+        with pytest.raises(UsageError, match=rf"^data.dataset: can't read .*rows.{suffix}.{compression}: .") as caught:
+            rows_of(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ROWS.JSONL", "rows.Json", "rows.CSV", "rows.PARQUET", "rows.ndjson", "rows.jsonl.GZ"])
+def test_endings_in_other_spellings(tmp_path: Path, name: str) -> None:
+    kind = name.lower().removesuffix(".gz").rpartition(".")[2]
+    content = write(tmp_path / f"plain.{kind}").read_bytes()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    assert rows_of(tmp_path / "a" / name) == rows_of(tmp_path / "a") == rows_of(tmp_path / "a" / "*") == ROWS
+
+
+def test_tab_separated_values(tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_text("prompt\tcompletion\nq, r\ta\n")
+    assert rows_of(tmp_path / "rows.tsv") == [{"prompt": "q, r", "completion": "a"}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "*.jsonl", "", "one"])
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path, name: str) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one") if name == "one" else write(tmp_path / "rows.jsonl")
+    assert rows_of(tmp_path / name, key="eval_dataset", split="validation") == ROWS
+    with pytest.raises(UsageError, match=r"has no splits, and data.split asks for 'validation'; leave data.split out"):
+        rows_of(tmp_path / name, split="validation")
 
 
 def test_json_under_other_shapes(tmp_path: Path) -> None:
@@ -144,6 +196,9 @@ def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl line 2 is a list, not an object of columns and values"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a.jsonl line 2 is not UTF-8 \(byte 0xe9 at 8\); save it as UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a" 1}]', "a.json line 2 is not valid JSON: Expecting ':' delimiter at column 6"),
+        ("a.jsonl", b'{"a": ' + b"[" * 20000, "a.jsonl line 1 is not valid JSON: "),
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}", "a.jsonl line 2 is not valid JSON: "),
+        ("a.json", b"[" * 20000, "a.json line . is not valid JSON: "),
         ("a.json", b"3", "a.json holds a int, not a list of objects"),
         ("a.json", b"", "a.json has no rows"),
         ("a.csv", b"prompt,completion\nq,a\nq\n", "a.csv line 3 has 1 fields where the header has 2"),
@@ -173,6 +228,28 @@ def test_missing_files(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UsageError, match=message):
         resolve(str(tmp_path / name), "dataset")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/dev/null", "^data.dataset: '/dev/null' is a device or a pipe, not a file; save its rows"),
+        ("pipe.jsonl", "^data.dataset: '.*pipe.jsonl' is a device or a pipe"),
+        ("link.jsonl", "^data.dataset: '.*link.jsonl' is a link to '.*gone.jsonl', which is not there$"),
+        ("a" * 5000, "^data.dataset: can't look for 'a.*': File name too long"),
+        ("~nobody_at_all/a.jsonl", "^data.dataset: can't look for '~nobody_at_all"),
+        ("a\0b.jsonl", "^data.dataset: no file matches 'a"),
+        (" ", "^data.dataset: '' names no source"),
+    ],
+)
+def test_names_of_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.jsonl")
+    Path("link.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve(name, "dataset")
+    assert "did you mean" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unreachable_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
