@@ -164,7 +164,7 @@ class InstructionDataModule(LightningDataModule):
         """
         parts = _PARTS.get(stage or "", _ALL_PARTS)
         if stage in ("validate", "test"):
-            self._require_rows(parts[0], stage)
+            self._require_rows(parts[0], "evaluate")
         for part in parts:
             if part not in self._rows and self._splits.key(part):
                 self._rows[part] = self._splits.rows(part, self._encoder(), self.packing and part == "train")

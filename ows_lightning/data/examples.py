@@ -17,9 +17,9 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from ows_lightning.data import formats, masking, sources
+from ows_lightning.data import formats, masking, rendering, sources
 from ows_lightning.data.formats import Row
-from ows_lightning.data.masking import Encoder
+from ows_lightning.data.masking import Encoded, Encoder
 from ows_lightning.data.sources import Source
 from ows_lightning.errors import UsageError
 
@@ -32,7 +32,8 @@ EXAMPLES = datasets.Features(
         "renamed": datasets.List(datasets.Value("string")),
     }
 )
-#: A document's tokens; ``row`` is the index of the example, which may give none, one or several documents.
+#: A document's tokens; ``row`` is the index of the example, which may give several documents. One that gives none, having no
+#: target, stands there with a length of 0. ``unshown`` says what of the example the chat template leaves out.
 TOKENS = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -41,6 +42,7 @@ TOKENS = datasets.Features(
         "targets": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),
         "row": datasets.Value("int64"),
+        "unshown": datasets.List(datasets.Value("string")),
     }
 )
 MOST_REPEATS = 1000
@@ -183,8 +185,10 @@ def _entry(row: Row, data_format: str, where: str, answered: bool) -> dict[str, 
 def _encode(batch: dict[str, list[Any]], indices: Sequence[int], encoder: Encoder) -> dict[str, list[Any]]:
     rows = []
     for index, where, example in zip(indices, batch["where"], batch["example"], strict=True):
-        for row in encoder.encode(json.loads(example), where):
-            rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index))
+        content = json.loads(example)
+        documents, unshown = encoder.encode(content, where), encoder.unshown(content)
+        for row in documents or [Encoded([], [], truncated=False)]:
+            rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index, unshown))
     return {name: [row[i] for row in rows] for i, name in enumerate(TOKENS)}
 
 
@@ -197,7 +201,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 def _versions() -> list[str]:
     """What decides about rows and tokens beside settings and content: our own code, and the libraries that it calls."""
     libraries = [f"{library.__name__} {library.__version__}" for library in (datasets, jinja2, tokenizers, transformers)]
-    return libraries + [inspect.getsource(module) for module in (formats, masking, sources, sys.modules[__name__])]
+    return libraries + [inspect.getsource(module) for module in (formats, masking, rendering, sources, sys.modules[__name__])]
 
 
 def _hash(*values: Any) -> str:

@@ -81,7 +81,8 @@ def rename(row: Row, columns: Mapping[str, str], where: str) -> Row:
 
 def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:
     """Cut off the answer with which a conversation ends: the messages to answer, and its text (empty without one)."""
-    return (messages[:-1], messages[-1]["content"]) if messages and messages[-1]["role"] == "assistant" else (messages, "")
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    return (messages[:-1], messages[-1]["content"] or "") if answered else (messages, "")
 
 
 def index_of_choice(answer: Any, choices: Sequence[Any]) -> int | None:
@@ -179,11 +180,18 @@ def _message(turn: Any, where: str) -> Message:
     content = message.pop("value", None) if "value" in message else message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(part.get("text", "") for part in content)
-    if content is None and message["role"] == "assistant" and (message.get("tool_calls") or message.get("reasoning_content")):
-        content = ""
-    if not isinstance(content, str):
+    if "function_call" in message:  # as OpenAI wrote a call before there could be several
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+    if not message.get("tool_calls", True):  # an empty list, which templates take for calls
+        del message["tool_calls"]
+    says_something_else = message["role"] == "assistant" and (message.get("tool_calls") or message.get("reasoning_content"))
+    if not isinstance(content, str) and not (content is None and says_something_else):
         raise UsageError(f"{where}: the content must be text, got {_kind(content)}")
     message["content"] = content
+    if "reasoning_content" in message and not isinstance(message["reasoning_content"], str):
+        raise UsageError(f"{where}: 'reasoning_content' must be text, got {_kind(message['reasoning_content'])}")
+    if "weight" in message:
+        message["weight"] = _weight(message["weight"], where)
     if "tool_calls" in message:
         for call in _objects(message["tool_calls"], f"{where}: 'tool_calls'"):
             function = call.get("function", {})
@@ -192,6 +200,17 @@ def _message(turn: Any, where: str) -> Message:
             if isinstance(function.get("arguments"), str):  # as in OpenAI's API; chat templates expect the object
                 function["arguments"] = _parsed_json(function["arguments"], f"{where}: the arguments of a tool call")
     return message
+
+
+def _weight(value: Any, where: str) -> int:
+    """0 or 1, also where it is written as text."""
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = -1.0
+    if weight not in (0, 1):
+        raise UsageError(f"{where}: 'weight' must be 0 (not trained) or 1, got {value!r}")
+    return int(weight)
 
 
 def without_none(value: Any, keep: str | None = None) -> Any:

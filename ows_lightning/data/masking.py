@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data.formats import Example, Message, split_prompt
+from ows_lightning.data.rendering import ChatTemplate, merged_system
 from ows_lightning.errors import UsageError
 
 IGNORED = -100
@@ -80,17 +80,38 @@ class Encoder:
         if "text" in example:
             rows = [self._plain_text(example["text"])]
         else:
-            rows = self._conversation(example["messages"], example.get("tools"), where)
+            messages, tools = self._used(example), example.get("tools")
+            shown = self._template.without_empty_turns(messages, tools)
+            try:
+                rows = self._conversation(shown, tools, where)
+            except UsageError:
+                if shown == messages:
+                    raise
+                rows = []  # without its calls the conversation is none that the template takes
         return [row for row in rows if row.num_targets]
+
+    def unshown(self, example: Example) -> list[str]:
+        """What the chat template leaves out of an example, in words."""
+        return [] if "text" in example else self._template.unshown(self._used(example), example.get("tools"))
 
     def encode_prompt(self, example: Example, where: str) -> tuple[str, list[int]]:
         """The rendered prompt of an example and its token ids; the start is cut when it is longer than `max_seq_length`."""
         if "text" in example:
             text, ids = example["text"], self.tokenizer(example["text"]).input_ids
         else:
-            text = self._render(split_prompt(example["messages"])[0], example.get("tools"), where, add_generation_prompt=True)
+            tools = example.get("tools")
+            messages = self._template.fitted(split_prompt(example["messages"])[0], tools)
+            messages = self._template.without_empty_turns(messages, tools)
+            text = self._render(messages, tools, where, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
+
+    def _used(self, example: Example) -> list[Message]:
+        """The messages that are trained or stand before those that are, in the form that the chat template wants."""
+        messages = example["messages"]
+        if not self.train_on_prompt:
+            messages = messages[: 1 + max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)]
+        return self._template.fitted(messages, example.get("tools"))
 
     def _plain_text(self, text: str) -> Encoded:
         ids = self.tokenizer(text).input_ids
@@ -103,8 +124,6 @@ class Encoder:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return []
-        if not self.train_on_prompt:
-            messages = messages[: turns[-1] + 1]
         text = self._render(messages, tools, where)
         spans: list[Span] = []
         alone: list[int] = []
@@ -116,7 +135,7 @@ class Encoder:
                 elif self._says_something(text[slice(*span)]):  # not so where the template leaves out tool calls
                     spans.append(span)
         if turns[-1] == len(messages) - 1:
-            if turns[-1] in alone and (merged := _merged_system(messages)):
+            if turns[-1] in alone and (merged := merged_system(messages)):
                 return self._conversation(merged, tools, where)  # Mistral's show a system message only when a question is last
             text, spans = self._ended(text, spans)
         rows = [self._encode_text(text, spans)]
@@ -152,7 +171,7 @@ class Encoder:
 
     def _where_contents_differ(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> int:
         """Where `text` ceases to be the same with another content of message `i`: no later than where that content begins."""
-        content = "." if messages[i]["content"].lstrip().startswith("!") else "!"
+        content = "." if (messages[i]["content"] or "").lstrip().startswith("!") else "!"
         other = [*messages[:i], {"role": "assistant", "content": content}]
         return _common_prefix(self._render(other, tools, where), text)
 
@@ -194,16 +213,11 @@ class Encoder:
         return _cut_start(positions, end, self.max_seq_length, 0 if context == 2 else None)
 
     def _render(self, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            if merged := _merged_system(messages):  # as Gemma and old Mistral, which know no system message
-                return self._render(merged, tools, where, add_generation_prompt)
-            raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from None
+        return self._template.render(messages, tools, where, add_generation_prompt)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
@@ -256,16 +270,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _is_target(message: Message) -> bool:
     """Whether an answer is to be trained: it says something, and its `weight` (a key of OpenAI's format) is not 0."""
-    says_something = message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")
+    says_something = (message["content"] or "").strip() or message.get("tool_calls") or message.get("reasoning_content")
     return bool(says_something) and message.get("weight", 1) != 0
-
-
-def _merged_system(messages: list[Message]) -> list[Message] | None:
-    """The messages with the system message at the head of the first user message; None where there are no such two."""
-    if len(messages) < 2 or [message["role"] for message in messages[:2]] != ["system", "user"]:
-        return None
-    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-    return [{**messages[1], "content": content}, *messages[2:]]
 
 
 def _common_prefix(a: str, b: str) -> int:

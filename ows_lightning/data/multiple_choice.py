@@ -72,7 +72,7 @@ def choices_of(example: Example, where: str) -> tuple[list[str], int]:
             raise UsageError(f"{where}: 'choices' must be a list of two texts or more")
         return options, _index(answer, options, where)
     question, reference = split_prompt(example["messages"])
-    found = _ANSWER_FORMAT.search(question[-1]["content"]) if question else None
+    found = _ANSWER_FORMAT.search(question[-1]["content"] or "") if question else None
     if found is None:
         return [], -1
     options = found[1].split("/")

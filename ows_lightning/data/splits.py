@@ -87,11 +87,15 @@ class Splits:
         documents = self.tokens_of(key, encoder)
         row_of, wanted = column(documents, "row"), self._indices(part)
         first, last = np.searchsorted(row_of, wanted, "left"), np.searchsorted(row_of, wanted, "right")
-        chosen = [document for a, b in zip(first.tolist(), last.tolist(), strict=True) for document in range(a, b)]
-        if not len(documents):
+        ranges = (range(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True))
+        has_target = column(documents, "length") > 0
+        chosen = [document for documents_of_one in ranges for document in documents_of_one if has_target[document]]
+        if not has_target.any():
+            unshown = list(self._unshown(key))
             raise UsageError(
                 f"data.{key}: none of {len(self.examples_of(key))} rows has a target token (an answer that is not empty): "
                 f"{self._named(key, self.dropped(key))}{'; `predict` needs none' if part == 'test' else ''}"
+                f"{'; the chat template does not show ' + ', '.join(unshown) if unshown else ''}"
             )
         if not chosen:
             raise UsageError(f"data.{key}: no row for {part} has an answer to train on")
@@ -118,7 +122,7 @@ class Splits:
 
     def dropped(self, key: str) -> list[int]:
         """The examples of a tokenised setting that gave no document, having no target."""
-        return np.setdiff1d(np.arange(len(self.examples_of(key))), column(self._tokens[key], "row")).tolist()
+        return column(self._tokens[key], "row")[column(self._tokens[key], "length") == 0].tolist()
 
     def endless(self) -> datasets.IterableDataset:
         """The training examples of a stream, over and over, without those held out."""
@@ -185,7 +189,8 @@ class Splits:
 
     def _report(self, key: str, max_seq_length: int) -> None:
         """Say which rows have no target, and how many were cut."""
-        dropped, total, documents = self.dropped(key), len(self.examples_of(key)), len(self._tokens[key])
+        dropped, total = self.dropped(key), len(self.examples_of(key))
+        documents = len(self._tokens[key]) - len(dropped)
         if 0 < len(dropped) < total:
             named = self._named(key, dropped)
             rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
@@ -196,6 +201,19 @@ class Splits:
             )
         if truncated := int(column(self._tokens[key], "truncated").sum()):
             rank_zero_info(f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={max_seq_length} tokens.")
+        for what, rows in self._unshown(key).items():
+            rank_zero_warn(
+                f"data.{key}: {len(rows)} of {total} rows lose {what}, which the chat template does not show: "
+                f"{self._named(key, rows)}"
+            )
+
+    def _unshown(self, key: str) -> dict[str, list[int]]:
+        """What the chat template leaves out, and the examples that lose it."""
+        losses: dict[str, dict[int, None]] = {}
+        for row, unshown in zip(column(self._tokens[key], "row").tolist(), self._tokens[key]["unshown"], strict=True):
+            for what in unshown:
+                losses.setdefault(what, {})[row] = None
+        return {what: list(rows) for what, rows in losses.items()}
 
     def _named(self, key: str, rows: Sequence[int]) -> str:
         """Where the rows stand, of many the first ones."""

@@ -84,12 +84,21 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
         documents: list[tuple[list[int], list[int]]] = []
         dropped: dict[str, None] = {}  # in order, and once each
+        unshown: dict[str, dict[str, None]] = {}
         for entry in block:
-            encoded = self.encoder.encode(json.loads(entry["example"]), entry["where"])
+            example = json.loads(entry["example"])
+            encoded = self.encoder.encode(example, entry["where"])
+            for what in self.encoder.unshown(example) if number == 0 else ():
+                unshown.setdefault(what, {})[entry["where"]] = None
             documents += [(row.input_ids, row.labels) for row in encoded]
             dropped |= {} if encoded else {entry["where"]: None}
+        for what, wheres in unshown.items():
+            rank_zero_warn(
+                f"data.dataset: {len(wheres)} of the first {BLOCK} rows lose {what}, which the chat template does not show: "
+                f"{_few(wheres)}"
+            )
         if dropped and number == 0:
-            named = ", ".join(list(dropped)[:10]) + (", ..." if len(dropped) > 10 else "")
+            named = _few(dropped)
             if not documents:
                 raise UsageError(f"data.dataset: none of the first {len(dropped)} rows has an answer to train on: {named}")
             rank_zero_warn(f"data.dataset: of the first {BLOCK} rows those without an answer are left out: {named}")
@@ -127,3 +136,7 @@ def collate_with_state(
 ) -> tuple[dict[str, Tensor], State]:
     """Collate rows, and keep the position behind the last."""
     return collate([item for item, _ in rows]), rows[-1][1]
+
+
+def _few(names: dict[str, None]) -> str:
+    return ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")

@@ -50,6 +50,9 @@ class Recorder(lightning.LightningModule):
 
 
 class Predictor(Recorder):
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validated.append(batch)
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         return batch["prompt"]
 
@@ -227,8 +230,8 @@ def test_a_mixture_that_repeats_rows_without_end_is_refused(jsonl: Write) -> Non
 )
 def test_evaluating_without_rows_is_refused(jsonl: Write, stage: str, mend: str) -> None:
     trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
-    with pytest.raises(UsageError, match=rf"^data\.\w+_dataset: no rows to {stage}; give {mend} a val_size$"):
-        getattr(trainer, stage)(Recorder(), make(jsonl(pairs(3)), tokenizer=None))
+    with pytest.raises(UsageError, match=rf"^data\.\w+_dataset: no rows to evaluate; give {mend} a val_size$"):
+        getattr(trainer, stage)(Predictor(), make(jsonl(pairs(3)), tokenizer=None))
 
 
 def test_rows_without_an_answer_are_named(jsonl: Write, recwarn: pytest.WarningsRecorder) -> None:

@@ -1,0 +1,217 @@
+"""A conversation as a chat template writes it: in the form that the template wants, and what of it the template shows.
+
+Templates differ in what they expect of a message. Some test whether the content is none (DeepSeek-R1), some add it to text;
+some write a call's arguments as JSON, some add them to text. And many show only a part of a conversation: no tool calls, no
+system message, no reasoning. What is shown is found by rendering the conversation with a mark in each of its parts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ows_lightning.data.formats import Message
+from ows_lightning.errors import UsageError
+
+_THINKING = re.compile(r"(</?think>)")
+_MARK = "qz{}zq"  # letters and digits, which no template escapes
+_ROLES = {
+    "system": "a system message", "user": "a question", "assistant": "a part of an answer", "tool": "a tool's result"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def render(self, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False) -> str:
+        """The conversation as text; a system message that the template refuses joins the first question.
+
+        Raises:
+            UsageError: The template refuses the messages; names the row.
+        """
+        try:
+            return self._apply(messages, tools, add_generation_prompt)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            if merged := merged_system(messages):  # as Gemma and old Mistral, which know no system message
+                return self.render(merged, tools, where, add_generation_prompt)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
+
+    def fitted(self, messages: list[Message], tools: Any) -> list[Message]:
+        """The messages in the form that the template wants.
+
+        A content of none becomes no text, and a call's arguments become text, where the template then shows more, or writes
+        it better.
+        """
+        forms = [_in_form(messages, content, arguments) for arguments in (_as_object, _as_text) for content in (None, "")]
+        forms = [form for i, form in enumerate(forms) if form not in forms[:i]]
+        return min(forms, key=lambda form: self._faults(form, tools)) if len(forms) > 1 else messages
+
+    def without_empty_turns(self, messages: list[Message], tools: Any) -> list[Message]:
+        """The messages without answers of which the template shows nothing, as of a call where it knows none."""
+        kept: list[Message] = []
+        for message in messages:
+            hidden = message.get("tool_calls") or message.get("reasoning_content")
+            if not hidden or (message["content"] or "").strip() or not self._is_empty(message, kept, tools):
+                kept.append(message)
+        return kept
+
+    def unshown(self, messages: list[Message], tools: Any) -> list[str]:
+        """What the template leaves out of a conversation, in words, each once.
+
+        Reasoning that is shown while its answer is the last is shown, also where later turns are written without it.
+        """
+        marked, marked_tools, marks = _marked(messages, tools)
+        if not marks or (text := self._rendered(marked, marked_tools)) is None:
+            return []
+        missing = {mark: place for mark, place in marks.items() if mark not in text}
+        for i in sorted({place[0] for place in missing.values()}):
+            last = i if i >= 0 and messages[i]["role"] == "assistant" else _last_question(messages)
+            until = self._rendered(marked[: last + 1], marked_tools) or ""
+            missing = {mark: place for mark, place in missing.items() if place[0] != i or mark not in until}
+        return list(dict.fromkeys(what for _, what in missing.values()))
+
+    def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool) -> str:
+        if all(message["content"] is not None for message in messages):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        # apply_chat_template hides a content of none, which R1's template asks for.
+        names: dict[str, Any] = {**self.tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
+        template = self.tokenizer.get_chat_template(tools=tools)
+        rendered: Any = render_jinja_template(conversations=[messages], tools=tools, chat_template=template, **names)
+        return str(rendered[0][0])
+
+    def _faults(self, messages: list[Message], tools: Any) -> int:
+        """How much is wrong with the rendering of this form: parts of calls that are left out, or written in a wrong way."""
+        marked, marked_tools, marks = _marked(messages, tools)
+        text = self._rendered(marked, marked_tools)
+        if text is None:
+            return 10_000
+        quoted_wrongly = sum(f"'{mark}'" in text or f'\\"{mark}' in text for mark in marks)  # Python's own, or twice JSON's
+        printed_none = 0
+        if any(message["content"] is None for message in messages):
+            without = self._rendered(_in_form(marked, "", lambda arguments: arguments), marked_tools)
+            printed_none = without is not None and text.count("None") > without.count("None")
+        return sum(mark not in text for mark in marks) + quoted_wrongly + printed_none
+
+    def _is_empty(self, message: Message, before: list[Message], tools: Any) -> bool:
+        """Whether the template writes this answer as it would write one without anything in it."""
+        nothing = {"role": "assistant", "content": ""}
+        text = self._rendered([*before, message], tools)
+        return text is not None and text == self._rendered([*before, nothing], tools)
+
+    def _rendered(self, messages: list[Message], tools: Any) -> str | None:
+        try:
+            return self.render(messages, tools, "")
+        except UsageError:
+            return None
+
+
+def merged_system(messages: list[Message]) -> list[Message] | None:
+    """The messages with the system message at the head of the first user message; None where there are no such two."""
+    if len(messages) < 2 or [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return None
+    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{**messages[1], "content": content}, *messages[2:]]
+
+
+def _last_question(messages: list[Message]) -> int:
+    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+
+
+def _in_form(messages: list[Message], content: str | None, arguments: Callable[[Any], Any]) -> list[Message]:
+    """The messages with this for a content of none, and the arguments of calls as `arguments` gives them."""
+    return [{**m, "content": content if m["content"] is None else m["content"], **_with_calls(m, arguments)} for m in messages]
+
+
+def _with_calls(message: Message, arguments: Callable[[Any], Any], name: Callable[[Any], Any] | None = None) -> Message:
+    """The key ``tool_calls`` of a message with other arguments, and names; empty where it has none."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = dict(call.get("function", call))
+        if "arguments" in function:
+            function["arguments"] = arguments(function["arguments"])
+        if name is not None and "name" in function:
+            function["name"] = name(function["name"])
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {"tool_calls": calls} if calls else {}
+
+
+def _as_object(arguments: Any) -> Any:
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _marked(messages: list[Message], tools: Any) -> tuple[list[Message], Any, dict[str, tuple[int, str]]]:
+    """The conversation with a mark in each of its parts, and for each mark the message (-1: `tools`) and the part in words."""
+    marker = _Marker()
+    marked = [marker.message(i, message) for i, message in enumerate(messages)]
+    return marked, marker.tools(tools), marker.places
+
+
+class _Marker:
+    def __init__(self) -> None:
+        self.places: dict[str, tuple[int, str]] = {}
+
+    def message(self, index: int, message: Message) -> Message:
+        what = _ROLES.get(message["role"], f"a message of the role {message['role']}")
+        marked = {**message, **_with_calls(message, partial(self.arguments, index), partial(self.name, index))}
+        if isinstance(content := message["content"], str):
+            marked["content"] = "".join(self.text(index, what, piece) for piece in _THINKING.split(content))
+        if "reasoning_content" in message:
+            marked["reasoning_content"] = self.text(index, "reasoning", message["reasoning_content"])
+        return marked
+
+    def text(self, index: int, what: str, text: str) -> str:
+        """With a mark in the middle, since templates look at how a text begins and ends."""
+        if not text.strip() or _THINKING.fullmatch(text):
+            return text
+        start = len(text) - len(text.lstrip())
+        middle = start + (len(text.strip()) + 1) // 2
+        return text[:middle] + self._new(index, what) + text[middle:]
+
+    def name(self, index: int, name: Any) -> Any:
+        return self.text(index, "tool calls", name) if isinstance(name, str) else name
+
+    def arguments(self, index: int, arguments: Any) -> Any:
+        """With a mark as a key and as its value."""
+        if not isinstance(as_object := _as_object(arguments), dict):
+            return arguments
+        mark = self._new(index, "tool calls")
+        as_object = {**as_object, mark: mark}
+        return _as_text(as_object) if isinstance(arguments, str) else as_object
+
+    def tools(self, tools: Any) -> Any:
+        return [self._tool(tool) for tool in tools] if tools else tools
+
+    def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(tool.get("function"), dict):
+            return {**tool, "function": self._tool(tool["function"])}
+        name = tool.get("name")
+        return {**tool, "name": self.text(-1, "the functions of 'tools'", name)} if isinstance(name, str) else tool
+
+    def _new(self, index: int, what: str) -> str:
+        mark = _MARK.format(len(self.places))
+        self.places[mark] = (index, what)
+        return mark
