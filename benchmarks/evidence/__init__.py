@@ -1,0 +1,1 @@
+"""Controlled studies of the method: ``python -m benchmarks.evidence STUDY``, see ``docs/evidence.md``."""

@@ -1,0 +1,95 @@
+"""``python -m benchmarks.evidence STUDY``: makes the runs that a study lacks, and the table of those that are there."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import ledger, tasks
+from benchmarks.evidence.runs import evaluate
+from benchmarks.evidence.schedule import Schedule, commit
+from benchmarks.evidence.study import RESULTS, ROOT, Study, load
+from benchmarks.evidence.tables import write_tables
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the arguments, runs the study and writes its tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("study", help="a name in benchmarks/studies, or a YAML file")
+    parser.add_argument("--model", help="start from this model instead: a hub name, a directory or a .gguf file")
+    parser.add_argument("--precision", help="the Trainer's precision, e.g. bf16-true on a GPU")
+    parser.add_argument("--data-root", type=Path, help="folder of the multiple-choice tasks' files")
+    parser.add_argument("--tasks", nargs="+", help="only these tasks of the study")
+    parser.add_argument("--budget", type=int, help="target tokens of a run, instead of the study's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence", help="folder of runs and data")
+    parser.add_argument("--tables", action="store_true", help="make the tables alone, from the CSV file")
+    args = parser.parse_args(arguments)
+    try:
+        study = load(args.study)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    study = replace(study, model=args.model or study.model, precision=args.precision or study.precision)
+    wanted = {task: args.budget or budget for task, budget in study.tasks.items() if not args.tasks or task in args.tasks}
+    study = replace(study, tasks=wanted)
+    counted = ledger.Ledger(args.results / f"{study.name}.csv", ledger.COUNTED)
+    if not args.tables:
+        run(study, counted, args)
+    print(write_tables(study, counted, args.results))
+
+
+def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
+    """Makes the model's directory and the tasks' files, measures the model before training, and makes the runs."""
+    work, threads = args.work.absolute(), max(1, (os.cpu_count() or 1) // args.jobs)
+    model = model_directory(study.model, work / "models")
+    files = {name: tasks.make(name, work / "tasks", args.data_root) for name in study.tasks}
+    steps = {name: (task, steps_of(study, task, model, study.tasks[name])) for name, task in files.items()}
+    for name, task in files.items():
+        if counted.find(task=name, method="before") is None:
+            counted.add(before(study, name, task, model, work / "before" / name, threads))
+    tuned = ledger.Ledger(args.results / f"{study.name}_rates.csv", ledger.TUNED)
+    Schedule(study, steps, counted, tuned, model, work, args.jobs, threads).run()
+
+
+def before(study: Study, name: str, task: tasks.Task, model: Path, folder: Path, threads: int) -> dict[str, Any]:
+    """The row of the model as it is before any training."""
+    held_out = evaluate(study, model, task.test, folder / "test", threads, "test")
+    unrelated = evaluate(study, model, tasks.UNRELATED, folder / "unrelated", threads)["val_loss"]
+    nothing = {"lr": 0.0, "seed": 0, "steps": 0, "target_tokens": 0, "time_s": 0.0, "flops": 0.0, "peak_mb": None}
+    metric = held_out.get("test_accuracy")
+    figures = {"test_loss": held_out["test_loss"], "test_metric": metric, "forgetting": unrelated}
+    return {"task": name, "method": "before", **nothing, **figures, "commit": commit()}
+
+
+def model_directory(name: str, folder: Path) -> Path:
+    """Converts a model once into a directory that loads fast; returns that directory."""
+    import torch
+
+    from ows_lightning.models.export import save_huggingface
+    from ows_lightning.models.pretrained import load_model, load_tokenizer
+
+    directory = folder / name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    if not (directory / "config.json").is_file():
+        save_huggingface(load_model(name, torch.float32), load_tokenizer(name), directory)
+    return directory
+
+
+def steps_of(study: Study, task: tasks.Task, model: Path, target_tokens: int) -> int:
+    """How many optimizer steps a budget of target tokens buys, by the mean of the task's rows."""
+    from ows_lightning.data import InstructionDataModule
+    from ows_lightning.models.pretrained import load_tokenizer
+
+    data = InstructionDataModule(str(task.train), val_size=0, max_seq_length=192, tokenizer=load_tokenizer(str(model)))
+    data.prepare_data()
+    data.setup("fit")
+    facts = data.summary()
+    return max(1, round(target_tokens * facts["rows"] / (facts["target_tokens"] * study.batch_size)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A run of a study: processes of ``main.py``, and the figures that they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from benchmarks.evidence.study import ROOT, STUDIES, Method, Study
+from benchmarks.evidence.tasks import UNRELATED, Task
+from ows_lightning.report.run import RunRecord
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: a method on a task at a rate with a seed, for a number of optimizer steps."""
+
+    study: Study
+    task: Task
+    method: Method
+    lr: float
+    seed: int
+    steps: int
+    model: Path
+    folder: Path
+    threads: int
+
+    def validation_loss(self) -> float:
+        """Trains, and returns the loss on the validation split; infinity if training broke down."""
+        try:
+            self._fit(self.task.validation, exact_match_rows=0)
+            return _last(self.folder, "val_loss")
+        except subprocess.CalledProcessError as error:
+            if "NaN or Inf" not in error.stderr:  # too high a rate is an answer; anything else is a fault
+                raise RuntimeError(f"{self.folder}: {error.stderr[-2000:]}") from error
+            return float("inf")
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def test_figures(self) -> dict[str, Any]:
+        """Trains, and returns the figures of the test split, of unrelated text, and of the cost."""
+        exact_match = self.task.metric == "exact_match"
+        try:
+            self._fit(self.task.test, exact_match_rows=128 if exact_match else 0)
+            record, model = RunRecord.read(self.folder), self._model()
+            forgetting = evaluate(self.study, model, UNRELATED, self.folder / "unrelated", self.threads)["val_loss"]
+            if exact_match:
+                metric = _last(self.folder, "val_exact_match")
+            else:
+                metric = evaluate(self.study, model, self.task.test, self.folder / "test", self.threads, "test")[
+                    "test_accuracy"
+                ]
+            return {
+                "test_loss": _last(self.folder, "val_loss"),
+                "test_metric": metric,
+                "forgetting": forgetting,
+                "time_s": record.series("time_s")[1][-1],
+                "flops": run_flops(record, model),
+                "peak_mb": max(record.series("peak_memory_mb")[1]),
+            }
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"{self.folder}: {error.stderr[-2000:]}") from error
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _fit(self, held_out: Path, exact_match_rows: int) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was stopped
+        configs = [STUDIES / "base.yaml", *(ROOT / "configs" / f"{name}.yaml" for name in self.method.configs)]
+        settings = {
+            "seed_everything": self.seed, "data.seed": self.seed,
+            "model.model_name_or_path": self.model, "model.optimizer.init_args.lr": self.lr,
+            "trainer.precision": self.study.precision, "trainer.max_steps": self.steps,
+            "trainer.val_check_interval": self.steps, "trainer.default_root_dir": self.folder,
+            "data.dataset": self.task.train, "data.eval_dataset": held_out, "data.batch_size": self.study.batch_size,
+            "data.exact_match_rows": exact_match_rows,
+            **self.study.settings, **self.method.settings,
+        }  # fmt: skip
+        if "sampling" not in settings and not _without_sampling(configs):
+            settings["sampling.seed"] = self.seed
+        arguments = [part for config in configs for part in ("--config", str(config))]
+        main("fit", arguments + [f"--{key}={_value(value)}" for key, value in settings.items()], self.threads)
+
+    def _model(self) -> Path:
+        return next(self.folder.glob("version_*/model"))
+
+
+def main(command: str, arguments: list[str], threads: int) -> None:
+    """Runs a command of ``main.py``.
+
+    Raises:
+        subprocess.CalledProcessError: It failed; ``stderr`` says why.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command_line = [sys.executable, "main.py", command, *arguments]
+    subprocess.run(command_line, cwd=ROOT, check=True, capture_output=True, text=True, env=environment)
+
+
+def evaluate(study: Study, model: Path, rows: Path, folder: Path, threads: int, command: str = "validate") -> dict[str, float]:
+    """Returns the last figures that ``validate`` or ``test`` logs of a model on a file of rows."""
+    data = {"validate": "data.eval_dataset", "test": "data.test_dataset"}[command]
+    settings = {
+        "model.model_name_or_path": model, "trainer.precision": study.precision, "trainer.default_root_dir": folder,
+        "data.dataset": rows, data: rows, "data.exact_match_rows": 0, "sampling": "null",
+    }  # fmt: skip
+    configs = ["--config", str(STUDIES / "base.yaml")]
+    main(command, configs + [f"--{key}={_value(value)}" for key, value in settings.items()], threads)
+    record = RunRecord.read(folder)
+    return {name: record.series(name)[1][-1] for name in record.metrics if name != "step" and record.series(name)[1]}
+
+
+def run_flops(record: RunRecord, model: Path) -> float:
+    """FLOPs of a run's matrix products, from its draws: 2 a weight and token in forward, in each gradient as many.
+
+    Backward runs from the head down to the lowest active block, and a weight that trains needs a second product. Attention's
+    own products, which no method changes, are left out.
+    """
+    config = json.loads((model / "config.json").read_text())
+    blocks = [0] * int(config["num_hidden_layers"])
+    with safe_open(str(model / "model.safetensors"), "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            shape = file.get_slice(name).get_shape()
+            if len(shape) == 2 and ".layers." in name:
+                blocks[int(name.split(".layers.")[1].split(".")[0])] += shape[0] * shape[1]
+    head = int(config["vocab_size"]) * int(config["hidden_size"])
+    steps, tokens = record.series("tokens")
+    before = [0.0, *tokens[:-1]]
+    settings = (record.config or {}).get("sampling") or {}
+    embeddings = not record.history or bool({"embeddings", "lm_head"} & set(settings.get("always_train", ())))
+    lora = bool(((record.config or {}).get("model") or {}).get("init_args", {}).get("lora"))
+    total = 0.0
+    for step, so_far, until in zip(steps, before, tokens, strict=True):
+        active = next((draw.blocks for draw in reversed(record.history) if draw.step <= step), tuple(range(len(blocks))))
+        lowest = 0 if embeddings else min(active)
+        weights = 0 if lora else sum(blocks[block] for block in active)
+        targets_head = head if embeddings and not lora else 0
+        total += 2.0 * (until - so_far) * (sum(blocks) + head + sum(blocks[lowest:]) + head + weights + targets_head)
+    return total
+
+
+def _last(folder: Path, name: str) -> float:
+    return float(RunRecord.read(folder).series(name)[1][-1])
+
+
+def _without_sampling(configs: list[Path]) -> bool:
+    contents = [yaml.safe_load(path.read_text()) for path in configs]
+    return next(content["sampling"] for content in reversed(contents) if "sampling" in content) is None
+
+
+def _value(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

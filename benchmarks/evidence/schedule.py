@@ -1,0 +1,132 @@
+"""Which runs a study still lacks, and in which order they are made: rates are chosen first, then seeds count."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+from tqdm import tqdm
+
+from benchmarks.evidence.ledger import Ledger
+from benchmarks.evidence.runs import Run
+from benchmarks.evidence.study import ROOT, Method, Study
+from benchmarks.evidence.tasks import Task
+
+WIDENING = 4
+"""How many rates a grid grows by, at the most, while the best lies at its edge."""
+
+
+def choose_rate(rates: Sequence[float], loss: Callable[[float], float]) -> float:
+    """Returns the rate with the lowest loss; the grid grows by its own factor while the best lies at an edge.
+
+    Args:
+        rates: Three rates or more, ascending.
+        loss: The validation loss of a rate; infinite where training broke down.
+
+    Raises:
+        RuntimeError: Every rate breaks down, or the best one still lies at an edge of the widened grid.
+    """
+    losses = {rate: loss(rate) for rate in rates}
+    factor = rates[1] / rates[0]
+    for _ in range(WIDENING + 1):
+        best = min(losses, key=losses.__getitem__)
+        if math.isinf(losses[best]):
+            raise RuntimeError(f"every rate of {sorted(losses)} breaks down")
+        if min(losses) < best < max(losses):
+            return best
+        further = best / factor if best == min(losses) else best * factor
+        losses[further] = loss(float(f"{further:.2g}"))
+    raise RuntimeError(f"the best rate {best:g} lies at an edge of {sorted(losses)}")
+
+
+@dataclass
+class Schedule:
+    """Makes a study's runs and writes them down.
+
+    Attributes:
+        study: The study.
+        tasks: Task -> its files and the number of optimizer steps that its budget buys.
+        counted: Where runs on the test split go.
+        tuned: Where runs on the validation split go.
+        model: The directory of the model that runs start from.
+        work: Folder of the runs.
+        jobs: Runs at a time.
+        threads: Threads of each.
+    """
+
+    study: Study
+    tasks: dict[str, tuple[Task, int]]
+    counted: Ledger
+    tuned: Ledger
+    model: Path
+    work: Path
+    jobs: int
+    threads: int
+
+    def run(self) -> None:
+        """Makes all runs that are missing."""
+        methods, seeds = len(self.study.methods), len(self.study.seeds)
+        tuning = len(self.study.tune_on) or methods
+        expected = len(self.tasks) * (tuning * len(self.study.rates) * len(self.study.tune_seeds) + methods * seeds)
+        with tqdm(total=expected, unit="run", smoothing=0.1) as self.bar, ThreadPoolExecutor(self.jobs) as pool:
+            for task in self.tasks:
+                rates = self._rates(task, pool)
+                seeds_first = list(product(self.study.seeds, self.study.methods))
+                list(pool.map(partial(self._count, task, rates), seeds_first))
+
+    def _rates(self, task: str, pool: ThreadPoolExecutor) -> dict[str, float]:
+        """The rate of each method."""
+        methods = self.study.methods
+        if self.study.tune_on:
+            rate = choose_rate(self.study.rates, partial(self._shared_loss, task, pool))
+            return {method.name: rate for method in methods}
+        return dict(zip((m.name for m in methods), pool.map(partial(self._rate, task), methods), strict=True))
+
+    def _rate(self, task: str, method: Method) -> float:
+        rates = method.rates or self.study.rates
+        return choose_rate(rates, partial(self._validation_loss, task, method))
+
+    def _shared_loss(self, task: str, pool: ThreadPoolExecutor, rate: float) -> float:
+        methods = [self.study.method(name) for name in self.study.tune_on]
+        losses = list(pool.map(lambda method: self._validation_loss(task, method, rate), methods))
+        return sum(losses) / len(losses)
+
+    def _validation_loss(self, task: str, method: Method, rate: float) -> float:
+        losses = []
+        for seed in self.study.tune_seeds:
+            row = self.tuned.find(task=task, method=method.name, lr=rate, seed=seed)
+            if row is None:
+                run = self._new(task, method, rate, seed)
+                known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}
+                row = self.tuned.add({**known, "validation_loss": run.validation_loss()})
+            losses.append(float(row["validation_loss"]))
+            self.bar.update()
+        return sum(losses) / len(losses)
+
+    def _count(self, task: str, rates: dict[str, float], which: tuple[int, Method]) -> None:
+        seed, method = which
+        rate = rates[method.name]
+        if self.counted.find(task=task, method=method.name, seed=seed) is None:
+            run = self._new(task, method, rate, seed)
+            known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}
+            self.counted.add({**known, "target_tokens": self.study.tasks[task], **run.test_figures()})
+        self.bar.update()
+
+    def _new(self, task: str, method: Method, rate: float, seed: int) -> Run:
+        files, steps = self.tasks[task]
+        folder = self.work / self.study.name / f"{task}-{method.name}-{rate:g}-{seed}"
+        return Run(self.study, files, method, rate, seed, steps, self.model, folder, self.threads)
+
+
+def commit() -> str:
+    """The commit of the code that runs, marked where it has changes that are not committed; empty outside a checkout."""
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()

@@ -1,0 +1,106 @@
+"""What a study is: tasks, methods, learning rates, seeds and a budget, read from ``benchmarks/studies/NAME.yaml``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "benchmarks" / "studies"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: overlays of a config, in order, and keys that are set on top of them."""
+
+    name: str
+    configs: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study.
+
+    Attributes:
+        name: The file's name.
+        question: What it asks.
+        model: The model that all runs start from.
+        precision: The Trainer's.
+        tasks: Task -> target tokens of a run: the budget, equal for all methods.
+        batch_size: Rows in an optimizer step.
+        methods: What is compared.
+        reference: The method that the others are compared with.
+        rates: The grid of learning rates, for methods without their own; widened while the best lies at an edge.
+        tune_seeds: Seeds of the runs that choose the rate, on the validation split.
+        tune_on: The methods that choose one rate for all; empty where each method has its own.
+        seeds: Seeds of the runs that count, on the test split; none of them is in ``tune_seeds``.
+        settings: Keys that are set in all runs.
+    """
+
+    name: str
+    question: str
+    model: str
+    precision: str
+    tasks: dict[str, int]
+    batch_size: int
+    methods: tuple[Method, ...]
+    reference: str
+    rates: tuple[float, ...]
+    tune_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    tune_on: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if shared := set(self.seeds) & set(self.tune_seeds):
+            raise ValueError(f"{self.name}: seeds {sorted(shared)} choose a rate and count, too; give others")
+        names = [method.name for method in self.methods]
+        if missing := {self.reference, *self.tune_on} - set(names):
+            raise ValueError(f"{self.name}: no method is called {sorted(missing)[0]!r}; methods: {', '.join(names)}")
+        for rates in (self.rates, *(method.rates for method in self.methods if method.rates)):
+            if len(rates) < 3 or list(rates) != sorted(set(rates)):
+                raise ValueError(f"{self.name}: rates {list(rates)} must be three or more, ascending")
+
+    def method(self, name: str) -> Method:
+        """Returns a method by its name."""
+        return next(method for method in self.methods if method.name == name)
+
+
+def load(name: str) -> Study:
+    """Reads a study by its name, or from a file.
+
+    ``each_block: {count: N, ...}`` among the methods stands for N methods ``block_00``, ``block_01``, ..., each of which
+    trains that block alone.
+
+    Raises:
+        FileNotFoundError: There is no such study; names those that there are.
+        ValueError: A seed both chooses and counts, a method is missing, or there are fewer than three rates.
+    """
+    path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml") if file.stem != "base"))
+        raise FileNotFoundError(f"no study '{name}'; studies: {known}")
+    content = yaml.safe_load(path.read_text())
+    content["methods"] = tuple(_methods(content["methods"]))
+    for key in ("rates", "tune_seeds", "tune_on", "seeds"):
+        content[key] = tuple(content.get(key, ()))
+    return Study(name=path.stem, **content)
+
+
+def _methods(described: dict[str, dict[str, Any]]) -> list[Method]:
+    methods = []
+    for name, keys in described.items():
+        configs, settings, rates = tuple(keys.get("configs", ())), keys.get("set", {}), tuple(keys.get("rates", ()))
+        if name != "each_block":
+            methods.append(Method(name, configs, settings, rates))
+            continue
+        for block in range(keys["count"]):
+            alone = {"sampling.distribution": [float(other == block) for other in range(keys["count"])]}
+            methods.append(Method(f"block_{block:02d}", configs, {**settings, **alone}, rates))
+    return methods

@@ -1,0 +1,144 @@
+"""From raw rows to tables and pictures: nothing but the CSV files goes in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+from benchmarks.evidence.ledger import Ledger
+from benchmarks.evidence.study import Study
+from benchmarks.report import markdown
+
+RESAMPLES = 10_000
+COSTS = {"time_s": "Time (s)", "flops": "FLOPs", "peak_mb": "Peak memory (MB)"}
+
+Values = dict[str, dict[int, dict[str, float]]]
+"""Method -> seed -> column -> value, of one task."""
+
+
+def write_tables(study: Study, counted: Ledger, folder: Path) -> str:
+    """Writes ``STUDY.md`` and a picture a task, and returns the text."""
+    parts = [f"# {study.name}", study.question]
+    for task in study.tasks:
+        values, before = of_task(counted, task)
+        if not values:
+            parts.append(f"## {task}\n\nNo run has been made yet.")
+            continue
+        parts += [f"## {task}", task_table(values, before, study.reference)]
+        plot(values, folder / f"{study.name}_{task}.png")
+    text = "\n\n".join(parts) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{study.name}.md").write_text(text)
+    return text
+
+
+def of_task(counted: Ledger, task: str) -> tuple[Values, dict[str, float]]:
+    """Returns a task's rows by method and seed, and the row of the model before training."""
+    values: Values = {}
+    for row in counted.rows:
+        if row["task"] == task:
+            numbers = {k: float(row[k]) if row[k] else math.nan for k in row if k not in ("task", "method", "commit")}
+            values.setdefault(row["method"], {})[int(row["seed"])] = numbers
+    before = values.pop("before", {})
+    return values, next(iter(before.values()), {})
+
+
+def task_table(values: Values, before: dict[str, float], reference: str) -> str:
+    """A row a method, the lowest test loss first; differences from the reference are paired by seed."""
+    p_values = adjusted({name: paired_p(values, name, reference) for name in values if name != reference})
+    rows = []
+    for name in sorted(values, key=lambda name: mean(run["test_loss"] for run in values[name].values())):
+        runs = list(values[name].values())
+        difference, p_value = "", ""
+        if name in p_values and not math.isnan(p_values[name]):
+            low, middle, high = bootstrap(differences(values, name, reference))
+            difference, p_value = f"{middle:+.3f} ({low:+.3f} to {high:+.3f})", f"{p_values[name]:.3f}"
+        cells = [f"{run['lr']:g}" for run in runs[:1]] + [str(len(runs)), interval([run["test_loss"] for run in runs])]
+        cells += [
+            difference,
+            p_value,
+            interval([run["test_metric"] for run in runs]),
+            interval([r["forgetting"] for r in runs]),
+        ]
+        cells += [f"{mean(run[cost] for run in runs):.3g}" for cost in COSTS]
+        rows.append([name, *cells])
+    if before:
+        cells = ["", "", f"{before['test_loss']:.3f}", "", "", _plain(before["test_metric"]), f"{before['forgetting']:.3f}"]
+        rows.append(["before training", *cells, "", "", ""])
+    header = ["Method", "Rate", "Seeds", "Test loss", f"Minus {reference}, by seed", "p (Holm)", "Metric", "Unrelated text"]
+    return markdown([*header, *COSTS.values()], rows)
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean, standard deviation and the 95 % interval of the mean (Student's t)."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    deviation = stdev(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return f"{mean(values):.3f} ± {half:.3f} (sd {deviation:.3f})"
+
+
+def differences(values: Values, name: str, reference: str) -> list[float]:
+    """Test loss of a method minus the reference's, for each seed that both have."""
+    ours, theirs = values.get(name, {}), values.get(reference, {})
+    return [ours[seed]["test_loss"] - theirs[seed]["test_loss"] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def bootstrap(paired: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of paired differences with its 95 % percentile interval over resampled seeds."""
+    generator = np.random.default_rng(0)
+    means = generator.choice(np.asarray(paired), size=(RESAMPLES, len(paired))).mean(axis=1)
+    return float(np.quantile(means, 0.025)), mean(paired), float(np.quantile(means, 0.975))
+
+
+def paired_p(values: Values, name: str, reference: str) -> float:
+    """Two-sided p of the mean paired difference, by bootstrap around zero; not a number with fewer than two pairs."""
+    paired = differences(values, name, reference)
+    if len(paired) < 2:
+        return math.nan
+    centred = np.asarray(paired) - mean(paired)
+    means = np.random.default_rng(0).choice(centred, size=(RESAMPLES, len(paired))).mean(axis=1)
+    return float((1 + (np.abs(means) >= abs(mean(paired))).sum()) / (1 + RESAMPLES))
+
+
+def adjusted(p_values: dict[str, float]) -> dict[str, float]:
+    """Holm's correction for as many comparisons as there are."""
+    known = sorted((p, name) for name, p in p_values.items() if not math.isnan(p))
+    result, largest = dict.fromkeys(p_values, math.nan), 0.0
+    for rank, (p, name) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        result[name] = largest
+    return result
+
+
+def plot(values: Values, path: Path) -> None:
+    """Test loss against time, FLOPs and memory, a point a method, bars over the seeds' range."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(COSTS), figsize=(12, 4), sharey=True, layout="constrained")
+    for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
+        for name, runs in values.items():
+            losses = [run["test_loss"] for run in runs.values()]
+            x = mean(run[cost] for run in runs.values())
+            error = [[mean(losses) - min(losses)], [max(losses) - mean(losses)]]
+            axis.errorbar(x, mean(losses), yerr=error, marker="o", linestyle="", capsize=2)
+            axis.annotate(name, (x, mean(losses)), fontsize=7, textcoords="offset points", xytext=(4, 3))
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("Test loss (nats a target token)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _plain(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"
