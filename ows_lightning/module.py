@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import resource
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from types import MethodType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning.callbacks import resume
-from ows_lightning.checkpoints.find import last_good
+from ows_lightning.checkpoints.settings import check_settings, lasting_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.loading import empty_model, load_into_shards
 from ows_lightning.distributed.requirements import require_layerwise
-from ows_lightning.errors import RunError, UsageError
-from ows_lightning.metrics.choices import ChoiceAccuracy, row_log_likelihoods
-from ows_lightning.metrics.perplexity import TokenPerplexity
-from ows_lightning.models.decoder import causal_lm, decoder_layers
+from ows_lightning.errors import UsageError
+from ows_lightning.metrics.choices import ChoiceAccuracy
+from ows_lightning.metrics.held_out import HeldOutFigures
+from ows_lightning.models.causal_lm import CausalLM
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora, lora_config
-from ows_lightning.models.loss import logits_of, next_token_loss
-from ows_lightning.models.pretrained import checkpoint_activations, load_config, load_model, load_tokenizer, resize_embeddings
+from ows_lightning.models.pretrained import (
+    checkpoint_activations,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resize_embeddings,
+    stop_at,
+)  # fmt: skip
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.optim.sharding import local, total_norm
 from ows_lightning.optim.subspace import Method
-
-log = logging.getLogger(__name__)
+from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.scores import architecture_of
+from ows_lightning.step import Step, StepFigures
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+def default_optimizer(params: Any) -> Optimizer:
+    """Returns GaLoreAdamW with a learning rate of 3e-4."""
+    return GaLoreAdamW(params, lr=3e-4)
 
 
 class CausalLMModule(LightningModule):
@@ -49,8 +52,8 @@ class CausalLMModule(LightningModule):
 
     The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches
     and ranks: what one large batch would give. ``grad_norm``, which ``gradient_clip_val`` bounds, is the norm of what
-    the optimizer
-    consumes: projected gradients where a weight is projected.
+    the optimizer consumes: projected gradients where a weight is projected. Called as ``module(**batch)`` it returns the
+    batch's loss, see ``CausalLM``. It can be fitted again, by any Trainer.
 
     Args:
         model_name_or_path: Hub name, local directory, ``.gguf`` file, or ``package://PACKAGE/FILE.gguf``.
@@ -69,16 +72,13 @@ class CausalLMModule(LightningModule):
         warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
         lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
         max_new_tokens: Length limit of generated answers.
-        max_skipped_steps: Stop the run after so many steps in a row whose gradients held a NaN or Inf; each is skipped.
+        max_skipped_steps: Stop the run after so many steps in a row whose gradients held a NaN or Inf; each is skipped. By the
+            callback ``StopOnNaN``, which ``OWSTrainer`` brings along.
         trust_remote_code: Run code that the model's repository brings along.
 
     Raises:
         UsageError: A setting is out of its range, or settings contradict each other.
     """
-
-    # Of the optimizer step that is under way, over its micro-batches and ranks so far; None before its first micro-batch.
-    _step_totals: Any  # summed cross entropy, number of target tokens, and of all tokens
-    _first_targets: Any  # that of the first micro-batch
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class CausalLMModule(LightningModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
-        optimizer: OptimizerCallable = lambda params: GaLoreAdamW(params, lr=3e-4),
+        optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
         update_proj_gap: int = 200,
         scale: float = 1.0,
@@ -114,15 +114,10 @@ class CausalLMModule(LightningModule):
             raise UsageError(f"model.warmup_steps: {warmup_steps} must be at least 0 (below 1 it is a share of all steps)")
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
-        self.model: Any = None  # a transformers model, or peft's around one
-        self.val_perplexity, self.val_exact_match = TokenPerplexity(), MeanMetric()
-        self.test_perplexity, self.test_exact_match = TokenPerplexity(), MeanMetric()
-        self.test_choices = ChoiceAccuracy()
+        self.causal_lm: CausalLM | None = None
+        self.val_figures, self.test_figures, self.test_choices = HeldOutFigures(), HeldOutFigures(), ChoiceAccuracy()
+        self.last_step: StepFigures | None = None  # of the latest optimizer step
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._tokens_seen, self._time_before = 0, 0.0
-        self._skipped_in_a_row = 0
-        self._max_steps_before: int | None = None
-        self._reset_step()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -133,9 +128,24 @@ class CausalLMModule(LightningModule):
         return self._tokenizer
 
     @property
+    def model(self) -> Any:
+        """The transformers model, or peft's around one; None before ``configure_model``."""
+        return None if self.causal_lm is None else self.causal_lm.model
+
+    @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model itself, also within a peft model."""
-        return cast(PreTrainedModel, causal_lm(self))
+        return self._lm.language_model
+
+    @property
+    def _lm(self) -> CausalLM:
+        self.configure_model()
+        assert self.causal_lm is not None
+        return self.causal_lm
+
+    def forward(self, **batch: Any) -> Any:
+        """Returns the loss of a batch as ``LossParts``, or the model's own output where there are no ``labels``."""
+        return self._lm(**batch)
 
     # ------------------------------------------------------------------ set-up
 
@@ -154,7 +164,7 @@ class CausalLMModule(LightningModule):
         return load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
 
     def check_optimizer(self) -> Optimizer:
-        """Makes the optimizer for two groups of weights of no consequence.
+        """Makes the optimizer once for two small weights, to see whether it can be made.
 
         Raises:
             UsageError: One of its settings is out of range, or it can't project.
@@ -166,16 +176,22 @@ class CausalLMModule(LightningModule):
         self._check_projection(optimizer)
         return optimizer
 
+    def setup(self, stage: str) -> None:
+        """Starts afresh: of an earlier run the weights remain."""
+        if stage == "fit":
+            self._step = Step(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+            self.last_step = None
+
     def configure_model(self) -> None:
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
-        if self.model is not None:
+        if self.causal_lm is not None:
             return
-        precision = self._trainer.precision if self._trainer is not None else "32-true"
         if self.device_mesh is None:
-            self.model = self._build(empty=False)
+            self.causal_lm = CausalLM(self.build())
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
-            self.model = load_into_shards(self._build, self.hparams["model_name_or_path"], mesh, device, precision)
+            name = self.hparams["model_name_or_path"]
+            self.causal_lm = load_into_shards(self.build, name, mesh, device, self._precision)
         if self.hparams["gradient_checkpointing"]:
             checkpoint_activations(self.language_model)
         if self.hparams["compile"]:
@@ -184,26 +200,27 @@ class CausalLMModule(LightningModule):
             for layer in decoder_layers(self):
                 layer.compile()
 
-    def _build(self, empty: bool) -> nn.Module:
-        """Makes the model with its weights, or ``empty`` for FSDP2 to fill its shards."""
-        precision = self._trainer.precision if self._trainer is not None else "32-true"
+    def build(self, empty: bool = False) -> nn.Module:
+        """Makes the model with its weights, or ``empty``: with weights on the meta device, for others to fill."""
         name = self.hparams["model_name_or_path"]
         options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
-        options["dtype"] = DTYPES.get(precision, torch.float32)
+        options["dtype"] = DTYPES.get(self._precision, torch.float32)
         model = empty_model(name, len(self.tokenizer), **options) if empty else load_model(name, **options)
         resize_embeddings(model, self.tokenizer)
-        _stop_at(model, end_of_turn_id(self.tokenizer))
+        stop_at(model, end_of_turn_id(self.tokenizer))
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
+
+    @property
+    def _precision(self) -> str:
+        return str(self._trainer.precision) if self._trainer is not None else "32-true"
 
     def configure_optimizers(self) -> Any:
         """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""
-        optimizer = self.make_optimizer(self._param_groups())
+        optimizer = self.make_optimizer(self.param_groups())
         if isinstance(optimizer, GaLoreAdamW):
             require_layerwise(self.trainer.strategy)
             optimizer.project_in_backward()
         self._check_projection(optimizer)
-        kept = ("params", "param_names")
-        self._options = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
         steps, warmup, kind = (
             self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"], self.hparams["lr_scheduler_type"]
         )  # fmt: skip
@@ -227,9 +244,11 @@ class CausalLMModule(LightningModule):
         if self.hparams["rank"] is not None and not isinstance(optimizer, GaLoreAdamW):
             raise UsageError(f"model.rank: {type(optimizer).__name__} can't project; set rank to null, or take GaLoreAdamW")
 
-    def _param_groups(self) -> Any:
+    def param_groups(self) -> Any:
+        """Returns what the optimizer is made for: groups of named parameters, with the settings of projection."""
         names = ("rank", "update_proj_gap", "scale", "proj_type", "subspace", "project_embeddings")
-        groups = galore_param_groups(self, **{name: self.hparams[name] for name in names if self.hparams[name] is not None})
+        settings = {name: self.hparams[name] for name in names if self.hparams[name] is not None}
+        groups = galore_param_groups(self.model, **settings)
         if self.hparams["rank"] is None:
             keep = ("params", "weight_decay")
             groups = [{key: group[key] for key in keep if key in group} for group in groups]
@@ -238,23 +257,16 @@ class CausalLMModule(LightningModule):
     @torch.compiler.set_stance("force_eager")
     def on_fit_start(self) -> None:
         """Makes sure that our chunked loss is this model's own loss, before anything trains."""
-        self._start = self._last_step = time.perf_counter()
         ids = torch.arange(4, device=self.device)[None] % self.language_model.config.get_text_config().vocab_size
         training = self.training
         self.eval()
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            ours, expected = self._through_forward(_both_logits, ids)
+        with self.trainer.precision_plugin.forward_context():
+            agrees = self._lm.agrees(ids)
         self.train(training)
-        if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2):
+        if not agrees:
             raise UsageError(
                 f"model.model_name_or_path: the loss does not know how {type(self.language_model).__name__} makes its logits"
             )
-
-    def on_train_start(self) -> None:
-        """Lets a resumed run have the learning rate, and number of steps, that are configured now."""
-        if self.trainer.ckpt_path is not None:
-            resume.save_no_step_again(self.trainer)
-            resume.apply_changes(self.trainer, self._options, self._max_steps_before)
 
     # ------------------------------------------------------------------ steps
 
@@ -264,108 +276,71 @@ class CausalLMModule(LightningModule):
         torch.manual_seed(hash((seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the loss of a micro-batch; scaled in ``configure_gradient_clipping`` to be the whole step's mean."""
+        """Returns the loss of a micro-batch; ``configure_gradient_clipping`` makes its gradient that of the step's mean."""
+        last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, GaLoreAdamW):
-            last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             optimizer.accumulating = not last
-        loss, targets = self._loss(batch)
-        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else loss.new_tensor(batch["input_ids"].numel())
-        total = torch.stack([loss.detach(), targets.to(loss.dtype), tokens.to(loss.dtype)])
-        if self.trainer.world_size > 1:
-            dist.all_reduce(total)  # strategy.reduce would hold all processes up with a barrier
-        if self._step_totals is None:
-            # What the first micro-batch has on average a rank, the same on all; any other fixed number would do.
-            self._first_targets = total[1].clamp(min=1)
-            self._step_totals = total
-        else:
-            self._step_totals = self._step_totals + total
-        return loss * self.trainer.world_size / self._first_targets
+        parts = self._lm(**batch)
+        ids = batch["input_ids"]
+        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else ids.new_tensor(ids.numel())
+        return self._step.add(parts, tokens, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Makes the gradients of a loss that is not finite NaN, if they are not: on every process the step is skipped then."""
         super().backward(loss * torch.where(loss.isfinite(), 1.0, float("nan")), *args, **kwargs)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Makes the gradient that of the step's mean loss, logs its norm, and clips what the optimizer consumes."""
-        gradients = self._gradients(optimizer)
-        parts = [local(gradient) for gradient in gradients]
-        loss, targets, tokens = self._step_totals
-        targets = targets.clamp(min=1)
-        if self.trainer.accumulate_grad_batches > 1:
-            torch._foreach_mul_(parts, self._first_targets * self.trainer.accumulate_grad_batches / targets)
-        norm = total_norm(gradients)
-        self._skipped_in_a_row = 0 if norm.isfinite() else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row:
-            if not isinstance(optimizer, GaLoreAdamW):  # which skips, and names the weight, by itself
-                log.warning("Step skipped: a gradient holds NaN or Inf (%d in a row)", self._skipped_in_a_row)
-                optimizer.zero_grad()
-        elif gradient_clip_val:
-            if gradient_clip_algorithm == "value":
-                torch._foreach_clamp_min_(parts, -gradient_clip_val)
-                torch._foreach_clamp_max_(parts, gradient_clip_val)
-            else:
-                torch._foreach_mul_(parts, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
-        self._log_step(loss / targets, norm, int(tokens))
-        if isinstance(optimizer, GaLoreAdamW):
-            self.log("renewal_s", optimizer.renewal_s)
-        self._reset_step()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Ends a run whose gradients stay NaN or Inf; its weights are still those of the last good step."""
-        if self._skipped_in_a_row >= self.hparams["max_skipped_steps"]:
-            folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-            good = self.trainer.strategy.broadcast(last_good(Path(folder)) if folder else None)
-            if folder and good is None:
-                good = Path(folder) / f"stopped-step={self.trainer.global_step}.ckpt"
-                self.trainer.save_checkpoint(good)
-            where = f"the last checkpoint is '{good}'" if good else "checkpoints are switched off"
-            raise RunError(
-                f"{self._skipped_in_a_row} steps in a row had NaN or Inf in the loss or a gradient and were skipped; {where}; "
-                "lower the learning rate, or set trainer.gradient_clip_val"
-            )
+        """Completes the step's gradient, clips what the optimizer consumes, and logs loss and norm."""
+        self.last_step = self._step.finish(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.log("train_loss", self.last_step.loss, prog_bar=True)
+        self.log("grad_norm", self.last_step.grad_norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, and drops the gradients at once: Lightning would keep full-rank ones through the next forward."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 
-    def on_validation_start(self) -> None:
-        """Sums up in float32, whatever dtype the Trainer's precision gave the metrics with the rest of the module."""
-        self.val_perplexity.set_dtype(torch.float32)
-        self.val_exact_match.set_dtype(torch.float32)
+    # ------------------------------------------------------------------ held-out data
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins the held-out figures anew."""
+        self.val_figures.begin()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
-        self._evaluate(batch, self.val_perplexity, self.val_exact_match)
+        self._evaluate(batch, self.val_figures)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the held-out figures."""
-        self._log_evaluation("val", self.val_perplexity, self.val_exact_match)
+        self.log_dict(self.val_figures.figures("val"), prog_bar=True)
 
-    def on_test_start(self) -> None:
-        """Sums up in float32."""
-        self.test_perplexity.set_dtype(torch.float32)
-        self.test_exact_match.set_dtype(torch.float32)
+    def on_test_epoch_start(self) -> None:
+        """Begins the figures of the test data anew."""
+        self.test_figures.begin()
+        self.test_choices.reset()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
         if "right" in batch:
-            self.test_choices.update(batch, self._through_forward(row_log_likelihoods, batch))
-            return
-        self._evaluate(batch, self.test_perplexity, self.test_exact_match)
+            self.test_choices.update(batch, self._lm.score(batch))
+        else:
+            self._evaluate(batch, self.test_figures)
 
     def on_test_epoch_end(self) -> None:
         """Logs the figures of the test data."""
-        self._log_evaluation("test", self.test_perplexity, self.test_exact_match)
+        self.log_dict(self.test_figures.figures("test"), prog_bar=True)
         if self.test_choices.update_count > 0:
             self.log_dict({f"test_{name}": value for name, value in self.test_choices.compute().items()})
-            self.test_choices.reset()
+
+    def _evaluate(self, batch: dict[str, Any], figures: HeldOutFigures) -> None:
+        if "reference" in batch:
+            figures.add_answers(zip(self.generate(batch), batch["reference"], strict=True))
+        else:
+            parts = self._lm(**batch)
+            figures.add_loss(parts.loss, parts.targets)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
@@ -374,13 +349,11 @@ class CausalLMModule(LightningModule):
         rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
 
-    @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
     def generate(self, batch: dict[str, Any]) -> list[str]:
         """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
         prompts = batch["input_ids"]
-        model: Any = self.language_model  # transformers types it as a tensor or a module
-        generated = model.generate(
+        generated = self._lm.generate(
             input_ids=prompts,
             attention_mask=batch["attention_mask"],
             max_new_tokens=self.hparams["max_new_tokens"],
@@ -393,106 +366,23 @@ class CausalLMModule(LightningModule):
         )
         return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)
 
-    # ------------------------------------------------------------------ within a step
-
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._through_forward(next_token_loss, batch)
-
-    def _through_forward(self, method: Callable[..., Any], *args: Any) -> Any:
-        """Runs ``method(language_model, *args)`` within the model's ``__call__``, whose hooks sharding depends on."""
-        model = self.model
-
-        def forward(_: nn.Module, *args: Any) -> Any:
-            del model.forward  # the class's own again, for calls from within
-            return method(self.language_model, *args)
-
-        model.forward = MethodType(forward, model)
-        return model(*args)
-
-    @staticmethod
-    def _gradients(optimizer: Optimizer) -> list[Tensor]:
-        if isinstance(optimizer, GaLoreAdamW):
-            return optimizer.gradients()
-        return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-    def _reset_step(self) -> None:
-        self._step_totals, self._first_targets = None, None
-
-    def _log_step(self, loss: Tensor, norm: Tensor, tokens: int) -> None:
-        now = time.perf_counter()
-        self._tokens_seen += tokens
-        self.log_dict({"train_loss": loss, "tokens_per_second": tokens / (now - self._last_step)}, prog_bar=True)
-        self.log_dict(
-            {
-                "grad_norm": norm,
-                "peak_memory_mb": _peak_memory_mb(self.device),
-                "tokens": float(self._tokens_seen),
-                "time_s": self._time_before + now - self._start,
-            }
-        )
-        self._last_step = now
-
-    def _evaluate(self, batch: dict[str, Any], perplexity: TokenPerplexity, exact_match: MeanMetric) -> None:
-        if "reference" not in batch:
-            perplexity.update(*self._loss(batch))
-            return
-        answers = self.generate(batch)
-        pairs = zip(answers, batch["reference"], strict=True)
-        hits = [answer.strip() == right.strip() for answer, right in pairs if right is not None]  # None: as in predict_step
-        exact_match.update(torch.tensor(hits, dtype=torch.float32, device=self.device))
-
-    def _log_evaluation(self, stage: str, perplexity: TokenPerplexity, exact_match: MeanMetric) -> dict[str, float]:
-        value = perplexity.compute()
-        figures = {f"{stage}_loss": value.log().item(), f"{stage}_perplexity": value.item()}
-        if exact_match.update_count > 0:
-            figures[f"{stage}_exact_match"] = exact_match.compute().item()
-        self.log_dict(figures, prog_bar=True)
-        with torch.inference_mode(False):  # a state made in inference mode could not be updated by a later fit
-            perplexity.reset()
-            exact_match.reset()
-        return figures
-
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the curves go on from, and the settings that have to be the same when the run is resumed."""
-        checkpoint["settings"] = resume.lasting_settings(self, self.trainer)
-        checkpoint["progress"] = {
-            "tokens": self._tokens_seen,
-            "time_s": self._time_before + time.perf_counter() - self._start,
-            "max_steps": self.trainer.max_steps,
-        }
+        """Adds the settings that have to be the same when the run is resumed."""
+        checkpoint["settings"] = self._lasting_settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on from where the curves ended.
+        """Refuses a checkpoint that does not belong to this run.
 
         Raises:
             UsageError: A run is resumed with settings that it can't change, or the checkpoint is of another model.
         """
         if self._trainer is not None:
-            now = resume.lasting_settings(self, self.trainer)
-            resume.check_settings(checkpoint.get("settings"), now, resumes=self.trainer.training)
-        progress = checkpoint.get("progress", {})
-        self._tokens_seen, self._time_before = progress.get("tokens", 0), progress.get("time_s", 0.0)
-        self._max_steps_before = progress.get("max_steps")
+            check_settings(checkpoint.get("settings"), self._lasting_settings(), resumes=self.trainer.training)
 
-
-def _stop_at(model: PreTrainedModel, token: int) -> None:
-    """Ends generation at a token, too, here and where the exported model is used."""
-    stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    if token not in stops:
-        model.generation_config.eos_token_id = [*stops, token]
-
-
-def _both_logits(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    return logits_of(model, model.base_model(**inputs).last_hidden_state), model.forward(**inputs).logits
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far, in MB: allocated on a GPU, resident of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    def _lasting_settings(self) -> dict[str, Any]:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        sampling = next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
+        architecture = architecture_of(self.language_model.config)
+        return lasting_settings(self.hparams, len(decoder_layers(self)), architecture, sampling)

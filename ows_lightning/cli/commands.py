@@ -12,6 +12,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from ows_lightning.callbacks.model_card import model_card, upload
+from ows_lightning.callbacks.resume import Resume
+from ows_lightning.callbacks.stop_on_nan import StopOnNaN
+from ows_lightning.callbacks.throughput import Throughput
 from ows_lightning.checkpoints.find import read
 from ows_lightning.checkpoints.io import WholeCheckpointIO
 from ows_lightning.checkpoints.shards import load_weights
@@ -20,6 +23,7 @@ from ows_lightning.distributed.loading import allocate
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import plan_from_config, plot_plan
 from ows_lightning.metrics.lm_eval import run_tasks
+from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.plots import plot_scores
@@ -29,10 +33,15 @@ from ows_lightning.sampling.scores import OutlierScores
 
 
 class OWSTrainer(Trainer):
-    """Lightning's Trainer, with a method for each further subcommand, and checkpoints that are whole or not there."""
+    """Lightning's Trainer, with a method for each further subcommand, and checkpoints that are whole or not there.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    It brings along what a run of CausalLMModule does beside training: ``Resume``, ``Throughput`` and ``StopOnNaN``.
+    """
+
+    def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
+        given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+        ours = [kind() for kind in (Resume, Throughput, StopOnNaN) if not any(isinstance(c, kind) for c in given)]
+        super().__init__(*args, callbacks=[*ours, *given], **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             self.strategy.checkpoint_io = WholeCheckpointIO()
 
@@ -165,7 +174,7 @@ class OWSTrainer(Trainer):
             raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
         check_writable("output", output.absolute().parent)
         model.trainer = self  # which knows the precision
-        model.model = allocate(model._build(empty=True))
+        model.causal_lm = CausalLM(allocate(model.build(empty=True)))
         read(ckpt_path, lambda path: load_weights(model, path))
         save_huggingface(model.model, model.tokenizer, output, model_card(model, ckpt_path.absolute().parent.parent))
         print(f"Written: {output}")

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
@@ -24,6 +24,7 @@ from ows_lightning.checkpoints.find import inspect, read
 from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.optim.sharding import take_part
 
@@ -190,7 +191,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") 
     """Shards a model's parameters over the processes of a mesh, in place.
 
     Args:
-        model: A causal LM, or a peft model around one; its parameters are replaced by DTensors.
+        model: A ``CausalLM``, or another module that contains a causal LM and is run by its forward alone. Its parameters are
+            replaced by DTensors.
         mesh: The processes, one-dimensional.
         precision: The Trainer's; with ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16 and gradients are
             added up over the processes in float32.
@@ -209,3 +211,6 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") 
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     # Resharding, too, after a forward pass: parameters that stay gathered would not see that they were frozen.
     fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=True)
+    if isinstance(model, CausalLM):
+        for name in model.forward_methods:
+            register_fsdp_forward_method(model, name)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ows_lightning.distributed.fsdp2 import shard_model
+from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.pretrained import load_config
+from ows_lightning.models.source import locate
 
 
 def empty_model(
@@ -39,14 +42,14 @@ def empty_model(
         trust_remote_code: Run Python code that comes with the model.
     """
     config = load_config(name, trust_remote_code)
-    with _parameters_on_meta():
+    with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
         if num_tokens > next(model.get_input_embeddings().parameters()).size(0):
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
     with contextlib.suppress(OSError):  # it has none of its own
-        model.generation_config = GenerationConfig.from_pretrained(name)
+        model.generation_config = GenerationConfig.from_pretrained(locate(name).path)
     return model.train()
 
 
@@ -64,8 +67,8 @@ def allocate(model: nn.Module) -> nn.Module:
 
 def load_into_shards(
     build: Callable[[bool], nn.Module], name: str, mesh: DeviceMesh, device: torch.device, precision: str
-) -> nn.Module:
-    """Builds a model, shards it, and fills the shards.
+) -> CausalLM:
+    """Builds a model, shards it under the module that owns its forward, and fills the shards.
 
     From safetensors that name the model's weights as the model does, every process reads its own parts. Else (GGUF, experts
     that transformers fuses when it loads, added tokens, adapters) rank 0 loads the model and hands out a weight at a time.
@@ -86,7 +89,8 @@ def load_into_shards(
         loaded = build(False)
         whole = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
 
-    shard_model(model, mesh, precision)
+    causal_lm = CausalLM(model)
+    shard_model(causal_lm, mesh, precision)
     buffers = dict(model.named_buffers())
     model.to_empty(device=device)
     with torch.no_grad():
@@ -97,13 +101,15 @@ def load_into_shards(
                 _read_part(tensor, files[key], key)
             else:
                 _hand_out(tensor, whole.pop(key, None), mesh)
-    return model
+    return causal_lm
 
 
 def _weight_files(name: str) -> dict[str, Path]:
     """Which safetensors file each weight of a model is in; none for a model in another format."""
-    if name.endswith(".gguf"):
+    source = locate(name)
+    if source.gguf_file is not None:
         return {}
+    name = source.path
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     if index := cached_file(name, "model.safetensors.index.json", **options):
         in_shards: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
@@ -147,23 +153,6 @@ def _hand_out(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) -> None:
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     buffers = dict(model.named_buffers())
     return {key: buffers[key] for key in model.state_dict() if key in buffers}  # in an order that is the same on all ranks
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are made within it have their parameters on the meta device, and their buffers where they belong."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

@@ -3,32 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
-from transformers import PreTrainedModel
-
-from ows_lightning.models.loss import logits_of
-
-
-def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Returns the summed log-likelihood (nats) of each row's target tokens.
-
-    Args:
-        model: A causal LM of transformers.
-        batch: ``input_ids``, ``labels`` (-100: no target; not shifted) and ``attention_mask`` of shape (B, L), int64.
-
-    Returns:
-        Shape (B,), float32.
-    """
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-    targets = batch["labels"][:, 1:]
-    has_target = targets != -100
-    losses = F.cross_entropy(logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
-    rows = has_target.nonzero()[:, 0]
-    return losses.new_zeros(len(targets)).index_add_(0, rows, -losses)
 
 
 class ChoiceAccuracy(Metric):

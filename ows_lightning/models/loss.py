@@ -37,6 +37,25 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[T
     return summed_cross_entropy(model, hidden, targets), torch.full((), targets.numel(), device=targets.device)
 
 
+def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Returns the summed log-likelihood (nats) of each row's target tokens.
+
+    Args:
+        model: A causal LM of transformers.
+        batch: ``input_ids``, ``labels`` (-100: no target; not shifted) and ``attention_mask`` of shape (B, L), int64.
+
+    Returns:
+        Shape (B,), float32.
+    """
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    targets = batch["labels"][:, 1:]
+    has_target = targets != -100
+    losses = F.cross_entropy(logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
+    rows = has_target.nonzero()[:, 0]
+    return losses.new_zeros(len(targets)).index_add_(0, rows, -losses)
+
+
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Returns the logits (..., vocabulary) of last hidden states (..., hidden), scaled or capped as the config says."""
     return _scaled(model.config.get_text_config(), model.get_output_embeddings()(hidden))

@@ -176,6 +176,14 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         log.info("Resized the embeddings from %d to %d tokens, for the tokenizer's new ones.", rows, len(tokenizer))
 
 
+def stop_at(model: PreTrainedModel, token: int) -> None:
+    """Ends generation at a token, too, here and where the exported model is used."""
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if token not in stops:
+        model.generation_config.eos_token_id = [*stops, token]
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Lets backward recompute the blocks' activations, though not those of frozen blocks below the active ones."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from ows_lightning.errors import UsageError
+from ows_lightning.models.causal_lm import run_causal_lm
 from ows_lightning.models.decoder import causal_lm, decoder_layers
 
 _CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and a float32 sum of so many ones is exact
@@ -258,7 +259,7 @@ def _measure_inputs(
         for batch in batches:
             for inputs, tokens in _texts(batch, device, rows_alone=has_experts):
                 recorder.tokens = tokens
-                language_model(**{key: value for key, value in inputs.items() if key in accepted}, **options)
+                run_causal_lm(model, **{key: value for key, value in inputs.items() if key in accepted}, **options)
                 num_texts += 1
     if num_texts == 0:
         raise UsageError("calibration_samples: there is no text to score the blocks with; give at least one batch")

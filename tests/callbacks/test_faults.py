@@ -102,4 +102,4 @@ def test_the_weight_whose_gradient_is_bad_is_named_also_with_clipping(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     ).fit(module, rows)  # fmt: skip
     (warning,) = [record.getMessage() for record in caplog.records if "Step skipped" in record.getMessage()]
-    assert "the gradient of model.model.norm.weight holds NaN" in warning
+    assert "the gradient of model.norm.weight holds NaN" in warning

@@ -21,10 +21,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ows_lightning.callbacks.resume import check_settings
 from ows_lightning.checkpoints.files import partial_path
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
 from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
+from ows_lightning.checkpoints.settings import check_settings
 from ows_lightning.checkpoints.shards import read_metadata
 from ows_lightning.cli.main import OWSCLI
 from ows_lightning.errors import RunError, UsageError

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ows_lightning.cli.main import OWSCLI, main
 from ows_lightning.memory.dimensions import find_dimensions, meta_model
+from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model, load_tokenizer
@@ -55,11 +56,11 @@ def check_on_meta(*configs: Path) -> OWSCLI:
     cli = OWSCLI([*arguments, "--trainer.accelerator", "cpu"], run=False)
     module = cli.model
     assert isinstance(module, CausalLMModule)
-    module.model = meta_model(find_dimensions(module.hparams.model_name_or_path).config, torch.bfloat16)
+    module.causal_lm = CausalLM(meta_model(find_dimensions(module.hparams.model_name_or_path).config, torch.bfloat16))
     layers = decoder_layers(module)
     if cli.trainer.sampling is not None:
         assert cli.trainer.sampling.activated_layers < len(layers)
-    optimizer = module.make_optimizer(module._param_groups())
+    optimizer = module.make_optimizer(module.param_groups())
     registered = {p for group in optimizer.param_groups for p in group["params"]}
     assert registered == set(module.parameters())
     projected = {p for group in optimizer.param_groups if "rank" in group for p in group["params"]}

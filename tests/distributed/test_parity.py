@@ -77,7 +77,7 @@ def test_an_ordinary_step_communicates_no_more_than_it_must(strategy: str, argum
     settings = ["--trainer.max_steps=3", "--sampling.always_train=[norm]"]
     two = result(tmp_path, arguments, *settings, ranks=2, strategy=strategy)
     shapes = {name: weight.shape for name, weight in two.weights.items()}
-    trained = [shape for name, shape in shapes.items() if f"model.{name}" not in two.ranks[0]["frozen"]]
+    trained = [shape for name, shape in shapes.items() if f"causal_lm.model.{name}" not in two.ranks[0]["frozen"]]
     renewing, ordinary = two.ranks[0]["sent"][0], two.ranks[0]["sent"][1]
     if strategy == "fsdp2":
         # The step's loss and targets, its norm, and whether it is finite; what is frozen reduces no gradient.

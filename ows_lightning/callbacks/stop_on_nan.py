@@ -1,0 +1,55 @@
+"""When to give up on a run whose gradients stay NaN or Inf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ows_lightning.checkpoints.find import last_good
+from ows_lightning.errors import RunError
+from ows_lightning.module import CausalLMModule
+
+
+class StopOnNaN(Callback):
+    """Ends a run of CausalLMModule after ``model.max_skipped_steps`` skipped steps in a row.
+
+    The weights are still those of the last good step then. The error names the last checkpoint; without one, it is saved here.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row, self._step = 0, 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts afresh."""
+        self._in_a_row = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts from here."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts, and ends the run.
+
+        Raises:
+            RunError: On all ranks.
+        """
+        if not isinstance(pl_module, CausalLMModule) or trainer.global_step == self._step or pl_module.last_step is None:
+            return
+        self._step = trainer.global_step
+        self._in_a_row = self._in_a_row + 1 if pl_module.last_step.skipped else 0
+        if self._in_a_row < pl_module.hparams["max_skipped_steps"]:
+            return
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        good = trainer.strategy.broadcast(last_good(Path(folder)) if folder else None)
+        if folder and good is None:
+            good = Path(folder) / f"stopped-step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(good)
+        where = f"the last checkpoint is '{good}'" if good else "checkpoints are switched off"
+        raise RunError(
+            f"{self._in_a_row} steps in a row had NaN or Inf in the loss or a gradient and were skipped; {where}; "
+            "lower the learning rate, or set trainer.gradient_clip_val"
+        )

@@ -1,0 +1,92 @@
+"""What training costs: tokens, time, memory, and the search for subspaces."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+class Throughput(Callback):
+    """Logs what each optimizer step of CausalLMModule costs; a resumed run's figures go on from the checkpoint's.
+
+    ``tokens_per_second`` counts the time from each batch's start to its end, so neither validation nor generation, scoring,
+    saving or waiting for data. ``tokens``, ``time_s`` and ``renewal_s`` are sums since the run began: ``time_s`` of all time,
+    ``renewal_s`` of the time that subspaces took. ``peak_memory_mb`` is the most memory held so far, in MB: allocated on a
+    GPU, resident of the process on a CPU (not on Windows, which does not tell).
+    """
+
+    def __init__(self) -> None:
+        self._before = {"tokens": 0.0, "time_s": 0.0, "renewal_s": 0.0}  # of the runs that this one goes on from
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tokens, self._start = 0, time.perf_counter()
+        self._seconds, self._batch_start = 0.0, 0.0  # within batches of the step under way
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts afresh."""
+        if stage == "fit":
+            self._before = dict.fromkeys(self._before, 0.0)
+            self._begin()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts steps from here."""
+        self._step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock."""
+        self._batch_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops the clock, and logs when the optimizer has stepped."""
+        self._seconds += time.perf_counter() - self._batch_start
+        if not isinstance(pl_module, CausalLMModule) or trainer.global_step == self._step or pl_module.last_step is None:
+            return
+        self._step = trainer.global_step
+        self._tokens += pl_module.last_step.tokens
+        pl_module.log("tokens_per_second", pl_module.last_step.tokens / self._seconds, prog_bar=True)
+        self._seconds = 0.0
+        figures = self._sums(trainer)
+        if all(not isinstance(optimizer, GaLoreAdamW) for optimizer in trainer.optimizers):
+            del figures["renewal_s"]
+        if (peak := _peak_memory_mb(pl_module.device)) is not None:
+            figures["peak_memory_mb"] = peak
+        pl_module.log_dict(figures)
+
+    def _sums(self, trainer: Trainer) -> dict[str, float]:
+        renewals = sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
+        here = {"tokens": float(self._tokens), "time_s": time.perf_counter() - self._start, "renewal_s": renewals}
+        return {name: value + self._before[name] for name, value in here.items()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the sums so far."""
+        checkpoint["progress"] = self._sums(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Goes on from the checkpoint's sums."""
+        saved = checkpoint.get("progress", {})
+        self._before = {name: float(saved.get(name, 0.0)) for name in self._before}
+
+
+def _peak_memory_mb(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

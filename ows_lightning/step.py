@@ -1,0 +1,107 @@
+"""The arithmetic of one optimizer step: its loss, over micro-batches and processes, and the gradients that follow from it."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ows_lightning.models.causal_lm import LossParts
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.sharding import local, total_norm
+
+log = logging.getLogger(__name__)
+
+_UNIT = 1024.0  # a power of two, which rounds nothing, of about the targets of a micro-batch
+
+
+class StepFigures(NamedTuple):
+    """What an optimizer step came to, over all its micro-batches and processes.
+
+    Attributes:
+        loss: Mean over all target tokens (nats), float32, a scalar.
+        grad_norm: Norm of what the optimizer consumes, before clipping, float32, a scalar.
+        tokens: Number of tokens, targets or not.
+        skipped: Whether the step changes nothing because a gradient held NaN or Inf.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    tokens: int
+    skipped: bool
+
+
+class Step:
+    """The optimizer step that is under way.
+
+    The step's loss is the mean over the target tokens of all its micro-batches and processes, whose number is known when the
+    last micro-batch has come. Until then gradients are those of sums over a fixed number; ``finish`` makes them those of the
+    mean. Processes communicate once a step.
+
+    Args:
+        micro_batches: Micro-batches of a step, by whose number Lightning divides each loss.
+        processes: Number of processes, over which the strategy averages gradients.
+    """
+
+    def __init__(self, micro_batches: int, processes: int) -> None:
+        self.micro_batches = micro_batches
+        self.processes = processes
+        self._totals: Tensor | None = None  # summed cross entropy, number of target tokens, and of all tokens
+        self._unit: float | Tensor = _UNIT
+
+    def add(self, parts: LossParts, tokens: Tensor, last: bool) -> Tensor:
+        """Adds a micro-batch, and returns the loss to call backward with.
+
+        Args:
+            parts: The micro-batch's loss on this process.
+            tokens: Number of its tokens, a scalar.
+            last: Whether it is the last of its step.
+        """
+        here = torch.stack([parts.total.detach(), parts.targets.to(parts.total.dtype), tokens.to(parts.total.dtype)])
+        first, self._totals = self._totals is None, here if self._totals is None else self._totals + here
+        if last and self.processes > 1:
+            dist.all_reduce(self._totals)  # strategy.reduce would hold all processes up with a barrier
+        if first:
+            self._unit = self._totals[1].clamp(min=1) / self.processes if last else _UNIT
+        return parts.total / self._unit
+
+    def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepFigures:
+        """Makes the gradient that of the step's mean loss, clips what the optimizer consumes, and begins the next step.
+
+        Args:
+            optimizer: Whose gradients are complete, and averaged over the processes.
+            limit: Largest norm (or value, with ``algorithm="value"``) of what the optimizer consumes; 0 or None for none.
+            algorithm: Lightning's ``norm`` or ``value``.
+        """
+        assert self._totals is not None
+        loss, targets, tokens = self._totals
+        targets = targets.clamp(min=1)
+        gradients = _consumed(optimizer)
+        parts = [local(gradient) for gradient in gradients]
+        norm = total_norm(gradients)
+        if self.micro_batches > 1:
+            factor = self._unit * self.micro_batches * self.processes / targets
+            norm = norm * factor
+            torch._foreach_mul_(parts, factor)
+        skipped = not norm.isfinite()
+        if skipped:
+            if not isinstance(optimizer, GaLoreAdamW):  # which skips, and names the weight, by itself
+                log.warning("Step skipped: a gradient holds NaN or Inf")
+                optimizer.zero_grad()
+        elif limit and algorithm == "value":
+            torch._foreach_clamp_min_(parts, -limit)
+            torch._foreach_clamp_max_(parts, limit)
+        elif limit:
+            torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+        self._totals = None
+        return StepFigures(loss / targets, norm, int(tokens), skipped)
+
+
+def _consumed(optimizer: Optimizer) -> list[Tensor]:
+    if isinstance(optimizer, GaLoreAdamW):
+        return optimizer.gradients()
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
