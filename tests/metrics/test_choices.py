@@ -56,8 +56,8 @@ def test_accuracy_is_that_of_one_forward_pass_a_choice(
     model_dir: Callable[..., Path], tmp_path: Path, quiet_trainer: Trainer
 ) -> None:
     module = CausalLMModule(str(model_dir(num_hidden_layers=2)))
-    data = InstructionDataModule(str(write(tmp_path / "test.jsonl", ROWS)), val_size=0, batch_size=2)
-    data.test_dataset = data.dataset
+    rows = str(write(tmp_path / "test.jsonl", ROWS))
+    data = InstructionDataModule(rows, test_dataset=rows, val_size=0, batch_size=2)
     (_, figures) = quiet_trainer.test(module, datamodule=data, verbose=False)
 
     right = [0, 1, 2, 0, 1]
