@@ -1,0 +1,75 @@
+"""How a fetch overlaps with computation: a stream of its own on a GPU, plain copies on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Copies(Protocol):
+    """Orders fetches into slots against computation from them."""
+
+    def issue(self, slot: int, fetch: Callable[[], None]) -> None:
+        """Runs ``fetch``, which writes into the slot, after all computation before the slot's last ``release``."""
+
+    def wait(self, slot: int) -> None:
+        """Lets computation that is launched from now on see what was issued last."""
+
+    def release(self, slot: int) -> None:
+        """Marks the end of what computes from the slot."""
+
+
+class PlainCopies:
+    """On a CPU a fetch is done when it returns."""
+
+    def issue(self, slot: int, fetch: Callable[[], None]) -> None:
+        """Fetches at once."""
+        fetch()
+
+    def wait(self, slot: int) -> None:
+        """Has nothing to wait for."""
+
+    def release(self, slot: int) -> None:
+        """Has nothing to mark."""
+
+
+class StreamCopies:
+    """On a GPU fetches run on a stream of their own; an event each way keeps both streams off each other's slot.
+
+    The slots live as long as this object, so their memory needs no ``record_stream``. Hooks of a backward pass run on
+    autograd's thread, whose current stream is that of the forward pass: streams are asked for when used.
+
+    Args:
+        device: The GPU.
+        slots: Number of slots, whose memory is allocated already.
+    """
+
+    def __init__(self, device: torch.device, slots: int) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.arrived = [torch.cuda.Event() for _ in range(slots)]
+        self.released = [torch.cuda.Event() for _ in range(slots)]
+        for slot in range(slots):
+            self.release(slot)  # the slots' memory may still be in use by what it was allocated for before
+
+    def issue(self, slot: int, fetch: Callable[[], None]) -> None:
+        """Launches the fetch on the copy stream, behind the slot's last release."""
+        self.stream.wait_event(self.released[slot])
+        with torch.cuda.stream(self.stream):
+            fetch()
+            self.arrived[slot].record(self.stream)
+
+    def wait(self, slot: int) -> None:
+        """Makes the stream that computes wait for the arrival; the process goes on."""
+        torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
+
+    def release(self, slot: int) -> None:
+        """Records where the stream that computes is."""
+        self.released[slot].record(torch.cuda.current_stream(self.device))
+
+
+def copies_for(device: torch.device, slots: int) -> Copies:
+    """The way to fetch that a device has."""
+    return StreamCopies(device, slots) if device.type == "cuda" else PlainCopies()

@@ -1,0 +1,99 @@
+"""Where a block's weights lie while it does not train."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ows_lightning.errors import RunError
+
+ALIGNMENT = 512  # bytes: that of the CUDA allocator, so that kernels see in a slot what they see elsewhere
+
+
+def aligned(nbytes: int) -> int:
+    """Rounds a number of bytes up to the next place where a weight may begin."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def nbytes_of(tensors: Sequence[Tensor]) -> int:
+    """What tensors take in one piece of memory, each beginning at an aligned place, in bytes."""
+    return sum(aligned(tensor.nbytes) for tensor in tensors)
+
+
+def lay_out(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Makes views of a piece of memory that look like tensors: their dtypes, shapes and strides.
+
+    Args:
+        memory: uint8, one-dimensional, of at least `nbytes_of(tensors)`.
+        tensors: What the views look like.
+    """
+    views, start = [], 0
+    for tensor in tensors:
+        flat = memory[start : start + tensor.nbytes].view(tensor.dtype)
+        views.append(flat.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()))
+        start += aligned(tensor.nbytes)
+    return views
+
+
+class HostHome:
+    """Host memory that a block's weights lie in: a tensor a weight, as it was loaded.
+
+    Args:
+        weights: The block's weights; those in host memory become the home as they are.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.tensors = [weight.to("cpu") for weight in weights]
+
+    @torch.no_grad()
+    def fetch(self, slot: Sequence[Tensor]) -> None:
+        """Copies the weights into a slot."""
+        for target, weight in zip(slot, self.tensors, strict=True):
+            target.copy_(weight, non_blocking=True)
+
+    @torch.no_grad()
+    def write_back(self, trained: Sequence[Tensor]) -> None:
+        """Takes over the weights of a block that trained, and waits until they are there."""
+        for weight, source in zip(self.tensors, trained, strict=True):
+            weight.copy_(source)
+
+
+class PinnedHome(HostHome):
+    """Host memory that a GPU reads by itself: page-aligned, page-locked, and no larger than the weights.
+
+    torch's own pinned memory comes in powers of two. The memory is a mapping of its own, shared, because that of a process
+    which forks (a data loader's workers) would move away from under the GPU at the next write.
+
+    Args:
+        weights: The block's weights, copied one at a time.
+
+    Raises:
+        RunError: The system does not lock so many pages.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._memory = mmap.mmap(-1, max(nbytes_of(weights), mmap.PAGESIZE))
+        self.tensors, start = [], 0
+        for weight in weights:
+            # A storage a weight, not views of one: what saves models takes the latter for tied weights.
+            flat = torch.frombuffer(self._memory, dtype=weight.dtype, count=weight.numel(), offset=start)
+            home = flat.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride())
+            self.tensors.append(home.copy_(weight))
+            start += aligned(weight.nbytes)
+        address, cudart = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr(), torch.cuda.cudart()
+        error = int(cudart.cudaHostRegister(address, len(self._memory), 0))
+        if error:
+            raise RunError(
+                f"model.frozen_in: {len(self._memory) / 1e6:.0f} MB of host memory could not be page-locked "
+                f"(CUDA error {error}); free host memory, or raise the limit that `ulimit -l` shows"
+            )
+        weakref.finalize(self, cudart.cudaHostUnregister, address).atexit = False
+
+
+def home_for(weights: Sequence[Tensor], device: torch.device) -> HostHome:
+    """The home in host memory that a device can fetch from."""
+    return PinnedHome(weights) if device.type == "cuda" else HostHome(weights)

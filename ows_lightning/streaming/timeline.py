@@ -1,0 +1,155 @@
+"""The order of events: which waiting block is fetched into which slot, and when a slot is free again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Events(Protocol):
+    """What happens to slots; `Window` does it to tensors, a test can write it down."""
+
+    def issue(self, block: int, slot: int) -> None:
+        """Starts to fetch a block into a slot, as soon as what was computed from the slot so far is done."""
+
+    def wait(self, block: int, slot: int) -> None:
+        """Holds computation up until the block has arrived, and lets it compute from the slot."""
+
+    def release(self, block: int, slot: int) -> None:
+        """Ends computation from the slot: what is launched from here on does not read it."""
+
+
+class Timeline:
+    """Decides what is fetched when, from where computation is.
+
+    A waiting block has a rank among the waiting ones, and always comes into the slot of its rank modulo the number of slots.
+    Autograd keeps views of weights from the forward pass, so in backward a block has to lie where it lay in forward.
+
+    In a forward pass a block's slot is free when the block is left; the block `slots` ranks above is fetched then, while the
+    next one computes. In backward the block `slots` ranks below is fetched, and nothing below the lowest block that a gradient
+    reaches: `bottom`. A slot that nothing more of the pass needs gets what the next forward pass needs from it first.
+    With R waiting blocks, of which B are needed in backward, and n slots, a micro-batch fetches
+
+        R + B - min(n, B) - (ranks below n that are in their slots after backward)
+
+    which is the least, as a forward pass needs all R and only n of the last ones are still there for backward.
+
+    Attributes:
+        order: The waiting blocks, ascending: the block at a rank.
+        fetches: Blocks fetched so far.
+    """
+
+    def __init__(self, events: Events, slots: int) -> None:
+        self.events = events
+        self.slots = slots
+        self.fetches = 0
+        self.arrange(())
+
+    def arrange(self, order: Sequence[int]) -> None:
+        """Takes other blocks for the waiting ones; no slot holds anything of use afterwards."""
+        self.order = list(order)
+        self._rank = {block: rank for rank, block in enumerate(self.order)}
+        self._in_use: set[int] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what the slots hold: it was fetched before something wrote into the waiting blocks."""
+        self.finish()
+        self._holds: list[int | None] = [None] * self.slots
+        self.bottom = len(self.order)
+
+    def waits(self, block: int) -> bool:
+        """Whether a block is one of the waiting ones."""
+        return block in self._rank
+
+    def slot_of(self, block: int) -> int:
+        """The slot that a waiting block comes into."""
+        return self._rank[block] % self.slots
+
+    def fetch_first(self) -> None:
+        """Fetches what the next forward pass needs first, as after a draw."""
+        for block in self.order[: self.slots]:
+            self._issue(block)
+
+    # ------------------------------------------------------------------ forward
+
+    def begin_forward(self) -> None:
+        """A forward pass begins: nothing is known yet of what its backward pass will need."""
+        self.finish()
+        self.bottom = len(self.order)
+
+    def enter_forward(self, block: int) -> None:
+        """A block is about to compute."""
+        self.obtain(block)
+
+    def leave_forward(self, block: int, needed_in_backward: bool) -> None:
+        """A block has computed; its slot is free, unless backward begins with this block."""
+        rank = self._rank[block]
+        self._release(block)
+        if needed_in_backward:
+            self.bottom = min(self.bottom, rank)
+        if rank + self.slots < len(self.order):
+            self._issue(self.order[rank + self.slots])
+        elif not needed_in_backward:
+            self._issue_for_next_forward(rank)
+
+    # ------------------------------------------------------------------ backward
+
+    def enter_backward(self, block: int) -> None:
+        """The gradient of a block's output is there: the block is about to compute (again, with checkpointing)."""
+        self.obtain(block)
+
+    def leave_backward(self, block: int) -> None:
+        """The gradient of a block's input is there: nothing more is computed from its weights.
+
+        Raises:
+            RuntimeError: The block was left without having been entered, so what it computed from is unknown.
+        """
+        if block not in self._in_use:
+            raise RuntimeError(f"backward left block {block} without having entered it: no gradient came to its output")
+        self._after_backward(block)
+
+    def end_backward(self) -> None:
+        """Backward is over: a block whose input needed no gradient was not left."""
+        for block in sorted(self._in_use):
+            self._after_backward(block)
+
+    def _after_backward(self, block: int) -> None:
+        rank = self._rank[block]
+        self._release(block)
+        if rank - self.slots >= self.bottom:
+            self._issue(self.order[rank - self.slots])
+        else:
+            self._issue_for_next_forward(rank)
+
+    # ------------------------------------------------------------------ slots
+
+    def obtain(self, block: int) -> None:
+        """Has a block in its slot, fetched now if it was not before."""
+        if block not in self._in_use:
+            self._issue(block)
+            self.events.wait(block, self.slot_of(block))
+            self._in_use.add(block)
+
+    def finish(self) -> None:
+        """Ends all computation from slots, also where a pass was interrupted."""
+        for block in sorted(self._in_use):
+            self._release(block)
+
+    def _release(self, block: int) -> None:
+        if block in self._in_use:
+            self.events.release(block, self.slot_of(block))
+            self._in_use.remove(block)
+
+    def _issue(self, block: int) -> None:
+        slot = self.slot_of(block)
+        if self._holds[slot] == block:
+            return
+        for other in [other for other in self._in_use if self.slot_of(other) == slot]:
+            raise RuntimeError(f"block {block} is needed while block {other} computes from the same slot")
+        self._holds[slot] = block
+        self.fetches += 1
+        self.events.issue(block, slot)
+
+    def _issue_for_next_forward(self, rank: int) -> None:
+        self._issue(self.order[rank % self.slots])

@@ -1,0 +1,296 @@
+"""The window: slots on the device that frozen blocks pass through, and the hooks that put them there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ows_lightning.streaming.copies import Copies, copies_for
+from ows_lightning.streaming.homes import HostHome, home_for, lay_out, nbytes_of
+from ows_lightning.streaming.timeline import Timeline
+
+
+class Window:
+    """Lets the frozen decoder blocks of a model wait in host memory, and computes with them on the device.
+
+    A block's parameters stay where they are in the model; what changes is their ``data``. It is the block's home in host
+    memory while the block waits, a view of a slot while the block computes, and memory of its own on the device while the
+    block trains (any of its parameters requires a gradient). So every optimizer, checkpoint and export sees ordinary
+    parameters. No bit of what is computed changes. The events are those of `Timeline`; they come from hooks on the blocks:
+
+    * forward pre-hook and hook: *enter* and *leave forward*;
+    * tensor hooks on a block's output and on its inputs: *enter* and *leave backward*. The first fires before checkpointing
+      recomputes the block. Inputs that need no gradient have no hook; their block is left when backward ends.
+
+    The window makes homes and slots at first use, and lives on the device that ``move`` named last. Deep copies and pickles
+    of the model are independent of it.
+
+    Args:
+        blocks: The decoder blocks, first block first.
+        slots: Blocks that the window holds at a time, at least 2: one computes while the next one comes.
+        frozen_only: Only parameters that are frozen now wait, and the others stay on the device: the base below adapters.
+        copies: How fetches are ordered against computation; the device's own way if None.
+
+    Raises:
+        ValueError: The window is too small.
+    """
+
+    def __init__(
+        self, blocks: Iterable[nn.Module], slots: int = 2, frozen_only: bool = False, copies: Copies | None = None
+    ) -> None:
+        if slots < 2:
+            raise ValueError(f"slots: {slots} must be at least 2: one block computes while the next one comes")
+        self.blocks = list(blocks)
+        self.slots = slots
+        self.device = torch.device("cpu")
+        self._copies = copies
+        shared = _in_several_places(self.blocks)
+        self.parameters = [
+            [p for p in block.parameters() if p.numel() and id(p) not in shared and not (frozen_only and p.requires_grad)]
+            for block in self.blocks
+        ]
+        self._hooks: list[RemovableHandle] = []
+        for index, block in enumerate(self.blocks):
+            self._hooks += [
+                block.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True),
+                block.register_forward_hook(partial(self._after_forward, index)),
+                block.register_state_dict_pre_hook(self._before_state_dict),
+                block.register_load_state_dict_pre_hook(self._before_load),
+            ]
+            block.window = self  # type: ignore[assignment]
+        self._clear()
+
+    def _clear(self) -> None:
+        self.homes: list[HostHome] = []
+        self.timeline = Timeline(self, self.slots)
+        self._in_slot: dict[int, list[Tensor]] = {}  # the views of a slot that a waiting block's parameters get
+        self._memory: list[Tensor] = []
+        self._ordering: Copies | None = None
+        self._training: bool | None = None
+        self._backward = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies find their weights in their own parameters."""
+        made = ("homes", "timeline", "_in_slot", "_memory", "_ordering", "_training", "_backward")
+        self.timeline.finish()
+        return {key: value for key, value in vars(self).items() if key not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._clear()
+
+    # ------------------------------------------------------------------ where blocks are
+
+    @property
+    def active(self) -> list[int]:
+        """The blocks that train, which have memory of their own on the device."""
+        return [index for index in range(len(self.blocks)) if not self.timeline.waits(index)] if self.homes else []
+
+    def settle(self, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Gives the blocks that train now memory of their own on the device, and brings those home that no longer do.
+
+        Call it after a draw. Without, the next forward pass that records a gradient does it.
+
+        Args:
+            optimizers: Their state of blocks that train moves to the device; it may come from a checkpoint, loaded before
+                the draw was known.
+        """
+        trains = [index for index, weights in enumerate(self.parameters) if any(p.requires_grad for p in weights)]
+        if not self.homes or trains != self.active:
+            self._arrange(trains)
+            self.timeline.fetch_first()
+        for optimizer in optimizers:
+            for p in (p for index in trains for p in self.parameters[index]):
+                state = optimizer.state.get(p, {})
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and key != "step" and value.device != p.device:
+                        state[key] = value.to(p.device)
+
+    def go_home(self) -> None:
+        """Brings all blocks home, and leaves the slots empty; those that train get their memory again when it is needed."""
+        if self.homes:
+            self._arrange([])
+            self.timeline.forget()
+
+    def move(self, device: torch.device) -> None:
+        """Takes another device for the one that computes."""
+        self.go_home()
+        if device != self.device:
+            self.device = device
+            self._clear()
+
+    def forget(self) -> None:
+        """Drops what the slots hold, because something wrote into homes."""
+        self.timeline.forget()
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is one that waits."""
+        return any(parameter is p for weights in self.parameters for p in weights)
+
+    @contextmanager
+    def hold(self, block: nn.Module) -> Iterator[None]:
+        """Keeps a block on the device while its weights are looked at outside a forward pass."""
+        index = self.blocks.index(block)
+        self._prepare()
+        if not self.timeline.waits(index):
+            yield
+            return
+        self.timeline.finish()
+        self.timeline.obtain(index)
+        try:
+            yield
+        finally:
+            self.timeline.finish()
+
+    def remove(self) -> None:
+        """Brings all blocks home and takes the hooks away: the model is an ordinary one in host memory."""
+        self.go_home()
+        for hook in self._hooks:
+            hook.remove()
+        for block in self.blocks:
+            del block.window
+        self._clear()
+
+    def _prepare(self) -> None:
+        if not self.homes:
+            self._arrange([])
+
+    @torch.no_grad()
+    def _arrange(self, active: Sequence[int]) -> None:
+        # What is made within inference mode can't be saved for backward.
+        with torch.inference_mode(False):
+            before = self.active
+            if not self.homes:
+                for weights in self.parameters:
+                    self.homes.append(home_for([p.data for p in weights], self.device))
+                    _point(weights, self.homes[-1].tensors)
+            self.timeline.forget()
+            for index in set(before) - set(active):  # first, so that their memory can be used again
+                self.homes[index].write_back([p.data for p in self.parameters[index]])
+                _point(self.parameters[index], self.homes[index].tensors)
+            for index in sorted(set(active) - set(before)):
+                own = [torch.empty_like(home, device=self.device) for home in self.homes[index].tensors]
+                for target, home in zip(own, self.homes[index].tensors, strict=True):
+                    target.copy_(home, non_blocking=True)
+                _point(self.parameters[index], own)
+            self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
+            self._allocate()
+            waiting = self.timeline.order
+            self._in_slot = {i: lay_out(self._memory[self.timeline.slot_of(i)], self.homes[i].tensors) for i in waiting}
+
+    def _allocate(self) -> None:
+        """Makes the slots, once: they stay for as long as the window is on this device."""
+        if self._memory:
+            return
+        size = max(nbytes_of(home.tensors) for home in self.homes)
+        whole = torch.empty(self.slots * size, dtype=torch.uint8, device=self.device)
+        self._memory = list(whole.split(size)) if size else [whole] * self.slots
+        self._ordering = self._copies or copies_for(self.device, self.slots)
+
+    # ------------------------------------------------------------------ events, as the timeline orders them
+
+    def issue(self, block: int, slot: int) -> None:
+        """Starts to fetch a block."""
+        assert self._ordering is not None
+        self._ordering.issue(slot, partial(self.homes[block].fetch, self._in_slot[block]))
+
+    def wait(self, block: int, slot: int) -> None:
+        """Lets a block's parameters be the slot, once the block is there."""
+        assert self._ordering is not None
+        self._ordering.wait(slot)
+        _point(self.parameters[block], self._in_slot[block])
+
+    def release(self, block: int, slot: int) -> None:
+        """Lets a block's parameters be its home again, and the slot be written."""
+        assert self._ordering is not None
+        _point(self.parameters[block], self.homes[block].tensors)
+        self._ordering.release(slot)
+
+    # ------------------------------------------------------------------ hooks
+
+    @torch._dynamo.disable
+    def _before_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _within_backward():  # recomputation: the hook on the output has brought the block
+            return
+        if index == 0:
+            self._begin_forward(block.training)
+        self._prepare()
+        if self.timeline.waits(index):
+            self.timeline.enter_forward(index)
+            inputs = list(_tensors_with_gradient((args, kwargs)))
+            leave = partial(self._leave_backward, index)
+            if len(inputs) == 1:
+                inputs[0].register_hook(leave)
+            elif inputs:
+                torch.autograd.graph.register_multi_grad_hook(inputs, leave)
+
+    @torch._dynamo.disable
+    def _after_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if _within_backward() or not self.timeline.waits(index):
+            return
+        outputs = list(_tensors_with_gradient(output))
+        for tensor in outputs:
+            tensor.register_hook(partial(self._enter_backward, index))
+        self.timeline.leave_forward(index, needed_in_backward=bool(outputs))
+
+    def _begin_forward(self, training: bool) -> None:
+        if torch.is_grad_enabled():
+            self.settle()
+        self.timeline.begin_forward()
+        if self._training is not None and training != self._training:
+            self.timeline.forget()  # between training and evaluation, weight averaging exchanges the weights
+        self._training = training
+
+    def _enter_backward(self, index: int, gradient: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._backward:
+            self._backward = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.timeline.end_backward)
+        self.timeline.enter_backward(index)
+
+    def _leave_backward(self, index: int, gradient: Any) -> None:
+        self.timeline.leave_backward(index)
+
+    def _before_state_dict(self, block: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.timeline.finish()  # a state dict outlives the pass that was interrupted
+
+    def _before_load(self, block: nn.Module, *_: Any) -> None:
+        self.timeline.forget()
+
+
+def _point(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.data = tensor
+
+
+def _within_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _tensors_with_gradient(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        if values.requires_grad:
+            yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors_with_gradient(value)
+    elif isinstance(values, dict):
+        yield from _tensors_with_gradient(list(values.values()))
+
+
+def _in_several_places(blocks: Sequence[nn.Module]) -> set[int]:
+    """Parameters that several blocks share; they stay on the device."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for block in blocks:
+        here = {id(p) for p in block.parameters()}
+        shared |= seen & here
+        seen |= here
+    return shared

@@ -1,0 +1,117 @@
+"""The order of events, without any tensor: what is fetched, when, and no more often than needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from ows_lightning.streaming.timeline import Timeline
+
+
+class Recorder:
+    """Writes events down, and checks that nothing is fetched into a slot from which a block computes."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.computing: dict[int, int] = {}
+
+    def issue(self, block: int, slot: int) -> None:
+        assert slot not in self.computing
+        self.events.append(f"issue {block}")
+
+    def wait(self, block: int, slot: int) -> None:
+        assert slot not in self.computing
+        self.computing[slot] = block
+        self.events.append(f"wait {block}")
+
+    def release(self, block: int, slot: int) -> None:
+        assert self.computing.pop(slot) == block
+        self.events.append(f"release {block}")
+
+
+def micro_batch(timeline: Timeline, blocks: int, lowest: int | None, first_left: bool) -> None:
+    """Forward and backward over all blocks; gradients reach those from `lowest` on, whose input has a hook if `first_left`."""
+    timeline.begin_forward()
+    for block in range(blocks):
+        if timeline.waits(block):
+            timeline.enter_forward(block)
+            timeline.leave_forward(block, needed_in_backward=lowest is not None and block >= lowest)
+    if lowest is None:
+        return
+    entered = [block for block in reversed(range(lowest, blocks)) if timeline.waits(block)]
+    left = None
+    for block in reversed(range(lowest, blocks)):
+        if block in entered:
+            timeline.enter_backward(block)
+        if left is not None:  # the hook on the output of this block comes before that on the input of the one above
+            timeline.leave_backward(left)
+        left = block if block in entered else None
+    if left is not None and first_left:
+        timeline.leave_backward(left)
+    timeline.end_backward()
+
+
+def test_in_forward_the_next_block_comes_while_one_computes_and_in_backward_the_one_below() -> None:
+    recorder = Recorder()
+    timeline = Timeline(recorder, slots=2)
+    timeline.arrange([0, 1, 3, 4])  # block 2 trains
+    timeline.fetch_first()
+    micro_batch(timeline, 5, lowest=2, first_left=True)
+    assert recorder.events == [
+        "issue 0", "issue 1",
+        "wait 0", "release 0", "issue 3",
+        "wait 1", "release 1", "issue 4",
+        "wait 3", "release 3",
+        "wait 4", "release 4",
+        "wait 4", "wait 3", "release 4", "issue 1",  # for the next forward pass
+        "release 3", "issue 0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("trained", [[], [0], [2], [6], [3, 4], [0, 6], [1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6]])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_a_micro_batch_fetches_the_least(slots: int, trained: list[int], embeddings: bool) -> None:
+    blocks = 7
+    waiting = [block for block in range(blocks) if block not in trained]
+    lowest = 0 if embeddings else min(trained, default=None)
+    timeline = Timeline(Recorder(), slots)
+    timeline.arrange(waiting)
+    for _ in range(2):
+        micro_batch(timeline, blocks, lowest, first_left=embeddings)
+    before = timeline.fetches
+    for _ in range(3):
+        micro_batch(timeline, blocks, lowest, first_left=embeddings)
+
+    needed = [rank for rank, block in enumerate(waiting) if lowest is not None and block >= lowest]
+    still_there = 0
+    for slot in range(min(slots, len(waiting))):
+        ranks = range(slot, len(waiting), slots)
+        last = min(set(ranks) & set(needed), default=max(ranks))  # what lies in the slot when backward is over
+        still_there += last == slot
+    least = len(waiting) + len(needed) - min(slots, len(needed)) - still_there
+    assert timeline.fetches - before == 3 * least
+
+
+def test_a_pass_without_gradients_fetches_each_block_once() -> None:
+    timeline = Timeline(Recorder(), slots=2)
+    timeline.arrange(range(6))
+    micro_batch(timeline, 6, lowest=None, first_left=False)
+    before = timeline.fetches
+    micro_batch(timeline, 6, lowest=None, first_left=False)
+    assert timeline.fetches - before == 6
+
+
+def test_the_lowest_adapters_block_is_left_when_backward_ends() -> None:
+    recorder = Recorder()
+    timeline = Timeline(recorder, slots=2)
+    timeline.arrange(range(4))
+    micro_batch(timeline, 4, lowest=0, first_left=False)
+    assert not recorder.computing
+    assert recorder.events[-1] == "release 0"
+
+
+def test_a_block_that_is_left_without_having_been_entered_is_an_error() -> None:
+    timeline = Timeline(Recorder(), slots=2)
+    timeline.arrange(range(4))
+    with pytest.raises(RuntimeError, match="block 3 without"):
+        timeline.leave_backward(3)

@@ -1,0 +1,237 @@
+"""Blocks that wait outside the device compute, train and are saved as if they had never left it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import checkpoint_activations
+from ows_lightning.streaming.window import Window
+from tests.streaming.steps import evaluate, strict_window, train
+from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains_to_the_same_bits(architecture: str) -> None:
+    expected = train(tiny_model(architecture))
+    model = tiny_model(architecture)
+    train(model, *strict_window(model)).assert_equals(expected)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed"])
+def test_every_way_to_train_gives_the_same_bits(slots: int, checkpointing: bool, embeddings: bool, precision: str) -> None:
+    def make() -> torch.nn.Module:
+        model = tiny_model("llama", dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32, num_hidden_layers=6)
+        if checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    options = {"embeddings": embeddings, "autocast": precision == "mixed", "draws": [[2], [5, 1], [0, 3]]}
+    expected = train(make(), **options)
+    model = make()
+    window, mode = strict_window(model, slots)
+    train(model, window, mode, **options).assert_equals(expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_tied_embeddings_and_evaluation_in_between(checkpointing: bool) -> None:
+    def make() -> torch.nn.Module:
+        model = tiny_model("gpt2", tie_word_embeddings=True, resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.1)
+        if checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    expected = train(make(), validate=True, embeddings=True)
+    model = make()
+    train(model, *strict_window(model), validate=True, embeddings=True).assert_equals(expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_below_adapters_all_blocks_wait(checkpointing: bool, architecture: str) -> None:
+    peft = pytest.importorskip("peft")
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.1)
+        model = peft.get_peft_model(tiny_model(architecture), config)
+        if checkpointing:
+            checkpoint_activations(model.get_base_model())
+        return model
+
+    def steps(model: torch.nn.Module, mode=None) -> list[torch.Tensor]:
+        optimizer, out = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
+        for step in range(3):
+            torch.manual_seed(step)
+            with mode() if mode else torch.enable_grad():
+                loss = model(**tiny_batch(seed=step), use_cache=False).loss
+                loss.backward()
+            out += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            optimizer.step()
+            optimizer.zero_grad()
+        return out
+
+    expected = steps(make())
+    model = make()
+    window, mode = strict_window(model, frozen_only=True)
+    torch.testing.assert_close(steps(model, mode), expected, rtol=0, atol=0)
+    assert window.active == []
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_bits() -> None:
+    def make() -> torch.nn.Module:
+        model = tiny_model("llama", num_hidden_layers=3)
+        for layer in decoder_layers(model):
+            layer.compile(backend="aot_eager")
+        return model
+
+    expected = train(make(), draws=[[1], [0]])
+    model = make()
+    train(model, Window(decoder_layers(model)), draws=[[1], [0]]).assert_equals(expected)
+
+
+def test_two_forward_passes_before_their_backward_passes() -> None:
+    def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.requires_grad_(index in (0, 2))
+        losses = [model(**tiny_batch(seed=seed), use_cache=False).loss for seed in (0, 1)]
+        for loss in losses:
+            loss.backward()
+        return [p.grad for p in decoder_layers(model).parameters() if p.requires_grad]
+
+    expected = gradients(tiny_model("llama"))
+    model = tiny_model("llama")
+    strict_window(model)
+    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
+
+
+def test_the_frozen_wait_in_host_memory_and_the_trained_come_home() -> None:
+    model = tiny_model("llama")
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    window = Window(decoder_layers(model))
+    homes = [[p.data_ptr() for p in layer.parameters()] for layer in decoder_layers(model)]
+    train(model, window, draws=[[1]])
+    now = [[p.data_ptr() for p in layer.parameters()] for layer in decoder_layers(model)]
+    assert window.active == [1]
+    assert [here == there for here, there in zip(now, homes, strict=True)] == [True, False, True, True]
+    trained = decoder_layers(model)[1].state_dict()
+    window.go_home()
+    assert [p.data_ptr() for p in decoder_layers(model)[1].parameters()] == homes[1]
+    torch.testing.assert_close(decoder_layers(model)[1].state_dict(), trained, rtol=0, atol=0)
+    for name, value in model.state_dict().items():
+        if ".layers." in name and ".layers.1." not in name:
+            assert torch.equal(value, first[name]), name
+
+
+def test_an_interrupted_pass_leaves_no_slot_in_a_state_dict() -> None:
+    model = tiny_model("llama")
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    window, _ = strict_window(model)
+    decoder_layers(model).requires_grad_(False)
+    decoder_layers(model)[0].requires_grad_(True)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = decoder_layers(model)[2].mlp.register_full_backward_pre_hook(interrupt)
+    loss = model(**tiny_batch(), use_cache=False).loss
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+    handle.remove()
+    model.requires_grad_(True).zero_grad()
+    train(model, window).assert_equals(train(tiny_model("llama")))
+
+
+def test_weights_that_are_loaded_or_exchanged_count_at_once() -> None:
+    model, other = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    Window(decoder_layers(model))
+    decoder_layers(model).requires_grad_(False)
+    expected = [tensor.clone() for tensor in evaluate(other)]
+    list(evaluate(model))
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(list(evaluate(model)), expected, rtol=0, atol=0)
+    with torch.no_grad():  # as weight averaging does, between training and evaluation
+        model.train()
+        model(**tiny_batch())
+        model.eval()
+        for p, q in zip(model.parameters(), tiny_model("llama", seed=2).parameters(), strict=True):
+            p.data.copy_(q.data)
+    torch.testing.assert_close(list(evaluate(model)), list(evaluate(tiny_model("llama", seed=2))), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_has_a_window_of_its_own(duplicate) -> None:
+    model = tiny_model("llama")
+    window = Window(decoder_layers(model))
+    train(model, window, draws=[[2]])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = duplicate(model)
+    theirs = decoder_layers(other)[0].window
+    assert theirs is not window
+    torch.testing.assert_close(dict(other.state_dict()), before, rtol=0, atol=0)
+    run = train(other, theirs, draws=[[3], [1]])
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    train(model, window, draws=[[3], [1]]).assert_equals(run)
+
+
+def test_without_its_window_a_model_is_an_ordinary_one() -> None:
+    model = tiny_model("llama")
+    window = Window(decoder_layers(model))
+    train(model, window)
+    ours = copy.deepcopy(model)
+    window.remove()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder_layers(model))
+    torch.testing.assert_close(list(evaluate(model)), list(evaluate(ours)), rtol=0, atol=0)
+
+
+def test_a_block_is_held_on_the_device_while_it_is_looked_at() -> None:
+    model = tiny_model("llama")
+    window = Window(decoder_layers(model))
+    block = decoder_layers(model)[3]
+    with window.hold(block):
+        held = block.mlp.up_proj.weight
+        assert held.data_ptr() in range(window._memory[1].data_ptr(), window._memory[1].data_ptr() + window._memory[1].nbytes)
+        assert torch.equal(held, window.homes[3].tensors[[p is held for p in block.parameters()].index(True)])
+
+
+def test_a_window_of_one_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        Window(decoder_layers(tiny_model("llama")), slots=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_on_a_gpu_the_bits_are_those_of_a_resident_model(slots: int, checkpointing: bool, embeddings: bool) -> None:
+    def make() -> torch.nn.Module:
+        model = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+        if checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    def on_gpu(model: torch.nn.Module, window: Window | None) -> torch.nn.Module:
+        waiting = set() if window is None else {p for weights in window.parameters for p in weights}
+        for p in set(model.parameters()) - waiting:
+            p.data = p.data.cuda()
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.cuda()
+        return model
+
+    options = {"embeddings": embeddings, "draws": [[2], [5, 1], [0, 3]], "device": "cuda"}
+    expected = train(on_gpu(make(), None), **options)
+    model = make()
+    window = Window(decoder_layers(model), slots)
+    window.move(torch.device("cuda"))
+    train(on_gpu(model, window), window, **options).assert_equals(expected)
