@@ -16,7 +16,8 @@ from ows_lightning.models.loss import next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
-from ows_lightning.sampling.distributions import draw_blocks, sampling_probabilities
+from ows_lightning.sampling.distributions import sampling_probabilities
+from ows_lightning.sampling.draws import draw_blocks
 
 LR = 1e-4
 

@@ -17,7 +17,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ows_lightning.checkpoints.settings import check_settings, lasting_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.loading import empty_model, load_into_shards
-from ows_lightning.distributed.requirements import require_layerwise
 from ows_lightning.errors import UsageError
 from ows_lightning.metrics.choices import ChoiceAccuracy
 from ows_lightning.metrics.held_out import HeldOutFigures
@@ -36,6 +35,7 @@ from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import Step, StepFigures
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +85,6 @@ def continue_curves(trainer: Trainer) -> None:
     if before.resolve() == now.resolve() or not (before / "metrics.csv").is_file():
         return
     now.mkdir(parents=True, exist_ok=True)
-    if (before / "outlier_scores.json").is_file() and not (now / "outlier_scores.json").exists():
-        shutil.copy(before / "outlier_scores.json", now)
     with (before / "metrics.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         rows = [row for row in reader if row.get("step") and int(float(row["step"])) < trainer.global_step]

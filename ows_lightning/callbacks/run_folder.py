@@ -16,6 +16,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
+from ows_lightning.sampling.callback import LayerwiseSampling
 
 
 class RunFolder(Callback):
@@ -30,7 +31,12 @@ class RunFolder(Callback):
             UsageError: Another run that still lives writes to it.
         """
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if stage != "fit" or not trainer.is_global_zero:
+        if stage != "fit":
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LayerwiseSampling):
+                callback.folder = folder  # also where there is no logger
+        if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock")

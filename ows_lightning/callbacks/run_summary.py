@@ -19,9 +19,10 @@ from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import is_out_of_memory
 from ows_lightning.memory.prediction import predict
 from ows_lightning.memory.settings import settings_from_config
-from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.activation import outside_blocks
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class RunSummary(Callback):
     def __init__(self, config: Any = None) -> None:
         self.config = config
         self.before: dict[str, float] = {}
+        self.seconds_before, self._start = 0.0, time.perf_counter()  # the seconds are those of the run that is resumed
         self.trained = False
         self.predicted: str | None = None
 
@@ -59,17 +61,17 @@ class RunSummary(Callback):
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs which share of the weights trains at some time in the run: the draws follow from the scores."""
+        """Logs which share of the weights trains at some time in the run, where the draws follow from the scores."""
         self.trained = True
         sampling = _sampling(trainer)
         steps = trainer.estimated_stepping_batches
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
             return
+        drawn = sampling.planned_blocks(int(steps))
+        if drawn is None:  # the draws follow from what is not known yet
+            return
         layers = decoder_layers(pl_module)
-        drawn = {block for _, _, blocks in sampling.history for block in blocks}
-        for interval in range(len(sampling.history), -(-int(steps) // sampling.interval_steps)):
-            drawn |= set(sampling.blocks_of(interval))
-        parameters = [*_always(pl_module, sampling), *(p for block in drawn for p in layers[block].parameters())]
+        parameters = {*_always(pl_module, sampling), *(p for block in drawn for p in layers[block].parameters())}
         log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(layers), _share(parameters, pl_module))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +82,7 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what the method itself cost: scores, draws and the search for subspaces."""
-        sampling, whole = _sampling(trainer), time.perf_counter() - self._start
+        sampling, whole = _sampling(trainer), self._seconds()
         seconds = sampling.seconds if sampling is not None else 0.0
         seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
         if seconds and trainer.is_global_zero:
@@ -111,12 +113,16 @@ class RunSummary(Callback):
             exception.__notes__ = [self.predicted]  # as add_note, which Python 3.10 lacks
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures from before the training."""
-        return {"before": dict(self.before)}
+        """The figures from before the training, and the seconds so far."""
+        return {"before": dict(self.before), "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them over from the run that is resumed."""
         self.before = dict(state_dict["before"])
+        self.seconds_before = state_dict.get("seconds", 0.0)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self._start
 
     @staticmethod
     def _model(module: LightningModule) -> str:
@@ -189,8 +195,7 @@ def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
 
 
 def _always(module: LightningModule, sampling: LayerwiseSampling) -> list[nn.Parameter]:
-    outside = non_block_parameters(module)
-    return list({p: None for part in sampling.always_train for p in outside[part]})
+    return [p for p, trains in outside_blocks(module, sampling.always_train).items() if trains]
 
 
 def _sampling(trainer: Trainer) -> LayerwiseSampling | None:

@@ -28,11 +28,11 @@ from ows_lightning.cli.noise import be_quiet
 from ows_lightning.cli.parser import OneLineParser
 from ows_lightning.cli.preflight import check_run
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.distributed.requirements import require_layerwise
 from ows_lightning.errors import UsageError, explain
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_report
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.requirements import require_layerwise
 
 log = logging.getLogger(__name__)
 

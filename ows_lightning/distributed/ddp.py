@@ -24,6 +24,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
     before the subspace is taken, one matrix at a time, so that all processes find the same one.
     """
 
+    averages_changing_blocks = True  # what `require_layerwise` asks of a DDP strategy
     _accumulates = False
 
     def configure_ddp(self) -> None:

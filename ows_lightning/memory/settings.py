@@ -15,9 +15,10 @@ from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.dimensions import find_dimensions
-from ows_lightning.memory.simulated_step import PARTS, TrainingMethod
+from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.activation import PARTS
 
 
 @dataclass(frozen=True)

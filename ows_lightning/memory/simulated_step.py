@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.memory.tracker import HOST, MemoryTracker
-from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import causal_lm, decoder_layers
 from ows_lightning.models.loss import next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
-from ows_lightning.sampling.activation import activate_blocks
+from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks
 
 BETWEEN = "between"
-PARTS = ("embeddings", "lm_head", "norm")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
         work: What it trains on.
         tracker: A new one; it runs the operators of a fake model.
     """
-    layers, count = decoder_layers(model), len(decoder_layers(model))
+    count = len(decoder_layers(model))
     active = count if method.activated_layers is None else min(method.activated_layers, count)
     blocks, consumed = [0, *range(count - active + 1, count)], 0
     with tracker:
@@ -110,12 +109,11 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
         optimizer = method.optimizer(_param_groups(model, method))
         _watch(model, optimizer, tracker, _block_spans(count, active), method.ours, work.host_memory)
 
-        may_train = [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in layers]
-        others = _others(model, method.always_train)
+        in_blocks, others = may_train(model), outside_blocks(model, method.always_train)
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
-                activate_blocks(may_train, blocks, others, [] if method.states_kept else [optimizer])
+                activate_blocks(in_blocks, blocks, others.items(), [] if method.states_kept else [optimizer])
 
         # What has a state before the step that is measured: what trains always, and every block if states are kept.
         draw(range(count) if method.states_kept else ())
@@ -189,12 +187,6 @@ def _param_groups(model: nn.Module, method: TrainingMethod) -> Any:
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def _others(model: nn.Module, always_train: Sequence[str]) -> list[tuple[nn.Parameter, bool]]:
-    outside = non_block_parameters(model)
-    always = {p for part in always_train for p in outside[part]}
-    return [(p, p in always) for part in outside.values() for p in part if p.requires_grad]
 
 
 def _block_spans(count: int, active: int) -> list[str]:

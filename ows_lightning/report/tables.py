@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from ows_lightning.report.run import RunRecord
+from ows_lightning.sampling.draws import inclusion_probabilities
 
 Table: TypeAlias = dict[str, list[Any]]
 """Columns of one length; a table without rows means that the run has no such data."""
@@ -88,44 +89,6 @@ def metric_table(runs: RunRecord | Sequence[RunRecord], metric: str) -> Table:
         table["step"] += [round(step) for step in steps]
         table[metric] += values
     return table
-
-
-def inclusion_probabilities(probabilities: Sequence[float], draws: int) -> np.ndarray:
-    r"""Chance of each block to be among ``draws`` successive draws without replacement.
-
-    Successive sampling is a race of exponential clocks with the probabilities as rates, of which the first ``draws``
-    to ring win. So block :math:`l` is drawn with the probability
-
-    .. math:: \pi_l = \int_0^\infty p_l e^{-p_l t} P(\text{fewer than draws of the others have rung by } t) dt,
-
-    exact but for the quadrature (about 1e-9).
-
-    Args:
-        probabilities: Probability of each block, shape ``(num_layers,)``, sums to 1.
-        draws: Number of distinct blocks drawn.
-
-    Returns:
-        float64, shape ``(num_layers,)``, sums to ``draws``.
-    """
-    p = np.asarray(probabilities, dtype=np.float64)
-    possible = p > 0
-    if draws >= possible.sum():
-        return possible.astype(np.float64)
-    p = p[possible] / p.sum()
-    # On a logarithmic grid the integrand is smooth and vanishes at both ends, where equal steps converge fastest.
-    log_t = np.linspace(np.log(1e-12), np.log(50 / p.min()), 800)
-    clock = np.outer(p, np.exp(log_t))
-    rung = -np.expm1(-clock)
-    others = np.zeros((draws, *rung.shape))  # [k, l, t]: chance that exactly k blocks other than l have rung by t
-    others[0] = 1
-    for block, chance in enumerate(rung):
-        q = np.tile(chance, (len(p), 1))
-        q[block] = 0
-        others[1:] = others[1:] * (1 - q) + others[:-1] * q
-        others[0] *= 1 - q
-    included = np.zeros(len(possible))
-    included[possible] = (clock * np.exp(-clock) * others.sum(0)).sum(1) * (log_t[1] - log_t[0])
-    return included
 
 
 def write_csv(table: Table, path: Path) -> None:

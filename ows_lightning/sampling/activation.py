@@ -7,6 +7,32 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+
+PARTS = ("embeddings", "lm_head", "norm")
+"""What lies outside the blocks and may train always, by the names that ``always_train`` takes."""
+
+
+def may_train(model: nn.Module) -> list[nn.ParameterList]:
+    """Returns each block's trainable parameters, first block first: what a user froze before (LoRA's base) is left out.
+
+    Args:
+        model: See ``decoder_layers``.
+    """
+    return [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in decoder_layers(model)]
+
+
+def outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
+    """Returns the trainable parameters outside the blocks, each with whether it trains always.
+
+    Args:
+        model: See ``decoder_layers``.
+        always_train: Some of ``PARTS``. A weight that embeddings and head share trains if either is named.
+    """
+    outside = non_block_parameters(model)
+    always = {p for part in always_train for p in outside[part]}
+    return {p: p in always for part in outside.values() for p in part if p.requires_grad}
+
 
 def activate_blocks(
     layers: Iterable[nn.Module],
@@ -17,8 +43,8 @@ def activate_blocks(
     """Lets some decoder blocks train and freezes the rest.
 
     A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers: moments and
-    projectors are freed, so that memory does not grow with the blocks that have ever been active. Call it between two
-    optimizer steps.
+    projectors are freed, so that memory does not grow with the blocks that have ever been active. A parameter that
+    several blocks share (Zamba2's attention) trains if any of them is active. Call it between two optimizer steps.
 
     Args:
         layers: The decoder blocks, see ``decoder_layers``, or what of each of them may train.
@@ -26,8 +52,10 @@ def activate_blocks(
         others: Parameters outside the blocks, each with whether it trains.
         optimizers: Optimizers that hold the parameters; they must have been built before anything was frozen.
     """
-    trains = {p: index in active for index, layer in enumerate(layers) for p in layer.parameters()}
-    trains.update(others)
+    trains = dict(others)
+    for index, layer in enumerate(layers):
+        for p in layer.parameters():
+            trains[p] = trains.get(p, False) or index in active
     for p, trainable in trains.items():
         p.requires_grad_(trainable)
         if not trainable:

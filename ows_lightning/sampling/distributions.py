@@ -1,4 +1,4 @@
-"""From the blocks' scores to the probability that each one trains, and the draw itself."""
+"""From the blocks' scores to the probability that each one trains."""
 
 from __future__ import annotations
 
@@ -63,33 +63,6 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         return reverse
     nearest = "".join(f", did you mean '{name}'?" for name in get_close_matches(distribution, DISTRIBUTIONS, n=1))
     raise UsageError(f"distribution: unknown '{distribution}'{nearest}; give {', '.join(DISTRIBUTIONS)} or a list of weights")
-
-
-def draw_blocks(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> list[int]:
-    """Draws distinct blocks, one after the other, each in proportion to the probabilities of those still left.
-
-    Args:
-        probabilities: Shape (num_layers,), see `sampling_probabilities`.
-        count: How many blocks to draw (gamma in the paper).
-        generator: The CPU random generator to draw with; None is torch's global one.
-
-    Returns:
-        The indices of the blocks, ascending.
-
-    Raises:
-        UsageError: `count` is below 1 or above the number of blocks that can be drawn.
-    """
-    num_layers, drawable = len(probabilities), int((probabilities > 0).sum())
-    if count < 1:
-        raise UsageError(f"activated_layers: {count} blocks leave nothing to train; give at least 1")
-    if count > num_layers:
-        raise UsageError(f"activated_layers: {count} is more than the model's {num_layers} blocks; give at most that")
-    if count > drawable:
-        raise UsageError(
-            f"activated_layers: {count} is more than the {drawable} of {num_layers} blocks whose probability is not "
-            f"zero; give at most {drawable}, or another `distribution` or a lower `threshold`"
-        )
-    return sorted(torch.multinomial(probabilities, count, replacement=False, generator=generator).tolist())
 
 
 def _normalised(scores: Tensor, key: str = "scores", mend: str = "") -> Tensor:

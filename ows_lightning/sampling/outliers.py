@@ -111,6 +111,8 @@ class _Weight:
 
     def magnitudes(self) -> Iterator[Tensor]:
         """Yields A = ||X_j|| * |W_ij| in float32, some rows at a time."""
+        if self.parameter.numel() == 0:
+            return
         matrices = self.full().mT if self.transposed else self.full()
         features = matrices.shape[-1]
         # A layer that never ran, as an expert that no token was routed to, has inputs of norm 0.
@@ -163,6 +165,8 @@ def _outlier_ratio(index: int, weights: list[_Weight], threshold: float) -> floa
         for magnitudes in weight.magnitudes():
             total += magnitudes.sum().item()
             count += magnitudes.numel()
+    if count == 0:
+        return 0.0
     cutoff = threshold * total / count
     # gt_ writes ones and zeros in place, which sums several times faster than a boolean tensor.
     outliers = sum(magnitudes.gt_(cutoff).sum().item() for weight in weights for magnitudes in weight.magnitudes())
@@ -235,7 +239,7 @@ class _InputRecorder(TorchFunctionMode):
             rows = inputs.reshape(-1, inputs.shape[-1])
             if self.tokens is not None:
                 rows = rows[self.tokens]
-            chunks = rows.split(max(1, _CHUNK // rows.shape[1]))
+            chunks = rows.split(max(1, _CHUNK // max(1, rows.shape[1])))
             # On CPUs this is up to ten times faster than torch.linalg.vector_norm over the tokens.
             self._last = inputs, torch.stack([chunk.float().square().sum(0) for chunk in chunks]).sum(0)
         return self._last[1]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord, plots, write_pictures
-from ows_lightning.report.tables import block_frequency_table, inclusion_probabilities
+from ows_lightning.report.tables import block_frequency_table
 
 ALL = [
     plots.plot_scores,
@@ -99,25 +98,6 @@ def test_loss_of_several_runs(run, tmp_path, make_run, x, label):
 def test_many_runs_stay_distinguishable(run):
     styles = plots._styles(20)
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
-
-
-def test_inclusion_probabilities_equal_the_sum_over_all_orders():
-    probabilities = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
-    for draws in (1, 2, 3, 4):
-        expected = np.zeros(5)
-        for order in itertools.permutations(range(5), draws):
-            left, chance = 1.0, 1.0
-            for block in order:
-                chance *= probabilities[block] / left
-                left -= probabilities[block]
-            expected[list(order)] += chance
-        np.testing.assert_allclose(inclusion_probabilities(probabilities, draws), expected, rtol=1e-8)
-
-
-def test_inclusion_probabilities_at_the_edges():
-    np.testing.assert_allclose(inclusion_probabilities([1 / 80] * 80, 8), 0.1)
-    np.testing.assert_array_equal(inclusion_probabilities([0.5, 0.5, 0.0], 2), [1, 1, 0])
-    np.testing.assert_allclose(inclusion_probabilities([1e-9, 0.9, 0.1], 2), [1.0111e-8, 1, 1], rtol=1e-4)
 
 
 def test_realised_frequency_follows_the_expected_one(tmp_path, make_run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from ows_lightning.errors import UsageError
@@ -96,10 +99,10 @@ def fit(
     train: DataLoader | None = None,
     **settings: Any,
 ) -> Trainer:
-    settings = {"max_steps": 12, "limit_val_batches": 0, **settings}
+    logger = CSVLogger(tmp_path, name="", version="")
+    settings = {"max_steps": 12, "limit_val_batches": 0, "logger": logger, **settings}
     trainer = Trainer(
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -342,3 +345,105 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 def test_more_active_blocks_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="activated_layers: 7 is more than the model's 6 blocks"):
         fit(SomebodyElsesModule(), LayerwiseSampling(activated_layers=7, distribution="uniform"), tmp_path)
+
+
+def test_without_a_logger_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sampling = LayerwiseSampling(activated_layers=1, interval_steps=2, calibration_samples=2, threshold=2.0)
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=4, logger=False)
+    assert len(sampling.history) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_trainer_starts_afresh(tmp_path: Path) -> None:
+    sampling = LayerwiseSampling(activated_layers=2, interval_steps=3, calibration_samples=2, threshold=2.0)
+    fit(SomebodyElsesModule(), sampling, tmp_path / "first", max_steps=9)
+    first, scores = sampling.history, sampling.outlier_scores
+    watcher = Watcher(sampling)
+    fit(SomebodyElsesModule(), sampling, tmp_path / "second", watcher, max_steps=9)
+    assert sampling.history == first == history(tmp_path / "second")
+    assert sampling.outlier_scores == scores
+    assert len(watcher.steps) == 9
+
+
+def test_a_search_for_the_learning_rate_and_then_a_fit(tmp_path: Path) -> None:
+    class Searched(SomebodyElsesModule):
+        lr = 1e-3
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    module, sampling = Searched(), LayerwiseSampling(activated_layers=1, interval_steps=2, distribution="uniform")
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=4,
+        default_root_dir=tmp_path, callbacks=[sampling], enable_model_summary=False,
+    )  # fmt: skip
+    Tuner(trainer).lr_find(module, loader(), num_training=6)
+    trainer.fit(module, loader())
+    assert [step for _, step, _ in sampling.history] == [0, 2]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_exception_everything_is_trainable_again(error: type[BaseException], tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise error
+
+    module = SomebodyElsesModule()
+    with pytest.raises((error, SystemExit)):
+        fit(module, LayerwiseSampling(activated_layers=1, distribution="uniform"), tmp_path, Fails())
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_used_callback_can_be_pickled(tmp_path: Path) -> None:
+    sampling = LayerwiseSampling(activated_layers=1, interval_steps=4, distribution="uniform")
+    fit(SomebodyElsesModule(), sampling, tmp_path)
+    again = pickle.loads(pickle.dumps(sampling))
+    fit(SomebodyElsesModule(), again, tmp_path)
+    assert again.history == sampling.history
+
+
+def test_seconds_and_scores_go_on_after_a_resume() -> None:
+    before, after = LayerwiseSampling(), LayerwiseSampling()
+    before.seconds = 3.5
+    before.outlier_scores = OutlierScores("m", 2, 13.0, 8, "outlier", [1.0, 3.0], [0.25, 0.75])
+    after.load_state_dict(before.state_dict())
+    assert after.seconds == 3.5
+    assert after.outlier_scores == before.outlier_scores
+
+
+def test_plain_ddp_is_refused_with_any_module(tmp_path: Path) -> None:
+    try:
+        with pytest.raises(UsageError, match="write strategy: ddp_layerwise"):
+            fit(SomebodyElsesModule(), LayerwiseSampling(distribution="uniform"), tmp_path, strategy="ddp")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_trains_over_the_run_is_said_only_where_it_is_known(tmp_path: Path) -> None:
+    class AtOtherTimes(LayerwiseSampling):
+        def should_draw(self, step: int) -> bool:
+            return step in (1, 4)
+
+    sampling = LayerwiseSampling(activated_layers=2, interval_steps=5, distribution="uniform")
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=1)
+    planned = sampling.planned_blocks(23)
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=23, max_epochs=-1)
+    assert planned == {block for _, _, blocks in sampling.history for block in blocks}
+    for other in (
+        AtOtherTimes(activated_layers=2, distribution="uniform"),
+        LayerwiseSampling(activated_layers=2, distribution="weight_norm", rescore_every=2),
+    ):
+        fit(SomebodyElsesModule(), other, tmp_path, max_steps=1)
+        assert other.planned_blocks(23) is None
+
+
+def test_a_subclass_may_draw_at_other_times(tmp_path: Path) -> None:
+    class AtOtherTimes(LayerwiseSampling):
+        def should_draw(self, step: int) -> bool:
+            return step in (1, 4)
+
+    sampling = AtOtherTimes(activated_layers=2, distribution="uniform")
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=8)
+    assert [step for _, step, _ in sampling.history] == [0, 1, 4]

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from itertools import permutations
-
 import pytest
 import torch
 
 from ows_lightning.errors import UsageError
-from ows_lightning.sampling.distributions import DISTRIBUTIONS, draw_blocks, sampling_probabilities
+from ows_lightning.sampling.distributions import DISTRIBUTIONS, sampling_probabilities
 
 # Outlier ratios of Llama-2-7B in percent, block 0 first, as published with the paper's code.
 LLAMA_2_7B = [
@@ -80,49 +78,3 @@ def test_bad_input_gets_one_clear_line(ratios: list[float], distribution: str | 
     with pytest.raises(UsageError, match=message) as error:
         sampling_probabilities(ratios, distribution)
     assert "\n" not in str(error.value)
-
-
-def test_draw_is_ascending_distinct_and_repeatable() -> None:
-    probabilities = sampling_probabilities(LLAMA_2_7B)
-    draws = [draw_blocks(probabilities, 5, torch.Generator().manual_seed(seed)) for seed in (*range(20), *range(20))]
-    assert all(draw == sorted(set(draw)) and len(draw) == 5 for draw in draws)
-    assert draws[:20] == draws[20:]
-    assert len({tuple(draw) for draw in draws}) > 10
-
-
-def test_draw_all_and_only_blocks_that_can_be_drawn() -> None:
-    generator = torch.Generator().manual_seed(0)
-    assert draw_blocks(sampling_probabilities([1.0, 2.0, 3.0]), 3, generator) == [0, 1, 2]
-    assert draw_blocks(sampling_probabilities([1.0, 0.0, 3.0]), 2, generator) == [0, 2]
-
-
-def test_draws_are_successive_without_replacement() -> None:
-    probabilities = sampling_probabilities([0.6, 0.25, 0.1, 0.05])
-    p = probabilities.tolist()
-    # First i, then j among those left: p_i * p_j / (1 - p_i); a pair can be drawn in two orders.
-    expected = {
-        (i, j): sum(p[a] * p[b] / (1 - p[a]) for a, b in permutations((i, j))) for i in range(4) for j in range(i + 1, 4)
-    }
-    assert sum(expected.values()) == pytest.approx(1)
-    generator = torch.Generator().manual_seed(0)
-    draws = 20_000
-    counts = dict.fromkeys(expected, 0)
-    for _ in range(draws):
-        counts[tuple(draw_blocks(probabilities, 2, generator))] += 1
-    for pair, probability in expected.items():
-        deviation = (probability * (1 - probability) / draws) ** 0.5
-        assert counts[pair] / draws == pytest.approx(probability, abs=4 * deviation), pair
-
-
-@pytest.mark.parametrize(
-    ("ratios", "count", "message"),
-    [
-        ([1.0, 1.0], 3, "^activated_layers: 3 is more than the model's 2 blocks"),
-        ([1.0, 0.0, 0.0], 2, "^activated_layers: 2 is more than the 1 of 3 blocks whose probability is not zero"),
-        ([1.0, 1.0], 0, "^activated_layers: 0 blocks leave nothing to train; give at least 1"),
-        ([1.0, 1.0], -1, "^activated_layers: -1 blocks"),
-    ],
-)
-def test_a_count_that_cannot_be_drawn_is_refused(ratios: list[float], count: int, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        draw_blocks(sampling_probabilities(ratios), count, torch.Generator())

@@ -306,3 +306,22 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(UsageError, match=r"^calibration_samples: block 1 has activations that are not finite"):
         layer_outlier_ratios(model, [tiny_batch()])
+
+
+def test_blocks_without_weights_have_no_outliers() -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    layers = decoder_layers(model)
+    layers[1] = Skip()
+    layers[2].unused = nn.Linear(0, 4)
+    ratios = layer_outlier_ratios(model, [tiny_batch()], threshold=2.0)
+    assert (ratios > 0).tolist() == [True, False, True]
+    assert layer_weight_norms(model)[1] == 0
+
+
+class Skip(nn.Module):
+    """A block that was pruned away: it hands its input on."""
+
+    attention_type = "full_attention"
+
+    def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return hidden_states

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
-from ows_lightning.distributed.ddp import LayerwiseDDPStrategy
 from ows_lightning.errors import UsageError
 
 
@@ -20,7 +19,7 @@ def require_layerwise(strategy: object) -> None:
     name = strategy if isinstance(strategy, str) else ""
     if isinstance(strategy, FSDPStrategy) or (name.startswith("fsdp") and name != "fsdp2"):
         reason = "FSDP1 shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
-    elif (isinstance(strategy, DDPStrategy) and not isinstance(strategy, LayerwiseDDPStrategy)) or (
+    elif (isinstance(strategy, DDPStrategy) and not getattr(strategy, "averages_changing_blocks", False)) or (
         name.startswith("ddp") and name != "ddp_layerwise"
     ):
         reason = "DDP fixes the set of trained parameters, and averages full gradients; write strategy: ddp_layerwise"

@@ -1,0 +1,41 @@
+"""Calibration text for the blocks' scores: rows of the training data, read without moving the run's own position."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from ows_lightning.errors import UsageError
+
+
+def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[str, Tensor]]:
+    """Returns batches of training rows, the same on every rank and in every run with that seed.
+
+    Args:
+        loader: The train DataLoader: its data set and collate function are used, not its position.
+        samples: How many rows; of a smaller data set all of them.
+        seed: Chooses the rows.
+
+    Raises:
+        UsageError: ``loader`` is no DataLoader.
+    """
+    if not isinstance(loader, DataLoader):
+        raise UsageError("sampling.scores: give a file from `main.py score`; calibration needs a single train DataLoader")
+    dataset = loader.dataset
+    kind: Any = DataLoader
+    if isinstance(dataset, IterableDataset):
+        # The run's own position stays: the copy moves, and a loader of its kind knows what its rows look like.
+        dataset, kind = copy.deepcopy(dataset), type(loader)
+    else:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+        dataset = Subset(dataset, order[:samples].tolist())
+    size = min(loader.batch_size or 1, samples)
+    # A generator of its own: a DataLoader without one draws from the global one, and the run's order would change.
+    batches = kind(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
+    return itertools.islice(batches, -(-samples // size))

@@ -1,0 +1,280 @@
+"""BlockSampler: which decoder blocks train and when that changes, for any training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import causal_lm, decoder_layers
+from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks
+from ows_lightning.sampling.calibration import calibration_batches
+from ows_lightning.sampling.distributions import sampling_probabilities
+from ows_lightning.sampling.draws import draw_blocks
+from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
+from ows_lightning.sampling.scores import OutlierScores, architecture_of
+
+log = logging.getLogger(__name__)
+
+Distribution = Literal["outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm"]
+Part = Literal["embeddings", "lm_head", "norm"]
+
+
+class BlockSampler:
+    """Draws the blocks that train, freezes the others, and remembers what a resumed run needs.
+
+    It knows no training framework: ``LayerwiseSampling`` drives it from Lightning's hooks, and a loop of one's own can,
+    too::
+
+        sampler.attach(model)                                      # once every parameter is in the optimizer
+        sampler.start(step, [optimizer], compute)                  # the first draw, or those of a resumed run again
+        sampler.advance(step, [optimizer], compute)                # before every step
+        sampler.release()                                          # at the end, also after an exception
+
+    The draw of interval i depends on ``seed``, i and the probabilities alone: a resumed run draws what the uninterrupted
+    one would have drawn, and every rank draws the same.
+
+    Args:
+        activated_layers: Blocks that train at a time (gamma).
+        interval_steps: Optimizer steps between two draws (K).
+        distribution: ``outlier`` (OWS) | ``uniform`` (LISA) | ``decreasing`` (LISA-D) | ``increasing`` | ``outlier_reverse`` |
+            ``weight_norm``, or a list with a weight for each block.
+        threshold: A weight is an outlier if its score exceeds ``threshold`` (tau) times the block's mean.
+        calibration_samples: Training rows whose activations the scores are computed from.
+        scores: A JSON file written by ``score`` or by an earlier run; nothing is computed then.
+        rescore_every: Compute the scores anew after this many intervals; None keeps the first ones.
+        always_train: What outside the blocks trains at all: ``embeddings``, ``lm_head``, ``norm``. A weight that
+            embeddings and head share trains if either is named.
+        seed: Seeds the draws and the choice of calibration rows.
+
+    Attributes:
+        history: (interval, optimizer step, blocks) of every draw so far.
+        probabilities: Shape (num_layers,), float64; None before the first draw.
+        outlier_scores: What the probabilities come from; None before the first draw.
+        seconds: Spent on scores and draws so far.
+
+    Raises:
+        UsageError: A setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        activated_layers: int = 5,
+        interval_steps: int = 50,
+        distribution: Distribution | list[float] = "outlier",
+        threshold: float = 13.0,
+        calibration_samples: int = 128,
+        scores: str | Path | None = None,
+        rescore_every: int | None = None,
+        always_train: Sequence[Part] = ("embeddings", "lm_head", "norm"),
+        seed: int = 0,
+    ) -> None:
+        at_least_one = {
+            "activated_layers": activated_layers,
+            "interval_steps": interval_steps,
+            "calibration_samples": calibration_samples,
+            "rescore_every": 1 if rescore_every is None else rescore_every,
+        }
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise UsageError(f"sampling.{name}: {value} must be at least 1")
+        if not 0 < threshold < math.inf:
+            raise UsageError(f"sampling.threshold: {threshold} must be a finite number above 0 (the paper's is 13)")
+        if unknown := set(always_train) - set(PARTS):
+            raise UsageError(f"sampling.always_train: unknown {sorted(unknown)}; choose from {', '.join(PARTS)}")
+        self.activated_layers = activated_layers
+        self.interval_steps = interval_steps
+        self.distribution = distribution
+        self.threshold = threshold
+        self.calibration_samples = calibration_samples
+        self.scores = scores
+        self.rescore_every = rescore_every
+        self.always_train = tuple(always_train)
+        self.seed = seed
+        self._blocks: list[nn.ParameterList] = []
+        self._others: dict[nn.Parameter, bool] = {}
+        self.reset()
+
+    @property
+    def active_blocks(self) -> list[int]:
+        """The blocks that train now, ascending."""
+        return self.history[-1][2] if self.history else []
+
+    # ------------------------------------------------------------------ the life of a run
+
+    def reset(self) -> None:
+        """Forgets an earlier run."""
+        self.outlier_scores: OutlierScores | None = None
+        self.history: list[tuple[int, int, list[int]]] = []
+        self.probabilities: Tensor | None = None
+        self.seconds = 0.0
+
+    def attach(self, model: nn.Module) -> None:
+        """Finds the blocks and checks the settings against them; nothing is frozen yet.
+
+        Raises:
+            UsageError: See `check`; or the model has no blocks.
+        """
+        self.check(len(decoder_layers(model)), architecture_of(getattr(causal_lm(model), "config", None)))
+        self._blocks, self._others = may_train(model), outside_blocks(model, self.always_train)
+
+    def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
+        """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`."""
+        if not self.history:
+            return self.advance(step, optimizers, compute)
+        self.activate(optimizers)
+        return {}
+
+    def advance(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
+        """Draws new blocks if an interval begins, and lets them train.
+
+        Args:
+            step: The optimizer step that comes, from 0.
+            optimizers: Those that hold the parameters.
+            compute: Gives the blocks' scores, the same on every rank; called when there are none, or new ones are due.
+
+        Returns:
+            Seconds by what they were spent on, and the number of the interval; empty if no draw was due.
+        """
+        if self.history and not self.should_draw(step):
+            return {}
+        figures = {}
+        if self.probabilities is None or (self.rescore_every is not None and len(self.history) % self.rescore_every == 0):
+            start = time.perf_counter()
+            self.outlier_scores = compute()
+            self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
+            figures["scoring_s"] = time.perf_counter() - start
+        start = time.perf_counter()
+        interval = step // self.interval_steps
+        self.history.append((interval, step, self.blocks_of(interval)))
+        self.activate(optimizers)
+        figures["drawing_s"] = time.perf_counter() - start
+        self.seconds += sum(figures.values())
+        return {**figures, "interval": float(interval)}
+
+    def should_draw(self, step: int) -> bool:
+        """Whether optimizer step ``step`` (from 0) needs a draw that has not happened. Override to draw at other times."""
+        return step // self.interval_steps > self.history[-1][0]
+
+    def activate(self, optimizers: Iterable[Optimizer]) -> None:
+        """Lets the active blocks train and freezes the others."""
+        activate_blocks(self._blocks, self.active_blocks, self._others.items(), list(optimizers))
+
+    def release(self) -> None:
+        """Unfreezes what was frozen, and lets go of the model."""
+        for p in [*(p for block in self._blocks for p in block), *self._others]:
+            p.requires_grad_(True)
+        self._blocks, self._others = [], {}
+
+    def warn_of_never_trained(self) -> None:
+        """Names the blocks that no draw has reached."""
+        never = sorted(set(range(len(self._blocks))) - {block for _, _, blocks in self.history for block in blocks})
+        if never:
+            log.warning(
+                "%d of %d blocks never trained in %d intervals: %s. A higher `activated_layers` or a lower `interval_steps` "
+                "reaches more.",
+                len(never),
+                len(self._blocks),
+                len(self.history),
+                ", ".join(map(str, never)),
+            )
+
+    # ------------------------------------------------------------------ what it decides
+
+    def check(self, num_layers: int, architecture: Mapping[str, Any]) -> None:
+        """Checks the settings against what is known of a model before its weights are.
+
+        Args:
+            num_layers: Number of the model's blocks.
+            architecture: See `architecture_of`.
+
+        Raises:
+            UsageError: More blocks are to train than there are or can be drawn, the weights are those of another number of
+                blocks, or the scores those of another model.
+        """
+        if self.activated_layers > num_layers:
+            raise UsageError(
+                f"sampling.activated_layers: {self.activated_layers} is more than the model's {num_layers} blocks"
+            )
+        ratios: Sequence[float] = [1.0] * num_layers
+        if self.scores is not None:
+            ratios = OutlierScores.load(Path(self.scores)).ratios_for(num_layers, architecture, self.distribution)
+        draw_blocks(sampling_probabilities(ratios, self.distribution), self.activated_layers, torch.Generator())
+
+    def blocks_of(self, interval: int) -> list[int]:
+        """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""
+        assert self.probabilities is not None
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + interval)
+        return draw_blocks(self.probabilities, self.activated_layers, generator)
+
+    def planned_blocks(self, steps: int) -> set[int] | None:
+        """Returns all blocks that train in a run of so many optimizer steps; None if that is not known beforehand."""
+        if self.rescore_every is not None or self._draws_at_other_times():
+            return None
+        coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
+        return {block for _, _, blocks in self.history for block in blocks}.union(*map(self.blocks_of, coming))
+
+    def _draws_at_other_times(self) -> bool:
+        return getattr(self.should_draw, "__func__", None) is not BlockSampler.should_draw
+
+    def compute_scores(self, model: nn.Module, loader: Any) -> OutlierScores:
+        """Returns the blocks' scores and the probabilities that follow from them.
+
+        Args:
+            model: A module with the model.
+            loader: The train DataLoader; calibration rows are taken from its data set, not from its position.
+
+        Raises:
+            UsageError: There is no text to compute them from, or they are those of another model.
+        """
+        config = getattr(causal_lm(model), "config", None)
+        num_layers, architecture = len(decoder_layers(model)), architecture_of(config)
+        threshold, samples = self.threshold, 0
+        ratios: Sequence[float] | Tensor = [0.0] * num_layers
+        if self.scores is not None:
+            known = OutlierScores.load(Path(self.scores))
+            ratios = known.ratios_for(num_layers, architecture, self.distribution)
+            threshold, samples = known.threshold, known.calibration_samples
+        elif self.distribution == "weight_norm":
+            ratios = layer_weight_norms(model)
+        elif self.distribution in ("outlier", "outlier_reverse"):
+            samples = self.calibration_samples
+            ratios = layer_outlier_ratios(model, calibration_batches(loader, samples, self.seed), self.threshold)
+        return OutlierScores(
+            model=getattr(config, "_name_or_path", ""),
+            num_layers=num_layers,
+            threshold=threshold,
+            calibration_samples=samples,
+            distribution=self.distribution,
+            outlier_ratios=torch.as_tensor(ratios, dtype=torch.float64).tolist(),
+            probabilities=sampling_probabilities(ratios, self.distribution).tolist(),
+            architecture=architecture,
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: scores, probabilities and the draws so far. Tensors and plain values only."""
+        return {
+            "scores": None if self.outlier_scores is None else asdict(self.outlier_scores),
+            "probabilities": self.probabilities,
+            "history": [(interval, step, list(blocks)) for interval, step, blocks in self.history],
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the state of the run that is resumed; `start` applies it."""
+        scores = state_dict.get("scores")
+        self.outlier_scores = None if scores is None else OutlierScores(**scores)
+        self.probabilities = state_dict["probabilities"]
+        self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]
+        self.seconds = state_dict.get("seconds", 0.0)
