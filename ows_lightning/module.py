@@ -23,6 +23,7 @@ from ows_lightning.metrics.held_out import HeldOutFigures
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora, lora_config
+from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.models.pretrained import (
     checkpoint_activations,
     load_config,
@@ -162,6 +163,11 @@ class CausalLMModule(LightningModule):
         if self.hparams["lora"] is not None:
             lora_config(self.hparams["lora"])
         return load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+
+    def exceeded_positions(self, length: int) -> int | None:
+        """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""
+        options = self.hparams["model_name_or_path"], self.hparams["trust_remote_code"]
+        return exceeded_positions(load_config(*options), length, options[1])
 
     def check_optimizer(self) -> Optimizer:
         """Makes the optimizer once for two small weights, to see whether it can be made.

@@ -165,9 +165,14 @@ class InstructionDataModule(LightningDataModule):
         parts = _PARTS.get(stage or "", _ALL_PARTS)
         if stage in ("validate", "test"):
             self._require_rows(parts[0], "evaluate")
+        if "train" in parts and (self.packing or self.streaming):
+            kind = "packed rows have" if self.packing else "rows of a stream may have"
+            self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
         for part in parts:
             if part not in self._rows and self._splits.key(part):
                 self._rows[part] = self._splits.rows(part, self._encoder(), self.packing and part == "train")
+                longest = max(self._rows[part].lengths)
+                self._check_positions(longest, f"data.{self._splits.key(part)} has a row of {longest} tokens")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training rows, one rank's share of them."""
@@ -186,7 +191,7 @@ class InstructionDataModule(LightningDataModule):
         loaders = self._eval_dataloaders("test")
         examples = self._splits.examples("test") if loaders else ()
         if len(choices := ChoiceRows(examples, self._encoder())):
-            loaders.append(self._ordered_dataloader(choices, collate_choices))
+            loaders.append(self._ordered_dataloader(choices, collate_choices, choices.most))
         return loaders
 
     def predict_dataloader(self) -> DataLoader:
@@ -251,6 +256,15 @@ class InstructionDataModule(LightningDataModule):
         stage = self.trainer.state.fn if self.trainer else None
         return stage.value if stage else ""
 
+    def _check_positions(self, length: int, what: str, generated: int = 0) -> None:
+        """Refuse rows that are longer than what the model has positions for."""
+        exceeded = getattr(self.trainer and self.trainer.lightning_module, "exceeded_positions", lambda _: None)
+        if (limit := exceeded(length + generated)) is not None:
+            raise UsageError(
+                f"data.max_seq_length: {what}, and the model has positions for {limit}; "
+                f"set data.max_seq_length: {max(limit - generated, 2)} or less"
+            )
+
     def _require_rows(self, part: str, what_for: str) -> None:
         if self._splits.key(part) is None:
             key, mend = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
@@ -294,13 +308,21 @@ class InstructionDataModule(LightningDataModule):
         return examples.select(list(itertools.islice(answered, self.exact_match_rows)))
 
     def _prompt_dataloader(self, examples: datasets.Dataset) -> DataLoader:
-        return self._ordered_dataloader(PromptRows(examples, self._encoder()), collate_prompts)
+        prompts = PromptRows(examples, self._encoder())
+        model = self.trainer.lightning_module if self.trainer else None
+        if (generated := getattr(model, "hparams", {}).get("max_new_tokens")) is not None:
+            longest = max((len(prompts[i]["input_ids"]) for i in range(len(prompts))), default=0)
+            what = f"a prompt has {longest} tokens, to which model.max_new_tokens adds {generated}"
+            self._check_positions(longest, what, generated)
+        return self._ordered_dataloader(prompts, collate_prompts)
 
-    def _ordered_dataloader(self, rows: Rows | PromptRows | ChoiceRows, collate_rows: Callable[..., Any]) -> DataLoader:
-        """One rank's share of rows in their order, filled up so that all ranks have as many batches."""
+    def _ordered_dataloader(
+        self, rows: Rows | PromptRows | ChoiceRows, collate_rows: Callable[..., Any], sequences: int = 1
+    ) -> DataLoader:
+        """One rank's share of rows of at most so many sequences in their order, filled up to as many batches on all ranks."""
         return DataLoader(
             rows,
-            batch_size=self.eval_batch_size,
+            batch_size=max(1, self.eval_batch_size // sequences),
             sampler=ShardedSampler(range(len(rows)), *self._ranks(), shuffle=False),
             num_workers=self.num_workers,
             collate_fn=partial(collate_rows, pad_token_id=self._pad_token_id),

@@ -19,40 +19,48 @@ from ows_lightning.errors import UsageError
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commonsense tasks of LLM-Adapters
 
 
-class ChoiceRows(Dataset[dict[str, Any]]):
-    """A row and one of its choices an item: ``input_ids``, ``labels`` of the choice alone, and what scoring needs.
+class ChoiceRows(Dataset[list[dict[str, Any]]]):
+    """A row an item, so that no batch limit cuts its choices apart: for each choice what scoring needs.
 
-    The item behind the last is the last again, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
+    These are ``input_ids``, ``labels`` of the choice alone, ``row``, ``right`` and ``characters``. The item behind the last is
+    the last again, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
 
     Args:
         table: Examples, with the columns ``where`` and ``example``; those without choices are left out.
         encoder: Renders and tokenises.
+
+    Attributes:
+        most: The most choices that a row has.
 
     Raises:
         UsageError: An answer is none of the row's choices; names the row.
     """
 
     def __init__(self, table: datasets.Dataset, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.items: list[tuple[int, str, Example, str, bool]] = []  # row, where, example, choice, is right
+        # The last turn alone: earlier answers of a conversation are no part of the choice.
+        self.encoder = Encoder(encoder.tokenizer, encoder.max_seq_length, last_turn_only=True)
+        self.rows: list[tuple[int, str, Example, list[str], int]] = []  # row, where, example, choices, the right one
         for row, entry in enumerate(table):
             example = json.loads(entry["example"])
             options, right = choices_of(example, entry["where"])
-            self.items += [(row, entry["where"], example, text, i == right) for i, text in enumerate(options)]
+            self.rows += [(row, entry["where"], example, options, right)] if options else []
+        self.most = max((len(options) for _, _, _, options, _ in self.rows), default=1)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row, where, example, text, right = self.items[min(index, len(self) - 1)]
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        row, where, example, options, right = self.rows[min(index, len(self) - 1)]
         question = split_prompt(example["messages"])[0]
-        answered = {**example, "messages": [*question, {"role": "assistant", "content": text}]}
-        # The last turn alone: earlier answers of a conversation are no part of the choice.
-        encoded = Encoder(self.encoder.tokenizer, self.encoder.max_seq_length, last_turn_only=True).encode(answered, where)
-        if not encoded:
-            raise UsageError(f"{where}: the choice {text!r} has no token; give choices that are not empty")
-        ids, labels = encoded[-1].input_ids, encoded[-1].labels
-        return {"input_ids": ids, "labels": labels, "row": row, "right": right, "characters": len(text)}
+        items = []
+        for i, text in enumerate(options):
+            answered = {**example, "messages": [*question, {"role": "assistant", "content": text}]}
+            encoded = self.encoder.encode(answered, where)
+            if not encoded:
+                raise UsageError(f"{where}: the choice {text!r} has no token; give choices that are not empty")
+            facts = {"row": row, "right": i == right, "characters": len(text)}
+            items.append({"input_ids": encoded[-1].input_ids, "labels": encoded[-1].labels, **facts})
+        return items
 
 
 def choices_of(example: Example, where: str) -> tuple[list[str], int]:
@@ -88,8 +96,9 @@ def _index(answer: Any, options: Sequence[str], where: str) -> int:
     return index
 
 
-def collate_choices(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Pads as `collate` does; adds ``row``, ``right`` and ``characters``, int64 (B,)."""
+def collate_choices(rows: Sequence[list[dict[str, Any]]], pad_token_id: int) -> dict[str, Tensor]:
+    """Pads the choices of all rows as `collate` does; adds ``row``, ``right`` and ``characters``, int64 (B,)."""
+    items = [item for row in rows for item in row]
     facts = ("row", "right", "characters")
     batch = collate([{k: v for k, v in item.items() if k not in facts} for item in items], pad_token_id)
     return batch | {name: tensor([int(item[name]) for item in items]) for name in facts}

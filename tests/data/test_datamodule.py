@@ -443,6 +443,16 @@ def test_an_answer_that_is_none_of_the_choices_is_found_by_check(jsonl: Write) -
         make(jsonl(pairs(3)), test_dataset=jsonl(rows, "test.jsonl"), tokenizer=None).check()
 
 
+def test_no_limit_of_batches_cuts_the_choices_of_a_row_apart(jsonl: Write) -> None:
+    rows = [{"prompt": "q", "choices": ["a", "b", "c", "d"][:n], "answer": 0} for n in (2, 4, 3, 4, 2)]
+    for size, batches in ((1, 5), (4, 5), (8, 3), (100, 1)):
+        data = ready(jsonl(pairs(3)), test_dataset=jsonl(rows, "test.jsonl"), eval_batch_size=size)
+        seen = [batch["row"].tolist() for batch in data.test_dataloader()[-1]]
+        assert len(seen) == batches
+        assert list(itertools.chain(*seen)) == [row for row, n in enumerate((2, 4, 3, 4, 2)) for _ in range(n)]
+        assert all(set(one).isdisjoint(other) for i, one in enumerate(seen) for other in seen[:i])
+
+
 def test_values_that_json_does_not_know_are_passed_through(tmp_path: Path) -> None:
     day = datetime.datetime(2026, 11, 1)
     messages = [{"role": "user", "content": "q", "at": day}, {"role": "assistant", "content": "a", "at": None}]
