@@ -9,7 +9,7 @@ from typing import Any
 from ows_lightning.errors import UsageError
 
 MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddings", "lora")
-SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train")
+SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping")
 
 
 def lasting_settings(

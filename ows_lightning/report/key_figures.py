@@ -52,7 +52,8 @@ def _sampling(run: RunRecord) -> str | None:
     section = (run.config or {}).get("sampling")
     distribution, blocks, steps = (_find(section, key) for key in ("distribution", "activated_layers", "interval_steps"))
     distribution = "own weights" if isinstance(distribution, list) else distribution
-    return f"{distribution}, {blocks} blocks every {steps} steps" if section else None
+    grouping = f", grouping {grouping}" if (grouping := _find(section, "grouping")) else ""
+    return f"{distribution}, {blocks} blocks every {steps} steps{grouping}" if section else None
 
 
 def _optimizer(run: RunRecord) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from ows_lightning.report.run import RunRecord
-from ows_lightning.sampling.draws import inclusion_probabilities
+from ows_lightning.sampling.inclusion import inclusion_probabilities
 
 Table: TypeAlias = dict[str, list[Any]]
 """Columns of one length; a table without rows means that the run has no such data."""

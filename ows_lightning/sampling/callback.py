@@ -47,6 +47,9 @@ class LayerwiseSampling(BlockSampler, Callback):
         always_train: What outside the blocks trains at all: ``embeddings``, ``lm_head``, ``norm``. A weight that
             embeddings and head share trains if either is named.
         seed: Seeds the draws and the choice of calibration rows.
+        grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with others
+            of its height, so that the lowest active block, which decides a step's time, lies higher on average; 1 is the most
+            that is possible.
 
     Attributes:
         folder: Where scores and draws are written; None takes the logger's folder, if there is a logger.

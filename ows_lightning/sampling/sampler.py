@@ -55,6 +55,9 @@ class BlockSampler:
         always_train: What outside the blocks trains at all: ``embeddings``, ``lm_head``, ``norm``. A weight that
             embeddings and head share trains if either is named.
         seed: Seeds the draws and the choice of calibration rows.
+        grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with others
+            of its height, so that the lowest active block, which decides a step's time, lies higher on average; 1 is the most
+            that is possible.
 
     Attributes:
         history: (interval, optimizer step, blocks) of every draw so far.
@@ -77,6 +80,7 @@ class BlockSampler:
         rescore_every: int | None = None,
         always_train: Sequence[Part] = ("embeddings", "lm_head", "norm"),
         seed: int = 0,
+        grouping: float = 0.0,
     ) -> None:
         at_least_one = {
             "activated_layers": activated_layers,
@@ -91,6 +95,8 @@ class BlockSampler:
             raise UsageError(f"sampling.threshold: {threshold} must be a finite number above 0 (the paper's is 13)")
         if unknown := set(always_train) - set(PARTS):
             raise UsageError(f"sampling.always_train: unknown {sorted(unknown)}; choose from {', '.join(PARTS)}")
+        if not 0 <= grouping <= 1:
+            raise UsageError(f"sampling.grouping: {grouping} is not between 0 (independent draws) and 1")
         self.activated_layers = activated_layers
         self.interval_steps = interval_steps
         self.distribution = distribution
@@ -100,6 +106,7 @@ class BlockSampler:
         self.rescore_every = rescore_every
         self.always_train = tuple(always_train)
         self.seed = seed
+        self.grouping = grouping
         self._blocks: list[nn.ParameterList] = []
         self._others: dict[nn.Parameter, bool] = {}
         self.reset()
@@ -214,7 +221,7 @@ class BlockSampler:
         """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""
         assert self.probabilities is not None
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + interval)
-        return draw_blocks(self.probabilities, self.activated_layers, generator)
+        return draw_blocks(self.probabilities, self.activated_layers, generator, self.grouping)
 
     def planned_blocks(self, steps: int) -> set[int] | None:
         """Returns all blocks that train in a run of so many optimizer steps; None if that is not known beforehand."""
