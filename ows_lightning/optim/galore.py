@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement
 from torch.optim import Optimizer
 
+from ows_lightning.errors import UsageError
 from ows_lightning.models.row_chunks import rows_at_a_time
-from ows_lightning.optim.projection import adam_direction, descend_, project, project_back_
+from ows_lightning.optim.hooks import hook_gradients, remove_hook
+from ows_lightning.optim.projection import (
+    adam_direction,
+    adam_directions,
+    descend_,
+    descend_together_,
+    project,
+    project_back_,
+)
 from ows_lightning.optim.sharding import (
     agree,
     average_,
@@ -27,6 +36,7 @@ from ows_lightning.optim.sharding import (
     total_norm,
     whole_matrices,
 )
+from ows_lightning.optim.stopwatch import Stopwatch
 from ows_lightning.optim.subspace import Side, leading_singular_vectors
 
 log = logging.getLogger(__name__)
@@ -34,6 +44,16 @@ log = logging.getLogger(__name__)
 ProjType = Literal["std", "reverse_std", "right", "left"]
 
 PROJECTION_DEFAULTS = {"update_proj_gap": 200, "scale": 1.0, "proj_type": "std", "subspace": "randomized"}
+
+
+@dataclass
+class _Progress:
+    """What changes while it trains; in an object, so that a wrapper that copied the optimizer's attributes shares it."""
+
+    in_backward: bool = False
+    accumulating: bool = False
+    skipped_steps: int = 0
+    renewals: Stopwatch = field(default_factory=Stopwatch)
 
 
 def _to_host(gradient: Tensor) -> Tensor:
@@ -52,15 +72,24 @@ class GaLoreAdamW(Optimizer):
         R = G Q                                      (m x r), all that is kept of G
         W <- W - lr * scale * Adam(R) Q^T
 
-    and with the left singular vectors for m < n (GaLore, arXiv 2403.03507, algorithm 2). Leading dimensions are a batch: a
-    3-D expert weight has one subspace an expert. A group without ``rank``, a vector, and a matrix that ``rank`` does not make
-    smaller train by AdamW in full rank. Works in any training loop; four things are worth knowing:
+    and with the left singular vectors for m < n (GaLore, arXiv 2403.03507, algorithm 2). A leading dimension is a batch: a
+    3-D expert weight has one subspace an expert. All else trains by AdamW in full rank: a group without ``rank``, a vector, a
+    matrix that ``rank`` does not make smaller, a weight with more than three dimensions. Works in any training loop.
+
+    Clipping: set ``max_grad_norm``, and every step bounds the norm of what it consumes. What clips ``grad``, such as
+    ``torch.nn.utils.clip_grad_norm_`` or Lightning's ``gradient_clip_val`` for a module of your own, misses gradients that
+    were projected in backward. (LayerwiseSampling and CausalLMModule make ``gradient_clip_val`` act on ``gradients()``.)
+
+    Five things more are worth knowing:
 
     * ``project_in_backward()`` projects each gradient as soon as backward has produced it: full gradients never add up.
     * What a step consumes is ``gradients()``: projected ones where there is a rank. Clip those, by any rule.
-    * A step with a NaN or Inf in any gradient is skipped as a whole: weights, moments and subspaces stay as they were.
+    * A step with a NaN or Inf in any gradient is skipped as a whole: weights, moments and subspaces stay as they were. A
+      warning names the weight, ``skipped_steps`` counts.
     * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
       ``average_gradients()`` averages what a step consumes: r/n of the bytes of the gradients.
+    * All settings are options of the groups, as the learning rate is: a copy, a pickle and a loaded state carry them, and a
+      changed one holds from the next step on. Gradients that wait for a step are in none of these.
 
     Args:
         params: Parameters, named parameters or groups, e.g. from ``galore_param_groups``. Keys of a projected group:
@@ -70,10 +99,12 @@ class GaLoreAdamW(Optimizer):
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay; acts on W.
-        moments_dtype: ``float32`` or ``bfloat16``, which halves the state; moments are then rounded stochastically.
+        moments_dtype: ``float32`` or ``bfloat16``, which halves the state; moments are then rounded stochastically. Those of
+            another dtype, from an earlier run, are converted when they are next used.
         moments_at_renewal: What becomes of the moments when the subspace is renewed: ``keep`` them as numbers (GaLore),
             ``reproject`` them onto the new subspace, or ``reset`` them.
         stochastic_rounding: Round bfloat16 weights up or down at random, with the right mean, instead of to nearest.
+        max_grad_norm: Limit of the joint 2-norm of all gradients that a step consumes, see ``gradients``; None clips nothing.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -89,46 +120,82 @@ class GaLoreAdamW(Optimizer):
         moments_dtype: Literal["float32", "bfloat16"] = "float32",
         moments_at_renewal: Literal["keep", "reproject", "reset"] = "keep",
         stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
-        for name, value, valid in (
-            ("lr", lr, lr >= 0),
-            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, eps >= 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("moments_dtype", moments_dtype, moments_dtype in ("float32", "bfloat16")),
-            ("moments_at_renewal", moments_at_renewal, moments_at_renewal in ("keep", "reproject", "reset")),
-        ):
-            if not valid:
-                raise ValueError(f"{name}: {value!r} is out of range")
-        self.moments_dtype = getattr(torch, moments_dtype)
-        self.moments_at_renewal = moments_at_renewal
-        self.stochastic_rounding = stochastic_rounding
-        self.accumulating = False  # True while backward runs for a micro-batch that is not the last of its step
-        self.skipped_steps = 0
-        self.renewal_s = 0.0  # seconds spent on finding subspaces, so far
-        self._discard_gradients()
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "moments_dtype": moments_dtype,
+            "moments_at_renewal": moments_at_renewal,
+            "stochastic_rounding": stochastic_rounding,
+            "max_grad_norm": max_grad_norm,
+        }
+        _check(defaults)
+        self._begin()
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        """Makes what is no part of a state. All of it is changed in place: see ``_Progress``."""
+        self._progress = _Progress()
+        self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
+        self._projected: dict[Tensor, Tensor] = {}  # R of the coming step
+        self._renewed: dict[Tensor, Tensor] = {}  # projectors that the coming step takes into use
+        self._hosted: dict[Tensor, Tensor] = {}  # full gradients of a step that renews, in host memory
+
+    @property
+    def accumulating(self) -> bool:
+        """Set it True while backward runs for a micro-batch that is not the last of its step."""
+        return self._progress.accumulating
+
+    @accumulating.setter
+    def accumulating(self, value: bool) -> None:
+        self._progress.accumulating = value
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps skipped so far, for a NaN or Inf."""
+        return self._progress.skipped_steps
+
+    @property
+    def renewal_s(self) -> float:
+        """Seconds spent on finding subspaces so far. On a GPU, reading it waits for those that are being found."""
+        return self._progress.renewals.seconds
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a projected one gets the defaults of the keys that it does not set."""
-        rank = param_group.get("rank")
-        if rank is not None:
-            if rank < 1:
-                raise ValueError(f"rank: {rank!r} must be at least 1 (leave it out to train in full rank)")
+        if param_group.get("rank") is not None:
             param_group = {**PROJECTION_DEFAULTS, **param_group}
-            if param_group["update_proj_gap"] < 1:
-                raise ValueError(f"update_proj_gap: {param_group['update_proj_gap']!r} must be at least 1")
-            if param_group["proj_type"] not in ("std", "reverse_std", "right", "left"):
-                raise ValueError(f"proj_type: {param_group['proj_type']!r} is none of std, reverse_std, right, left")
-            if param_group["subspace"] not in ("randomized", "svd"):
-                raise ValueError(f"subspace: {param_group['subspace']!r} is neither randomized nor svd")
+        _check(param_group)
         super().add_param_group(param_group)
         self._find_places()
+        self._own(self.param_groups[-1:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "in_backward": self._progress.in_backward}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._find_places()  # loading a state replaces the groups
-        self._discard_gradients()
+        """Takes over what was loaded (torch calls it then, too), or becomes a copy."""
+        if "_progress" not in self.__dict__:
+            self._begin()
+            self._progress.in_backward = state["in_backward"]
+            super().__setstate__({key: value for key, value in state.items() if key != "in_backward"})
+        else:
+            self._discard_gradients()
+            old_state, old_groups = self.state, self.param_groups
+            super().__setstate__(state)
+            # A wrapper that has the optimizer's attributes, as Lightning's, goes on seeing what is true.
+            new_state, new_groups = self.state, self.param_groups
+            old_state.clear()
+            old_state.update(new_state)
+            old_groups[:] = new_groups
+            self.state, self.param_groups = old_state, old_groups
+        for group in self.param_groups:  # an older version's state lacks some
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self._find_places()
+        self._own(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; every tensor keeps the dtype in which it was saved (torch casts to the parameter's)."""
@@ -141,26 +208,56 @@ class GaLoreAdamW(Optimizer):
 
     # ------------------------------------------------------------------ gradients
 
-    def project_in_backward(self) -> None:
+    def project_in_backward(self, enabled: bool = True) -> None:
         """From now on a projected matrix's gradient is projected within backward, and freed at once.
 
         Several backward passes before a step add up their projected gradients, as ``grad`` would add up full ones. The
         subspace is found from the whole step's gradient if ``accumulating`` is True during all backward passes but the last:
         in a step that renews a subspace, the full gradient then adds up in host memory (never on the accelerator). Where
         ``accumulating`` is left False, the subspace comes from the step's first backward pass.
+
+        A weight's gradient belongs to the newest GaLoreAdamW that was made for it: an earlier one still steps, as without
+        this call. A loss scaler (``torch.amp.GradScaler``) finds no gradient to unscale: its step is refused.
+
+        Args:
+            enabled: False leaves the gradients of later backward passes to ``grad`` again.
         """
-        for p, group in self._parameters():
-            if self._side(p, group) is not None:
-                p.register_post_accumulate_grad_hook(self._consume_gradient)
+        self._progress.in_backward = enabled
+        self._own(self.param_groups)
 
     def gradients(self) -> list[Tensor]:
         """Returns what the next step consumes, to be scaled or clipped in place: R of projected matrices, else ``grad``.
 
         Their joint 2-norm is this optimizer's gradient norm: that of the gradients' parts within the subspaces, which is at
-        most that of the full gradients.
+        most that of the full gradients. Call it after the step's last backward pass.
+
+        Returns:
+            For each parameter with a gradient, in the groups' order: R, of shape (..., m, r) or (..., r, n), of a projected
+            matrix, else ``grad``, of the parameter's shape.
         """
         self._consume_gradients()
         return list(self._named_gradients().values())
+
+    @torch.no_grad()
+    def clip_gradients(self, value: float, algorithm: str = "norm") -> Tensor:
+        """Clips, in place, what the next step consumes.
+
+        Args:
+            value: Limit of the joint 2-norm, or of each element's absolute value.
+            algorithm: ``norm`` or ``value``, as Lightning's ``gradient_clip_algorithm``.
+
+        Returns:
+            The joint 2-norm before, a scalar on the gradients' device (0 where nothing has a gradient).
+        """
+        gradients = self.gradients()
+        norm = total_norm(gradients)
+        parts = [local(gradient) for gradient in gradients]
+        if algorithm == "value":
+            torch._foreach_clamp_min_(parts, -value)
+            torch._foreach_clamp_max_(parts, value)
+        elif parts:
+            torch._foreach_mul_(parts, _clip_factor(norm, value))
+        return norm
 
     @torch.no_grad()
     def average_gradients(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -169,20 +266,18 @@ class GaLoreAdamW(Optimizer):
         Keep ``accumulating`` True during all backward passes before it, the last one included: the full gradients of a step
         that renews subspaces wait in host memory, and are averaged here, one at a time, before a subspace is taken.
         """
-        self._consume_gradients()
+        self._consume_gradients(renew=False)
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
         has_gradient = [p.grad is not None or p in self._projected or p in self._hosted for p in self._places]
         anywhere = agree(has_gradient, next(iter(self._places)).device, process_group)
         for p, here, there in zip(self._places, has_gradient, anywhere, strict=True):
             if there and not here:
                 p.grad = torch.zeros_like(p)
-        self._consume_gradients()
-        accumulating, self.accumulating = self.accumulating, False
+        self._consume_gradients(renew=False)
         for p in list(self._hosted):
             p.grad = self._hosted.pop(p).to(p.device, non_blocking=True)
             average_([p.grad], process_group)
             self._consume_gradient(p)
-        self.accumulating = accumulating
         average_(list(self._named_gradients().values()), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -191,41 +286,48 @@ class GaLoreAdamW(Optimizer):
         self._discard_gradients()
 
     def _discard_gradients(self) -> None:
-        self._projected: dict[Tensor, Tensor] = {}  # R of the coming step
-        self._renewed: dict[Tensor, Tensor] = {}  # projectors that the coming step takes into use
-        self._hosted: dict[Tensor, Tensor] = {}  # full gradients of a step that renews, in host memory
+        for waiting in (self._projected, self._renewed, self._hosted):
+            waiting.clear()
 
-    def _consume_gradients(self) -> None:
+    def _consume_gradients(self, renew: bool = True) -> None:
+        """Projects ``grad``, and what waits in host memory; without ``renew`` all that needs a new subspace waits there."""
         for p, group in self._parameters():
-            if p.grad is not None and self._side(p, group) is not None:
-                self._consume_gradient(p)
+            if not p.requires_grad:  # frozen since backward; its ``grad`` is None then, too
+                for waiting in (self._projected, self._renewed, self._hosted):
+                    waiting.pop(p, None)
+            if self._side(p, group) is not None and (p.grad is not None or (renew and p in self._hosted)):
+                self._consume_gradient(p, renew)
+
+    def _consume_in_backward(self, p: Tensor) -> None:
+        self._consume_gradient(p, renew=not self.accumulating)
 
     @torch.no_grad()
-    def _consume_gradient(self, p: Tensor) -> None:
-        """Turns ``p.grad`` into its projection; also the hook that runs within backward."""
+    def _consume_gradient(self, p: Tensor, renew: bool = True) -> None:
+        """Turns ``p.grad`` into its projection, or lets it wait in host memory where a subspace is due that can't be taken."""
         group, index = self._places[p]
-        gradient, p.grad = p.grad, None
-        assert gradient is not None
         side = self._side(p, group)
         assert side is not None
+        gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
+        finite = None
         if self._renewal_is_due(p, group) and p not in self._renewed:
             if p in self._hosted:
                 local(gradient).add_(self._hosted.pop(p).to(p.device, non_blocking=True))
-            if self.accumulating:
+            if not renew:
                 self._hosted[p] = _to_host(local(gradient))
                 return
-            matrices = whole_matrices(gradient)
-            if not torch.linalg.vector_norm(matrices).isfinite():
-                self._projected[p] = matrices.new_full((), float("nan"))  # found by step(), which skips
-                return
-            start, step = time.perf_counter(), int(self.state[p].get("step", 0))
-            vectors = leading_singular_vectors(matrices, group["rank"], side, group["subspace"], seed=index + step)
-            self._renewed[p] = place_projector(vectors, p, side)
-            if gradient.is_cuda:
-                torch.cuda.synchronize(gradient.device)  # what was launched is not yet done
-            self.renewal_s += time.perf_counter() - start
+            with self._progress.renewals.measure(p.device):
+                matrices = whole_matrices(gradient)
+                # No decomposition takes NaN or Inf. What is projected is NaN nevertheless, and step() will skip.
+                finite = torch.linalg.vector_norm(matrices).isfinite()
+                torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
+                seed = index + int(self.state[p].get("step", 0))
+                vectors = leading_singular_vectors(matrices, group["rank"], side, group["subspace"], seed=seed)
+                self._renewed[p] = place_projector(vectors, p, side)
         projector = self._renewed[p] if p in self._renewed else self.state[p]["projector"]
-        projected = place_projected(project(local(gradient), local(projector), side), p, side)
+        projected = project(local(gradient), local(projector), side)
+        if finite is not None:
+            projected *= torch.where(finite, 1.0, float("nan"))
+        projected = place_projected(projected, p, side)
         self._projected[p] = projected if p not in self._projected else self._projected[p] + projected
 
     def _renewal_is_due(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -236,64 +338,132 @@ class GaLoreAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one optimizer step, or skips it with a warning if any gradient holds a NaN or Inf."""
+        """Takes one optimizer step, or skips it with a warning if any gradient holds a NaN or Inf.
+
+        Args:
+            closure: Computes the loss and its gradients anew; called once, before all else.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            UsageError: A loss scaler's scale is in gradients that were projected in backward.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if hasattr(self, "grad_scale") and (self._progress.in_backward or self.grad_scale is not None):
+            raise UsageError(
+                "GradScaler: it can't unscale gradients that are projected before it sees them; leave out "
+                "project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
+            )
         self._consume_gradients()
-        if not self._gradients_are_finite():
+        if not self._prepare_gradients():
             self._discard_gradients()
             return loss
-        for p, group in self._parameters():
-            if p in self._projected:
-                self._step_projected(p, self._projected.pop(p), group)
-            elif p.grad is not None:
-                self._step_full_rank(p, p.grad, group)
+        for group in self.param_groups:
+            full_rank = []
+            for p in group["params"]:
+                if p in self._projected:
+                    self._step_projected(p, self._projected.pop(p), group)
+                elif p.grad is not None and p.numel():
+                    full_rank.append(p)
+            self._step_full_rank(full_rank, group)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Where a GradScaler finds no gradients of its own to unscale, it shall tell ``step`` what the scale is."""
+        return self._progress.in_backward or bool(self._projected)
+
+    def _prepare_gradients(self) -> bool:
+        """Clips what the step consumes; False, with a warning, if it is not finite. The step's only wait for the device."""
+        gradients = self._named_gradients()
+        if not gradients:
+            return True
+        norm = total_norm(gradients.values())
+        for group in self.param_groups:
+            if group["max_grad_norm"] is not None:
+                parts = [local(g) for p in group["params"] if (g := self._projected.get(p, p.grad)) is not None]
+                if parts:
+                    torch._foreach_mul_(parts, _clip_factor(norm, group["max_grad_norm"]))
+        if norm.isfinite():
+            return True
+        names = [name for name, gradient in gradients.items() if not local(gradient).isfinite().all()]
+        self._progress.skipped_steps += 1
+        log.warning(
+            "Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)",
+            ", ".join(names) or "another process",
+            self.skipped_steps,
+        )
+        return False
 
     def _step_projected(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         side, state = self._side(p, group), self.state[p]
         assert side is not None
         if p in self._renewed:
-            self._renew(state, self._renewed.pop(p), side)
-        step = self._count(state, gradient)
+            self._renew(state, self._renewed.pop(p), side, group["moments_at_renewal"])
+        step = self._count(state, gradient, group)
         exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        of_moments, of_weight = self._generators(p, step)
+        of_moments, of_weight = self._generators(p, step, group)
         direction = adam_direction(local(gradient), exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
         lr, decay = group["lr"] * group["scale"], group["lr"] * group["weight_decay"]
         project_back_(local(p), direction, local(state["projector"]), side, lr, decay, of_weight)
 
-    def _step_full_rank(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        step = self._count(state, gradient)
-        (of_moments, of_weight), decay = self._generators(p, step), group["lr"] * group["weight_decay"]
-        rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
-        tensors = [local(tensor) for tensor in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
-        for weight, part, exp_avg, exp_avg_sq in zip(*(torch.atleast_1d(t).split(rows) for t in tensors), strict=True):
-            direction = adam_direction(part, exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
-            descend_(weight, direction, group["lr"], decay, of_weight)
+    def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
+        """AdamW; small tensors go together, large ones in parts, so that kernels are few and temporaries small."""
+        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+        together: dict[Any, list[tuple[Any, ...]]] = {}  # by device and dtypes
 
-    def _count(self, state: dict[str, Any], gradient: Tensor) -> int:
-        """Returns the number of the step that begins for one parameter; the first one allocates its moments."""
+        def take(batch: list[tuple[Any, ...]]) -> None:
+            weights, gradients, exp_avgs, exp_avg_sqs, steps = map(list, zip(*batch, strict=True))
+            directions = adam_directions(gradients, exp_avgs, exp_avg_sqs, steps, group["betas"], group["eps"])
+            descend_together_(weights, directions, lr, decay)
+
+        for p in parameters:
+            state, gradient = self.state[p], p.grad
+            assert gradient is not None
+            step = self._count(state, gradient, group)
+            of_moments, of_weight = self._generators(p, step, group)
+            rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
+            tensors = [local(tensor) for tensor in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
+            for part in zip(*(torch.atleast_1d(t).split(rows) for t in tensors), strict=True):
+                weight, gradient, exp_avg, exp_avg_sq = part
+                if of_moments is not None or of_weight is not None:
+                    direction = adam_direction(gradient, exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
+                    descend_(weight, direction, lr, decay, of_weight)
+                    continue
+                batch = together.setdefault((p.device, *(t.dtype for t in part)), [])
+                if batch and sum(w.numel() for w, *_ in batch) + weight.numel() > rows_at_a_time(1, p.device):
+                    take(batch)
+                    batch.clear()
+                batch.append((*part, step))
+        for batch in together.values():
+            take(batch)
+
+    def _count(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
+        """Returns the number of the step that begins for one parameter, and sees to moments of the configured dtype."""
         if "step" not in state:
             state["step"] = torch.zeros(())  # a tensor on the CPU, as in torch.optim: sharded checkpoints want tensors
-        if "exp_avg" not in state:
-            dtype = (
-                torch.promote_types(gradient.dtype, torch.float32) if self.moments_dtype == torch.float32 else torch.bfloat16
-            )
-            state["exp_avg"] = torch.zeros_like(gradient, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(gradient, dtype=dtype)
+        exact = group["moments_dtype"] == "float32"
+        dtype = torch.promote_types(gradient.dtype, torch.float32) if exact else torch.bfloat16
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(gradient, dtype=dtype)
+            elif state[moment].dtype != dtype:  # the option has changed
+                state[moment] = state[moment].to(dtype)
         state["step"] += 1
         return int(state["step"])
 
-    def _renew(self, state: dict[str, Any], projector: Tensor, side: Side) -> None:
-        """Takes a new subspace into use; ``moments_at_renewal`` says what becomes of moments from the old one."""
+    @staticmethod
+    def _renew(state: dict[str, Any], projector: Tensor, side: Side, moments: str) -> None:
+        """Takes a new subspace into use; ``moments`` says what becomes of those from the old one."""
         old = state.get("projector")
         state["projector"] = projector
-        if old is None or self.moments_at_renewal == "keep":
+        if old is None or moments == "keep":
             return
-        if self.moments_at_renewal == "reset":
+        if moments == "reset":
             del state["exp_avg"], state["exp_avg_sq"]
             state["step"].zero_()
             return
@@ -301,19 +471,6 @@ class GaLoreAdamW(Optimizer):
         rotation = (whole_matrices(old).mT @ whole_matrices(projector)).to(state["exp_avg"].dtype)
         for moment, turn in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
             local(moment).copy_(project(local(moment), turn, side))
-
-    def _gradients_are_finite(self) -> bool:
-        gradients = self._named_gradients()
-        if not gradients or total_norm(gradients.values()).isfinite():
-            return True
-        names = [name for name, gradient in gradients.items() if not local(gradient).isfinite().all()]
-        self.skipped_steps += 1
-        log.warning(
-            "Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)",
-            ", ".join(names) or "another process",
-            self.skipped_steps,
-        )
-        return False
 
     # ------------------------------------------------------------------ parameters
 
@@ -324,7 +481,7 @@ class GaLoreAdamW(Optimizer):
 
     def _side(self, p: Tensor, group: dict[str, Any]) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
-        if group.get("rank") is None or p.dim() < 2:
+        if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0:
             return None
         m, n = p.shape[-2:]
         proj_type = group["proj_type"]
@@ -345,7 +502,17 @@ class GaLoreAdamW(Optimizer):
         return take_part(value, p.device_mesh, placements)
 
     def _find_places(self) -> None:
-        self._places = {p: (group, index) for index, (p, group) in enumerate(self._parameters())}
+        self._places.clear()
+        self._places.update({p: (group, index) for index, (p, group) in enumerate(self._parameters())})
+
+    def _own(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Takes these groups' gradients over from whichever optimizer consumed them."""
+        for group in groups:
+            for p in group["params"]:
+                remove_hook(p)
+            if self._progress.in_backward:
+                projected = (p for p in group["params"] if self._side(p, group) is not None)
+                hook_gradients(projected, self, GaLoreAdamW._consume_in_backward)
 
     def _named_gradients(self) -> dict[str, Tensor]:
         named = {}
@@ -357,11 +524,42 @@ class GaLoreAdamW(Optimizer):
                     named[name] = gradient
         return named
 
-    def _generators(self, p: Tensor, step: int) -> tuple[torch.Generator | None, torch.Generator | None]:
+    def _generators(
+        self, p: Tensor, step: int, group: dict[str, Any]
+    ) -> tuple[torch.Generator | None, torch.Generator | None]:
         """What rounds the moments, and the weight, stochastically; None where nothing is to be rounded."""
         of_moments = self.state[p]["exp_avg"].dtype == torch.bfloat16
-        of_weight = self.stochastic_rounding and p.dtype == torch.bfloat16
+        of_weight = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         if not of_moments and not of_weight:
             return None, None
         generator = torch.Generator(p.device).manual_seed(1_000_003 * self._places[p][1] + step)
         return generator if of_moments else None, generator if of_weight else None
+
+
+def _clip_factor(norm: Tensor, limit: float) -> Tensor:
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuses options of a group that are out of their range.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    valid: dict[str, Callable[[Any], bool]] = {
+        "lr": lambda value: value >= 0,
+        "betas": lambda value: all(0 <= beta < 1 for beta in value),
+        "eps": lambda value: value >= 0,
+        "weight_decay": lambda value: value >= 0,
+        "moments_dtype": lambda value: value in ("float32", "bfloat16"),
+        "moments_at_renewal": lambda value: value in ("keep", "reproject", "reset"),
+        "max_grad_norm": lambda value: value is None or value > 0,
+        "rank": lambda value: value is None or value >= 1,
+        "update_proj_gap": lambda value: value >= 1,
+        "proj_type": lambda value: value in ("std", "reverse_std", "right", "left"),
+        "subspace": lambda value: value in ("randomized", "svd"),
+    }
+    hints = {"rank": "must be at least 1 (leave it out to train in full rank)"}
+    for name, is_valid in valid.items():
+        if name in options and not is_valid(options[name]):
+            raise ValueError(f"{name}: {options[name]!r} {hints.get(name, 'is out of range')}")

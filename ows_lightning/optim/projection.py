@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,16 @@ from ows_lightning.optim.subspace import Side
 
 
 def project(gradient: Tensor, projector: Tensor, side: Side) -> Tensor:
-    """R = G Q (right) or R = P^T G (left): GaLore, arXiv 2403.03507, equation 5."""
+    """R = G Q (right) or R = P^T G (left): GaLore, arXiv 2403.03507, equation 5.
+
+    Args:
+        gradient: G, of shape (..., m, n).
+        projector: Q, of shape (..., n, r), or P, of shape (..., m, r); of the gradient's dtype.
+        side: Which of the two it is.
+
+    Returns:
+        R, of shape (..., m, r) or (..., r, n).
+    """
     return gradient @ projector if side == "right" else projector.mT @ gradient
 
 
@@ -26,20 +36,62 @@ def adam_direction(
     eps: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Moves both moments on in place and returns Adam's direction for (projected) gradient number ``step``.
+    """Moves both moments on in place and returns Adam's direction for one (projected) gradient.
 
-    Moments in bfloat16 move on in float32 and are rounded stochastically: to nearest, a second moment would never decay.
+    Args:
+        gradient: Gradient number ``step``, of any shape and floating dtype; its values stay.
+        exp_avg: First moment, of the gradient's shape; float32 or wider, or bfloat16 with a generator.
+        exp_avg_sq: Second moment, of the same shape and dtype.
+        step: From 1; corrects the moments' bias.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
+        generator: Rounds moments in bfloat16, which move on in float32, stochastically: to nearest, a second moment would
+            never decay.
+
+    Returns:
+        The direction, of the gradient's shape, in the dtype in which the moments moved on.
     """
-    (beta1, beta2), kept = betas, (exp_avg, exp_avg_sq)
-    exp_avg, exp_avg_sq = (moment.float() if generator is not None else moment for moment in kept)
-    gradient = gradient.to(exp_avg.dtype)
-    exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    if generator is not None:
-        round_stochastically_(kept[0], exp_avg, generator)
-        round_stochastically_(kept[1], exp_avg_sq, generator)
-    bias_correction = math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    return (exp_avg * bias_correction).div_(exp_avg_sq.sqrt().add_(eps))
+    if generator is None:
+        return adam_directions([gradient], [exp_avg], [exp_avg_sq], [step], betas, eps)[0]
+    exact = exp_avg.float(), exp_avg_sq.float()
+    direction = adam_directions([gradient], [exact[0]], [exact[1]], [step], betas, eps)[0]
+    round_stochastically_(exp_avg, exact[0], generator)
+    round_stochastically_(exp_avg_sq, exact[1], generator)
+    return direction
+
+
+def adam_directions(
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: Sequence[int],
+    betas: tuple[float, float],
+    eps: float,
+) -> list[Tensor]:
+    """Adam for many gradients at once, each with a count of its own; to the bit what one at a time gives.
+
+    Args:
+        gradients: Tensors of any shapes.
+        exp_avgs: For each its first moment, moved on in place.
+        exp_avg_sqs: For each its second moment, moved on in place.
+        steps: For each its number, from 1.
+        betas: Decay rates of the moments.
+        eps: Added to the roots of the second moments.
+
+    Returns:
+        The directions, each of its gradient's shape, in the moments' dtype.
+    """
+    beta1, beta2 = betas
+    gradients = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, exp_avgs, strict=True)]
+    torch._foreach_mul_(exp_avgs, beta1)
+    torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
+    roots = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_add_(roots, eps)
+    directions = torch._foreach_mul(exp_avgs, [math.sqrt(1 - beta2**step) / (1 - beta1**step) for step in steps])
+    torch._foreach_div_(directions, roots)
+    return list(directions)
 
 
 def project_back_(
@@ -53,7 +105,14 @@ def project_back_(
 ) -> None:
     """W <- (1 - decay) (W - lr D Q^T) for the right side, (1 - decay) (W - lr P D) for the left.
 
-    With a generator, the sum is formed in float32 and rounded stochastically to the weight's bfloat16.
+    Args:
+        weight: W, of shape (m, n) or (b, m, n), changed in place.
+        direction: D, of shape (..., m, r) for the right side, (..., r, n) for the left.
+        projector: Q, of shape (..., n, r), or P, of shape (..., m, r).
+        side: Which of the two it is.
+        lr: Learning rate, with the scale of the updates.
+        decay: Learning rate times weight decay.
+        generator: The sum is formed in float32 and rounded stochastically to the weight's bfloat16; None rounds to nearest.
     """
     dtype = weight.dtype if generator is None else torch.float32
     direction, projector = direction.to(dtype), projector.to(dtype)
@@ -70,8 +129,25 @@ def project_back_(
 
 
 def descend_(weight: Tensor, direction: Tensor, lr: float, decay: float, generator: torch.Generator | None) -> None:
-    """W <- (1 - decay) (W - lr D): AdamW in full rank, decay last as in galore-torch."""
-    exact = weight if generator is None else weight.float()
-    exact.add_(direction.to(exact.dtype), alpha=-lr).mul_(1 - decay)
-    if generator is not None:
-        round_stochastically_(weight, exact, generator)
+    """W <- (1 - decay) (W - lr D): AdamW in full rank, decay last as in galore-torch.
+
+    Args:
+        weight: W, of any shape, changed in place.
+        direction: D, of the same shape.
+        lr: Learning rate.
+        decay: Learning rate times weight decay.
+        generator: As in ``project_back_``.
+    """
+    if generator is None:
+        descend_together_([weight], [direction], lr, decay)
+        return
+    exact = weight.float()
+    descend_together_([exact], [direction], lr, decay)
+    round_stochastically_(weight, exact, generator)
+
+
+def descend_together_(weights: list[Tensor], directions: list[Tensor], lr: float, decay: float) -> None:
+    """``descend_`` for many weights at once, of any shapes; to the bit what one at a time gives."""
+    directions = [direction.to(weight.dtype) for weight, direction in zip(weights, directions, strict=True)]
+    torch._foreach_add_(weights, directions, alpha=-lr)
+    torch._foreach_mul_(weights, 1 - decay)
