@@ -1,14 +1,18 @@
 """Outlier-weighed Layerwise Sampling (OWS, arXiv 2405.18380) for PyTorch Lightning."""
 
-from ows_lightning import distributed as _strategies  # noqa: F401  registers fsdp2 and ddp_layerwise
-from ows_lightning.data import InstructionDataModule
-from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.module import CausalLMModule
-from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.distributions import sampling_probabilities
-from ows_lightning.sampling.outliers import layer_outlier_ratios
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ows_lightning.data import InstructionDataModule
+    from ows_lightning.models.decoder import decoder_layers
+    from ows_lightning.module import CausalLMModule
+    from ows_lightning.optim import GaLoreAdamW, galore_param_groups
+    from ows_lightning.sampling.callback import LayerwiseSampling
+    from ows_lightning.sampling.distributions import sampling_probabilities
+    from ows_lightning.sampling.outliers import layer_outlier_ratios
 
 __all__ = [
     "CausalLMModule",
@@ -20,3 +24,30 @@ __all__ = [
     "layer_outlier_ratios",
     "sampling_probabilities",
 ]
+
+_HOMES = {
+    "CausalLMModule": "module",
+    "GaLoreAdamW": "optim",
+    "InstructionDataModule": "data",
+    "LayerwiseSampling": "sampling.callback",
+    "decoder_layers": "models.decoder",
+    "galore_param_groups": "optim",
+    "layer_outlier_ratios": "sampling.outliers",
+    "sampling_probabilities": "sampling.distributions",
+}
+_FOR_LIGHTNING = ("CausalLMModule", "InstructionDataModule", "LayerwiseSampling")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is first asked for: the optimizer needs torch alone, Lightning takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _FOR_LIGHTNING:  # whoever uses Lightning may ask its Trainer for our strategies
+        importlib.import_module("ows_lightning.distributed")
+    value = getattr(importlib.import_module(f"ows_lightning.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ows_lightning.errors import UsageError
 
@@ -16,7 +16,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     Args:
         model: Any module, e.g. a causal LM, a peft model around one, or a LightningModule that has one.
     """
-    pretrained = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    pretrained = [module for module in model.modules() if _is_pretrained(module)]
     with_head = [module for module in pretrained if module.get_output_embeddings() is not None]
     return next(iter(with_head + pretrained), model)
 
@@ -52,7 +52,7 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """
     decoder, layers = _decoder_and_layers(model)
     language_model = causal_lm(model)
-    head = language_model.get_output_embeddings() if isinstance(language_model, PreTrainedModel) else None
+    head = language_model.get_output_embeddings() if _is_pretrained(language_model) else None
 
     in_blocks = set(layers.modules())
     embeddings = nn.ModuleList(m for m in decoder.modules() if isinstance(m, nn.Embedding) and m not in in_blocks)
@@ -67,11 +67,16 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def _is_pretrained(module: nn.Module) -> TypeGuard[Any]:
+    """Whether a module has the methods of transformers' models; its class has, for a peft model passes them on."""
+    return all(hasattr(type(module), name) for name in ("get_output_embeddings", "get_decoder"))
+
+
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """Returns the module that directly holds the list of blocks, and that list."""
     language_model = causal_lm(model)
     # get_decoder() leaves out a vision tower, which may be larger than the language model.
-    root = language_model.get_decoder() if isinstance(language_model, PreTrainedModel) else language_model
+    root = language_model.get_decoder() if _is_pretrained(language_model) else language_model
     candidates = list(_outermost_lists(root))
     sizes = [sum(p.numel() for p in layers.parameters()) for _, layers in candidates]
     if not any(sizes):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement
 from torch.optim import Optimizer
 
 from ows_lightning.errors import UsageError
@@ -27,6 +26,7 @@ from ows_lightning.optim.projection import (
 from ows_lightning.optim.sharding import (
     agree,
     average_,
+    is_sharded,
     local,
     place_projected,
     place_projector,
@@ -38,6 +38,9 @@ from ows_lightning.optim.sharding import (
 )
 from ows_lightning.optim.stopwatch import Stopwatch
 from ows_lightning.optim.subspace import Side, leading_singular_vectors
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 log = logging.getLogger(__name__)
 
@@ -216,8 +219,8 @@ class GaLoreAdamW(Optimizer):
         in a step that renews a subspace, the full gradient then adds up in host memory (never on the accelerator). Where
         ``accumulating`` is left False, the subspace comes from the step's first backward pass.
 
-        A weight's gradient belongs to the newest GaLoreAdamW that was made for it: an earlier one still steps, as without
-        this call. A loss scaler (``torch.amp.GradScaler``) finds no gradient to unscale: its step is refused.
+        A weight's gradient goes to the newest GaLoreAdamW that was made for it, and to ``grad`` once that one is gone. A loss
+        scaler (``torch.amp.GradScaler``) finds no gradient to unscale: its step is refused.
 
         Args:
             enabled: False leaves the gradients of later backward passes to ``grad`` again.
@@ -492,7 +495,7 @@ class GaLoreAdamW(Optimizer):
 
     def _place(self, p: Tensor, key: str, value: Tensor) -> Tensor:
         """Takes this process's part of a saved state tensor where the weight is sharded and the tensor is not."""
-        if not isinstance(p, DTensor) or isinstance(value, DTensor):
+        if not is_sharded(p) or is_sharded(value):
             return value
         side = self._side(p, self._places[p][0])
         if side is None or value.shape == p.shape:

@@ -17,60 +17,76 @@ The middle case arises only where a dimension can't be divided evenly. Tensors t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ows_lightning.optim.subspace import Side
+
+if TYPE_CHECKING:  # whoever shards weights has imported it; it takes half as long as torch itself
+    import torch.distributed.tensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
 BUCKET = 1 << 23  # elements that are reduced in one message
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor; none is before DTensor's package has been imported."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(tensor, package.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies on this process, in place (use it without autograd)."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole_matrices(tensor: Tensor) -> Tensor:
     """The tensor's matrices, each whole: gathers rows or columns, but leaves experts on the process that has them."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor
-    placements = [p if _is_batch(p, tensor) else Replicate() for p in tensor.placements]
+    placements = [p if _is_batch(p, tensor) else torch.distributed.tensor.Replicate() for p in tensor.placements]
     return tensor.redistribute(placements=placements).to_local()
 
 
 def projected_placements(weight: DTensor, side: Side) -> list[Placement]:
     """How a projected gradient, and moments, of ``weight`` are distributed."""
-    return [Replicate() if p.is_shard(_projected_dim(weight, side)) else p for p in weight.placements]
+    return [torch.distributed.tensor.Replicate() if p.is_shard(_projected_dim(weight, side)) else p for p in weight.placements]
 
 
 def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
     """How a projector of ``weight``, of shape (..., m or n, r), is distributed."""
     rows = weight.dim() - 2
-    along_rows = [Shard(rows) if p.is_shard(_projected_dim(weight, side)) else Replicate() for p in weight.placements]
+    along_rows = [
+        torch.distributed.tensor.Shard(rows)
+        if p.is_shard(_projected_dim(weight, side))
+        else torch.distributed.tensor.Replicate()
+        for p in weight.placements
+    ]
     return [p if _is_batch(p, weight) else q for p, q in zip(weight.placements, along_rows, strict=True)]
 
 
 def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
     """Joins the processes' products, each of its part of the gradient and of the projector, to the projected gradient."""
-    if not isinstance(weight, DTensor):
+    if not is_sharded(weight):
         return part
     dim = _projected_dim(weight, side)
     # Where the projected dimension is sharded, every process has one summand of the product.
-    placements = [Partial() if p.is_shard(dim) else p for p in weight.placements]
+    placements = [torch.distributed.tensor.Partial() if p.is_shard(dim) else p for p in weight.placements]
     shape = (*weight.shape[:dim], part.size(dim), *weight.shape[dim + 1 :])
     return _from_local(part, weight, placements, shape).redistribute(placements=projected_placements(weight, side))
 
 
 def place_projector(projector: Tensor, weight: Tensor, side: Side) -> Tensor:
     """Distributes the projector of the matrices that this process has whole (see ``whole_matrices``); rank 0's counts."""
-    if not isinstance(weight, DTensor):
+    if not is_sharded(weight):
         return projector
-    placements = [p if _is_batch(p, weight) else Replicate() for p in weight.placements]
+    placements = [p if _is_batch(p, weight) else torch.distributed.tensor.Replicate() for p in weight.placements]
     for dim, placement in enumerate(placements):
         if placement.is_replicate():  # all computed the same, but only equal bits never drift apart
             dist.broadcast(projector, group=weight.device_mesh.get_group(dim), group_src=0)
@@ -80,18 +96,20 @@ def place_projector(projector: Tensor, weight: Tensor, side: Side) -> Tensor:
 
 def take_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """Distributes a tensor that every process holds whole, without communication."""
-    replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    replicated = torch.distributed.tensor.DTensor.from_local(
+        tensor, mesh, [torch.distributed.tensor.Replicate()] * mesh.ndim, run_check=False
+    )
     return replicated.redistribute(placements=placements)
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, a scalar that is equal on all processes; one number is communicated."""
     tensors = list(tensors)
-    mesh = next((t.device_mesh for t in tensors if isinstance(t, DTensor)), None)
+    mesh = next((t.device_mesh for t in tensors if is_sharded(t)), None)
     if mesh is None:
         return torch.nn.utils.get_total_norm(tensors)
     norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(t) for t in tensors])])
-    copies = [mesh.size() if not isinstance(t, DTensor) else _copies(t) for t in tensors]
+    copies = [mesh.size() if not is_sharded(t) else _copies(t) for t in tensors]
     square = (norms.square() / norms.new_tensor(copies)).sum()
     for dim in range(mesh.ndim):
         dist.all_reduce(square, group=mesh.get_group(dim))
@@ -126,7 +144,7 @@ def _projected_dim(weight: Tensor, side: Side) -> int:
 
 
 def _is_batch(placement: Placement, tensor: Tensor) -> bool:
-    return isinstance(placement, Shard) and placement.dim < tensor.dim() - 2
+    return isinstance(placement, torch.distributed.tensor.Shard) and placement.dim < tensor.dim() - 2
 
 
 def _copies(tensor: DTensor) -> int:
@@ -139,4 +157,6 @@ def _copies(tensor: DTensor) -> int:
 
 def _from_local(part: Tensor, weight: DTensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, weight.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return torch.distributed.tensor.DTensor.from_local(
+        part, weight.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )

@@ -1,0 +1,271 @@
+"""GaLoreAdamW through what users do to an optimizer: two after one another, copies, changed options, lost micro-batches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import logging
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from ows_lightning.errors import UsageError
+from ows_lightning.optim.galore import GaLoreAdamW
+from tests.optim.test_galore import RANK, distance, equal, groups, loss_of, net, train
+
+
+def galore(model: nn.Module, in_backward: bool = True, gap: int = 4, **settings: object) -> GaLoreAdamW:
+    optimizer = GaLoreAdamW(groups(model, update_proj_gap=gap), lr=1e-2, **settings)
+    if in_backward:
+        optimizer.project_in_backward()
+    return optimizer
+
+
+class TestTwoOptimizers:
+    @pytest.mark.parametrize("first_lives", [True, False])
+    def test_the_second_trains_as_if_it_were_the_only_one(self, first_lives: bool) -> None:
+        model = net()
+        first = galore(model)
+        train(model, first, range(3))
+        alone = copy.deepcopy(model)
+        if not first_lives:
+            del first
+        train(model, galore(model), range(3, 9))
+        train(alone, galore(alone), range(3, 9))
+        assert equal(model, alone)
+
+    def test_the_first_is_freed(self) -> None:
+        model = net()
+        first = galore(model)
+        train(model, first, range(3))
+        gone, state = weakref.ref(first), weakref.ref(first.state[model[0].weight]["exp_avg"])
+        second = galore(model)
+        del first
+        gc.collect()
+        assert gone() is None
+        assert state() is None
+        train(model, second, range(2))
+
+    def test_the_first_still_steps_beside_one_that_does_not_project_in_backward(self) -> None:
+        model, alone = net(), net()
+        first, _second = galore(model), galore(model, in_backward=False)
+        train(model, first, range(6))
+        train(alone, galore(alone), range(6))
+        assert equal(model, alone)
+
+    def test_gradients_are_everybodys_again_when_it_is_gone(self) -> None:
+        model = net()
+        optimizer = galore(model)
+        del optimizer
+        gc.collect()
+        loss_of(model, 0).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_projecting_in_backward_twice_is_once_and_can_be_ended(self) -> None:
+        model, plain = net(), net()
+        optimizer = galore(model)
+        optimizer.project_in_backward()
+        train(model, optimizer, range(5))
+        train(plain, galore(plain, in_backward=False), range(5))
+        assert equal(model, plain)
+        optimizer.project_in_backward(False)
+        optimizer.zero_grad()
+        loss_of(model, 5).backward()
+        assert model[0].weight.grad is not None
+
+    def test_a_group_that_is_added_later_is_projected_in_backward_too(self) -> None:
+        model = net()
+        first, *others = groups(model)
+        weights = first.pop("params")
+        optimizer = GaLoreAdamW([{**first, "params": weights[:1]}, *others])
+        optimizer.project_in_backward()
+        optimizer.add_param_group({**first, "params": weights[1:]})
+        loss_of(model, 0).backward()
+        assert model[2].weight.grad is None
+
+
+def by_pickle(pair: tuple[nn.Module, GaLoreAdamW]) -> tuple[nn.Module, GaLoreAdamW]:
+    file = io.BytesIO()
+    torch.save(pair, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def by_state(pair: tuple[nn.Module, GaLoreAdamW]) -> tuple[nn.Module, GaLoreAdamW]:
+    model = copy.deepcopy(pair[0])
+    optimizer = galore(model)  # with none of the options
+    optimizer.load_state_dict(copy.deepcopy(pair[1].state_dict()))
+    return model, optimizer
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, by_pickle, by_state])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"moments_dtype": "bfloat16"},
+        {"moments_at_renewal": "reset"},
+        {"moments_at_renewal": "reproject", "max_grad_norm": 0.01},
+        {"stochastic_rounding": True},
+    ],
+)
+def test_copies_pickles_and_states_carry_all_options(through: Callable, settings: dict) -> None:
+    model = net(dtype=torch.bfloat16)
+    optimizer = galore(model, **settings)
+    train(model, optimizer, range(6))
+    other_model, other = through((model, optimizer))
+    train(model, optimizer, range(6, 12))
+    train(other_model, other, range(6, 12))
+    assert equal(model, other_model)
+    loss_of(other_model, 0).backward()
+    assert other_model[0].weight.grad is None, "the copy does not project in backward"
+
+
+@pytest.mark.parametrize(("before", "after"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_changed_dtype_of_moments_holds_from_the_next_step_on(before: str, after: str) -> None:
+    model = net()
+    optimizer = galore(model, moments_dtype=before)
+    train(model, optimizer, range(3))
+    moment = optimizer.state[model[0].weight]["exp_avg"].clone()
+    for group in optimizer.param_groups:
+        group.update(moments_dtype=after, lr=0.0)
+    optimizer.zero_grad()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    now = optimizer.state[model[0].weight]["exp_avg"]
+    assert now.dtype == getattr(torch, after)
+    torch.testing.assert_close(now.float(), 0.9 * moment.float(), rtol=2e-2, atol=1e-6)
+
+
+class TestEveryGradientCounts:
+    @pytest.mark.parametrize("gap", [1, 3])
+    def test_one_that_the_last_micro_batch_does_not_bring(self, gap: int) -> None:
+        """As an expert's, which sees no token of some micro-batches."""
+        accumulated, whole = net(dtype=torch.float64), net(dtype=torch.float64)
+        one, other = galore(accumulated, gap=gap), galore(whole, in_backward=False, gap=gap)
+        for step in range(5):
+            one.zero_grad()
+            one.accumulating = True
+            loss_of(accumulated, step).backward()
+            one.accumulating = False
+            accumulated[2].bias.sum().backward()  # no matrix is in it
+            one.step()
+            other.zero_grad()
+            (loss_of(whole, step) + whole[2].bias.sum()).backward()
+            other.step()
+        assert distance(whole, net(dtype=torch.float64)) > 0.01
+        assert distance(accumulated, whole) < 1e-6
+
+    def test_it_is_among_the_gradients_and_clipped(self) -> None:
+        model = net()
+        optimizer = galore(model)
+        optimizer.accumulating = True
+        loss_of(model, 0).backward()
+        optimizer.accumulating = False
+        model[2].bias.sum().backward()
+        assert len(optimizer.gradients()) == 4
+        optimizer.clip_gradients(0.1)
+        assert torch.nn.utils.get_total_norm(optimizer.gradients()).item() == pytest.approx(0.1, rel=1e-4)
+
+    def test_that_of_a_frozen_matrix_does_not(self) -> None:
+        model = net()
+        optimizer = galore(model)
+        train(model, optimizer, range(2))
+        before = model[0].weight.clone()
+        optimizer.zero_grad()
+        loss_of(model, 3).backward()
+        model[0].weight.requires_grad_(False)
+        optimizer.state.pop(model[0].weight)
+        optimizer.step()
+        assert torch.equal(model[0].weight, before)
+
+
+class TestShapes:
+    @pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0), (2, 0, 8)])
+    def test_an_empty_parameter_does_no_harm(self, shape: tuple[int, ...]) -> None:
+        empty, weight = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(8, 8))
+        optimizer = GaLoreAdamW([{"params": [empty, weight], "rank": 2}])
+        optimizer.project_in_backward()
+        (empty.sum() + weight.square().sum()).backward()
+        optimizer.clip_gradients(1.0)
+        optimizer.step()
+        assert weight.mean() < 1
+
+    def test_four_dimensions_train_in_full_rank(self) -> None:
+        start = torch.randn(6, 5, 7, 8)
+        ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        optimizers = GaLoreAdamW([{"params": [ours], "rank": 2}]), GaLoreAdamW([theirs])
+        optimizers[0].project_in_backward()
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.square().sum().backward()
+            optimizer.step()
+        assert torch.equal(ours, theirs)
+
+
+class TestClipping:
+    @pytest.mark.parametrize("in_backward", [True, False])
+    def test_max_grad_norm_bounds_what_the_step_consumes(self, in_backward: bool) -> None:
+        ours, by_hand = net(), net()
+        one, other = galore(ours, in_backward, max_grad_norm=0.01), galore(by_hand)
+        for step in range(6):
+            for model, optimizer in ((ours, one), (by_hand, other)):
+                optimizer.zero_grad()
+                loss_of(model, step).backward()
+            gradients = other.gradients()
+            norm = torch.nn.utils.get_total_norm(gradients)
+            assert norm > 0.01
+            torch._foreach_mul_(gradients, 0.01 / (norm + 1e-6))
+            one.step()
+            other.step()
+        assert equal(ours, by_hand)
+
+    def test_by_value(self) -> None:
+        model = net()
+        optimizer = galore(model)
+        loss_of(model, 0).backward()
+        optimizer.clip_gradients(0.003, "value")
+        assert max(gradient.abs().max() for gradient in optimizer.gradients()).item() == pytest.approx(0.003)
+
+
+class TestLossScaler:
+    def test_with_projection_in_backward_it_is_refused(self) -> None:
+        model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer = galore(model)
+        scaler.scale(loss_of(model, 0)).backward()
+        with pytest.raises(UsageError, match="project_in_backward"):
+            scaler.step(optimizer)
+
+    def test_without_it_steps_are_those_without_a_scaler(self) -> None:
+        scaled, plain, scaler = net(), net(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        one, other = galore(scaled, in_backward=False), galore(plain, in_backward=False)
+        for step in range(6):
+            one.zero_grad()
+            scaler.scale(loss_of(scaled, step)).backward()
+            scaler.unscale_(one)
+            one.clip_gradients(0.05)
+            scaler.step(one)
+            scaler.update()
+            other.zero_grad()
+            loss_of(plain, step).backward()
+            other.clip_gradients(0.05)
+            other.step()
+        assert distance(scaled, plain) < 1e-6
+
+
+def test_a_skipped_step_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    model, alone = net(), net()
+    optimizer, other = galore(model), galore(alone)
+    train(model, optimizer, range(4))
+    train(alone, other, range(4))
+    optimizer.zero_grad()
+    (loss_of(model, 4) * float("nan")).backward()
+    with caplog.at_level(logging.WARNING):
+        optimizer.step()
+    assert "Step skipped" in caplog.text
+    train(model, optimizer, range(5, 9))
+    train(alone, other, range(5, 9))
+    assert equal(model, alone)
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == (40, RANK)
