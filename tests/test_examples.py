@@ -1,0 +1,74 @@
+"""The examples run as they stand, with a tiny model."""
+
+from __future__ import annotations
+
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.data.samples import tiny_tokenizer
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+TINY = [
+    "--model.model_name_or_path=my-model", "--model.rank=4", "--model.max_new_tokens=2", "--sampling.threshold=2",
+    "--data.exact_match_rows=2", "--data.eval_dataset=few.jsonl", "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+]  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the configs, the examples, some rows, and a model of a few kilobytes."""
+    for entry in ("configs", "examples"):
+        (tmp_path / entry).symlink_to(ROOT / entry)
+    rows = (EXAMPLES / "family_relationships" / "test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(rows[:8]))
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=6, hidden_size=16, intermediate_size=32)
+    model.save_pretrained(tmp_path / "my-model")
+    tokenizer.save_pretrained(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def test_a_module_of_ones_own(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("own_module.py", ["--model", "my-model", "--threshold", "2"], monkeypatch)
+    assert capsys.readouterr().out.count("interval ") == 3
+
+
+def test_a_plain_loop(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("plain_loop.py", ["--model", "my-model", "--rank", "4", "--threshold", "2"], monkeypatch)
+    assert "step 5: loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_methods_compared(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = runpy.run_path(str(EXAMPLES / "compare_methods.py"))["main"](["ows", "galore"], *TINY)
+    assert "galore" in Path(page).read_text()
+
+
+@pytest.mark.slow
+def test_the_notebook(project: Path) -> None:
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if cell.source.startswith("flags = []"))
+    cell.source = f"flags = {TINY!r}"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(project)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "interval 0, from step 0: blocks" in printed
+
+
+def test_the_slurm_script_names_files_that_are_there() -> None:
+    words = shlex.split((EXAMPLES / "slurm.sh").read_text().splitlines()[-1])
+    assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml")))
