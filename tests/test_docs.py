@@ -22,7 +22,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import ows_lightning
 from ows_lightning.cli.config_files import find_config
-from ows_lightning.cli.main import OWSCLI, main
+from ows_lightning.cli.lightning_cli import OWSCLI
+from ows_lightning.cli.main import main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import recognise, to_example
 from ows_lightning.module import CausalLMModule

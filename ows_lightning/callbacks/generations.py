@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,7 +21,7 @@ log = logging.getLogger(__name__)
 class ShowGenerations(Callback):
     """Logs the answers to fixed prompts, at the start and every so many optimizer steps, also to TensorBoard.
 
-    Answers are greedy and at most the module's ``max_new_tokens`` long. The training's state stays as it is.
+    They are in the report, too, from ``generations.csv`` in the run's folder. Answers are greedy and at most the module's ``max_new_tokens`` long. The training's state stays as it is.
 
     Args:
         prompts: Questions, each asked as a user's message in the model's chat template.
@@ -67,7 +69,18 @@ class ShowGenerations(Callback):
             return
         shown = "\n".join(f"  {prompt!r} -> {answer!r}" for prompt, answer in zip(self.prompts, answers, strict=True))
         log.info("Answers after step %d:\n%s", trainer.global_step, shown)
+        if trainer.log_dir is not None:
+            _append(Path(trainer.log_dir) / "generations.csv", trainer.global_step, self.prompts, answers)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 text = "\n\n".join(f"**{prompt}**\n\n{answer}" for prompt, answer in zip(self.prompts, answers, strict=True))
                 logger.experiment.add_text("generations", text, trainer.global_step)
+
+
+def _append(path: Path, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(["step", "prompt", "answer"])
+        writer.writerows([step, prompt, answer] for prompt, answer in zip(prompts, answers, strict=True))

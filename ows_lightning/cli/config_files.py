@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 
+from ows_lightning.cli.words import Parser
 from ows_lightning.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parents[1]
@@ -90,6 +91,13 @@ def shipped_data(name: Any) -> Any:
     if isinstance(name, str) and name.startswith("examples/") and not Path(name).exists() and (SHIPPED / name).exists():
         return str(SHIPPED / name)
     return name
+
+
+def run(words: list[str]) -> None:
+    """``configs``: the shipped files, each with what it says of itself in its first line."""
+    Parser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
+    for name, path in shipped_configs():
+        print(f"{name:<26} {path.read_text().splitlines()[0].removeprefix('# ')}")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,208 +1,48 @@
-"""The command line: LightningCLI with this package's classes, two callbacks of its own keys, and errors in one line."""
+"""The entry: which command is meant, and how it ends. What a command needs is imported when it is chosen."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace, set_parsing_settings
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
-
-from ows_lightning.callbacks.predictions import PredictionFile
-from ows_lightning.callbacks.progress_bar import ProgressBar
-from ows_lightning.callbacks.run_folder import RunFolder
-from ows_lightning.callbacks.run_summary import RunSummary
-from ows_lightning.callbacks.save_on_signal import SaveOnSignal
-from ows_lightning.checkpoints.find import find_checkpoint
-from ows_lightning.cli.commands import OWSTrainer
-from ows_lightning.cli.config_files import ConfigFile, shipped_configs, shipped_data
 from ows_lightning.cli.noise import be_quiet
-from ows_lightning.cli.parser import OneLineParser
-from ows_lightning.cli.preflight import check_run
-from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, explain
-from ows_lightning.module import CausalLMModule
-from ows_lightning.report import write_report
-from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.requirements import require_layerwise
+from ows_lightning.errors import UsageError, explain, nearest
 
 log = logging.getLogger(__name__)
 
-# The callback is configured by its own arguments, not by class_path.
-set_parsing_settings(subclasses_disabled=[LayerwiseSampling])
+OF_A_CONFIG = {
+    "fit": "Train",
+    "validate": "Evaluate on the held-out rows: loss, perplexity, exact match",
+    "test": "Evaluate on the test rows",
+    "predict": "Write the model's answers to rows",
+    "score": "Compute the blocks' outlier scores alone",
+    "plan": "Predict the memory that a config needs, and what other methods would",
+    "export": "Write a checkpoint's model as a Hugging Face directory",
+}
+"""The commands that take ``--config``; methods of OWSTrainer, which LightningCLI runs."""
+
+OF_THEIR_OWN = {
+    "report": ("ows_lightning.cli.report", "Draw one run or compare several, from their folders; --watch while one goes on"),
+    "configs": ("ows_lightning.cli.config_files", "List the config files that come with this package"),
+}
+"""The others: the module whose ``run`` takes what follows the command."""
 
 
-class OWSCLI(LightningCLI):
-    """LightningCLI for this package.
-
-    ``sampling`` (LayerwiseSampling, or null) and ``checkpoint`` (ModelCheckpoint) are top-level keys. ``model`` and
-    ``data`` are CausalLMModule and InstructionDataModule unless a ``class_path`` names others.
-    """
-
-    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            trainer_class=OWSTrainer,
-            parser_class=OneLineParser,
-            parser_kwargs={"allow_abbrev": False},
-            auto_configure_optimizers=False,  # the module takes its optimizer as a callable: FSDP2 replaces parameters
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            args=args,
-            **kwargs,
-        )
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, and those of OWSTrainer."""
-        ours = {"score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}}
-        return {**LightningCLI.subcommands(), **ours}
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Makes a parser whose ``--config`` takes the names of shipped files, too."""
-        parser = self.parser_class(**kwargs)
-        what = "A YAML file, or the name of a shipped one (see `configs`); several are laid over one another"
-        parser.add_argument("-c", "--config", action=ConfigFile, help=what)
-        return parser
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the two callbacks' keys, and default classes for model and data."""
-        parser.add_argument("--sampling", type=LayerwiseSampling | None, default=None, help="Which blocks train; null: all")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "model": {"class_path": f"{CausalLMModule.__module__}.{CausalLMModule.__name__}"},
-                "data": {"class_path": f"{InstructionDataModule.__module__}.{InstructionDataModule.__name__}"},
-                "checkpoint.save_last": True,
-            }
-        )
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Lets every command take the config that a run of `fit`, the first of the commands, wrote into its folder."""
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        arguments = self._subcommand_method_arguments
-        assert isinstance(parser, OneLineParser)
-        parser.foreign_keys = set(arguments["fit"]) - set(arguments[subcommand])
-        return parser
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses the arguments, and checks what the parser lets pass."""
-        super().parse_arguments(parser, args)
-        config = self.config.get(str(self.config.get("subcommand")), self.config)
-        for section in ("trainer", "checkpoint"):
-            if not isinstance(value := config[section], Namespace):
-                raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
-        if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
-            raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-        data = config["data"].get("init_args", {}) if config["data"] else {}
-        for key in ("dataset", "eval_dataset", "test_dataset"):
-            if key in data:
-                data[key] = shipped_data(data[key])
-
-    def instantiate_classes(self) -> None:
-        """Makes model, data and Trainer; a plan needs none of them."""
-        if self.subcommand != "plan":
-            super().instantiate_classes()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand != "plan":
-            super()._run_subcommand(subcommand)
-            return
-        config = self.config.plan
-        OWSTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` where none is configured."""
-        given = self._get(self.config_init, "trainer")
-        sampling = self._get(self.config_init, "sampling")
-        if self.subcommand is not None:
-            check_run(self.subcommand, self.model, self.datamodule, sampling, self._get(self.config_init, "checkpoint"), given)
-        callbacks = given["callbacks"] or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if sampling is not None or "ddp" not in str(given["strategy"]):
-            require_layerwise(given["strategy"])  # before Lightning complains of something else
-        callbacks.append(SaveOnSignal())  # before sampling, whose scores take a while
-        callbacks += [] if sampling is None else [sampling]
-        config = self.config.get(str(self.subcommand), self.config)
-        callbacks += [RunFolder(), RunSummary(config)]
-        if self.subcommand == "predict":
-            callbacks.append(PredictionFile())
-        if given["enable_progress_bar"] is not False:
-            callbacks.append(ProgressBar())
-        kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
-        if given["logger"] is not False:
-            kwargs["logger"] = with_csv(given["logger"], kwargs["default_root_dir"])
-        if given["enable_model_summary"] is None:
-            kwargs["enable_model_summary"] = False  # RunSummary says more
-        if given["logger"] is not False:
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
-        try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except UsageError:
-            raise
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UsageError(f"trainer: {error}") from error
-
-    def _parse_ckpt_path(self) -> None:
-        """Finds the checkpoint. A resumed run's settings are the user's, not those in the checkpoint."""
-        command = str(self.config.get("subcommand"))
-        config = self.config.get(command, Namespace())
-        given = config.get("ckpt_path")
-        if not given or given in ("best", "hpc"):
-            return
-        root = Path(config.trainer.default_root_dir or "runs")
-        places = [root / "checkpoints", root] if config.trainer.logger is False else [root]
-        if config.checkpoint.dirpath:
-            places = [Path(config.checkpoint.dirpath), *places]
-        path = find_checkpoint(str(given), *places)
-        config.ckpt_path = path if path is None or command == "export" else str(path)
-        if path is None and command != "fit":
-            where = " or ".join(f"'{place}'" for place in places)
-            raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
-        if path is None:
-            log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
-
-
-def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
-    """Puts a CSV logger before the configured ones: the first one's folder is the run's, and pictures are drawn from it.
+def main(args: Any = None) -> None:
+    """Runs one command; an error ends it with one line, and exit code 2 (usage) or 1 (run).
 
     Args:
-        loggers: ``trainer.logger``, not false.
-        folder: Where the CSV logger makes its ``version_N``, if none is configured.
+        args: A list of words, or what LightningCLI takes; by default the words that the program was started with.
     """
-    if loggers is None or isinstance(loggers, bool):
-        loggers = []
-    loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
-    if not any(isinstance(logger, CSVLogger) for logger in loggers):
-        # Written at each row: a killed run's curves end where it did.
-        loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))
-    return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
-
-
-def main(args: ArgsType = None) -> None:
-    """Runs one command; an error ends it with one line, and exit code 2 (usage) or 1 (run)."""
-    arguments = sys.argv[1:] if args is None else args
+    words = sys.argv[1:] if args is None else args
     be_quiet()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
-        if isinstance(arguments, list) and arguments[:1] == ["report"]:
-            report(arguments[1:])
-        elif arguments == ["configs"]:
-            list_configs()
-        else:
-            OWSCLI(args)
+        _run(words, args)
     except Exception as error:
         end(error)
     except KeyboardInterrupt as error:
@@ -213,6 +53,35 @@ def main(args: ArgsType = None) -> None:
         end(error.__context__)
 
 
+def _run(words: Any, args: Any) -> None:
+    command = words[0] if isinstance(words, list) and words else None
+    names = (*OF_A_CONFIG, *OF_THEIR_OWN)
+    listed = f"; commands: {', '.join(names)}"
+    if words == []:
+        raise UsageError(f"no command is given{listed}")
+    if command in ("-h", "--help"):
+        print(usage())
+    elif command in OF_THEIR_OWN:
+        importlib.import_module(OF_THEIR_OWN[command][0]).run(words[1:])
+    elif command is not None and not command.startswith("-") and command not in OF_A_CONFIG:
+        raise UsageError(f"there is no command '{command}'{nearest(command, names) or listed}")
+    else:
+        if command not in ("plan", None) and "--help" not in words and os.environ.get("LOCAL_RANK", "0") == "0":
+            log.info("%s: loading libraries", command)  # which takes seconds
+        from ows_lightning.cli.lightning_cli import OWSCLI
+
+        OWSCLI(args)
+
+
+def usage() -> str:
+    """Returns the commands with a line each."""
+    lines = ["usage: main.py COMMAND [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
+    lines += [f"  {name:<12} {what}" for name, what in OF_A_CONFIG.items()]
+    lines += ["", "Others:"]
+    lines += [f"  {name:<12} {what}" for name, (_, what) in OF_THEIR_OWN.items()]
+    return "\n".join([*lines, "", "`main.py COMMAND --help` lists a command's options."])
+
+
 def end(error: BaseException) -> NoReturn:
     """Ends the program with the line that a user sees of an error, or with the error if OWS_DEBUG is 1."""
     if os.environ.get("OWS_DEBUG") == "1":
@@ -220,19 +89,3 @@ def end(error: BaseException) -> NoReturn:
     line, code = explain(error)
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-def list_configs() -> None:
-    """``configs``: the config files that come with this package, each with what it says of itself in its first line."""
-    for name, path in shipped_configs():
-        print(f"{name:<26} {path.read_text().splitlines()[0].removeprefix('# ')}")
-
-
-def report(arguments: list[str]) -> None:
-    """``report RUN [RUN ...] [--output DIR]``: needs no config, no model and no data."""
-    parser = OneLineParser(prog="main.py report", description="Draw one run or compare several, from their folders alone.")
-    parser.add_argument("runs", nargs="*", help="Folders that `fit` or `score` wrote")
-    parser.add_argument("--output", type=Path | None, help="Where to write; the folder of a single run, or `report`")
-    given = parser.parse_args(arguments)
-    output = given.output or (Path(given.runs[0]) / "report" if len(given.runs) == 1 else Path("report"))
-    print(f"Written: {write_report(given.runs, output)}")

@@ -87,8 +87,6 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
             if name in SECTIONS:  # they have defaults: only null can have taken them away
                 return _NOTHING.format(name)
             return f"{name}: not given, and it has no default; put it into the YAML file or write --{name}"
-        if found := re.search(r'invalid choice: \'(.+?)\'|expected "subcommand" to be one of', line):
-            return _subcommand(found[1], parser)
         if found := re.match(r"Unexpected config: (\w+):\s*$", message):
             return _NOTHING.format(found[1])
         if found := re.match(r"argument (?:-c/)?--(\S+?)(?:/\S+)?: expected one argument", line):
@@ -122,13 +120,6 @@ def _no_class(key: str, name: str) -> str:
         return f"sampling: '{name}' is no mapping of keys, such as sampling.distribution; null trains all blocks"
     mend = nearest(name, (kind.__name__ for base in _NAMEABLE for kind in _subclasses(base)))
     return f"{key}: there is no class '{name}'" + (mend or "; give its full path, as in my_package.my_module.MyClass")
-
-
-def _subcommand(given: str | None, parser: argparse.ArgumentParser) -> str:
-    names = [name for action in parser._actions if isinstance(action, argparse._SubParsersAction) for name in action.choices]
-    names.append("report")
-    commands = f"; commands: {', '.join(names)}"
-    return f"there is no command '{given}'{nearest(given, names) or commands}" if given else f"no command is given{commands}"
 
 
 def _known_keys(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -25,6 +25,7 @@ th { background: var(--head); font-weight: 600 }
 .runs { font-size: .8125rem }
 .runs td:nth-child(n+5) { white-space: nowrap }
 .runs td:nth-child(n+2):nth-child(-n+4) { min-width: 7rem }
+.texts td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 10rem }
 figure { margin: 1.5rem 0; max-width: 56rem }
 img { width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px }
 figcaption { font-size: .875rem }
@@ -64,20 +65,22 @@ class Shown:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with pictures under it, and optionally a run's settings as text."""
+    """A heading with pictures or a table of texts under it, and optionally a run's settings as text."""
 
     title: str
-    pictures: Sequence[Shown]
+    pictures: Sequence[Shown] = ()
     settings: str | None = None
+    table: Mapping[str, Sequence[str]] | None = None
 
 
-def render(title: str, figures: Sequence[dict[str, Any]], sections: Sequence[Section]) -> str:
+def render(title: str, figures: Sequence[dict[str, Any]], sections: Sequence[Section], refresh: int | None = None) -> str:
     """The page as text.
 
     Args:
         title: Title and main heading.
         figures: Key figures of each run, as ``key_figures`` returns them.
         sections: What follows the table.
+        refresh: Seconds after which a browser asks for the page again; None for a page that stays.
     """
     parts = [
         "<!DOCTYPE html>",
@@ -85,6 +88,7 @@ def render(title: str, figures: Sequence[dict[str, Any]], sections: Sequence[Sec
         "<head>",
         '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        *([] if refresh is None else [f'<meta http-equiv="refresh" content="{refresh}">']),
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>",
         f"<style>\n{STYLE}\n</style>",
@@ -92,15 +96,18 @@ def render(title: str, figures: Sequence[dict[str, Any]], sections: Sequence[Sec
         "<body>",
         "<main>",
         f"<h1>{escape(title)}</h1>",
-        _table(figures),
-        "<p>The numbers behind each picture lie beside this page as CSV; those of the table are in "
-        '<a href="key_figures.csv">key_figures.csv</a>.</p>',
+        *([_figures(figures)] if figures else []),
         *(_section(section) for section in sections),
         "</main>",
         "</body>",
         "</html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _figures(figures: Sequence[dict[str, Any]]) -> str:
+    where = 'The numbers behind each picture lie beside this page as CSV; those of the table are in <a href="key_figures.csv">'
+    return f"{_table(figures)}\n<p>{where}key_figures.csv</a>.</p>"
 
 
 def _table(figures: Sequence[dict[str, Any]]) -> str:
@@ -127,9 +134,19 @@ def _section(section: Section) -> str:
             f'<figure>\n<img alt="{escape(picture.alt)}" src="data:image/png;base64,{data}">\n'
             f'<figcaption>{escape(picture.caption)} Numbers: <a href="{numbers}">{numbers}</a></figcaption>\n</figure>'
         )
+    if section.table:
+        parts.append(_texts(section.table))
     if section.settings:
         parts.append(f"<details>\n<summary>All settings</summary>\n<pre>{escape(section.settings)}</pre>\n</details>")
     return "\n".join([*parts, "</section>"])
+
+
+def _texts(table: Mapping[str, Sequence[str]]) -> str:
+    """Columns of texts; line breaks in them are kept."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table)
+    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in zip(*table.values(), strict=True))
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table class="texts">\n<tr>{head}</tr>\n{body}\n</table></div>'
 
 
 def _shown(key: str, row: dict[str, Any], every_block: bool) -> str:

@@ -19,6 +19,7 @@ SCORES = "outlier_scores.json"
 HISTORY = "sampling_history.csv"
 METRICS = "metrics.csv"
 CONFIG = "config.yaml"
+TEXTS = {"Answers while it trained": "generations.csv", "Base and tuned model": "comparison.csv"}
 
 
 class Interval(NamedTuple):
@@ -42,6 +43,7 @@ class RunRecord:
         metrics: Columns of ``metrics.csv``, all of one length; ``None`` where a row has no value for a column, because
             Lightning writes a row per logging call and not per step.
         config: Content of ``config.yaml``, or ``None``.
+        texts: Tables of texts, by title: answers while it trained, answers of the base model beside those of the tuned one.
     """
 
     name: str
@@ -50,6 +52,7 @@ class RunRecord:
     history: list[Interval] = field(default_factory=list)
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    texts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
@@ -71,6 +74,7 @@ class RunRecord:
                 history=_read_history(folder / HISTORY),
                 metrics=_read_metrics(folder / METRICS),
                 config=_read_config(folder / CONFIG),
+                texts={title: table for title, file in TEXTS.items() if (table := _read_texts(folder / file))},
             )
         except OSError as error:
             raise UsageError(f"{error.filename}: can't be read ({error.strerror}); give a readable run folder") from error
@@ -185,6 +189,11 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         if None in row or None in row.values():
             raise UsageError(f"{path}: line {number} does not have {len(reader.fieldnames or [])} cells; mend the line")
     return rows
+
+
+def _read_texts(path: Path) -> dict[str, list[str]]:
+    rows = _read_rows(path)
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
 def _read_history(path: Path) -> list[Interval]:

@@ -26,7 +26,7 @@ from ows_lightning.checkpoints.find import find_checkpoint, last_good
 from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
 from ows_lightning.checkpoints.settings import check_settings
 from ows_lightning.checkpoints.shards import read_metadata
-from ows_lightning.cli.main import OWSCLI
+from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.errors import RunError, UsageError
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run

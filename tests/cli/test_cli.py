@@ -279,7 +279,9 @@ class PlainData(LightningDataModule):
 def test_classes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["main.py"])
-    arguments = "fit --model tests.test_cli.PlainModule --data tests.test_cli.PlainData --sampling.distribution uniform"
+    arguments = (
+        "fit --model tests.cli.test_cli.PlainModule --data tests.cli.test_cli.PlainData --sampling.distribution uniform"
+    )
     arguments += " --sampling.activated_layers 1 --sampling.interval_steps 2 --trainer.max_steps 4 --trainer.accelerator cpu"
     main([*arguments.split(), "--trainer.enable_progress_bar", "false"])
     assert Path("runs/version_0/sampling_history.csv").read_text().count("\n") == 3

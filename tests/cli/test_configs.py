@@ -14,7 +14,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ows_lightning.cli.main import OWSCLI, main
+from ows_lightning.cli.lightning_cli import OWSCLI
+from ows_lightning.cli.main import main
 from ows_lightning.memory.dimensions import find_dimensions, meta_model
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers

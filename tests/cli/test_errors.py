@@ -118,7 +118,9 @@ def fit(rest: str) -> str:
 
 CASES = {
     # ------------------------------------------------------------------ keys
-    "no command": Case("", "no command is given; commands: fit, validate, test, predict, score, plan, export, report"),
+    "no command": Case(
+        "", "no command is given; commands: fit, validate, test, predict, score, plan, export, report, configs"
+    ),
     "misspelt command": Case("fitt --config base.yaml", "there is no command 'fitt'; did you mean 'fit'?"),
     "misspelt flag": Case(
         fit("--trainer.max_step 3"),
@@ -780,7 +782,7 @@ class Greedy(CausalLMModule):
 def test_out_of_memory_quotes_the_prediction(
     model_dir: Callable[..., Path], rows_file: Path, typed: Callable[[str], tuple[str, int]]
 ) -> None:
-    rest = f"--model tests.test_errors.Greedy --model.model_name_or_path {model_dir()} --data.dataset {rows_file}"
+    rest = f"--model tests.cli.test_errors.Greedy --model.model_name_or_path {model_dir()} --data.dataset {rows_file}"
     line, code = typed(fit(f"{rest} --trainer.precision 32-true --trainer.enable_progress_bar false"))
     assert re.match(
         r"can't allocate memory: you tried to allocate 4503599627370496 bytes; "

@@ -1,0 +1,28 @@
+"""``report RUN [RUN ...] [--output DIR]`` and ``report --watch RUN``: they need no config, no model and no data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ows_lightning.cli.words import Parser
+
+
+def run(words: list[str]) -> None:
+    """Draws runs, or serves the page of one that goes on."""
+    parser = Parser("report", "Draw one run or compare several, from their folders alone.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="A folder that `fit` or `score` wrote")
+    parser.add_argument("--output", type=Path, help="Where to write; by default the folder of a single run, or `report`")
+    parser.add_argument("--watch", metavar="RUN", help="Serve this run's page on 127.0.0.1 until the run ends or Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="The port of --watch; by default a free one")
+    given = parser.parse_args(words)
+    if given.watch is not None:
+        if given.runs or given.output:
+            parser.error("--watch takes one run, and writes nothing")
+        from ows_lightning.report.watch import watch
+
+        watch(Path(given.watch), given.port)
+        return
+    from ows_lightning.report.write import write_report
+
+    output = given.output or (Path(given.runs[0]) / "report" if len(given.runs) == 1 else Path("report"))
+    print(f"Written: {write_report(given.runs, output)}")

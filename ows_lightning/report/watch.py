@@ -1,0 +1,158 @@
+"""The report of a run that goes on, served on the loopback interface and drawn anew whenever the run wrote something."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from html import escape
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ows_lightning.errors import UsageError
+from ows_lightning.report.html import POLICY, render
+from ows_lightning.report.run import find_run_folder
+from ows_lightning.report.write import write_report
+
+REFRESH = 3
+"""Seconds after which the page asks for itself again."""
+
+
+class Page:
+    """The page of a run's folder; what a browser may ask for, and nothing else.
+
+    Args:
+        run: The run's folder, or one with ``version_N`` folders in it, of which the newest counts.
+        output: A folder for what is drawn.
+    """
+
+    def __init__(self, run: Path, output: Path) -> None:
+        self.run = run
+        self.output = output
+        self._drawing = threading.Lock()
+        self._drawn: set[tuple[str, int, int]] = set()
+        self._html = self._note("The run has logged nothing yet.")
+
+    def get(self, path: str) -> tuple[str, bytes] | None:
+        """Returns the type and the content of the page or of a file of numbers beside it, None for any other path."""
+        name = path.partition("?")[0].removeprefix("/")
+        if name in ("", "report.html"):
+            return "text/html; charset=utf-8", self.html().encode()
+        if name in {file.name for file in self.output.glob("*.csv")}:
+            return "text/csv; charset=utf-8", (self.output / name).read_bytes()
+        return None
+
+    def html(self) -> str:
+        """Returns the page, drawn anew if the run's files changed."""
+        with self._drawing:
+            files = self._files()
+            if files != self._drawn:
+                self._html, self._drawn = self._draw(), files
+            return self._html
+
+    def _draw(self) -> str:
+        try:
+            return write_report([self.run], self.output, refresh=REFRESH).read_text(encoding="utf-8")
+        except UsageError as error:  # a file that is being written, or no figures yet: the next request may find more
+            return self._html if self._drawn else self._note(str(error))
+
+    def _note(self, text: str) -> str:
+        return render(f"Run {self.run}", [], [], refresh=REFRESH).replace("</main>", f"<p>{escape(text)}</p>\n</main>")
+
+    def _files(self) -> set[tuple[str, int, int]]:
+        """The files of the run that a report is made from, with size and time of the last change."""
+        found = set()
+        for pattern in ("*.csv", "*.json", "*.jsonl", "*.yaml"):
+            for file in [*self.run.glob(pattern), *self.run.glob(f"version_*/{pattern}")]:
+                try:
+                    stat = file.stat()
+                except FileNotFoundError:
+                    continue
+                found.add((str(file), stat.st_size, stat.st_mtime_ns))
+        return found
+
+
+def serve(page: Page, port: int) -> ThreadingHTTPServer:
+    """Returns a server of the page, bound to 127.0.0.1, that answers GET and HEAD alone.
+
+    Raises:
+        UsageError: The port is taken or none of ours to take.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = page.get(self.path)
+            if found is None:
+                self.send_error(HTTPStatus.NOT_FOUND)
+                return
+            kind, content = found
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("Content-Security-Policy", POLICY)
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Says nothing of each request."""
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"port: can't listen on 127.0.0.1:{port} ({error}); give another, or leave it out") from error
+    server.daemon_threads = True
+    return server
+
+
+def watch(run: Path, port: int = 0) -> None:
+    """Serves a run's page until the run ends or the user interrupts; of a run that has ended, until the user does.
+
+    Args:
+        run: The run's folder, or one with ``version_N`` folders in it.
+        port: The port; 0 for a free one.
+
+    Raises:
+        UsageError: There is no such folder, or the port is taken.
+    """
+    if not run.is_dir():
+        raise UsageError(f"{run}: no such folder; give the folder that a run writes to")
+    with tempfile.TemporaryDirectory() as output:
+        server = serve(Page(run, Path(output)), port)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(f"{run}: http://127.0.0.1:{server.server_address[1]}/ (until the run ends, or Ctrl-C)", flush=True)
+        try:
+            goes_on = False
+            while not (goes_on and not is_running(run)):
+                goes_on = goes_on or is_running(run)
+                time.sleep(1)
+            time.sleep(2 * REFRESH)  # a page that is open shows the end
+            print("The run has ended.")
+        except KeyboardInterrupt:
+            print("Stopped.")
+        finally:
+            server.shutdown()
+            server.server_close()
+
+
+def is_running(run: Path) -> bool:
+    """Whether a process holds the lock of the run's folder."""
+    try:
+        folder = find_run_folder(run)
+    except UsageError:
+        return False
+    if not (folder / ".lock").is_file():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True

@@ -1,0 +1,169 @@
+"""Draws runs: pictures into a run's own folder, or a report of one or several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ows_lightning.errors import UsageError
+from ows_lightning.report import plots, tables
+from ows_lightning.report.html import Section, Shown, render
+from ows_lightning.report.key_figures import key_figures, key_figures_table
+from ows_lightning.report.run import CONFIG, RunRecord, is_run_folder
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and the table behind it; both are made from one run, those of ``COMPARED`` also from several."""
+
+    name: str
+    caption: str
+    plot: Callable[[Any], Any]
+    table: Callable[[Any], tables.Table]
+
+
+COMPARED = (
+    Picture("loss", "Loss by optimizer step.", plots.plot_loss, tables.loss_table),
+    Picture(
+        "loss_by_tokens",
+        "Loss by training tokens seen.",
+        partial(plots.plot_loss, x="tokens"),
+        partial(tables.loss_table, x="tokens"),
+    ),
+    Picture(
+        "loss_by_time",
+        "Loss by time since the start.",
+        partial(plots.plot_loss, x="time_s"),
+        partial(tables.loss_table, x="time_s"),
+    ),
+    Picture(
+        "memory",
+        "Most memory held up to each optimizer step.",
+        plots.plot_memory,
+        partial(tables.metric_table, metric="peak_memory_mb"),
+    ),
+    Picture(
+        "throughput",
+        "Tokens per second by optimizer step.",
+        plots.plot_throughput,
+        partial(tables.metric_table, metric="tokens_per_second"),
+    ),
+)
+OF_ONE_RUN = (
+    Picture(
+        "outlier_scores",
+        "Score of each block, and the probability with which it is drawn.",
+        plots.plot_scores,
+        tables.scores_table,
+    ),
+    Picture("sampling_history", "Blocks that trained in each interval.", plots.plot_blocks, tables.blocks_table),
+    Picture(
+        "block_frequency",
+        "Share of the intervals in which each block trained, and the share that its probability makes expect.",
+        plots.plot_block_frequency,
+        tables.block_frequency_table,
+    ),
+)
+
+
+def write_pictures(run_dir: str | Path) -> list[Path]:
+    """Draw a run into its own folder as PNG files; what it has no data for (scores of full fine-tuning) is left out.
+
+    Args:
+        run_dir: The run's folder.
+
+    Returns:
+        The files written: ``outlier_scores.png``, ``sampling_history.png``, ``block_frequency.png``, ``loss.png``,
+        ``loss_by_tokens.png``, ``loss_by_time.png``, ``memory.png``, ``throughput.png``, or those of them with data.
+
+    Raises:
+        UsageError: One of the folder's files is damaged.
+    """
+    if not is_run_folder(Path(run_dir)):
+        return []
+    run = RunRecord.read(run_dir)
+    pictures = (_draw(picture, run, run.path / f"{picture.name}.png") for picture in (*OF_ONE_RUN, *COMPARED))
+    return [png for png in pictures if png]
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | None = None) -> Path:
+    """Draw one run or compare several: PNG pictures, a CSV file with the numbers beside each, and ``report.html``.
+
+    Args:
+        runs: Run folders, or folders with ``version_N`` folders of which the newest counts.
+        output: Folder to write to; made where it is missing.
+        refresh: Seconds after which a browser asks for the page again; None for a page that stays.
+
+    Returns:
+        The path of ``report.html``, which holds the pictures and opens without a network.
+
+    Raises:
+        UsageError: A run is missing, damaged or has no figures yet, or the output folder can't be written.
+    """
+    records = _distinct([RunRecord.read(run) for run in runs])
+    if not records:
+        raise UsageError("report: no run given; give one or more run folders")
+    output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        return _write_report(records, output, refresh)
+    except OSError as error:
+        raise UsageError(f"{output}: can't write the report there ({error.strerror}); give another folder") from error
+
+
+def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> Path:
+    several = len(runs) > 1
+    subject = runs if several else runs[0]
+    names = ", ".join(run.name for run in runs)
+    sections = [Section("Comparison" if several else "Training", _pictures(COMPARED, subject, output, names))]
+    for number, run in enumerate(runs, start=1):
+        prefix = f"{number}-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', run.name)}-" if several else ""
+        settings = (run.path / CONFIG).read_text(encoding="utf-8") if run.config else None
+        pictures = _pictures(OF_ONE_RUN, run, output, run.name, prefix)
+        sections.append(Section(run.name if several else "Blocks", pictures, settings))
+        sections += [Section(f"{title}, {run.name}" if several else title, table=texts) for title, texts in run.texts.items()]
+    if not any(section.pictures or section.table for section in sections):
+        raise UsageError(f"{names}: no figures to report yet; let the run log some steps first")
+    tables.write_csv(key_figures_table(runs), output / "key_figures.csv")
+    page = render(
+        f"Comparison of {len(runs)} runs" if several else f"Run {names}",
+        [key_figures(run) for run in runs],
+        [section for section in sections if section.pictures or section.table or section.settings],
+        refresh,
+    )
+    path = output / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _pictures(pictures: Sequence[Picture], subject: Any, output: Path, names: str, prefix: str = "") -> list[Shown]:
+    shown = []
+    for picture in pictures:
+        png = _draw(picture, subject, output / f"{prefix}{picture.name}.png")
+        if png:
+            tables.write_csv(picture.table(subject), png.with_suffix(".csv"))
+            shown.append(Shown(png, picture.caption, f"{names}: {picture.caption}"))
+    return shown
+
+
+def _draw(picture: Picture, subject: Any, path: Path) -> Path | None:
+    """Draw a picture, or nothing where the runs have no data for it."""
+    if not any(picture.table(subject).values()):
+        return None
+    figure, _ = picture.plot(subject)
+    figure.savefig(path, metadata={"Software": None})
+    return path
+
+
+def _distinct(runs: list[RunRecord]) -> list[RunRecord]:
+    """Runs once each, by names that tell them apart: where folders are called the same, their parents' names lead."""
+    runs = list({run.path.resolve(): run for run in runs}.values())
+    depth = 1
+    while len({run.name for run in runs}) < len(runs):
+        depth += 1
+        runs = [replace(run, name="/".join(run.path.resolve().parts[-depth:])) for run in runs]
+    return runs
