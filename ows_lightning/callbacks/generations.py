@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 class ShowGenerations(Callback):
     """Logs the answers to fixed prompts, at the start and every so many optimizer steps, also to TensorBoard.
 
-    They are in the report, too, from ``generations.csv`` in the run's folder. Answers are greedy and at most the module's ``max_new_tokens`` long. The training's state stays as it is.
+    They stand in ``generations.csv`` in the run's folder, too, from which the report has them. Answers are greedy and at most
+    the module's ``max_new_tokens`` long. The training's state stays as it is.
 
     Args:
         prompts: Questions, each asked as a user's message in the model's chat template.

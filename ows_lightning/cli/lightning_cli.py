@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.cli.commands import OWSTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
+from ows_lightning.cli.numbers import check_numbers, check_rate
 from ows_lightning.cli.parser import OneLineParser
 from ows_lightning.cli.preflight import check_run
 from ows_lightning.data import InstructionDataModule
@@ -106,6 +108,9 @@ class OWSCLI(LightningCLI):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
         if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
+        check_numbers(config)
+        if self.config.get("subcommand") == "fit":
+            check_rate(config)
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
@@ -139,6 +144,8 @@ class OWSCLI(LightningCLI):
         callbacks += [RunFolder(), RunSummary(config)]
         if self.subcommand == "predict":
             callbacks.append(PredictionFile())
+        if given["enable_checkpointing"] is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if given["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
         kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
@@ -152,8 +159,10 @@ class OWSCLI(LightningCLI):
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except UsageError:
             raise
-        except (ValueError, TypeError, MisconfigurationException) as error:
-            raise UsageError(f"trainer: {error}") from error
+        except (ValueError, TypeError, MisconfigurationException, RuntimeError) as error:
+            slurm = "SLURM_NTASKS" in os.environ and "SLURM" in str(error)
+            mend = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
+            raise UsageError(f"trainer: {' '.join(str(error).split())}{mend}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint. A resumed run's settings are the user's, not those in the checkpoint."""

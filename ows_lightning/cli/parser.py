@@ -91,8 +91,14 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
             return _NOTHING.format(found[1])
         if found := re.match(r"argument (?:-c/)?--(\S+?)(?:/\S+)?: expected one argument", line):
             return f"{found[1]}: no value is given; write --{found[1]} VALUE"
-        if found := re.search(r"dot import path string: (\S+)|has no attribute '(.+)'", line):
-            return _no_class(key, found[1] or found[2])
+        if found := re.search(r"Expected '(.+?)' to be a subclass of <class '(.+?)'>", line):
+            return f"{key}: '{found[1]}' is no {found[2].rpartition('.')[2]}; name a class that is one"
+        if found := re.search(
+            r"dot import path string: (\S+)|has no attribute '.+'\. Got value: (\S+)|has no attribute '(.+)'", line
+        ):
+            return _no_class(key, next(filter(None, found.groups())))
+        if found := re.match(r"Given value: NestedArg\(key='(.+)', val=(.*)\)$", line):
+            return f"{key.partition('.')[0]}.{found[1]}: {found[2]} does not fit; `{_help(parser)}` says of which type it is"
         if found := re.match(r"Expected an? (.+?)(?:\. Got value: .*)?$", line):
             expected.append(found[1])
         value = re.match(r"Given value: (.*)|.*?Got value: (.*?)(?:\. Got value: .*)?$", line)
@@ -104,12 +110,16 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
 def _unknown(key: str, known: Iterable[str], parser: argparse.ArgumentParser, as_typed: str | None = None) -> str:
     candidates = known if nearest(key, known) else {*known, *_known_keys(parser)}
     subject = f"{as_typed}: there is no such option" if as_typed else f"{key}: there is no such key"
-    return subject + (nearest(key, candidates) or f"; `{parser.prog.replace(' [options]', '')} --help` lists all")
+    return subject + (nearest(key, candidates) or f"; `{_help(parser)}` lists all")
+
+
+def _help(parser: argparse.ArgumentParser) -> str:
+    return f"{parser.prog.replace(' [options]', '')} --help"
 
 
 def _wrong_type(key: str, value: str, expected: list[str]) -> str:
     choices = [choice for text in expected for choice in re.findall(r"'([^']+)'", text) if "Literal" in text]
-    kinds = [found[1] for text in expected if (found := re.match(r"<class '(.+)'>", text))]
+    kinds = [re.sub(r"<class '(.+)'>", r"\1", text) for text in expected if text.startswith(("<class '", "tuple with"))]
     wanted = [_KINDS.get(kind, kind.rpartition(".")[2]) for kind in kinds if not (choices and kind == "int")]
     wanted = ["one of " + ", ".join(choices)] * bool(choices) + [kind for kind in wanted if kind != "null"] or ["null"]
     return f"{key}: '{value}' is not {' or '.join(dict.fromkeys(wanted))}{nearest(value, choices) if choices else ''}"
@@ -118,7 +128,7 @@ def _wrong_type(key: str, value: str, expected: list[str]) -> str:
 def _no_class(key: str, name: str) -> str:
     if key == "sampling":
         return f"sampling: '{name}' is no mapping of keys, such as sampling.distribution; null trains all blocks"
-    mend = nearest(name, (kind.__name__ for base in _NAMEABLE for kind in _subclasses(base)))
+    mend = nearest(name.rpartition(".")[2], (kind.__name__ for base in _NAMEABLE for kind in _subclasses(base)))
     return f"{key}: there is no class '{name}'" + (mend or "; give its full path, as in my_package.my_module.MyClass")
 
 

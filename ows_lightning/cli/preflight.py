@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
+from torch.optim import Optimizer
 
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, nearest
@@ -56,6 +57,9 @@ def check_run(
     if command == "fit":
         check_precision(model, str(trainer["precision"]))
         check_training(trainer)
+        if isinstance(model, CausalLMModule):
+            check_step(model.check_optimizer())
+            _warn_of_warmup(model.hparams["warmup_steps"], trainer["max_steps"])
     check_devices(trainer, torch.cuda.device_count())
     if command in ("fit", "validate", "test", "predict"):
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
@@ -79,12 +83,38 @@ def check_training(trainer: Mapping[str, Any]) -> None:
     for key in ("max_steps", "max_epochs", "limit_train_batches"):
         if trainer[key] == 0:
             raise UsageError(f"trainer.{key}: with 0 nothing is trained; give a number above 0, or leave it out")
-    if (trainer["gradient_clip_val"] or 0) < 0:
-        raise UsageError(f"trainer.gradient_clip_val: {trainer['gradient_clip_val']} must be above 0, or null not to clip")
+    if trainer["barebones"]:
+        raise UsageError(
+            "trainer.barebones: it takes away checkpoints, logs and callbacks, sampling included; leave it out, and switch "
+            "off what you don't want by trainer.logger, trainer.enable_checkpointing and trainer.enable_progress_bar"
+        )
     if trainer["val_check_interval"] == 0:
         raise UsageError("trainer.val_check_interval: 0 is no interval; to validate never, set trainer.limit_val_batches: 0")
     if trainer["check_val_every_n_epoch"] == 0:
         raise UsageError("trainer.check_val_every_n_epoch: 0 must be at least 1; null counts trainer.val_check_interval alone")
+
+
+def check_step(optimizer: Optimizer) -> None:
+    """Lets an optimizer take a step without a gradient's effect on two small weights, which one for other uses can't.
+
+    Raises:
+        UsageError: It fails, as SparseAdam does on gradients that are dense.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except Exception as error:  # whatever a user's optimizer raises
+        name = type(optimizer).__name__
+        raise UsageError(f"model.optimizer: {name} can't train this model ({error}); take AdamW or GaLoreAdamW") from error
+
+
+def _warn_of_warmup(warmup: float, steps: int) -> None:
+    if 0 < steps <= warmup:
+        log.warning(
+            "model.warmup_steps: %g are no less than the run's %d steps: the rate never reaches its value", warmup, steps
+        )
 
 
 def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:

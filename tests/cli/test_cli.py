@@ -308,3 +308,19 @@ def test_interrupt_is_one_line(config: Path, tmp_path: Path) -> None:
     said = launch.outputs[0].read_text()
     assert "error: interrupted; `--ckpt_path last` goes on from the newest checkpoint" in said
     assert "Traceback" not in said
+
+
+def test_without_checkpoints(config: Path) -> None:
+    run("fit", config, "--trainer.enable_checkpointing", "false")
+    assert Path("runs/version_0/model/model.safetensors").is_file()
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_slurm_in_an_interactive_job_is_explained(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "mine")
+    with pytest.raises(SystemExit, match="2"):
+        run("fit", config)
+    assert "unset SLURM_NTASKS" in capsys.readouterr().err

@@ -369,3 +369,20 @@ def test_directory_beats_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shutil.copytree(saved, saved.parent / "gpt2")
     monkeypatch.chdir(saved.parent)
     assert load_config("gpt2").model_type == "llama"
+
+
+def test_weights_of_more_blocks_than_the_config_says_are_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "layer_types": None}))
+    with pytest.raises(UsageError, match=r"more blocks than its config\.json says \(model\.layers\.2\."):
+        load_model(str(tmp_path))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"not finite \(model\.layers\.1\.mlp\.up_proj\.weight, 1 tensors"):
+        load_model(str(tmp_path))

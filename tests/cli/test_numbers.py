@@ -1,0 +1,85 @@
+"""Numbers that are none, or out of range, end a run before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ows_lightning.cli.lightning_cli import OWSCLI
+from ows_lightning.cli.main import main
+from ows_lightning.cli.numbers import numbers
+
+GIVEN = [
+    "fit", "--model.model_name_or_path=nothing", "--data.dataset=nothing.jsonl", "--sampling.threshold=13.0", "--trainer.max_steps=1",
+    "--model.optimizer=GaLoreAdamW", "--trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+class ParsingCLI(OWSCLI):
+    """Parses, and does nothing more."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a fit that has to be refused, and returns its line."""
+    with pytest.raises(SystemExit) as exit:
+        main([*GIVEN, *arguments])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exit.value.code == 2, line
+    return line.removeprefix("error: ")
+
+
+def test_no_number_is_infinite_or_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every key that has a number by default, and those whose default is null; of each, what no arithmetic survives."""
+    config = ParsingCLI(GIVEN).config.fit
+    keys = {key for key, value in numbers(config) if isinstance(value, float)}
+    keys |= {"trainer.gradient_clip_val", "model.optimizer.lr", "trainer.limit_train_batches", "trainer.overfit_batches"}
+    assert {"model.optimizer.eps", "model.warmup_steps", "model.scale", "data.val_size", "sampling.threshold"} <= keys
+    wrong = []
+    for key in sorted(keys - {"model.optimizer.betas"}):
+        for value in (".inf", "-.inf", ".nan"):
+            line = refused(capsys, f"--{key}={value}")
+            wrong += [] if line.startswith(f"{key}: ") else [(key, value, line)]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--model.optimizer.betas=[0.9,.nan]"], "model.optimizer.betas"),
+        (["--model.optimizer.betas=[0.9,1.0]"], "model.optimizer.betas"),
+        (["--model.optimizer.betas=[0.9,0.99,0.999]"], "model.optimizer.betas"),
+        (["--model.optimizer.lr=0"], "model.optimizer.lr"),
+        (["--model.optimizer.lr=-1"], "model.optimizer.lr"),
+        (["--model.optimizer.weight_decay=-0.1"], "model.optimizer.weight_decay"),
+        (["--model.optimizer.eps=-1e-8"], "model.optimizer.eps"),
+        (["--seed_everything=99999999999999999999999"], "seed_everything"),
+        (["--data.seed=99999999999999999999999"], "data.seed"),
+        (["--sampling.seed=-1"], "sampling.seed"),
+        (["--trainer.max_steps=99999999999999999999999"], "trainer.max_steps"),
+        (["--trainer.max_epochs=-5"], "trainer.max_epochs"),
+        (["--trainer.limit_val_batches=-1"], "trainer.limit_val_batches"),
+        (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val"),
+        (["--checkpoint.every_n_train_steps=-1"], "checkpoint.every_n_train_steps"),
+        (["--model.rank=null", "--model.optimizer=torch.optim.SparseAdam", "--model.optimizer.lr=0.1"], "model.optimizer"),
+        (["--model.optimizer=torch.optim.Adamm"], "model.optimizer"),
+        (["--model.optimizer=torch.nn.Linear"], "model.optimizer"),
+        (["--trainer.barebones=true"], "trainer.barebones"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_setting_out_of_range_is_named(arguments: Any, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, *arguments).startswith(f"{key}: ")
