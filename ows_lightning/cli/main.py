@@ -89,3 +89,10 @@ def end(error: BaseException) -> NoReturn:
     line, code = explain(error)
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+def __getattr__(name: str) -> Any:
+    """Gives OWSCLI, which whoever builds on the command line may want, without loading it for those who don't."""
+    if name != "OWSCLI":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("ows_lightning.cli.lightning_cli").OWSCLI

@@ -12,7 +12,7 @@ from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.runs import Run, _value
 from benchmarks.evidence.schedule import choose_rate
 from benchmarks.evidence.study import STUDIES, load
-from ows_lightning.cli.main import OWSCLI
+from ows_lightning.cli.lightning_cli import OWSCLI
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 

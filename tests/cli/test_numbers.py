@@ -12,8 +12,8 @@ from ows_lightning.cli.main import main
 from ows_lightning.cli.numbers import numbers
 
 GIVEN = [
-    "fit", "--model.model_name_or_path=nothing", "--data.dataset=nothing.jsonl", "--sampling.threshold=13.0", "--trainer.max_steps=1",
-    "--model.optimizer=GaLoreAdamW", "--trainer.accelerator=cpu",
+    "fit", "--model.model_name_or_path=nothing", "--data.dataset=nothing.jsonl", "--sampling.threshold=13.0",
+    "--trainer.max_steps=1", "--model.optimizer=GaLoreAdamW", "--trainer.accelerator=cpu",
 ]  # fmt: skip
 
 
