@@ -1,0 +1,3 @@
+from tests.distributed.fixtures import arguments, home
+
+__all__ = ["arguments", "home"]
