@@ -1,24 +1,23 @@
-"""Resuming: what may change, what is not done twice, and how the curves go on."""
+"""Resuming: where the loops go on, what may change, and what is not done twice."""
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
+from ows_lightning.checkpoints.loops import resume_exactly
+
 
 class Resume(Callback):
-    """Gives a resumed run the optimizer's options and the number of steps that are configured now, and says what changed.
+    """Lets a run go on exactly behind the checkpoint's step, with the options and number of steps that are configured now.
 
-    Lightning alone would go on with those in the checkpoint. And no ModelCheckpoint saves the step again at which the run is
-    resumed: it would do so after the first micro-batch, of which a checkpoint keeps no gradients, and a run resumed from there
-    would have missed it.
+    Lightning alone would take the options from the checkpoint; what changes is said. And no ModelCheckpoint saves the step
+    again at which the run is resumed: it would do so after the first micro-batch, of which a checkpoint keeps no gradients,
+    and a run resumed from there would have missed it.
     """
 
     def __init__(self) -> None:
@@ -26,8 +25,10 @@ class Resume(Callback):
         self._max_steps_before: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts afresh."""
+        """Starts afresh, and makes the Trainer's loops exact."""
         self._options, self._max_steps_before = [], None
+        if stage == "fit":
+            resume_exactly(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the options as they are configured: the checkpoint is read after this."""
@@ -74,23 +75,3 @@ class Resume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes over what it was."""
         self._max_steps_before = checkpoint.get("max_steps")
-
-
-def continue_curves(trainer: Trainer) -> None:
-    """Puts what the resumed run logged before the checkpoint into this run's folder, on rank 0."""
-    logger = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
-    if trainer.ckpt_path is None or logger is None or not trainer.is_global_zero:
-        return
-    before, now = Path(trainer.ckpt_path).parent.parent, Path(logger.log_dir)
-    if before.resolve() == now.resolve() or not (before / "metrics.csv").is_file():
-        return
-    now.mkdir(parents=True, exist_ok=True)
-    with (before / "metrics.csv").open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if row.get("step") and int(float(row["step"])) < trainer.global_step]
-        columns = list(reader.fieldnames or [])
-    with (now / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    logger.experiment.metrics_keys = columns

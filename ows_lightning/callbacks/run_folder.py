@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
 
 from ows_lightning.callbacks.model_card import model_card
-from ows_lightning.callbacks.resume import continue_curves
 from ows_lightning.errors import UsageError
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.module import CausalLMModule
@@ -50,10 +49,6 @@ class RunFolder(Callback):
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins the curves of a resumed run with what was logged before."""
-        continue_curves(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the PNGs into the run's folder."""

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
+from ows_lightning.callbacks.curves import Curves
 from ows_lightning.callbacks.predictions import PredictionFile
 from ows_lightning.callbacks.progress_bar import ProgressBar
 from ows_lightning.callbacks.run_folder import RunFolder
@@ -141,7 +142,7 @@ class OWSCLI(LightningCLI):
         callbacks.append(SaveOnSignal())  # before sampling, whose scores take a while
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
-        callbacks += [RunFolder(), RunSummary(config)]
+        callbacks += [RunFolder(), Curves(), RunSummary(config)]
         if self.subcommand == "predict":
             callbacks.append(PredictionFile())
         if given["enable_checkpointing"] is False:

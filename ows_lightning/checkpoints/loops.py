@@ -1,0 +1,148 @@
+"""Lightning's training loops, which go on after a restart exactly behind the last optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops import _FitLoop, _Loop, _TrainingEpochLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fit_loop import RestartStage
+
+
+def resume_exactly(trainer: Trainer) -> None:
+    """Lets a Trainer's ``fit`` resume exactly; call it before the checkpoint is read. A user's own loops are left alone."""
+    if type(trainer.fit_loop) is _FitLoop and type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop:
+        trainer.fit_loop.__class__ = ExactFitLoop
+        trainer.fit_loop.epoch_loop.__class__ = ExactEpochLoop
+
+
+class ExactEpochLoop(_TrainingEpochLoop):
+    """An epoch that a resumed run enters behind its last optimizer step.
+
+    Lightning 2.6 leaves out a validation that was due, counts the step twice after others, and loses or repeats an epoch after
+    several checkpoints of an epoch's last batch. Here the first turn of a resumed epoch trains nothing and does all that
+    follows a step, whatever the checkpoint was saved in.
+
+    Attributes:
+        behind_step: The next turn is that first one.
+    """
+
+    behind_step = False
+    _validated = False
+    _unfinished = 0  # batches of a step that had only begun when the checkpoint was saved
+
+    @property
+    def done(self) -> bool:
+        """Not before what follows the last step is done."""
+        return not self.behind_step and super().done
+
+    def reset(self) -> None:
+        """Leaves the counters of an epoch that is resumed as they are."""
+        if not self.behind_step:
+            super().reset()
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        """Trains a batch; in the first turn of a resumed epoch, none."""
+        if self.behind_step:
+            self._skip_next_val = self._validated
+            return
+        if not self._should_accumulate():
+            self.trainer.fit_loop.remember_position()  # type: ignore[attr-defined]
+        super().advance(data_fetcher)
+
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        """Validates, where it is time, and counts the step."""
+        super().on_advance_end(data_fetcher)
+        if self.behind_step:
+            self.behind_step = False
+            self.count_steps(done=True)
+
+    def rewind(self) -> None:
+        """Makes the counters those of the end of the last optimizer step: checkpoints keep no gradients."""
+        batches: Any = self.batch_progress  # Lightning declares less than its counters have
+        # A checkpoint of a batch's end has the batch not completed. In mid-step the validation of the last step is long over.
+        self._validated = self._unfinished > 0 or batches.current.completed == batches.current.processed
+        for counted in (batches.current, batches.total):
+            counted.processed -= self._unfinished
+            counted.ready = counted.started = counted.completed = counted.processed
+        self._unfinished = 0
+        if (of_epoch := self.trainer.num_training_batches) != float("inf"):  # which for a stream changes with max_steps
+            batches.is_last_batch = batches.current.processed >= of_epoch
+
+    def count_steps(self, done: bool) -> None:
+        """Sets the step that is logged, which counts those whose turn is done."""
+        if self.trainer.lightning_module.automatic_optimization:
+            self._batches_that_stepped = self.global_step - (not done)
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Adds how many batches are of a step that has only begun."""
+        batches: Any = self.batch_progress
+        unfinished = batches.current.processed % self.trainer.accumulate_grad_batches if self._should_accumulate() else 0
+        return {**super().on_save_checkpoint(), "unfinished": unfinished}
+
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Takes that number over."""
+        super().on_load_checkpoint(state_dict)
+        self._unfinished = state_dict.get("unfinished", 0)
+
+
+class ExactFitLoop(_FitLoop):
+    """The loop over epochs, each an `ExactEpochLoop`."""
+
+    epoch_loop: ExactEpochLoop
+    _loaded = False
+    _position: Any = None  # the loaders' at the start of the step that is under way
+
+    @property
+    def done(self) -> bool:
+        """Not before what follows the last step is done."""
+        return not self.epoch_loop.behind_step and super().done
+
+    def remember_position(self) -> None:
+        """Keeps where the loaders are at the start of a step of several batches."""
+        if self.trainer.accumulate_grad_batches > 1 and self._combined_loader is not None:
+            self._position = self._combined_loader._state_dicts()
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Saves the loaders' position at the end of the last step."""
+        state = super().on_save_checkpoint()
+        if self._position and self._should_accumulate():
+            state["combined_loader"] = self._position
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
+        """Takes over a checkpoint's counters; what they mean is found out when the data is there."""
+        super().load_state_dict(state_dict, prefix)
+        self._loaded = True
+
+    def setup_data(self) -> None:
+        """Makes the loader, and finds out where a resumed run goes on: behind a step, or at the start of an epoch."""
+        super().setup_data()
+        if not self._loaded:
+            return
+        self._loaded = False
+        _Loop.restarting.fset(self, True)  # type: ignore[attr-defined]  # else the position is not taken over
+        self._load_combined_loader_states()
+        _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]  # Lightning's own way of going on
+        epoch = self.epoch_loop
+        epochs: Any = self.epoch_progress
+        batches: Any = epoch.batch_progress
+        if epochs.current.started < epochs.current.ready:  # saved before an epoch's first batch
+            behind_step, done = False, epochs.current.processed
+        else:
+            epoch.rewind()
+            over = batches.is_last_batch and epochs.current.processed == epochs.current.ready
+            behind_step = batches.current.processed > 0 and not over
+            done = max(epochs.current.ready - (not over), 0)
+        for counted in (epochs.current, epochs.total):
+            counted.processed = counted.completed = done
+            counted.ready = counted.started = done + behind_step
+        epoch.behind_step = behind_step
+        epoch.count_steps(done=not behind_step)
+
+    def reset(self) -> None:
+        """Does not begin the epoch again that is resumed."""
+        super().reset()
+        if self.epoch_loop.behind_step:
+            self._restart_stage = RestartStage.RESTARTED_MID_EPOCH

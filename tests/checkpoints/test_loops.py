@@ -1,0 +1,190 @@
+"""Chains of resumes, of which each ends as the run that went through: the same weights, and the same curves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from ows_lightning import CausalLMModule, GaLoreAdamW, InstructionDataModule, LayerwiseSampling
+from ows_lightning.callbacks.curves import Curves
+from ows_lightning.callbacks.save_on_signal import SaveOnSignal
+from ows_lightning.cli.commands import OWSTrainer
+from ows_lightning.errors import RunError
+from tests.data.samples import tiny_tokenizer
+from tests.distributed.launch import run
+from tests.tiny import tiny_model
+
+OF_THE_MACHINE = ("time_s", "tokens_per_second", "peak_memory_mb", "renewal_s", "drawing_s", "scoring_s")
+STEPS = 20  # four epochs of five
+Rows = list[dict[str, str]]
+
+SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # The Trainer's, the checkpoint callback's and the data's settings.
+    "epochs": ({"max_epochs": 4}, {}, {}),
+    "steps": ({"max_steps": STEPS}, {}, {}),
+    "validated in epochs": ({"max_epochs": 4, "val_check_interval": 2}, {}, {}),
+    "validated over epochs": ({"max_steps": STEPS, "val_check_interval": 3, "check_val_every_n_epoch": None}, {}, {}),
+    "saved after validations": (
+        {"max_epochs": 4, "val_check_interval": 1},
+        {"every_n_train_steps": None, "every_n_epochs": 1, "save_on_train_epoch_end": False},
+        {},
+    ),
+    "accumulated": ({"max_epochs": 4, "accumulate_grad_batches": 2, "val_check_interval": 3}, {}, {"batch_size": 4}),
+    "saved within steps": (
+        {"max_epochs": 4, "accumulate_grad_batches": 2, "val_check_interval": 3},
+        {"every_n_train_steps": None, "every_n_epochs": 1, "save_on_train_epoch_end": False},
+        {"batch_size": 4},
+    ),
+    "a stream": ({"max_steps": STEPS, "val_check_interval": 3, "check_val_every_n_epoch": None}, {}, {"streaming": True}),
+}
+
+
+class Terminated(Callback):
+    """Sends SIGTERM to its own process at the start of some steps."""
+
+    def __init__(self, steps: tuple[int, ...]) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step + 1 in self.steps and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Runs:
+    """Runs of one scenario in a folder, each under a name.
+
+    Args:
+        folder: With a model and rows, see `home`.
+        scenario: One of ``SCENARIOS``.
+        devices: Processes.
+    """
+
+    def __init__(self, folder: Path, scenario: str, devices: int = 1) -> None:
+        self.folder, self.devices = folder, devices
+        self.trainer, self.checkpoint, self.data = SCENARIOS[scenario]
+
+    def fit(self, name: str, ckpt_path: Path | None = None, ended_in: tuple[int, ...] = ()) -> tuple[dict[str, Tensor], Rows]:
+        """Trains, from a checkpoint if it is given; returns the weights and what was logged."""
+        torch.manual_seed(0)
+        module = CausalLMModule(
+            str(self.folder / "model"), rank=4, update_proj_gap=3, optimizer=lambda groups: GaLoreAdamW(groups, lr=1e-3)
+        )
+        data = {"batch_size": 8, "val_size": 6, **self.data}
+        data["batch_size"] //= self.devices
+        saves = {"every_n_train_steps": 1, "save_top_k": -1, **self.checkpoint}
+        sampling = LayerwiseSampling(activated_layers=1, interval_steps=3, distribution="uniform")
+        trainer = OWSTrainer(
+            default_root_dir=self.folder / name,
+            logger=CSVLogger(self.folder / name, name="", version=0, flush_logs_every_n_steps=1),
+            callbacks=[SaveOnSignal(), sampling, Curves(), LearningRateMonitor("step"), Terminated(ended_in),
+                       ModelCheckpoint(**saves)],
+            accelerator="cpu", devices=self.devices, strategy="auto" if self.devices == 1 else "ddp_layerwise",
+            log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            **self.trainer,
+        )  # fmt: skip
+        trainer.fit(module, InstructionDataModule(str(self.folder / "rows.jsonl"), **data), ckpt_path=ckpt_path)
+        weights = {name: weight.detach().clone() for name, weight in module.state_dict().items()}
+        return weights, self.curves(name)
+
+    def curves(self, name: str) -> Rows:
+        with (self.folder / name / "version_0" / "metrics.csv").open() as file:
+            return [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in csv.DictReader(file)]
+
+    def saved(self, name: str, step: int) -> Path | None:
+        """The checkpoint of a step."""
+        return next((self.folder / name / "version_0" / "checkpoints").glob(f"*step={step}.ckpt"), None)
+
+
+def check_chains(runs: Runs, chains: list[tuple[int, ...]]) -> None:
+    """Asserts that each chain of resumes, by the steps of the checkpoints, ends as the run that went through."""
+    through = runs.fit("through")
+    for number, chain in enumerate(chains):
+        before, end = "through", through
+        for position, step in enumerate(chain):
+            name = f"chain{number}-{position}"
+            if (saved := runs.saved(before, step)) is not None:  # not every scenario saves every step
+                before, end = name, runs.fit(name, saved)
+        assert [key for key in end[0] if not torch.equal(end[0][key], through[0][key])] == [], chain
+        assert end[1] == through[1], chain
+
+
+def chains_of(steps: int, count: int, seed: int) -> list[tuple[int, ...]]:
+    """The epochs' ends after one another, and chains of one to four resumes at random steps."""
+    draw = random.Random(seed)
+    drawn = [tuple(sorted(draw.sample(range(1, steps + 1), draw.randint(1, 4)))) for _ in range(count)]
+    return [(5, 10, 15, 20), *drawn]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and rows."""
+    folder = tmp_path_factory.mktemp("chains")
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=2, hidden_size=16).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"instruction": f"is {i} even?", "output": "yes" if i % 2 else "no"} for i in range(46)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def runs_of(home: Path, tmp_path: Path) -> Callable[[str], Runs]:
+    def make(scenario: str) -> Runs:
+        shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+        return Runs(tmp_path, scenario)
+
+    return make
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_chain_of_resumes_equals_a_run_that_went_through(scenario: str, runs_of: Callable[[str], Runs]) -> None:
+    check_chains(runs_of(scenario), [(5, 10, 15)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_resumes_at_every_step(scenario: str, runs_of: Callable[[str], Runs], request: pytest.FixtureRequest) -> None:
+    seed = int(os.environ.get("OWS_TEST_SEED", "0"))
+    print(f"OWS_TEST_SEED={seed}")
+    check_chains(runs_of(scenario), [*((step,) for step in range(1, STEPS + 1)), *chains_of(STEPS, 8, seed)])
+
+
+@pytest.mark.parametrize("scenario", ["epochs", "accumulated"])
+def test_terminated_in_the_last_step_of_each_epoch(scenario: str, runs_of: Callable[[str], Runs]) -> None:
+    runs = runs_of(scenario)
+    through = runs.fit("through")
+    saved: Path | None = None
+    for end in (5, 10, 15):
+        with pytest.raises(RunError, match=f"stopped by SIGTERM after step {end}"):
+            runs.fit(f"until-{end}", saved, ended_in=(end,))
+        saved = runs.folder / f"until-{end}" / "version_0" / "checkpoints" / f"interrupted-step={end}.ckpt"
+    weights, curves = runs.fit("last", saved)
+    assert all(torch.equal(weights[name], through[0][name]) for name in weights)
+    assert curves == through[1]
+
+
+def _in_this_process(arguments: list[str]) -> None:
+    folder, scenario, chains = arguments
+    check_chains(Runs(Path(folder), scenario, devices=2), [tuple(chain) for chain in json.loads(chains)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["epochs", "accumulated"])
+def test_two_processes(scenario: str, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    chains = json.dumps([(5, 10, 15, 20), (4, 6), (10,)])
+    run([str(tmp_path), scenario, chains], tmp_path / "output", ranks=2, timeout=240, target=_in_this_process)
