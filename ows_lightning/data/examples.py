@@ -150,7 +150,10 @@ def _examples(source: Source, data_format: str | None, columns: Mapping[str, str
     for where, row in sources.read_rows(source):
         renamed = formats.rename(row, columns, where)
         data_format = data_format or formats.recognise(renamed, where, answered)
-        yield {**_entry(renamed, data_format, where, answered), "renamed": [name for name in columns.values() if name in row]}
+        yield {
+            **entry_of(renamed, data_format, where, answered),
+            "renamed": [name for name in columns.values() if name in row],
+        }
 
 
 def _numbered_example(
@@ -159,7 +162,7 @@ def _numbered_example(
     where, answered = f"{source.name} row {index + 1}", _is_answered(source)
     row = sources.plain(dict(row))
     renamed = formats.rename(row, columns, where)
-    entry = _entry(renamed, data_format or formats.recognise(renamed, where, answered), where, answered)
+    entry = entry_of(renamed, data_format or formats.recognise(renamed, where, answered), where, answered)
     return {**entry, "renamed": [name for name in columns.values() if name in row]}
 
 
@@ -168,7 +171,12 @@ def _is_answered(source: Source) -> bool:
     return source.key != "test_dataset"
 
 
-def _entry(row: Row, data_format: str, where: str, answered: bool) -> dict[str, str]:
+def entry_of(row: Row, data_format: str, where: str, answered: bool) -> dict[str, str]:
+    """The columns ``where`` and ``example`` of a row whose columns have the names of its format.
+
+    Raises:
+        UsageError: Whatever is wrong with the row; names it.
+    """
     try:
         example = json.dumps(formats.to_example(row, data_format, where, answered), ensure_ascii=False, default=str)
         example.encode()
@@ -178,7 +186,8 @@ def _entry(row: Row, data_format: str, where: str, answered: bool) -> dict[str, 
     except UsageError:
         raise
     except Exception as error:  # whatever a row holds, its name is said
-        raise UsageError(f"{where} can't be read as {data_format}: {type(error).__name__}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UsageError(f"{where} can't be read as {data_format}: {reason}") from error
     return {"where": where, "example": example}
 
 

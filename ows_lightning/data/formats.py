@@ -57,7 +57,7 @@ def recognise(columns: Iterable[str], where: str, answered: bool = True) -> str:
                 return name
     wanted = {column for needed, _ in FORMATS.values() for group in needed for column in group} - set(columns)
     near = [(match[0], column) for column in columns if (match := difflib.get_close_matches(column, wanted, n=1))]
-    hint = f"; did you mean '{near[0][0]}' by '{near[0][1]}'?" if near else ""
+    hint = f"; did you mean '{near[0][0]}' by '{_short(near[0][1])}'?" if near else ""
     known = ", ".join(f"{name} ({', '.join('|'.join(group) for group in needed)})" for name, (needed, _) in FORMATS.items())
     raise UsageError(
         f"{where}: columns {_quoted(columns)} fit no format; known are {known}{hint} (data.columns renames columns)"
@@ -268,7 +268,12 @@ def _kind(value: Any) -> str:
 
 
 def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
+    return ", ".join(f"'{_short(name)}'" for name in names)
+
+
+def _short(name: str) -> str:
+    """A name from the data as a part of one line."""
+    return " ".join(name.split())[:60]
 
 
 def _or(names: Iterable[str]) -> str:
@@ -276,4 +281,4 @@ def _or(names: Iterable[str]) -> str:
 
 
 def _found(row: Iterable[str]) -> str:
-    return f"columns: {', '.join(map(str, row))}"
+    return f"columns: {', '.join(map(_short, row))}"
