@@ -82,6 +82,13 @@ class LayerwiseSampling(BlockSampler, Callback):
         if figures:
             self._note(trainer, figures)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Clips what a projecting optimizer consumes: Lightning's clipping, which comes next, sees ``grad`` alone."""
+        clip = getattr(optimizer, "clip_gradients", None)
+        overridden = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+        if clip is not None and trainer.gradient_clip_val and not overridden:
+            clip(trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Names the blocks that never trained."""
         self.warn_of_never_trained()

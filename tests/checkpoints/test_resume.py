@@ -389,12 +389,17 @@ def test_evaluating_asks_for_the_same_model_alone() -> None:
         check_settings(saved, {"model.rank": 4, "number of blocks": 6}, resumes=False)
 
 
-def test_another_learning_rate_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:
+def test_other_options_of_the_optimizer_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:
     optimizer = ["--model.optimizer=GaLoreAdamW", "--model.lr_scheduler_type=constant", "--model.warmup_steps=0"]
     command = arguments("--checkpoint.every_n_train_steps=3", *optimizer)
-    run([*command, "--model.optimizer.lr=1e-3", "--trainer.max_steps=3"], tmp_path / "first")
-    options = ["--model.optimizer.lr=5e-4", "--trainer.max_steps=5", "--ckpt_path=last"]
+    every = ["--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1"]
+    saved = ["--model.optimizer.lr=1e-3", "--model.optimizer.moments_dtype=bfloat16"]
+    run([*command, *saved, "--trainer.max_steps=3"], tmp_path / "first")
+    options = ["--model.optimizer.lr=5e-4", "--trainer.max_steps=5", "--ckpt_path=last", *every]
     printed = run([*command, *options], tmp_path / "second")
+    assert "moments_dtype from bfloat16 to float32" in printed
+    states = torch.load(at_step(tmp_path / "runs", 4, version=1), weights_only=True)["optimizer_states"][0]["state"].values()
+    assert {state["exp_avg"].dtype for state in states} == {torch.float32}
     assert "lr from 0.001 to 0.0005" in printed
     assert "trainer.max_steps from 3 to 5" in printed
     rows = list(csv.DictReader((tmp_path / "runs" / "version_1" / "metrics.csv").open()))

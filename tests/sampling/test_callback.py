@@ -447,3 +447,51 @@ def test_a_subclass_may_draw_at_other_times(tmp_path: Path) -> None:
     sampling = AtOtherTimes(activated_layers=2, distribution="uniform")
     fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=8)
     assert [step for _, step, _ in sampling.history] == [0, 1, 4]
+
+
+class Consumed(Callback):
+    """Notes the norm, and the largest value, of what every step consumes, after all clipping."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.values: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def note(optimizer: Any, args: Any, kwargs: Any) -> None:
+            loss = kwargs["closure"]()  # forward, backward, clipping
+            gradients = optimizer.gradients()
+            self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
+            self.values.append(max(gradient.abs().max().item() for gradient in gradients))
+            return args, {**kwargs, "closure": lambda: loss}
+
+        trainer.optimizers[0].register_step_pre_hook(note)
+
+
+@pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-4)])
+def test_gradient_clip_val_acts_on_projected_gradients_of_somebody_elses_module(
+    algorithm: str, limit: float, tmp_path: Path
+) -> None:
+    def consumed(**settings: Any) -> Consumed:
+        watcher = Consumed()
+        sampling = LayerwiseSampling(activated_layers=2, interval_steps=3, distribution="uniform")
+        fit(Projected(), sampling, tmp_path, watcher, max_steps=4, **settings)
+        return watcher
+
+    free, clipped = consumed(), consumed(gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+    of_free, of_clipped = (w.norms if algorithm == "norm" else w.values for w in (free, clipped))
+    assert len(of_clipped) == 4
+    assert min(of_free) > 2 * limit
+    assert of_clipped == pytest.approx([limit] * 4, rel=2e-2)
+    assert max(of_clipped) <= limit * (1 + 1e-6)
+
+
+def test_a_module_is_fitted_by_one_trainer_after_another(tmp_path: Path) -> None:
+    module = Projected()
+    trainers = []
+    for run in range(2):
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        sampling = LayerwiseSampling(activated_layers=LAYERS, interval_steps=3, distribution="uniform")
+        trainers.append(
+            fit(module, sampling, tmp_path / str(run), max_steps=3)
+        )  # the first Trainer, and its optimizer, live on
+        assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
