@@ -39,6 +39,8 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import Step, StepFigures
+from ows_lightning.streaming.requirements import check_window, require_waiting
+from ows_lightning.streaming.window import Window
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -72,6 +74,10 @@ class CausalLMModule(LightningModule):
         lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.
         warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
         lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
+        frozen_in: Where frozen blocks wait: ``device``, or ``host`` memory, from where they pass through a window on the
+            device. No bit of what is computed changes. For one device, with sampling or LoRA.
+        frozen_dtype: None: frozen blocks wait as they are.
+        window_blocks: Blocks that the window holds, 2 or 3.
         max_new_tokens: Length limit of generated answers.
         max_skipped_steps: Stop the run after so many steps in a row whose gradients held a NaN or Inf; each is skipped. By the
             callback ``StopOnNaN``, which ``OWSTrainer`` brings along.
@@ -97,6 +103,9 @@ class CausalLMModule(LightningModule):
         lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_steps: float = 0.03,
         lora: dict[str, Any] | None = None,
+        frozen_in: Literal["device", "host", "disk"] = "device",
+        frozen_dtype: Literal["int8"] | None = None,
+        window_blocks: int = 2,
         max_new_tokens: int = 64,
         max_skipped_steps: int = 10,
         trust_remote_code: bool = False,
@@ -113,9 +122,11 @@ class CausalLMModule(LightningModule):
                 raise UsageError(f"model.{name}: {value} must be at least 1")
         if warmup_steps < 0:
             raise UsageError(f"model.warmup_steps: {warmup_steps} must be at least 0 (below 1 it is a share of all steps)")
+        check_window(frozen_in, frozen_dtype, window_blocks)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
+        self.window: Window | None = None  # that frozen blocks pass through
         self.val_figures, self.test_figures, self.test_choices = HeldOutFigures(), HeldOutFigures(), ChoiceAccuracy()
         self.last_step: StepFigures | None = None  # of the latest optimizer step
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -185,6 +196,9 @@ class CausalLMModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
+            some_are_frozen = self.hparams["lora"] is not None or self._sampling is not None
+            strategy = "fsdp2" if self.device_mesh is not None else "auto"
+            require_waiting(self.hparams["frozen_in"], some_are_frozen, self.trainer.world_size, strategy)
             self._step = Step(self.trainer.accumulate_grad_batches, self.trainer.world_size)
             self.last_step = None
 
@@ -205,6 +219,9 @@ class CausalLMModule(LightningModule):
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
             for layer in decoder_layers(self):
                 layer.compile()
+        if self.hparams["frozen_in"] == "host":
+            layers, slots = decoder_layers(self), self.hparams["window_blocks"]
+            self.window = Window(layers, slots, frozen_only=self.hparams["lora"] is not None)
 
     def build(self, empty: bool = False) -> nn.Module:
         """Makes the model with its weights, or ``empty``: with weights on the meta device, for others to fill."""
@@ -280,6 +297,8 @@ class CausalLMModule(LightningModule):
         """Seeds dropout by batch and rank: a resumed run draws what the uninterrupted one would have drawn."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         torch.manual_seed(hash((seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)))
+        if self.window is not None:
+            self.window.settle(self.trainer.optimizers)  # blocks may have been drawn just now
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; ``configure_gradient_clipping`` makes its gradient that of the step's mean."""
@@ -388,7 +407,10 @@ class CausalLMModule(LightningModule):
             check_settings(checkpoint.get("settings"), self._lasting_settings(), resumes=self.trainer.training)
 
     def _lasting_settings(self) -> dict[str, Any]:
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        sampling = next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
         architecture = architecture_of(self.language_model.config)
-        return lasting_settings(self.hparams, len(decoder_layers(self)), architecture, sampling)
+        return lasting_settings(self.hparams, len(decoder_layers(self)), architecture, self._sampling)
+
+    @property
+    def _sampling(self) -> LayerwiseSampling | None:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)

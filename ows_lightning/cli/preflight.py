@@ -23,6 +23,7 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
+from ows_lightning.streaming.requirements import require_waiting
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,10 @@ def check_run(
         _check_monitors(model, data, checkpoint, trainer["callbacks"] or [])
     if isinstance(model, CausalLMModule):
         config = model.check()
+        if command == "fit":
+            some_are_frozen = sampling is not None or model.hparams["lora"] is not None
+            devices = _number_of_devices(trainer["devices"])
+            require_waiting(model.hparams["frozen_in"], some_are_frozen, devices, str(trainer["strategy"]))
         if sampling is not None and command == "fit":
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
             _warn_of_scores(sampling, model.hparams["model_name_or_path"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
@@ -70,6 +71,12 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def _is_pretrained(module: nn.Module) -> TypeGuard[Any]:
     """Whether a module has the methods of transformers' models; its class has, for a peft model passes them on."""
     return all(hasattr(type(module), name) for name in ("get_output_embeddings", "get_decoder"))
+
+
+def at_hand(block: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which a block's weights are on the device where the block computes, wherever they wait else."""
+    window = getattr(block, "window", None)
+    return contextlib.nullcontext() if window is None else window.hold(block)
 
 
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

@@ -239,11 +239,13 @@ def _plain(weight: _Weight) -> Iterator[Tensor]:
         yield _gathered(getattr(weight.module, weight.attribute))
         return
     parameters = {module: dict(module._parameters) for module in adapters[0].modules()}
+    device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may wait in host memory
     try:
         for module, named in parameters.items():
             for name, parameter in named.items():
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(_gathered(parameter).clone(), requires_grad=False)
+                    whole = _gathered(parameter).to(device, copy=True)
+                    module._parameters[name] = nn.Parameter(whole, requires_grad=False)
         for adapter in adapters:
             adapter.merge()
         yield getattr(weight.module, weight.attribute)

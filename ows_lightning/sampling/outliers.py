@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.causal_lm import run_causal_lm
-from ows_lightning.models.decoder import causal_lm, decoder_layers
+from ows_lightning.models.decoder import at_hand, causal_lm, decoder_layers
 
 _CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and a float32 sum of so many ones is exact
 
@@ -57,7 +57,11 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
     layers = decoder_layers(model)
     blocks = [_block_weights(block) for block in layers]
     _measure_inputs(model, layers, blocks, batches)
-    return torch.tensor([_outlier_ratio(i, weights, threshold) for i, weights in enumerate(blocks)], dtype=torch.float64)
+    ratios = []
+    for index, weights in enumerate(blocks):
+        with at_hand(layers[index]):
+            ratios.append(_outlier_ratio(index, weights, threshold))
+    return torch.tensor(ratios, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -73,10 +77,11 @@ def layer_weight_norms(model: nn.Module) -> Tensor:
     Raises:
         UsageError: There are no blocks.
     """
-    norms = [
-        math.hypot(*(torch.linalg.vector_norm(weight.full(), dtype=torch.float32).item() for weight in weights))
-        for weights in map(_block_weights, decoder_layers(model))
-    ]
+    norms = []
+    for block in decoder_layers(model):
+        with at_hand(block):
+            each = [torch.linalg.vector_norm(weight.full(), dtype=torch.float32).item() for weight in _block_weights(block)]
+        norms.append(math.hypot(*each))
     return torch.tensor(norms, dtype=torch.float64)
 
 
@@ -250,7 +255,7 @@ def _measure_inputs(
 ) -> None:
     """Runs the text through the model, which fills in the squares of the weights."""
     language_model = causal_lm(model)
-    device = next(layers.parameters()).device
+    device = next(language_model.parameters()).device  # the embeddings': blocks may wait elsewhere
     accepted = inspect.signature(language_model.forward).parameters
     options = {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in accepted}
     # Experts get tokens without their positions, so their padding is found only by leaving it out beforehand.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -64,6 +64,8 @@ class Window:
                 block.register_state_dict_pre_hook(self._before_state_dict),
                 block.register_load_state_dict_pre_hook(self._before_load),
             ]
+            # What moves the model, `to` or a Trainer, leaves the blocks where they wait and moves the window.
+            block._apply = partial(self._apply_to_block, index)  # type: ignore[method-assign]
             block.window = self  # type: ignore[assignment]
         self._clear()
 
@@ -130,10 +132,6 @@ class Window:
         """Drops what the slots hold, because something wrote into homes."""
         self.timeline.forget()
 
-    def owns(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter is one that waits."""
-        return any(parameter is p for weights in self.parameters for p in weights)
-
     @contextmanager
     def hold(self, block: nn.Module) -> Iterator[None]:
         """Keeps a block on the device while its weights are looked at outside a forward pass."""
@@ -155,7 +153,7 @@ class Window:
         for hook in self._hooks:
             hook.remove()
         for block in self.blocks:
-            del block.window
+            del block.window, block._apply
         self._clear()
 
     def _prepare(self) -> None:
@@ -257,6 +255,11 @@ class Window:
 
     def _leave_backward(self, index: int, gradient: Any) -> None:
         self.timeline.leave_backward(index)
+
+    def _apply_to_block(self, index: int, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.move(fn(torch.empty(0, device=self.device)).device)
+        waiting, block = {id(p) for p in self.parameters[index]}, self.blocks[index]
+        return type(block)._apply(block, lambda tensor: tensor if id(tensor) in waiting else fn(tensor), recurse)
 
     def _before_state_dict(self, block: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.timeline.finish()  # a state dict outlives the pass that was interrupted

@@ -1,0 +1,147 @@
+"""Runs whose frozen blocks wait in host memory: the same figures, draws, checkpoints and exports to the bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ows_lightning.cli.main import main
+from ows_lightning.streaming.timeline import Timeline
+
+SETTINGS = [
+    "--config=configs/quickstart.yaml", "--data.eval_dataset=null", "--data.val_size=4", "--data.batch_size=2",
+    "--data.exact_match_rows=2", "--trainer.max_steps=4", "--trainer.val_check_interval=4",
+    "--checkpoint.every_n_train_steps=2", "--checkpoint.save_top_k=-1", "--trainer.accumulate_grad_batches=2",
+    "--sampling.threshold=2", "--sampling.interval_steps=1", "--sampling.activated_layers=2",
+    "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+]  # fmt: skip
+
+VARIANTS: dict[str, list[str]] = {
+    "float32": ["--trainer.precision=32-true"],
+    "bf16": ["--trainer.precision=bf16-true", "--model.gradient_checkpointing=true"],
+    "mixed": ["--trainer.precision=bf16-mixed", "--model.window_blocks=3", "--trainer.gradient_clip_val=0.1"],
+    "embeddings": ["--sampling.always_train=[embeddings,lm_head,norm]", "--data.packing=true"],
+    "norms": ["--sampling.distribution=weight_norm", "--model.rank=4"],
+    "averaged": ["--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.device=cpu"],
+    "lora": ["--sampling=null", "--model.lora={r: 2}", "--model.rank=null", "--model.optimizer=torch.optim.AdamW"],
+}
+
+
+def fit(folder: Path, *arguments: str) -> Path:
+    """Runs a fit and returns its folder."""
+    main(["fit", *SETTINGS, f"--trainer.default_root_dir={folder}", *arguments])
+    return max(folder.glob("version_*"), key=lambda path: int(path.name[8:]))
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a run leaves and that does not depend on the clock or on where blocks wait."""
+    with (run / "metrics.csv").open() as file:
+        kept = ("step", "train_loss", "grad_norm", "val_loss", "val_exact_match", "tokens")
+        metrics = [{key: row[key] for key in kept if key in row} for row in csv.DictReader(file)]
+    checkpoints = {}
+    for path in sorted((run / "checkpoints").glob("*.ckpt")):
+        saved = torch.load(path, weights_only=True, mmap=True)
+        checkpoints[path.name] = [saved["state_dict"], saved["optimizer_states"], saved["callbacks"].get("LayerwiseSampling")]
+    found = {"metrics": metrics, "checkpoints": checkpoints, "model": load_file(run / "model" / "model.safetensors")}
+    for name in ("outlier_scores.json", "sampling_history.csv"):
+        if (run / name).exists():
+            found[name] = (run / name).read_text()
+    if "outlier_scores.json" in found:
+        found["outlier_scores.json"] = json.loads(found["outlier_scores.json"])
+    return found
+
+
+def assert_identical(one: Any, other: Any, where: str = "") -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_identical(one[key], other[key], f"{where} {key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, (here, there) in enumerate(zip(one, other, strict=True)):
+            assert_identical(here, there, f"{where} {index}")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_host_leaves_what_device_leaves(
+    variant: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variant == "lora":
+        pytest.importorskip("peft")
+    common = [
+        f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}",
+        f"--data.dataset={rows_file}",
+        *VARIANTS[variant],
+    ]
+    expected = outcome(fit(tmp_path / "device", *common))
+    fetched = []
+    issue = Timeline._issue
+    monkeypatch.setattr(Timeline, "_issue", lambda self, block: (fetched.append(block), issue(self, block))[1])
+    assert_identical(outcome(fit(tmp_path / "host", *common, "--model.frozen_in=host")), expected)
+    assert set(fetched) == set(range(5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("device", "host"), ("host", "device")])
+def test_a_run_goes_on_in_the_other_mode(
+    before: str, after: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}"]
+    expected = outcome(fit(tmp_path / "whole", *common))
+    first = fit(tmp_path / "parts", *common, f"--model.frozen_in={before}")
+    middle = next((first / "checkpoints").glob("*step=2.ckpt"))
+    second = outcome(fit(tmp_path / "parts", *common, f"--model.frozen_in={after}", f"--ckpt_path={middle}"))
+    assert_identical(second["model"], expected["model"])
+    assert second["sampling_history.csv"] == expected["sampling_history.csv"]
+
+
+def test_a_block_that_was_never_drawn_is_the_base_models(
+    model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    model = model_dir(num_hidden_layers=5)
+    weights = "[0, 1, 0, 1, 0]"
+    arguments = [f"--model.model_name_or_path={model}", f"--data.dataset={rows_file}", f"--sampling.distribution={weights}"]
+    run = fit(
+        tmp_path / "runs", *arguments, "--model.frozen_in=host", "--trainer.max_steps=1", "--trainer.val_check_interval=2"
+    )
+    before, after = load_file(model / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    trained = {name.split(".")[2] for name in before if ".layers." in name and not torch.equal(before[name], after[name])}
+    assert trained == {"1", "3"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sampling=null"], "model.frozen_in: host needs frozen blocks"),
+        (["--trainer.devices=2", "--trainer.strategy=fsdp2"], "model.frozen_in: host is for one device"),
+        (["--trainer.devices=2", "--trainer.strategy=ddp_layerwise"], "model.frozen_in: host is for one device"),
+        (["--model.window_blocks=1"], "model.window_blocks: 1 must be 2 or 3"),
+        (["--model.frozen_in=disk"], "model.frozen_in: blocks can't wait on the disk yet"),
+        (["--model.frozen_dtype=int8"], "model.frozen_dtype: blocks can't wait in int8 yet"),
+    ],
+)
+def test_what_can_not_work_is_refused_with_a_line(
+    arguments: list[str], words: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    common = [f"--model.model_name_or_path={model_dir()}", f"--data.dataset={rows_file}", "--model.frozen_in=host"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        fit(tmp_path / "runs", *common, *arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
