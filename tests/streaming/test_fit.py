@@ -48,7 +48,8 @@ def outcome(run: Path) -> dict[str, Any]:
     checkpoints = {}
     for path in sorted((run / "checkpoints").glob("*.ckpt")):
         saved = torch.load(path, weights_only=True, mmap=True)
-        checkpoints[path.name] = [saved["state_dict"], saved["optimizer_states"], saved["callbacks"].get("LayerwiseSampling")]
+        sampling = {key: value for key, value in saved["callbacks"].get("LayerwiseSampling", {}).items() if key != "seconds"}
+        checkpoints[path.name] = [saved["state_dict"], saved["optimizer_states"], sampling]
     found = {"metrics": metrics, "checkpoints": checkpoints, "model": load_file(run / "model" / "model.safetensors")}
     for name in ("outlier_scores.json", "sampling_history.csv"):
         if (run / name).exists():
