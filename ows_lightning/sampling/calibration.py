@@ -35,7 +35,8 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
     else:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
         dataset = Subset(dataset, order[:samples].tolist())
-    size = min(loader.batch_size or 1, samples)
+    # A loader with a batch sampler of its own has no batch size.
+    size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, samples)
     # A generator of its own: a DataLoader without one draws from the global one, and the run's order would change.
     batches = kind(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
     return itertools.islice(batches, -(-samples // size))

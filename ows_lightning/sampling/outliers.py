@@ -256,7 +256,7 @@ def _measure_inputs(
     """Runs the text through the model, which fills in the squares of the weights."""
     language_model = causal_lm(model)
     device = next(language_model.parameters()).device  # the embeddings': blocks may wait elsewhere
-    accepted = inspect.signature(language_model.forward).parameters
+    accepted = inspect.signature(type(language_model).forward).parameters  # accelerate wraps the instance's
     options = {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in accepted}
     # Experts get tokens without their positions, so their padding is found only by leaving it out beforehand.
     has_experts = any(isinstance(module, nn.ModuleList) for block in layers for module in block.modules()) or any(

@@ -1,0 +1,1 @@
+"""The method in other training loops than Lightning's."""

@@ -1,0 +1,239 @@
+"""The method in transformers' Trainer and in TRL's trainers, which are Trainers: SFTTrainer, DPOTrainer and others.
+
+sampling = LayerwiseSamplingCallback(activated_layers=5, interval_steps=50)
+trainer = SFTTrainer(model, args=args, train_dataset=rows, callbacks=[sampling])
+use_galore(trainer, rank=128)  # or leave it out, and train the sampled blocks in full rank
+trainer.train()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakSet, ref
+
+import torch
+from accelerate.state import GradientState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ows_lightning.errors import UsageError
+from ows_lightning.optim.galore import GaLoreAdamW, ProjType
+from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.optim.sharding import total_norm
+from ows_lightning.optim.subspace import Method
+from ows_lightning.sampling.record import SamplingRecord
+from ows_lightning.sampling.sampler import BlockSampler
+from ows_lightning.sampling.scores import OutlierScores
+
+_fitted: WeakSet[Optimizer] = WeakSet()  # the optimizers of ``use_galore``
+
+
+class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
+    """``LayerwiseSampling`` for transformers' Trainer: trains a few sampled decoder blocks at a time (OWS, LISA).
+
+    The rules, and all arguments, are those of ``BlockSampler``. Give it as one of the Trainer's ``callbacks``, with any
+    optimizer; for GaLoreAdamW call ``use_galore``. Every ``train`` starts afresh. Scores are computed from the Trainer's
+    training data and the first blocks drawn when training begins, when every parameter is in the optimizer; each further
+    draw happens before the first micro-batch of an interval.
+
+    The state is in ``trainer_state.json`` of the Trainer's checkpoints, as plain values: ``train(resume_from_checkpoint=...)``
+    goes on as if the run had not ended. Scores and draws are also written into ``output_dir`` as ``outlier_scores.json`` and
+    ``sampling_history.csv``, unless ``save_strategy`` is ``no``.
+
+    One process trains: DDP fixes the set of trained parameters at its start, and FSDP and DeepSpeed reshape them. For several
+    processes use the Lightning side of this package.
+
+    Raises:
+        UsageError: A setting is out of its range; the Trainer runs on several processes, or clips where nothing is to clip.
+    """
+
+    _record: SamplingRecord | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Unfreezes what a run that ended by an exception left frozen, before an optimizer is made."""
+        self.release()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
+        assert model is not None
+        _require_one_process(args)
+        _require_fitted(_inner(optimizer), args)
+        self.release()
+        self.reset()
+        if state.global_step > 0:
+            self._resume(state)
+        self.attach(model)
+        records = args.save_strategy != "no" and state.is_world_process_zero
+        self._record = SamplingRecord(Path(str(args.output_dir))) if records else None
+        self._compute: Callable[[], OutlierScores] = partial(self.compute_scores, model, train_dataloader)
+        self.start(state.global_step, [_inner(optimizer)], self._compute)
+        self._write()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Draws new blocks where this step is the first of an interval."""
+        if self.advance(state.global_step, [_inner(optimizer)], self._compute):
+            self._write()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Names the blocks that never trained, and unfreezes all."""
+        self.warn_of_never_trained()
+        self.release()
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer's checkpoints keep of this callback: plain values."""
+        names = ("activated_layers", "interval_steps", "distribution", "threshold", "calibration_samples", "rescore_every")
+        settings = {name: getattr(self, name) for name in (*names, "seed", "grouping")}
+        settings |= {"always_train": list(self.always_train), "scores": None if self.scores is None else str(self.scores)}
+        run = self.state_dict()
+        run["probabilities"] = None if self.probabilities is None else self.probabilities.tolist()
+        return {"args": settings, "attributes": {"resumed": run}}
+
+    def _resume(self, state: TrainerState) -> None:
+        states: Any = state.stateful_callbacks  # a dict once a checkpoint is loaded
+        saved = states.get(type(self).__name__)
+        if saved is None:
+            raise UsageError(
+                f"resume_from_checkpoint: the checkpoint is of a run without {type(self).__name__}; give one of a run with it"
+            )
+        now = self.state()["args"]
+        lasting = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping")
+        if changed := [name for name in lasting if saved["args"].get(name) != now[name]]:
+            listed = ", ".join(f"{name} ({saved['args'].get(name)!r} there, {now[name]!r} now)" for name in changed)
+            raise UsageError(
+                f"resume_from_checkpoint: the checkpoint is of a run with other settings: {listed}; set them back"
+            )
+        run = dict(saved["attributes"]["resumed"])
+        if run["probabilities"] is not None:
+            run["probabilities"] = torch.tensor(run["probabilities"], dtype=torch.float64)
+        self.load_state_dict(run)
+
+    def _write(self) -> None:
+        if self._record is not None:
+            self._record.update(self)
+
+
+def use_galore(
+    trainer: Trainer,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 1.0,
+    proj_type: ProjType = "std",
+    subspace: Method = "randomized",
+    project_embeddings: bool = False,
+    **options: Any,
+) -> GaLoreAdamW:
+    """Gives a Trainer GaLoreAdamW, with gradients that are projected within backward; call it before ``train``.
+
+    Learning rate, betas, epsilon and weight decay are those of the Trainer's arguments. Gradients are accumulated, clipped by
+    ``max_grad_norm`` and logged as ``grad_norm`` as the optimizer consumes them: projected.
+
+    Args:
+        trainer: A Trainer, SFTTrainer, DPOTrainer, ... that has not trained yet.
+        rank: See ``galore_param_groups``, as the five that follow.
+        update_proj_gap: Optimizer steps between two renewals of a subspace.
+        scale: Factor of the projected updates.
+        proj_type: The dimension that is projected.
+        subspace: ``randomized`` or ``svd``.
+        project_embeddings: Project the embeddings and the LM head, too.
+        **options: Further arguments of GaLoreAdamW, e.g. ``moments_dtype``.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UsageError: The Trainer has an optimizer, runs on several processes, or computes in float16.
+    """
+    args, model = trainer.args, cast(nn.Module, trainer.model)
+    _require_one_process(args)
+    if trainer.optimizer is not None:
+        raise UsageError("use_galore: this Trainer has an optimizer; leave `optimizers` out, and call it before `train`")
+    if args.fp16:
+        raise UsageError("fp16: its scaled gradients can't be projected within backward; set bf16=True, or neither")
+    groups = galore_param_groups(
+        model,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        proj_type=proj_type,
+        subspace=subspace,
+        project_embeddings=project_embeddings,
+    )
+    optimizer = GaLoreAdamW(
+        groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        **options,
+    )
+    optimizer.project_in_backward()
+
+    def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        return _clip(optimizer, max_norm)
+
+    trainer.accelerator.clip_grad_norm_ = clip
+    model.register_forward_pre_hook(partial(_say_whether_more_comes, ref(optimizer)))
+    trainer.optimizer = optimizer
+    _fitted.add(optimizer)
+    return optimizer
+
+
+def _say_whether_more_comes(optimizer: Callable[[], GaLoreAdamW | None], *_: Any) -> None:
+    """Before a forward pass the Trainer has said whether its micro-batch is the last of the step."""
+    if (used := optimizer()) is not None:
+        used.accumulating = not GradientState().sync_gradients
+
+
+@torch.no_grad()
+def _clip(optimizer: GaLoreAdamW, max_norm: float) -> Tensor:
+    """Scales what the next step consumes to a norm of at most ``max_norm``; returns the norm before."""
+    gradients = optimizer.gradients()
+    norm = total_norm(gradients)
+    if max_norm != float("inf"):
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device))
+    return norm
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer that accelerate has wrapped."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _require_one_process(args: TrainingArguments) -> None:
+    if args.world_size > 1 or args.deepspeed or args.fsdp:
+        raise UsageError(
+            "LayerwiseSamplingCallback, use_galore: the Trainer's DDP, FSDP and DeepSpeed fix the set of trained parameters; "
+            "train on one process, or with this package's CausalLMModule and trainer.strategy ddp_layerwise or fsdp2"
+        )
+
+
+def _require_fitted(optimizer: Optimizer, args: TrainingArguments) -> None:
+    """Refuses a GaLoreAdamW whose gradients the Trainer would not see."""
+    if not isinstance(optimizer, GaLoreAdamW) or optimizer in _fitted:
+        return
+    in_backward = any(p._post_accumulate_grad_hooks for group in optimizer.param_groups for p in group["params"])
+    if in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):
+        raise UsageError(
+            "max_grad_norm: the Trainer clips and accumulates full gradients, but this GaLoreAdamW projects them within "
+            "backward; call use_galore(trainer) instead of giving `optimizers`"
+        )

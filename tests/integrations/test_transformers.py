@@ -1,0 +1,156 @@
+"""The callback and the optimizer in TRL's own trainers."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.param_groups import galore_param_groups
+
+pytest.importorskip("trl", reason='needs TRL: pip install "ows_lightning[trl]"')
+
+from ows_lightning.integrations.transformers import LayerwiseSamplingCallback, use_galore
+from tests.integrations.trainers import ACCUMULATE, INTERVAL, STEPS, make_trainer
+
+
+class Watcher(TrainerCallback):
+    """Compares the weights and states around every step with what the callback says is active."""
+
+    def __init__(self) -> None:
+        self.sampling: Any = None
+        self.steps: list[tuple[int, ...]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        active = self.sampling.active_blocks
+        self.steps.append(tuple(active))
+        states = optimizer.optimizer.state
+        for index, layer in enumerate(decoder_layers(model)):
+            for name, p in layer.named_parameters():
+                assert torch.equal(p, self.before[f"model.layers.{index}.{name}"]) == (index not in active), (index, name)
+                assert bool(states.get(p)) == (index in active), (index, name)
+                assert index in active or p.grad is None
+        assert torch.equal(model.lm_head.weight, self.before["lm_head.weight"])
+        assert not torch.equal(model.model.norm.weight, self.before["model.norm.weight"])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("galore", [False, True], ids=["adamw", "galore"])
+def test_only_active_blocks_train_and_hold_state(kind: str, galore: bool, tmp_path: Path) -> None:
+    watcher = Watcher()
+    trainer, watcher.sampling = make_trainer(tmp_path, kind, galore, watcher)
+    trainer.train()
+    sampling = watcher.sampling
+    assert len(watcher.steps) == STEPS
+    assert [step for _, step, _ in sampling.history] == list(range(0, STEPS, INTERVAL))
+    assert len(set(watcher.steps)) > 1
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    with (tmp_path / "sampling_history.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [step for _, step, _ in sampling.history]
+    assert sum(sampling.outlier_scores.outlier_ratios) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "optimizer"), [("sft", "galore"), ("dpo", "galore")])
+def test_a_run_that_was_killed_resumes_bit_for_bit(kind: str, optimizer: str, tmp_path: Path) -> None:
+    def run(folder: str, *more: str) -> int:
+        command = [sys.executable, "-m", "tests.integrations.trainers", str(tmp_path / folder), kind, optimizer, *more]
+        return subprocess.run(command, cwd=Path(__file__).parents[2], timeout=240, capture_output=True).returncode
+
+    assert run("whole") == 0
+    assert run("killed", "--die", "7") == -signal.SIGKILL
+    assert run("killed", "--resume") == 0
+    whole, resumed = (torch.load(tmp_path / folder / "end.pt", weights_only=True) for folder in ("whole", "killed"))
+    assert whole["history"] == resumed["history"]
+    assert all(torch.equal(resumed["weights"][name], value) for name, value in whole["weights"].items())
+
+
+def test_clipping_acts_on_what_the_optimizer_consumes_and_is_logged(tmp_path: Path) -> None:
+    class Norms(TrainerCallback):
+        def __init__(self) -> None:
+            self.norms: list[float] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            gradients = optimizer.optimizer.gradients()
+            self.norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+            assert len(gradients) == 2 * 9 + 1  # two blocks, and the final norm
+
+    clipped, free = Norms(), Norms()
+    for norms, limit, name in ((clipped, 1e-3, "clipped"), (free, 0.0, "free")):
+        trainer, _ = make_trainer(tmp_path / name, "sft", True, norms, max_grad_norm=limit, max_steps=4)
+        trainer.train()
+        logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        assert min(logged) > 1e-2
+        if name == "free":
+            assert logged == pytest.approx(norms.norms, rel=1e-4)
+    assert clipped.norms == pytest.approx([1e-3] * 4, rel=1e-2)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
+    weights = []
+    for size, accumulate in ((2, ACCUMULATE), (2 * ACCUMULATE, 1)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, "max_steps": 3}
+        trainer, _ = make_trainer(tmp_path / str(size), "sft", True, **options)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=2e-2, atol=2e-3)
+
+
+def test_a_projecting_optimizer_of_ones_own_is_refused_where_the_trainer_clips(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path)
+    optimizer = GaLoreAdamW(galore_param_groups(trainer.model, rank=4), lr=1e-2)
+    optimizer.project_in_backward()
+    trainer.optimizer = optimizer
+    with pytest.raises(UsageError, match=r"^max_grad_norm: .* call use_galore\(trainer\)"):
+        trainer.train()
+    with pytest.raises(UsageError, match=r"^use_galore: this Trainer has an optimizer"):
+        use_galore(trainer)
+
+
+def test_a_callback_used_again_starts_afresh_also_after_an_exception(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    trainer, sampling = make_trainer(tmp_path / "first", "sft", False, Fails())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    first = list(sampling.history)
+    again, _ = make_trainer(tmp_path / "second", sampling=sampling)
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    again.train()
+    assert sampling.history[:2] == first
+    assert len(sampling.history) == 4
+
+
+def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    other = LayerwiseSamplingCallback(activated_layers=1, interval_steps=INTERVAL, always_train=["norm"])
+    trainer, _ = make_trainer(tmp_path, sampling=other)
+    with pytest.raises(UsageError, match=r"^resume_from_checkpoint: .*activated_layers \(2 there, 1 now\)"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_float16_is_refused(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path)
+    trainer.args.fp16 = True
+    with pytest.raises(UsageError, match=r"^fp16: "):
+        use_galore(trainer)
