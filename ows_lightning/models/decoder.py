@@ -14,12 +14,27 @@ from ows_lightning.errors import UsageError
 def causal_lm(model: nn.Module) -> nn.Module:
     """Returns the transformers model with an LM head that `model` is or contains, or `model` itself if there is none.
 
+    Of several (a teacher beside its student) it is the one whose weights the module's optimizer holds, or else the first that
+    has a weight to train.
+
     Args:
         model: Any module, e.g. a causal LM, a peft model around one, or a LightningModule that has one.
     """
     pretrained = [module for module in model.modules() if _is_pretrained(module)]
-    with_head = [module for module in pretrained if module.get_output_embeddings() is not None]
-    return next(iter(with_head + pretrained), model)
+    candidates = [module for module in pretrained if module.get_output_embeddings() is not None] or pretrained
+    if len(candidates) > 1:
+        # A LightningModule's, once they are made.
+        optimizers = getattr(getattr(model, "_trainer", None), "optimizers", None) or []
+        held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        for trained in (held, {p for p in model.parameters() if p.requires_grad}):
+            if own := [module for module in candidates if not trained.isdisjoint(module.parameters())]:
+                return own[0]
+    return next(iter(candidates), model)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """Returns the module that holds the decoder blocks, whose output the LM head gets; see `decoder_layers`."""
+    return _decoder_and_layers(model)[0]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -51,18 +66,18 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     Raises:
         UsageError: There is no list of blocks in the model.
     """
-    decoder, layers = _decoder_and_layers(model)
+    holder, layers = _decoder_and_layers(model)
     language_model = causal_lm(model)
     head = language_model.get_output_embeddings() if _is_pretrained(language_model) else None
 
     in_blocks = set(layers.modules())
-    embeddings = nn.ModuleList(m for m in decoder.modules() if isinstance(m, nn.Embedding) and m not in in_blocks)
+    embeddings = nn.ModuleList(m for m in holder.modules() if isinstance(m, nn.Embedding) and m not in in_blocks)
     groups = {
         "embeddings": list(embeddings.parameters()),
         "lm_head": list(head.parameters()) if head is not None else [],
     }
     placed = {id(p) for p in [*layers.parameters(), *groups["embeddings"], *groups["lm_head"]]}
-    groups["norm"] = [p for p in decoder.parameters() if id(p) not in placed]
+    groups["norm"] = [p for p in holder.parameters() if id(p) not in placed]
     placed.update(id(p) for p in groups["norm"])
     groups["other"] = [p for p in model.parameters() if id(p) not in placed]
     return groups
@@ -82,9 +97,12 @@ def at_hand(block: nn.Module) -> contextlib.AbstractContextManager[None]:
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """Returns the module that directly holds the list of blocks, and that list."""
     language_model = causal_lm(model)
-    # get_decoder() leaves out a vision tower, which may be larger than the language model.
-    root = language_model.get_decoder() if _is_pretrained(language_model) else language_model
-    candidates = list(_outermost_lists(root))
+    candidates = []
+    if _is_pretrained(language_model):
+        # get_decoder() leaves out a vision tower, which may be larger than the language model.
+        candidates = list(_outermost_lists(language_model.get_decoder()))
+    if not candidates:  # what some classes call `decoder` is their head
+        candidates = list(_outermost_lists(language_model))
     sizes = [sum(p.numel() for p in layers.parameters()) for _, layers in candidates]
     if not any(sizes):
         raise UsageError(

@@ -80,10 +80,11 @@ def save_huggingface(
 
     Raises:
         UsageError: The directory exists and holds something else than a model.
-        RunError: The files can't be written, e.g. because the disk is full.
+        RunError: The files can't be written, e.g. because the disk is full, or the weights are no numbers.
     """
     target = Path(directory).expanduser().absolute()
     _check_replaceable(target)
+    _check_finite(model)
     base: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment,operator]
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -115,6 +116,23 @@ def save_huggingface(
             shutil.rmtree(partial, ignore_errors=True)
     if sharded:
         distributed.barrier()
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuses weights with NaN or Inf, on all ranks if one holds such a part."""
+    parts = {
+        name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters() if p.is_floating_point()
+    }
+    broken = [name for name, part in parts.items() if not part.isfinite().all()]
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        everywhere: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everywhere, broken)
+        broken = [name for name in parts if any(name in rank for rank in everywhere)]
+    if broken:
+        raise RunError(
+            f"the model is not written: {len(broken)} of its {len(parts)} weights hold NaN or Inf ({broken[0]}); "
+            "export an earlier checkpoint, and train with a lower learning rate"
+        )
 
 
 def _check_replaceable(target: Path) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ows_lightning.models.decoder import decoder
 from ows_lightning.models.row_chunks import rows_at_a_time
 
 CHUNK = 1 << 25  # bytes of logits held at a time; below it, speed suffers before memory gains
@@ -33,7 +34,7 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[T
     targets = batch["labels"][:, 1:]
     at = (targets != -100).nonzero(as_tuple=True)  # before the model runs: a GPU is waited for here
     targets = targets[at]
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][at]
+    hidden = last_hidden_state(model, inputs)[:, :-1][at]
     return summed_cross_entropy(model, hidden, targets), torch.full((), targets.numel(), device=targets.device)
 
 
@@ -48,12 +49,21 @@ def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Ten
         Shape (B,), float32.
     """
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    hidden = last_hidden_state(model, inputs)[:, :-1]
     targets = batch["labels"][:, 1:]
     has_target = targets != -100
     losses = F.cross_entropy(logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
     rows = has_target.nonzero()[:, 0]
     return losses.new_zeros(len(targets)).index_add_(0, rows, -losses)
+
+
+def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Returns what the LM head of a causal LM gets, shape (B, L, hidden), from what the model takes."""
+    base = model.base_model
+    if base is model:  # it has no name of its own for what lies below the head, as Llama 4's text model
+        base = decoder(model)
+    hidden: Tensor = base(**inputs, use_cache=False).last_hidden_state
+    return hidden
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:

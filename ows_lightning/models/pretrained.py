@@ -203,7 +203,16 @@ def stop_at(model: PreTrainedModel, token: int) -> None:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Lets backward recompute the blocks' activations, though not those of frozen blocks below the active ones."""
+    """Lets backward recompute the blocks' activations, though not those of frozen blocks below the active ones.
+
+    Raises:
+        UsageError: The model's class can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UsageError(
+            f"model.gradient_checkpointing: {type(model).__name__} has none in transformers {transformers.__version__}; "
+            "set it to false"
+        )
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
     enable({"use_reentrant": False})
     # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.

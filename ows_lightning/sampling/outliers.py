@@ -96,6 +96,7 @@ class _Weight:
     name: str
     transposed: bool = False  # (in, out) instead of (out, in)
     squares: Tensor | None = None  # float32, (in,) or (experts, in); None while no input was seen
+    experts: int | None = None  # matrices that lie behind one another in a single one, as in DBRX
 
     @property
     def is_bare(self) -> bool:
@@ -107,11 +108,13 @@ class _Weight:
 
     def full(self) -> Tensor:
         parameter = self.parameter.detach()
-        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        return whole if self.experts is None else whole.unflatten(0, (self.experts, -1))
 
     def add(self, squares: Tensor, expert: int | None = None) -> None:
         if self.squares is None:
-            self.squares = squares.new_zeros(*self.parameter.shape[:-2], squares.shape[-1])
+            stack = self.parameter.shape[:-2] if self.experts is None else (self.experts,)
+            self.squares = squares.new_zeros(*stack, squares.shape[-1])
         (self.squares if expert is None else self.squares[expert]).add_(squares)
 
     def magnitudes(self) -> Iterator[Tensor]:
@@ -235,8 +238,11 @@ class _InputRecorder(TorchFunctionMode):
             weight.transposed = matrix.stride(feature_dim) != parameter.stride(-1)
             if matrix.dim() == 3:  # all experts at once
                 weight.add(torch.stack([self._sum_squares(expert_inputs) for expert_inputs in inputs]))
-            else:
-                weight.add(self._sum_squares(inputs), offset // parameter.stride(0) if parameter.dim() == 3 else None)
+                continue
+            if parameter.dim() == 2 and matrix.numel() < parameter.numel():
+                weight.experts = parameter.numel() // matrix.numel()
+            stacked = parameter.dim() == 3 or weight.experts is not None
+            weight.add(self._sum_squares(inputs), offset // matrix.numel() if stacked else None)
 
     def _sum_squares(self, inputs: Tensor) -> Tensor:
         """Sums the squares of each input feature over the tokens in float32: (..., in) -> (in,)."""

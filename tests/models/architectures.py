@@ -1,0 +1,140 @@
+"""Every architecture of transformers' causal LMs, tiny: trains a step, exports and reloads to equal logits, or is refused.
+
+``python -m tests.models.architectures`` writes the table of ``docs/architectures.md``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ows_lightning.errors import UsageError
+from ows_lightning.models.causal_lm import CausalLM
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.pretrained import load_model
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.sampling.activation import activate_blocks
+from ows_lightning.sampling.outliers import layer_outlier_ratios
+from tests.data.samples import tiny_tokenizer
+
+LAYERS = 2
+# What a config gets where it has such a key.
+_TINY: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "intermediate_size": 64,
+    "ffn_dim": 64, "n_inner": 64,
+    "num_hidden_layers": LAYERS, "n_layers": LAYERS, "n_layer": LAYERS, "num_layers": LAYERS, "decoder_layers": LAYERS,
+    "num_attention_heads": 4, "n_heads": 4, "n_head": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_seq_len": 64, "decoder_ffn_dim": 64, "dff": 64,
+    "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 16, "moe_topk": 2, "intermediate_size_mlp": 64, "expert_hidden_size": 16,
+    "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "word_embed_proj_dim": 32, "rotary_dim": 4, "state_size": 8, "mamba_d_state": 8,
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_ssm": 64, "mamba_num_heads": 4, "mamba_head_dim": 16,
+    "num_heads": 4, "lru_width": 32, "sliding_window": 32, "attention_window_size": 32, "use_mamba_kernels": False,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "is_decoder": True, "use_cache": False,
+}  # fmt: skip
+# What a type needs besides, or instead; None leaves a key of _TINY out.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "mamba2": {"head_dim": 16, "n_groups": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba": {"layer_types": ["mamba", "hybrid"]},
+    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+    "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
+    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
+_LARGEST = 20_000_000  # weights of what still counts as tiny
+
+
+def tiny_config(kind: str) -> PretrainedConfig:
+    """Returns a config of two small blocks for a model type."""
+    known = set(inspect.signature(CONFIG_MAPPING[kind].__init__).parameters) | set(vars(CONFIG_MAPPING[kind]()))
+    known |= set(getattr(CONFIG_MAPPING[kind], "attribute_map", {}))
+    if "kv_lora_rank" in known:
+        known.discard("head_dim")  # it is the sum of two others
+    values = {key: value for key, value in _TINY.items() if key in known} | _SPECIAL.get(kind, {})
+    return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if value is not None})
+
+
+def model_types() -> list[str]:
+    """Returns the model types of transformers' causal LMs."""
+    return sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING})
+
+
+def tiny_model(kind: str) -> PreTrainedModel | str:
+    """Returns a small model of random weights, or why there is none."""
+    try:
+        config = tiny_config(kind)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > _LARGEST:
+            return f"{size / 1e6:,.0f} million weights at least"
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.eval()(input_ids=torch.arange(3, 19)[None])
+    except Exception as error:
+        return f"{type(error).__name__} in transformers"
+    return model
+
+
+def try_out(kind: str, folder: Path) -> tuple[str, str]:
+    """Trains, exports and reloads a tiny model of a type.
+
+    Returns:
+        ``trains``, ``refused`` or ``not tried``; and a reason.
+    """
+    model = tiny_model(kind)
+    if isinstance(model, str):
+        return "not tried", model
+    try:
+        _train_and_export(model, folder)
+    except UsageError as error:
+        reason = str(error).replace(str(folder), "MODEL").replace(f"'{folder}", "'MODEL")
+        return "refused", reason
+    return "trains", ""
+
+
+def _train_and_export(random: PreTrainedModel, folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    random.save_pretrained(folder / "start")
+    tokenizer.save_pretrained(folder / "start")
+    causal_lm = CausalLM(load_model(str(folder / "start")))
+    ids = torch.arange(3, 27).view(2, 12)
+    if not causal_lm.eval().agrees(ids):
+        raise UsageError(f"the loss does not know how {type(random).__name__} makes its logits")
+    causal_lm.train()
+    layers = decoder_layers(causal_lm)
+    assert len(layers) >= LAYERS
+    ratios = layer_outlier_ratios(causal_lm, [{"input_ids": ids}], threshold=2.0)
+    assert ratios.isfinite().all()
+
+    optimizer = GaLoreAdamW(galore_param_groups(causal_lm, rank=4, update_proj_gap=2), lr=1e-2)
+    last = len(layers) - 1
+    norm = set(non_block_parameters(causal_lm)["norm"])
+    outside = [p for group in non_block_parameters(causal_lm).values() for p in group]
+    activate_blocks(layers, [last], [(p, p in norm) for p in outside], [optimizer])
+    before = {name: p.detach().clone() for name, p in causal_lm.named_parameters()}
+    causal_lm(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    optimizer.step()
+    changed = {name for name, p in causal_lm.named_parameters() if not torch.equal(p, before[name])}
+    trainable = {name for name, p in causal_lm.named_parameters() if p.requires_grad}
+    assert changed <= trainable, f"frozen weights moved: {sorted(changed - trainable)[:3]}"
+    assert changed & {name for name, p in causal_lm.named_parameters() if any(p is q for q in layers[last].parameters())}
+
+    save_huggingface(causal_lm.model, tokenizer, folder / "export")
+    reloaded = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32).eval()
+    with torch.no_grad():
+        one, other = (model(input_ids=ids).logits for model in (causal_lm.eval().language_model, reloaded))
+    assert torch.equal(one, other), f"the export's logits differ by {(one - other).abs().max()}"
