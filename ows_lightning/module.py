@@ -244,9 +244,8 @@ class CausalLMModule(LightningModule):
             require_layerwise(self.trainer.strategy)
             optimizer.project_in_backward()
         self._check_projection(optimizer)
-        steps, warmup, kind = (
-            self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"], self.hparams["lr_scheduler_type"]
-        )  # fmt: skip
+        warmup, kind = self.hparams["warmup_steps"], self.hparams["lr_scheduler_type"]
+        steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             if kind != "constant" or 0 < warmup < 1:
                 raise UsageError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
 from ows_lightning.data import InstructionDataModule
@@ -20,7 +23,7 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.outliers import layer_outlier_ratios
-from tests.tiny import tiny_batch
+from tests.tiny import tiny_batch, tiny_model
 
 ModelDir = Callable[..., Path]
 
@@ -240,3 +243,52 @@ def test_unknown_lora_keys_are_refused(model_dir: ModelDir, tmp_path: Path) -> N
     module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=None, lora={"rang": 4})
     with pytest.raises(UsageError, match=r"model\.lora\.rang: "):
         trainer(tmp_path).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+
+
+def test_a_module_can_be_used_again_in_every_way(model_dir: ModelDir, tmp_path: Path) -> None:
+    module = CausalLMModule(str(model_dir()), rank=8)
+    rows = DataLoader(rows_with_uneven_targets(), batch_size=4)
+    validated = trainer(tmp_path)
+    loss = validated.validate(module, rows, verbose=False)[0]["val_loss"]
+    validated.save_checkpoint(tmp_path / "validated.ckpt")
+    whole = next(iter(DataLoader(rows_with_uneven_targets(), batch_size=8)))
+    assert module(**whole).loss.item() == pytest.approx(loss, rel=1e-5)
+    assert module(input_ids=whole["input_ids"]).logits.shape == (8, 12, module.language_model.config.vocab_size)
+    start = weights(module)
+    Tuner(trainer(tmp_path)).lr_find(module, rows, num_training=3, update_attr=False)
+    assert all(torch.equal(weight, start[name]) for name, weight in weights(module).items())
+    sampling, finals = LayerwiseSampling(2, 2, distribution="uniform"), []
+    others = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    for again in (module, *others):
+        run = trainer(tmp_path, sampling)
+        run.fit(again, rows)
+        assert [step for _, step, _ in sampling.history] == [0, 2]
+        assert all(p.requires_grad for p in again.parameters())
+        finals.append(weights(again))
+    for final in finals[1:]:
+        assert all(torch.equal(weight, final[name]) for name, weight in finals[0].items())
+    trainer(tmp_path).fit(module, rows)
+
+
+class Teaching(LightningModule):
+    """A frozen teacher that is registered before its student."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher, self.student = tiny_model("llama", num_hidden_layers=6), tiny_model("llama", seed=1)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.student(**batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.student.parameters(), lr=1e-3)
+
+
+def test_the_model_that_the_optimizer_holds_is_sampled(tmp_path: Path) -> None:
+    module = Teaching()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    sampling = LayerwiseSampling(1, 100, distribution=[0.0, 1.0, 0.0, 0.0], always_train=["norm"])
+    trainer(tmp_path, sampling).fit(module, DataLoader([tiny_batch()], batch_size=None))
+    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all(name.startswith(("student.model.layers.1.", "student.model.norm.")) for name in changed)

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ows_lightning.errors import UsageError
@@ -37,6 +39,7 @@ _TINY: dict[str, Any] = {
     "qk_rope_head_dim": 8, "v_head_dim": 8, "word_embed_proj_dim": 32, "rotary_dim": 4, "state_size": 8, "mamba_d_state": 8,
     "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_ssm": 64, "mamba_num_heads": 4, "mamba_head_dim": 16,
     "num_heads": 4, "lru_width": 32, "sliding_window": 32, "attention_window_size": 32, "use_mamba_kernels": False,
+    "unpadded_vocab_size": 128,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "is_decoder": True, "use_cache": False,
 }  # fmt: skip
 # What a type needs besides, or instead; None leaves a key of _TINY out.
@@ -51,7 +54,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "zamba": {"layer_types": ["mamba", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"]},
-    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -65,6 +67,8 @@ def tiny_config(kind: str) -> PretrainedConfig:
     if "kv_lora_rank" in known:
         known.discard("head_dim")  # it is the sum of two others
     values = {key: value for key, value in _TINY.items() if key in known} | _SPECIAL.get(kind, {})
+    if "kv_lora_rank" in known:
+        values["num_key_value_heads"] = values["num_attention_heads"]
     return CONFIG_MAPPING[kind](**{key: value for key, value in values.items() if value is not None})
 
 
@@ -138,3 +142,57 @@ def _train_and_export(random: PreTrainedModel, folder: Path) -> None:
     with torch.no_grad():
         one, other = (model(input_ids=ids).logits for model in (causal_lm.eval().language_model, reloaded))
     assert torch.equal(one, other), f"the export's logits differ by {(one - other).abs().max()}"
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+_TEXT = """# Architectures
+
+Any decoder-only model of transformers works whose decoder blocks are in a list and whose logits follow from its last hidden
+states by its LM head. Nothing depends on names of models. The tables say what became of each model type of
+transformers {version} when a model of two small blocks was scored, trained for a step with one block frozen, exported,
+and reloaded to logits equal to the bit.
+`python -m tests.models.architectures` makes this page; a test checks each line.
+
+## Trained, {trained} types
+
+{names}
+
+## Refused before anything trains, {refused} types
+
+| model type | what the user reads |
+|---|---|
+{reasons}
+
+## Not tried, {untried} types
+
+No small model of random weights could be made of these in the settings of the test, so nothing is said of them.
+
+| model type | why |
+|---|---|
+{untried_reasons}
+"""
+
+
+def page() -> str:
+    """Tries out every type, and returns the text of the documentation's page."""
+    outcomes = {}
+    for kind in model_types():
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes[kind] = try_out(kind, Path(folder))
+    rows = {
+        outcome: [f"| {kind} | {reason} |" for kind, (found, reason) in outcomes.items() if found == outcome]
+        for outcome in ("trains", "refused", "not tried")
+    }
+    return _TEXT.format(
+        version=transformers.__version__,
+        trained=len(rows["trains"]),
+        names=", ".join(f"`{kind}`" for kind, (found, _) in outcomes.items() if found == "trains"),
+        refused=len(rows["refused"]),
+        reasons="\n".join(rows["refused"]),
+        untried=len(rows["not tried"]),
+        untried_reasons="\n".join(rows["not tried"]),
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
