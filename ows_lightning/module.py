@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import transformers
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,22 +16,15 @@ from ows_lightning.checkpoints.settings import check_settings, lasting_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.loading import empty_model, load_into_shards
 from ows_lightning.errors import UsageError
-from ows_lightning.metrics.choices import ChoiceAccuracy
-from ows_lightning.metrics.held_out import HeldOutFigures
+from ows_lightning.metrics.held_out import HeldOutSteps
+from ows_lightning.models import pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.positions import exceeded_positions
-from ows_lightning.models.pretrained import (
-    checkpoint_activations,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resize_embeddings,
-    stop_at,
-)  # fmt: skip
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.optim.schedule import warmup_and_decay
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.requirements import require_layerwise
@@ -50,7 +41,7 @@ def default_optimizer(params: Any) -> Optimizer:
     return GaLoreAdamW(params, lr=3e-4)
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(HeldOutSteps):
     """Fine-tunes a causal LM: loss over the target tokens of each optimizer step, projected AdamW, warm-up and decay.
 
     The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches
@@ -111,23 +102,21 @@ class CausalLMModule(LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if rank is not None and rank < 1:
-            raise UsageError(f"model.rank: {rank} must be at least 1, or null to train in full rank")
-        if update_proj_gap < 1:
-            raise UsageError(f"model.update_proj_gap: {update_proj_gap} must be at least 1")
-        if not 0 < scale < float("inf"):
-            raise UsageError(f"model.scale: {scale} must be above 0; it multiplies the updates of projected matrices")
-        for name, value in (("max_new_tokens", max_new_tokens), ("max_skipped_steps", max_skipped_steps)):
-            if value < 1:
-                raise UsageError(f"model.{name}: {value} must be at least 1")
-        if warmup_steps < 0:
-            raise UsageError(f"model.warmup_steps: {warmup_steps} must be at least 0 (below 1 it is a share of all steps)")
+        for name, value, valid, limit in (
+            ("rank", rank, rank is None or rank >= 1, "at least 1, or null to train in full rank"),
+            ("update_proj_gap", update_proj_gap, update_proj_gap >= 1, "at least 1"),
+            ("scale", scale, 0 < scale < float("inf"), "above 0; it multiplies the updates of projected matrices"),
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("max_skipped_steps", max_skipped_steps, max_skipped_steps >= 1, "at least 1"),
+            ("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0 (below 1 it is a share of all steps)"),
+        ):
+            if not valid:
+                raise UsageError(f"model.{name}: {value} must be {limit}")
         check_window(frozen_in, frozen_dtype, window_blocks)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
         self.window: Window | None = None  # that frozen blocks pass through
-        self.val_figures, self.test_figures, self.test_choices = HeldOutFigures(), HeldOutFigures(), ChoiceAccuracy()
         self.last_step: StepFigures | None = None  # of the latest optimizer step
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -135,7 +124,7 @@ class CausalLMModule(LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use; with a plain chat template where it has none of its own."""
         if self._tokenizer is None:
-            tokenizer = load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+            tokenizer = pretrained.load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
             self._tokenizer = with_chat_template(tokenizer)
         return self._tokenizer
 
@@ -162,30 +151,19 @@ class CausalLMModule(LightningModule):
     # ------------------------------------------------------------------ set-up
 
     def check(self) -> PretrainedConfig:
-        """Finds all that is wrong with the settings and needs no weights to be found.
-
-        Returns:
-            The model's config.
-
-        Raises:
-            UsageError: Names the setting, and what to do.
-        """
+        """Returns the model's config; a UsageError names any setting that is wrong and needs no weights to be found."""
         self.check_optimizer()
         if self.hparams["lora"] is not None:
             lora_config(self.hparams["lora"])
-        return load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+        return pretrained.load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
 
     def exceeded_positions(self, length: int) -> int | None:
         """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""
         options = self.hparams["model_name_or_path"], self.hparams["trust_remote_code"]
-        return exceeded_positions(load_config(*options), length, options[1])
+        return exceeded_positions(pretrained.load_config(*options), length, options[1])
 
     def check_optimizer(self) -> Optimizer:
-        """Makes the optimizer once for two small weights, to see whether it can be made.
-
-        Raises:
-            UsageError: One of its settings is out of range, or it can't project.
-        """
+        """Makes the optimizer for two small weights; a UsageError says what is wrong, or that it can't project."""
         try:
             optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]} for _ in range(2)])
         except (TypeError, ValueError) as error:
@@ -213,12 +191,9 @@ class CausalLMModule(LightningModule):
             name = self.hparams["model_name_or_path"]
             self.causal_lm = load_into_shards(self.build, name, mesh, device, self._precision)
         if self.hparams["gradient_checkpointing"]:
-            checkpoint_activations(self.language_model)
+            pretrained.checkpoint_activations(self.language_model)
         if self.hparams["compile"]:
-            # The blocks share their cases: frozen or not, with a gradient from below or not, lengths that are fixed or change.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-            for layer in decoder_layers(self):
-                layer.compile()
+            pretrained.compile_blocks(self.language_model)
         if self.hparams["frozen_in"] == "host":
             layers, slots = decoder_layers(self), self.hparams["window_blocks"]
             self.window = Window(layers, slots, frozen_only=self.hparams["lora"] is not None)
@@ -228,9 +203,9 @@ class CausalLMModule(LightningModule):
         name = self.hparams["model_name_or_path"]
         options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
         options["dtype"] = DTYPES.get(self._precision, torch.float32)
-        model = empty_model(name, len(self.tokenizer), **options) if empty else load_model(name, **options)
-        resize_embeddings(model, self.tokenizer)
-        stop_at(model, end_of_turn_id(self.tokenizer))
+        model = empty_model(name, len(self.tokenizer), **options) if empty else pretrained.load_model(name, **options)
+        pretrained.resize_embeddings(model, self.tokenizer)
+        pretrained.stop_at(model, end_of_turn_id(self.tokenizer))
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     @property
@@ -244,22 +219,8 @@ class CausalLMModule(LightningModule):
             require_layerwise(self.trainer.strategy)
             optimizer.project_in_backward()
         self._check_projection(optimizer)
-        warmup, kind = self.hparams["warmup_steps"], self.hparams["lr_scheduler_type"]
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            if kind != "constant" or 0 < warmup < 1:
-                raise UsageError(
-                    "trainer.max_steps: the schedule needs the number of steps; give max_steps or max_epochs, or set "
-                    "model.lr_scheduler_type to constant and model.warmup_steps to a number of steps"
-                )
-            steps = 0  # of no consequence for a constant rate
-        steps = int(steps)
-        scheduler = transformers.get_scheduler(  # imported when used: it imports peft and bitsandbytes where they are
-            "constant_with_warmup" if kind == "constant" else kind,
-            optimizer,
-            num_warmup_steps=round(warmup * steps) if warmup < 1 else int(warmup),
-            num_training_steps=steps,
-        )
+        kind, warmup = self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"]
+        scheduler = warmup_and_decay(optimizer, kind, warmup, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _check_projection(self, optimizer: Optimizer) -> None:
@@ -279,16 +240,8 @@ class CausalLMModule(LightningModule):
     @torch.compiler.set_stance("force_eager")
     def on_fit_start(self) -> None:
         """Makes sure that our chunked loss is this model's own loss, before anything trains."""
-        ids = torch.arange(4, device=self.device)[None] % self.language_model.config.get_text_config().vocab_size
-        training = self.training
-        self.eval()
         with self.trainer.precision_plugin.forward_context():
-            agrees = self._lm.agrees(ids)
-        self.train(training)
-        if not agrees:
-            raise UsageError(
-                f"model.model_name_or_path: the loss does not know how {type(self.language_model).__name__} makes its logits"
-            )
+            self._lm.check_logits(torch.arange(4, device=self.device)[None])
 
     # ------------------------------------------------------------------ steps
 
@@ -327,51 +280,9 @@ class CausalLMModule(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 
-    # ------------------------------------------------------------------ held-out data
-
-    def on_validation_epoch_start(self) -> None:
-        """Begins the held-out figures anew."""
-        self.val_figures.begin()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
-        self._evaluate(batch, self.val_figures)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the held-out figures."""
-        self.log_dict(self.val_figures.figures("val"), prog_bar=True)
-
-    def on_test_epoch_start(self) -> None:
-        """Begins the figures of the test data anew."""
-        self.test_figures.begin()
-        self.test_choices.reset()
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
-        if "right" in batch:
-            self.test_choices.update(batch, self._lm.score(batch))
-        else:
-            self._evaluate(batch, self.test_figures)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the figures of the test data."""
-        self.log_dict(self.test_figures.figures("test"), prog_bar=True)
-        if self.test_choices.update_count > 0:
-            self.log_dict({f"test_{name}": value for name, value in self.test_choices.compute().items()})
-
-    def _evaluate(self, batch: dict[str, Any], figures: HeldOutFigures) -> None:
-        if "reference" in batch:
-            figures.add_answers(zip(self.generate(batch), batch["reference"], strict=True))
-        else:
-            parts = self._lm(**batch)
-            figures.add_loss(parts.loss, parts.targets)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
-        answers = self.generate(batch)
-        facts = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
-        rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
-        return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
+    def score(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns each row's summed log-likelihood (nats) of its target tokens, float32, shape (B,)."""
+        return self._lm.score(batch)
 
     @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
     def generate(self, batch: dict[str, Any]) -> list[str]:
@@ -381,11 +292,7 @@ class CausalLMModule(LightningModule):
             input_ids=prompts,
             attention_mask=batch["attention_mask"],
             max_new_tokens=self.hparams["max_new_tokens"],
-            do_sample=False,
             synced_gpus=self.device_mesh is not None,  # each forward pass gathers weights: all processes have to take part
-            temperature=None,
-            top_p=None,
-            top_k=None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)
@@ -397,11 +304,7 @@ class CausalLMModule(LightningModule):
         checkpoint["settings"] = self._lasting_settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that does not belong to this run.
-
-        Raises:
-            UsageError: A run is resumed with settings that it can't change, or the checkpoint is of another model.
-        """
+        """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
         if self._trainer is not None:
             check_settings(checkpoint.get("settings"), self._lasting_settings(), resumes=self.trainer.training)
 

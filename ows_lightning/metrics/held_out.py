@@ -1,12 +1,16 @@
-"""What a model comes to on held-out data: loss, perplexity and exact match."""
+"""What a model comes to on held-out data: loss, perplexity, exact match, choices, and its answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
+
+from ows_lightning.metrics.choices import ChoiceAccuracy
 
 
 class HeldOutFigures(MetricCollection):
@@ -38,3 +42,63 @@ class HeldOutFigures(MetricCollection):
         if self["exact_match"].update_count > 0:
             figures[f"{stage}_exact_match"] = self["exact_match"].compute().item()
         return figures
+
+
+class HeldOutSteps(LightningModule):
+    """Validation, test and prediction of a module whose forward is the loss, and which can ``score`` and ``generate``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.val_figures, self.test_figures, self.test_choices = HeldOutFigures(), HeldOutFigures(), ChoiceAccuracy()
+
+    def score(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns each row's summed log-likelihood, shape (B,)."""
+        raise NotImplementedError
+
+    def generate(self, batch: dict[str, Any]) -> list[str]:
+        """Returns an answer to each prompt."""
+        raise NotImplementedError
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins the held-out figures anew."""
+        self.val_figures.begin()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
+        self._evaluate(batch, self.val_figures)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the held-out figures."""
+        self.log_dict(self.val_figures.figures("val"), prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Begins the figures of the test data anew."""
+        self.test_figures.begin()
+        self.test_choices.reset()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
+        if "right" in batch:
+            self.test_choices.update(batch, self.score(batch))
+        else:
+            self._evaluate(batch, self.test_figures)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the figures of the test data."""
+        self.log_dict(self.test_figures.figures("test"), prog_bar=True)
+        if self.test_choices.update_count > 0:
+            self.log_dict({f"test_{name}": value for name, value in self.test_choices.compute().items()})
+
+    def _evaluate(self, batch: dict[str, Any], figures: HeldOutFigures) -> None:
+        if "reference" in batch:
+            figures.add_answers(zip(self.generate(batch), batch["reference"], strict=True))
+        else:
+            parts = self(**batch)
+            figures.add_loss(parts.loss, parts.targets)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
+        answers = self.generate(batch)
+        facts = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
+        rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
+        return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm
 from ows_lightning.models.loss import last_hidden_state, logits_of, next_token_loss, row_log_likelihoods
 
@@ -32,14 +33,14 @@ class LossParts(NamedTuple):
 class CausalLM(nn.Module):
     """A causal LM of transformers, or a peft model around one, whose forward is the loss.
 
-    All that runs the model goes through this module: ``forward``, ``score``, ``generate`` and ``agrees``. So it can be the
-    root of sharding (see ``shard_model``), whose hooks gather the weights before any of them.
+    All that runs the model goes through this module: ``forward``, ``score``, ``generate`` and ``check_logits``. So it can be
+    the root of sharding (see ``shard_model``), whose hooks gather the weights before any of them.
 
     Args:
         model: The model; its parameters and buffers are shared, not copied.
     """
 
-    forward_methods = ("score", "generate", "agrees")
+    forward_methods = ("score", "generate", "check_logits")
     """What needs the weights beside ``forward``."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,22 +72,30 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, **inputs: Any) -> Tensor:
-        """Returns what transformers' ``generate`` returns: token ids of shape (B, L + new), prompts included."""
+        """Generates greedily, and returns token ids of shape (B, L + new), prompts included; takes what transformers' does."""
         model: Any = self.language_model  # transformers types it as a tensor or a module
-        generated: Tensor = model.generate(**inputs)
+        generated: Tensor = model.generate(do_sample=False, temperature=None, top_p=None, top_k=None, **inputs)
         return generated
 
     @torch.no_grad()
-    def agrees(self, input_ids: Tensor) -> bool:
-        """Whether our logits, of which the loss is made, are the model's own on these tokens (B, L), to one in a hundred."""
-        model = self.language_model
-        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    def check_logits(self, input_ids: Tensor) -> None:
+        """Makes sure that our logits, of which the loss is made, are the model's own on these tokens (B, L), to a hundredth.
+
+        Raises:
+            UsageError: They are not.
+        """
+        model, training = self.language_model, self.training
+        ids = input_ids % model.config.get_text_config().vocab_size
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.eval()
         expected = model(**inputs, use_cache=False).logits
         try:
             ours = logits_of(model, last_hidden_state(model, inputs))
         except RuntimeError:  # something between decoder and head changes the width
-            return False
-        return torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2)
+            ours = torch.full_like(expected, float("nan"))
+        self.train(training)
+        if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2):
+            raise UsageError(f"model.model_name_or_path: the loss does not know how {type(model).__name__} makes its logits")
 
 
 def run_causal_lm(model: nn.Module, **inputs: Any) -> Any:

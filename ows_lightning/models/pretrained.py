@@ -44,6 +44,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 
 log = logging.getLogger(__name__)
@@ -217,6 +218,14 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
     # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
     model.disable_input_require_grads()
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compiles each decoder block with ``torch.compile``."""
+    # The blocks share their cases: frozen or not, with a gradient from below or not, lengths that are fixed or change.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    for layer in decoder_layers(model):
+        layer.compile()
 
 
 @functools.lru_cache(maxsize=1)
