@@ -69,8 +69,10 @@ def _run(words: Any, args: Any) -> None:
         if command not in ("plan", None) and "--help" not in words and os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
         from ows_lightning.cli.lightning_cli import OWSCLI
+        from ows_lightning.distributed.ends import part
 
         OWSCLI(args)
+        part()
 
 
 def usage() -> str:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ows_lightning.distributed.ends import part_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import agree, average_
 
@@ -26,6 +27,11 @@ class LayerwiseDDPStrategy(DDPStrategy):
 
     averages_changing_blocks = True  # what `require_layerwise` asks of a DDP strategy
     _accumulates = False
+
+    def setup_environment(self) -> None:
+        """Starts the processes' communication."""
+        super().setup_environment()
+        part_at_exit()
 
     def configure_ddp(self) -> None:
         """Gives all processes rank 0's weights; the model is not wrapped."""

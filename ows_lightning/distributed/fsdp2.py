@@ -23,6 +23,7 @@ from ows_lightning.checkpoints.files import META, partial_path, put_in_place, wr
 from ows_lightning.checkpoints.find import inspect, read
 from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
+from ows_lightning.distributed.ends import part_at_exit
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
@@ -60,6 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Starts the processes' communication."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        part_at_exit()
 
     # ------------------------------------------------------------------ saving
 

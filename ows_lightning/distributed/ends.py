@@ -1,0 +1,35 @@
+"""How processes that trained together part."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_PATIENCE = timedelta(seconds=30)
+
+
+def part_at_exit() -> None:
+    """Lets this process leave its group, if it is in one still, before the interpreter ends: gloo's threads must end first."""
+    atexit.unregister(part)
+    atexit.register(part, False)
+
+
+def part(together: bool = True) -> None:
+    """Leaves the process group, so that its threads have ended before the process does; does nothing without one.
+
+    Args:
+        together: Wait for the other processes first, half a minute at most, so that none loses the store of the first while
+            it still asks. Not after an error, which the others may not have met.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    if dist.get_backend() == "gloo":
+        if together:
+            with contextlib.suppress(RuntimeError):  # one of them has ended otherwise, and says so itself
+                dist.monitored_barrier(timeout=_PATIENCE)
+        dist.destroy_process_group()
+    elif together:
+        dist.destroy_process_group()  # after an error, NCCL would wait for what never comes
