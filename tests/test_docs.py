@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import ows_lightning
 from ows_lightning.cli.config_files import find_config
 from ows_lightning.cli.lightning_cli import OWSCLI
-from ows_lightning.cli.main import main
+from ows_lightning.cli.main import OF_A_CONFIG, main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import recognise, to_example
 from ows_lightning.module import CausalLMModule
@@ -126,7 +126,7 @@ def project(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def run(args: list[str]) -> None:
     """Runs a command of main.py, made small where it needs a model."""
-    if args[0] not in ("plan", "report"):
+    if args[0] in OF_A_CONFIG and args[0] != "plan":
         args = [*args, *smaller(args)]
     main(args)
 

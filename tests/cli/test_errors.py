@@ -119,7 +119,7 @@ def fit(rest: str) -> str:
 CASES = {
     # ------------------------------------------------------------------ keys
     "no command": Case(
-        "", "no command is given; commands: fit, validate, test, predict, score, plan, export, report, configs"
+        "", "no command is given; commands: fit, validate, test, predict, score, plan, export, chat, compare, report, configs"
     ),
     "misspelt command": Case("fitt --config base.yaml", "there is no command 'fitt'; did you mean 'fit'?"),
     "misspelt flag": Case(

@@ -1,0 +1,83 @@
+"""``compare --model DIR PROMPT ...``: the same prompts, answered by the base model and by the tuned one."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from ows_lightning.cli.words import Parser
+from ows_lightning.errors import UsageError
+
+
+def run(words: list[str]) -> None:
+    """Asks both models, prints a table, and leaves it where the report of the run finds it."""
+    parser = Parser("compare", "Ask the base model and the tuned one the same, and show the answers side by side.")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="Questions; without any, a line each of standard input")
+    parser.add_argument("--model", required=True, help="The tuned model: a directory, a run's folder or a checkpoint in it")
+    parser.add_argument("--base", help="The base model; by default the one that the run of --model started from")
+    parser.add_argument("--output", type=Path, help="A folder for comparison.csv; by default the run's, whose report shows it")
+    from ows_lightning.cli.conversation import add_generation_flags, load
+
+    add_generation_flags(parser)
+    given = parser.parse_args(words)
+    run_folder = _run_folder(Path(given.model))
+    base = given.base or _base(run_folder)
+    prompts = given.prompts or [line.strip() for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise UsageError("compare: no prompt is given; write some, or send them through a pipe, a line each")
+    output = given.output or run_folder
+    answers = []
+    for name in (base, given.model):
+        conversation = load(name, given)
+        of_this = []
+        for prompt in prompts:
+            conversation.reset(given.system)
+            of_this.append(conversation.ask(prompt))
+        answers.append(of_this)
+        del conversation  # one model at a time
+    print(_table(["prompt", "base", "tuned"], [prompts, *answers]))
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([["prompt", "base", "tuned"], *zip(prompts, *answers, strict=True)])
+        except OSError as error:
+            raise UsageError(f"output: can't write to '{output}' ({error.strerror}); choose another folder") from error
+        print(f"Written: {output / 'comparison.csv'}")
+
+
+def _run_folder(model: Path) -> Path | None:
+    """The run's folder that a model's directory, a checkpoint or the folder itself belongs to."""
+    for folder in (model, model.absolute().parent, model.absolute().parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder
+    return None
+
+
+def _base(run_folder: Path | None) -> str:
+    if run_folder is None:
+        raise UsageError("base: no run is known that made --model; name the model that it was made from")
+    from ows_lightning.report.run import RunRecord
+
+    model = (RunRecord.read(run_folder).config or {}).get("model") or {}
+    name = model.get("init_args", model).get("model_name_or_path")
+    if not name:
+        raise UsageError(f"base: {run_folder}/config.yaml names no model; give --base")
+    return str(name)
+
+
+def _table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+    """Columns beside each other, as wide as the terminal, with a line between rows."""
+    width = max(20, (shutil.get_terminal_size((100, 24)).columns - 3 * (len(names) - 1)) // len(names))
+    rule = "-+-".join("-" * width for _ in names)
+    lines = [" | ".join(name.ljust(width) for name in names), rule]
+    for row in zip(*columns, strict=True):
+        cells = [[part for line in cell.splitlines() or [""] for part in textwrap.wrap(line, width) or [""]] for cell in row]
+        lines += [" | ".join(part.ljust(width) for part in parts) for parts in zip_longest(*cells, fillvalue="")]
+        lines.append(rule)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,157 @@
+"""A model to talk to: loaded from wherever it is, and asked turn by turn in its own chat template."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from ows_lightning.data.masking import with_chat_template
+from ows_lightning.errors import UsageError
+from ows_lightning.models.pretrained import load_model, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Conversation:
+    """The turns so far, and what answers them.
+
+    Args:
+        model: A causal LM, in evaluation mode.
+        tokenizer: Its tokenizer, with a chat template.
+        system: What the system's message says, if there is one.
+        **generation: Arguments of transformers' ``generate``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: str | None = None, **generation: Any
+    ) -> None:
+        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.reset(system)
+
+    def reset(self, system: str | None) -> None:
+        """Forgets all turns, and sets the system's message."""
+        self.system = system
+        self.turns: list[dict[str, str]] = []
+
+    def ask(self, text: str, stream: bool = False) -> str:
+        """Returns the answer to a message, and keeps both as turns.
+
+        Args:
+            text: The user's message.
+            stream: Write the answer to standard output as it comes.
+        """
+        self.turns.append({"role": "user", "content": text})
+        ids = self._ids()
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        with torch.inference_mode():
+            mask = torch.ones_like(ids)
+            output: Any = self.model.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **self.generation)  # type: ignore[operator]
+        answer = str(self.tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)).strip()
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer
+
+    def _ids(self) -> torch.Tensor:
+        """The turns as token ids (1, L); the oldest are left out where the model's positions do not suffice."""
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        while True:
+            text = self.tokenizer.apply_chat_template([*system, *self.turns], tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            if ids.size(1) + self.generation["max_new_tokens"] <= longest:
+                return ids.to(self.model.device)
+            if len(self.turns) == 1:
+                self.turns.clear()
+                raise UsageError(
+                    f"max_new_tokens: the message has {ids.size(1)} tokens, and with {self.generation['max_new_tokens']} new "
+                    f"ones that is beyond the model's {longest} positions; shorten one of them"
+                )
+            del self.turns[:2]
+            print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what decides how answers are drawn."""
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="Tokens of an answer at most (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token each time")
+    parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the likeliest tokens of this share (default: all)")
+    parser.add_argument("--top_k", type=int, default=0, help="Draw from this many likeliest tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (default: 0)")
+    parser.add_argument("--system", help="The system's message")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="Of the weights; bfloat16 on a GPU, else float32")
+
+
+def generation(given: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags as arguments of ``generate``.
+
+    Raises:
+        UsageError: One is out of range.
+    """
+    if given.max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens: {given.max_new_tokens} must be at least 1")
+    if not 0 <= given.temperature < float("inf"):
+        raise UsageError(f"temperature: {given.temperature} must be a number of at least 0")
+    if not 0 < given.top_p <= 1:
+        raise UsageError(f"top_p: {given.top_p} must be above 0 and at most 1")
+    if given.top_k < 0:
+        raise UsageError(f"top_k: {given.top_k} must be at least 0")
+    if not 0 <= given.seed < 2**63:
+        raise UsageError(f"seed: {given.seed} is out of range; give a whole number of at least 0")
+    torch.manual_seed(given.seed)
+    drawn = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
+    sampling: dict[str, Any] = {"do_sample": True, **drawn} if given.temperature else {"do_sample": False}
+    return {"max_new_tokens": given.max_new_tokens, **sampling}
+
+
+def load(name: str, given: argparse.Namespace) -> Conversation:
+    """Loads a model to talk to.
+
+    Args:
+        name: What ``model.model_name_or_path`` takes, a run's folder, or a checkpoint in one.
+        given: The flags of `add_generation_flags`.
+
+    Raises:
+        UsageError: There is no such model, or the device is not there.
+    """
+    arguments = generation(given)
+    try:
+        device = torch.device(given.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device: '{given.device}' can't be used ({str(error).splitlines()[0]}); give cpu or cuda") from error
+    dtype = DTYPES[given.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    with tempfile.TemporaryDirectory() as folder:
+        directory = _directory(name, Path(folder))
+        tokenizer = with_chat_template(load_tokenizer(directory))
+        model = load_model(directory, dtype).eval().to(device)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if not given.temperature:
+        model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
+    return Conversation(model, tokenizer, given.system, **arguments)
+
+
+def _directory(name: str, folder: Path) -> str:
+    """What `load_model` takes; of a checkpoint, the model that it exports into a folder."""
+    path = Path(name).expanduser()
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model")
+    if path.suffix != ".ckpt":
+        return name
+    config = path.absolute().parent.parent / "config.yaml"
+    if not path.exists():
+        raise UsageError(f"model: no such checkpoint '{name}'; give the path of one, or a model's directory")
+    if not config.is_file():
+        raise UsageError(f"model: '{name}' lies in no run's folder (there is no {config}); export it, and give the directory")
+    from ows_lightning.cli.lightning_cli import OWSCLI
+
+    command = ["export", "--config", str(config), "--ckpt_path", str(path), "--output", str(folder / "model")]
+    with contextlib.redirect_stdout(sys.stderr):  # answers alone go to standard output
+        OWSCLI([*command, "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"])
+    return str(folder / "model")

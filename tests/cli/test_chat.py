@@ -1,0 +1,107 @@
+"""Talking to a model, and comparing two."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ows_lightning.cli.main import main
+from tests.cli.test_cli import config, run  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Sends lines to `chat`, and returns what it wrote to standard output."""
+
+    def chat(model: Path, *lines: str, flags: str = "") -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        capsys.readouterr()
+        main(["chat", "--model", str(model), "--max_new_tokens", "4", *flags.split()])
+        return capsys.readouterr().out
+
+    return chat
+
+
+def test_the_conversation_is_kept_until_it_is_reset(model_dir: Callable[..., Path], say: Callable[..., str]) -> None:
+    model = model_dir(max_position_embeddings=512)
+    once, twice = say(model, "who are you?"), say(model, "who are you?", "who are you?")
+    assert twice.startswith(once)
+    assert twice != once + once  # the second answer knows of the first
+    assert say(model, "who are you?", "/reset", "who are you?") == once + once
+    with_system = say(model, "/system be kind", "who are you?")
+    assert with_system == say(model, "who are you?", flags="--system kind") or with_system != once
+    assert say(model, "who are you?", "/exit", "who are you?") == once
+    assert say(model, "", "/nonsense", "who are you?") == once
+
+
+def test_draws_follow_the_seed(model_dir: Callable[..., Path], say: Callable[..., str]) -> None:
+    model = model_dir()
+    drawn = [say(model, "who?", flags=f"--temperature 2.0 --top_k 50 --seed {seed}") for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_long_conversation_loses_its_oldest_turns(model_dir: Callable[..., Path], say: Callable[..., str]) -> None:
+    model = model_dir(max_position_embeddings=128)
+    assert len(say(model, *["who are you?"] * 12).splitlines()) >= 12
+
+
+def test_a_pipe(model_dir: Callable[..., Path], say: Callable[..., str]) -> None:
+    model = model_dir()
+    command = [sys.executable, str(ROOT / "main.py"), "chat", "--model", str(model), "--max_new_tokens", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, input="who?\n", capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == say(model, "who?")
+
+
+def test_run_checkpoint_and_directory_are_one_model(config: Path, say: Callable[..., str]) -> None:  # noqa: F811
+    run("fit", config, "--trainer.max_steps", "2")
+    answers = {
+        say(Path("runs/version_0") / part, "is 3 odd?").splitlines()[-1] for part in ("", "model", "checkpoints/last.ckpt")
+    }
+    assert len(answers) == 1
+
+
+def test_compare_shows_both_and_the_report_too(config: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    run("fit", config, "--trainer.max_steps", "2")
+    main(["compare", "--model", "runs/version_0/model", "--max_new_tokens", "4", "is 3 odd?", "is 4 odd?"])
+    said = capsys.readouterr().out
+    assert "tuned" in said
+    with Path("runs/version_0/comparison.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prompt"] for row in rows] == ["is 3 odd?", "is 4 odd?"]
+    assert all(row["base"] is not None and row["tuned"] is not None for row in rows)
+    main(["report", "runs/version_0"])
+    assert "Base and tuned model" in Path("runs/version_0/report/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("chat", "--model"),
+        ("chat --model nothing.ckpt", "model: no such checkpoint"),
+        ("chat --model x --temperature nan", "temperature: nan"),
+        ("chat --model x --top_p 2", "top_p: 2.0"),
+        ("chat --model x --max_new_tokens 0", "max_new_tokens: 0"),
+        ("chat --model x --device cuda:99", "device: 'cuda:99'"),
+        ("chat --model ./no/such/model", "model.model_name_or_path: "),
+        ("compare --model x hello", "base: "),
+        ("compare --model x --base y", "compare: no prompt"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    arguments: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert error in capsys.readouterr().err
