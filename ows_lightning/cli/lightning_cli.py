@@ -86,7 +86,10 @@ class OWSCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "model": {"class_path": f"{CausalLMModule.__module__}.{CausalLMModule.__name__}"},
+                "model": {
+                    "class_path": f"{CausalLMModule.__module__}.{CausalLMModule.__name__}",
+                    "init_args": {"optimizer": {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": 3e-4}}},
+                },
                 "data": {"class_path": f"{InstructionDataModule.__module__}.{InstructionDataModule.__name__}"},
                 "checkpoint.save_last": True,
             }

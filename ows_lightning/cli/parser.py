@@ -97,7 +97,9 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
             r"dot import path string: (\S+)|has no attribute '.+'\. Got value: (\S+)|has no attribute '(.+)'", line
         ):
             return _no_class(key, next(filter(None, found.groups())))
-        if found := re.match(r"Given value: NestedArg\(key='(.+)', val=(.*)\)$", line):
+        if not set(expected) - {"<class 'NoneType'>"} and (
+            found := re.match(r"Given value: NestedArg\(key='(.+)', val=(.*)\)$", line)
+        ):
             return f"{key.partition('.')[0]}.{found[1]}: {found[2]} does not fit; `{_help(parser)}` says of which type it is"
         if found := re.match(r"Expected an? (.+?)(?:\. Got value: .*)?$", line):
             expected.append(found[1])

