@@ -36,8 +36,9 @@ _ALL_PARTS = ("train", "val", "test")
 class InstructionDataModule(LightningDataModule):
     """Instruction data from files or the hub, tokenised with the model's chat template, with loss on the answers alone.
 
-    A source is a ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file, a directory or glob of them, a directory written by
-    `datasets.Dataset.save_to_disk`, or a data set on the hub (``owner/name[/config][:split]``). The format is recognised from
+    A source is a ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file (text also as ``.gz``, ``.bz2``, ``.xz`` or ``.zst``), a
+    directory or glob of them, a directory written by `datasets.Dataset.save_to_disk`, or a data set on the hub
+    (``owner/name[/config][:split]``). The format is recognised from
     the columns:
 
     ================== ============================================ ==========================================
