@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,3 +148,27 @@ def test_what_can_not_work_is_refused_with_a_line(
     error = capsys.readouterr().err
     assert words in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("host", "device"), ("device", "host")])
+def test_a_killed_run_goes_on_in_the_other_mode(
+    before: str, after: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    steps = "--trainer.max_steps=40"  # enough for the kill to come in time
+    common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}", steps]
+    common += ["--trainer.val_check_interval=null", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
+    runs = tmp_path / "parts"
+    arguments = [*SETTINGS, *common, f"--trainer.default_root_dir={runs}", f"--model.frozen_in={before}"]
+    process = subprocess.Popen([sys.executable, "main.py", "fit", *arguments], stdout=subprocess.DEVNULL)
+    try:
+        while not list(runs.glob("version_0/checkpoints/*step=4.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    second = outcome(fit(runs, *common, f"--model.frozen_in={after}", "--ckpt_path=last"))
+    expected = outcome(fit(tmp_path / "whole", *common))
+    assert_identical(second["model"], expected["model"])
+    assert second["sampling_history.csv"] == expected["sampling_history.csv"]
