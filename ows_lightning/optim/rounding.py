@@ -9,6 +9,8 @@ from torch import Tensor
 def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
     """Writes float32 ``value`` into bfloat16 ``target``, up or down with odds by distance, so that E[target] = value.
 
+    Both have the same shape, whatever it is; the generator is on their device.
+
     Source: Zamirai et al., "Revisiting BFloat16 Training" (arXiv 2010.06192).
     """
     # bfloat16 is float32 without its last 16 bits: noise below the cut carries over with just the right probability.

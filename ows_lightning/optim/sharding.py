@@ -47,7 +47,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole_matrices(tensor: Tensor) -> Tensor:
-    """The tensor's matrices, each whole: gathers rows or columns, but leaves experts on the process that has them."""
+    """The tensor's matrices, each whole: gathers rows or columns, but leaves experts on the process that has them.
+
+    Takes a tensor of shape (..., m, n) and returns (b, m, n) of this process's experts, or (m, n).
+    """
     if not is_sharded(tensor):
         return tensor
     placements = [p if _is_batch(p, tensor) else torch.distributed.tensor.Replicate() for p in tensor.placements]
@@ -72,7 +75,11 @@ def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
 
 
 def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
-    """Joins the processes' products, each of its part of the gradient and of the projector, to the projected gradient."""
+    """Joins the processes' products, each of its part of the gradient and of the projector, to the projected gradient.
+
+    ``part`` and the result have the shape (..., m, r) for the right side, (..., r, n) for the left; the result is distributed
+    as ``projected_placements`` says.
+    """
     if not is_sharded(weight):
         return part
     dim = _projected_dim(weight, side)
@@ -83,7 +90,10 @@ def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
 
 
 def place_projector(projector: Tensor, weight: Tensor, side: Side) -> Tensor:
-    """Distributes the projector of the matrices that this process has whole (see ``whole_matrices``); rank 0's counts."""
+    """Distributes the projector of the matrices that this process has whole (see ``whole_matrices``); rank 0's counts.
+
+    ``projector`` has the shape (..., n, r) for the right side, (..., m, r) for the left, and is overwritten by rank 0's.
+    """
     if not is_sharded(weight):
         return projector
     placements = [p if _is_batch(p, weight) else torch.distributed.tensor.Replicate() for p in weight.placements]
