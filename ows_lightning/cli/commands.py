@@ -29,6 +29,7 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.report.plots import plot_scores
 from ows_lightning.report.run import RunRecord
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.distributions import OF_OUTLIERS
 from ows_lightning.sampling.scores import OutlierScores
 
 
@@ -118,7 +119,7 @@ class OWSTrainer(Trainer):
         check_writable("output", output)
         sampling = copy.copy(self.sampling) if self.sampling else LayerwiseSampling()
         sampling.scores = None
-        if sampling.distribution not in ("outlier", "outlier_reverse", "weight_norm"):
+        if sampling.distribution not in (*OF_OUTLIERS, "weight_norm"):
             sampling.distribution = "outlier"  # the others need no scores, and scores were asked for
         self._prepare(model, datamodule)
         datamodule.prepare_data()

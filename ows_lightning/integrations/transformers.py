@@ -90,6 +90,12 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         if self.advance(state.global_step, [_inner(optimizer)], self._compute):
             self._write()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Lets the norms of the gradients count, where the draws depend on them."""
+        self.observe([_inner(optimizer)])
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Names the blocks that never trained, and unfreezes all."""
         self.warn_of_never_trained()

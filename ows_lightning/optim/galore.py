@@ -241,6 +241,10 @@ class GaLoreAdamW(Optimizer):
         self._consume_gradients()
         return list(self._named_gradients().values())
 
+    def gradient_of(self, p: Tensor) -> Tensor | None:
+        """What the next step consumes of one parameter, if it has a gradient; call ``gradients()`` before."""
+        return self._projected.get(p, p.grad)
+
     @torch.no_grad()
     def clip_gradients(self, value: float, algorithm: str = "norm") -> Tensor:
         """Clips, in place, what the next step consumes.

@@ -29,6 +29,7 @@ FEW = 60
 SCORE_LABELS = {
     "outlier_ratio_percent": ("outlier ratio", "weights that are outliers (%)"),
     "weight_norm": ("weight norm", "Frobenius norm of the weights"),
+    "gradient_norm": ("gradient norm", "mean norm of the gradient per weight"),
 }
 
 

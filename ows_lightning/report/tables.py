@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from ows_lightning.report.run import RunRecord
-from ows_lightning.sampling.inclusion import inclusion_probabilities
+from ows_lightning.sampling.inclusion import inclusion_probabilities, window_inclusion
 
 Table: TypeAlias = dict[str, list[Any]]
 """Columns of one length; a table without rows means that the run has no such data."""
@@ -34,8 +34,9 @@ def scores_table(run: RunRecord) -> Table:
         return {"block": [], "probability": []}
     table: Table = {"block": list(range(run.num_layers))}
     if any(run.scores["outlier_ratios"]):
-        by_norm = run.scores.get("distribution") == "weight_norm"
-        table["weight_norm" if by_norm else "outlier_ratio_percent"] = list(run.scores["outlier_ratios"])
+        distribution = run.scores.get("distribution")
+        name = distribution if distribution in ("weight_norm", "gradient_norm") else "outlier_ratio_percent"
+        table[name] = list(run.scores["outlier_ratios"])
     return {**table, "probability": list(run.scores["probabilities"])}
 
 
@@ -55,9 +56,11 @@ def block_frequency_table(run: RunRecord) -> Table:
     counts = Counter(block for draw in run.history for block in draw.blocks)
     blocks = range(run.num_layers)
     expected: list[float | None] = [None] * run.num_layers
-    if run.scores:
+    distribution = (run.scores or {}).get("distribution")
+    if run.scores and distribution != "gradient_norm":  # its probabilities change from draw to draw
         sizes = Counter(len(draw.blocks) for draw in run.history)
-        shares = [n * inclusion_probabilities(run.scores["probabilities"], size) for size, n in sizes.items()]
+        chances = window_inclusion if distribution == "window" else inclusion_probabilities
+        shares = [n * chances(run.scores["probabilities"], size) for size, n in sizes.items()]
         expected = (np.sum(shares, axis=0) / len(run.history)).tolist()
     return {
         "block": list(blocks),

@@ -39,7 +39,8 @@ class LayerwiseSampling(BlockSampler, Callback):
         activated_layers: Blocks that train at a time (gamma).
         interval_steps: Optimizer steps between two draws (K).
         distribution: ``outlier`` (OWS) | ``uniform`` (LISA) | ``decreasing`` (LISA-D) | ``increasing`` | ``outlier_reverse`` |
-            ``weight_norm``, or a list with a weight for each block.
+            ``weight_norm`` | ``window`` (neighbouring blocks, by their sum of outliers) | ``gradient_norm`` (by the mean norm
+            of each block's gradients), or a list with a weight for each block.
         threshold: A weight is an outlier if its score exceeds ``threshold`` (tau) times the block's mean.
         calibration_samples: Training rows whose activations the scores are computed from.
         scores: A JSON file written by ``score`` or by an earlier run; nothing is computed then.
@@ -83,7 +84,11 @@ class LayerwiseSampling(BlockSampler, Callback):
             self._note(trainer, figures)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Clips what a projecting optimizer consumes: Lightning's clipping, which comes next, sees ``grad`` alone."""
+        """Notes the gradients' norms, and clips what a projecting optimizer consumes.
+
+        Lightning's own clipping, which comes next, sees ``grad`` alone.
+        """
+        self.observe([optimizer])
         clip = getattr(optimizer, "clip_gradients", None)
         overridden = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
         if clip is not None and trainer.gradient_clip_val and not overridden:

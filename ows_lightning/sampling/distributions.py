@@ -10,7 +10,13 @@ from torch import Tensor
 
 from ows_lightning.errors import UsageError
 
-DISTRIBUTIONS = ("outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm")
+DISTRIBUTIONS = (
+    "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
+)  # fmt: skip
+OF_OUTLIERS = ("outlier", "outlier_reverse", "window")
+"""The distributions that are made of outlier ratios."""
+EXPLORED = 0.1
+"""Share of ``gradient_norm`` that is uniform, so that no block starves."""
 
 
 def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str | Sequence[float] = "outlier") -> Tensor:
@@ -26,6 +32,9 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
             - `decreasing`: p_l proportional to L - l, which is LISA-D; `increasing` is its mirror image.
             - `outlier_reverse`: the probabilities of `outlier`, the largest for the block with the fewest outliers.
             - `weight_norm`: p_l proportional to the norm of the block's weights.
+            - `window`: the probabilities of `outlier`; what is drawn are neighbours, see `draw_window`.
+            - `gradient_norm`: p_l = 0.9 s_l / sum_k s_k + 0.1 / L, where the score s_l is an exponential mean of the norm of
+              the block's gradient per weight. A block without a score (0) counts as the mean of the others.
 
     Returns:
         Shape (num_layers,), float64 on the CPU, sums to 1.
@@ -53,9 +62,13 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         return _normalised(torch.arange(num_layers, 0, -1, dtype=torch.float64))
     if distribution == "weight_norm":
         return _normalised(scores, mend="the weights of the model are all zero; load a trained model")
-    if distribution in ("outlier", "outlier_reverse"):
+    if distribution == "gradient_norm":
+        seen = scores > 0
+        filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
+        return (1 - EXPLORED) * _normalised(filled) + EXPLORED / num_layers
+    if distribution in OF_OUTLIERS:
         probabilities = _normalised(scores, mend="no weight of any block exceeds the threshold; lower `threshold`")
-        if distribution == "outlier":
+        if distribution != "outlier_reverse":
             return probabilities
         rank = torch.argsort(probabilities, stable=True)
         reverse = torch.empty_like(probabilities)

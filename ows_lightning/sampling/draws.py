@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ows_lightning.errors import UsageError
 from ows_lightning.sampling.grouping import grouped_draws
+from ows_lightning.sampling.inclusion import window_probabilities
 
 
 def draw_blocks(
@@ -44,3 +45,18 @@ def draw_blocks(
     if grouping > 0:
         return grouped_draws(tuple(probabilities.tolist()), count, grouping).draw(generator)
     return sorted(torch.multinomial(probabilities, count, replacement=False, generator=generator).tolist())
+
+
+def draw_window(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> list[int]:
+    """Draws a window of neighbouring blocks, in proportion to the sum of their probabilities.
+
+    Args:
+        probabilities: Shape (num_layers,), see `sampling_probabilities`.
+        count: How many blocks a window has, at most all.
+        generator: The CPU random generator to draw with; None is torch's global one.
+
+    Returns:
+        The indices of the blocks, ascending.
+    """
+    lowest = int(torch.multinomial(torch.from_numpy(window_probabilities(probabilities, count)), 1, generator=generator))
+    return list(range(lowest, lowest + count))

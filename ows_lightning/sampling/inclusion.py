@@ -83,6 +83,25 @@ def lowest_block_probabilities(probabilities: Sequence[float] | Tensor, count: i
     return np.maximum(-np.diff(above), 0.0)
 
 
+def window_probabilities(probabilities: Sequence[float] | Tensor, count: int) -> Floats:
+    """Chance of each block to be the lowest of a window of ``count`` neighbours, drawn by the sum of their probabilities.
+
+    Args:
+        probabilities: Probability of each block, shape ``(num_layers,)``.
+        count: Number of blocks in a window.
+
+    Returns:
+        float64, shape ``(num_layers - count + 1,)``, sums to 1.
+    """
+    sums = np.convolve(np.asarray(probabilities, dtype=np.float64), np.ones(count), mode="valid")
+    return sums / sums.sum()
+
+
+def window_inclusion(probabilities: Sequence[float] | Tensor, count: int) -> Floats:
+    """Chance of each block to be in the window that is drawn; arguments and sum as of ``inclusion_probabilities``."""
+    return np.convolve(window_probabilities(probabilities, count), np.ones(count))
+
+
 def _times(p: Floats) -> Floats:
     """A logarithmic grid, on which the integrands are smooth and vanish at both ends: equal steps converge fastest."""
     return np.linspace(np.log(1e-12), np.log(50 / p.min()), 800)

@@ -6,26 +6,30 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers
 from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks
 from ows_lightning.sampling.calibration import calibration_batches
-from ows_lightning.sampling.distributions import sampling_probabilities
-from ows_lightning.sampling.draws import draw_blocks
+from ows_lightning.sampling.distributions import OF_OUTLIERS, sampling_probabilities
+from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
 
-Distribution = Literal["outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm"]
+Distribution = Literal[
+    "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
+]  # fmt: skip
+DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
 Part = Literal["embeddings", "lm_head", "norm"]
 
 
@@ -37,7 +41,8 @@ class BlockSampler:
 
         sampler.attach(model)                                      # once every parameter is in the optimizer
         sampler.start(step, [optimizer], compute)                  # the first draw, or those of a resumed run again
-        sampler.advance(step, [optimizer], compute)                # before every step
+        sampler.advance(step, [optimizer], compute)                # before every step's forward pass
+        sampler.observe([optimizer])                               # before every optimizer.step(), for `gradient_norm`
         sampler.release()                                          # at the end, also after an exception
 
     The draw of interval i depends on ``seed``, i and the probabilities alone: a resumed run draws what the uninterrupted
@@ -47,7 +52,8 @@ class BlockSampler:
         activated_layers: Blocks that train at a time (gamma).
         interval_steps: Optimizer steps between two draws (K).
         distribution: ``outlier`` (OWS) | ``uniform`` (LISA) | ``decreasing`` (LISA-D) | ``increasing`` | ``outlier_reverse`` |
-            ``weight_norm``, or a list with a weight for each block.
+            ``weight_norm`` | ``window`` (neighbouring blocks, by their sum of outliers) | ``gradient_norm`` (by the mean norm
+            of each block's gradients), or a list with a weight for each block.
         threshold: A weight is an outlier if its score exceeds ``threshold`` (tau) times the block's mean.
         calibration_samples: Training rows whose activations the scores are computed from.
         scores: A JSON file written by ``score`` or by an earlier run; nothing is computed then.
@@ -97,6 +103,8 @@ class BlockSampler:
             raise UsageError(f"sampling.always_train: unknown {sorted(unknown)}; choose from {', '.join(PARTS)}")
         if not 0 <= grouping <= 1:
             raise UsageError(f"sampling.grouping: {grouping} is not between 0 (independent draws) and 1")
+        if grouping > 0 and distribution == "window":
+            raise UsageError("sampling.grouping: the blocks of a window are neighbours already; leave it out, or take outlier")
         self.activated_layers = activated_layers
         self.interval_steps = interval_steps
         self.distribution = distribution
@@ -124,6 +132,7 @@ class BlockSampler:
         self.history: list[tuple[int, int, list[int]]] = []
         self.probabilities: Tensor | None = None
         self.seconds = 0.0
+        self.gradient_norms: list[float] = []  # by block, for `gradient_norm`; 0 where it has not been active yet
 
     def attach(self, model: nn.Module) -> None:
         """Finds the blocks and checks the settings against them; nothing is frozen yet.
@@ -161,6 +170,11 @@ class BlockSampler:
             self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
             figures["scoring_s"] = time.perf_counter() - start
         start = time.perf_counter()
+        if self.distribution == "gradient_norm" and self.outlier_scores is not None and self.gradient_norms:
+            self.probabilities = sampling_probabilities(self.gradient_norms, "gradient_norm")
+            self.outlier_scores = replace(
+                self.outlier_scores, outlier_ratios=list(self.gradient_norms), probabilities=self.probabilities.tolist()
+            )
         interval = step // self.interval_steps
         self.history.append((interval, step, self.blocks_of(interval)))
         self.activate(optimizers)
@@ -171,6 +185,33 @@ class BlockSampler:
     def should_draw(self, step: int) -> bool:
         """Whether optimizer step ``step`` (from 0) needs a draw that has not happened. Override to draw at other times."""
         return step // self.interval_steps > self.history[-1][0]
+
+    @torch.no_grad()
+    def observe(self, optimizers: Iterable[Optimizer]) -> None:
+        """Takes the norms of the active blocks' gradients into their means, where the draws depend on them.
+
+        Call it before every optimizer step, when the gradients are complete. Of a GaLoreAdamW the projected gradients count,
+        which are all that it keeps; else ``grad``. A gradient that is not finite does not count.
+        """
+        if self.distribution != "gradient_norm":
+            return
+        self.gradient_norms = self.gradient_norms or [0.0] * len(self._blocks)
+        projecting = [optimizer for optimizer in optimizers if hasattr(optimizer, "gradient_of")]
+        for optimizer in projecting:
+            optimizer.gradients()  # type: ignore[attr-defined]
+        for index in self.active_blocks:
+            squares, weights = 0.0, 0
+            for p in self._blocks[index]:
+                found = (optimizer.gradient_of(p) for optimizer in projecting)
+                gradient = next((g for g in found if g is not None), p.grad)
+                if gradient is not None:
+                    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+                    squares += float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2
+                weights += p.numel()
+            norm_per_weight = math.sqrt(squares / max(weights, 1))
+            if 0 < norm_per_weight < math.inf:
+                before = self.gradient_norms[index] or norm_per_weight
+                self.gradient_norms[index] = DECAY * before + (1 - DECAY) * norm_per_weight
 
     def activate(self, optimizers: Iterable[Optimizer]) -> None:
         """Lets the active blocks train and freezes the others."""
@@ -213,19 +254,23 @@ class BlockSampler:
                 f"sampling.activated_layers: {self.activated_layers} is more than the model's {num_layers} blocks"
             )
         ratios: Sequence[float] = [1.0] * num_layers
-        if self.scores is not None:
+        if self.scores is not None and self.distribution != "gradient_norm":
             ratios = OutlierScores.load(Path(self.scores)).ratios_for(num_layers, architecture, self.distribution)
-        draw_blocks(sampling_probabilities(ratios, self.distribution), self.activated_layers, torch.Generator())
+        probabilities = sampling_probabilities(ratios, self.distribution)
+        if self.distribution != "window":
+            draw_blocks(probabilities, self.activated_layers, torch.Generator())
 
     def blocks_of(self, interval: int) -> list[int]:
         """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""
         assert self.probabilities is not None
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + interval)
+        if self.distribution == "window":
+            return draw_window(self.probabilities, self.activated_layers, generator)
         return draw_blocks(self.probabilities, self.activated_layers, generator, self.grouping)
 
     def planned_blocks(self, steps: int) -> set[int] | None:
         """Returns all blocks that train in a run of so many optimizer steps; None if that is not known beforehand."""
-        if self.rescore_every is not None or self._draws_at_other_times():
+        if self.rescore_every is not None or self.distribution == "gradient_norm" or self._draws_at_other_times():
             return None
         coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
         return {block for _, _, blocks in self.history for block in blocks}.union(*map(self.blocks_of, coming))
@@ -247,13 +292,15 @@ class BlockSampler:
         num_layers, architecture = len(decoder_layers(model)), architecture_of(config)
         threshold, samples = self.threshold, 0
         ratios: Sequence[float] | Tensor = [0.0] * num_layers
-        if self.scores is not None:
+        if self.distribution == "gradient_norm":
+            pass  # the scores come from the gradients, and are equal before there are any
+        elif self.scores is not None:
             known = OutlierScores.load(Path(self.scores))
             ratios = known.ratios_for(num_layers, architecture, self.distribution)
             threshold, samples = known.threshold, known.calibration_samples
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(model)
-        elif self.distribution in ("outlier", "outlier_reverse"):
+        elif self.distribution in OF_OUTLIERS:
             samples = self.calibration_samples
             ratios = layer_outlier_ratios(model, calibration_batches(loader, samples, self.seed), self.threshold)
         return OutlierScores(
@@ -276,6 +323,7 @@ class BlockSampler:
             "probabilities": self.probabilities,
             "history": [(interval, step, list(blocks)) for interval, step, blocks in self.history],
             "seconds": self.seconds,
+            "gradient_norms": list(self.gradient_norms),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -285,3 +333,4 @@ class BlockSampler:
         self.probabilities = state_dict["probabilities"]
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]
         self.seconds = state_dict.get("seconds", 0.0)
+        self.gradient_norms = list(state_dict.get("gradient_norms", []))

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError
+from ows_lightning.sampling.distributions import OF_OUTLIERS
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
@@ -36,7 +37,8 @@ class OutlierScores:
         threshold: Threshold tau of the outlier ratio.
         calibration_samples: Rows of text that the activations come from; 0 where no activations were needed.
         distribution: Name of the distribution, or a list of weights.
-        outlier_ratios: D_l in percent, first block first (for ``weight_norm``: the norms of the weights).
+        outlier_ratios: D_l in percent, first block first (for ``weight_norm`` the norms of the weights, for ``gradient_norm``
+            the means of the gradients' norms).
         probabilities: p_l, first block first.
         architecture: See `architecture_of`; empty in files that don't have it.
     """
@@ -80,7 +82,7 @@ class OutlierScores:
                 ``distribution`` is made of.
         """
         asks_for_norms = distribution == "weight_norm"
-        if asks_for_norms or distribution in ("outlier", "outlier_reverse"):
+        if asks_for_norms or distribution in OF_OUTLIERS:
             holds_norms = self.distribution == "weight_norm"
             if holds_norms != asks_for_norms or not any(self.outlier_ratios):
                 what = "norms of weights" if holds_norms else "outlier ratios" if any(self.outlier_ratios) else "no scores"

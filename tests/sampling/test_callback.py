@@ -22,6 +22,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.distributions import sampling_probabilities
 from ows_lightning.sampling.scores import OutlierScores
 from tests.tiny import tiny_model
 
@@ -495,3 +496,66 @@ def test_a_module_is_fitted_by_one_trainer_after_another(tmp_path: Path) -> None
             fit(module, sampling, tmp_path / str(run), max_steps=3)
         )  # the first Trainer, and its optimizer, live on
         assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("module", [SomebodyElsesModule, Projected])
+def test_gradient_norms_of_active_blocks_decide_the_draws(module: type[LightningModule], tmp_path: Path) -> None:
+    class Norms(Callback):
+        """The norm of each active block's gradients per weight, as the optimizer consumes them."""
+
+        def __init__(self) -> None:
+            self.seen: list[dict[int, float]] = []
+
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            if isinstance(optimizer, GaLoreAdamW):
+                optimizer.gradients()
+            norms = {}
+            for index in sampling.active_blocks:
+                parameters = list(decoder_layers(pl_module)[index].parameters())
+                gradients = [optimizer.gradient_of(p) if module is Projected else p.grad for p in parameters]
+                square = sum(gradient.square().sum().item() for gradient in gradients)
+                norms[index] = math.sqrt(square / sum(p.numel() for p in parameters))
+            self.seen.append(norms)
+
+    sampling, norms = LayerwiseSampling(activated_layers=2, interval_steps=3, distribution="gradient_norm"), Norms()
+    fit(module(), sampling, tmp_path, norms, max_steps=12)
+    means = [0.0] * LAYERS
+    for step in norms.seen:
+        for index, norm in step.items():
+            means[index] = 0.9 * (means[index] or norm) + 0.1 * norm
+    assert sampling.gradient_norms == pytest.approx(means, rel=1e-4)
+    written = OutlierScores.load(tmp_path / "outlier_scores.json")
+    assert list(written.probabilities) == sampling.probabilities.tolist()
+    assert len(set(written.probabilities)) > 2
+    assert min(written.probabilities) >= 0.1 / LAYERS
+    assert sum(written.probabilities) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("distribution", ["window", "gradient_norm"])
+def test_a_resumed_run_draws_the_same(distribution: str, tmp_path: Path) -> None:
+    class SaveAt(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 7 and not (tmp_path / "at7.ckpt").exists():
+                trainer.save_checkpoint(tmp_path / "at7.ckpt")
+
+    def run(*extra: Callback, ckpt_path: Path | None = None) -> LayerwiseSampling:
+        sampling = LayerwiseSampling(2, 2, distribution, calibration_samples=4, threshold=2.0)
+        fit(Projected(), sampling, tmp_path, *extra, max_steps=14, ckpt_path=ckpt_path, train=loader(all_alike=True))
+        return sampling
+
+    whole, resumed = run(SaveAt()), run(ckpt_path=tmp_path / "at7.ckpt")
+    assert whole.history == resumed.history
+    assert whole.gradient_norms == resumed.gradient_norms
+    if distribution == "window":
+        assert all(high == low + 1 for _, _, (low, high) in whole.history)
+
+
+def test_blocks_that_were_not_active_yet_count_as_the_mean() -> None:
+    assert sampling_probabilities([0.0, 0.0], "gradient_norm").tolist() == [0.5, 0.5]
+    probabilities = sampling_probabilities([3.0, 0.0, 1.0, 0.0], "gradient_norm").tolist()
+    assert probabilities == pytest.approx([0.9 * share / 8 + 0.025 for share in (3, 2, 1, 2)])
+
+
+def test_a_window_is_grouped_already() -> None:
+    with pytest.raises(UsageError, match=r"^sampling\.grouping: the blocks of a window are neighbours"):
+        LayerwiseSampling(distribution="window", grouping=0.5)

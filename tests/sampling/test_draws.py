@@ -7,7 +7,8 @@ import torch
 
 from ows_lightning.errors import UsageError
 from ows_lightning.sampling.distributions import sampling_probabilities
-from ows_lightning.sampling.draws import draw_blocks
+from ows_lightning.sampling.draws import draw_blocks, draw_window
+from ows_lightning.sampling.inclusion import window_inclusion
 from tests.sampling.test_distributions import LLAMA_2_7B
 
 
@@ -55,3 +56,19 @@ def test_draws_are_successive_without_replacement() -> None:
 def test_a_count_that_cannot_be_drawn_is_refused(ratios: list[float], count: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         draw_blocks(sampling_probabilities(ratios), count, torch.Generator())
+
+
+def test_a_window_is_drawn_by_its_sum_of_probabilities() -> None:
+    probabilities = sampling_probabilities([0.0, 0.0, 3.0, 1.0, 2.0], "window")
+    generator = torch.Generator().manual_seed(0)
+    draws = [draw_window(probabilities, 2, generator) for _ in range(12_000)]
+    assert all(high == low + 1 for low, high in draws)
+    sums = {0: 0.0, 1: 3.0, 2: 4.0, 3: 3.0}
+    for low, weight in sums.items():
+        assert sum(draw[0] == low for draw in draws) / len(draws) == pytest.approx(weight / 10, abs=0.02)
+    assert window_inclusion(probabilities, 2).tolist() == pytest.approx([0.0, 0.3, 0.7, 0.7, 0.3])
+    assert draw_window(probabilities, 5, generator) == [0, 1, 2, 3, 4]
+    # Uniform windows of five of 32 blocks: 13.5 blocks lie below on average, and 5.87 - 0.11 * 13.5 = 4.4 operations remain.
+    assert sum(draw_window(sampling_probabilities([1.0] * 32, "window"), 5, generator)[0] for _ in range(4000)) / 4000 == (
+        pytest.approx(13.5, abs=0.6)
+    )
