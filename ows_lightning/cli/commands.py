@@ -21,7 +21,7 @@ from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.cli.preflight import check_writable
 from ows_lightning.distributed.loading import allocate
 from ows_lightning.errors import UsageError
-from ows_lightning.memory import plan_from_config, plot_plan
+from ows_lightning.memory import plan_from_config, plot_plan, write_config_for_card
 from ows_lightning.metrics.lm_eval import run_tasks
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.export import save_huggingface
@@ -138,16 +138,25 @@ class OWSTrainer(Trainer):
         method: str | list[str] | None = None,
         format: Literal["table", "json"] = "table",
         output: Path | None = None,
+        card: str | None = None,
+        fit: str | None = None,
     ) -> None:
-        """Predict the memory that a config needs, and what other methods would; loads nothing and needs no GPU.
+        """Predict the memory and compute that a config needs, and what other methods would; loads nothing, needs no GPU.
 
         Args:
             config: The parsed config.
             method: Methods to predict, as ``ows,full`` or a list; all by default.
             format: ``table`` for people, ``json`` for programs.
-            output: A folder for ``plan.png`` and ``plan.json``.
+            output: A folder for ``plan.png`` and ``plan.json``, and for the config of ``fit``.
+            card: A card's name, ``RTX 4090`` say: tokens a second on it, and what bounds them.
+            fit: A card's name: write the config that makes the run fit it, and do nothing else.
         """
-        plan = plan_from_config(config, method.split(",") if isinstance(method, str) else method)
+        if fit is not None:
+            folder = output or Path()
+            check_writable("output", folder)
+            print(write_config_for_card(config, fit, folder))
+            return
+        plan = plan_from_config(config, method.split(",") if isinstance(method, str) else method, card)
         print(plan.to_json() if format == "json" else plan.to_table())
         if output is not None:
             check_writable("output", output)

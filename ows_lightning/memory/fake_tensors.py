@@ -24,11 +24,15 @@ class FakeOperators:
 
     The layout of an operator's result follows from those of its arguments. torch's FakeTensorMode tells it, and once for each:
     to look it up again takes a tenth of the time.
+
+    Args:
+        abridged: Of work that is done chunk by chunk, follow as many chunks as tell its peak.
     """
 
     _results: ClassVar[dict[Any, Any]] = {}
 
-    def __init__(self) -> None:
+    def __init__(self, abridged: bool = True) -> None:
+        self._abridged = abridged
         self._oracle = FakeTensorMode()
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -43,7 +47,7 @@ class FakeOperators:
         if func is aten.nonzero.default:
             (mask,) = args
             func, args, kwargs = aten.new_empty.default, (mask, [mask.numel(), mask.dim()]), {"dtype": torch.int64}
-        if func is aten.split.Tensor and not torch.is_grad_enabled() and _chunks(*args) > 3:
+        if self._abridged and func is aten.split.Tensor and not torch.is_grad_enabled() and _chunks(*args) > 3:
             # Work chunk by chunk. From the second on, each meets its predecessor's leftovers, and the last may be smaller.
             tensor, size, dim = (*args, 0)[:3]
             last = (_chunks(*args) - 1) * size

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.advice import advise
+from ows_lightning.memory.cards import CARDS as KNOWN_CARDS
+from ows_lightning.memory.cards import Card, find_card
+from ows_lightning.memory.compute import Compute, compute
+from ows_lightning.memory.dimensions import meta_model
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
 from ows_lightning.memory.settings import PlanSettings, settings_from_config
+from ows_lightning.memory.speed import UTILISATION, Speed, speed
 
 CARDS = (12, 16, 24, 40, 48, 80)
 """Sizes of GPUs in GB of 10^9 bytes. A 24 GB card has some 7 % more; CUDA's own context and fragmentation take that."""
@@ -24,35 +29,62 @@ class Plan:
     Attributes:
         title: What was planned.
         methods: Method -> what it needs; ``ows`` is the config's own.
+        computes: Method -> what it computes.
         advice: A sentence for each card that ``ows`` does not fit.
-        dimensions: Where the model's dimensions come from.
+        notes: Further lines: which cards fit, where the figures come from.
+        parameters: Number of the model's weights.
+        card: The card that speeds are for.
+        speeds: Method -> how fast it is on that card.
     """
 
     title: str
     methods: dict[str, MethodPlan]
-    advice: list[str]
-    dimensions: str = ""
+    computes: dict[str, Compute] = field(default_factory=dict)
+    advice: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    parameters: int = 0
+    card: Card | None = None
+    speeds: dict[str, Speed] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Returns one JSON object: method -> ``peak_bytes``, ``bytes`` by category, and ``communicated_bytes``."""
-        return json.dumps(
-            {
-                name: {"peak_bytes": plan.peak_bytes, "bytes": plan.bytes, "communicated_bytes": plan.communicated_bytes}
-                for name, plan in self.methods.items()
-            },
-            indent=2,
-        )
+        """Returns one JSON object: method -> a dict of bytes and FLOPs.
+
+        They are ``peak_bytes``, ``bytes`` by category, ``host_bytes`` of blocks that wait there, ``communicated_bytes`` to
+        other devices in a step, ``flops_per_token``, ``probabilities`` (where those of the draws come from), and with a card
+        whether it ``fits`` and what a `Speed` has.
+        """
+        return json.dumps({name: self._figures(name) for name in self.methods}, indent=2)
+
+    def _figures(self, name: str) -> dict[str, Any]:
+        needs, does = self.methods[name], self.computes[name]
+        figures = {
+            "peak_bytes": needs.peak_bytes,
+            "bytes": needs.bytes,
+            "host_bytes": needs.host_bytes,
+            "communicated_bytes": needs.communicated_bytes,
+            "flops_per_token": does.flops_per_token,
+            "probabilities": does.probabilities,
+        }
+        if self.card is not None:
+            fast = self.speeds[name]
+            figures |= {"card": self.card.name, "fits": needs.fits(self.card.memory), **vars(fast)}
+        return figures
 
     def to_table(self) -> str:
         """Returns a table as text, in GB (10^9 bytes), and the advice below it."""
-        communicates = any(plan.communicated_bytes for plan in self.methods.values())
-        columns = [*(name.replace("_", " ") for name in CATEGORIES), "peak", "fits"] + ["sent a step"] * communicates
-        lines = [["GB", *columns]]
-        for name, plan in self.methods.items():
-            sizes = [f"{plan.bytes[category] / 1e9:.2f}" for category in CATEGORIES]
-            smallest = next((f"{card} GB" for card in CARDS if plan.fits(card)), "none")
-            sent = [f"{plan.communicated_bytes / 1e9:.1f}"] * communicates
-            lines.append([name, *sizes, f"{plan.peak_bytes / 1e9:.2f}", smallest, *sent])
+        several = any(needs.communicated_bytes for needs in self.methods.values())
+        waits = any(needs.host_bytes for needs in self.methods.values())
+        lines = [["GB", *(name.replace("_", " ") for name in CATEGORIES), "peak", "fits"]]
+        lines[0] += ["host"] * waits + ["sent a step"] * several + ["FLOPs/token"]
+        lines[0] += [] if self.card is None else ["tokens/s"]
+        for name, needs in self.methods.items():
+            line = [name, *(f"{needs.bytes[category] / 1e9:.2f}" for category in CATEGORIES), f"{needs.peak_bytes / 1e9:.2f}"]
+            line.append(next((f"{card} GB" for card in CARDS if needs.fits(card)), "none"))
+            line += [f"{needs.host_bytes / 1e9:.2f}"] * waits + [f"{needs.communicated_bytes / 1e9:.1f}"] * several
+            line.append(f"{self.computes[name].flops_per_token / self.parameters:.2f} N")
+            if self.card is not None:
+                line.append(f"{self.speeds[name].tokens_per_second:,.0f}" if needs.fits(self.card.memory) else "-")
+            lines.append(line)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = [
             "  ".join(
@@ -60,28 +92,32 @@ class Plan:
             )
             for line in lines
         ]
-        return "\n".join([self.title, *rows, *self.advice, f"Dimensions: {self.dimensions}"])
+        return "\n".join([self.title, *rows, *self.advice, *self.notes])
 
 
-def plan(settings: PlanSettings, methods: Sequence[str] | None = None) -> Plan:
+def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str | None = None) -> Plan:
     """Predicts what methods need, and what would make the settings' own fit the cards that it does not.
 
     Args:
         settings: The model, what it is trained on, and how.
         methods: Names out of `METHODS`; all by default.
+        card: The name of a card out of `cards.CARDS`, for speeds.
 
     Raises:
-        UsageError: There is no such method, or the model can't be followed.
+        UsageError: There is no such method or card, or the model can't be followed.
     """
     if unknown := sorted(set(methods or ()) - METHODS.keys()):
         raise UsageError(f"method: unknown {', '.join(unknown)}; choose from {', '.join(METHODS)}")
-    advice = []
+    chosen = None if card is None else find_card(card)
+    advice, notes = [], []
     if methods is None:
         methods = list(METHODS)
         if find_spec("peft") is None:
             methods.remove("lora")
             advice.append('LoRA is left out: it needs peft (pip install "ows_lightning[lora]")')
-    plans = {name: predict(settings, METHODS[name](settings)) for name in methods}
+    kinds = {name: METHODS[name](settings) for name in methods}
+    plans = {name: predict(settings, kind) for name, kind in kinds.items()}
+    computes = {name: compute(settings, kind) for name, kind in kinds.items()}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
         known = {settings: own}
 
@@ -91,21 +127,44 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None) -> Plan:
             return known[changed]
 
         cards: dict[str, list[str]] = {}
-        for card in CARDS:
-            if not own.fits(card):
-                cards.setdefault(advise(settings, card, remembered), []).append(str(card))
-        advice += [f"{', '.join(sizes)} GB: {sentence}" for sentence, sizes in cards.items()]
-    return Plan(settings.title, plans, advice, settings.dimensions)
+        for size in CARDS:
+            if not own.fits(size):
+                cards.setdefault(advise(settings, size, remembered), []).append(str(size))
+        advice += [f"{', '.join(sizes)} GB: {words}" for words, sizes in cards.items()]
+        fitting = [f"{known_card.name}" for known_card in KNOWN_CARDS if own.fits(known_card.memory)]
+        notes.append(f"Fits as it is: {', '.join(fitting) or 'no card'}")
+    notes.append(f"Dimensions: {settings.dimensions}")
+    parameters = sum(p.numel() for p in meta_model(settings.model, settings.dtype).parameters())
+    notes.append(
+        f"FLOPs a token: in expectation over draws ({'; '.join(_origins(computes))}), N = {parameters / 1e9:.3g}e9 weights"
+    )
+    speeds = {}
+    if chosen is not None:
+        speeds = {name: speed(settings, kinds[name], computes[name], chosen) for name in methods}
+        notes.append(
+            f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {chosen.tflops:g} TFLOPS dense bfloat16 "
+            f"({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
+        )
+        notes += [f"{name}: bound by {fast.words()}" for name, fast in speeds.items() if name == "ows"]
+    return Plan(settings.title, plans, computes, advice, notes, parameters, chosen, speeds)
 
 
-def plan_from_config(config: Any, method: Sequence[str] | None = None) -> Plan:
+def _origins(computes: dict[str, Compute]) -> list[str]:
+    by_origin: dict[str, list[str]] = {}
+    for name, does in computes.items():
+        by_origin.setdefault(does.probabilities, []).append(name)
+    return [f"{', '.join(names)}: {origin}" for origin, names in by_origin.items()]
+
+
+def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str | None = None) -> Plan:
     """Plans what a parsed config of the command line describes.
 
     Args:
         config: A jsonargparse Namespace or a dict with the keys ``model``, ``data``, ``trainer`` and ``sampling``.
         method: Names of methods; all by default.
+        card: The name of a card, for speeds.
 
     Raises:
         UsageError: A setting can't be planned with.
     """
-    return plan(settings_from_config(config), method)
+    return plan(settings_from_config(config), method, card)

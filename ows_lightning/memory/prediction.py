@@ -17,6 +17,7 @@ from ows_lightning.memory.dimensions import first_blocks, meta_model
 from ows_lightning.memory.fake_tensors import FakeOperators, materialize_
 from ows_lightning.memory.settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, follow_steps
+from ows_lightning.memory.streamed import BlockSizes, device_bytes, host_bytes
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import checkpoint_activations
@@ -35,10 +36,12 @@ class MethodPlan:
     Attributes:
         bytes: Category -> bytes at the peak, see `CATEGORIES`.
         communicated_bytes: Bytes that each device sends in an optimizer step.
+        host_bytes: Bytes of frozen blocks in host memory.
     """
 
     bytes: dict[str, int]
     communicated_bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -64,7 +67,7 @@ METHODS: dict[str, Callable[[PlanSettings], TrainingMethod]] = {
     "full": lambda settings: TrainingMethod(_adamw(settings)),
     "lora": lambda settings: TrainingMethod(_adamw(settings), lora={"r": 16, "target_modules": "all-linear"}),
     "galore": lambda settings: TrainingMethod(_galore(settings), rank=settings.method.rank or 128, subspace="svd"),
-    "lisa": lambda settings: TrainingMethod(_adamw(settings), activated_layers=2, states_kept=True),
+    "lisa": lambda settings: TrainingMethod(_adamw(settings), activated_layers=2, states_kept=True, distribution="uniform"),
     "ows_published": lambda settings: TrainingMethod(
         _galore(settings), activated_layers=5, rank=settings.method.rank or 128, subspace="svd", states_kept=True
     ),
@@ -95,7 +98,7 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
     layers = decoder_layers(model)
     active = len(layers) if method.activated_layers is None else min(method.activated_layers, len(layers))
     try:
-        memory = _extrapolate(partial(_follow, model, settings, method), active, len(layers) - active, _alike(layers))
+        memory = _extrapolate(partial(follow, model, settings, method), active, len(layers) - active, alike(layers))
     except UsageError:
         raise
     except Exception as error:  # what a model's code raises when its tensors have no contents
@@ -103,13 +106,28 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
             f"model.model_name_or_path: can't follow a {settings.model.model_type} model in {settings.precision} ({error})"
         ) from error
     shards = Shards.of(model)
+    blocks = BlockSizes.of(model, settings)
+    for peak in memory.peaks.values():
+        peak["weights"] = device_bytes(peak["weights"], settings, method, blocks)
     peaks = [on_each_device(peak, settings, shards, method) for peak in memory.peaks.values()]
     highest = max(peaks, key=lambda sizes: sum(sizes.values()))
-    return MethodPlan(highest, communicated_bytes(memory, settings, shards, method))
+    return MethodPlan(highest, communicated_bytes(memory, settings, shards, method), host_bytes(settings, method, blocks))
 
 
-def _follow(model: nn.Module, settings: PlanSettings, method: TrainingMethod, active: int, frozen: int) -> StepMemory:
-    """Follows a step of a fake copy of a meta model, with so many of its blocks."""
+def follow(
+    model: nn.Module, settings: PlanSettings, method: TrainingMethod, active: int, frozen: int, rows: int | None = None
+) -> StepMemory:
+    """Follows a step of a fake copy of a meta model.
+
+    Args:
+        model: The whole model.
+        settings: What it is trained on.
+        method: How it trains.
+        active: How many of the copy's blocks train.
+        frozen: How many more it has.
+        rows: Rows of a micro-batch, of which every chunk is followed, as counting asks for; None: those of the settings, and
+            as much of their chunks as memory depends on.
+    """
     model = first_blocks(model, active + frozen)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)  # type: ignore[arg-type]
@@ -118,13 +136,13 @@ def _follow(model: nn.Module, settings: PlanSettings, method: TrainingMethod, ac
     if method.activated_layers is not None:
         method = replace(method, activated_layers=active)
     work = Workload(
-        settings.batch_size,
+        rows or settings.batch_size,
         settings.max_seq_length,
-        settings.accumulate_grad_batches > 1,
+        settings.accumulate_grad_batches > 1 and rows is None,
         settings.autocast,
         host_memory=settings.on_gpu,
     )
-    tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators())
+    tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(abridged=rows is None))
     with tracker:
         materialize_(model)
     return follow_steps(model, method, work, tracker)
@@ -138,7 +156,8 @@ def _add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), low_cpu_mem_usage=True)
 
 
-def _alike(layers: nn.ModuleList) -> bool:
+def alike(layers: nn.ModuleList) -> bool:
+    """Whether all blocks have the same weights by name and shape."""
     return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
 
 

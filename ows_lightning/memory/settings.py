@@ -39,6 +39,13 @@ class PlanSettings:
             on a CPU keeps what the GPU's kernels keep, the output and a number a row.
         strategy: ``fsdp2``, anything with ``ddp`` in it, or None for one device.
         devices: Number of devices, over all nodes.
+        frozen_in: Where frozen blocks wait: ``device``, ``host`` or ``disk``.
+        frozen_dtype: ``int8``, or None for the weights' own.
+        window_blocks: Blocks that a window on the device holds where blocks wait elsewhere, or in int8.
+        sampling: The callback's arguments.
+        interval_steps: Optimizer steps between two draws.
+        update_proj_gap: Optimizer steps between two renewals of a subspace.
+        max_steps: Optimizer steps of the run; None where it is not said.
         on_gpu: Whether the device is a GPU: sizes are rounded as its allocator does, and the host has a memory of its own.
     """
 
@@ -55,6 +62,13 @@ class PlanSettings:
     strategy: str | None = None
     devices: int = 1
     on_gpu: bool = True
+    frozen_in: str = "device"
+    frozen_dtype: str | None = None
+    window_blocks: int = 2
+    sampling: dict[str, Any] = field(default_factory=dict, compare=False)
+    interval_steps: int = 50
+    update_proj_gap: int = 200
+    max_steps: int | None = None
 
     @property
     def title(self) -> str:
@@ -66,6 +80,8 @@ class PlanSettings:
             self.precision,
         ]
         parts += ["checkpointing"] * self.gradient_checkpointing
+        parts += [f"frozen blocks in {self.frozen_in}"] * (self.frozen_in != "device")
+        parts += [f"frozen blocks in {self.frozen_dtype}"] * (self.frozen_dtype is not None)
         parts += [f"each of {self.devices} devices, {self.strategy or 'ddp'}"] if self.devices > 1 else []
         return ", ".join(parts)
 
@@ -73,6 +89,19 @@ class PlanSettings:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return DTYPES.get(self.precision, torch.float32)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step, on all devices."""
+        return self.batch_size * self.max_seq_length * self.accumulate_grad_batches * self.devices
+
+    @property
+    def scored_rows(self) -> int:
+        """Rows that outlier scores are computed from, where the run computes any and it is known how long it takes."""
+        measured = self.sampling.get("distribution", "outlier") in ("outlier", "outlier_reverse")
+        if not self.sampling or not measured or self.sampling.get("scores") or self.max_steps is None:
+            return 0
+        return int(self.sampling.get("calibration_samples", 128))
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -119,6 +148,13 @@ def settings_from_config(config: Any) -> PlanSettings:
         strategy=_strategy(trainer("strategy")),
         devices=_number_of_devices(trainer("devices")) * int(trainer("num_nodes") or 1),
         on_gpu=on_gpu,
+        frozen_in=model("frozen_in", "device"),
+        frozen_dtype=model("frozen_dtype"),
+        window_blocks=model("window_blocks", 2),
+        sampling=dict(_value(config, "sampling") or {}),
+        interval_steps=sampling("interval_steps", 50),
+        update_proj_gap=model("update_proj_gap", 200),
+        max_steps=steps if (steps := trainer("max_steps") or -1) > 0 else None,
     )
 
 

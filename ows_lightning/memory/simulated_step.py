@@ -39,6 +39,7 @@ class TrainingMethod:
         states_kept: Optimizer states of blocks that are frozen again stay.
         renews_with_state: A subspace lives shorter than a block is active.
         lora: Settings of peft's LoraConfig.
+        distribution: ``uniform``, or None for the config's own.
     """
 
     optimizer: Callable[[Any], Optimizer]
@@ -51,6 +52,7 @@ class TrainingMethod:
     states_kept: bool = False
     renews_with_state: bool = False
     lora: dict[str, Any] | None = field(default=None, hash=False)
+    distribution: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ class StepMemory:
             are among their like.
         trained: Number of parameters that train at a time.
         consumed: Bytes of the gradients that the optimizer consumes: projected ones where there is a rank.
+        flops: Span -> FLOPs of a step's matrix products.
     """
 
     peaks: dict[tuple[Any, ...], dict[str, int]]
     trained: int
     consumed: int
+    flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
 
 def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
@@ -124,13 +128,13 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
         _label_states(optimizer, tracker)
         draw(blocks)
         everything_has_state = method.states_kept or method.activated_layers is None
-        for renews in (True,) if everything_has_state else (True, False):
+        for renews in (True,) if everything_has_state and method.rank is None else (True, False):
             for group in optimizer.param_groups:
                 if "update_proj_gap" in group:
                     group["update_proj_gap"] = 1 if renews or method.renews_with_state else 1 << 30
             consumed = _step(model, optimizer, method, work, tracker, renews)
     peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and BETWEEN not in span[-1]}
-    return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed)
+    return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed, dict(tracker.flops))
 
 
 def _step(

@@ -1,4 +1,4 @@
-"""MemoryTracker: follows the bytes that tensors hold, real or fake, by what they turn out to be."""
+"""MemoryTracker: follows the bytes that tensors hold, real or fake, by what they turn out to be; and counts FLOPs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ows_lightning.memory.flops import flops_of
 
 HOST = "host"
 
@@ -33,7 +35,8 @@ class MemoryTracker(TorchDispatchMode):
     often known only later (a tensor turns out to be a gradient): `label` may say so at any time, and counts for peaks that
     are already past. Until then, a storage has the `category` that was set when it came up.
 
-    Every instant belongs to one span (`begin_span`); `peaks` has the peak of each. What kernels allocate within
+    Every instant belongs to one span (`begin_span`); `peaks` has the peak of each, and
+    `flops` what was computed in it. What kernels allocate within
     themselves is not seen.
 
     Args:
@@ -52,10 +55,12 @@ class MemoryTracker(TorchDispatchMode):
         self._peak, self._rising = 0, True
         self._at_peak: list[_Allocation] = []
         self._peaks: dict[tuple[Any, ...], tuple[int, list[_Allocation]]] = {}
+        self.flops: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs an operator, and takes its results into account."""
         result = self._operate(func, args, kwargs or {})
+        self.flops[self.span] += flops_of(func, args, kwargs or {}, result)
         if isinstance(result, Tensor):
             self._allocation(result)
         elif isinstance(result, (tuple, list)):

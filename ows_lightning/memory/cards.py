@@ -1,0 +1,70 @@
+"""GPUs: what they hold, how fast they compute, and how fast they are fed."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from ows_lightning.errors import UsageError
+
+LINK_SHARE = 0.8
+"""What a large copy from page-locked memory reaches of its link's rate: 25 GB/s of PCIe 4.0 x16's 31.5, as is usual."""
+
+
+class Card(NamedTuple):
+    """A GPU.
+
+    Attributes:
+        name: As people call it.
+        memory: GB, of 10^9 bytes.
+        link: GB/s to the host, each way, by the link's specification: PCIe 4.0 has 1.97 a lane, 5.0 has 3.94.
+        tflops: Dense bfloat16 matrix products that are summed up in float32, in 10^12 FLOPs a second.
+        source: Where the last figure comes from.
+    """
+
+    name: str
+    memory: int
+    link: float
+    tflops: float
+    source: str
+
+
+_CORES = "SMs x 512 FLOPs x boost clock (GeForce, float32 sums; NVIDIA's Ampere GA102 and Ada whitepapers)"
+CARDS = (
+    Card("RTX 3060", 12, 31.5, 25.5, f"28 {_CORES}, 1.777 GHz"),
+    Card("RTX 4070", 12, 31.5, 58.3, f"46 {_CORES}, 2.475 GHz"),
+    Card("RTX 4060 Ti 16GB", 16, 15.8, 44.1, f"34 {_CORES}, 2.535 GHz; 8 lanes"),
+    Card("RTX 4080", 16, 31.5, 97.5, "NVIDIA Ada GPU architecture whitepaper, appendix"),
+    Card("RTX 3090", 24, 31.5, 71.0, "NVIDIA Ampere GA102 whitepaper, table 3"),
+    Card("RTX 4090", 24, 31.5, 165.2, "NVIDIA Ada GPU architecture whitepaper, appendix"),
+    Card("L4", 24, 31.5, 121.0, "NVIDIA L4 data sheet, half of the rate with sparsity"),
+    Card("A10", 24, 31.5, 125.0, "NVIDIA A10 data sheet"),
+    Card("RTX 5090", 32, 63.0, 209.5, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
+    Card("A100 40GB", 40, 31.5, 312.0, "NVIDIA A100 data sheet"),
+    Card("RTX A6000", 48, 31.5, 154.8, "NVIDIA RTX A6000 data sheet, half of the rate with sparsity"),
+    Card("L40S", 48, 31.5, 362.0, "NVIDIA L40S data sheet"),
+    Card("A100 80GB", 80, 31.5, 312.0, "NVIDIA A100 data sheet"),
+    Card("H100", 80, 63.0, 989.4, "NVIDIA H100 data sheet, SXM, half of the rate with sparsity"),
+    Card("H200", 141, 63.0, 989.4, "NVIDIA H200 data sheet, half of the rate with sparsity"),
+    Card("B200", 180, 63.0, 2250.0, "NVIDIA HGX B200 data sheet, half of the rate with sparsity"),
+)
+"""By memory. A card's nominal GB are counted as 10^9 bytes: CUDA's context and fragmentation take the 7 % that it has more."""
+
+
+def find_card(name: str) -> Card:
+    """Returns the card of a name, whatever its case and spaces.
+
+    Raises:
+        UsageError: There is none in `CARDS`.
+    """
+    known = {_plain(card.name): card for card in CARDS}
+    wanted = _plain(name.lower().removeprefix("nvidia").removeprefix(" geforce"))
+    if wanted in known:
+        return known[wanted]
+    near = get_close_matches(wanted, known, n=1)
+    hint = f"; did you mean '{known[near[0]].name}'?" if near else ""
+    raise UsageError(f"card: unknown '{name}'{hint} Known: {', '.join(card.name for card in CARDS)}")
+
+
+def _plain(name: str) -> str:
+    return "".join(name.lower().split()).replace("-", "")

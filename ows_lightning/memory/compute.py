@@ -1,0 +1,194 @@
+"""What a method computes: FLOPs a token, in expectation over the draws of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ows_lightning.memory.dimensions import meta_model
+from ows_lightning.memory.prediction import alike, follow
+from ows_lightning.memory.settings import PlanSettings
+from ows_lightning.memory.simulated_step import TrainingMethod
+from ows_lightning.memory.streamed import BlockSizes
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.sampling.distributions import sampling_probabilities
+from ows_lightning.sampling.draws import draw_blocks
+from ows_lightning.sampling.sampler import BlockSampler
+from ows_lightning.sampling.scores import OutlierScores, architecture_of
+
+_DRAWS = 4000  # the mean over so many is within 0.3 % of the expectation
+_MEASURED = ("outlier", "outlier_reverse", "weight_norm", "gradient_norm")  # made of what only a run or a file of scores knows
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a method computes.
+
+    Attributes:
+        flops_per_token: FLOPs for each token that is trained on, in expectation over the draws: forward, recomputation,
+            backward, projections, updates, renewals of subspaces and scores, as torch's counter has them (matrix products
+            alone; decompositions are not in it).
+        block_forward: FLOPs a token of a block's forward pass.
+        draws: The blocks that train, in each of the draws that the expectation is taken over.
+        probabilities: Where the draws' probabilities come from, in words.
+        blocks: The model's blocks in bytes.
+    """
+
+    flops_per_token: float
+    block_forward: float
+    draws: Sequence[Sequence[int]]
+    probabilities: str
+    blocks: BlockSizes
+
+
+@dataclass(frozen=True)
+class _Flops:
+    """FLOPs of a micro-batch (the first five) and of an optimizer step, a block each but for the head."""
+
+    forward: float
+    head: float
+    lowest: float
+    active: float
+    frozen: float
+    update: float
+    renewal: float
+
+    def times(self, rows: int) -> _Flops:
+        """What so many rows take where nothing is done once a micro-batch; updates are done once a step."""
+        return replace(self, **{name: rows * value for name, value in vars(self).items() if name not in ("update", "renewal")})
+
+    @classmethod
+    def between(cls, one: _Flops, two: _Flops, rows: int) -> _Flops:
+        """What so many rows take, from what one and two rows take: a share is for each row, and a share for each batch."""
+        return cls(*(a + (rows - 1) * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
+
+
+def compute(settings: PlanSettings, method: TrainingMethod | None = None) -> Compute:
+    """Counts a method's FLOPs on a fake model of few blocks, and takes the expectation over draws of the real one's.
+
+    Backward runs down to the lowest active block. Above it, a frozen block passes the gradient on and an active one computes
+    that of its weights, too; below it nothing is computed but forward.
+
+    Args:
+        settings: The model and what it is trained on.
+        method: Another method than the settings' own.
+
+    Raises:
+        UsageError: The model can't be followed, or the file of scores is another model's.
+    """
+    method = method or settings.method
+    model = meta_model(settings.model, settings.dtype, settings.attention)
+    blocks = BlockSizes.of(model, settings)
+    count = blocks.count
+    draws, origin = _draws(settings, method, count)
+    one = _count(model, settings, method, rows=1)
+    # Gradients are projected once a micro-batch, however many rows it has; all else is proportional to the rows.
+    two = one.times(2) if method.rank is None else _count(model, settings, method, rows=2)
+    flops = _Flops.between(one, two, settings.batch_size)
+    embeddings_train = "embeddings" in method.always_train and method.lora is None
+
+    def backward(blocks: Sequence[int]) -> float:
+        reached = count if embeddings_train else count - min(blocks)
+        return flops.lowest + (len(blocks) - 1) * flops.active + (reached - len(blocks)) * flops.frozen
+
+    micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
+    step = len(draws[0]) * (flops.update + flops.renewal * _renewals(settings, method, draws))
+    tokens = settings.batch_size * settings.max_seq_length
+    block_forward = flops.forward / tokens
+    per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
+    if method is settings.method and settings.scored_rows:
+        share = settings.scored_rows * settings.max_seq_length / (settings.step_tokens * (settings.max_steps or 1))
+        per_token += share * count * block_forward
+    return Compute(per_token, block_forward, draws, origin, blocks)
+
+
+def _count(model: nn.Module, settings: PlanSettings, method: TrainingMethod, rows: int) -> _Flops:
+    followed = partial(follow, model, settings, method, rows=rows)
+    layers = decoder_layers(model)
+    count = len(layers)
+    if not alike(layers):  # of several kinds: the mean over all blocks
+        active = _stages(followed(count, 0).flops)
+        lowest = above = active("backward") / count
+        frozen = 0.0
+        if method.activated_layers is not None and count > 1:
+            frozen = (_stages(followed(1, count - 1).flops)("backward") - lowest) / (count - 1)
+        blocks = trained = count
+    else:
+        trained = min(count, 3 if method.activated_layers is None else min(method.activated_layers, 2))
+        blocks = trained + (method.activated_layers is not None and count > trained)
+        active = _stages(followed(trained, blocks - trained).flops)
+        lowest, frozen = active("backward lowest"), active("backward frozen")
+        above = active("backward active") / max(1, trained - 1)
+    return _Flops(
+        forward=active("forward") / blocks,
+        head=active("loss_head"),
+        lowest=lowest,
+        active=above,
+        frozen=frozen,
+        update=active("step") / trained,
+        renewal=active("", renewals=True) / trained,
+    )
+
+
+class _stages:
+    """Sums of what was counted, over the stages of a step whose names begin alike."""
+
+    def __init__(self, flops: dict[tuple[Any, ...], int]) -> None:
+        self.flops = flops
+        self.ordinary = not any(span and span[0] is False for span in flops)  # there may be steps of one kind alone
+
+    def __call__(self, beginning: str, renewals: bool = False) -> float:
+        sums = {True: 0.0, False: 0.0}
+        for span, value in self.flops.items():
+            if len(span) == 2 and span[1].startswith(beginning):
+                sums[span[0]] += value
+        return (sums[True] - sums[False] if not self.ordinary else 0.0) if renewals else sums[self.ordinary]
+
+
+def _renewals(settings: PlanSettings, method: TrainingMethod, draws: Sequence[Sequence[int]]) -> float:
+    """How often, in an optimizer step, a block's subspaces are found anew: once an age, and by blocks that enter."""
+    if method.rank is None:
+        return 0.0
+    if method.activated_layers is None:
+        return 1 / settings.update_proj_gap
+    new = sum(len({*after} - {*before}) for before, after in pairwise(draws)) / sum(map(len, draws))
+    enter = new / settings.interval_steps
+    return max(enter, 1 / settings.update_proj_gap) if settings.update_proj_gap < settings.interval_steps else enter
+
+
+def _draws(settings: PlanSettings, method: TrainingMethod, count: int) -> tuple[list[list[int]], str]:
+    if method.activated_layers is None:
+        return [list(range(count))], "every block trains"
+    if method.distribution == "uniform":
+        probabilities, origin = sampling_probabilities([1.0] * count, "uniform"), "uniform"
+    else:
+        probabilities, origin = _probabilities(settings, count)
+    number = min(method.activated_layers, count)
+    if method is settings.method:
+        sampler = BlockSampler(**{**settings.sampling, "activated_layers": number, "scores": None})
+        sampler.probabilities = probabilities
+        return [sampler.blocks_of(interval) for interval in range(_DRAWS)], origin
+    generator = torch.Generator().manual_seed(0)
+    return [draw_blocks(probabilities, number, generator) for _ in range(_DRAWS)], origin
+
+
+def _probabilities(settings: PlanSettings, count: int) -> tuple[Tensor, str]:
+    """The blocks' probabilities, and where they come from: uniform ones stand for those that only a run can measure."""
+    distribution, scores = settings.sampling.get("distribution", "outlier"), settings.sampling.get("scores")
+    if scores is not None:
+        known = OutlierScores.load(Path(scores))
+        ratios = known.ratios_for(count, architecture_of(settings.model), distribution)
+        return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
+    if distribution in _MEASURED:
+        return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"
+    if distribution == "window":
+        return sampling_probabilities([1.0] * count, "uniform"), "window, uniform for want of sampling.scores"
+    origin = distribution if isinstance(distribution, str) else "a list of weights"
+    return sampling_probabilities([1.0] * count, distribution), origin

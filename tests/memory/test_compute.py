@@ -1,0 +1,167 @@
+"""FLOPs a token: against torch's counter in a real run, and the figures of Llama-2-7B's shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ows_lightning.errors import UsageError
+from ows_lightning.memory.cards import CARDS, find_card
+from ows_lightning.memory.compute import compute
+from ows_lightning.memory.prediction import METHODS
+from ows_lightning.memory.settings import settings_from_config
+from ows_lightning.memory.speed import speed
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.scores import OutlierScores
+from tests.data.samples import tiny_tokenizer
+from tests.memory.test_plan import LENGTH, SHAPE, llama_7b, make_config
+from tests.tiny import tiny_batch, tiny_model
+
+N = 6_738_415_616  # weights of Llama-2-7B
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    tiny_model("llama", **SHAPE).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+class Counter(TorchDispatchMode):
+    """torch's formulas; its own FlopCounterMode can't stand `autograd.grad` within a checkpointed forward pass."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class Count(Callback):
+    """Counts a run's FLOPs."""
+
+    def __init__(self) -> None:
+        self.counter = Counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.counter.__enter__()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.counter.__exit__(None, None, None)
+
+
+def run_and_count(config: dict[str, Any], steps: int) -> float:
+    """Runs what a config describes and returns its FLOPs a token."""
+    arguments, sampling, trainer_arguments = dict(config["model"]["init_args"]), config["sampling"], config["trainer"]
+    optimizer = arguments.pop("optimizer")
+    kind = GaLoreAdamW if optimizer["class_path"].endswith("GaLoreAdamW") else torch.optim.AdamW
+    module = CausalLMModule(**arguments, optimizer=lambda groups: kind(groups, **optimizer["init_args"]))
+    count = Count()
+    rows, batches = config["data"]["init_args"]["batch_size"], steps * trainer_arguments["accumulate_grad_batches"]
+    batch = tiny_batch(rows=rows, length=LENGTH, vocab_size=1000)
+    trainer = Trainer(
+        **trainer_arguments, callbacks=[count, *([LayerwiseSampling(**sampling)] if sampling else [])], max_steps=steps,
+        default_root_dir=arguments["model_name_or_path"], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([batch] * batches, batch_size=None))
+    return count.counter.total / (batches * rows * LENGTH)
+
+
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0]},
+        {"sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0], "model__gradient_checkpointing": True},
+        {"sampling__distribution": [0.0, 0.0, 1.0, 1.0, 0.0], "trainer__accumulate_grad_batches": 2, "data__batch_size": 1},
+        {"sampling__distribution": "uniform", "sampling__always_train": ["embeddings", "lm_head", "norm"]},
+        {"sampling": None, "model__update_proj_gap": 2},
+        {"sampling": None, "model__rank": None, "model__optimizer": ADAMW, "model__gradient_checkpointing": True},
+        {
+            "sampling": None,
+            "model__rank": None,
+            "model__optimizer": ADAMW,
+            "model__lora": {"r": 4, "target_modules": "all-linear"},
+        },
+    ],
+    ids=["sampled", "checkpointing", "accumulation", "embeddings", "galore", "full", "lora"],
+)
+def test_flops_are_those_that_torch_counts(directory: Path, changes: dict[str, Any]) -> None:
+    config = make_config(directory, model__attn_implementation="eager", **changes)
+    expected = compute(settings_from_config(config)).flops_per_token
+    assert expected == pytest.approx(run_and_count(config, steps=4), rel=0.02)
+
+
+def test_llama_2_7b_by_its_lowest_block() -> None:
+    found = []
+    for lowest in (0, 4, 8, 13, 16, 27):
+        weights = [float(block in (lowest, 28, 29, 30, 31)) for block in range(32)]
+        found.append(compute(settings_from_config(llama_7b(sampling__distribution=weights))).flops_per_token / N)
+    assert found == pytest.approx([5.87, 5.43, 4.99, 4.44, 4.11, 2.89], rel=0.01)
+
+
+def test_llama_2_7b_by_method() -> None:
+    settings = settings_from_config(llama_7b(sampling__distribution="uniform"))
+    found = {name: compute(settings, METHODS[name](settings)).flops_per_token / N for name in ("ows", "full", "lora")}
+    assert found == pytest.approx({"ows": 5.38, "full": 7.53, "lora": 6.05}, rel=0.005)
+
+
+def test_says_where_probabilities_come_from(directory: Path, tmp_path: Path) -> None:
+    def planned(**changes: Any) -> Any:
+        return compute(settings_from_config(make_config(directory, **{f"sampling__{key}": v for key, v in changes.items()})))
+
+    assert "uniform, for want of sampling.scores" in planned(distribution="outlier").probabilities
+    low = OutlierScores("m", 5, 13.0, 8, "outlier", [9.0, 9.0, 0.1, 0.1, 0.1], [0.2] * 5)
+    high = OutlierScores("m", 5, 13.0, 8, "outlier", [0.1, 0.1, 0.1, 9.0, 9.0], [0.2] * 5)
+    for name, scores in {"low": low, "high": high}.items():
+        scores.save(tmp_path / f"{name}.json")
+    below, above = (planned(distribution="outlier", scores=str(tmp_path / f"{name}.json")) for name in ("low", "high"))
+    assert "low.json" in below.probabilities
+    assert above.flops_per_token < planned(distribution="outlier").flops_per_token < below.flops_per_token
+
+
+def test_grouped_draws_compute_less(directory: Path) -> None:
+    alone, grouped = (
+        compute(settings_from_config(make_config(directory, sampling__distribution="uniform", sampling__grouping=grouping)))
+        for grouping in (0.0, 1.0)
+    )
+    assert grouped.flops_per_token < alone.flops_per_token
+
+
+# ---------------------------------------------------------------------- on a card
+
+
+def test_a_card_is_bound_by_compute_or_by_its_link() -> None:
+    card = find_card("nvidia GeForce rtx-4090")
+    assert card.memory == 24
+    resident, small, large = (
+        settings_from_config(llama_7b(*batch, sampling__distribution="uniform", **where))
+        for batch, where in (((16, 1), {}), ((1, 16), {"model__frozen_in": "host"}), ((32, 1), {"model__frozen_in": "host"}))
+    )
+    speeds = [speed(settings, settings.method, compute(settings), card) for settings in (resident, small, large)]
+    assert [fast.bound_by for fast in speeds] == ["compute", "link", "compute"]
+    assert speeds[0].fetched_bytes == 0
+    assert speeds[1].fetched_bytes > 10 * speeds[2].fetched_bytes
+    assert speeds[0].tokens_per_second == pytest.approx(card.tflops * 0.4e12 / compute(resident).flops_per_token)
+
+
+def test_cards_are_known_by_name() -> None:
+    assert all(find_card(card.name) == card for card in CARDS)
+    assert [card.memory for card in CARDS] == sorted(card.memory for card in CARDS)
+    with pytest.raises(UsageError, match="did you mean 'RTX 4090'"):
+        find_card("RTX 4091")

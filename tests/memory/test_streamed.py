@@ -1,0 +1,64 @@
+"""Blocks that wait outside the device: how much memory that leaves, and how much is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ows_lightning.memory.prediction import predict
+from ows_lightning.memory.settings import settings_from_config
+from ows_lightning.memory.streamed import fetched_blocks
+from tests.memory.test_plan import llama_7b
+
+LLAMA_70B = {"model__model_name_or_path": "meta-llama/Llama-2-70b-hf"}
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes", "limit"),
+    [
+        ((16, 1), {"model__frozen_in": "host"}, 7.8e9),
+        ((1, 16), {"model__frozen_in": "host"}, 4.1e9),
+        ((1, 16), {"model__frozen_in": "host", "sampling__activated_layers": 2}, 2.9e9),
+        ((1, 16), {"model__frozen_in": "host", **LLAMA_70B}, 15.1e9),
+        ((1, 16), {"model__frozen_in": "disk", "sampling__activated_layers": 2, **LLAMA_70B}, 10.0e9),
+        ((1, 16), {"model__frozen_dtype": "int8"}, 9.5e9),
+    ],
+)
+def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str, Any], limit: float) -> None:
+    settings = settings_from_config(llama_7b(*batch, **changes))
+    needs, resident = predict(settings), predict(replace(settings, frozen_in="device", frozen_dtype=None))
+    assert needs.peak_bytes <= limit
+    weights = resident.bytes["weights"]
+    if settings.frozen_in == "disk":
+        assert needs.host_bytes < 0.05 * weights
+    else:
+        assert 0.9 * weights < needs.host_bytes < weights
+    assert {name: size for name, size in needs.bytes.items() if name != "weights"} == pytest.approx(
+        {name: size for name, size in resident.bytes.items() if name != "weights"}
+    )
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("blocks", [[0, 3, 7], [4, 5, 6], [1, 5, 9], [7, 8, 9]])
+@pytest.mark.parametrize("always_train", [["norm"], ["embeddings", "norm"]])
+def test_counts_the_fetches_of_a_window(window: int, blocks: list[int], always_train: list[str]) -> None:
+    settings = settings_from_config(
+        llama_7b(
+            model__frozen_in="host",
+            model__window_blocks=window,
+            sampling__always_train=always_train,
+            sampling__activated_layers=3,
+        )
+    )
+    waiting = [block for block in range(10) if block not in blocks]
+    reached = waiting if "embeddings" in always_train else [block for block in waiting if block > blocks[0]]
+    order = [waiting.index(block) for block in [*waiting, *reversed(reached)]]
+    slots: dict[int, int] = {}
+    for _ in range(3):  # the last micro-batch counts: it finds what the one before has left
+        fetched = 0
+        for rank in order:
+            fetched += slots.get(rank % window) != rank
+            slots[rank % window] = rank
+    assert fetched_blocks(blocks, settings, settings.method, 10) == fetched
