@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,47 @@ def model_card(module: CausalLMModule, run_dir: Path) -> str:
         module: The module.
         run_dir: The run's folder; where it is none, the card says what the module alone knows.
     """
-    base = str(module.hparams["model_name_or_path"])
+    name = str(module.hparams["model_name_or_path"])
+    local = "://" in name or Path(name).expanduser().exists()
+    base = Path(name).name if local else name
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ows_lightning"]}
-    if "://" not in base and not Path(base).expanduser().exists():
+    if not local:
         header["base_model"] = base
+    run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {Path(base).name}, fine-tuned",
-        f"`{base}`, fine-tuned with [OWS, Outlier-weighed Layerwise Sampling](https://arxiv.org/abs/2405.18380), "
-        "or one of its relatives, in ows_lightning.",
+        f"`{base}`, fine-tuned with {_method(module.hparams, run)} in ows_lightning.",
     ]
-    if is_run_folder(run_dir):
-        parts += _from_run(RunRecord.read(run_dir))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *(_from_run(run) if run else [])]) + "\n"
+
+
+def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
+    """The name of what was done, from the module's settings and those of the run."""
+    if settings.get("lora") is not None:
+        return "LoRA"
+    galore = "GaLore" if settings.get("rank") is not None else None
+    sampling = run.config.get("sampling") if run and run.config else None
+    if not sampling:
+        return galore or ("full fine-tuning" if run and run.config else "ows_lightning's optimizer in full rank")
+    if sampling.get("distribution", "outlier") == "outlier":
+        name = "[OWS, Outlier-weighed Layerwise Sampling](https://arxiv.org/abs/2405.18380)"
+        return name if galore else f"{name}, in full rank"
+    name = "LISA (uniform layerwise sampling)" if sampling["distribution"] == "uniform" else "layerwise sampling"
+    if sampling["distribution"] != "uniform":
+        name += f" (distribution {sampling['distribution']})"
+    return f"{name} and GaLore" if galore else name
+
+
+def without_folders(value: Any) -> Any:
+    """Settings whose absolute paths have lost their folders, which tell of the machine and say nothing elsewhere."""
+    if isinstance(value, Mapping):
+        return {without_folders(key): without_folders(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(one) for one in value]
+    if isinstance(value, (str, Path)) and (Path(value).is_absolute() or str(value).startswith("~")):
+        return Path(value).name
+    return value
 
 
 def _from_run(run: RunRecord) -> list[str]:
@@ -53,7 +82,7 @@ def _from_run(run: RunRecord) -> list[str]:
     rows += [f"| {name} | {form.format(figures[key])} |" for key, (name, form) in _FIGURES.items() if figures[key] is not None]
     parts = ["\n".join(["| | |", "|---|---|", *rows])]
     if run.config:
-        settings = {key: run.config[key] for key in ("model", "data", "sampling") if key in run.config}
+        settings = without_folders({key: run.config[key] for key in ("model", "data", "sampling") if key in run.config})
         parts += ["## Settings", f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```"]
     return parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class RunFolder(Callback):
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
+        _clear_away(folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the folder back."""
@@ -57,6 +59,22 @@ class RunFolder(Callback):
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module, folder))
         if trainer.is_global_zero:
             _show_in_tensorboard(write_pictures(folder), trainer)
+
+
+def _clear_away(folder: Path) -> None:
+    """Removes the unfinished checkpoints of runs that were killed, in this run's folder and beside it, where none lives."""
+    for checkpoints in (folder / "checkpoints", *folder.parent.glob("version_*/checkpoints")):
+        unfinished = [*checkpoints.glob(".*.ckpt.partial")]
+        lock = FileLock(checkpoints.parent / ".lock")
+        try:
+            if unfinished and checkpoints.parent != folder:
+                lock.acquire(timeout=0)
+            for path in unfinished:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except (Timeout, OSError):
+            continue  # it lives, or is another user's
+        finally:
+            lock.release()
 
 
 def _show_in_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:

@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ows_lightning.callbacks.run_checkpoint import remove_interrupted
 from ows_lightning.errors import RunError
+
+_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has one of them
 
 
 class SaveOnSignal(Callback):
@@ -42,7 +45,7 @@ class SaveOnSignal(Callback):
 
     def _take_over(self) -> None:
         if not self._before and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number
@@ -60,11 +63,12 @@ class SaveOnSignal(Callback):
         self._step = trainer.global_step
         if not (number := self._received_anywhere(trainer)):
             return
-        if number == signal.SIGUSR1 and callable(requeue := self._before.get(signal.SIGUSR1)):
+        if number != signal.SIGTERM and callable(requeue := self._before.get(signal.Signals(number))):
             requeue(number, None)
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or Path(trainer.log_dir or ".", "checkpoints")
         path = Path(folder, f"interrupted-step={trainer.global_step}.ckpt")
         trainer.save_checkpoint(path, weights_only=False)
+        remove_interrupted(trainer, path)
         name = signal.Signals(number).name
         raise RunError(f"stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from ows_lightning.checkpoints.sums import SummedFile, check_sum
+
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 NEEDED = ("state_dict", "loops", "global_step")
 # What a file that is no checkpoint, or a cut one, makes torch and pickle raise.
@@ -26,7 +28,8 @@ class Forbidden(pickle.UnpicklingError):
 
 
 def load_file(path: Path, needed: Iterable[str] = NEEDED) -> dict[str, Any]:
-    """Reads a file of tensors and plain values; the tensors are mapped into memory, not read."""
+    """Reads a file of tensors and plain values after a look at its checksum; the tensors are mapped into memory."""
+    summed = check_sum(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -35,14 +38,18 @@ def load_file(path: Path, needed: Iterable[str] = NEEDED) -> dict[str, Any]:
         raise Forbidden from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")
+    if checkpoint.pop("summed", False) and not summed:
+        raise ValueError("its checksum is lost: bytes have changed since it was written")
     return checkpoint
 
 
-def write(value: Any, path: Path) -> None:
-    """Writes a file of tensors and plain values, and waits until it is on the disk."""
+def write(value: dict[str, Any], path: Path) -> None:
+    """Writes a file of tensors and plain values with its checksum, and waits until it is on the disk."""
     with path.open("wb") as file:
         try:
-            torch.save(value, file)
+            summed = SummedFile(file)
+            torch.save({**value, "summed": True}, summed)  # type: ignore[arg-type]  # it needs no more than `write`
+            summed.close()
         except RuntimeError as error:
             raise cause(error) from error
         file.flush()

@@ -15,6 +15,7 @@ from ows_lightning.checkpoints.files import (
     one_line,
 )
 from ows_lightning.checkpoints.shards import read_metadata
+from ows_lightning.checkpoints.sums import check_sums
 from ows_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -22,11 +23,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def find_checkpoint(ckpt_path: str, *places: Path) -> Path | None:
+def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
     """Returns the checkpoint that a user means, if it is good.
 
     Args:
-        ckpt_path: A path; or ``last``, the newest good checkpoint of the first place that has one.
+        ckpt_path: A path; an address such as ``s3://...``, which is left to Lightning; or ``last``, the newest good
+            checkpoint of the first place that has one.
         places: Where runs may have saved: folders of checkpoints, or folders with runs' folders ``version_N``, of which the
             newest run counts that has a good checkpoint.
 
@@ -36,6 +38,8 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> Path | None:
     Raises:
         UsageError: There is no checkpoint, or it is damaged; names the last good one.
     """
+    if "://" in ckpt_path:
+        return ckpt_path
     if ckpt_path != "last":
         read(Path(ckpt_path), inspect)
         return Path(ckpt_path)
@@ -53,7 +57,8 @@ def _folders(place: Path) -> Iterator[Path]:
 def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
     """Returns the newest checkpoint in a folder that is whole; damaged ones are named in the log."""
     for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill in the midst of `put_in_place`
-        for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        there = [path for path in folder.glob(pattern) if path.exists()]  # not links to what is gone
+        for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             if path == other_than:
                 continue
             try:
@@ -66,13 +71,15 @@ def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint's contents without reading its tensors, after a look at whether all of it is there."""
+    """Returns a checkpoint's contents without its tensors' being loaded, after a look at all checksums."""
     if not path.is_dir():
         return load_file(path)
+    contents = load_file(path / META, needed=NEEDED[1:])
+    check_sums(path, contents.get("sums", {}))
     for info in read_metadata(path).storage_data.values():
         if (path / info.relative_path).stat().st_size < info.offset + info.length:
             raise ValueError(f"{info.relative_path} is cut short")
-    return load_file(path / META, needed=NEEDED[1:])
+    return contents
 
 
 def read(path: Path, how: Callable[[Path], T]) -> T:
@@ -80,6 +87,7 @@ def read(path: Path, how: Callable[[Path], T]) -> T:
     if not path.exists():
         raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_mend(path)}")
     try:
+        inspect(path)
         return how(path)
     except UsageError:
         raise

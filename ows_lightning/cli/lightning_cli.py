@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -21,6 +21,7 @@ import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwis
 from ows_lightning.callbacks.curves import Curves
 from ows_lightning.callbacks.predictions import PredictionFile
 from ows_lightning.callbacks.progress_bar import ProgressBar
+from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
@@ -83,7 +84,7 @@ class OWSCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the two callbacks' keys, and default classes for model and data."""
         parser.add_argument("--sampling", type=LayerwiseSampling | None, default=None, help="Which blocks train; null: all")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "model": {
@@ -173,6 +174,8 @@ class OWSCLI(LightningCLI):
         command = str(self.config.get("subcommand"))
         config = self.config.get(command, Namespace())
         given = config.get("ckpt_path")
+        if given is not None and not str(given).strip():
+            raise UsageError("ckpt_path: it is empty; give a path or `last`, or leave it out")
         if not given or given in ("best", "hpc"):
             return
         root = Path(config.trainer.default_root_dir or "runs")
@@ -180,6 +183,8 @@ class OWSCLI(LightningCLI):
         if config.checkpoint.dirpath:
             places = [Path(config.checkpoint.dirpath), *places]
         path = find_checkpoint(str(given), *places)
+        if command == "export" and isinstance(path, str):
+            raise UsageError(f"ckpt_path: export reads local checkpoints alone; copy '{path}' to this machine first")
         config.ckpt_path = path if path is None or command == "export" else str(path)
         if path is None and command != "fit":
             where = " or ".join(f"'{place}'" for place in places)

@@ -65,6 +65,7 @@ def check_run(
     if command in ("fit", "validate", "test", "predict"):
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
     if command == "fit":
+        check_checkpoint(checkpoint)
         _check_monitors(model, data, checkpoint, trainer["callbacks"] or [])
     if isinstance(model, CausalLMModule):
         config = model.check()
@@ -188,6 +189,22 @@ def check_writable(key: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{key}: can't write to '{folder}' ({error.strerror}); choose another folder") from error
+
+
+def check_checkpoint(checkpoint: ModelCheckpoint) -> None:
+    """Makes sure that checkpoints can be named, and written where they are to be.
+
+    Raises:
+        UsageError: They can't.
+    """
+    if checkpoint.dirpath and "://" not in str(checkpoint.dirpath):
+        check_writable("checkpoint.dirpath", Path(checkpoint.dirpath))
+    try:
+        checkpoint.format_checkpoint_name({})
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"checkpoint.filename: '{checkpoint.filename}' is no format of a name ({error}); write figures as {{val_loss:.2f}}"
+        ) from error
 
 
 def check_precision(model: LightningModule, precision: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -23,6 +24,7 @@ from ows_lightning.checkpoints.files import META, partial_path, put_in_place, wr
 from ows_lightning.checkpoints.find import inspect, read
 from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
+from ows_lightning.checkpoints.sums import file_sum
 from ows_lightning.distributed.ends import part_at_exit
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.causal_lm import CausalLM
@@ -106,7 +108,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             partial.mkdir(parents=True)
 
         def finish() -> None:
-            write(rest, partial / META)
+            metadata = ".metadata"
+            write({**rest, "sums": {**sums, metadata: file_sum(partial / metadata)}}, partial / META)
             if path.is_file():
                 path.unlink()
             put_in_place(partial, path)
@@ -114,12 +117,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         try:
             self._on_first(path, begin)
             save_tensors(tensors, partial)
+            sums = self._sums(partial)
             self._on_first(path, finish)
         except dcp.CheckpointException as error:  # on all processes, if it is one's
             raise not_written(path, error) from error
         finally:
             if self.global_rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _sums(self, folder: Path) -> dict[str, int]:
+        """The checksums of all processes' shards, each made by the process that wrote it."""
+        sums: list[Any] = [None] * self.world_size
+        dist.all_gather_object(sums, {file.name: file_sum(file) for file in folder.glob(f"__{self.global_rank}_*")})
+        return {name: value for own in sums for name, value in own.items()}
 
     def _on_first(self, path: Path, act: Callable[[], None]) -> None:
         """Does on rank 0 what belongs to the writing of a checkpoint; if it fails there, it has failed everywhere."""

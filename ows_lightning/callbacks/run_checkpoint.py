@@ -1,0 +1,62 @@
+"""Lightning's ModelCheckpoint, of which ``last.ckpt`` takes no room, and which clears away what a signal's end left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ows_lightning.checkpoints.files import partial_path, put_in_place
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint whose ``last.ckpt`` is made of hard links to the checkpoint that was just saved, if there is one.
+
+    Hard links outlive their twin, which may be removed when it is no longer among the best, and need no second writing. Where
+    the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole.
+    """
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        twin = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
+        if not (filepath == self.last_model_path != twin and twin and self._link(trainer, Path(twin), Path(filepath))):
+            super()._save_checkpoint(trainer, filepath)
+        remove_interrupted(trainer, Path(filepath))
+
+    @staticmethod
+    def _link(trainer: Trainer, twin: Path, path: Path) -> bool:
+        """Links on rank 0; whether it could."""
+        linked = False
+        if trainer.is_global_zero and twin.exists():
+            partial = partial_path(path)
+            try:
+                if twin.is_dir():
+                    shutil.copytree(twin, partial, copy_function=os.link)
+                else:
+                    partial.unlink(missing_ok=True)
+                    os.link(twin, partial)
+                put_in_place(partial, path)
+                linked = True
+            except OSError:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.unlink(missing_ok=True)
+        return bool(trainer.strategy.broadcast(linked))
+
+
+def remove_interrupted(trainer: Trainer, saved: Path) -> None:
+    """Removes checkpoints that a signal's end left, once there is a later one: of this run, and that which it resumed.
+
+    Args:
+        trainer: The trainer.
+        saved: The later checkpoint.
+    """
+    if not trainer.is_global_zero or "://" in str(saved) or not saved.exists():
+        return
+    left = [path for path in saved.parent.glob("interrupted-step=*.ckpt") if path != saved]
+    if trainer.ckpt_path and Path(trainer.ckpt_path).name.startswith("interrupted-step="):
+        left.append(Path(trainer.ckpt_path))
+    for path in left:
+        if path.exists() and path != saved:
+            trainer.strategy.remove_checkpoint(path)

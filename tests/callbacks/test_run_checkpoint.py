@@ -1,0 +1,114 @@
+# ruff: noqa: F811
+"""What a run leaves on the disk: ``last.ckpt`` without a second copy, nothing unfinished, nothing of an end long past."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ows_lightning.callbacks.model_card import without_folders
+from ows_lightning.checkpoints.find import find_checkpoint, inspect
+from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
+from tests.distributed.launch import Launch, run
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), pytest.param("fsdp2", 2, marks=pytest.mark.slow)])
+def test_last_is_the_newest_checkpoint_without_a_copy(strategy: str, ranks: int, arguments: Arguments, tmp_path: Path) -> None:
+    command = arguments("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2", strategy=strategy, ranks=ranks)
+    run(command, tmp_path / "out", ranks)
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    (newest,) = folder.glob("epoch=*.ckpt")
+    last = folder / "last.ckpt"
+    files = [Path(".")] if last.is_file() else [path.relative_to(last) for path in last.iterdir() if path.is_file()]
+    assert files
+    assert all((last / file).samefile(newest / file) for file in files)
+    assert inspect(last)["global_step"] == 4
+    for file in files:  # as when it is no longer among the best
+        (newest / file).unlink()
+    assert inspect(last)["global_step"] == 4
+
+
+def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Arguments, tmp_path: Path) -> None:
+    command = arguments(
+        "--trainer.max_steps=4",
+        "--checkpoint.every_n_train_steps=1",
+        "--checkpoint.monitor=tokens",
+        "--checkpoint.save_top_k=1",
+    )
+    run(command, tmp_path / "out")
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    (best,) = folder.glob("epoch=*.ckpt")
+    assert inspect(best)["global_step"] == 1  # of the fewest tokens
+    assert inspect(folder / "last.ckpt")["global_step"] == 4
+
+
+def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tmp_path: Path) -> None:
+    command = arguments("--trainer.max_steps=40", "--checkpoint.every_n_train_steps=30")
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    launch = Launch(command, tmp_path / "first")
+    while not (folder.parent / "metrics.csv").exists() and launch.processes[0].is_alive():
+        time.sleep(0.01)
+    unfinished = folder / ".last.ckpt.partial"
+    folder.mkdir(exist_ok=True)
+    unfinished.write_bytes(bytes(1000))
+    pid = launch.processes[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGTERM)
+    assert launch.wait() == [1], launch.output
+    (interrupted,) = folder.glob("interrupted-*.ckpt")
+    assert unfinished.exists()
+    run([*command, f"--ckpt_path={interrupted}"], tmp_path / "second")
+    assert not unfinished.exists()
+    assert not interrupted.exists()
+    assert find_checkpoint("last", tmp_path / "runs") is not None
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("--checkpoint.dirpath=/proc/nowhere", "checkpoint.dirpath"),
+        ("--checkpoint.dirpath={file}", "checkpoint.dirpath"),
+        ("--checkpoint.filename={nosuch", "checkpoint.filename"),
+        ("--ckpt_path=", "ckpt_path"),
+    ],
+)
+def test_settings_with_which_no_checkpoint_could_be_written(
+    option: str, key: str, arguments: Arguments, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    launch = Launch([*arguments(), option.replace("{file}", str(tmp_path / "file"))], tmp_path / "out")
+    assert launch.wait() == [2], launch.output
+    assert f"error: {key}" in launch.output
+    assert "Traceback" not in launch.output
+
+
+@pytest.mark.parametrize(
+    ("more", "method"),
+    [
+        ([], "OWS"),
+        (["--sampling.distribution=uniform"], "LISA"),
+        (["--sampling=null"], "GaLore"),
+        (["--sampling=null", "--model.rank=null"], "full fine-tuning"),
+    ],
+)
+def test_the_card_names_the_method_and_no_folder(more: list[str], method: str, arguments: Arguments, tmp_path: Path) -> None:
+    run(arguments("--trainer.max_steps=1", *more), tmp_path / "out")
+    model = tmp_path / "runs" / "version_0" / "model"
+    card = (model / "README.md").read_text()
+    assert f"fine-tuned with {method}" in card.replace("[", "")
+    for file in model.iterdir():
+        if file.suffix in (".md", ".json", ".jinja"):
+            assert str(tmp_path.parent.parent) not in file.read_text(), file
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+
+
+def test_folders_are_left_out_everywhere() -> None:
+    assert without_folders({"/a/b.jsonl": 1.0, "c": ["~/d/e", "owner/name", 3]}) == {
+        "b.jsonl": 1.0,
+        "c": ["e", "owner/name", 3],
+    }

@@ -1,0 +1,87 @@
+"""Checkpoints in which bits have flipped are damaged, wherever the bits are, and the one before is offered."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from ows_lightning.checkpoints.find import find_checkpoint, last_good
+from ows_lightning.checkpoints.io import WholeCheckpointIO
+from ows_lightning.checkpoints.sums import check_sum
+from ows_lightning.errors import UsageError
+from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
+from tests.distributed.launch import Launch, run
+
+SEED = int(os.environ.get("OWS_TEST_SEED", "0"))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder of two checkpoints, of which `second.ckpt` is the newer."""
+    folder = tmp_path / "version_0" / "checkpoints"
+    state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(50, 20)}}
+    for number, name in enumerate(("first", "second")):
+        content = {
+            "state_dict": {"w": torch.randn(50, 20)}, "loops": {}, "global_step": number,
+            "optimizer_states": [{"state": state}],
+        }  # fmt: skip
+        WholeCheckpointIO().save_checkpoint(content, folder / f"{name}.ckpt")
+        os.utime(folder / f"{name}.ckpt", (number, number))
+    return folder
+
+
+def flip(file: Path, whole: bytes, place: int, bit: int) -> None:
+    changed = bytearray(whole)
+    changed[place] ^= 1 << bit
+    file.write_bytes(changed)
+
+
+def test_a_bit_anywhere_in_a_file(saved: Path, tmp_path: Path) -> None:
+    newest = saved / "second.ckpt"
+    whole, draw = newest.read_bytes(), random.Random(SEED)
+    # All of the archive's end, which holds the sum, and places in all the rest.
+    places = [*range(len(whole) - 60, len(whole)), *(draw.randrange(len(whole)) for _ in range(200))]
+    for place in places:
+        flip(newest, whole, place, draw.randrange(8))
+        with pytest.raises(UsageError, match=r"second.ckpt' is damaged.*last good one is '.*first.ckpt'"):
+            find_checkpoint(str(newest), tmp_path)
+    assert find_checkpoint("last", tmp_path) == saved / "first.ckpt"
+    with pytest.raises(UsageError, match="is damaged"):
+        WholeCheckpointIO().load_checkpoint(newest)
+    newest.write_bytes(whole)
+    assert find_checkpoint("last", tmp_path) == newest
+
+
+def test_a_bit_anywhere_in_a_folder_of_shards(arguments: Arguments, tmp_path: Path) -> None:  # noqa: F811
+    command = arguments(
+        "--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2", "--checkpoint.save_top_k=-1", strategy="fsdp2", ranks=2
+    )
+    run(command, tmp_path / "two", 2)
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    checkpoint, before = (next(folder.glob(f"*step={step}.ckpt")) for step in (4, 2))
+    draw = random.Random(SEED)
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        whole = file.read_bytes()
+        for _ in range(25):
+            flip(file, whole, draw.randrange(len(whole)), draw.randrange(8))
+            with pytest.raises(UsageError, match="is damaged"):
+                find_checkpoint(str(checkpoint), tmp_path)
+        file.write_bytes(whole)
+    flip(file, whole, len(whole) // 2, 0)
+    assert last_good(folder, other_than=folder / "last.ckpt") == before
+    launch = Launch([*command, f"--ckpt_path={checkpoint}"], tmp_path / "resumed", 2)
+    assert launch.wait() == [2, 2], launch.output
+    assert launch.output.count("is damaged or no checkpoint of a run") == 2
+    export = ["export", *command[1:], f"--ckpt_path={checkpoint}", f"--output={tmp_path / 'exported'}"]
+    launch = Launch(export, tmp_path / "export")
+    assert launch.wait() == [2], launch.output
+    assert not (tmp_path / "exported").exists()
+
+
+def test_files_of_other_programs_have_no_sum(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, tmp_path / "plain.ckpt")
+    assert check_sum(tmp_path / "plain.ckpt") is False
