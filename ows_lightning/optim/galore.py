@@ -495,7 +495,7 @@ class GaLoreAdamW(Optimizer):
         smaller: Side = "right" if m >= n else "left"
         larger: Side = "left" if m >= n else "right"
         side: Side = {"std": smaller, "reverse_std": larger, "right": "right", "left": "left"}[proj_type]
-        return side if group["rank"] < (n if side == "right" else m) else None
+        return side if group["rank"] < min(m, n) else None
 
     def _place(self, p: Tensor, key: str, value: Tensor) -> Tensor:
         """Takes this process's part of a saved state tensor where the weight is sharded and the tensor is not."""

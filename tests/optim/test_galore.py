@@ -360,3 +360,16 @@ class TestParamGroups:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
+def test_a_rank_that_makes_no_side_smaller_trains_in_full_rank(proj_type: str) -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 4))
+    plain = torch.nn.Parameter(weight.detach().clone())
+    projected = GaLoreAdamW([{"params": [weight], "rank": 6, "proj_type": proj_type}], lr=0.1)
+    full = GaLoreAdamW([plain], lr=0.1)
+    weight.grad = torch.randn(8, 4)
+    plain.grad = weight.grad.clone()
+    projected.step()
+    full.step()
+    assert torch.equal(weight, plain)
