@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ows_lightning.memory.dimensions import meta_model
 from ows_lightning.memory.prediction import alike, follow
 from ows_lightning.memory.settings import PlanSettings
 from ows_lightning.memory.simulated_step import TrainingMethod
@@ -84,7 +83,7 @@ def compute(settings: PlanSettings, method: TrainingMethod | None = None) -> Com
         UsageError: The model can't be followed, or the file of scores is another model's.
     """
     method = method or settings.method
-    model = meta_model(settings.model, settings.dtype, settings.attention)
+    model = settings.meta_model
     blocks = BlockSizes.of(model, settings)
     count = blocks.count
     draws, origin = _draws(settings, method, count)

@@ -13,7 +13,6 @@ from ows_lightning.memory.advice import advise
 from ows_lightning.memory.cards import CARDS as KNOWN_CARDS
 from ows_lightning.memory.cards import Card, find_card
 from ows_lightning.memory.compute import Compute, compute
-from ows_lightning.memory.dimensions import meta_model
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
 from ows_lightning.memory.settings import PlanSettings, settings_from_config
 from ows_lightning.memory.speed import UTILISATION, Speed, speed
@@ -134,7 +133,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
         fitting = [f"{known_card.name}" for known_card in KNOWN_CARDS if own.fits(known_card.memory)]
         notes.append(f"Fits as it is: {', '.join(fitting) or 'no card'}")
     notes.append(f"Dimensions: {settings.dimensions}")
-    parameters = sum(p.numel() for p in meta_model(settings.model, settings.dtype).parameters())
+    parameters = sum(p.numel() for p in settings.meta_model.parameters())
     notes.append(
         f"FLOPs a token: in expectation over draws ({'; '.join(_origins(computes))}), N = {parameters / 1e9:.3g}e9 weights"
     )

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.devices import Shards, communicated_bytes, on_each_device
-from ows_lightning.memory.dimensions import first_blocks, meta_model
+from ows_lightning.memory.dimensions import first_blocks
 from ows_lightning.memory.fake_tensors import FakeOperators, materialize_
 from ows_lightning.memory.settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, follow_steps
@@ -94,7 +94,7 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
         UsageError: The model has operators that can't be followed without data.
     """
     method = method or settings.method
-    model = meta_model(settings.model, settings.dtype, settings.attention)
+    model = settings.meta_model
     layers = decoder_layers(model)
     active = len(layers) if method.activated_layers is None else min(method.activated_layers, len(layers))
     try:

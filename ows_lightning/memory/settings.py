@@ -6,15 +6,16 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.dimensions import find_dimensions
+from ows_lightning.memory.dimensions import find_dimensions, meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -69,6 +70,11 @@ class PlanSettings:
     interval_steps: int = 50
     update_proj_gap: int = 200
     max_steps: int | None = None
+
+    @cached_property
+    def meta_model(self) -> nn.Module:
+        """The model without its weights, made once; whoever changes one copies it (`first_blocks`)."""
+        return meta_model(self.model, self.dtype, self.attention)
 
     @property
     def title(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -286,10 +285,8 @@ def test_hardly_grows_with_the_number_of_active_blocks(batch_size: int, accumula
 
 
 @pytest.mark.slow
-def test_all_methods_of_a_70b_model_take_seconds() -> None:
-    start = time.process_time()
+def test_plans_all_methods_of_a_70b_model() -> None:
     planned = plan_from_config(llama_7b(model__model_name_or_path="meta-llama/Llama-2-70b-hf"))
-    assert time.process_time() - start < 20
     assert set(planned.methods) == set(METHODS)
     assert planned.methods["ows"].bytes["weights"] == pytest.approx(137.95e9, rel=1e-3)
 
