@@ -219,8 +219,8 @@ class CausalLMModule(HeldOutSteps):
             require_layerwise(self.trainer.strategy)
             optimizer.project_in_backward()
         self._check_projection(optimizer)
-        kind, warmup = self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"]
-        scheduler = warmup_and_decay(optimizer, kind, warmup, self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _check_projection(self, optimizer: Optimizer) -> None:
@@ -230,8 +230,9 @@ class CausalLMModule(HeldOutSteps):
     def param_groups(self) -> Any:
         """Returns what the optimizer is made for: groups of named parameters, with the settings of projection."""
         names = ("rank", "update_proj_gap", "scale", "proj_type", "subspace", "project_embeddings")
-        settings = {name: self.hparams[name] for name in names if self.hparams[name] is not None}
-        groups = galore_param_groups(self.model, **settings)
+        groups = galore_param_groups(
+            self.model, **{name: value for name in names if (value := self.hparams[name]) is not None}
+        )
         if self.hparams["rank"] is None:
             keep = ("params", "weight_decay")
             groups = [{key: group[key] for key in keep if key in group} for group in groups]
@@ -279,23 +280,6 @@ class CausalLMModule(HeldOutSteps):
         """Steps, and drops the gradients at once: Lightning would keep full-rank ones through the next forward."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
-
-    def score(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns each row's summed log-likelihood (nats) of its target tokens, float32, shape (B,)."""
-        return self._lm.score(batch)
-
-    @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
-    def generate(self, batch: dict[str, Any]) -> list[str]:
-        """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
-        prompts = batch["input_ids"]
-        generated = self._lm.generate(
-            input_ids=prompts,
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=self.hparams["max_new_tokens"],
-            synced_gpus=self.device_mesh is not None,  # each forward pass gathers weights: all processes have to take part
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)
 
     # ------------------------------------------------------------------ checkpoints
 

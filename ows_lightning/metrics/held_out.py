@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
+from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.metrics.choices import ChoiceAccuracy
+from ows_lightning.models.causal_lm import CausalLM
 
 
 class HeldOutFigures(MetricCollection):
@@ -45,18 +47,19 @@ class HeldOutFigures(MetricCollection):
 
 
 class HeldOutSteps(LightningModule):
-    """Validation, test and prediction of a module whose forward is the loss, and which can ``score`` and ``generate``."""
+    """Validation, test and prediction of a module around a causal LM."""
 
     def __init__(self) -> None:
         super().__init__()
         self.val_figures, self.test_figures, self.test_choices = HeldOutFigures(), HeldOutFigures(), ChoiceAccuracy()
 
-    def score(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns each row's summed log-likelihood, shape (B,)."""
+    @property
+    def _lm(self) -> CausalLM:
         raise NotImplementedError
 
-    def generate(self, batch: dict[str, Any]) -> list[str]:
-        """Returns an answer to each prompt."""
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
         raise NotImplementedError
 
     def on_validation_epoch_start(self) -> None:
@@ -93,7 +96,7 @@ class HeldOutSteps(LightningModule):
         if "reference" in batch:
             figures.add_answers(zip(self.generate(batch), batch["reference"], strict=True))
         else:
-            parts = self(**batch)
+            parts = self._lm(**batch)
             figures.add_loss(parts.loss, parts.targets)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
@@ -102,3 +105,20 @@ class HeldOutSteps(LightningModule):
         facts = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
         rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
+
+    def score(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns each row's summed log-likelihood (nats) of its target tokens, float32, shape (B,)."""
+        return self._lm.score(batch)
+
+    @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
+    def generate(self, batch: dict[str, Any]) -> list[str]:
+        """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
+        prompts = batch["input_ids"]
+        generated = self._lm.generate(
+            input_ids=prompts,
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.hparams["max_new_tokens"],
+            synced_gpus=self.device_mesh is not None,  # each forward pass gathers weights: all processes have to take part
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)
