@@ -230,12 +230,10 @@ class CausalLMModule(HeldOutSteps):
     def param_groups(self) -> Any:
         """Returns what the optimizer is made for: groups of named parameters, with the settings of projection."""
         names = ("rank", "update_proj_gap", "scale", "proj_type", "subspace", "project_embeddings")
-        groups = galore_param_groups(
-            self.model, **{name: value for name in names if (value := self.hparams[name]) is not None}
-        )
+        settings = {name: self.hparams[name] for name in names if self.hparams[name] is not None}
+        groups = galore_param_groups(self.model, **settings)
         if self.hparams["rank"] is None:
-            keep = ("params", "weight_decay")
-            groups = [{key: group[key] for key in keep if key in group} for group in groups]
+            groups = [{key: group[key] for key in ("params", "weight_decay") if key in group} for group in groups]
         return groups
 
     @torch.compiler.set_stance("force_eager")
