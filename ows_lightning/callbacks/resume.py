@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
 from ows_lightning.checkpoints.loops import resume_exactly
+from ows_lightning.compat import forget_save_at
 
 
 class Resume(Callback):
@@ -45,7 +46,7 @@ class Resume(Callback):
             return
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                callback._last_global_step_saved = trainer.global_step
+                forget_save_at(callback, trainer.global_step)
         changed = self._apply_options(trainer) if self._options else {}
         if self._max_steps_before not in (None, trainer.max_steps):
             changed["max_steps"] = f"trainer.max_steps from {self._max_steps_before} to {trainer.max_steps}"

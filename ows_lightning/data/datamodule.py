@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from ows_lightning.compat import attention_of
 from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.loaders import ResumableLoader, ShardedSampler
@@ -355,7 +356,7 @@ class InstructionDataModule(LightningDataModule):
         model: Any = next((m for m in modules if hasattr(m, "generate") and hasattr(m, "config")), None)
         flatten = False
         if self.packing and self.trainer and model is not None:
-            flatten = "flash" in str(model.config._attn_implementation)
+            flatten = "flash" in str(attention_of(model.config))
             with self.trainer.precision_plugin.forward_context():
                 require_separate_documents(model, flatten)
         return partial(collate, pad_token_id=self._pad_token_id, flatten=flatten)

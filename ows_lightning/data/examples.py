@@ -17,6 +17,7 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from ows_lightning.compat import fingerprint
 from ows_lightning.data import formats, masking, rendering, sources
 from ows_lightning.data.formats import Row
 from ows_lightning.data.masking import Encoded, Encoder
@@ -101,7 +102,7 @@ def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> dataset
         fn_kwargs={"encoder": encoder},
         remove_columns=examples.column_names,
         features=TOKENS,
-        new_fingerprint=_hash(examples._fingerprint, _tokenizer_state(encoder.tokenizer), settings, _versions()),
+        new_fingerprint=_hash(fingerprint(examples), _tokenizer_state(encoder.tokenizer), settings, _versions()),
         num_proc=processes if processes > 1 else None,
         desc=f"Tokenising {name}",
     )

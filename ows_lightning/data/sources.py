@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from ows_lightning.compat import fingerprint
 from ows_lightning.data.formats import without_none
 from ows_lightning.errors import UsageError
 
@@ -153,7 +154,7 @@ def content_hash(source: Source) -> str:
     """A hash of the source's content: of the files' bytes, or of the fingerprint of a data set that is not made of files."""
     digest = hashlib.sha256()
     if not source.files:
-        digest.update(open_dataset(source)._fingerprint.encode())
+        digest.update(fingerprint(open_dataset(source)).encode())
     for file in source.files:
         digest.update(Path(file).name.encode())
         try:

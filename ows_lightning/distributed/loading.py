@@ -19,6 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from ows_lightning.compat import own_parameters
 from ows_lightning.distributed.fsdp2 import shard_model
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.pretrained import load_config
@@ -57,11 +58,11 @@ def allocate(model: nn.Module) -> nn.Module:
     """Gives the weights of an ``empty_model`` memory, without values, in place; tied ones stay tied."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, weight in module._parameters.items():
+        for name, weight in own_parameters(module).items():
             if weight is not None and weight.is_meta:
                 if weight not in made:
                     made[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
-                module._parameters[name] = made[weight]
+                own_parameters(module)[name] = made[weight]
     return model
 
 
@@ -158,7 +159,7 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _without_weights(model: nn.Module) -> nn.Module:
     """Moves the parameters that are still in memory, such as those of adapters, to the meta device."""
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is not None and not parameter.is_meta:
-                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                own_parameters(module)[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
     return model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from ows_lightning.compat import storage_key
 from ows_lightning.models.decoder import causal_lm
 
 aten = torch.ops.aten
@@ -112,8 +113,8 @@ class _Outline:
 
     @classmethod
     def of(cls, tensor: Tensor, given: Sequence[Any]) -> _Outline:
-        storage = tensor.untyped_storage()._cdata
-        shares = (i for i, x in enumerate(given) if isinstance(x, Tensor) and x.untyped_storage()._cdata == storage)
+        storage = storage_key(tensor)
+        shares = (i for i, x in enumerate(given) if isinstance(x, Tensor) and storage_key(x) == storage)
         source = next(shares, None)
         layout = tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device
         return cls(*layout, source, source is not None and tensor is given[source])

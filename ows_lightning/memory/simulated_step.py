@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import causal_lm, decoder_layers
 from ows_lightning.models.loss import next_token_loss
@@ -244,7 +245,7 @@ def _watch(
         tracker.category = category
 
     def enter_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             return  # recomputed within backward
         stage(f"forward {block_spans[index]}")
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ows_lightning.compat import storage_key
 from ows_lightning.memory.flops import flops_of
 
 HOST = "host"
@@ -78,7 +79,7 @@ class MemoryTracker(TorchDispatchMode):
             if (allocation.category == HOST) != (category == HOST):
                 self._count(allocation.size if category != HOST else -allocation.size)
                 # An allocation of its own, for a peak before the move keeps the old one.
-                allocation = self._alive[tensor.untyped_storage()._cdata] = replace(allocation)
+                allocation = self._alive[storage_key(tensor)] = replace(allocation)
             allocation.category = category
 
     def begin_span(self, span: tuple[Any, ...]) -> None:
@@ -105,7 +106,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _allocation(self, tensor: Tensor) -> _Allocation:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         allocation = self._alive.get(key)
         if allocation is None:
             size = -(-storage.nbytes() // self._alignment) * self._alignment

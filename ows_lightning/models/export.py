@@ -27,6 +27,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
+from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
@@ -240,7 +241,7 @@ def _plain_weights(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()
         active = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module.original_module
         yield from _plain_weights(active, prefix)
     else:
-        attributes = [*module._parameters, *(b for b in module._buffers if b not in module._non_persistent_buffers_set)]
+        attributes = [*own_parameters(module), *persistent_buffers(module)]
         yield from (_Weight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
         for name, child in module.named_children():
             yield from _plain_weights(child, f"{prefix}{name}.")
@@ -256,14 +257,14 @@ def _plain(weight: _Weight) -> Iterator[Tensor]:
     if not adapters:
         yield _gathered(getattr(weight.module, weight.attribute))
         return
-    parameters = {module: dict(module._parameters) for module in adapters[0].modules()}
+    parameters = {module: dict(own_parameters(module)) for module in adapters[0].modules()}
     device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may wait in host memory
     try:
         for module, named in parameters.items():
             for name, parameter in named.items():
                 if parameter is not None:
                     whole = _gathered(parameter).to(device, copy=True)
-                    module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+                    own_parameters(module)[name] = nn.Parameter(whole, requires_grad=False)
         for adapter in adapters:
             adapter.merge()
         yield getattr(weight.module, weight.attribute)
@@ -271,7 +272,7 @@ def _plain(weight: _Weight) -> Iterator[Tensor]:
         for adapter in adapters:
             adapter.merged_adapters.clear()
         for module, named in parameters.items():
-            module._parameters.update(named)
+            own_parameters(module).update(named)
 
 
 def _gathered(tensor: Tensor) -> Tensor:

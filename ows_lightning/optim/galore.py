@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ows_lightning.compat import foreach_clamp_max_, foreach_clamp_min_, foreach_mul_
 from ows_lightning.errors import UsageError
 from ows_lightning.models.row_chunks import rows_at_a_time
 from ows_lightning.optim.hooks import hook_gradients, remove_hook
@@ -260,10 +261,10 @@ class GaLoreAdamW(Optimizer):
         norm = total_norm(gradients)
         parts = [local(gradient) for gradient in gradients]
         if algorithm == "value":
-            torch._foreach_clamp_min_(parts, -value)
-            torch._foreach_clamp_max_(parts, value)
+            foreach_clamp_min_(parts, -value)
+            foreach_clamp_max_(parts, value)
         elif parts:
-            torch._foreach_mul_(parts, _clip_factor(norm, value))
+            foreach_mul_(parts, _clip_factor(norm, value))
         return norm
 
     @torch.no_grad()
@@ -394,7 +395,7 @@ class GaLoreAdamW(Optimizer):
             if group["max_grad_norm"] is not None:
                 parts = [local(g) for p in group["params"] if (g := self._projected.get(p, p.grad)) is not None]
                 if parts:
-                    torch._foreach_mul_(parts, _clip_factor(norm, group["max_grad_norm"]))
+                    foreach_mul_(parts, _clip_factor(norm, group["max_grad_norm"]))
         if norm.isfinite():
             return True
         names = [name for name, gradient in gradients.items() if not local(gradient).isfinite().all()]

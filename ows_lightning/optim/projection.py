@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ows_lightning.compat import foreach_add_, foreach_addcmul_, foreach_div_, foreach_mul, foreach_mul_, foreach_sqrt
 from ows_lightning.models.row_chunks import rows_at_a_time
 from ows_lightning.optim.rounding import round_stochastically_
 from ows_lightning.optim.subspace import Side
@@ -83,14 +84,14 @@ def adam_directions(
     """
     beta1, beta2 = betas
     gradients = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, exp_avgs, strict=True)]
-    torch._foreach_mul_(exp_avgs, beta1)
-    torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
-    roots = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(roots, eps)
-    directions = torch._foreach_mul(exp_avgs, [math.sqrt(1 - beta2**step) / (1 - beta1**step) for step in steps])
-    torch._foreach_div_(directions, roots)
+    foreach_mul_(exp_avgs, beta1)
+    foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
+    foreach_mul_(exp_avg_sqs, beta2)
+    foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
+    roots = foreach_sqrt(exp_avg_sqs)
+    foreach_add_(roots, eps)
+    directions = foreach_mul(exp_avgs, [math.sqrt(1 - beta2**step) / (1 - beta1**step) for step in steps])
+    foreach_div_(directions, roots)
     return list(directions)
 
 
@@ -149,5 +150,5 @@ def descend_(weight: Tensor, direction: Tensor, lr: float, decay: float, generat
 def descend_together_(weights: list[Tensor], directions: list[Tensor], lr: float, decay: float) -> None:
     """``descend_`` for many weights at once, of any shapes; to the bit what one at a time gives."""
     directions = [direction.to(weight.dtype) for weight, direction in zip(weights, directions, strict=True)]
-    torch._foreach_add_(weights, directions, alpha=-lr)
-    torch._foreach_mul_(weights, 1 - decay)
+    foreach_add_(weights, directions, alpha=-lr)
+    foreach_mul_(weights, 1 - decay)

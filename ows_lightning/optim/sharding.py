@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ows_lightning.compat import foreach_norm
 from ows_lightning.optim.subspace import Side
 
 if TYPE_CHECKING:  # whoever shards weights has imported it; it takes half as long as torch itself
@@ -118,7 +119,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     mesh = next((t.device_mesh for t in tensors if is_sharded(t)), None)
     if mesh is None:
         return torch.nn.utils.get_total_norm(tensors)
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm([local(t) for t in tensors])])
+    norms = torch.stack([norm.float() for norm in foreach_norm([local(t) for t in tensors])])
     copies = [mesh.size() if not is_sharded(t) else _copies(t) for t in tensors]
     square = (norms.square() / norms.new_tensor(copies)).sum()
     for dim in range(mesh.ndim):

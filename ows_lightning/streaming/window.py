@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ows_lightning.compat import backward_pass, in_backward, when_backward_ends
 from ows_lightning.streaming.copies import Copies, copies_for
 from ows_lightning.streaming.homes import HostHome, home_for, lay_out, nbytes_of
 from ows_lightning.streaming.timeline import Timeline
@@ -215,7 +216,7 @@ class Window:
 
     @torch._dynamo.disable
     def _before_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _within_backward():  # recomputation: the hook on the output has brought the block
+        if in_backward():  # recomputation: the hook on the output has brought the block
             return
         if index == 0:
             self._begin_forward(block.training)
@@ -231,7 +232,7 @@ class Window:
 
     @torch._dynamo.disable
     def _after_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _within_backward() or not self.timeline.waits(index):
+        if in_backward() or not self.timeline.waits(index):
             return
         outputs = list(_tensors_with_gradient(output))
         for tensor in outputs:
@@ -247,10 +248,10 @@ class Window:
         self._training = training
 
     def _enter_backward(self, index: int, gradient: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         if task != self._backward:
             self._backward = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.timeline.end_backward)
+            when_backward_ends(self.timeline.end_backward)
         self.timeline.enter_backward(index)
 
     def _leave_backward(self, index: int, gradient: Any) -> None:
@@ -271,10 +272,6 @@ class Window:
 def _point(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = tensor
-
-
-def _within_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _tensors_with_gradient(values: Any) -> Iterator[Tensor]:

@@ -1,0 +1,94 @@
+"""The private names of other libraries that this package depends on: why each is needed, and what to do when it is gone.
+
+Nothing else in the package uses a name of theirs that begins with an underscore, but for methods that are overridden where a
+base class calls them (``tests/test_compat.py`` lists those). Needs torch alone; other libraries are passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def in_backward() -> bool:
+    """Whether autograd is running backward in this thread, as it is while a checkpointed block is recomputed.
+
+    There is no public way to ask. When it is gone: set a flag in a pre-hook of the loss and unset it in ``queue_callback``.
+    """
+    return backward_pass() != -1
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that runs in this thread, -1 outside of any; see ``in_backward``."""
+    return torch._C._current_graph_task_id()
+
+
+def when_backward_ends(callback: Callable[[], None]) -> None:
+    """Has something called when the backward pass that is running ends. torch's DistributedDataParallel stands on it, too.
+
+    When it is gone: a hook on the parameters or inputs that come last.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that two tensors share if they share their memory, also where they have no memory (fake tensors).
+
+    ``data_ptr`` is 0 for all fake tensors. When it is gone: ``untyped_storage()`` as a key of a WeakKeyDictionary.
+    """
+    return int(tensor.untyped_storage()._cdata)
+
+
+def allow_recompilation(times: int) -> None:
+    """Lets a compiled function be compiled for so many cases: blocks of one class share their limit, which is 8.
+
+    ``torch.compiler`` has no setting for it. When it is gone: look for ``recompile_limit`` under a new name.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, times)
+
+
+# One kernel for many tensors on a GPU; torch.optim stands on the same functions, which have no public name. When they are
+# gone: a loop over the tensors.
+foreach_add_ = torch._foreach_add_
+foreach_addcmul_ = torch._foreach_addcmul_
+foreach_clamp_max_ = torch._foreach_clamp_max_
+foreach_clamp_min_ = torch._foreach_clamp_min_
+foreach_div_ = torch._foreach_div_
+foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
+foreach_sqrt = torch._foreach_sqrt
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, to be replaced in place; ``setattr`` would register them anew, in another order.
+
+    When it is gone: ``torch.nn.utils.parametrize`` or ``setattr`` and a look at the order of ``state_dict``.
+    """
+    return module._parameters
+
+
+def persistent_buffers(module: nn.Module) -> list[str]:
+    """Names of a module's own buffers that belong to its state. When it is gone: compare with ``state_dict``."""
+    return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention that transformers took for a model (``sdpa``, ``eager``, ...). It has no public name."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def fingerprint(dataset: Any) -> str:
+    """What identifies the contents of a data set of ``datasets``, also across processes. When it is gone: hash the rows."""
+    return str(dataset._fingerprint)
+
+
+def forget_save_at(callback: Any, step: int) -> None:
+    """Tells Lightning's ModelCheckpoint that it has saved a step, so that it does not do so again.
+
+    When it is gone: override ``_should_skip_saving_checkpoint``, or look for what it compares with ``global_step``.
+    """
+    callback._last_global_step_saved = step

@@ -1,0 +1,93 @@
+"""Private names of other libraries stand in `compat.py`, and every use outside it is listed here with its reason."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ows_lightning import compat
+
+PACKAGE = Path(__file__).parents[1] / "ows_lightning"
+
+OUTSIDE = {
+    "callbacks/curves.py": {  # which rows Lightning's loggers have written, and when it steps
+        "trainer._logger_connector", "loop._batches_that_stepped", "loop._should_accumulate",
+    },
+    "callbacks/run_checkpoint.py": {"super()._save_checkpoint"},  # overridden where ModelCheckpoint calls it
+    "checkpoints/loops.py": {  # the state of Lightning's loops, which it saves a step behind
+        "_FitLoop", "_Loop", "_TrainingEpochLoop", "_DataFetcher", "self._combined_loader._state_dicts",
+    },
+    "cli/lightning_cli.py": {"super()._prepare_subcommand_parser", "super()._run_subcommand"},  # overridden
+    "cli/parser.py": {"parser._actions", "argparse._SubParsersAction"},  # what a parser knows, for the nearest right name
+    "distributed/loading.py": {"torch.distributed.tensor._utils"},  # which part of a weight lies here
+    "integrations/transformers.py": {"p._post_accumulate_grad_hooks"},  # whether backward projects already
+    "memory/fake_tensors.py": {  # tensors without contents are torch's own machinery throughout
+        "torch._subclasses.fake_tensor", "torch.utils._pytree", "profiler._record_function_exit",
+        "profiler._record_function_exit._RecordFunction", "profiler._record_function_enter_new", "model._apply", "torch._C",
+        "torch._C._disabled_torch_function_impl", "torch._C._DisableTorchDispatch", "Tensor._make_wrapper_subclass",
+        "aten._local_scalar_dense", "aten._grouped_mm",
+    },
+    "memory/flops.py": {  # operators by their names
+        "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention_for_cpu_backward",
+        "aten._grouped_mm",
+    },
+    "memory/simulated_step.py": {"galore._hosted", "galore._projected"},  # our own optimizer's
+    "memory/tracker.py": {"torch.utils._python_dispatch", "torch.utils._pytree"},  # documented by torch, but not public
+    "optim/galore.py": {"GaLoreAdamW._consume_in_backward"},  # its own
+    "sampling/outliers.py": {"_ConvNd", "config._experts_implementation"},  # set and put back, which no function can do better
+    "streaming/window.py": {  # `_apply` is overridden where nn.Module calls it; hooks must not be compiled
+        "torch._dynamo", "block._apply", "type(block)._apply",
+    },
+}  # fmt: skip
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Names with a leading underscore that a file takes from elsewhere than itself."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(("ows_lightning", "__future__")):
+            if any(part.startswith("_") for part in str(node.module).split(".")):
+                yield str(node.module)
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            yield from [] if own else [ast.unparse(node)]
+
+
+def test_private_names_outside_compat_are_listed() -> None:
+    files = {str(path.relative_to(PACKAGE)): set(private_names(path)) for path in PACKAGE.rglob("*.py")}
+    del files["compat.py"]
+    assert {name: used for name, used in files.items() if used} == OUTSIDE
+
+
+def test_recomputation_counts_as_backward() -> None:
+    seen = []
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(compat.in_backward())
+            return x.sin()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(Block(), x, use_reentrant=False).sum().backward()
+    assert seen == [False, True]
+
+
+def test_a_callback_runs_once_when_backward_ends() -> None:
+    ended = []
+    x = torch.ones(2, requires_grad=True)
+    y = x.sin()
+    y.register_hook(lambda _: compat.when_backward_ends(lambda: ended.append(x.grad is not None)))
+    y.sum().backward()
+    assert ended == [True]
+
+
+def test_buffers_that_are_not_saved_are_left_out() -> None:
+    module = nn.Module()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("left_out", torch.ones(1), persistent=False)
+    assert compat.persistent_buffers(module) == list(module.state_dict()) == ["kept"]

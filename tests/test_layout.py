@@ -1,0 +1,54 @@
+"""The house: which folder may import which, and what stands loose beside them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ows_lightning"
+# A folder or module imports from floors below its own; of its own floor only what comes before it.
+FLOORS = [
+    ["errors", "compat"],
+    ["models"],
+    ["optim"],
+    ["checkpoints", "metrics", "data", "sampling", "report"],
+    ["distributed", "streaming"],
+    ["step", "module"],
+    ["memory"],
+    ["callbacks", "integrations"],
+    ["cli"],
+]
+ORDER = {name: number for number, name in enumerate(name for floor in FLOORS for name in floor)}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a file imports of the package, also within functions: the first name below `ows_lightning`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "ows_lightning":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ows_lightning."):
+            yield str(node.module).split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ows_lightning."))
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(PACKAGE.glob("*/**/*.py")) + sorted(PACKAGE.glob("[!_]*.py")),
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_imports_run_downwards(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    above = {other for other in imports(path) if ORDER[other] > ORDER[room]}
+    assert not above, f"{room} imports {', '.join(sorted(above))}, which is above it"
+
+
+def test_at_most_four_modules_stand_loose() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} <= {"module", "step", "errors", "compat"}
+
+
+def test_the_module_is_short() -> None:
+    assert len((PACKAGE / "module.py").read_text().splitlines()) <= 300
