@@ -15,7 +15,7 @@ from tests.distributed.launch import run
 LORA = [
     "--model.rank=null", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.max_new_tokens=4",
     "--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}",
-    "--data.val_size=5", "--data.exact_match_rows=5", "--data.eval_batch_size=2",
+    "--data.val_size=5", "--data.exact_match_rows=5", "--data.eval_batch_size=2", "--trainer.val_check_interval=2",
 ]  # fmt: skip
 
 
