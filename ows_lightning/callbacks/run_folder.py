@@ -9,7 +9,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.image import imread
 
 from ows_lightning.callbacks.model_card import model_card
 from ows_lightning.errors import UsageError
@@ -80,5 +79,7 @@ def _clear_away(folder: Path) -> None:
 def _show_in_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
+            from matplotlib.image import imread
+
             for path in pictures:
                 logger.experiment.add_image(path.stem, imread(path), trainer.global_step, dataformats="HWC")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ows_lightning.cli.words import Parser
+from ows_lightning.cli.words import Parser, add_generation_flags
 
 _HELP = "/reset forgets the conversation, /system TEXT also sets the system's message, /exit ends"
 
@@ -13,10 +13,10 @@ def run(words: list[str]) -> None:
     """Loads the model, and answers line after line."""
     parser = Parser("chat", f"Talk to a model. A line is a message; {_HELP}.")
     parser.add_argument("--model", required=True, help="A directory, hub name, .gguf file, run's folder or checkpoint in it")
-    from ows_lightning.cli.conversation import add_generation_flags, load
-
     add_generation_flags(parser)
     given = parser.parse_args(words)
+    from ows_lightning.cli.conversation import load
+
     conversation = load(given.model, given)
     typed = sys.stdin.isatty()
     if typed:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from ows_lightning.cli.words import Parser
+from ows_lightning.cli.words import Parser, add_generation_flags
 from ows_lightning.errors import UsageError
 
 
@@ -21,10 +21,10 @@ def run(words: list[str]) -> None:
     parser.add_argument("--model", required=True, help="The tuned model: a directory, a run's folder or a checkpoint in it")
     parser.add_argument("--base", help="The base model; by default the one that the run of --model started from")
     parser.add_argument("--output", type=Path, help="A folder for comparison.csv; by default the run's, whose report shows it")
-    from ows_lightning.cli.conversation import add_generation_flags, load
-
     add_generation_flags(parser)
     given = parser.parse_args(words)
+    from ows_lightning.cli.conversation import load
+
     run_folder = _run_folder(Path(given.model))
     base = given.base or _base(run_folder)
     prompts = given.prompts or [line.strip() for line in sys.stdin if line.strip()]

@@ -16,8 +16,6 @@ from ows_lightning.data.masking import with_chat_template
 from ows_lightning.errors import UsageError
 from ows_lightning.models.pretrained import load_model, load_tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Conversation:
     """The turns so far, and what answers them.
@@ -76,18 +74,6 @@ class Conversation:
             print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
 
 
-def add_generation_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what decides how answers are drawn."""
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="Tokens of an answer at most (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token each time")
-    parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the likeliest tokens of this share (default: all)")
-    parser.add_argument("--top_k", type=int, default=0, help="Draw from this many likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (default: 0)")
-    parser.add_argument("--system", help="The system's message")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="Of the weights; bfloat16 on a GPU, else float32")
-
-
 def generation(given: argparse.Namespace) -> dict[str, Any]:
     """Returns the flags as arguments of ``generate``.
 
@@ -115,18 +101,19 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
 
     Args:
         name: What ``model.model_name_or_path`` takes, a run's folder, or a checkpoint in one.
-        given: The flags of `add_generation_flags`.
+        given: The flags of `words.add_generation_flags`.
 
     Raises:
         UsageError: There is no such model, or the device is not there.
     """
     arguments = generation(given)
+    asked = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(given.device)
+        device = torch.device(asked)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device: '{given.device}' can't be used ({str(error).splitlines()[0]}); give cpu or cuda") from error
-    dtype = DTYPES[given.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+        raise UsageError(f"device: '{asked}' can't be used ({str(error).splitlines()[0]}); give cpu or cuda") from error
+    dtype = getattr(torch, given.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     with tempfile.TemporaryDirectory() as folder:
         directory = _directory(name, Path(folder))
         tokenizer = with_chat_template(load_tokenizer(directory))

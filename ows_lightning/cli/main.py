@@ -70,11 +70,30 @@ def _run(words: Any, args: Any) -> None:
     else:
         if command not in ("plan", None) and "--help" not in words and os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
+        if command == "plan" or "--help" in words or "-h" in words:
+            _import_without_plots()
         from ows_lightning.cli.lightning_cli import OWSCLI
         from ows_lightning.distributed.ends import part
 
         OWSCLI(args)
         part()
+
+
+def _import_without_plots() -> None:
+    """Imports torchmetrics, which Lightning needs, as if there was no matplotlib, which it imports for plots of its own."""
+    from lightning_utilities.core import imports
+
+    found = imports.RequirementCache
+
+    class NoMatplotlib(found):  # type: ignore[misc, valid-type]
+        def __bool__(self) -> bool:
+            return self.requirement != "matplotlib" and super().__bool__()
+
+    imports.RequirementCache = NoMatplotlib  # type: ignore[misc]
+    try:
+        import torchmetrics  # noqa: F401
+    finally:
+        imports.RequirementCache = found  # type: ignore[misc]
 
 
 def usage() -> str:

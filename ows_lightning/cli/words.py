@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from ows_lightning.errors import UsageError
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's, without abbreviated options, whose errors are UsageErrors."""
@@ -21,3 +23,15 @@ class Parser(argparse.ArgumentParser):
             UsageError: Always.
         """
         raise UsageError(f"{self.prog.removeprefix('main.py ')}: {message}; `{self.prog} --help` lists the options")
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what decides how a model to talk to is loaded, and how its answers are drawn."""
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="Tokens of an answer at most (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token each time")
+    parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the likeliest tokens of this share (default: all)")
+    parser.add_argument("--top_k", type=int, default=0, help="Draw from this many likeliest tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (default: 0)")
+    parser.add_argument("--system", help="The system's message")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help="Of the weights; bfloat16 on a GPU, else float32")

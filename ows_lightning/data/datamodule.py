@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -303,13 +302,13 @@ class InstructionDataModule(LightningDataModule):
         answered = self._with_reference(self._splits.examples(part))
         return [loss, self._prompt_dataloader(answered)] if len(answered) else [loss]
 
-    def _with_reference(self, examples: datasets.Dataset) -> datasets.Dataset:
+    def _with_reference(self, examples: Any) -> Any:
         """The first `exact_match_rows` examples that end with an answer, to compare a generated one with."""
         conversations = ((i, json.loads(entry["example"]).get("messages", [])) for i, entry in enumerate(examples))
         answered = (i for i, messages in conversations if split_prompt(messages)[1].strip())
         return examples.select(list(itertools.islice(answered, self.exact_match_rows)))
 
-    def _prompt_dataloader(self, examples: datasets.Dataset) -> DataLoader:
+    def _prompt_dataloader(self, examples: Any) -> DataLoader:
         prompts = PromptRows(examples, self._encoder())
         model = self.trainer.lightning_module if self.trainer else None
         if (generated := getattr(model, "hparams", {}).get("max_new_tokens")) is not None:

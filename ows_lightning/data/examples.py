@@ -8,9 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import jinja2
 import numpy as np
 import tokenizers
@@ -24,31 +23,46 @@ from ows_lightning.data.masking import Encoded, Encoder
 from ows_lightning.data.sources import Source
 from ows_lightning.errors import UsageError
 
-#: An example as JSON, which keeps rows apart that a typed column would unify, and the words that name its row in messages.
-#: ``renamed`` has those of the user's column names that the row has.
-EXAMPLES = datasets.Features(
-    {
-        "where": datasets.Value("string"),
-        "example": datasets.Value("string"),
-        "renamed": datasets.List(datasets.Value("string")),
-    }
-)
-#: A document's tokens; ``row`` is the index of the example, which may give several documents. One that gives none, having no
-#: target, stands there with a length of 0. ``unshown`` says what of the example the chat template leaves out.
-TOKENS = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-        "length": datasets.Value("int32"),
-        "targets": datasets.Value("int32"),
-        "truncated": datasets.Value("bool"),
-        "row": datasets.Value("int64"),
-        "unshown": datasets.List(datasets.Value("string")),
-    }
-)
+if TYPE_CHECKING:
+    import datasets
+
 MOST_REPEATS = 1000
 """How often a mixture may repeat the rows of a source in an epoch."""
 _ROWS_PER_PROCESS = 5000
+
+
+def example_features() -> datasets.Features:
+    """Returns the columns of a table of examples.
+
+    ``example`` is JSON, which keeps rows apart that a typed column would unify. ``where`` has the words that name the row in
+    messages, ``renamed`` those of the user's column names that it has.
+    """
+    from datasets import Features, List, Value
+
+    text = Value("string")
+    return Features({"where": text, "example": text, "renamed": List(text)})
+
+
+def token_features() -> datasets.Features:
+    """Returns the columns of a table of documents.
+
+    ``row`` is the index of the example, which may give several documents. One that gives none, having no target, stands there
+    with a length of 0. ``unshown`` says what of the example the chat template leaves out.
+    """
+    from datasets import Features, List, Value
+
+    number = Value("int32")
+    return Features(
+        {
+            "input_ids": List(number),
+            "labels": List(number),
+            "length": number,
+            "targets": number,
+            "truncated": Value("bool"),
+            "row": Value("int64"),
+            "unshown": List(Value("string")),
+        }
+    )
 
 
 def read_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
@@ -60,16 +74,19 @@ def read_examples(source: Source, data_format: str | None, columns: Mapping[str,
         columns: The user's column names by those of the format.
 
     Returns:
-        A table with the features `EXAMPLES`.
+        A table with the features `example_features`.
 
     Raises:
         UsageError: For the first row that is wrong.
     """
+    import datasets
+
     arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
     content = sources.content_hash(source)
+    features = example_features()
     fingerprint = _hash(content, source.name, _is_answered(source), data_format, dict(columns), _versions())
     try:
-        return datasets.Dataset.from_generator(_examples, features=EXAMPLES, gen_kwargs=arguments, fingerprint=fingerprint)
+        return datasets.Dataset.from_generator(_examples, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, UsageError):
@@ -79,19 +96,22 @@ def read_examples(source: Source, data_format: str | None, columns: Mapping[str,
 
 def stream_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.IterableDataset:
     """The same as a stream, whose rows are checked as they come."""
+    import datasets
+
     arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
+    features = example_features()
     if source.files:
-        return datasets.IterableDataset.from_generator(_examples, features=EXAMPLES, gen_kwargs=arguments)
+        return datasets.IterableDataset.from_generator(_examples, features=features, gen_kwargs=arguments)
     rows = sources.open_dataset(source, streaming=True)
     names = rows.column_names or list(next(iter(rows)))
-    return rows.map(_numbered_example, with_indices=True, fn_kwargs=arguments, remove_columns=names, features=EXAMPLES)
+    return rows.map(_numbered_example, with_indices=True, fn_kwargs=arguments, remove_columns=names, features=features)
 
 
 def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
     """Encode all examples on the cores there are, or take them from the cache: it knows content, tokenizer and settings.
 
     Returns:
-        A table with the features `TOKENS`, in the order of the examples.
+        A table with the features `token_features`, in the order of the examples.
     """
     settings = [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
     processes = min(len(examples) // _ROWS_PER_PROCESS, _cores())
@@ -101,7 +121,7 @@ def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> dataset
         with_indices=True,
         fn_kwargs={"encoder": encoder},
         remove_columns=examples.column_names,
-        features=TOKENS,
+        features=token_features(),
         new_fingerprint=_hash(fingerprint(examples), _tokenizer_state(encoder.tokenizer), settings, _versions()),
         num_proc=processes if processes > 1 else None,
         desc=f"Tokenising {name}",
@@ -199,7 +219,7 @@ def _encode(batch: dict[str, list[Any]], indices: Sequence[int], encoder: Encode
         documents, unshown = encoder.encode(content, where), encoder.unshown(content)
         for row in documents or [Encoded([], [], truncated=False)]:
             rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index, unshown))
-    return {name: [row[i] for row in rows] for i, name in enumerate(TOKENS)}
+    return {name: [row[i] for row in rows] for i, name in enumerate(token_features())}
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
@@ -210,6 +230,8 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 def _versions() -> list[str]:
     """What decides about rows and tokens beside settings and content: our own code, and the libraries that it calls."""
+    import datasets
+
     libraries = [f"{library.__name__} {library.__version__}" for library in (datasets, jinja2, tokenizers, transformers)]
     return libraries + [inspect.getsource(module) for module in (formats, masking, rendering, sources, sys.modules[__name__])]
 

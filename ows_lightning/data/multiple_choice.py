@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from torch import Tensor, tensor
 from torch.utils.data import Dataset
 
@@ -15,6 +14,9 @@ from ows_lightning.data.formats import Example, index_of_choice, split_prompt
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.rows import collate
 from ows_lightning.errors import UsageError
+
+if TYPE_CHECKING:
+    import datasets
 
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commonsense tasks of LLM-Adapters
 

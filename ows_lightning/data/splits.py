@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from ows_lightning.data.examples import EXAMPLES, column, mix, read_examples, stream_examples, tokenise
+from ows_lightning.data.examples import column, example_features, mix, read_examples, stream_examples, tokenise
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.packing import pack
 from ows_lightning.data.rows import Rows
 from ows_lightning.data.sources import resolve
 from ows_lightning.errors import UsageError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass
@@ -106,15 +109,17 @@ class Splits:
 
     def examples_of(self, key: str) -> datasets.Dataset:
         """All examples of a setting; of a stream those that are held out."""
+        from datasets import concatenate_datasets
+
         if key not in self._examples:
             if key == "dataset" and self.streaming:
                 self._examples[key] = self._head_of_stream()
             else:
-                self._examples[key] = datasets.concatenate_datasets(self._tables(key))
+                self._examples[key] = concatenate_datasets(self._tables(key))
         return self._examples[key]
 
     def tokens_of(self, key: str, encoder: Encoder) -> datasets.Dataset:
-        """The documents of all examples of a setting, see `TOKENS`; says what was left out or cut."""
+        """The documents of all examples of a setting, see `token_features`; says what was left out or cut."""
         if key not in self._tokens:
             self._tokens[key] = tokenise(self.examples_of(key), encoder, key)
             self._report(key, encoder.max_seq_length)
@@ -169,23 +174,28 @@ class Splits:
         return [read_examples(source, self.data_format, self.columns) for source in found]
 
     def _head_of_stream(self) -> datasets.Dataset:
+        from datasets import Dataset
+
         held_out = 0 if self.eval_dataset else int(self.val_size)
         first = list(self._stream().take(held_out + 1))  # one more, which tells whether there are others
         if len(first) <= held_out:
             raise UsageError(
                 f"data.val_size: {held_out} of {len(first)} rows leaves none to train on; lower it, or set val_size: 0"
             )
-        columns = {name: [row[name] for row in first[:held_out]] for name in EXAMPLES}
-        return datasets.Dataset.from_dict(columns, features=EXAMPLES)
+        features = example_features()
+        columns = {name: [row[name] for row in first[:held_out]] for name in features}
+        return Dataset.from_dict(columns, features=features)
 
     def _stream(self) -> datasets.IterableDataset:
+        from datasets import concatenate_datasets, interleave_datasets
+
         found = [resolve(name, "dataset", self.split) for name in _names(self.dataset)]
         streams = [stream_examples(source, self.data_format, self.columns) for source in found]
         if not isinstance(self.dataset, Mapping) or len(streams) == 1:
-            return datasets.concatenate_datasets(streams)
+            return concatenate_datasets(streams)
         weights = np.asarray(list(self.dataset.values()), dtype=float)
         shares = (weights / weights.sum()).tolist()
-        return datasets.interleave_datasets(streams, shares, seed=self.seed, stopping_strategy="all_exhausted")
+        return interleave_datasets(streams, shares, seed=self.seed, stopping_strategy="all_exhausted")
 
     def _report(self, key: str, max_seq_length: int) -> None:
         """Say which rows have no target, and how many were cut."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -17,6 +16,9 @@ from ows_lightning.data.masking import Encoder
 from ows_lightning.data.packing import pack
 from ows_lightning.data.rows import Item, as_item
 from ows_lightning.errors import UsageError
+
+if TYPE_CHECKING:
+    import datasets
 
 State = dict[str, Any]
 BLOCK = 1000  # examples that are read, packed and shuffled together
