@@ -52,8 +52,8 @@ class CausalLMModule(HeldOutSteps):
     Args:
         model_name_or_path: Hub name, local directory, ``.gguf`` file, or ``package://PACKAGE/FILE.gguf``.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None is transformers' choice.
-        gradient_checkpointing: Recompute activations in backward. Blocks below the lowest active one store nothing either way
-            while the embeddings are frozen.
+        gradient_checkpointing: Recompute activations in backward: of all blocks, the first N, or by ``auto`` the fewest that
+            fit (callback ``AutoCheckpointing``; without it all). Blocks below the lowest active one store nothing either way.
         compile: Compile each decoder block with ``torch.compile``.
         optimizer: From parameter groups to an optimizer.
         rank: Rank of the projected gradients of GaLoreAdamW; None trains in full rank (and is needed for other optimizers).
@@ -82,7 +82,7 @@ class CausalLMModule(HeldOutSteps):
         self,
         model_name_or_path: str,
         attn_implementation: str | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: pretrained.Recomputation = False,
         compile: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
@@ -112,6 +112,7 @@ class CausalLMModule(HeldOutSteps):
         ):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
+        pretrained.check_recomputation(gradient_checkpointing)
         check_window(frozen_in, frozen_dtype, window_blocks)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
@@ -190,8 +191,7 @@ class CausalLMModule(HeldOutSteps):
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             name = self.hparams["model_name_or_path"]
             self.causal_lm = load_into_shards(self.build, name, mesh, device, self._precision)
-        if self.hparams["gradient_checkpointing"]:
-            pretrained.checkpoint_activations(self.language_model)
+        pretrained.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
             pretrained.compile_blocks(self.language_model)
         if self.hparams["frozen_in"] == "host":

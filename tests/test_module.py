@@ -23,6 +23,7 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.outliers import layer_outlier_ratios
+from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
 
 ModelDir = Callable[..., Path]
@@ -130,6 +131,46 @@ def test_gradient_checkpointing_changes_nothing_and_skips_blocks_below_the_activ
         recomputed[checkpointing] = [calls.count(index) for index in range(4)]
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
     assert recomputed == {False: [1, 1, 1, 1], True: [1, 1, 2, 2]}
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "lora_dropout": 0.2}], ids=["drawn", "lora"])
+def test_any_number_of_recomputing_blocks_gives_the_same_bits(lora: Any, tmp_path: Path) -> None:
+    tiny_model("llama", attention_dropout=0.3).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    class Losses(Callback):
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.seen.append(trainer.callback_metrics["train_loss"].clone())
+
+    def train(checkpointing: bool | int | str) -> tuple[list[int], list[torch.Tensor], dict[str, torch.Tensor]]:
+        seed_everything(0)
+        rank = 8 if lora is None else None
+        make = galore if lora is None else adamw
+        module = CausalLMModule(str(tmp_path), gradient_checkpointing=checkpointing, rank=rank, optimizer=make, lora=lora)
+        sampling = [LayerwiseSampling(2, 2, distribution="uniform", always_train=["norm"])] if lora is None else []
+        losses = Losses()
+        run = trainer(tmp_path, *sampling, losses, max_steps=4)
+        run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=2))
+        flags = [int(layer.gradient_checkpointing) for layer in decoder_layers(module)]
+        return flags, losses.seen, weights(module)
+
+    first_flags, first_losses, first_weights = train(False)
+    assert first_flags == [0, 0, 0, 0]
+    assert len(first_losses) == 4
+    for checkpointing, flags in ((1, [1, 0, 0, 0]), (2, [1, 1, 0, 0]), (9, [1, 1, 1, 1]), (True, [1, 1, 1, 1])):
+        found, losses, final = train(checkpointing)
+        assert found == flags
+        assert all(map(torch.equal, losses, first_losses))
+        assert all(torch.equal(final[name], weight) for name, weight in first_weights.items())
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "most"])
+def test_recomputation_is_a_number_of_blocks_or_a_word(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=r"^model.gradient_checkpointing: .* must be true, false, auto"):
+        CausalLMModule("nowhere", gradient_checkpointing=wrong)
 
 
 @pytest.mark.parametrize(

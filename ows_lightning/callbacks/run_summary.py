@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ows_lightning.checkpoints.files import one_line
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import is_out_of_memory
+from ows_lightning.memory.available import available_bytes
 from ows_lightning.memory.prediction import predict
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import recomputing_blocks
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import outside_blocks
@@ -56,7 +58,7 @@ class RunSummary(Callback):
             return
         lines = {"Model": self._model(pl_module), **_data(trainer), "Training": _training(trainer, pl_module, steps)}
         if self.config is not None and isinstance(pl_module, CausalLMModule):
-            lines["Memory"] = self._memory(trainer, pl_module.device)
+            lines["Memory"] = self._memory(trainer, pl_module)
         lines["Run folder"] = str(folder)
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
@@ -133,15 +135,17 @@ class RunSummary(Callback):
         kind, name = type(module.language_model).__name__, module.hparams["model_name_or_path"]
         return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
 
-    def _memory(self, trainer: Trainer, device: torch.device) -> str:
+    def _memory(self, trainer: Trainer, module: CausalLMModule) -> str:
         """A prediction, which is no reason not to train where it is not possible."""
-        available = _available(device)
+        device = module.device
+        available = available_bytes(device)
         there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
         try:
             with torch.random.fork_rng(devices=[]):
                 settings = settings_from_config(self.config)
-                rows = _rows(trainer)
-                peak = predict(replace(settings, batch_size=min(settings.batch_size, rows or settings.batch_size))).peak_bytes
+                rows = min(settings.batch_size, _rows(trainer) or settings.batch_size)
+                recomputing = recomputing_blocks(module.language_model)
+                peak = predict(replace(settings, batch_size=rows, gradient_checkpointing=recomputing)).peak_bytes
         except Exception as error:  # whatever the model or a user's optimizer raises when it is followed
             return f"not predicted ({one_line(error)}), {there}"
         self.predicted = f"{peak / 1e9:.1f} GB predicted for tensors, {there}"
@@ -228,14 +232,3 @@ def _figures(after: dict[str, float], before: dict[str, float] | None = None) ->
             values = [values[key] for values in (before or {}, after) if key in values]
             parts.append(f"{name} {' -> '.join(map(form.format, values))}")
     return ", ".join(parts)
-
-
-def _available(device: torch.device) -> int | None:
-    """Bytes that are free on the device; those of the machine for a CPU, if it tells."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

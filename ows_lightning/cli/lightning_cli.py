@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
+from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
 from ows_lightning.callbacks.curves import Curves
 from ows_lightning.callbacks.predictions import PredictionFile
 from ows_lightning.callbacks.progress_bar import ProgressBar
@@ -146,7 +147,7 @@ class OWSCLI(LightningCLI):
         callbacks.append(SaveOnSignal())  # before sampling, whose scores take a while
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
-        callbacks += [RunFolder(), Curves(), RunSummary(config)]
+        callbacks += [RunFolder(), Curves(), AutoCheckpointing(config), RunSummary(config)]
         if self.subcommand == "predict":
             callbacks.append(PredictionFile())
         if given["enable_checkpointing"] is False:

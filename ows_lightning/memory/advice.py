@@ -78,8 +78,8 @@ def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
     """Yields settings that need less and less, each with the keys that differ."""
     changes: Changes = {}
     yield settings, {}
-    if not settings.gradient_checkpointing:
-        settings = replace(settings, gradient_checkpointing=True)
+    if settings.recomputed < settings.blocks:
+        settings = replace(settings, gradient_checkpointing=settings.blocks)
         changes["model.gradient_checkpointing"] = True
         yield settings, dict(changes)
     if settings.dtype == torch.float32:

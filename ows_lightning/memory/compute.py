@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ows_lightning.memory.prediction import alike, follow
 from ows_lightning.memory.settings import PlanSettings
-from ows_lightning.memory.simulated_step import TrainingMethod
+from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod
 from ows_lightning.memory.streamed import BlockSizes
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.distributions import sampling_probabilities
@@ -87,15 +86,18 @@ def compute(settings: PlanSettings, method: TrainingMethod | None = None) -> Com
     blocks = BlockSizes.of(model, settings)
     count = blocks.count
     draws, origin = _draws(settings, method, count)
-    one = _count(model, settings, method, rows=1)
-    # Gradients are projected once a micro-batch, however many rows it has; all else is proportional to the rows.
-    two = one.times(2) if method.rank is None else _count(model, settings, method, rows=2)
-    flops = _Flops.between(one, two, settings.batch_size)
+    first = settings.recomputed
+    flops = _of_batch(model, settings, method, recompute=first == count)
+    recomputing = _of_batch(model, settings, method, recompute=True) if 0 < first < count else flops
     embeddings_train = "embeddings" in method.always_train and method.lora is None
 
     def backward(blocks: Sequence[int]) -> float:
-        reached = count if embeddings_train else count - min(blocks)
-        return flops.lowest + (len(blocks) - 1) * flops.active + (reached - len(blocks)) * flops.frozen
+        def of(index: int) -> float:
+            does = recomputing if index < first else flops
+            return does.lowest if index == lowest else does.active if index in trained else does.frozen
+
+        lowest, trained = min(blocks), set(blocks)
+        return sum(of(index) for index in range(0 if embeddings_train else lowest, count))
 
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
     step = len(draws[0]) * (flops.update + flops.renewal * _renewals(settings, method, draws))
@@ -108,8 +110,18 @@ def compute(settings: PlanSettings, method: TrainingMethod | None = None) -> Com
     return Compute(per_token, block_forward, draws, origin, blocks)
 
 
-def _count(model: nn.Module, settings: PlanSettings, method: TrainingMethod, rows: int) -> _Flops:
-    followed = partial(follow, model, settings, method, rows=rows)
+def _of_batch(model: nn.Module, settings: PlanSettings, method: TrainingMethod, recompute: bool) -> _Flops:
+    """Counts those of a micro-batch, where all blocks recompute their activations or none."""
+    one = _count(model, settings, method, recompute, rows=1)
+    # Gradients are projected once a micro-batch, however many rows it has; all else is proportional to the rows.
+    two = one.times(2) if method.rank is None else _count(model, settings, method, recompute, rows=2)
+    return _Flops.between(one, two, settings.batch_size)
+
+
+def _count(model: nn.Module, settings: PlanSettings, method: TrainingMethod, recompute: bool, rows: int) -> _Flops:
+    def followed(active: int, frozen: int) -> StepMemory:
+        return follow(model, settings, method, active, frozen, (active + frozen) * recompute, rows)
+
     layers = decoder_layers(model)
     count = len(layers)
     if not alike(layers):  # of several kinds: the mean over all blocks

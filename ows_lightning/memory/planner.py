@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,8 +13,10 @@ from ows_lightning.memory.advice import advise
 from ows_lightning.memory.cards import CARDS as KNOWN_CARDS
 from ows_lightning.memory.cards import Card, find_card
 from ows_lightning.memory.compute import Compute, compute
+from ows_lightning.memory.fewest_recomputed import fewest_recomputed
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
 from ows_lightning.memory.settings import PlanSettings, settings_from_config
+from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.memory.speed import UTILISATION, Speed, speed
 
 CARDS = (12, 16, 24, 40, 48, 80)
@@ -100,7 +102,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     Args:
         settings: The model, what it is trained on, and how.
         methods: Names out of `METHODS`; all by default.
-        card: The name of a card out of `cards.CARDS`, for speeds.
+        card: The name of a card out of `cards.CARDS`, for speeds, and for what checkpointing's ``auto`` stands for.
 
     Raises:
         UsageError: There is no such method or card, or the model can't be followed.
@@ -115,8 +117,13 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
             methods.remove("lora")
             advice.append('LoRA is left out: it needs peft (pip install "ows_lightning[lora]")')
     kinds = {name: METHODS[name](settings) for name in methods}
-    plans = {name: predict(settings, kind) for name, kind in kinds.items()}
-    computes = {name: compute(settings, kind) for name, kind in kinds.items()}
+    runs = dict.fromkeys(methods, settings)
+    if settings.gradient_checkpointing == "auto":
+        runs = {name: _resolved(settings, kind, chosen) for name, kind in kinds.items()}
+        settings = runs.get("ows", settings)
+        notes.append(_recomputing(runs, chosen))
+    plans = {name: predict(runs[name], kind) for name, kind in kinds.items()}
+    computes = {name: compute(runs[name], kind) for name, kind in kinds.items()}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
         known = {settings: own}
 
@@ -139,13 +146,33 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     )
     speeds = {}
     if chosen is not None:
-        speeds = {name: speed(settings, kinds[name], computes[name], chosen) for name in methods}
+        speeds = {name: speed(runs[name], kinds[name], computes[name], chosen) for name in methods}
         notes.append(
             f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {chosen.tflops:g} TFLOPS dense bfloat16 "
             f"({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
         )
         notes += [f"{name}: bound by {fast.words()}" for name, fast in speeds.items() if name == "ows"]
     return Plan(settings.title, plans, computes, advice, notes, parameters, chosen, speeds)
+
+
+def _resolved(settings: PlanSettings, method: TrainingMethod, card: Card | None) -> PlanSettings:
+    """``auto`` as a number of blocks: the fewest for us, all or none for other tools, which know nothing between."""
+    number = settings.blocks
+    if card is not None:
+        budget = card.memory * 1e9
+        if method.ours:
+            number = fewest_recomputed(settings, budget)
+        elif predict(replace(settings, gradient_checkpointing=0), method).fits(card.memory):
+            number = 0
+    return replace(settings, gradient_checkpointing=number)
+
+
+def _recomputing(runs: dict[str, PlanSettings], card: Card | None) -> str:
+    if card is None:
+        return "model.gradient_checkpointing: auto stands for true; --card says how many blocks recompute on that card"
+    numbers = ", ".join(f"{name} {run.recomputed}" for name, run in runs.items())
+    blocks = next(iter(runs.values())).blocks
+    return f"model.gradient_checkpointing: auto on {card.name}, blocks of {blocks} that recompute: {numbers}"
 
 
 def _origins(computes: dict[str, Compute]) -> list[str]:

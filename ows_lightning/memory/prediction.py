@@ -16,7 +16,7 @@ from ows_lightning.memory.devices import Shards, communicated_bytes, on_each_dev
 from ows_lightning.memory.dimensions import first_blocks
 from ows_lightning.memory.fake_tensors import FakeOperators, materialize_
 from ows_lightning.memory.settings import PlanSettings
-from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, follow_steps
+from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, follow_steps, kinds
 from ows_lightning.memory.streamed import BlockSizes, device_bytes, host_bytes
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
@@ -26,7 +26,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
 _CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
-_FEW = 5  # blocks of a kind that are followed one by one; more are extrapolated
+_FEW = 3  # blocks of a kind that are followed one by one; more are extrapolated
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
     """Predicts what a method needs on each device, from a step of a fake model with all its operators.
 
     A step is followed on a model of few blocks. Blocks of a kind add the same each, so that the peaks of each stage of a step
-    are linear in the number of active and of frozen blocks; the rest is extrapolated, exactly. The highest of the
+    are linear in the number of blocks of each kind (see `kinds`); the rest is extrapolated, exactly. The highest of the
     stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it.
 
     On several devices, see `on_each_device`.
@@ -98,7 +98,8 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
     layers = decoder_layers(model)
     active = len(layers) if method.activated_layers is None else min(method.activated_layers, len(layers))
     try:
-        memory = _extrapolate(partial(follow, model, settings, method), active, len(layers) - active, alike(layers))
+        followed = partial(follow, model, settings, method)
+        memory = _extrapolate(followed, active, len(layers) - active, settings.recomputed, alike(layers))
     except UsageError:
         raise
     except Exception as error:  # what a model's code raises when its tensors have no contents
@@ -115,7 +116,13 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
 
 
 def follow(
-    model: nn.Module, settings: PlanSettings, method: TrainingMethod, active: int, frozen: int, rows: int | None = None
+    model: nn.Module,
+    settings: PlanSettings,
+    method: TrainingMethod,
+    active: int,
+    frozen: int,
+    recomputed: int,
+    rows: int | None = None,
 ) -> StepMemory:
     """Follows a step of a fake copy of a meta model.
 
@@ -125,12 +132,12 @@ def follow(
         method: How it trains.
         active: How many of the copy's blocks train.
         frozen: How many more it has.
+        recomputed: How many of them, from below, recompute their activations.
         rows: Rows of a micro-batch, of which every chunk is followed, as counting asks for; None: those of the settings, and
             as much of their chunks as memory depends on.
     """
     model = first_blocks(model, active + frozen)
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)  # type: ignore[arg-type]
+    checkpoint_activations(model, recomputed)  # type: ignore[arg-type]
     if method.lora is not None:
         model = _add_lora(model, method.lora)
     if method.activated_layers is not None:
@@ -161,13 +168,19 @@ def alike(layers: nn.ModuleList) -> bool:
     return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
 
 
-def _extrapolate(follow: Callable[[int, int], StepMemory], active: int, frozen: int, alike: bool) -> StepMemory:
-    """Follows small models and goes on linearly, in active blocks and in frozen ones."""
-    a = active if active <= _FEW or not alike else 3
-    f = frozen if frozen <= 3 or not alike else 2
-    base = follow(a, f)
-    steps = [(active - a, follow(a + 1, f))] if active > a else []
-    steps += [(frozen - f, follow(a, f + 1))] if frozen > f else []
+def _extrapolate(
+    follow: Callable[[int, int, int], StepMemory], active: int, frozen: int, recomputed: int, alike: bool
+) -> StepMemory:
+    """Follows small models and goes on linearly, in blocks of each kind."""
+    sizes = kinds(active, frozen, recomputed)
+    few = {kind: size if size <= _FEW or not alike else 2 for kind, size in sizes.items()}
+
+    def of(sizes: dict[str, int]) -> StepMemory:
+        frozen, frozen_kept, active, active_kept = sizes.values()
+        return follow(1 + active + active_kept, frozen + frozen_kept, min(recomputed, 1 + frozen + active))
+
+    base = of(few)
+    steps = [(size - few[kind], of({**few, kind: few[kind] + 1})) for kind, size in sizes.items() if size > few[kind]]
 
     def extended(value: Callable[[StepMemory], int]) -> int:
         return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)

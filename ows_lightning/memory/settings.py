@@ -17,6 +17,8 @@ from transformers import PretrainedConfig
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.dimensions import find_dimensions, meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import Recomputation, check_recomputation, recomputed_blocks
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS
@@ -34,7 +36,7 @@ class PlanSettings:
         batch_size: Rows of a micro-batch, on each device.
         max_seq_length: Tokens in a row; all of them are targets, and all rows are full.
         accumulate_grad_batches: Micro-batches in a step.
-        gradient_checkpointing: Recompute activations in backward.
+        gradient_checkpointing: Recompute activations in backward: of all blocks, of the first N; ``auto`` stands for all.
         precision: Lightning's precision.
         attention: ``eager``, or None for transformers' own choice, which stands for every fused attention: torch's fused one
             on a CPU keeps what the GPU's kernels keep, the output and a number a row.
@@ -57,7 +59,7 @@ class PlanSettings:
     batch_size: int = 16
     max_seq_length: int = 512
     accumulate_grad_batches: int = 1
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Recomputation = False
     precision: str = "32-true"
     attention: str | None = None
     strategy: str | None = None
@@ -76,6 +78,16 @@ class PlanSettings:
         """The model without its weights, made once; whoever changes one copies it (`first_blocks`)."""
         return meta_model(self.model, self.dtype, self.attention)
 
+    @cached_property
+    def blocks(self) -> int:
+        """Number of the model's blocks."""
+        return len(decoder_layers(self.meta_model))
+
+    @property
+    def recomputed(self) -> int:
+        """How many of the blocks, the first ones, recompute their activations."""
+        return recomputed_blocks(self.gradient_checkpointing, self.blocks)
+
     @property
     def title(self) -> str:
         """Says in a line what is planned."""
@@ -85,7 +97,8 @@ class PlanSettings:
             f"{self.accumulate_grad_batches} x {batch}" if self.accumulate_grad_batches > 1 else batch,
             self.precision,
         ]
-        parts += ["checkpointing"] * self.gradient_checkpointing
+        some = 0 < self.recomputed < self.blocks
+        parts += [f"checkpointing of {self.recomputed} blocks" if some else "checkpointing"] * bool(self.recomputed)
         parts += [f"frozen blocks in {self.frozen_in}"] * (self.frozen_in != "device")
         parts += [f"frozen blocks in {self.frozen_dtype}"] * (self.frozen_dtype is not None)
         parts += [f"each of {self.devices} devices, {self.strategy or 'ddp'}"] if self.devices > 1 else []
@@ -139,6 +152,7 @@ def settings_from_config(config: Any) -> PlanSettings:
         lora=model("lora"),
     )
     name = model("model_name_or_path", "")
+    check_recomputation(model("gradient_checkpointing", False))
     config_of_model, found = find_dimensions(name, model("trust_remote_code", False))
     return PlanSettings(
         name=name,

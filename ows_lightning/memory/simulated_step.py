@@ -16,6 +16,7 @@ from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import causal_lm, decoder_layers
 from ows_lightning.models.loss import next_token_loss
+from ows_lightning.models.pretrained import recomputing_blocks
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
@@ -112,7 +113,8 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
     with tracker:
         tracker.label("weights", [*model.parameters(), *model.buffers()])
         optimizer = method.optimizer(_param_groups(model, method))
-        _watch(model, optimizer, tracker, _block_spans(count, active), method.ours, work.host_memory)
+        spans = _block_spans(kinds(active, count - active, recomputing_blocks(model)))
+        _watch(model, optimizer, tracker, spans, method.ours, work.host_memory)
 
         in_blocks, others = may_train(model), outside_blocks(model, method.always_train)
 
@@ -194,14 +196,27 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _block_spans(count: int, active: int) -> list[str]:
+def kinds(active: int, frozen: int, recomputed: int) -> dict[str, int]:
+    """Returns how many blocks of each kind there are above the lowest one, from below.
+
+    Args:
+        active: How many blocks train: the lowest one and the highest ones.
+        frozen: How many do not, in between.
+        recomputed: How many, from below, recompute their activations.
+    """
+    above = max(0, recomputed - 1)
+    some, more = min(frozen, above), min(active - 1, max(0, above - frozen))
+    return {"frozen": some, "frozen, kept": frozen - some, "active": more, "active, kept": active - 1 - more}
+
+
+def _block_spans(kinds: dict[str, int]) -> list[str]:
     """Names each block by where it is among its like, which are alike in number whatever the depth.
 
-    The lowest block, the frozen ones above it and the active ones at the top are a group each. Memory rises or falls evenly
+    The lowest block and each of the `kinds` above it are a group. Memory rises or falls evenly
     within a group, so that its highest point is at an end: blocks in between need not be told apart.
     """
     names = ["lowest"]
-    for kind, size in (("frozen", count - active), ("active", active - 1)):
+    for kind, size in kinds.items():
         if size:
             names += [f"{kind}, first", *[BETWEEN] * (size - 2), f"{kind}, last"][-size:]
     return names

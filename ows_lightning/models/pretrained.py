@@ -22,7 +22,7 @@ import struct
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -204,12 +205,56 @@ def stop_at(model: PreTrainedModel, token: int) -> None:
         model.generation_config.eos_token_id = [*stops, token]
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Lets backward recompute the blocks' activations, though not those of frozen blocks below the active ones.
+Recomputation = bool | int | Literal["auto"]
+"""Which blocks recompute their activations in backward: all, none, or the first N. ``auto`` is all until a prediction of the
+memory has said how many."""
+
+
+def check_recomputation(setting: Recomputation) -> None:
+    """Refuses, with a UsageError, what is no such setting."""
+    if setting != "auto" and not (isinstance(setting, int) and setting >= 0):
+        raise UsageError(f"model.gradient_checkpointing: {setting} must be true, false, auto, or a number of blocks from 0 on")
+
+
+def recomputed_blocks(setting: Recomputation, count: int) -> int:
+    """Returns how many of a model's blocks a setting lets recompute."""
+    return count if setting is True or setting == "auto" else min(int(setting), count)
+
+
+def recomputing_blocks(model: nn.Module) -> int:
+    """Returns how many blocks of a model, or of peft's around one, recompute their activations as it is."""
+    whole = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return sum(getattr(layer, "gradient_checkpointing", whole) for layer in decoder_layers(model))
+
+
+def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True) -> None:
+    """Lets backward recompute activations of the first blocks, though not those of frozen blocks below the active ones.
+
+    The first ones, for these are the last that backward comes to: what the others kept is gone by then. And where the lowest
+    active block is a high one, few or none of them recompute. It may be called again, with another number.
+
+    Args:
+        model: The model.
+        setting: How many of its blocks.
 
     Raises:
-        UsageError: The model's class can't.
+        UsageError: The model's class can't, or not for some blocks alone.
     """
+    layers = decoder_layers(model)
+    number = recomputed_blocks(setting, len(layers))
+    if number:
+        _enable_checkpointing(model)
+    if 0 < number < len(layers) and not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
+        raise UsageError(
+            f"model.gradient_checkpointing: {type(model).__name__} recomputes all blocks or none; set it to true or false"
+        )
+    for part in layers[number:] if number else [model]:
+        for module in part.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise UsageError(
             f"model.gradient_checkpointing: {type(model).__name__} has none in transformers {transformers.__version__}; "

@@ -90,6 +90,7 @@ ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {}}
     [
         {"sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0]},
         {"sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0], "model__gradient_checkpointing": True},
+        {"sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0], "model__gradient_checkpointing": 3},
         {"sampling__distribution": [0.0, 0.0, 1.0, 1.0, 0.0], "trainer__accumulate_grad_batches": 2, "data__batch_size": 1},
         {
             "sampling__distribution": [0.0, 0.0, 1.0, 1.0, 0.0],
@@ -104,7 +105,7 @@ ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {}}
             "model__lora": {"r": 4, "target_modules": "all-linear"},
         },
     ],
-    ids=["sampled", "checkpointing", "accumulation", "embeddings", "galore", "full", "lora"],
+    ids=["sampled", "checkpointing", "checkpointing of some", "accumulation", "embeddings", "galore", "full", "lora"],
 )
 def test_flops_are_those_that_torch_counts(directory: Path, changes: dict[str, Any]) -> None:
     config = make_config(directory, model__attn_implementation="eager", **changes)

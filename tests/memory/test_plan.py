@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_
 from ows_lightning.memory.advice import advise
 from ows_lightning.memory.dimensions import find_dimensions, meta_model
 from ows_lightning.memory.fake_tensors import FakeOperators, materialize_
+from ows_lightning.memory.fewest_recomputed import fewest_recomputed
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, _extrapolate, follow, predict
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.memory.simulated_step import Workload, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
+from ows_lightning.models.pretrained import recomputed_blocks
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -140,6 +144,7 @@ FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path"
     [
         {},
         {"model__gradient_checkpointing": True},
+        {"model__gradient_checkpointing": 2},
         {"trainer__precision": "bf16-true"},
         {"trainer__precision": "bf16-mixed", "model__gradient_checkpointing": True},
         {"trainer__accumulate_grad_batches": 4},
@@ -245,13 +250,16 @@ class Counted:
     [
         ("ows", True, 8),
         ("ows", False, 1),
+        ("ows", 3, 8),
+        ("ows", 8, 1),
+        ("lisa", 5, 8),
         ("full", False, 8),
         ("full", True, 1),
         ("galore", True, 8),
         ("lisa", False, 8),
     ],
 )
-def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: bool, batch_size: int) -> None:
+def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: int, batch_size: int) -> None:
     config = make_config(directory, model__gradient_checkpointing=checkpointing, data__batch_size=batch_size)
     settings = settings_from_config(config)
     shape = copy.deepcopy(settings.model)
@@ -261,10 +269,33 @@ def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: boo
 
     def peak(alike: bool) -> int:
         how = METHODS[method](settings)
-        memory = _extrapolate(lambda a, f: follow(model, settings, how, a, f), active, total - active, alike)
+        recomputed = recomputed_blocks(checkpointing, total)
+        memory = _extrapolate(partial(follow, model, settings, how), active, total - active, recomputed, alike)
         return max(sum(sizes.values()) for sizes in memory.peaks.values())
 
     assert peak(alike=True) == pytest.approx(peak(alike=False), rel=1e-3)
+
+
+def test_more_recomputing_blocks_need_less_memory_and_more_compute(directory: Path) -> None:
+    numbers = [False, 1, 3, True]
+    plans = [plan_from_config(make_config(directory, model__gradient_checkpointing=number), ["ows"]) for number in numbers]
+    peaks = [planned.methods["ows"].peak_bytes for planned in plans]
+    flops = [planned.computes["ows"].flops_per_token for planned in plans]
+    assert peaks == sorted(peaks, reverse=True)
+    assert flops == sorted(flops)
+    assert len(set(peaks)) == len(set(flops)) == 4
+    assert ", checkpointing of 3 blocks" in plans[2].title
+
+
+def test_auto_recomputes_as_few_blocks_as_fit(directory: Path) -> None:
+    settings = settings_from_config(make_config(directory, model__gradient_checkpointing="auto"))
+    needs = [predict(replace(settings, gradient_checkpointing=number)).peak_bytes for number in range(6)]
+    assert [fewest_recomputed(settings, need) for need in needs] == [0, 1, 2, 3, 4, 5]
+    assert fewest_recomputed(settings, 0) == 5
+    assert predict(settings).peak_bytes == needs[5]  # all of them while it is not known on which card
+    planned = plan(settings, ["ows", "full"], card="RTX 3060")
+    assert planned.methods["ows"].peak_bytes == needs[0]
+    assert "model.gradient_checkpointing: auto on RTX 3060, blocks of 5 that recompute: ows 0, full 0" in planned.notes
 
 
 # ---------------------------------------------------------------------- Llama-2

@@ -1,0 +1,66 @@
+"""``model.gradient_checkpointing: auto``: as few blocks recompute as the device's memory allows."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ows_lightning.checkpoints.files import one_line
+from ows_lightning.memory.available import available_bytes
+from ows_lightning.memory.fewest_recomputed import fewest_recomputed
+from ows_lightning.memory.settings import settings_from_config
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import checkpoint_activations
+from ows_lightning.module import CausalLMModule
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.9
+"""Of the free memory. The rest is for what is not predicted: workspaces of kernels, fragmentation, and 5 % of error."""
+
+
+class AutoCheckpointing(Callback):
+    """Decides before training how many blocks recompute, where the module's ``gradient_checkpointing`` is ``auto``.
+
+    Whatever the number is, the run's results are the same, bit by bit: a resumed run may well decide otherwise.
+
+    Args:
+        config: The parsed config, from which the memory is predicted.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the number of blocks, the same on all processes; all of them where it can't be predicted."""
+        if not isinstance(pl_module, CausalLMModule) or pl_module.hparams["gradient_checkpointing"] != "auto":
+            return
+        count = len(decoder_layers(pl_module))
+        number = count
+        if trainer.is_global_zero:
+            try:
+                number, budget = self._fewest(trainer, pl_module)
+                log.info(
+                    "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)",
+                    number,
+                    count,
+                    budget / 1e9,
+                )
+            except Exception as error:  # whatever the model or a user's optimizer raises when it is followed
+                log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", one_line(error))
+        checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))
+
+    def _fewest(self, trainer: Trainer, module: CausalLMModule) -> tuple[int, float]:
+        device = module.device
+        available = available_bytes(device)
+        if available is None:
+            raise OSError(f"the free memory of {device} is not known")
+        if device.type == "cpu":  # its processes share it, and what is free lacks the weights that are there already
+            available = available // trainer.num_devices + sum(p.nbytes for p in module.parameters())
+        with torch.random.fork_rng(devices=[]):
+            settings = replace(settings_from_config(self.config), on_gpu=device.type == "cuda")
+            return fewest_recomputed(settings, SHARE * available), SHARE * available

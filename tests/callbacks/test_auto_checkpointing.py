@@ -1,0 +1,49 @@
+"""`model.gradient_checkpointing: auto` in a run: decided before it trains, and a line where it can't be."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
+from ows_lightning.models.pretrained import recomputing_blocks
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+from tests.data.samples import tiny_tokenizer
+from tests.tiny import tiny_batch, tiny_model
+
+TOO_MUCH = 10**7  # rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "recomputing", "said"),
+    [
+        (4, None, 0, "auto, 0 of 4 blocks recompute ("),
+        (TOO_MUCH, None, 4, "auto, 4 of 4 blocks recompute ("),
+        (4, "no/such-model", 4, "auto is true, the memory is not predicted ("),
+    ],
+    ids=["fits", "never fits", "not predicted"],
+)
+def test_auto_is_decided_before_the_run_trains(
+    rows: int, name: str | None, recomputing: int, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = {
+        "model": {"model_name_or_path": name or str(tmp_path), "optimizer": GaLoreAdamW, "gradient_checkpointing": "auto"},
+        "data": {"batch_size": rows, "max_seq_length": 12}, "trainer": {}, "sampling": None,
+    }  # fmt: skip
+    module = CausalLMModule(str(tmp_path), gradient_checkpointing="auto", rank=4, warmup_steps=0)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=1, logger=False, default_root_dir=tmp_path, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[AutoCheckpointing(config)],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([tiny_batch()], batch_size=None))
+    assert recomputing_blocks(module.language_model) == recomputing
+    assert module.hparams["gradient_checkpointing"] == "auto"
+    assert len([line for line in caplog.messages if line.startswith("model.gradient_checkpointing: " + said)]) == 1
