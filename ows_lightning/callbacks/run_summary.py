@@ -64,7 +64,6 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs which share of the weights trains at some time in the run, where the draws follow from the scores."""
-        self.trained = True
         sampling = _sampling(trainer)
         steps = trainer.estimated_stepping_batches
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
@@ -75,6 +74,10 @@ class RunSummary(Callback):
         layers = decoder_layers(pl_module)
         parameters = {*_always(pl_module, sampling), *(p for block in drawn for p in layers[block].parameters())}
         log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(layers), _share(parameters, pl_module))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes that something trains: a resumed run may have ended before."""
+        self.trained = True
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the figures from before the training, those of the first start where the run is resumed."""

@@ -19,6 +19,9 @@ SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 BASE = "base"
 """The key of a config file that names the one it stands on, by its path from this file or by the name of a shipped one."""
 
+# As jsonargparse: the two loaders differ in what they take for text.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 class ConfigFile(ActionConfigFile):
     """``--config``: a file or the name of a shipped one, preceded by the files that it stands on."""
@@ -111,9 +114,8 @@ def _read(path: Path) -> dict[str, Any]:
             f"config: {path} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
         ) from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_repeated_keys(node, path)
-        values = yaml.safe_load(text)
+        _refuse_repeated_keys(yaml.compose(text, Loader=_LOADER), path)
+        values = yaml.load(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise UsageError(f"config: {path} is not a YAML file: {' '.join(str(error).split())}") from error
     if values is None:
