@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -28,6 +30,8 @@ _LATE = {
 }
 """Settings that Lightning refuses in the midst of its set-up, and what a user can do about them."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
@@ -44,6 +48,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{text.rstrip('.')}{_install(text)}", 2
     if is_out_of_memory(error):
         return _out_of_memory(text, getattr(error, "__notes__", ())), 1
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f"'{error.filename}': " if error.filename else ""
+        return f"{where}{error.strerror}; free space or choose another folder", 1
     if "gloo/transport" in text or isinstance(error, _loaded("torch.distributed", "DistBackendError")):
         return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
     if isinstance(error, KeyboardInterrupt):
@@ -54,6 +61,12 @@ def explain(error: BaseException) -> tuple[str, int]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory, or the machine's, did not suffice."""
     return isinstance(error, _loaded("torch", "OutOfMemoryError")) or "can't allocate memory" in str(error)
+
+
+def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
+    """Returns the error of a folder that can't be made or written to, which the key names."""
+    mend = "free space or choose another folder" if error.errno in _FULL else "choose another folder"
+    return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {mend}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ows_lightning.callbacks.model_card import model_card
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, not_writable
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
@@ -27,7 +27,7 @@ class RunFolder(Callback):
         """Locks the folder.
 
         Raises:
-            UsageError: Another run that still lives writes to it.
+            UsageError: Another run that still lives writes to it, or it can't be made or written to.
         """
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if stage != "fit":
@@ -37,12 +37,14 @@ class RunFolder(Callback):
                 callback.folder = folder  # also where there is no logger
         if not trainer.is_global_zero:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
+        except OSError as error:  # Timeout is one
+            raise not_writable("trainer.default_root_dir", folder, error) from error
         _clear_away(folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ows_lightning.cli.words import Parser, add_generation_flags
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, not_writable
 
 
 def run(words: list[str]) -> None:
@@ -47,7 +47,7 @@ def run(words: list[str]) -> None:
             with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([["prompt", "base", "tuned"], *zip(prompts, *answers, strict=True)])
         except OSError as error:
-            raise UsageError(f"output: can't write to '{output}' ({error.strerror}); choose another folder") from error
+            raise not_writable("output", output, error) from error
         print(f"Written: {output / 'comparison.csv'}")
 
 

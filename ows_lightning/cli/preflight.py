@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, nearest
+from ows_lightning.errors import UsageError, nearest, not_writable
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -188,7 +188,7 @@ def check_writable(key: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(f"{key}: can't write to '{folder}' ({error.strerror}); choose another folder") from error
+        raise not_writable(key, folder, error) from error
 
 
 def check_checkpoint(checkpoint: ModelCheckpoint) -> None:

@@ -416,6 +416,19 @@ def test_run_folder_in_use(typed: Callable[[str], tuple[str, int]], world: Path)
     assert code == 2
 
 
+def test_a_run_folder_that_can_not_be_locked(typed: Callable[[str], tuple[str, int]], world: Path) -> None:
+    (world / "locked" / ".lock").mkdir(parents=True)
+    line, code = typed(fit("--trainer.logger false --trainer.default_root_dir locked"))
+    assert line == "trainer.default_root_dir: can't write to 'locked' (Is a directory); choose another folder"
+    assert code == 2
+
+
+def test_a_full_disk() -> None:
+    with pytest.raises(OSError, match="No space left") as full:
+        Path("/dev/full").write_text("a config")
+    assert explain(full.value) == ("No space left on device; free space or choose another folder", 1)
+
+
 def test_missing_peft(typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     line, code = typed(fit("--config adamw.yaml --model.lora.r 4"))
