@@ -30,11 +30,12 @@ from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.cli.commands import OWSTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.numbers import check_numbers, check_rate
-from ows_lightning.cli.parser import OneLineParser
+from ows_lightning.cli.parser import OneLineParser, import_class
 from ows_lightning.cli.preflight import check_run
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.requirements import require_layerwise
 
@@ -88,10 +89,7 @@ class OWSCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "model": {
-                    "class_path": f"{CausalLMModule.__module__}.{CausalLMModule.__name__}",
-                    "init_args": {"optimizer": {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": 3e-4}}},
-                },
+                "model": default_model({"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": 3e-4}}),
                 "data": {"class_path": f"{InstructionDataModule.__module__}.{InstructionDataModule.__name__}"},
                 "checkpoint.save_last": True,
             }
@@ -107,6 +105,9 @@ class OWSCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the arguments, and checks what the parser lets pass."""
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            self._start_from_named_classes(parser, words)
         super().parse_arguments(parser, args)
         config = self.config.get(str(self.config.get("subcommand")), self.config)
         for section in ("trainer", "checkpoint"):
@@ -121,6 +122,22 @@ class OWSCLI(LightningCLI):
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
                 data[key] = shipped_data(data[key])
+
+    def _start_from_named_classes(self, parser: LightningArgumentParser, words: list[str]) -> None:
+        """Where another module or optimizer is named than the default one, begins with its own arguments.
+
+        The parser lets a class inherit from the one before it what has the same name: AdamW the rate of GaLoreAdamW.
+        """
+        asked = parser.parse_args([word for word in words if not word.startswith("--print_config")])
+        command = asked.get("subcommand")
+        model = asked.get(str(command), asked)["model"] or {}
+        optimizer = model.get("init_args", {}).get("optimizer")
+        named = optimizer.get("class_path") if isinstance(optimizer, Namespace) else None
+        kind = import_class(model["class_path"]) if model else None
+        if isinstance(kind, type) and not issubclass(kind, CausalLMModule):
+            self._parser(command).set_defaults({"model": {"class_path": model["class_path"]}})
+        elif named is not None and import_class(named) is not GaLoreAdamW:
+            self._parser(command).set_defaults({"model": default_model({"class_path": named})})
 
     def instantiate_classes(self) -> None:
         """Makes model, data and Trainer; a plan needs none of them."""
@@ -192,6 +209,12 @@ class OWSCLI(LightningCLI):
             raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
         if path is None:
             log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
+
+
+def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Returns the section ``model`` as it is where a user says nothing, with an optimizer."""
+    path = f"{CausalLMModule.__module__}.{CausalLMModule.__name__}"
+    return {"class_path": path, "init_args": {"optimizer": optimizer}}
 
 
 def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:

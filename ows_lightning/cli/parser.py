@@ -72,10 +72,10 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
             owner = SECTIONS.get(".".join(keys), owner)
         key = ".".join(keys)
         if found := re.match(r"Problem with given class_path '(.+)':", line):
-            owner = _import(found[1])
+            owner = import_class(found[1])
         if found := re.search(r"Option '(.+?)' is not accepted", line):
             if named := re.search(r"class_path='(.+?)'", line):
-                owner = _import(named[1])
+                owner = import_class(named[1])
             return _unknown(f"{key}.{found[1]}", [f"{key}.{name}" for name in _arguments(owner)], parser)
         if found := re.search(r"does not accept option '(.+?)'", line):
             return _unknown(found[1].replace(".init_args.", "."), (), parser)
@@ -148,7 +148,8 @@ def _arguments(kind: Any) -> list[str]:
     return [] if kind is None else [name for name in inspect.signature(kind).parameters if name not in ("args", "kwargs")]
 
 
-def _import(path: str) -> Any:
+def import_class(path: str) -> Any:
+    """Returns what a full path names, or None."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from safetensors.torch import load_file
@@ -285,6 +286,8 @@ def test_classes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     arguments += " --sampling.activated_layers 1 --sampling.interval_steps 2 --trainer.max_steps 4 --trainer.accelerator cpu"
     main([*arguments.split(), "--trainer.enable_progress_bar", "false"])
     assert Path("runs/version_0/sampling_history.csv").read_text().count("\n") == 3
+    model = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())["model"]
+    assert model["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"  # the module's own default
 
 
 def test_start_is_quiet(config: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from ows_lightning.cli.config_files import find_config, lineage, shipped_configs
 from ows_lightning.cli.main import main
@@ -77,3 +80,19 @@ def test_a_file_that_would_be_misread_is_refused(text: str, error: str) -> None:
 def test_what_is_no_config_file(name: str, error: str) -> None:
     with pytest.raises(UsageError, match=error):
         lineage(name)
+
+
+def test_another_optimizer_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    def settings(*words: str) -> dict[str, float]:
+        with pytest.raises(SystemExit) as exit:
+            main(["fit", "--model.model_name_or_path=x", "--data.dataset=y", *words, "--print_config"])
+        assert exit.value.code == 0
+        optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
+        return {key: optimizer["init_args"][key] for key in ("lr", "weight_decay")}
+
+    own = {name: parameter.default for name, parameter in inspect.signature(torch.optim.AdamW).parameters.items()}
+    adamw = {key: own[key] for key in ("lr", "weight_decay")}
+    assert settings() == {"lr": 3e-4, "weight_decay": 0.0}
+    assert settings("--model.optimizer.lr=1e-2") == {"lr": 1e-2, "weight_decay": 0.0}
+    assert settings("--model.optimizer=torch.optim.AdamW") == adamw
+    assert settings("--model.optimizer=AdamW", "--model.optimizer.lr=1e-5") == {**adamw, "lr": 1e-5}
