@@ -6,6 +6,7 @@ base class calls them (``tests/test_compat.py`` lists those). Needs torch alone;
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,16 @@ def persistent_buffers(module: nn.Module) -> list[str]:
 def attention_of(config: Any) -> str | None:
     """The attention that transformers took for a model (``sdpa``, ``eager``, ...). It has no public name."""
     return getattr(config, "_attn_implementation", None)
+
+
+def as_if_made_here(model: Any) -> Any:
+    """The transformers model, sharing all of its weights, with names in files that don't depend on the files that it came from.
+
+    Without that, ``revert_weight_conversion`` gives back the names of those. When it is gone: compare with ``state_dict``.
+    """
+    plain = copy.copy(model)
+    plain._weight_conversions = None
+    return plain
 
 
 def fingerprint(dataset: Any) -> str:

@@ -98,7 +98,8 @@ def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for entry in ("configs", "examples", "benchmarks"):
         (folder / entry).symlink_to(ROOT / entry)
     tokenizer = tiny_tokenizer()
-    model = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=10, hidden_size=16, intermediate_size=32)
+    size = {"num_hidden_layers": 10, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 512}
+    model = tiny_model("llama", vocab_size=len(tokenizer), **size)
     model.save_pretrained(folder / "my-model")
     tokenizer.save_pretrained(folder / "my-model")
     rows = [{"instruction": f"is {i} even?", "output": "no" if i % 2 else "yes"} for i in range(80)]
@@ -128,6 +129,8 @@ def run(args: list[str]) -> None:
     """Runs a command of main.py, made small where it needs a model."""
     if args[0] in OF_A_CONFIG and args[0] != "plan":
         args = [*args, *smaller(args)]
+    elif args[0] == "apply-delta":
+        args = ["my-model" if word.startswith("package://") else word for word in args]
     main(args)
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ows_lightning.checkpoints.files import one_line
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import is_out_of_memory
+from ows_lightning.errors import UsageError, is_out_of_memory
 from ows_lightning.memory.available import available_bytes
 from ows_lightning.memory.prediction import predict
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.pretrained import recomputing_blocks
+from ows_lightning.models.delta import Sizes, megabytes, trained_bytes
+from ows_lightning.models.pretrained import load_config, recomputing_blocks
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import outside_blocks
@@ -102,6 +103,11 @@ class RunSummary(Callback):
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
         if after := _held_out(trainer):
             log.info("After training: held-out %s", _figures(after, self.before))
+        if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, _sampling(trainer))) is not None:
+            whole, delta, share = megabytes(sizes.model), megabytes(sizes.delta), sizes.delta / sizes.model
+            log.info(
+                "The model has %s; of these a delta (export --delta) takes at most %s (%.0f%%)", whole, delta, 100 * share
+            )
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         quoted = shlex.quote(str(folder))
         log.info(
@@ -199,6 +205,24 @@ def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
         f"{text}; at a time {what}: {_short(count)} weights ({count / whole:.1%}); "
         f"new blocks every {sampling.interval_steps} steps"
     )
+
+
+def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes | None:
+    """The most that a delta takes, from what ever trained; None where the base's vocabulary can't be looked up."""
+    model, layers = module.language_model, decoder_layers(module)
+    if sampling is None:
+        trained = [p for p in module.parameters() if p.requires_grad]
+    else:
+        drawn = {block for _, _, blocks in sampling.history for block in blocks}
+        trained = [*_always(module, sampling), *(p for block in drawn for p in layers[block].parameters())]
+    try:
+        base = load_config(module.hparams["model_name_or_path"], module.hparams["trust_remote_code"])
+    except UsageError:  # it is no longer there
+        return None
+    if base.get_text_config().vocab_size != model.config.get_text_config().vocab_size:  # rows were added
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            trained += part.parameters() if part is not None else ()
+    return trained_bytes(module.model, trained)
 
 
 def _always(module: LightningModule, sampling: LayerwiseSampling) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ _HELP = "/reset forgets the conversation, /system TEXT also sets the system's me
 def run(words: list[str]) -> None:
     """Loads the model, and answers line after line."""
     parser = Parser("chat", f"Talk to a model. A line is a message; {_HELP}.")
-    parser.add_argument("--model", required=True, help="A directory, hub name, .gguf file, run's folder or checkpoint in it")
+    parser.add_argument("--model", required=True, help="A directory, hub name, .gguf file, delta, run's folder or checkpoint")
     add_generation_flags(parser)
     given = parser.parse_args(words)
     from ows_lightning.cli.conversation import load

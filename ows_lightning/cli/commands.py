@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
@@ -24,8 +26,9 @@ from ows_lightning.errors import UsageError
 from ows_lightning.memory import plan_from_config, plot_plan, write_config_for_card
 from ows_lightning.metrics.lm_eval import run_tasks
 from ows_lightning.models.causal_lm import CausalLM
-from ows_lightning.models.export import save_huggingface
-from ows_lightning.module import CausalLMModule
+from ows_lightning.models.delta import Sizes, write_delta
+from ows_lightning.models.export import check_replaceable, save_huggingface
+from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.report.plots import plot_scores
 from ows_lightning.report.run import RunRecord
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -170,6 +173,7 @@ class OWSTrainer(Trainer):
         ckpt_path: Path,
         output: Path = Path("model"),
         push_to_hub: str | None = None,
+        delta: bool = False,
     ) -> None:
         """Write a checkpoint's model as a Hugging Face directory.
 
@@ -179,6 +183,7 @@ class OWSTrainer(Trainer):
             ckpt_path: The checkpoint.
             output: The directory to write.
             push_to_hub: Upload the directory to the hub under this name, ``owner/name``, too.
+            delta: Write only the tensors that differ from the base model; `apply-delta` makes the model of both.
         """
         if not isinstance(model, CausalLMModule):
             raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
@@ -186,10 +191,23 @@ class OWSTrainer(Trainer):
         model.trainer = self  # which knows the precision
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
         read(ckpt_path, lambda path: load_weights(model, path))
-        save_huggingface(model.model, model.tokenizer, output, model_card(model, ckpt_path.absolute().parent.parent))
-        print(f"Written: {output}")
+        card = model_card(model, ckpt_path.absolute().parent.parent)
+        if delta:
+            print(f"Written: {output} ({self._export_delta(model, output, card)})")
+        else:
+            save_huggingface(model.model, model.tokenizer, output, card)
+            print(f"Written: {output}")
         if push_to_hub is not None:
             print(f"Uploaded: {upload(output, push_to_hub)}")
+
+    def _export_delta(self, module: CausalLMModule, output: Path, card: str) -> Sizes:
+        """Writes the whole model beside the output for as long as it takes to compare it with the base."""
+        check_replaceable(output.absolute())
+        name, trusts = module.hparams["model_name_or_path"], module.hparams["trust_remote_code"]
+        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export-") as folder:
+            save_huggingface(module.model, module.tokenizer, whole := Path(folder, "model"), card)
+            module.causal_lm = None  # the base takes its place in memory
+            return write_delta(whole, output, name, DTYPES.get(str(self.precision), torch.float32), trusts)
 
     def _prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Connects model and data to this Trainer and loads the weights, without running a loop."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from ows_lightning.data.masking import with_chat_template
 from ows_lightning.errors import UsageError
 from ows_lightning.models.pretrained import load_model, load_tokenizer
+from ows_lightning.models.source import DELTA_FILE, check_model_name
 
 
 class Conversation:
@@ -100,7 +101,7 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
     """Loads a model to talk to.
 
     Args:
-        name: What ``model.model_name_or_path`` takes, a run's folder, or a checkpoint in one.
+        name: What ``model.model_name_or_path`` takes, a run's folder, a checkpoint in one, or a delta.
         given: The flags of `words.add_generation_flags`.
 
     Raises:
@@ -125,10 +126,12 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
 
 
 def _directory(name: str, folder: Path) -> str:
-    """What `load_model` takes; of a checkpoint, the model that it exports into a folder."""
+    """What `load_model` takes; of a checkpoint or a delta, the model that it makes in a folder."""
     path = Path(name).expanduser()
     if (path / "model" / "config.json").is_file():
         return str(path / "model")
+    if (path / DELTA_FILE).is_file():
+        return _restored(path, folder / "model")
     if path.suffix != ".ckpt":
         return name
     config = path.absolute().parent.parent / "config.yaml"
@@ -142,3 +145,17 @@ def _directory(name: str, folder: Path) -> str:
     with contextlib.redirect_stdout(sys.stderr):  # answers alone go to standard output
         OWSCLI([*command, "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"])
     return str(folder / "model")
+
+
+def _restored(delta: Path, directory: Path) -> str:
+    """The directory of a delta's model, made with the base that the delta names."""
+    from ows_lightning.models.delta import Delta, apply_delta
+
+    base = Delta(delta).base
+    try:
+        check_model_name(base)
+    except UsageError as error:
+        mend = f"make the model with `main.py apply-delta BASE {delta}`, and give that"
+        raise UsageError(f"model: the base of '{delta}', '{base}', is not at hand; {mend}") from error
+    apply_delta(base, delta, directory)
+    return str(directory)

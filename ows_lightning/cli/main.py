@@ -27,6 +27,7 @@ OF_A_CONFIG = {
 OF_THEIR_OWN = {
     "chat": ("ows_lightning.cli.chat", "Talk to a model, in the terminal or through a pipe"),
     "compare": ("ows_lightning.cli.compare", "Answer the same prompts by the base and the tuned model, side by side"),
+    "apply-delta": ("ows_lightning.cli.apply_delta", "Make the model of a base and the delta that `export --delta` wrote"),
     "report": ("ows_lightning.cli.report", "Draw one run or compare several, from their folders; --watch while one goes on"),
     "configs": ("ows_lightning.cli.config_files", "List the config files that come with this package"),
 }

@@ -29,14 +29,15 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.source import DELTA_FILE
 
 log = logging.getLogger(__name__)
 
-_SHARD_BYTES = 2 * 10**9
+SHARD_BYTES = 2 * 10**9
 _WEIGHTS = "model.safetensors"
 # Names of files in a Hugging Face model directory; nothing else is ever replaced or removed.
-_MODEL_FILES = (
-    "README.md", "LICENSE*", ".gitattributes", "*.safetensors", "*.safetensors.index.json", "*config.json",
+MODEL_FILES = (
+    DELTA_FILE, "README.md", "LICENSE*", ".gitattributes", "*.safetensors", "*.safetensors.index.json", "*config.json",
     "*token*.json", "*.jinja", "vocab.json", "vocab.txt", "merges.txt", "*.model",
     "configuration_*.py", "modeling_*.py", "tokenization_*.py",
 )  # fmt: skip
@@ -84,7 +85,7 @@ def save_huggingface(
         RunError: The files can't be written, e.g. because the disk is full, or the weights are no numbers.
     """
     target = Path(directory).expanduser().absolute()
-    _check_replaceable(target)
+    check_replaceable(target)
     _check_finite(model)
     base: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment,operator]
     for module in model.modules():
@@ -105,11 +106,11 @@ def save_huggingface(
         if sharded or _is_peft(model):
             _save_one_by_one(base, partial, writes)
         elif writes:
-            base.save_pretrained(partial, max_shard_size=_SHARD_BYTES)
+            base.save_pretrained(partial, max_shard_size=SHARD_BYTES)
         if writes:
             for file in partial.glob("*.safetensors"):  # safetensors gives them to their owner alone
                 file.chmod((partial / "config.json").stat().st_mode)
-            _replace(target, partial)
+            replace_directory(target, partial)
     except (OSError, SafetensorError) as error:
         raise RunError(f"can't write the model to {str(directory)!r} ({error}); free space or choose another") from error
     finally:
@@ -136,18 +137,19 @@ def _check_finite(model: nn.Module) -> None:
         )
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """Refuses, with a UsageError, a target that holds something else than a model or a delta."""
     if not target.exists():
         return
     if not target.is_dir():
         raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")
-    foreign = [path.name for path in target.iterdir() if path.is_dir() or not any(map(path.match, _MODEL_FILES))]
+    foreign = [path.name for path in target.iterdir() if path.is_dir() or not any(map(path.match, MODEL_FILES))]
     if foreign or (any(target.iterdir()) and not (target / "config.json").is_file()):
         what = f"holds {foreign[0]!r}, which is no part of a model" if foreign else "holds something else than a model"
         raise UsageError(f"{str(target)!r} {what}, and would be replaced; give a new directory")
 
 
-def _replace(target: Path, partial: Path) -> None:
+def replace_directory(target: Path, partial: Path) -> None:
     """Puts the finished directory in the target's place, so that there's a whole one at any time."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -183,7 +185,7 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
     """Writes a sharded or peft-wrapped model with no more than one shard of it copied at any time."""
     weights: dict[tuple[int, ...], _Weight] = {}
-    for weight in _plain_weights(model):
+    for weight in plain_weights(model):
         weights.setdefault(weight.source, weight)  # a tied weight once, under its first name
     kept_apart = {weight.name for weight in weights.values()} & model.all_tied_weights_keys.keys()
     if writes:
@@ -209,7 +211,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
             # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor.
             for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items():
                 size = value.numel() * value.element_size()
-                if pending and sum(v.numel() * v.element_size() for v in pending.values()) + size > _SHARD_BYTES:
+                if pending and sum(v.numel() * v.element_size() for v in pending.values()) + size > SHARD_BYTES:
                     flush()
                 pending[name] = value.to("cpu", copy=True).contiguous()
                 total += size
@@ -231,20 +233,20 @@ def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> 
     (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _plain_weights(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:
+def plain_weights(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:
     """Yields the weights under the names that they have without peft, in the same order on every rank."""
     if hasattr(module, "base_layer"):  # a layer with an adapter; with several, one lies in the other
-        yield from _plain_weights(module.base_layer, prefix, (*adapters, module))
+        yield from plain_weights(module.base_layer, prefix, (*adapters, module))
     elif hasattr(module, "token_adapter"):  # embeddings with a few trained rows
-        yield from _plain_weights(module.token_adapter, prefix)
+        yield from plain_weights(module.token_adapter, prefix)
     elif hasattr(module, "modules_to_save"):  # a module that is trained as a whole
         active = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module.original_module
-        yield from _plain_weights(active, prefix)
+        yield from plain_weights(active, prefix)
     else:
         attributes = [*own_parameters(module), *persistent_buffers(module)]
         yield from (_Weight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
         for name, child in module.named_children():
-            yield from _plain_weights(child, f"{prefix}{name}.")
+            yield from plain_weights(child, f"{prefix}{name}.")
 
 
 @contextlib.contextmanager

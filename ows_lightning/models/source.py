@@ -23,6 +23,8 @@ from ows_lightning.errors import UsageError
 
 MODEL_KEY = "model.model_name_or_path"
 PACKAGE_SCHEME = "package://"
+DELTA_FILE = "delta.json"
+"""What makes a directory a delta, see ``models/delta.py``."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -143,6 +145,8 @@ def _check_files(name: str, files: Collection[str]) -> None:
     """Refuses what is not a model with safetensors, by the names of its files."""
     if "adapter_config.json" in files:
         raise UsageError(f"{MODEL_KEY}: {name!r} is a peft adapter; merge it into its base model and give the result")
+    if DELTA_FILE in files:
+        raise UsageError(f"{MODEL_KEY}: {name!r} is a delta; `main.py apply-delta BASE {name}` makes a model of it")
     if "config.json" not in files:
         ggufs = sorted(file for file in files if file.endswith(".gguf"))
         mend = f"for a GGUF model give the file's path, .../{ggufs[0]}" if ggufs else "give a model's own directory"

@@ -192,7 +192,7 @@ def test_a_failed_export_leaves_the_earlier_model(tmp_path: Path, reload: Callab
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path, reload: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 50_000)
     model = tiny_model("llama")
     save_huggingface(model, tiny_tokenizer(), tmp_path / "whole")
     (tmp_path / "streamed").mkdir()

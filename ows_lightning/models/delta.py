@@ -1,0 +1,339 @@
+"""A delta: the tensors in which an exported model differs from the model that it was made from.
+
+Its directory holds ``delta.json``, the tensors that differ as ``delta-*.safetensors``, and all other files of the export.
+``delta.json`` has the base's name, the dtype that it is loaded in, a SHA-256 of all its weights, and the layout of the
+export: its files, and in each the names and SHA-256 of its tensors. A tensor's SHA-256 is over its name, dtype, shape and
+bytes; that of the whole base is over those of its tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ows_lightning.compat import as_if_made_here
+from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, check_replaceable, plain_weights, replace_directory
+from ows_lightning.models.pretrained import load_model
+from ows_lightning.models.source import DELTA_FILE
+
+log = logging.getLogger(__name__)
+
+
+class Sizes(NamedTuple):
+    """How much a delta takes, and the model that it stands for, in bytes of their tensors."""
+
+    delta: int
+    model: int
+
+    def __str__(self) -> str:
+        share = self.delta / max(self.model, 1)
+        return f"{megabytes(self.delta)}, {share:.1%} of the model's {megabytes(self.model)}"
+
+
+def megabytes(count: int) -> str:
+    """Returns a number of bytes in MB, with a digit behind the point where it is small."""
+    return f"{count / 1e6:,.{0 if count >= 1e8 else 1 if count >= 1e6 else 3}f} MB"
+
+
+class Delta:
+    """A delta's directory, checked: all is there, and every tensor is as it was written.
+
+    Args:
+        directory: The directory.
+
+    Attributes:
+        base: The base model's name, without folders of the machine that wrote it.
+        dtype: The dtype that the base is loaded in.
+        files: The export's files of weights, and in each the SHA-256 of each tensor by its name.
+        places: The file of each tensor that differs from the base.
+
+    Raises:
+        UsageError: It is no delta, or damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory).expanduser()
+        if not (self.directory / DELTA_FILE).is_file():
+            raise UsageError(f"delta: {str(directory)!r} is no delta (it has no {DELTA_FILE}); `export --delta` writes one")
+        try:
+            about = json.loads((self.directory / DELTA_FILE).read_text(encoding="utf-8"))
+            self.base, self._base_hash = str(about["base"]), str(about["base_sha256"])
+            self.dtype: torch.dtype = getattr(torch, about["dtype"])
+            self.files: dict[str, dict[str, str]] = about["files"]
+            self.hashes = {name: value for tensors in self.files.values() for name, value in tensors.items()}
+            self.places = {name: path for path in sorted(self.directory.glob("delta-*.safetensors")) for name in _names(path)}
+            whole = len(self.places) == about["tensors"] and all(Path(file).name == file for file in self.files)
+            if not whole or any(_hash(name, self.read(name)) != self.hashes.get(name) for name in self.places):
+                raise ValueError("tensors have changed since it was written, or are missing")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise UsageError(f"delta: {str(directory)!r} is damaged ({error}); copy or export it again") from error
+
+    def read(self, name: str) -> Tensor:
+        """Reads one of the tensors that differ."""
+        with safe_open(self.places[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Compares a model with the base, bit for bit.
+
+        Raises:
+            UsageError: It is another one, or loaded in another dtype.
+        """
+        if model.dtype != self.dtype:
+            raise UsageError(f"delta: the base is in {model.dtype}, and the delta was made in {self.dtype}; load it in that")
+        hashes = {name: _hash(name, tensor) for name, tensor in _tensors(model)}
+        lacks = any(hashes.get(name) != value for name, value in self.hashes.items() if name not in self.places)
+        if _hash_of_all(hashes) != self._base_hash or lacks:
+            raise UsageError(f"delta: this base is not the one that {str(self.directory)!r} was made from; give {self.base!r}")
+
+    def sizes(self, model: Mapping[str, Tensor]) -> Sizes:
+        """Returns the sizes of the delta and of the restored model, given the base's tensors."""
+        changed = sum(_bytes(self.read(name)) for name in self.places)
+        return Sizes(changed, changed + sum(_bytes(model[name]) for name in self.hashes if name not in self.places))
+
+
+def write_delta(
+    export: Path,
+    directory: str | os.PathLike[str],
+    base: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> Sizes:
+    """Writes what of an exported model differs from its base. One of the two is in memory, a tensor of the other at a time.
+
+    Args:
+        export: A directory that `save_huggingface` wrote.
+        directory: Where to write the delta; a model or a delta that is there is replaced.
+        base: What `load_model` takes.
+        dtype: The dtype that the run loaded the base in.
+        trust_remote_code: Run Python code that comes with the base.
+
+    Returns:
+        The sizes of both.
+
+    Raises:
+        UsageError: The directory holds something else than a model.
+        RunError: The files can't be written.
+    """
+    target = Path(directory).expanduser().absolute()
+    check_replaceable(target)
+    before = {name: _hash(name, tensor) for name, tensor in _tensors(load_model(base, dtype, None, trust_remote_code))}
+    files: dict[str, dict[str, str]] = {}
+    model_bytes = delta_bytes = tensors = 0
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        _copy_all_but_weights(export, partial)
+        shards = _Shards(partial)
+        for path in sorted(export.glob("*.safetensors")):
+            files[path.name] = {}
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                    tensor = file.get_tensor(name)
+                    value = files[path.name][name] = _hash(name, tensor)
+                    model_bytes += _bytes(tensor)
+                    if value != before.get(name):
+                        shards.add(name, tensor)
+                        delta_bytes += _bytes(tensor)
+                        tensors += 1
+        shards.flush()
+        about = {
+            "base": name_without_folders(base),
+            "base_sha256": _hash_of_all(before),
+            "dtype": str(dtype).removeprefix("torch."),
+            "tensors": tensors,
+            "files": files,
+        }
+        (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        replace_directory(target, partial)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"can't write the delta to {str(directory)!r} ({error}); free space or choose another") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Sizes(delta_bytes, model_bytes)
+
+
+def apply_delta(
+    base: str, delta: str | os.PathLike[str], directory: str | os.PathLike[str], trust_remote_code: bool = False
+) -> Sizes:
+    """Writes the model that a delta was made of: the same files, with the same bytes, as `save_huggingface` wrote.
+
+    Args:
+        base: What `load_model` takes.
+        delta: The delta's directory.
+        directory: Where to write; a model that is there is replaced.
+        trust_remote_code: Run Python code that comes with the base.
+
+    Returns:
+        The sizes of both.
+
+    Raises:
+        UsageError: It is another base, the delta is none or damaged, or the directory holds something else than a model.
+        RunError: The files can't be written.
+    """
+    target = Path(directory).expanduser().absolute()
+    check_replaceable(target)
+    change = Delta(delta)
+    model = load_model(base, change.dtype, None, trust_remote_code)
+    change.check_base(model)
+    of_base = dict(_tensors(model))
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        _copy_all_but_weights(change.directory, partial)
+        for file, names in change.files.items():
+            tensors = {name: change.read(name) if name in change.places else of_base[name].clone() for name in names}
+            _save(tensors, partial / file)
+        replace_directory(target, partial)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"can't write the model to {str(directory)!r} ({error}); free space or choose another") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return change.sizes(of_base)
+
+
+@torch.no_grad()
+def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
+    """Makes a base model, in place, the one that a delta was made of, bit for bit.
+
+    Embeddings get the delta's rows, and a head that was trained apart from them is parted. On an error the model is as before.
+
+    Args:
+        model: The base, in the dtype that the run loaded it in, as `load_model` or `from_pretrained` gives it.
+        path: The delta's directory.
+
+    Returns:
+        The sizes of both.
+
+    Raises:
+        UsageError: The model is not the delta's base, or the delta is none or damaged.
+    """
+    change = Delta(path)
+    change.check_base(model)
+    sizes = change.sizes(dict(_tensors(model)))
+    config = type(model.config).from_pretrained(change.directory)
+    if (rows := config.get_text_config().vocab_size) != model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if head is not None and not config.tie_word_embeddings and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.clone())
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+    plain = as_if_made_here(model)
+    for name, weight in _once(model):
+        pieces = revert_weight_conversion(plain, {name: weight})
+        changed = [piece for piece in pieces if piece in change.places]
+        # The delta names tensors as files do. Where the model holds several of them as one, this finds each one's elements.
+        numbers = torch.arange(weight.numel()).view(weight.shape) if changed and list(pieces) != [name] else None
+        indices = {} if numbers is None else revert_weight_conversion(plain, {name: numbers})
+        for piece in changed:
+            value = change.read(piece).to(weight.device)
+            if piece in indices:
+                weight.view(-1)[indices[piece].reshape(-1).to(weight.device)] = value.reshape(-1)
+            else:
+                weight.copy_(value)
+    if (change.directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(change.directory)
+    log.info("The delta has %s.", sizes)
+    return sizes
+
+
+def name_without_folders(name: str) -> str:
+    """A model's name as others may know it: of a local directory or file, the last part."""
+    return Path(name).expanduser().absolute().name if Path(name).expanduser().exists() else name
+
+
+def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
+    """The most that a delta can take, from what was trained: nothing is compared or loaded.
+
+    Args:
+        model: A causal LM, or a peft model around one; a matrix with an adapter counts as trained.
+        trained: The parameters that required a gradient at any time.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    ever = set(trained)
+    weights = {weight.source: weight for weight in plain_weights(base)}  # a tied weight once
+    pairs = [(getattr(weight.module, weight.attribute), weight.adapters) for weight in weights.values()]
+    ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
+    changed = [tensor for tensor, _ in pairs if tensor in ever]
+    return Sizes(sum(map(_bytes, changed)), sum(_bytes(tensor) for tensor, _ in pairs))
+
+
+class _Shards:
+    """Writes tensors into ``delta-00001.safetensors`` and so on, each of about `SHARD_BYTES`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.count = directory, 0
+        self._pending: dict[str, Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and sum(map(_bytes, self._pending.values())) + _bytes(tensor) > SHARD_BYTES:
+            self.flush()
+        self._pending[name] = tensor
+
+    def flush(self) -> None:
+        self.count += 1
+        _save(self._pending, self.directory / f"delta-{self.count:05d}.safetensors")
+        self._pending.clear()
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod((path.parent / "config.json").stat().st_mode)  # safetensors gives it to its owner alone
+
+
+def _copy_all_but_weights(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        wanted = any(map(path.match, MODEL_FILES)) and path.suffix != ".safetensors" and path.name != DELTA_FILE
+        if wanted and path.is_file() and not path.is_symlink():
+            shutil.copy(path, target)
+
+
+def _once(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights, tied ones under their first name."""
+    seen = set()
+    for weight in plain_weights(model):
+        if weight.source not in seen:
+            seen.add(weight.source)
+            yield weight.name, getattr(weight.module, weight.attribute).detach()
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors under the names, and in the form, that files have them in."""
+    plain = as_if_made_here(model)
+    for name, weight in _once(model):
+        yield from revert_weight_conversion(plain, {name: weight}).items()
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _hash(name: str, tensor: Tensor) -> str:
+    value = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    value.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return value.hexdigest()
+
+
+def _hash_of_all(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()

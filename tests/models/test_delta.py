@@ -1,0 +1,231 @@
+"""A delta and its base make the model again, to the bit, and nothing else does."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ows_lightning.cli.main import main
+from ows_lightning.errors import UsageError
+from ows_lightning.models import delta, export
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.delta import Sizes, apply_delta, load_delta, trained_bytes, write_delta
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.pretrained import load_model, load_tokenizer, resize_embeddings
+from tests.cli.test_cli import config, run  # noqa: F401
+from tests.data.samples import tiny_tokenizer
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def train(model: PreTrainedModel, *blocks: int) -> None:
+    """Changes some blocks, as training does."""
+    layers = decoder_layers(model)
+    with torch.no_grad():
+        for block in blocks:
+            for parameter in layers[block].parameters():
+                parameter += 0.25
+
+
+def make_delta(base: Path, change: Callable[[PreTrainedModel], nn.Module | None], dtype: torch.dtype = torch.float32) -> Sizes:
+    """Exports the changed base as ``whole`` and as ``delta``, beside the base."""
+    model, tokenizer = load_model(str(base), dtype), load_tokenizer(str(base))
+    changed = change(model)
+    save_huggingface(model if changed is None else changed, tokenizer, base.parent / "whole", card="# Tuned\n")
+    return write_delta(base.parent / "whole", base.parent / "delta", str(base), dtype)
+
+
+def check_restored(base: Path, dtype: torch.dtype = torch.float32) -> None:
+    """The delta's files are the export's, and the model in memory is that which the export loads as."""
+    folder = base.parent
+    apply_delta(str(base), folder / "delta", folder / "again")
+    assert contents(folder / "again") == contents(folder / "whole")
+    model, expected = load_model(str(base), dtype), load_model(str(folder / "whole"), dtype)
+    load_delta(model, folder / "delta")
+    assert tensors(model).keys() == tensors(expected).keys()
+    assert all(torch.equal(value, tensors(expected)[name]) for name, value in tensors(model).items())
+    tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (model, expected)]
+    assert tied[0] == tied[1]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_what_trained_is_kept(model_dir: Callable[..., Path], tied: bool, dtype: torch.dtype) -> None:
+    base = model_dir(tie_word_embeddings=tied)
+    sizes = make_delta(base, lambda model: train(model, 1), dtype)
+    kept = load_file(base.parent / "delta" / "delta-00001.safetensors")
+    assert kept
+    assert all(".layers.1." in name for name in kept)
+    assert sizes.delta == sum(value.nbytes for value in kept.values()) < sizes.model / 3
+    check_restored(base, dtype)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "qwen3_moe", "gemma2"])
+def test_other_architectures(architecture: str, model_dir: Callable[..., Path]) -> None:
+    base = model_dir(architecture)
+    sizes = make_delta(base, lambda model: train(model, 0, 2))
+    assert 0 < sizes.delta < 0.6 * sizes.model
+    check_restored(base)
+
+
+def test_names_of_the_base_without_a_prefix(model_dir: Callable[..., Path]) -> None:
+    """As GPT-2 has them on the hub."""
+    base = model_dir("gpt2")
+    weights = load_file(base / "model.safetensors")
+    bare = {name.removeprefix("transformer."): value for name, value in weights.items() if name != "lm_head.weight"}
+    save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    train(whole, 1)
+    model = AutoModelForCausalLM.from_config(whole.config)
+    model.load_state_dict(whole.state_dict())
+    model.generation_config = whole.generation_config
+    save_huggingface(model, load_tokenizer(str(base)), base.parent / "whole")
+    sizes = write_delta(base.parent / "whole", base.parent / "delta", str(base), torch.float32)
+    assert sizes.delta < sizes.model / 2
+    check_restored(base)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_rows_for_new_tokens(model_dir: Callable[..., Path], tied: bool) -> None:
+    base = model_dir(tie_word_embeddings=tied)
+
+    def change(model: PreTrainedModel) -> None:
+        tokenizer = load_tokenizer(str(base))
+        tokenizer.add_tokens([f"<{i}>" for i in range(5)])
+        resize_embeddings(model, tokenizer)
+        train(model, 3)
+
+    make_delta(base, change)
+    check_restored(base)
+
+
+@pytest.mark.parametrize("part", ["q_proj", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*tied.*")
+def test_lora_is_merged(model_dir: Callable[..., Path], part: str) -> None:
+    """Also where it parts tied embeddings from the head."""
+    peft = pytest.importorskip("peft")
+    base = model_dir(tie_word_embeddings=True)
+    most: list[Sizes] = []
+
+    def change(model: PreTrainedModel) -> nn.Module:
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[part]))
+        most.append(trained_bytes(wrapped, [p for p in wrapped.parameters() if p.requires_grad]))
+        return wrapped
+
+    sizes = make_delta(base, change)
+    assert sizes == most[0]
+    assert sizes.delta < sizes.model
+    check_restored(base)
+
+
+def test_files_of_many_shards(model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model_dir()
+    load_model(str(base)).save_pretrained(base, max_shard_size=40_000)
+    (base / "model.safetensors").unlink(missing_ok=True)
+    monkeypatch.setattr(export, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(delta, "SHARD_BYTES", 50_000)
+    make_delta(base, lambda model: train(model, 0, 1, 2))
+    assert len([*(base.parent / "whole").glob("model-*.safetensors")]) > 2
+    assert len([*(base.parent / "delta").glob("delta-*.safetensors")]) > 1
+    check_restored(base)
+
+
+@pytest.mark.slow
+def test_a_base_from_gguf(smollm2: str, tmp_path: Path) -> None:
+    base = load_model(smollm2, torch.bfloat16)
+    tuned = copy.deepcopy(base)
+    train(tuned, 3, 4)
+    save_huggingface(tuned, tiny_tokenizer(), tmp_path / "whole")
+    sizes = write_delta(tmp_path / "whole", tmp_path / "delta", smollm2, torch.bfloat16)
+    assert sizes.delta < sizes.model / 10
+    load_delta(base, tmp_path / "delta")
+    assert all(torch.equal(value, tuned.state_dict()[name]) for name, value in base.state_dict().items())
+
+
+def test_another_base_is_refused(model_dir: Callable[..., Path]) -> None:
+    base = model_dir()
+    make_delta(base, lambda model: train(model, 1))
+    other = load_model(str(base))
+    with torch.no_grad():  # one bit of a block that the delta replaces
+        weight = decoder_layers(other)[1].mlp.up_proj.weight
+        weight.view(-1).view(torch.int32)[0] ^= 1
+    before = tensors(other)
+    with pytest.raises(UsageError, match=f"delta: this base is not the one that .* give '{base.name}'"):
+        load_delta(other, base.parent / "delta")
+    assert all(torch.equal(value, before[name]) for name, value in tensors(other).items())
+    save_huggingface(other, load_tokenizer(str(base)), base.parent / "other")
+    with pytest.raises(UsageError, match="delta: this base is not the one"):
+        apply_delta(str(base.parent / "other"), base.parent / "delta", base.parent / "again")
+    assert not (base.parent / "again").exists()
+    with pytest.raises(UsageError, match=r"delta: the base is in torch.bfloat16, and the delta was made in torch.float32"):
+        load_delta(load_model(str(base), torch.bfloat16), base.parent / "delta")
+
+
+def test_a_damaged_delta_is_refused(model_dir: Callable[..., Path]) -> None:
+    base = model_dir()
+    make_delta(base, lambda model: train(model, 1))
+    path = base.parent / "delta" / "delta-00001.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-100], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match=r"delta: .* is damaged"):
+            load_delta(load_model(str(base)), base.parent / "delta")
+    path.unlink()
+    with pytest.raises(UsageError, match=r"delta: .* is damaged"):
+        load_delta(load_model(str(base)), base.parent / "delta")
+    with pytest.raises(UsageError, match=r"delta: .* is no delta"):
+        load_delta(load_model(str(base)), base)
+
+
+def test_on_the_command_line(
+    config: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    run("fit", config, "--trainer.max_steps", "2", "--trainer.precision", "bf16-true")
+    assert "a delta (export --delta) takes at most" in caplog.text
+    checkpoint = ["--trainer.precision", "bf16-true", "--ckpt_path", "runs/version_0/checkpoints/last.ckpt"]
+    run("export", config, *checkpoint, "--output", "whole")
+    capsys.readouterr()
+    run("export", config, *checkpoint, "--output", "delta", "--delta", "true")
+    assert "% of the model's" in capsys.readouterr().out
+    assert json.loads(Path("delta/delta.json").read_text())["base"] == "llama-chatml"
+    assert str(Path.cwd()) not in Path("delta/delta.json").read_text()
+    assert not [*Path().glob(".export-*")]
+    main(["apply-delta", "llama-chatml", "delta", "--output", "again"])
+    assert "% of the model's" in capsys.readouterr().out
+    assert contents(Path("again")) == contents(Path("whole"))
+
+    answers = []
+    for model in ("delta", "whole"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("is 3 odd?\n"))
+        main(["chat", "--model", model, "--max_new_tokens", "4"])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+    for words in ("apply-delta again delta --output wrong", "apply-delta delta delta --output wrong", "apply-delta again"):
+        with pytest.raises(SystemExit, match="2"):
+            main(words.split())
+    said = capsys.readouterr().err
+    assert "error: delta: this base is not the one" in said
+    assert "error: model.model_name_or_path: 'delta' is a delta" in said
+    assert not Path("wrong").exists()
