@@ -83,7 +83,7 @@ def attention_of(config: Any) -> str | None:
 
 
 def as_if_made_here(model: Any) -> Any:
-    """The transformers model, sharing all of its weights, with names in files that don't depend on the files that it came from.
+    """The transformers model, sharing all of its weights, and naming them whatever files it came from.
 
     Without that, ``revert_weight_conversion`` gives back the names of those. When it is gone: compare with ``state_dict``.
     """
