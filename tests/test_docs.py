@@ -222,7 +222,8 @@ def execute(words: list[str]) -> None:
             pass  # this test is a part of it
         case ["python", "-m", module, *args] if module.startswith("benchmarks."):
             # They take hours; tests/benchmarks runs them small.
-            source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+            path = ROOT / module.replace(".", "/")
+            source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
             assert all(f'"{word}"' in source for word in args if word.startswith("--"))
         case ["lm_eval", *args]:
             evaluate_with_lm_eval(args)

@@ -148,7 +148,8 @@ class BlockSampler:
         if not self.history:
             return self.advance(step, optimizers, compute)
         self.activate(optimizers)
-        return {}
+        interval, drawn, _ = self.history[-1]
+        return {"interval": float(interval)} if drawn == step else {}  # saved within the step that the draw was for
 
     def advance(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
         """Draws new blocks if an interval begins, and lets them train.
