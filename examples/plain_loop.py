@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ows_lightning import GaLoreAdamW, decoder_layers, galore_param_groups, layer_outlier_ratios, sampling_probabilities
 from ows_lightning.models.decoder import non_block_parameters
 from ows_lightning.sampling.activation import activate_blocks
-from ows_lightning.sampling.distributions import draw_blocks
+from ows_lightning.sampling.draws import draw_blocks
 
 
 def main() -> None:

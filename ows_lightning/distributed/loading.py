@@ -49,6 +49,7 @@ def empty_model(
         )
         if num_tokens > next(model.get_input_embeddings().parameters()).size(0):
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    model.tie_weights()  # accelerate makes a parameter of its own for every place
     with contextlib.suppress(OSError):  # it has none of its own
         model.generation_config = GenerationConfig.from_pretrained(locate(name).path)
     return model.train()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.training_args import ParallelMode
 
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
@@ -226,10 +227,16 @@ def _inner(optimizer: Any) -> Any:
 
 
 def _require_one_process(args: TrainingArguments) -> None:
-    if args.world_size > 1 or args.deepspeed or args.fsdp:
+    if args.parallel_mode is ParallelMode.DISTRIBUTED or args.deepspeed or args.fsdp:  # DDP wraps a single process, too
         raise UsageError(
             "LayerwiseSamplingCallback, use_galore: the Trainer's DDP, FSDP and DeepSpeed fix the set of trained parameters; "
-            "train on one process, or with this package's CausalLMModule and trainer.strategy ddp_layerwise or fsdp2"
+            "train on one process without torchrun, or with this package's CausalLMModule and trainer.strategy ddp_layerwise "
+            "or fsdp2"
+        )
+    if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
+        raise UsageError(
+            "LayerwiseSamplingCallback, use_galore: the Trainer copies the model to all cards at every step; "
+            "choose one with CUDA_VISIBLE_DEVICES=0"
         )
 
 

@@ -90,9 +90,9 @@ def test_another_optimizer_has_its_own_defaults(capsys: pytest.CaptureFixture[st
         optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
         return {key: optimizer["init_args"][key] for key in ("lr", "weight_decay")}
 
-    own = {name: parameter.default for name, parameter in inspect.signature(torch.optim.AdamW).parameters.items()}
-    adamw = {key: own[key] for key in ("lr", "weight_decay")}
+    own = {name: parameter.default for name, parameter in inspect.signature(torch.optim.NAdam).parameters.items()}
+    nadam = {key: own[key] for key in ("lr", "weight_decay")}
     assert settings() == {"lr": 3e-4, "weight_decay": 0.0}
     assert settings("--model.optimizer.lr=1e-2") == {"lr": 1e-2, "weight_decay": 0.0}
-    assert settings("--model.optimizer=torch.optim.AdamW") == adamw
-    assert settings("--model.optimizer=AdamW", "--model.optimizer.lr=1e-5") == {**adamw, "lr": 1e-5}
+    assert settings("--model.optimizer=torch.optim.NAdam") == nadam
+    assert settings("--model.optimizer=NAdam", "--model.optimizer.lr=1e-5") == {**nadam, "lr": 1e-5}

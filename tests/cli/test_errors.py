@@ -119,7 +119,7 @@ def fit(rest: str) -> str:
 
 CASES = {
     # ------------------------------------------------------------------ keys
-    "no command": Case("", "", "commands: fit, validate, test, predict, score, plan, export, chat, compare, report, configs"),
+    "no command": Case("", "", "commands: fit, validate, test, predict, score, plan, export, chat, compare, "),
     "misspelt command": Case("fitt --config base.yaml", "", "did you mean 'fit'?"),
     "misspelt flag": Case(fit("--trainer.max_step 3"), "--trainer.max_step", "did you mean 'trainer.max_steps'?"),
     "flag of no section": Case(fit("--max_steps 3"), "--max_steps", "did you mean 'trainer.max_steps'?"),
@@ -163,7 +163,7 @@ CASES = {
     "text for a section": Case(fit("--sampling uniform"), "sampling", "null trains all blocks"),
     # ------------------------------------------------------------------ config files
     "missing config": Case("fit --config bas.yaml", "config", "did you mean 'base'?"),
-    "broken config": Case(fit("--config broken.yaml"), "config", "2, column 1: ^"),
+    "broken config": Case(fit("--config broken.yaml"), "config", "line 2, column 1"),
     "config of text": Case(fit("--config text.yaml"), "config", "and values: just text"),
     "folder for a config": Case("fit --config model", "config", "give the path of a YAML file"),
     "config not UTF-8": Case(fit("--config latin.yaml"), "config", "save it as UTF-8"),

@@ -48,7 +48,7 @@ def load_a_model(arguments: list[str]) -> None:
         return empty_model(name, 0) if empty else load_model(name)
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = load_into_shards(build, name, mesh, torch.device("cpu"), "32-true")
+    model = load_into_shards(build, name, mesh, torch.device("cpu"), "32-true").model
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert not any(never)
@@ -72,7 +72,7 @@ def hand_out_buffers(name: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = load_into_shards(
         lambda empty: empty_model(name, 0) if empty else load_model(name), name, mesh, torch.device("cpu"), "32"
-    )
+    ).model
     expected = dict(load_model(name).named_buffers())
     for key, buffer in model.named_buffers():
         assert torch.equal(buffer, expected[key]), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from ows_lightning.optim.param_groups import galore_param_groups
 pytest.importorskip("trl", reason='needs TRL: pip install "ows_lightning[trl]"')
 
 from ows_lightning.integrations.transformers import LayerwiseSamplingCallback, use_galore
+from tests.distributed.launch import free_port
 from tests.integrations.trainers import ACCUMULATE, INTERVAL, STEPS, make_trainer
 
 
@@ -154,3 +156,15 @@ def test_float16_is_refused(tmp_path: Path) -> None:
     trainer.args.fp16 = True
     with pytest.raises(UsageError, match=r"^fp16: "):
         use_galore(trainer)
+
+
+def test_a_launcher_is_refused_also_for_one_process(tmp_path: Path) -> None:
+    program = "from pathlib import Path; from tests.integrations.trainers import make_trainer; "
+    program += f"make_trainer(Path({str(tmp_path)!r}))[0].train()"
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    launcher["MASTER_PORT"] = str(free_port())
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | launcher, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 1
+    assert "train on one process without torchrun" in ended.stderr
