@@ -51,6 +51,16 @@ def allow_recompilation(times: int) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, times)
 
 
+def keep_recomputation_out_of_inference_graphs() -> None:
+    """Lets a checkpointed block be compiled for the case that nothing in it requires a gradient.
+
+    torch (2.13) looks for a backward pass in that graph and refuses one with a random operation, such as attention. When
+    the setting is gone: call such a block without ``checkpoint``.
+    """
+    if hasattr(torch._functorch.config, "remat_using_tags_for_fwd_loss_bwd_graph"):
+        torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph = False
+
+
 # One kernel for many tensors on a GPU; torch.optim stands on the same functions, which have no public name. When they are
 # gone: a loop over the tensors.
 foreach_add_ = torch._foreach_add_

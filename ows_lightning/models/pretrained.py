@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ows_lightning.compat import allow_recompilation
+from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
@@ -270,6 +270,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
     """Compiles each decoder block with ``torch.compile``."""
     # The blocks share their cases: frozen or not, with a gradient from below or not, lengths that are fixed or change.
     allow_recompilation(32)
+    keep_recomputation_out_of_inference_graphs()
     for layer in decoder_layers(model):
         layer.compile()
 
