@@ -236,6 +236,7 @@ def execute(words: list[str]) -> None:
 PLANNED: set[str] = set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_commands(document: Path, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_named_files(document)

@@ -35,6 +35,7 @@ def test_the_optimizer_needs_torch_alone() -> None:
     assert printed(code) == "[]"
 
 
+@pytest.mark.slow
 def test_who_uses_lightning_finds_the_strategies() -> None:
     imports = "from ows_lightning import LayerwiseSampling\nfrom lightning.pytorch.strategies import StrategyRegistry\n"
     assert printed(imports + "print('fsdp2' in StrategyRegistry)") == "True"

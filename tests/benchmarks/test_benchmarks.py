@@ -44,6 +44,7 @@ def finished(seconds, held, peak):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_measured(method):
     result = run(method)
@@ -61,6 +62,7 @@ def test_states_pile_up_in_the_published_code_but_not_in_ours():
     assert published[-1] > published[0] + 0.005
 
 
+@pytest.mark.slow
 def test_command_writes_a_report_and_goes_on_where_it_stopped(tmp_path, capsys):
     arguments = ["--model", "tiny", "--device", "cpu", "--methods", "ours_frozen", "--repeats", "1", "--steps", "2"]
     compare.main([*arguments, "--output", str(tmp_path)])
@@ -75,6 +77,7 @@ def test_command_writes_a_report_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert (tmp_path / "results.jsonl").read_text() == results
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_is_a_row(tmp_path):
     error = compare._run({**SETTINGS, "method": "ours_frozen", "directory": str(tmp_path), "model": "missing"})["error"]
     assert error == "KeyError: 'missing'"
@@ -98,6 +101,7 @@ def test_ratios_are_taken_repeat_by_repeat():
     assert "OWS as published" not in table
 
 
+@pytest.mark.slow
 def test_learning_compares_held_out_losses_and_goes_on_where_it_stopped(model_dir, rows_file, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(

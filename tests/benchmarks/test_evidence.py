@@ -27,6 +27,7 @@ class ParsingCLI(OWSCLI):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_of_every_method_are_known_to_the_command_line(name, monkeypatch, tmp_path):
     study = load(name)

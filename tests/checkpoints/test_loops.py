@@ -150,6 +150,7 @@ def runs_of(home: Path, tmp_path: Path) -> Callable[[str], Runs]:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_chain_of_resumes_equals_a_run_that_went_through(scenario: str, runs_of: Callable[[str], Runs]) -> None:
     check_chains(runs_of(scenario), [(5, 10, 15)])

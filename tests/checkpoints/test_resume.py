@@ -59,6 +59,7 @@ def at_step(runs: Path, step: int, version: int = 0) -> Path:
 # ------------------------------------------------------------------ exactly
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "ranks", "more"),
     [
@@ -119,6 +120,7 @@ def test_killed_at_random_moments(
 SLURM = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "train", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments: Arguments, tmp_path: Path) -> None:
     """SIGUSR1 reaches one of two processes under SLURM, and the job is put into the queue again, once."""
@@ -146,6 +148,7 @@ def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments
     assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("during", "strategy", "ranks"), [("validation", "auto", 1), ("scoring", "fsdp2", 2)])
 def test_a_signal_before_the_first_step_waits_for_its_end(
     during: str, strategy: str, ranks: int, arguments: Arguments, tmp_path: Path
@@ -165,6 +168,7 @@ FULL = ["--trainer.strategy.class_path=ows_lightning.distributed.FSDP2Strategy",
         "--trainer.strategy.init_args.save_distributed_checkpoint=false"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 def test_checkpoints_of_two_processes_load_on_one_and_back(kind: str, arguments: Arguments, tmp_path: Path) -> None:
     full = FULL if kind == "full" else []
@@ -197,6 +201,7 @@ def test_checkpoints_of_two_processes_load_on_four_and_back(arguments: Arguments
     assert_close(through, weights(tmp_path / "2", 1))
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_exports_from_its_weights_alone(arguments: Arguments, tmp_path: Path) -> None:
     """The weights that the run began with are not read."""
     run(arguments(*SAVED, strategy="fsdp2", ranks=2), tmp_path / "two", 2)
@@ -233,6 +238,7 @@ def test_a_cut_checkpoint_is_named_and_passed_over(saved: Path, tmp_path: Path) 
         assert find_checkpoint("last", tmp_path) == saved / "first.ckpt"
 
 
+@pytest.mark.slow
 def test_a_cut_shard_is_found(arguments: Arguments, tmp_path: Path) -> None:
     command = arguments(*SAVED, strategy="fsdp2", ranks=2)
     run(command, tmp_path / "two", 2)
@@ -325,6 +331,7 @@ def test_last_without_a_checkpoint_starts_anew(arguments: Arguments, tmp_path: P
     assert "starts anew" in run([*command, "--ckpt_path=last"], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(strategy: str, arguments: Arguments, tmp_path: Path) -> None:
     ranks, folder = 2 if strategy == "fsdp2" else 1, tmp_path / "saved"
@@ -352,6 +359,7 @@ def test_what_fails_on_one_process_alone_ends_all(arguments: Arguments, tmp_path
 # ------------------------------------------------------------------ changed settings
 
 
+@pytest.mark.slow
 def test_another_model_rank_or_number_of_blocks_is_refused(arguments: Arguments, tmp_path: Path) -> None:
     run(arguments("--trainer.max_steps=3", "--checkpoint.every_n_train_steps=3"), tmp_path / "first")
     wide = arguments(hidden_size=64)

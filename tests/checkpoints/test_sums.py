@@ -56,6 +56,7 @@ def test_a_bit_anywhere_in_a_file(saved: Path, tmp_path: Path) -> None:
     assert find_checkpoint("last", tmp_path) == newest
 
 
+@pytest.mark.slow
 def test_a_bit_anywhere_in_a_folder_of_shards(arguments: Arguments, tmp_path: Path) -> None:  # noqa: F811
     command = arguments(
         "--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2", "--checkpoint.save_top_k=-1", strategy="fsdp2", ranks=2

@@ -54,6 +54,7 @@ def test_a_long_conversation_loses_its_oldest_turns(model_dir: Callable[..., Pat
     assert len(say(model, *["who are you?"] * 12).splitlines()) >= 12
 
 
+@pytest.mark.slow
 def test_a_pipe(model_dir: Callable[..., Path], say: Callable[..., str]) -> None:
     model = model_dir()
     command = [sys.executable, str(ROOT / "main.py"), "chat", "--model", str(model), "--max_new_tokens", "4"]

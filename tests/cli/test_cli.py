@@ -53,6 +53,7 @@ def run(command: str, config: Path, *more: str) -> None:
     main([command, "--config", str(config), *more])
 
 
+@pytest.mark.slow
 def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
     config: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
     assert re.search(r"^test_loss +[\d.]+$", output, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_figures_from_before(config: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ows_lightning")
     run("fit", config, "--trainer.max_steps", "2")
@@ -130,6 +132,7 @@ def test_scores_are_written_drawn_and_taken_by_a_run(config: Path, capsys: pytes
     assert used["probabilities"] == scores["probabilities"]
 
 
+@pytest.mark.slow
 def test_scores_serve_the_models_that_were_made_of_the_scored_one(config: Path, caplog: pytest.LogCaptureFixture) -> None:
     run("score", config)
     without = json.loads(Path("outlier_scores.json").read_text())
@@ -153,6 +156,7 @@ def test_scores_are_outlier_ratios_whatever_the_config_samples_by(config: Path) 
     assert ratios[0] == ratios[1] != [0.0] * 4
 
 
+@pytest.mark.slow
 def test_plan_loads_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (weights,) = Path(re.search(r"model_name_or_path: (\S+),", config.read_text())[1]).glob("*.safetensors")  # type: ignore[index]
     weights.unlink()
@@ -182,6 +186,7 @@ def test_export_of_the_last_checkpoint_is_the_model_of_the_run(config: Path) -> 
         assert "activated_layers: 2" in card
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_config_that_fit_wrote(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("fit", config, "--trainer.max_steps", "2")
     written, last = Path("runs/version_0/config.yaml"), "runs/version_0/checkpoints/last.ckpt"
@@ -198,6 +203,7 @@ def test_every_command_takes_the_config_that_fit_wrote(config: Path, capsys: pyt
         assert result in said
 
 
+@pytest.mark.slow
 def test_report_compares_runs_without_a_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         run("fit", config, "--trainer.max_steps", "2")
@@ -232,6 +238,7 @@ trainer:
     assert [event.step for event in events.Tensors("generations/text_summary")] == [0, 2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_dir", ["board", "runs"])
 def test_other_loggers_stand_beside_the_csv_one(config: Path, save_dir: str) -> None:
     pytest.importorskip("tensorboard")
@@ -290,6 +297,7 @@ def test_classes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert model["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"  # the module's own default
 
 
+@pytest.mark.slow
 def test_start_is_quiet(config: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "main.py"), "fit", "--config", str(config), "--trainer.max_steps", "2"]
@@ -301,6 +309,7 @@ def test_start_is_quiet(config: Path) -> None:
     assert "Before training" in said
 
 
+@pytest.mark.slow
 def test_interrupt_is_one_line(config: Path, tmp_path: Path) -> None:
     launch = Launch(["fit", "--config", str(config), "--trainer.max_steps", "100000"], tmp_path / "out")
     end = time.monotonic() + 60

@@ -157,6 +157,7 @@ def over(method: Path, model: Path, output: Path, *overrides: str) -> list[str]:
     return [*arguments, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=names)
 def test_method_trains(method: Path, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path) -> None:
     if method.stem == "lora":

@@ -18,6 +18,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["plan --help", "report --help", "configs", "chat --help"])
 def test_a_command_loads_no_library_that_it_does_not_need(words: str) -> None:
     ended = subprocess.run([sys.executable, "-c", MAIN, *words.split()], capture_output=True, text=True, timeout=120)

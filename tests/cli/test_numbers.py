@@ -42,6 +42,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line.removeprefix("error: ")
 
 
+@pytest.mark.slow
 def test_no_number_is_infinite_or_nan(capsys: pytest.CaptureFixture[str]) -> None:
     """Every key that has a number by default, and those whose default is null; of each, what no arithmetic survives."""
     config = ParsingCLI(GIVEN).config.fit

@@ -279,6 +279,7 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "settings"), RUNS)
 @pytest.mark.parametrize("every", ["every_n_train_steps", "every_n_epochs"])
 def test_a_resumed_run_sees_the_remaining_batches(

@@ -100,6 +100,7 @@ def test_the_space_that_the_template_puts_before_an_answer_is_trained() -> None:
     assert trained(made, row) == [" yes</s>", " the answer is no</s>"]
 
 
+@pytest.mark.slow
 def test_real_tokenizer_and_template(smollm2: PreTrainedTokenizerBase) -> None:
     messages = [{"role": "user", "content": "Où est 🙂?"}, {"role": "assistant", "content": "Ici: 🙂, çà et là."}]
     made = Encoder(smollm2, 512)

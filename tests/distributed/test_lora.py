@@ -35,6 +35,7 @@ def answers(folder: Path) -> list[dict[str, Any]]:
     return sorted(map(json.loads, lines), key=lambda row: row["prompt"])
 
 
+@pytest.mark.slow
 def test_training_scoring_and_answering_are_those_of_one_process(arguments: Arguments, tmp_path: Path) -> None:
     folders = []
     for ranks, strategy in ((1, "auto"), (2, "fsdp2")):

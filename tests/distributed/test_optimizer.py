@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ def compare_with_whole_weights(arguments: list[str]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_as_whole_ones(tmp_path: Path) -> None:
     run([], tmp_path, RANKS, target=compare_with_whole_weights)
 

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[list[str], dict[str, object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(case: str, arguments: Arguments, tmp_path: Path) -> None:
     more, shape = CASES[case]
@@ -63,6 +64,7 @@ def test_two_processes_equal_one(case: str, arguments: Arguments, tmp_path: Path
         assert_equal(one, result(tmp_path / strategy, arguments, *more, ranks=2, strategy=strategy, **shape))
 
 
+@pytest.mark.slow
 def test_adapters_and_gguf_like_loading_are_the_same_on_all_processes(arguments: Arguments, tmp_path: Path) -> None:
     lora = ["--model.rank=null", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"]
     lora += ["--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}", "--sampling=null", "--trainer.max_steps=10"]
@@ -72,6 +74,7 @@ def test_adapters_and_gguf_like_loading_are_the_same_on_all_processes(arguments:
     assert two.losses[-1] < two.losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp_layerwise"])
 def test_an_ordinary_step_communicates_no_more_than_it_must(strategy: str, arguments: Arguments, tmp_path: Path) -> None:
     settings = ["--trainer.max_steps=3", "--sampling.always_train=[norm]"]
@@ -93,6 +96,7 @@ def test_an_ordinary_step_communicates_no_more_than_it_must(strategy: str, argum
         assert renewing["allreduce"] - ordinary["allreduce"] == sum(math.prod(s) for s in trained if len(s) == 2)
 
 
+@pytest.mark.slow
 def test_optimizer_state_is_sharded_like_the_weights(arguments: Arguments, tmp_path: Path) -> None:
     one = result(tmp_path / "one", arguments, "--trainer.max_steps=2")
     two = result(tmp_path / "two", arguments, "--trainer.max_steps=2", ranks=2, strategy="fsdp2")

@@ -23,6 +23,7 @@ from tests.distributed.launch import Launch, free_port, run
 from tests.tiny import tiny_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "instead"),
     [("fsdp", "fsdp2"), ("ddp", "ddp_layerwise"), ("ddp_find_unused_parameters_true", "ddp_layerwise")],
@@ -61,6 +62,7 @@ def load_a_model(arguments: list[str]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_every_process_reads_its_own_part_of_the_weights(tmp_path: Path) -> None:
     shape = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": 4, "max_position_embeddings": 64}
     tiny_model("llama", **shape).save_pretrained(tmp_path / "model", max_shard_size="60MB")
@@ -79,6 +81,7 @@ def hand_out_buffers(name: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_buffers_are_the_same_whatever_the_processes_hash_seeds(tmp_path: Path) -> None:
     """Stacked experts are handed out by rank 0, and with them the router's biases, which are buffers."""
     config = AutoConfig.for_model(

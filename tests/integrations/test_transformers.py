@@ -51,6 +51,7 @@ class Watcher(TrainerCallback):
         assert not torch.equal(model.model.norm.weight, self.before["model.norm.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.parametrize("galore", [False, True], ids=["adamw", "galore"])
 def test_only_active_blocks_train_and_hold_state(kind: str, galore: bool, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_flops_are_those_that_torch_counts(directory: Path, changes: dict[str, A
     assert expected == pytest.approx(run_and_count(config, steps=3), rel=0.02)
 
 
+@pytest.mark.slow
 def test_llama_2_7b_by_its_lowest_block() -> None:
     found = []
     for lowest in (0, 4, 8, 13, 16, 27):
@@ -152,6 +153,7 @@ def test_grouped_draws_compute_less(directory: Path) -> None:
 # ---------------------------------------------------------------------- on a card
 
 
+@pytest.mark.slow
 def test_a_card_is_bound_by_compute_or_by_its_link() -> None:
     card = find_card("nvidia GeForce rtx-4090")
     assert card.memory == 24

@@ -139,6 +139,7 @@ def run_and_track(config: dict[str, Any]) -> int:
 FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -245,6 +246,7 @@ class Counted:
         return self.operators(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "checkpointing", "batch_size"),
     [
@@ -276,6 +278,7 @@ def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: int
     assert peak(alike=True) == pytest.approx(peak(alike=False), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_more_recomputing_blocks_need_less_memory_and_more_compute(directory: Path) -> None:
     numbers = [False, 1, 3, True]
     plans = [plan_from_config(make_config(directory, model__gradient_checkpointing=number), ["ows"]) for number in numbers]
@@ -287,6 +290,7 @@ def test_more_recomputing_blocks_need_less_memory_and_more_compute(directory: Pa
     assert ", checkpointing of 3 blocks" in plans[2].title
 
 
+@pytest.mark.slow
 def test_auto_recomputes_as_few_blocks_as_fit(directory: Path) -> None:
     settings = settings_from_config(make_config(directory, model__gradient_checkpointing="auto"))
     needs = [predict(replace(settings, gradient_checkpointing=number)).peak_bytes for number in range(6)]
@@ -357,6 +361,7 @@ def test_fsdp_shards_what_trains_and_reduces_only_that() -> None:
     assert own.bytes["weights"] == pytest.approx(2 * (parameters / 2 + root + 2 * 202_383_360), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_ddp_sends_projected_gradients() -> None:
     planned = plan_from_config(
         llama_7b(2, trainer__devices=2, trainer__num_nodes=2, trainer__strategy="ddp_layerwise"), ["ows"]
@@ -373,6 +378,7 @@ def small_plan(directory: Path) -> Plan:
     return plan(settings_from_config(make_config(directory)))
 
 
+@pytest.mark.slow
 def test_json_is_one_object_of_all_methods(small_plan: Plan) -> None:
     read = json.loads(small_plan.to_json())
     assert set(read) == {"ows", "full", "lora", "galore", "lisa", "ows_published"}
@@ -389,6 +395,7 @@ def test_table_has_a_row_a_method(small_plan: Plan) -> None:
     assert "loss head" in lines[1]
 
 
+@pytest.mark.slow
 def test_writes_the_config_that_fits_a_card(tmp_path: Path) -> None:
     config = llama_7b(model__gradient_checkpointing=False, data__batch_size=32)
     said = write_config_for_card(config, "rtx 4090", tmp_path)

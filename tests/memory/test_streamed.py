@@ -15,6 +15,7 @@ from tests.memory.test_plan import llama_7b
 LLAMA_70B = {"model__model_name_or_path": "meta-llama/Llama-2-70b-hf"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "changes", "limit"),
     [

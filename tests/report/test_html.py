@@ -156,6 +156,7 @@ def test_an_output_that_can_t_be_written_is_named(tmp_path, make_run):
         write_report([make_run(tmp_path / "ows", steps=50)], tmp_path / "taken")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed: apt-get install chromium")
 def test_opens_in_a_browser(tmp_path, make_run):
     page = write_report([make_run(tmp_path / "ows"), make_run(tmp_path / "lisa", seed=1)], tmp_path / "report")

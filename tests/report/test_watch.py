@@ -92,6 +92,7 @@ def start(run: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_it_stops_with_the_run(tmp_path, make_run):
     run = make_run(tmp_path / "run", steps=100)
     with FileLock(run / ".lock"):
@@ -103,6 +104,7 @@ def test_it_stops_with_the_run(tmp_path, make_run):
     assert (process.returncode, out) == (0, "The run has ended.\n")
 
 
+@pytest.mark.slow
 def test_it_stops_at_ctrl_c(tmp_path, make_run):
     process = start(make_run(tmp_path / "run", steps=100))
     assert "http://127.0.0.1:" in process.stdout.readline()
@@ -111,6 +113,7 @@ def test_it_stops_at_ctrl_c(tmp_path, make_run):
     assert (process.returncode, out) == (0, "Stopped.\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
 def test_a_browser_shows_it(served, tmp_path):
     _, _, port = served
