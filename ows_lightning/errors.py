@@ -71,11 +71,18 @@ def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``; did you mean 'X'?`` with the nearest of the known names, or nothing."""
-    known = sorted(set(known))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    near = near or [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = near or difflib.get_close_matches(name.rpartition(".")[2], [other.rpartition(".")[2] for other in known], n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    near = closest(name, known)
+    return f"; did you mean '{near}'?" if near else ""
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, other, name).ratio()
+
+    near = max(sorted(set(known)), key=likeness, default=None)
+    return near if near is not None and likeness(near) >= cutoff else None
 
 
 def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:

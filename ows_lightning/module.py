@@ -175,7 +175,7 @@ class CausalLMModule(HeldOutSteps):
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
-            some_are_frozen = self.hparams["lora"] is not None or self._sampling is not None
+            some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             strategy = "fsdp2" if self.device_mesh is not None else "auto"
             require_waiting(self.hparams["frozen_in"], some_are_frozen, self.trainer.world_size, strategy)
             self._step = Step(self.trainer.accumulate_grad_batches, self.trainer.world_size)
@@ -292,9 +292,4 @@ class CausalLMModule(HeldOutSteps):
 
     def _lasting_settings(self) -> dict[str, Any]:
         architecture = architecture_of(self.language_model.config)
-        return lasting_settings(self.hparams, len(decoder_layers(self)), architecture, self._sampling)
-
-    @property
-    def _sampling(self) -> LayerwiseSampling | None:
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
+        return lasting_settings(self.hparams, len(decoder_layers(self)), architecture, LayerwiseSampling.of(self.trainer))

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ows_lightning.compat import foreach_clamp_max_, foreach_clamp_min_, foreach_mul_
+from ows_lightning.compat import foreach_mul_
 from ows_lightning.models.causal_lm import LossParts
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.sharding import local, total_norm
+from ows_lightning.optim.sharding import clip_, local, total_norm
 
 log = logging.getLogger(__name__)
 
@@ -82,22 +82,18 @@ class Step:
         loss, targets, tokens = self._totals
         targets = targets.clamp(min=1)
         gradients = _consumed(optimizer)
-        parts = [local(gradient) for gradient in gradients]
         norm = total_norm(gradients)
         if self.micro_batches > 1:
             factor = self._unit * self.micro_batches * self.processes / targets
             norm = norm * factor
-            foreach_mul_(parts, factor)
+            foreach_mul_([local(gradient) for gradient in gradients], factor)
         skipped = not norm.isfinite()
         if skipped:
             if not isinstance(optimizer, GaLoreAdamW):  # which skips, and names the weight, by itself
                 log.warning("Step skipped: a gradient holds NaN or Inf")
                 optimizer.zero_grad()
-        elif limit and algorithm == "value":
-            foreach_clamp_min_(parts, -limit)
-            foreach_clamp_max_(parts, limit)
         elif limit:
-            foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+            clip_(gradients, norm, limit, algorithm or "norm")
         self._totals = None
         return StepFigures(loss / targets, norm, int(tokens), skipped)
 

@@ -12,6 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from ows_lightning.callbacks.run_folder import run_folder
+
 
 class Curves(Callback):
     """Begins a resumed run's curves with what was logged up to the checkpoint.
@@ -21,7 +23,7 @@ class Curves(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the run's folder, how many rows it has logged, and the ended step's row if it is not among them."""
-        folder = Path(trainer.log_dir or "")  # asks all ranks
+        folder = run_folder(trainer)  # asks all ranks
         file = folder / "metrics.csv"
         logged = max(file.read_bytes().count(b"\n") - 1, 0) if file.is_file() else 0
         checkpoint["curves"] = {"folder": str(folder), "logged": logged, "row": _row_to_come(trainer)}

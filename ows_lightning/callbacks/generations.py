@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data.masking import Encoder, with_chat_template
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -21,8 +22,8 @@ log = logging.getLogger(__name__)
 class ShowGenerations(Callback):
     """Logs the answers to fixed prompts, at the start and every so many optimizer steps, also to TensorBoard.
 
-    They stand in ``generations.csv`` in the run's folder, too, from which the report has them. Answers are greedy and at most
-    the module's ``max_new_tokens`` long. The training's state stays as it is.
+    They stand in ``generations.csv`` in the run's folder, too, from which the report has them, unless there is no logger.
+    Answers are greedy and at most the module's ``max_new_tokens`` long. The training's state stays as it is.
 
     Args:
         prompts: Questions, each asked as a user's message in the model's chat template.
@@ -66,12 +67,13 @@ class ShowGenerations(Callback):
             with trainer.precision_plugin.forward_context():
                 answers += module.generate({"input_ids": batch, "attention_mask": torch.ones_like(batch)})
         module.train(was_training)
+        folder = run_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero:
             return
         shown = "\n".join(f"  {prompt!r} -> {answer!r}" for prompt, answer in zip(self.prompts, answers, strict=True))
         log.info("Answers after step %d:\n%s", trainer.global_step, shown)
-        if trainer.log_dir is not None:
-            _append(Path(trainer.log_dir) / "generations.csv", trainer.global_step, self.prompts, answers)
+        if trainer.loggers:
+            _append(folder / "generations.csv", trainer.global_step, self.prompts, answers)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 text = "\n\n".join(f"**{prompt}**\n\n{answer}" for prompt, answer in zip(self.prompts, answers, strict=True))

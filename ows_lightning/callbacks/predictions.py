@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from ows_lightning.callbacks.run_folder import run_folder
+
 
 class PredictionFile(BasePredictionWriter):
     """Writes each answer of ``predict`` as a line of ``predictions.jsonl`` into the run's folder; a file a rank."""
@@ -20,7 +22,7 @@ class PredictionFile(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins the file."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         self._path = folder / f"predictions{rank}.jsonl"

@@ -15,7 +15,6 @@ class ProgressBar(TQDMProgressBar):
         """Adds the active blocks to the logged figures."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LayerwiseSampling):
-                items["blocks"] = ",".join(map(str, callback.active_blocks))
+        if (sampling := LayerwiseSampling.of(trainer)) is not None:
+            items["blocks"] = ",".join(map(str, sampling.active_blocks))
         return items

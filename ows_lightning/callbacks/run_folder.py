@@ -18,6 +18,11 @@ from ows_lightning.report import write_pictures
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """Returns the folder of a run: its logger's, or ``default_root_dir``. To be called on all ranks: rank 0 tells it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 class RunFolder(Callback):
     """Takes the run's folder for this run alone, and at the end of ``fit`` writes the trained model and pictures into it."""
 
@@ -29,12 +34,11 @@ class RunFolder(Callback):
         Raises:
             UsageError: Another run that still lives writes to it, or it can't be made or written to.
         """
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         if stage != "fit":
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LayerwiseSampling):
-                callback.folder = folder  # also where there is no logger
+        if (sampling := LayerwiseSampling.of(trainer)) is not None:
+            sampling.folder = folder  # also where there is no logger
         if not trainer.is_global_zero:
             return
         self._lock = FileLock(folder / ".lock")
@@ -55,7 +59,7 @@ class RunFolder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the PNGs into the run's folder."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module, folder))
         if trainer.is_global_zero:

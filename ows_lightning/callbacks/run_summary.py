@@ -7,13 +7,13 @@ import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.files import one_line
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, is_out_of_memory
@@ -53,7 +53,7 @@ class RunSummary(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the summary."""
         self._start = time.perf_counter()
-        folder = trainer.log_dir or trainer.default_root_dir  # asks all ranks
+        folder = run_folder(trainer)  # asks all ranks
         steps = trainer.estimated_stepping_batches
         if not trainer.is_global_zero:
             return
@@ -65,7 +65,7 @@ class RunSummary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs which share of the weights trains at some time in the run, where the draws follow from the scores."""
-        sampling = _sampling(trainer)
+        sampling = LayerwiseSampling.of(trainer)
         steps = trainer.estimated_stepping_batches
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
             return
@@ -88,7 +88,7 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what the method itself cost: scores, draws and the search for subspaces."""
-        sampling, whole = _sampling(trainer), self._seconds()
+        sampling, whole = LayerwiseSampling.of(trainer), self._seconds()
         seconds = sampling.seconds if sampling is not None else 0.0
         seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
         if seconds and trainer.is_global_zero:
@@ -96,14 +96,14 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what was gained, where it is, and how to go on."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        folder = run_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero:
             return
         if not self.trained:  # a resumed run that had ended
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
         if after := _held_out(trainer):
             log.info("After training: held-out %s", _figures(after, self.before))
-        if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, _sampling(trainer))) is not None:
+        if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, LayerwiseSampling.of(trainer))) is not None:
             whole, delta, share = megabytes(sizes.model), megabytes(sizes.delta), sizes.delta / sizes.model
             log.info(
                 "The model has %s; of these a delta (export --delta) takes at most %s (%.0f%%)", whole, delta, 100 * share
@@ -193,7 +193,7 @@ def _marked(pieces: Sequence[tuple[str, bool]]) -> str:
 
 def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
     text = f"{int(steps):,} steps" if steps != float("inf") else "no end"
-    sampling = _sampling(trainer)
+    sampling = LayerwiseSampling.of(trainer)
     if sampling is None:
         return f"{text}; {_share((p for p in module.parameters() if p.requires_grad), module)}"
     layers = decoder_layers(module)
@@ -227,11 +227,6 @@ def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes 
 
 def _always(module: LightningModule, sampling: LayerwiseSampling) -> list[nn.Parameter]:
     return [p for p, trains in outside_blocks(module, sampling.always_train).items() if trains]
-
-
-def _sampling(trainer: Trainer) -> LayerwiseSampling | None:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
 
 
 def _share(parameters: Iterable[Tensor], module: LightningModule) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.callbacks.run_checkpoint import remove_interrupted
+from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.errors import RunError
 
 _SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has one of them
@@ -65,7 +66,7 @@ class SaveOnSignal(Callback):
             return
         if number != signal.SIGTERM and callable(requeue := self._before.get(signal.Signals(number))):
             requeue(number, None)
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or Path(trainer.log_dir or ".", "checkpoints")
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints"
         path = Path(folder, f"interrupted-step={trainer.global_step}.ckpt")
         trainer.save_checkpoint(path, weights_only=False)
         remove_interrupted(trainer, path)

@@ -49,12 +49,6 @@ class OWSTrainer(Trainer):
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
             self.strategy.checkpoint_io = WholeCheckpointIO()
 
-    @property
-    def sampling(self) -> LayerwiseSampling | None:
-        """The run's LayerwiseSampling callback, if it has one."""
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, LayerwiseSampling)), None)
-
     def test(
         self,
         model: LightningModule | None = None,
@@ -120,7 +114,7 @@ class OWSTrainer(Trainer):
             output: The folder for ``outlier_scores.json`` (which ``sampling.scores`` takes) and ``outlier_scores.png``.
         """
         check_writable("output", output)
-        sampling = copy.copy(self.sampling) if self.sampling else LayerwiseSampling()
+        sampling = copy.copy(LayerwiseSampling.of(self)) or LayerwiseSampling()
         sampling.scores = None
         if sampling.distribution not in (*OF_OUTLIERS, "weight_norm"):
             sampling.distribution = "outlier"  # the others need no scores, and scores were asked for

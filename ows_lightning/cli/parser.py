@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.cli.config_files import BASE
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, nearest
+from ows_lightning.errors import UsageError, closest, nearest
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
@@ -110,9 +110,18 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _unknown(key: str, known: Iterable[str], parser: argparse.ArgumentParser, as_typed: str | None = None) -> str:
-    candidates = known if nearest(key, known) else {*known, *_known_keys(parser)}
     subject = f"{as_typed}: there is no such option" if as_typed else f"{key}: there is no such key"
-    return subject + (nearest(key, candidates) or f"; `{_help(parser)}` lists all")
+    near = _nearest_key(key, {*known, *_known_keys(parser)})
+    return subject + (f"; did you mean '{near}'?" if near else f"; `{_help(parser)}` lists all")
+
+
+def _nearest_key(key: str, known: Iterable[str]) -> str | None:
+    """The key that is meant: it has the same last name or one like it, as `max_steps` and `trainer.max_steps` have."""
+    by_name: dict[str, list[str]] = {}
+    for other in known:
+        by_name.setdefault(other.rpartition(".")[2], []).append(other)
+    name = closest(key.rpartition(".")[2], by_name)
+    return closest(key, known) if name is None else closest(key, by_name[name], cutoff=0)
 
 
 def _help(parser: argparse.ArgumentParser) -> str:

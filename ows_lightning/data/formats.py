@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, nearest
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -56,8 +55,7 @@ def recognise(columns: Iterable[str], where: str, answered: bool = True) -> str:
             if not _missing(_needed(name, required), columns):
                 return name
     wanted = {column for needed, _ in FORMATS.values() for group in needed for column in group} - set(columns)
-    near = [(match[0], column) for column in columns if (match := difflib.get_close_matches(column, wanted, n=1))]
-    hint = f"; did you mean '{near[0][0]}' by '{_short(near[0][1])}'?" if near else ""
+    hint = next((f"; '{_short(column)}': {near[2:]}" for column in columns if (near := nearest(column, wanted))), "")
     known = ", ".join(f"{name} ({', '.join('|'.join(group) for group in needed)})" for name, (needed, _) in FORMATS.items())
     raise UsageError(
         f"{where}: columns {_quoted(columns)} fit no format; known are {known}{hint} (data.columns renames columns)"
@@ -72,9 +70,7 @@ def rename(row: Row, columns: Mapping[str, str], where: str) -> Row:
     """
     for name, column in columns.items():
         if column not in row and name not in row:
-            near = difflib.get_close_matches(column, row, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UsageError(f"data.columns.{name}: {where} has no column '{column}' ({_found(row)}){hint}")
+            raise UsageError(f"data.columns.{name}: {where} has no column '{column}' ({_found(row)}){nearest(column, row)}")
     renamed = {name: row[column] for name, column in columns.items() if column in row}
     return {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
 

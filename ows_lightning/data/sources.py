@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import csv
-import difflib
 import glob
 import gzip
 import hashlib
@@ -22,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ows_lightning.compat import fingerprint
 from ows_lightning.data.formats import without_none
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, nearest
 
 Row = dict[str, Any]
 
@@ -106,8 +105,7 @@ def _resolve(source: Source, path: Path) -> Source:
             raise source.error(f"no {_KINDS} file matches '{name}'")
         return _without_splits(replace(source, files=tuple(files)))
     if _format_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
-        near = difflib.get_close_matches(path.name, [p.name for p in _listdir(path.parent)], n=1)
-        raise source.error(f"no file matches '{name}'" + (f"; did you mean '{path.parent / near[0]}'?" if near else ""))
+        raise source.error(f"no file matches '{name}'{nearest(path.name, (p.name for p in _listdir(path.parent)))}")
     return source
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
@@ -48,11 +49,12 @@ class LayerwiseDDPStrategy(DDPStrategy):
         finally:
             self._accumulates = False
 
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        """Holds back subspaces until gradients are averaged."""
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Makes the optimizers; subspaces wait for the average of the gradients."""
+        super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
-                optimizer.accumulating = True
+                optimizer.averaged = True
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages the gradients of a step that is complete."""

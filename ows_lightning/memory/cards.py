@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import NamedTuple
 
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, nearest
 
 LINK_SHARE = 0.8
 """What a large copy from page-locked memory reaches of its link's rate: 25 GB/s of PCIe 4.0 x16's 31.5, as is usual."""
@@ -61,9 +60,8 @@ def find_card(name: str) -> Card:
     wanted = _plain(name.lower().removeprefix("nvidia").removeprefix(" geforce"))
     if wanted in known:
         return known[wanted]
-    near = get_close_matches(wanted, known, n=1)
-    hint = f"; did you mean '{known[near[0]].name}'?" if near else ""
-    raise UsageError(f"card: unknown '{name}'{hint} Known: {', '.join(card.name for card in CARDS)}")
+    names = [card.name for card in CARDS]
+    raise UsageError(f"card: unknown '{name}'{nearest(name.upper(), names)} Known: {', '.join(names)}")
 
 
 def _plain(name: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, nearest
 
 
 def add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
@@ -38,5 +37,4 @@ def lora_config(settings: dict[str, Any]) -> Any:
         wrong = next((key for key in settings if key not in known), None)
         if wrong is None:
             raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error
-        near = "".join(f"; did you mean '{name}'?" for name in difflib.get_close_matches(wrong, known, n=1))
-        raise UsageError(f"model.lora.{wrong}: peft's LoraConfig has no such key{near}") from error
+        raise UsageError(f"model.lora.{wrong}: peft's LoraConfig has no such key{nearest(wrong, known)}") from error

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ows_lightning.compat import foreach_clamp_max_, foreach_clamp_min_, foreach_mul_
 from ows_lightning.errors import UsageError
 from ows_lightning.models.row_chunks import rows_at_a_time
 from ows_lightning.optim.hooks import hook_gradients, remove_hook
@@ -27,6 +26,7 @@ from ows_lightning.optim.projection import (
 from ows_lightning.optim.sharding import (
     agree,
     average_,
+    clip_,
     is_sharded,
     local,
     place_projected,
@@ -56,6 +56,7 @@ class _Progress:
 
     in_backward: bool = False
     accumulating: bool = False
+    averaged: bool = False
     skipped_steps: int = 0
     renewals: Stopwatch = field(default_factory=Stopwatch)
 
@@ -156,6 +157,15 @@ class GaLoreAdamW(Optimizer):
     @accumulating.setter
     def accumulating(self, value: bool) -> None:
         self._progress.accumulating = value
+
+    @property
+    def averaged(self) -> bool:
+        """Set it True once where ``average_gradients()`` comes before every step: no backward pass takes a subspace then."""
+        return self._progress.averaged
+
+    @averaged.setter
+    def averaged(self, value: bool) -> None:
+        self._progress.averaged = value
 
     @property
     def skipped_steps(self) -> int:
@@ -259,20 +269,15 @@ class GaLoreAdamW(Optimizer):
         """
         gradients = self.gradients()
         norm = total_norm(gradients)
-        parts = [local(gradient) for gradient in gradients]
-        if algorithm == "value":
-            foreach_clamp_min_(parts, -value)
-            foreach_clamp_max_(parts, value)
-        elif parts:
-            foreach_mul_(parts, _clip_factor(norm, value))
+        clip_(gradients, norm, value, algorithm)
         return norm
 
     @torch.no_grad()
     def average_gradients(self, process_group: dist.ProcessGroup | None = None) -> None:
         """Averages over processes, each with all weights, what the next step consumes; call it before ``gradients()``.
 
-        Keep ``accumulating`` True during all backward passes before it, the last one included: the full gradients of a step
-        that renews subspaces wait in host memory, and are averaged here, one at a time, before a subspace is taken.
+        With ``project_in_backward()``, set ``averaged`` before training: the full gradients of a step that renews subspaces
+        wait in host memory then, and are averaged here, one at a time, before a subspace is taken.
         """
         self._consume_gradients(renew=False)
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
@@ -307,7 +312,7 @@ class GaLoreAdamW(Optimizer):
                 self._consume_gradient(p, renew)
 
     def _consume_in_backward(self, p: Tensor) -> None:
-        self._consume_gradient(p, renew=not self.accumulating)
+        self._consume_gradient(p, renew=not (self.accumulating or self.averaged))
 
     @torch.no_grad()
     def _consume_gradient(self, p: Tensor, renew: bool = True) -> None:
@@ -393,9 +398,8 @@ class GaLoreAdamW(Optimizer):
         norm = total_norm(gradients.values())
         for group in self.param_groups:
             if group["max_grad_norm"] is not None:
-                parts = [local(g) for p in group["params"] if (g := self._projected.get(p, p.grad)) is not None]
-                if parts:
-                    foreach_mul_(parts, _clip_factor(norm, group["max_grad_norm"]))
+                of_group = [g for p in group["params"] if (g := self.gradient_of(p)) is not None]
+                clip_(of_group, norm, group["max_grad_norm"])
         if norm.isfinite():
             return True
         names = [name for name, gradient in gradients.items() if not local(gradient).isfinite().all()]
@@ -542,10 +546,6 @@ class GaLoreAdamW(Optimizer):
             return None, None
         generator = torch.Generator(p.device).manual_seed(1_000_003 * self._places[p][1] + step)
         return generator if of_moments else None, generator if of_weight else None
-
-
-def _clip_factor(norm: Tensor, limit: float) -> Tensor:
-    return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ows_lightning.compat import foreach_norm
+from ows_lightning.compat import foreach_clamp_max_, foreach_clamp_min_, foreach_mul_, foreach_norm
 from ows_lightning.optim.subspace import Side
 
 if TYPE_CHECKING:  # whoever shards weights has imported it; it takes half as long as torch itself
@@ -125,6 +125,25 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     for dim in range(mesh.ndim):
         dist.all_reduce(square, group=mesh.get_group(dim))
     return square.sqrt()
+
+
+def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: str = "norm") -> None:
+    """Clips gradients in place.
+
+    Args:
+        gradients: Tensors of any shapes, sharded or not; without any, nothing happens.
+        norm: Their joint 2-norm (or that of these and others which are clipped with them), a scalar.
+        limit: Of the joint norm, or of each element's absolute value.
+        algorithm: ``norm`` or ``value``, as Lightning's ``gradient_clip_algorithm``.
+    """
+    parts = [local(gradient) for gradient in gradients]
+    if not parts:
+        return
+    if algorithm == "value":
+        foreach_clamp_min_(parts, -limit)
+        foreach_clamp_max_(parts, limit)
+    else:
+        foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def agree(flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:

@@ -59,6 +59,12 @@ class LayerwiseSampling(BlockSampler, Callback):
     folder: Path | None = None
     _record: SamplingRecord | None = None
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> LayerwiseSampling | None:
+        """Returns the Trainer's LayerwiseSampling callback, if it has one."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, cls)), None)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts afresh, and refuses strategies that can't let the trained blocks change."""
         if stage == "fit":

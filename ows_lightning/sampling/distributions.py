@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, nearest
 
 DISTRIBUTIONS = (
     "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
@@ -74,8 +73,8 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         reverse = torch.empty_like(probabilities)
         reverse[rank] = probabilities[rank.flip(0)]
         return reverse
-    nearest = "".join(f", did you mean '{name}'?" for name in get_close_matches(distribution, DISTRIBUTIONS, n=1))
-    raise UsageError(f"distribution: unknown '{distribution}'{nearest}; give {', '.join(DISTRIBUTIONS)} or a list of weights")
+    mend = nearest(distribution, DISTRIBUTIONS) or f"; give {', '.join(DISTRIBUTIONS)} or a list of weights"
+    raise UsageError(f"distribution: unknown '{distribution}'{mend}")
 
 
 def _normalised(scores: Tensor, key: str = "scores", mend: str = "") -> Tensor:

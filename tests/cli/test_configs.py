@@ -23,6 +23,7 @@ from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model, load_tokenizer
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.run import RunRecord
+from ows_lightning.sampling.callback import LayerwiseSampling
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -59,8 +60,8 @@ def check_on_meta(*configs: Path) -> OWSCLI:
     assert isinstance(module, CausalLMModule)
     module.causal_lm = CausalLM(meta_model(find_dimensions(module.hparams.model_name_or_path).config, torch.bfloat16))
     layers = decoder_layers(module)
-    if cli.trainer.sampling is not None:
-        assert cli.trainer.sampling.activated_layers < len(layers)
+    if (sampling := LayerwiseSampling.of(cli.trainer)) is not None:
+        assert sampling.activated_layers < len(layers)
     optimizer = module.make_optimizer(module.param_groups())
     registered = {p for group in optimizer.param_groups for p in group["params"]}
     assert registered == set(module.parameters())

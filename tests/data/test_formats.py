@@ -104,7 +104,7 @@ def test_columns_are_renamed() -> None:
     [
         (
             {"instruction": "q", "ouput": "a"},
-            "columns 'instruction', 'ouput' fit no format; .* did you mean 'output' by 'ouput'",
+            "columns 'instruction', 'ouput' fit no format; .* 'ouput': did you mean 'output'",
         ),
         ({"messages": []}, "row 1: 'messages' must be a list of messages, got an empty list"),
         ({"messages": [{"role": "usr", "content": "q"}]}, "row 1: 'messages' entry 1 has the role 'usr'; known are .*user"),
