@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the study")
     parser.add_argument("--budget", type=int, help="target tokens of a run, instead of the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, help="threads of a run; by default the runs share the cores")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence", help="folder of runs and data")
     parser.add_argument("--tables", action="store_true", help="make the tables alone, from the CSV file")
@@ -45,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
     """Makes the model's directory and the tasks' files, measures the model before training, and makes the runs."""
-    work, threads = args.work.absolute(), max(1, (os.cpu_count() or 1) // args.jobs)
+    work, threads = args.work.absolute(), args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     model = model_directory(study.model, work / "models")
-    files = {name: tasks.make(name, work / "tasks", args.data_root) for name in study.tasks}
+    files = {name: tasks.make(name, work / "tasks", study.held_out_rows, args.data_root) for name in study.tasks}
     steps = {name: (task, steps_of(study, task, model, study.tasks[name])) for name, task in files.items()}
     for name, task in files.items():
         if counted.find(task=name, method="before") is None:
@@ -58,10 +59,11 @@ def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
 
 def before(study: Study, name: str, task: tasks.Task, model: Path, folder: Path, threads: int) -> dict[str, Any]:
     """The row of the model as it is before any training."""
-    held_out = evaluate(study, model, task.test, folder / "test", threads, "test")
+    answers = study.exact_match_rows if task.metric == "exact_match" else 0
+    held_out = evaluate(study, model, task.test, folder / "test", threads, "test", answers)
     unrelated = evaluate(study, model, tasks.UNRELATED, folder / "unrelated", threads)["val_loss"]
     nothing = {"lr": 0.0, "seed": 0, "steps": 0, "target_tokens": 0, "time_s": 0.0, "flops": 0.0, "peak_mb": None}
-    metric = held_out.get("test_accuracy")
+    metric = held_out.get("test_exact_match", held_out.get("test_accuracy"))
     figures = {"test_loss": held_out["test_loss"], "test_metric": metric, "forgetting": unrelated}
     return {"task": name, "method": "before", **nothing, **figures, "commit": commit()}
 

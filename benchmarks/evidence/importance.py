@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gains = [before["test_loss"] - _mean(losses[block]) for block in sorted(losses)]
         path = args.results / f"{study.name}_scores_{name}.csv"
         if not path.is_file():
-            write_scores(path, scores_of(model, tasks.make(name, work / "tasks", args.data_root)))
+            write_scores(path, scores_of(model, tasks.make(name, work / "tasks", study.held_out_rows, args.data_root)))
         parts += [f"## {name}", correlations(gains, sorted(losses), read_scores(path))]
     text = "\n\n".join(parts) + "\n"
     (args.results / f"{study.name}_correlations.md").write_text(text)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,14 @@ from safetensors import safe_open
 from benchmarks.evidence.study import ROOT, STUDIES, Method, Study
 from benchmarks.evidence.tasks import UNRELATED, Task
 from ows_lightning.report.run import RunRecord
+
+# A server imports the libraries once, and each command is a fork of it: they take longer than a short run's training.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["benchmarks.evidence.runs", "ows_lightning.cli.lightning_cli"])
+
+
+class CommandError(RuntimeError):
+    """A command of ``main.py`` failed; the text is the end of what it printed."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,9 @@ class Run:
         try:
             self._fit(self.task.validation, exact_match_rows=0)
             return _last(self.folder, "val_loss")
-        except subprocess.CalledProcessError as error:
-            if "NaN or Inf" not in error.stderr:  # too high a rate is an answer; anything else is a fault
-                raise RuntimeError(f"{self.folder}: {error.stderr[-2000:]}") from error
+        except CommandError as error:
+            if "NaN or Inf" not in str(error):  # too high a rate is an answer; anything else is a fault
+                raise
             return float("inf")
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -49,11 +57,11 @@ class Run:
         """Trains, and returns the figures of the test split, of unrelated text, and of the cost."""
         exact_match = self.task.metric == "exact_match"
         try:
-            self._fit(self.task.test, exact_match_rows=128 if exact_match else 0)
+            self._fit(self.task.test, self.study.exact_match_rows if exact_match else 0)
             record, model = RunRecord.read(self.folder), self._model()
             forgetting = evaluate(self.study, model, UNRELATED, self.folder / "unrelated", self.threads)["val_loss"]
             if exact_match:
-                metric = _last(self.folder, "val_exact_match")
+                metric = _last(self.folder, "val_exact_match") if self.study.exact_match_rows else None
             else:
                 metric = evaluate(self.study, model, self.task.test, self.folder / "test", self.threads, "test")[
                     "test_accuracy"
@@ -66,8 +74,6 @@ class Run:
                 "flops": run_flops(record, model),
                 "peak_mb": max(record.series("peak_memory_mb")[1]),
             }
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{self.folder}: {error.stderr[-2000:]}") from error
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -86,32 +92,55 @@ class Run:
         if "sampling" not in settings and not _without_sampling(configs):
             settings["sampling.seed"] = self.seed
         arguments = [part for config in configs for part in ("--config", str(config))]
-        main("fit", arguments + [f"--{key}={_value(value)}" for key, value in settings.items()], self.threads)
+        main("fit", arguments + [f"--{key}={_value(value)}" for key, value in settings.items()], self.folder, self.threads)
 
     def _model(self) -> Path:
         return next(self.folder.glob("version_*/model"))
 
 
-def main(command: str, arguments: list[str], threads: int) -> None:
-    """Runs a command of ``main.py``.
+def main(command: str, arguments: list[str], folder: Path, threads: int) -> None:
+    """Runs a command of ``main.py`` in a process of its own.
 
     Raises:
-        subprocess.CalledProcessError: It failed; ``stderr`` says why.
+        CommandError: It failed.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command_line = [sys.executable, "main.py", command, *arguments]
-    subprocess.run(command_line, cwd=ROOT, check=True, capture_output=True, text=True, env=environment)
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / f"{command}.txt"
+    process = _context.Process(target=_command, args=([command, *arguments], output, threads))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise CommandError(f"{output}: {output.read_text(errors='replace')[-2000:]}")
 
 
-def evaluate(study: Study, model: Path, rows: Path, folder: Path, threads: int, command: str = "validate") -> dict[str, float]:
+def _command(words: list[str], output: Path, threads: int) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.chdir(ROOT)
+    sys.argv = ["main.py", *words]
+
+    import torch
+
+    from ows_lightning.cli.main import main as run
+
+    torch.set_num_threads(threads)
+    run(words)
+
+
+def evaluate(
+    study: Study, model: Path, rows: Path, folder: Path, threads: int, command: str = "validate", answers: int = 0
+) -> dict[str, float]:
     """Returns the last figures that ``validate`` or ``test`` logs of a model on a file of rows."""
     data = {"validate": "data.eval_dataset", "test": "data.test_dataset"}[command]
     settings = {
         "model.model_name_or_path": model, "trainer.precision": study.precision, "trainer.default_root_dir": folder,
-        "data.dataset": rows, data: rows, "data.exact_match_rows": 0, "sampling": "null",
+        "data.dataset": rows, data: rows, "data.exact_match_rows": answers, "sampling": "null",
     }  # fmt: skip
     configs = ["--config", str(STUDIES / "base.yaml")]
-    main(command, configs + [f"--{key}={_value(value)}" for key, value in settings.items()], threads)
+    main(command, configs + [f"--{key}={_value(value)}" for key, value in settings.items()], folder, threads)
     record = RunRecord.read(folder)
     return {name: record.series(name)[1][-1] for name in record.metrics if name != "step" and record.series(name)[1]}
 

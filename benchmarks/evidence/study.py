@@ -41,6 +41,8 @@ class Study:
         tune_on: The methods that choose one rate for all; empty where each method has its own.
         seeds: Seeds of the runs that count, on the test split; none of them is in ``tune_seeds``.
         settings: Keys that are set in all runs.
+        held_out_rows: Rows of the validation and of the test split.
+        exact_match_rows: How many of the test rows are answered in generated text, where the task is scored so.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Study:
     seeds: tuple[int, ...]
     tune_on: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    held_out_rows: dict[str, int] = field(default_factory=lambda: {"validation": 128, "test": 256})
+    exact_match_rows: int = 128
 
     def __post_init__(self) -> None:
         if shared := set(self.seeds) & set(self.tune_seeds):

@@ -32,7 +32,7 @@ class ParsingCLI(OWSCLI):
 def test_settings_of_every_method_are_known_to_the_command_line(name, monkeypatch, tmp_path):
     study = load(name)
     given = []
-    monkeypatch.setattr("benchmarks.evidence.runs.main", lambda command, arguments, threads: given.append(arguments))
+    monkeypatch.setattr("benchmarks.evidence.runs.main", lambda command, arguments, folder, threads: given.append(arguments))
     task = tasks.Task(tmp_path / "train.jsonl", tmp_path / "validation.jsonl", tmp_path / "test.jsonl", "accuracy")
     distinct = {m.configs + tuple(m.settings): m for m in study.methods}.values()  # thirty blocks are one case
     for method in distinct:
@@ -81,8 +81,8 @@ def test_a_rate_at_the_edge_of_every_grid_is_refused():
 @pytest.mark.parametrize("name", tasks.GENERATED)
 def test_splits_of_a_task_share_no_question(name, tmp_path, monkeypatch):
     pytest.importorskip("reasoning_gym")
-    monkeypatch.setattr(tasks, "SIZES", {split: (min(size, 300), seed) for split, (size, seed) in tasks.SIZES.items()})
-    task = tasks.make(name, tmp_path, None)
+    monkeypatch.setattr(tasks, "TRAIN_ROWS", 300)
+    task = tasks.make(name, tmp_path, {"validation": 128, "test": 256}, None)
     splits = [{json.loads(line)["instruction"] for line in path.read_text().splitlines()} for path in task[:3]]
     assert [len(split) for split in splits] == [300, 128, 256]
     assert len(set.union(*splits)) == sum(map(len, splits))
@@ -132,9 +132,9 @@ def test_a_study_runs_and_goes_on_from_its_rows(tmp_path, monkeypatch, capsys):
     content = yaml.safe_load((STUDIES / "sensitivity.yaml").read_text())
     content |= {"rates": [1e-3, 1e-2, 1e-1], "seeds": [0], "reference": "small", "batch_size": 2}
     content["methods"] = {"small": {"configs": ["methods/ows"], "set": {"sampling.activated_layers": 1, "model.rank": 4}}}
-    content["settings"] = {"sampling.threshold": 2.0}
+    content |= {"settings": {"sampling.threshold": 2.0}, "held_out_rows": {"validation": 8, "test": 8}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr(tasks, "SIZES", {"train": (40, 1), "validation": (8, 10_000), "test": (8, 20_000)})
+    monkeypatch.setattr(tasks, "TRAIN_ROWS", 40)
     arguments = [str(tmp_path / "tiny.yaml"), "--model", str(tmp_path / "my-model"), "--budget", "40"]
     arguments += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work"), "--jobs", "2"]
     chosen = ledger.Ledger(tmp_path / "results" / "tiny_rates.csv", ledger.TUNED)  # rates that another machine has tried
