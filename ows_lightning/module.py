@@ -30,6 +30,8 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import Step, StepFigures
+from ows_lightning.streaming.disk import Disk
+from ows_lightning.streaming.loading import load
 from ows_lightning.streaming.requirements import check_window, require_waiting
 from ows_lightning.streaming.window import Window
 
@@ -44,10 +46,9 @@ def default_optimizer(params: Any) -> Optimizer:
 class CausalLMModule(HeldOutSteps):
     """Fine-tunes a causal LM: loss over the target tokens of each optimizer step, projected AdamW, warm-up and decay.
 
-    The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches
-    and ranks: what one large batch would give. ``grad_norm``, which ``gradient_clip_val`` bounds, is the norm of what
-    the optimizer consumes: projected gradients where a weight is projected. Called as ``module(**batch)`` it returns the
-    batch's loss, see ``CausalLM``. It can be fitted again, by any Trainer.
+    The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches and
+    ranks: what one large batch would give. ``grad_norm``, which ``gradient_clip_val`` bounds, is the norm of what the
+    optimizer consumes: projected gradients where a weight is projected. Called, it returns a batch's loss, see ``CausalLM``.
 
     Args:
         model_name_or_path: Hub name, local directory, ``.gguf`` file, or ``package://PACKAGE/FILE.gguf``.
@@ -65,13 +66,12 @@ class CausalLMModule(HeldOutSteps):
         lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.
         warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
         lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
-        frozen_in: Where frozen blocks wait: ``device``, or ``host`` memory, from where they pass through a window on the
-            device. No bit of what is computed changes. For one device, with sampling or LoRA.
+        frozen_in: Where frozen blocks wait: ``device``, or ``host`` memory or ``disk``, from where they pass through a window.
+            No bit of what is computed changes. For one device, with sampling or LoRA.
         frozen_dtype: None: frozen blocks wait as they are.
         window_blocks: Blocks that the window holds, 2 or 3.
         max_new_tokens: Length limit of generated answers.
-        max_skipped_steps: Stop the run after so many steps in a row whose gradients held a NaN or Inf; each is skipped. By the
-            callback ``StopOnNaN``, which ``OWSTrainer`` brings along.
+        max_skipped_steps: Stop the run after so many skipped steps (gradients with NaN or Inf) in a row, by ``StopOnNaN``.
         trust_remote_code: Run code that the model's repository brings along.
 
     Raises:
@@ -185,25 +185,25 @@ class CausalLMModule(HeldOutSteps):
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
         if self.causal_lm is not None:
             return
+        disk = Disk(self._trainer and self.trainer.log_dir) if self.hparams["frozen_in"] == "disk" else None
         if self.device_mesh is None:
-            self.causal_lm = CausalLM(self.build())
+            self.causal_lm = CausalLM(self.build(disk=disk))
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
-            name = self.hparams["model_name_or_path"]
-            self.causal_lm = load_into_shards(self.build, name, mesh, device, self._precision)
+            self.causal_lm = load_into_shards(self.build, self.hparams["model_name_or_path"], mesh, device, self._precision)
         pretrained.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
             pretrained.compile_blocks(self.language_model)
-        if self.hparams["frozen_in"] == "host":
-            layers, slots = decoder_layers(self), self.hparams["window_blocks"]
-            self.window = Window(layers, slots, frozen_only=self.hparams["lora"] is not None)
+        if self.hparams["frozen_in"] != "device":
+            slots, lora = self.hparams["window_blocks"], self.hparams["lora"] is not None
+            self.window = Window(decoder_layers(self), slots, frozen_only=lora, disk=disk)
 
-    def build(self, empty: bool = False) -> nn.Module:
-        """Makes the model with its weights, or ``empty``: with weights on the meta device, for others to fill."""
-        name = self.hparams["model_name_or_path"]
+    def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
+        """Makes the model with its weights, blocks on a disk, or ``empty``: with weights on the meta device, to be filled."""
+        what = self.hparams["model_name_or_path"], len(self.tokenizer)
         options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
         options["dtype"] = DTYPES.get(self._precision, torch.float32)
-        model = empty_model(name, len(self.tokenizer), **options) if empty else pretrained.load_model(name, **options)
+        model = empty_model(*what, **options) if empty else load(*what, disk, **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.stop_at(model, end_of_turn_id(self.tokenizer))
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model

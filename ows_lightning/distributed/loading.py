@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from ows_lightning.compat import own_parameters
 from ows_lightning.distributed.fsdp2 import shard_model
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.pretrained import load_config
 from ows_lightning.models.source import locate
+from ows_lightning.models.stored_weights import stored_weights
 
 
 def empty_model(
@@ -83,9 +81,9 @@ def load_into_shards(
         precision: The Trainer's, see ``shard_model``.
     """
     model = _without_weights(build(True))
-    files = _weight_files(name)
+    files = stored_weights(name)
     tensors = {**dict(model.named_parameters()), **_persistent_buffers(model)}
-    straight = all(key in files and _shape(files[key], key) == tensor.shape for key, tensor in tensors.items())
+    straight = all(key in files and files[key].shape == tensor.shape for key, tensor in tensors.items())
     whole: dict[str, Tensor] = {}
     if not straight and mesh.get_local_rank() == 0:
         loaded = build(False)
@@ -100,32 +98,10 @@ def load_into_shards(
             buffer.copy_(buffers[key])
         for key, tensor in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items():
             if straight:
-                _read_part(tensor, files[key], key)
+                _read_part(tensor, files[key].path, key)
             else:
                 _hand_out(tensor, whole.pop(key, None), mesh)
     return causal_lm
-
-
-def _weight_files(name: str) -> dict[str, Path]:
-    """Which safetensors file each weight of a model is in; none for a model in another format."""
-    source = locate(name)
-    if source.gguf_file is not None:
-        return {}
-    name = source.path
-    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    if index := cached_file(name, "model.safetensors.index.json", **options):
-        in_shards: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-        paths = {file: Path(str(cached_file(name, file))) for file in sorted(set(in_shards.values()))}
-        return {key: paths[file] for key, file in in_shards.items()}
-    if single := cached_file(name, "model.safetensors", **options):
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), Path(single))
-    return {}
-
-
-def _shape(path: Path, key: str) -> tuple[int, ...]:
-    with safe_open(path, "pt") as file:
-        return tuple(file.get_slice(key).get_shape())
 
 
 def _read_part(tensor: Tensor, path: Path, key: str) -> None:

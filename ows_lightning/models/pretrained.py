@@ -159,30 +159,36 @@ def load_model(
             f"{MODEL_KEY}: {name!r} has {key} of shape {tuple(saved)} where its config says {tuple(expected)}; "
             "its config.json belongs to another model"
         )
-    if surplus := _surplus_blocks(model, report["unexpected_keys"]):
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} has weights for more blocks than its config.json says ({surplus[0]}, {len(surplus)} in "
-            "all), which would be dropped; mend num_hidden_layers, or delete the weights"
-        )
+    check_surplus_blocks(name, model, report["unexpected_keys"])
     if missing := sorted(report["missing_keys"]):
         raise UsageError(
             f"{MODEL_KEY}: {name!r} has no weights for {missing[0]} ({len(missing)} missing in all) and would start at "
             "random there; give a complete causal LM"
         )
-    if broken := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} has weights that are not finite ({broken[0]}, {len(broken)} tensors in all); give "
-            "the model as it was before"
-        )
+    check_finite(name, model)
     if source.gguf_file is not None:
         _forget_quantisation(model)
     return model.train()
 
 
-def _surplus_blocks(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
-    """The weights that have no place in the model, though another block has one of the same name."""
+def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
+    """Refuses, with a UsageError, weights that have no place in the model, though another block has one of the same name."""
     forms = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
-    return sorted(key for key in unexpected if "#" in (form := re.sub(r"\.\d+\.", ".#.", key)) and form in forms)
+    surplus = sorted(key for key in unexpected if "#" in (form := re.sub(r"\.\d+\.", ".#.", key)) and form in forms)
+    if surplus:
+        raise UsageError(
+            f"{MODEL_KEY}: {name!r} has weights for more blocks than its config.json says ({surplus[0]}, {len(surplus)} in "
+            "all), which would be dropped; mend num_hidden_layers, or delete the weights"
+        )
+
+
+def check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuses, with a UsageError, weights that are not finite."""
+    if broken := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UsageError(
+            f"{MODEL_KEY}: {name!r} has weights that are not finite ({broken[0]}, {len(broken)} tensors in all); give "
+            "the model as it was before"
+        )
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

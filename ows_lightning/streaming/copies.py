@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -68,6 +69,32 @@ class StreamCopies:
     def release(self, slot: int) -> None:
         """Records where the stream that computes is."""
         self.released[slot].record(torch.cuda.current_stream(self.device))
+
+
+class ReadAhead:
+    """Fetches that read a file, in a thread of their own: what computes goes on, and waits for what it needs next.
+
+    Args:
+        copies: How the device orders what the thread fetches.
+    """
+
+    def __init__(self, copies: Copies) -> None:
+        self.copies = copies
+        self.thread = ThreadPoolExecutor(1, "fetch")
+        self.fetches: dict[int, Future[None]] = {}
+
+    def issue(self, slot: int, fetch: Callable[[], None]) -> None:
+        """Has the thread fetch, after all that it was asked to fetch before."""
+        self.fetches[slot] = self.thread.submit(self.copies.issue, slot, fetch)
+
+    def wait(self, slot: int) -> None:
+        """Waits until the file is read, and raises what went wrong."""
+        self.fetches[slot].result()
+        self.copies.wait(slot)
+
+    def release(self, slot: int) -> None:
+        """Marks the end of what computes from the slot."""
+        self.copies.release(slot)
 
 
 def copies_for(device: torch.device, slots: int) -> Copies:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,31 @@ def lay_out(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     views, start = [], 0
     for tensor in tensors:
-        flat = memory[start : start + tensor.nbytes].view(tensor.dtype)
-        views.append(flat.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()))
+        part = memory[start : start + tensor.nbytes].view(tensor.dtype)
+        views.append(part.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()))
         start += aligned(tensor.nbytes)
     return views
+
+
+def home_like(weight: Tensor, memory: Any, start: int) -> Tensor:
+    """Makes a tensor within memory that has a weight's dtype, shape and strides.
+
+    It has a storage of its own, and is no view of a larger one: what saves models takes views of one storage for tied weights.
+
+    Args:
+        weight: Any tensor without gaps.
+        memory: What has the buffer protocol.
+        start: First byte.
+    """
+    if not weight.numel():
+        return torch.empty_like(weight, device="cpu")
+    values = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=start)
+    return values.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride())
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Views the memory of a tensor without gaps as bytes: uint8, one-dimensional."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 class HostHome:
@@ -61,37 +83,48 @@ class HostHome:
         for weight, source in zip(self.tensors, trained, strict=True):
             weight.copy_(source)
 
+    def make_writable(self) -> None:
+        """Prepares the ``tensors`` for being written by others than ``write_back``."""
 
-class PinnedHome(HostHome):
-    """Host memory that a GPU reads by itself: page-aligned, page-locked, and no larger than the weights.
+    def drop(self) -> None:
+        """Lets go of what need not stay in memory."""
+
+
+def page_locked(nbytes: int) -> Tensor:
+    """Returns host memory, uint8, that a GPU reads by itself: page-aligned, page-locked, and no larger than it has to be.
 
     torch's own pinned memory comes in powers of two. The memory is a mapping of its own, shared, because that of a process
     which forks (a data loader's workers) would move away from under the GPU at the next write.
 
-    Args:
-        weights: The block's weights, copied one at a time.
-
     Raises:
         RunError: The system does not lock so many pages.
     """
+    memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    address, cudart = whole.data_ptr(), torch.cuda.cudart()
+    error = int(cudart.cudaHostRegister(address, len(memory), 0))
+    if error:
+        raise RunError(
+            f"model.frozen_in: {len(memory) / 1e6:.0f} MB of host memory could not be page-locked "
+            f"(CUDA error {error}); free host memory, or raise the limit that `ulimit -l` shows"
+        )
+    weakref.finalize(whole, cudart.cudaHostUnregister, address).atexit = False
+    return whole
+
+
+class PinnedHome(HostHome):
+    """Host memory that a GPU reads by itself, see `page_locked`.
+
+    Args:
+        weights: The block's weights, copied one at a time.
+    """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._memory = mmap.mmap(-1, max(nbytes_of(weights), mmap.PAGESIZE))
+        self._memory = page_locked(nbytes_of(weights))
         self.tensors, start = [], 0
         for weight in weights:
-            # A storage a weight, not views of one: what saves models takes the latter for tied weights.
-            flat = torch.frombuffer(self._memory, dtype=weight.dtype, count=weight.numel(), offset=start)
-            home = flat.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride())
-            self.tensors.append(home.copy_(weight))
+            self.tensors.append(home_like(weight, self._memory.numpy(), start).copy_(weight))
             start += aligned(weight.nbytes)
-        address, cudart = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr(), torch.cuda.cudart()
-        error = int(cudart.cudaHostRegister(address, len(self._memory), 0))
-        if error:
-            raise RunError(
-                f"model.frozen_in: {len(self._memory) / 1e6:.0f} MB of host memory could not be page-locked "
-                f"(CUDA error {error}); free host memory, or raise the limit that `ulimit -l` shows"
-            )
-        weakref.finalize(self, cudart.cudaHostUnregister, address).atexit = False
 
 
 def home_for(weights: Sequence[Tensor], device: torch.device) -> HostHome:

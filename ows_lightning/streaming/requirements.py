@@ -11,8 +11,6 @@ def check_window(frozen_in: str, frozen_dtype: str | None, window_blocks: int) -
     Raises:
         UsageError: There is no such mode, or the window is too small or too large.
     """
-    if frozen_in == "disk":
-        raise UsageError("model.frozen_in: blocks can't wait on the disk yet; set model.frozen_in: host")
     if frozen_dtype is not None:
         raise UsageError("model.frozen_dtype: blocks can't wait in int8 yet; leave it out, and set model.frozen_in: host")
     if window_blocks not in (2, 3):

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import backward_pass, in_backward, when_backward_ends
-from ows_lightning.streaming.copies import Copies, copies_for
+from ows_lightning.streaming.copies import Copies, ReadAhead, copies_for
+from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.homes import HostHome, home_for, lay_out, nbytes_of
 from ows_lightning.streaming.timeline import Timeline
 
@@ -38,13 +39,19 @@ class Window:
         slots: Blocks that the window holds at a time, at least 2: one computes while the next one comes.
         frozen_only: Only parameters that are frozen now wait, and the others stay on the device: the base below adapters.
         copies: How fetches are ordered against computation; the device's own way if None.
+        disk: Blocks wait there, and not in host memory.
 
     Raises:
         ValueError: The window is too small.
     """
 
     def __init__(
-        self, blocks: Iterable[nn.Module], slots: int = 2, frozen_only: bool = False, copies: Copies | None = None
+        self,
+        blocks: Iterable[nn.Module],
+        slots: int = 2,
+        frozen_only: bool = False,
+        copies: Copies | None = None,
+        disk: Disk | None = None,
     ) -> None:
         if slots < 2:
             raise ValueError(f"slots: {slots} must be at least 2: one block computes while the next one comes")
@@ -52,6 +59,7 @@ class Window:
         self.slots = slots
         self.device = torch.device("cpu")
         self._copies = copies
+        self._disk = disk
         shared = _in_several_places(self.blocks)
         self.parameters = [
             [p for p in block.parameters() if p.numel() and id(p) not in shared and not (frozen_only and p.requires_grad)]
@@ -63,12 +71,15 @@ class Window:
                 block.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True),
                 block.register_forward_hook(partial(self._after_forward, index)),
                 block.register_state_dict_pre_hook(self._before_state_dict),
-                block.register_load_state_dict_pre_hook(self._before_load),
+                block.register_load_state_dict_pre_hook(partial(self._before_load, index)),
+                block.register_load_state_dict_post_hook(partial(self._after_load, index)),
             ]
             # What moves the model, `to` or a Trainer, leaves the blocks where they wait and moves the window.
             block._apply = partial(self._apply_to_block, index)  # type: ignore[method-assign]
             block.window = self  # type: ignore[assignment]
         self._clear()
+        if disk is not None:
+            self._prepare()  # what is in memory goes to the disk at once
 
     def _clear(self) -> None:
         self.homes: list[HostHome] = []
@@ -80,10 +91,11 @@ class Window:
         self._backward = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies find their weights in their own parameters."""
+        """Copies find their weights in their own parameters, and wait in host memory."""
+        for index in range(len(self.homes)):
+            self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         made = ("homes", "timeline", "_in_slot", "_memory", "_ordering", "_training", "_backward")
-        self.timeline.finish()
-        return {key: value for key, value in vars(self).items() if key not in made}
+        return {key: value for key, value in vars(self).items() if key not in made} | {"_disk": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -133,6 +145,14 @@ class Window:
         """Drops what the slots hold, because something wrote into homes."""
         self.timeline.forget()
 
+    def make_writable(self, index: int) -> None:
+        """Lets others write into a block's home: what slots hold is dropped, and from a model's own file a block moves."""
+        self._prepare()
+        self.timeline.forget()
+        self.homes[index].make_writable()
+        if self.timeline.waits(index):
+            _point(self.parameters[index], self.homes[index].tensors)
+
     @contextmanager
     def hold(self, block: nn.Module) -> Iterator[None]:
         """Keeps a block on the device while its weights are looked at outside a forward pass."""
@@ -167,8 +187,9 @@ class Window:
         with torch.inference_mode(False):
             before = self.active
             if not self.homes:
+                make_home = self._disk.home if self._disk is not None else partial(home_for, device=self.device)
                 for weights in self.parameters:
-                    self.homes.append(home_for([p.data for p in weights], self.device))
+                    self.homes.append(make_home([p.data for p in weights]))
                     _point(weights, self.homes[-1].tensors)
             self.timeline.forget()
             for index in set(before) - set(active):  # first, so that their memory can be used again
@@ -192,6 +213,8 @@ class Window:
         whole = torch.empty(self.slots * size, dtype=torch.uint8, device=self.device)
         self._memory = list(whole.split(size)) if size else [whole] * self.slots
         self._ordering = self._copies or copies_for(self.device, self.slots)
+        if self._disk is not None:
+            self._ordering = ReadAhead(self._ordering)
 
     # ------------------------------------------------------------------ events, as the timeline orders them
 
@@ -265,8 +288,11 @@ class Window:
     def _before_state_dict(self, block: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.timeline.finish()  # a state dict outlives the pass that was interrupted
 
-    def _before_load(self, block: nn.Module, *_: Any) -> None:
-        self.timeline.forget()
+    def _before_load(self, index: int, block: nn.Module, *_: Any) -> None:
+        self.make_writable(index)
+
+    def _after_load(self, index: int, block: nn.Module, *_: Any) -> None:
+        self.homes[index].drop()
 
 
 def _point(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:

@@ -15,6 +15,7 @@ from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
+from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.window import Window
 from tests.tiny import tiny_batch
 
@@ -80,10 +81,12 @@ class NoComputeOnHomes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def strict_window(model: nn.Module, slots: int = 2, frozen_only: bool = False) -> tuple[Window, Callable[[], Any]]:
+def strict_window(
+    model: nn.Module, slots: int = 2, frozen_only: bool = False, disk: Disk | None = None
+) -> tuple[Window, Callable[[], Any]]:
     """A window on a device that forgives nothing, and the mode to train in."""
     copies = LateCopies()
-    window = Window(decoder_layers(model), slots=slots, frozen_only=frozen_only, copies=copies)
+    window = Window(decoder_layers(model), slots=slots, frozen_only=frozen_only, copies=copies, disk=disk)
     copies.window = window
     return window, lambda: NoComputeOnHomes(window, copies)
 

@@ -1,4 +1,4 @@
-"""Runs whose frozen blocks wait in host memory: the same figures, draws, checkpoints and exports to the bit."""
+"""Runs whose frozen blocks wait in host memory or on the disk: the same figures, draws, checkpoints and exports to the bit."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def assert_identical(one: Any, other: Any, where: str = "") -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_host_leaves_what_device_leaves(
+def test_host_and_disk_leave_what_device_leaves(
     variant: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variant == "lora":
@@ -95,12 +95,14 @@ def test_host_leaves_what_device_leaves(
     fetched = []
     issue = Timeline._issue
     monkeypatch.setattr(Timeline, "_issue", lambda self, block: (fetched.append(block), issue(self, block))[1])
-    assert_identical(outcome(fit(tmp_path / "host", *common, "--model.frozen_in=host")), expected)
-    assert set(fetched) == set(range(5))
+    for mode in ("host", "disk"):
+        assert_identical(outcome(fit(tmp_path / mode, *common, f"--model.frozen_in={mode}")), expected, mode)
+        assert set(fetched) == set(range(5))
+        fetched.clear()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [("device", "host"), ("host", "device")])
+@pytest.mark.parametrize(("before", "after"), [("device", "host"), ("host", "disk"), ("disk", "device")])
 def test_a_run_goes_on_in_the_other_mode(
     before: str, after: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +134,7 @@ def test_a_block_that_was_never_drawn_is_the_base_models(
         (["--trainer.devices=2", "--trainer.strategy=fsdp2"], "model.frozen_in: host is for one device"),
         (["--trainer.devices=2", "--trainer.strategy=ddp_layerwise"], "model.frozen_in: host is for one device"),
         (["--model.window_blocks=1"], "model.window_blocks: 1 must be 2 or 3"),
-        (["--model.frozen_in=disk"], "model.frozen_in: blocks can't wait on the disk yet"),
+        (["--sampling=null", "--model.frozen_in=disk"], "model.frozen_in: disk needs frozen blocks"),
         (["--model.frozen_dtype=int8"], "model.frozen_dtype: blocks can't wait in int8 yet"),
     ],
 )
@@ -151,7 +153,7 @@ def test_what_can_not_work_is_refused_with_a_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [("host", "device"), ("device", "host")])
+@pytest.mark.parametrize(("before", "after"), [("host", "disk"), ("disk", "device")])
 def test_a_killed_run_goes_on_in_the_other_mode(
     before: str, after: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +170,8 @@ def test_a_killed_run_goes_on_in_the_other_mode(
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
+    left = {path.name for path in (runs / "version_0").iterdir()}
+    assert left <= {".lock", "checkpoints", "config.yaml", "metrics.csv", "sampling_history.csv", "outlier_scores.json"}
     second = outcome(fit(runs, *common, f"--model.frozen_in={after}", "--ckpt_path=last"))
     expected = outcome(fit(tmp_path / "whole", *common))
     assert_identical(second["model"], expected["model"])

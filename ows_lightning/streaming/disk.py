@@ -1,0 +1,180 @@
+"""Blocks that wait on the disk: in the model's own files, and in a scratch file once they have changed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ows_lightning.errors import RunError
+from ows_lightning.models.stored_weights import StoredWeight
+from ows_lightning.streaming.homes import HostHome, aligned, flat, home_like, nbytes_of, page_locked
+
+
+class FilePart:
+    """A part of a file that weights lie in: mapped for those who look at them, read without the mapping for a fetch.
+
+    Pages of a mapping count as the process's memory from the moment they are looked at; ``drop`` gives them back.
+
+    Args:
+        file: An open file.
+        writable: What is written into the mapped weights goes into the file; otherwise it would be lost.
+        start: First byte, a multiple of the page size.
+        length: Bytes; 0 for the rest of the file.
+    """
+
+    def __init__(self, file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> None:
+        self.file, self.start = file, start
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # as torch does not map what it can't write
+        self.memory = mmap.mmap(file.fileno(), length, access=access, offset=start)
+
+    def read(self, offset: int, target: Tensor) -> None:
+        """Reads as many bytes as a tensor of uint8 in host memory has into it.
+
+        Raises:
+            RunError: The file has become shorter.
+        """
+        view, position = memoryview(target.numpy()), self.start + offset
+        while view:
+            read = os.preadv(self.file.fileno(), [view], position)
+            if not read:
+                raise RunError(f"model.frozen_in: {self.file.name} has become shorter while it was used; start the run again")
+            view, position = view[read:], position + read
+
+    def drop(self) -> None:
+        """Lets go of the pages that were looked at; the weights stay in the file."""
+        self.memory.madvise(mmap.MADV_DONTNEED)
+
+
+class DiskHome(HostHome):
+    """A block's weights on the disk; its ``tensors`` are mapped.
+
+    Args:
+        disk: Where the block moves to when it is written.
+        weights: The weights; those that were mapped by ``Disk.map`` stay there if all of them were.
+    """
+
+    def __init__(self, disk: Disk, weights: Sequence[Tensor]) -> None:
+        self.disk = disk
+        known = [disk.places.get(weight.data_ptr()) for weight in weights]
+        self.tensors = list(weights)
+        self.places = [place for place in known if place is not None]
+        if len(self.places) < len(known):
+            self._move()
+
+    def fetch(self, slot: Sequence[Tensor]) -> None:
+        """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
+        for target, (part, offset) in zip(slot, self.places, strict=True):
+            self.disk.send(lambda buffer, part=part, offset=offset: part.read(offset, buffer), flat(target))  # type: ignore[misc]
+
+    def write_back(self, trained: Sequence[Tensor]) -> None:
+        """Takes over the weights of a block that trained into the scratch file."""
+        self.make_writable()
+        super().write_back(trained)
+        self.drop()
+
+    def make_writable(self) -> None:
+        """Moves weights that lie in the model's own file into the scratch file; ``tensors`` are others then."""
+        if any(part.file is not self.disk.scratch for part, _ in self.places):
+            self._move()
+
+    def drop(self) -> None:
+        """Lets go of what of the weights is in memory because somebody looked at them."""
+        for part in {part for part, _ in self.places}:
+            part.drop()
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        part, start, tensors = self.disk.more_scratch(nbytes_of(self.tensors)), 0, []
+        self.places = []
+        for weight in self.tensors:
+            home = home_like(weight, part.memory, start)
+            tensors.append(home.copy_(weight))
+            self.places.append((part, start))
+            self.disk.places[home.data_ptr()] = (part, start)
+            start += aligned(weight.nbytes)
+        self.tensors = tensors
+        part.drop()
+
+
+class Disk:
+    """The files that blocks wait in.
+
+    The scratch file has no name: what it takes is free again when the process ends, however that comes about.
+
+    Args:
+        folder: Where the scratch file is made, on a disk with room for the blocks that ever train; here if None.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self.folder = Path(folder or ".")
+        self.places: dict[int, tuple[FilePart, int]] = {}  # by the address of a mapped weight
+        self.scratch: BinaryIO | None = None
+        self._files: dict[Path, FilePart] = {}
+        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def take(self, stored: StoredWeight, dtype: torch.dtype) -> Tensor:
+        """Returns a weight as it lies in a model's own file, or, if its dtype there is another one, in the scratch file."""
+        if stored.path not in self._files:
+            self._files[stored.path] = FilePart(stored.path.open("rb"), writable=False)
+        part, start = self._files[stored.path], stored.start
+        assert stored.dtype is not None
+        weight = home_like(torch.empty(stored.shape, dtype=stored.dtype, device="meta"), part.memory, start)
+        if stored.dtype != dtype:
+            part, start = self.more_scratch(weight.numel() * dtype.itemsize), 0
+            weight = home_like(torch.empty_like(weight, dtype=dtype, device="meta"), part.memory, 0).copy_(weight)
+            part.drop()
+        self.places[weight.data_ptr()] = (part, start)
+        return weight
+
+    def drop(self) -> None:
+        """Lets go of what was looked at in the model's own files."""
+        for part in self._files.values():
+            part.drop()
+
+    def home(self, weights: Sequence[Tensor]) -> DiskHome:
+        """Returns a home on the disk."""
+        return DiskHome(self, weights)
+
+    def more_scratch(self, length: int) -> FilePart:
+        """Makes the scratch file longer, and returns the new part.
+
+        Raises:
+            RunError: The disk is full, or the folder can't be written to.
+        """
+        try:
+            if self.scratch is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.scratch = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # it lives as long as the blocks
+            start, length = self.scratch.seek(0, os.SEEK_END), -(-max(length, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+            os.posix_fallocate(self.scratch.fileno(), start, length)  # writing into a mapping could only end in a signal
+        except OSError as error:
+            raise RunError(
+                f"model.frozen_in: {str(self.folder)!r} has no room for {length / 1e6:.0f} MB of blocks "
+                f"({error.strerror}); free space there, or set model.frozen_in: host"
+            ) from error
+        return FilePart(self.scratch, writable=True, start=start, length=length)
+
+    @torch.no_grad()
+    def send(self, read: Callable[[Tensor], None], target: Tensor) -> None:
+        """Reads bytes into a target; for a GPU through one of two page-locked buffers, while the other one is copied."""
+        if target.device.type == "cpu":
+            read(target)
+            return
+        if not self._staging or self._staging[0][0].numel() < target.numel():
+            for _, copied in self._staging:
+                copied.synchronize()
+            self._staging = [(page_locked(target.numel()), torch.cuda.Event()) for _ in range(2)]
+        buffer, copied = self._staging.pop(0)
+        copied.synchronize()
+        part = buffer[: target.numel()]
+        read(part)
+        target.copy_(part, non_blocking=True)
+        copied.record(torch.cuda.current_stream(target.device))
+        self._staging.append((buffer, copied))

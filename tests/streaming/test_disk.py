@@ -1,0 +1,127 @@
+"""Blocks that wait on the disk: in the model's own files until they train, and no bit different."""
+
+from __future__ import annotations
+
+import copy
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import load_model
+from ows_lightning.streaming.disk import Disk
+from ows_lightning.streaming.loading import load
+from ows_lightning.streaming.window import Window
+from tests.streaming.steps import evaluate, strict_window, train
+from tests.tiny import ARCHITECTURES, tiny_model
+
+
+def saved(folder: Path, architecture: str = "llama", **overrides: object) -> str:
+    tiny_model(architecture, **overrides).save_pretrained(folder)
+    return str(folder)
+
+
+def scratch_bytes(disk: Disk) -> int:
+    return 0 if disk.scratch is None else os.fstat(disk.scratch.fileno()).st_size
+
+
+@pytest.mark.parametrize("dtypes", ["the file's", "another"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "tied"])
+def test_a_model_is_loaded_as_transformers_loads_it(architecture: str, dtypes: str, tmp_path: Path) -> None:
+    name = saved(tmp_path, tie_word_embeddings=True) if architecture == "tied" else saved(tmp_path, architecture)
+    dtype = torch.float32 if dtypes == "the file's" else torch.bfloat16
+    expected, found = load_model(name, dtype=dtype), load(name, 0, Disk(tmp_path), dtype=dtype)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(dict(found.named_buffers()), dict(expected.named_buffers()), rtol=0, atol=0)
+    assert [name for name, _ in found.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    assert found.config.to_dict() == expected.config.to_dict()
+    assert found.training
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_training_gives_the_same_bits(architecture: str, tmp_path: Path) -> None:
+    expected = train(tiny_model(architecture), validate=True)
+    disk = Disk(tmp_path)
+    model = load(saved(tmp_path, architecture), 0, disk)
+    train(model, *strict_window(model, disk=disk), validate=True).assert_equals(expected)
+
+
+def test_a_block_stays_in_the_models_own_file_until_it_has_trained(tmp_path: Path) -> None:
+    disk = Disk(tmp_path / "run")
+    model = load(saved(tmp_path / "model"), 0, disk)
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    window = Window(decoder_layers(model), disk=disk)
+    assert scratch_bytes(disk) == 0
+    train(model, window, draws=[[1], [2]])
+    one = sum(p.nbytes for p in decoder_layers(model)[0].parameters())
+    assert one <= scratch_bytes(disk) < 2 * one  # block 2 still trains
+    assert not list((tmp_path / "run").iterdir())  # a killed process leaves none
+    after = load_file(tmp_path / "model" / "model.safetensors")
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_another_dtype_goes_to_the_scratch_file(tmp_path: Path) -> None:
+    disk, name = Disk(tmp_path), saved(tmp_path, dtype=torch.bfloat16)
+    model = load(name, 0, disk)
+    train(model, Window(decoder_layers(model), disk=disk)).assert_equals(train(load_model(name)))
+    assert scratch_bytes(disk) >= sum(p.nbytes for p in decoder_layers(model).parameters())
+
+
+def test_weights_that_are_loaded_or_exchanged_count(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    model = load(saved(tmp_path), 0, disk)
+    Window(decoder_layers(model), disk=disk)
+    others = [tiny_model("llama", seed=seed) for seed in (1, 2)]
+    model.load_state_dict(others[0].state_dict())
+    torch.testing.assert_close(list(evaluate(model)), list(evaluate(others[0])), rtol=0, atol=0)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():  # as weight averaging does with the copy that it made
+        for p, q in zip(model.parameters(), others[1].parameters(), strict=True):
+            p.data.copy_(q.data)
+    torch.testing.assert_close(list(evaluate(model)), list(evaluate(others[1])), rtol=0, atol=0)
+    torch.testing.assert_close(list(evaluate(twin)), list(evaluate(others[0])), rtol=0, atol=0)
+
+
+def test_a_copy_that_is_made_first_counts_too(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    model = load(saved(tmp_path), 0, disk)
+    Window(decoder_layers(model), disk=disk)
+    copy.deepcopy(model)
+    other = tiny_model("llama", seed=1)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.data.copy_(q.data)
+    torch.testing.assert_close(list(evaluate(model)), list(evaluate(other)), rtol=0, atol=0)
+
+
+def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    disk, limits = Disk(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"model.frozen_in: '.*' has no room for \d+ MB of blocks"):
+            Window(decoder_layers(tiny_model("llama", hidden_size=64)), disk=disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    model = load(saved(tmp_path), 0, disk)
+    Window(decoder_layers(model), disk=disk)
+    os.truncate(tmp_path / "model.safetensors", 20_000)
+    with pytest.raises(RunError, match=r"model.safetensors has become shorter"):
+        list(evaluate(model))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        decoder_layers(model)[2].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"not finite \(model.layers.2.mlp.up_proj.weight"):
+        load(str(tmp_path), 0, Disk(tmp_path))
