@@ -185,7 +185,7 @@ class CausalLMModule(HeldOutSteps):
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
         if self.causal_lm is not None:
             return
-        disk = Disk(self._trainer and self.trainer.log_dir) if self.hparams["frozen_in"] == "disk" else None
+        disk = Disk(self.trainer.log_dir if self._trainer else None) if self.hparams["frozen_in"] == "disk" else None
         if self.device_mesh is None:
             self.causal_lm = CausalLM(self.build(disk=disk))
         else:

@@ -40,7 +40,7 @@ class FilePart:
         Raises:
             RunError: The file has become shorter.
         """
-        view, position = memoryview(target.numpy()), self.start + offset
+        view, position = memoryview(target.numpy().data), self.start + offset
         while view:
             read = os.preadv(self.file.fileno(), [view], position)
             if not read:

@@ -170,8 +170,8 @@ def test_a_killed_run_goes_on_in_the_other_mode(
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    left = {path.name for path in (runs / "version_0").iterdir()}
-    assert left <= {".lock", "checkpoints", "config.yaml", "metrics.csv", "sampling_history.csv", "outlier_scores.json"}
+    left = [path for path in (runs / "version_0").rglob("*") if path.is_file() and path.parent.name != "checkpoints"]
+    assert all(path.stat().st_size < 30_000 for path in left), "a block has more"
     second = outcome(fit(runs, *common, f"--model.frozen_in={after}", "--ckpt_path=last"))
     expected = outcome(fit(tmp_path / "whole", *common))
     assert_identical(second["model"], expected["model"])
