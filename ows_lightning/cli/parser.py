@@ -26,10 +26,23 @@ SECTIONS = {"model": CausalLMModule, "data": InstructionDataModule, "sampling": 
 
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
-    "dict": "a mapping of keys to values", "NoneType": "null", "collections.abc.Iterable": "a list",
+    "dict": "a mapping of keys to values", "collections.abc.Iterable": "a list", "tuple": "a list",
+    "tuple with 2 elements": "a list of two values",
 }  # fmt: skip
+_NONE = "<class 'NoneType'>"
 _NOTHING = "{}: nothing is given below it; write its keys there, or delete the line"
 _NAMEABLE = (LightningModule, LightningDataModule, Callback, Logger, Optimizer)
+
+# The sentences of jsonargparse that a mistyped key, class or value brings about.
+_KEY = re.compile(r'Parser key "([^"]+)":\s*')
+_EMPTY_SECTION = re.compile(r"Unexpected config: (\w+):\s*$")
+_CLASS_PATH = re.compile(r"class_path[ =]'(.+?)'")
+_UNKNOWN = re.compile(r"Option '(.+?)' is not accepted|does not accept option '(.+?)'|unrecognized arguments: (\S+)")
+_REQUIRED = re.compile(r"the following arguments are required: ([^,\s]+)")
+_NO_CLASS = re.compile(r"(?:dot import path string: |has no attribute ')([\w.]+)")
+_EXPECTED = re.compile(r"Expected an? (<class .+?>|typing\.Literal\[.+?\]|tuple with \d+ elements)(?:\.|$)")
+_VALUE = re.compile(r"G(?:iven|ot) value: (.*?)(?:\. Got value: .*)?$")
+_FRAME = ("Does not validate", "Subtypes: ", "Errors:", "Problem with given", "Given value", "Expected a", "Subclass types")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -62,57 +75,55 @@ class OneLineParser(LightningArgumentParser):
 def one_line(message: str, parser: argparse.ArgumentParser) -> str:
     """Turns one of jsonargparse's messages, of many lines and nested as the keys are, into one line."""
     keys: list[str] = []
-    expected: list[str] = []
+    expected: list[str] = []  # of the innermost key
+    reason = ""  # jsonargparse's own words, where we have no better ones
     owner: Any = None
-    for line in map(str.strip, message.removeprefix("- ").splitlines()):
-        line = line.removeprefix("- ")
-        while found := re.search(r'Parser key "(?P<key>[^"]+)":\s*', line):
-            keys.append(found["key"])
+    if found := _EMPTY_SECTION.match(message):
+        return _NOTHING.format(found[1])
+    for line in message.splitlines():
+        line = line.strip().removeprefix("- ")
+        while not reason and (found := _KEY.search(line)):
+            keys.append(found[1])
             expected, line = [], line[found.end() :]
             owner = SECTIONS.get(".".join(keys), owner)
         key = ".".join(keys)
-        if found := re.match(r"Problem with given class_path '(.+)':", line):
+        if found := _CLASS_PATH.search(line):
             owner = import_class(found[1])
-        if found := re.search(r"Option '(.+?)' is not accepted", line):
-            if named := re.search(r"class_path='(.+?)'", line):
-                owner = import_class(named[1])
-            return _unknown(f"{key}.{found[1]}", [f"{key}.{name}" for name in _arguments(owner)], parser)
-        if found := re.search(r"does not accept option '(.+?)'", line):
-            return _unknown(found[1].replace(".init_args.", "."), (), parser)
-        if found := re.match(r"unrecognized arguments: (\S+)", line):
-            return _unknown(found[1].lstrip("-").split("=")[0], (), parser, as_typed=found[1])
-        if found := re.search(r"the following arguments are required: (.+)", line):
-            name = found[1].split(",")[0].partition(".")
-            name = f"{key}.{found[1]}" if key else name[2] or name[0]
-            if name in SECTIONS:  # they have defaults: only null can have taken them away
-                return _NOTHING.format(name)
-            return f"{name}: not given, and it has no default; put it into the YAML file or write --{name}"
-        if found := re.match(r"Unexpected config: (\w+):\s*$", message):
-            return _NOTHING.format(found[1])
-        if found := re.match(r"argument (?:-c/)?--(\S+?)(?:/\S+)?: expected one argument", line):
-            return f"{found[1]}: no value is given; write --{found[1]} VALUE"
-        if found := re.search(r"Expected '(.+?)' to be a subclass of <class '(.+?)'>", line):
-            return f"{key}: '{found[1]}' is no {found[2].rpartition('.')[2]}; name a class that is one"
-        if found := re.search(
-            r"dot import path string: (\S+)|has no attribute '.+'\. Got value: (\S+)|has no attribute '(.+)'", line
-        ):
-            return _no_class(key, next(filter(None, found.groups())))
-        if not set(expected) - {"<class 'NoneType'>"} and (
-            found := re.match(r"Given value: NestedArg\(key='(.+)', val=(.*)\)$", line)
-        ):
-            return f"{key.partition('.')[0]}.{found[1]}: {found[2]} does not fit; `{_help(parser)}` says of which type it is"
-        if found := re.match(r"Expected an? (.+?)(?:\. Got value: .*)?$", line):
+        if found := _UNKNOWN.search(line):
+            return _unknown(key, found, owner, parser)
+        if found := _REQUIRED.search(line):
+            return _required(key, found[1])
+        if found := _NO_CLASS.search(line):
+            return _no_class(key, found[1])
+        if found := _EXPECTED.match(line):
             expected.append(found[1])
-        value = re.match(r"Given value: (.*)|.*?Got value: (.*?)(?:\. Got value: .*)?$", line)
-        if value and expected:
-            return _wrong_type(key, value[1] or value[2], expected)
-    return " ".join(message.split())
+        elif not line.startswith(_FRAME):
+            reason = reason or line.rpartition("callable class: ")[2].partition(". Got value: ")[0]
+        if found := _VALUE.search(line):
+            if reason or not set(expected) - {_NONE}:
+                break
+            return _wrong_type(key, found[1], expected)
+    reason = reason or f"the value does not fit; `{_help(parser)}` says of which type it is"
+    return f"{key}: {reason}" if key else reason
 
 
-def _unknown(key: str, known: Iterable[str], parser: argparse.ArgumentParser, as_typed: str | None = None) -> str:
-    subject = f"{as_typed}: there is no such option" if as_typed else f"{key}: there is no such key"
-    near = _nearest_key(key, {*known, *_known_keys(parser)})
+def _unknown(key: str, found: re.Match[str], owner: Any, parser: argparse.ArgumentParser) -> str:
+    of_class, of_command, as_typed = found.groups()
+    if of_class:
+        wrong, known = f"{key}.{of_class}", [f"{key}.{name}" for name in _arguments(owner)]
+    else:
+        wrong, known = (of_command or as_typed.lstrip("-").partition("=")[0]).replace(".init_args.", "."), []
+    near = _nearest_key(wrong, {*known, *_known_keys(parser)})
+    subject = f"{as_typed}: there is no such option" if as_typed else f"{wrong}: there is no such key"
     return subject + (f"; did you mean '{near}'?" if near else f"; `{_help(parser)}` lists all")
+
+
+def _required(key: str, name: str) -> str:
+    command, _, rest = name.partition(".")
+    name = f"{key}.{name}" if key else rest or command
+    if name in SECTIONS:  # they have defaults: only null can have taken them away
+        return _NOTHING.format(name)
+    return f"{name}: not given, and it has no default; put it into the YAML file or write --{name}"
 
 
 def _nearest_key(key: str, known: Iterable[str]) -> str | None:
@@ -129,18 +140,20 @@ def _help(parser: argparse.ArgumentParser) -> str:
 
 
 def _wrong_type(key: str, value: str, expected: list[str]) -> str:
-    choices = [choice for text in expected for choice in re.findall(r"'([^']+)'", text) if "Literal" in text]
-    kinds = [re.sub(r"<class '(.+)'>", r"\1", text) for text in expected if text.startswith(("<class '", "tuple with"))]
-    wanted = [_KINDS.get(kind, kind.rpartition(".")[2]) for kind in kinds if not (choices and kind == "int")]
-    wanted = ["one of " + ", ".join(choices)] * bool(choices) + [kind for kind in wanted if kind != "null"] or ["null"]
-    return f"{key}: '{value}' is not {' or '.join(dict.fromkeys(wanted))}{nearest(value, choices) if choices else ''}"
+    choices = [choice for text in expected if "Literal" in text for choice in re.findall(r"'([^']+)'", text)]
+    kinds = [text.removeprefix("<class '").removesuffix("'>") for text in expected if "Literal" not in text and text != _NONE]
+    listed = ["one of " + ", ".join(choices)] if len(choices) > 1 else choices
+    wanted = [_KINDS.get(kind, kind) for kind in kinds] + listed
+    return f"{key}: '{value}' is not {' or '.join(dict.fromkeys(wanted))}{nearest(value, choices)}"
 
 
 def _no_class(key: str, name: str) -> str:
     if key == "sampling":
         return f"sampling: '{name}' is no mapping of keys, such as sampling.distribution; null trains all blocks"
-    mend = nearest(name.rpartition(".")[2], (kind.__name__ for base in _NAMEABLE for kind in _subclasses(base)))
-    return f"{key}: there is no class '{name}'" + (mend or "; give its full path, as in my_package.my_module.MyClass")
+    short = name.rpartition(".")[2]
+    known = {kind.__name__ for base in _NAMEABLE for kind in _subclasses(base)}
+    mend = nearest(short, known) if short not in known else ""  # it may be a class of another kind
+    return f"{key}: '{name}' is no class that fits here" + (mend or "; give its full path, as in my_package.my_module.MyClass")
 
 
 def _known_keys(parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -44,7 +44,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
-from ows_lightning.errors import UsageError, nearest
+from ows_lightning.errors import UsageError, closest
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 
@@ -317,8 +317,8 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
     """Refuses an attention that is unknown, not installed or not supported, before any weights are fetched."""
     known = sorted({"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if not key.startswith("paged|"))})
     if attention not in known and "/" not in attention:  # with a slash it is a kernel on the hub
-        hint = f"{nearest(attention, known)} Known: {', '.join(known)}"
-        raise UsageError(f"model.attn_implementation: unknown attention {attention!r}{hint}")
+        hint = f"did you mean '{closest(attention, known, cutoff=0)}'? Known: {', '.join(known)}"
+        raise UsageError(f"model.attn_implementation: unknown attention {attention!r}; {hint}")
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(

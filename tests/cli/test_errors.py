@@ -104,6 +104,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class RAdam(torch.optim.RAdam):
+    """Has the name of another optimizer, as those of galore_torch and bitsandbytes have."""
+
+
 class Case(NamedTuple):
     """What a user types after ``main.py``, the key or the row that the error names, and the mend that it gives."""
 
@@ -150,7 +154,11 @@ CASES = {
     "misspelt method": Case(
         "plan --config base.yaml --method owl", "method", "choose from ows, full, lora, galore, lisa, ows_published"
     ),
-    "flag without a value": Case(fit("--trainer.max_steps"), "trainer.max_steps", "write --trainer.max_steps VALUE"),
+    "flag without a value": Case(fit("--trainer.max_steps"), "argument --trainer.max_steps", "expected one argument"),
+    "three betas": Case(fit("--model.optimizer.betas [0.9,0.99,0.9]"), "model.optimizer.betas", "is not a list of two values"),
+    "half a block": Case(fit("--model.gradient_checkpointing 2.5"), "model.gradient_checkpointing", "a whole number or auto"),
+    "class of another kind": Case(fit("--model torch.nn.Linear"), "model", "not correspond to a subclass of LightningModule"),
+    "name that two classes have": Case(fit("--model.optimizer RAdam"), "model.optimizer", "Give the full class path"),
     # ------------------------------------------------------------------ types
     "text for a number": Case(fit("--sampling.activated_layers many"), "sampling.activated_layers", "not a whole number"),
     "text for a rate": Case(fit("--model.optimizer.lr fast"), "model.optimizer.lr", "is not a number"),
