@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,7 +30,7 @@ from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
-from ows_lightning.step import Step, StepFigures
+from ows_lightning.step import LeaveGradients, Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.loading import load
 from ows_lightning.streaming.requirements import check_window, require_waiting
@@ -171,6 +172,10 @@ class CausalLMModule(HeldOutSteps):
             raise UsageError(f"model.optimizer: {error}") from error
         self._check_projection(optimizer)
         return optimizer
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Returns what is to happen when a fit has ended."""
+        return [LeaveGradients()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""

@@ -1,4 +1,4 @@
-"""The arithmetic of one optimizer step: its loss, over micro-batches and processes, and the gradients that follow from it."""
+"""One optimizer step: its loss, over micro-batches and processes, and the gradients that follow from it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -96,6 +97,20 @@ class Step:
             clip_(gradients, norm, limit, algorithm or "norm")
         self._totals = None
         return StepFigures(loss / targets, norm, int(tokens), skipped)
+
+
+class LeaveGradients(Callback):
+    """Leaves gradients to ``grad`` again when a fit has ended, also by an exception: any code may train the weights then."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The fit has ended."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, GaLoreAdamW):
+                optimizer.project_in_backward(False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning calls no ``teardown`` after an exception."""
+        self.teardown(trainer, pl_module, "fit")
 
 
 def _consumed(optimizer: Optimizer) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -334,3 +335,19 @@ def test_the_model_that_the_optimizer_holds_is_sampled(tmp_path: Path) -> None:
     changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all(name.startswith(("student.model.layers.1.", "student.model.norm.")) for name in changed)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_after_a_fit_gradients_are_everybodys_again(interrupted: bool, model_dir: ModelDir, tmp_path: Path) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if interrupted and trainer.global_step == 2:
+                raise KeyboardInterrupt
+
+    module = CausalLMModule(str(model_dir()), rank=8, optimizer=galore)
+    run = trainer(tmp_path, Interrupt())
+    with contextlib.suppress(SystemExit, KeyboardInterrupt):  # which of them depends on Lightning's version
+        run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+    assert run.optimizers  # it is alive, with all of its state
+    module(**tiny_batch()).loss.backward()
+    assert all(p.grad is not None for p in module.model.parameters())

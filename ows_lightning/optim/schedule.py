@@ -1,4 +1,7 @@
-"""The learning rate's schedule: warm-up, then decay."""
+"""The learning rate's schedule: warm-up, then decay.
+
+Its rates are those of ``transformers.get_scheduler``; it stands here because ``optim`` needs torch alone.
+"""
 
 from __future__ import annotations
 

@@ -35,23 +35,6 @@ class LayerwiseSampling(BlockSampler, Callback):
     yourself before ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (``ddp``: use
     ``ddp_layerwise``; ``fsdp``: use ``fsdp2``).
 
-    Args:
-        activated_layers: Blocks that train at a time (gamma).
-        interval_steps: Optimizer steps between two draws (K).
-        distribution: ``outlier`` (OWS) | ``uniform`` (LISA) | ``decreasing`` (LISA-D) | ``increasing`` | ``outlier_reverse`` |
-            ``weight_norm`` | ``window`` (neighbouring blocks, by their sum of outliers) | ``gradient_norm`` (by the mean norm
-            of each block's gradients), or a list with a weight for each block.
-        threshold: A weight is an outlier if its score exceeds ``threshold`` (tau) times the block's mean.
-        calibration_samples: Training rows whose activations the scores are computed from.
-        scores: A JSON file written by ``score`` or by an earlier run; nothing is computed then.
-        rescore_every: Compute the scores anew after this many intervals; None keeps the first ones.
-        always_train: What outside the blocks trains at all: ``embeddings``, ``lm_head``, ``norm``. A weight that
-            embeddings and head share trains if either is named.
-        seed: Seeds the draws and the choice of calibration rows.
-        grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with others
-            of its height, so that the lowest active block, which decides a step's time, lies higher on average; 1 is the most
-            that is possible.
-
     Attributes:
         folder: Where scores and draws are written; None takes the logger's folder, if there is a logger.
     """
