@@ -28,12 +28,14 @@ class StepFigures(NamedTuple):
         loss: Mean over all target tokens (nats), float32, a scalar.
         grad_norm: Norm of what the optimizer consumes, before clipping, float32, a scalar.
         tokens: Number of tokens, targets or not.
+        targets: Number of target tokens.
         skipped: Whether the step changes nothing because a gradient held NaN or Inf.
     """
 
     loss: Tensor
     grad_norm: Tensor
     tokens: int
+    targets: int
     skipped: bool
 
 
@@ -80,8 +82,8 @@ class Step:
             algorithm: Lightning's ``norm`` or ``value``.
         """
         assert self._totals is not None
-        loss, targets, tokens = self._totals
-        targets = targets.clamp(min=1)
+        loss, trained_on, tokens = self._totals
+        targets = trained_on.clamp(min=1)
         gradients = _consumed(optimizer)
         norm = total_norm(gradients)
         if self.micro_batches > 1:
@@ -96,7 +98,7 @@ class Step:
         elif limit:
             clip_(gradients, norm, limit, algorithm or "norm")
         self._totals = None
-        return StepFigures(loss / targets, norm, int(tokens), skipped)
+        return StepFigures(loss / targets, norm, int(tokens), int(trained_on), skipped)
 
 
 class LeaveGradients(Callback):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
 from benchmarks.evidence.study import ROOT, STUDIES, Method, Study
 from benchmarks.evidence.tasks import UNRELATED, Task
+from ows_lightning.memory.compute import compute
+from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.report.run import RunRecord
 
 # A server imports the libraries once, and each command is a fork of it: they take longer than a short run's training.
@@ -67,11 +67,12 @@ class Run:
                     "test_accuracy"
                 ]
             return {
+                "target_tokens": int(record.series("target_tokens")[1][-1]),
                 "test_loss": _last(self.folder, "val_loss"),
                 "test_metric": metric,
                 "forgetting": forgetting,
                 "time_s": record.series("time_s")[1][-1],
-                "flops": run_flops(record, model),
+                "flops": run_flops(record),
                 "peak_mb": max(record.series("peak_memory_mb")[1]),
             }
         finally:
@@ -145,33 +146,12 @@ def evaluate(
     return {name: record.series(name)[1][-1] for name in record.metrics if name != "step" and record.series(name)[1]}
 
 
-def run_flops(record: RunRecord, model: Path) -> float:
-    """FLOPs of a run's matrix products, from its draws: 2 a weight and token in forward, in each gradient as many.
-
-    Backward runs from the head down to the lowest active block, and a weight that trains needs a second product. Attention's
-    own products, which no method changes, are left out.
-    """
-    config = json.loads((model / "config.json").read_text())
-    blocks = [0] * int(config["num_hidden_layers"])
-    with safe_open(str(model / "model.safetensors"), "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            shape = file.get_slice(name).get_shape()
-            if len(shape) == 2 and ".layers." in name:
-                blocks[int(name.split(".layers.")[1].split(".")[0])] += shape[0] * shape[1]
-    head = int(config["vocab_size"]) * int(config["hidden_size"])
-    steps, tokens = record.series("tokens")
-    before = [0.0, *tokens[:-1]]
-    settings = (record.config or {}).get("sampling") or {}
-    embeddings = not record.history or bool({"embeddings", "lm_head"} & set(settings.get("always_train", ())))
-    lora = bool(((record.config or {}).get("model") or {}).get("init_args", {}).get("lora"))
-    total = 0.0
-    for step, so_far, until in zip(steps, before, tokens, strict=True):
-        active = next((draw.blocks for draw in reversed(record.history) if draw.step <= step), tuple(range(len(blocks))))
-        lowest = 0 if embeddings else min(active)
-        weights = 0 if lora else sum(blocks[block] for block in active)
-        targets_head = head if embeddings and not lora else 0
-        total += 2.0 * (until - so_far) * (sum(blocks) + head + sum(blocks[lowest:]) + head + weights + targets_head)
-    return total
+def run_flops(record: RunRecord) -> float:
+    """FLOPs of a run as `main.py plan` counts them: for its own draws, its tokens, and the mean length of its rows."""
+    settings, tokens = settings_from_config(record.config), record.series("tokens")[1]
+    rows = len(tokens) * settings.batch_size * settings.accumulate_grad_batches
+    settings = replace(settings, max_seq_length=round(tokens[-1] / rows))
+    return tokens[-1] * compute(settings, drawn=[draw.blocks for draw in record.history]).flops_per_token
 
 
 def _last(folder: Path, name: str) -> float:

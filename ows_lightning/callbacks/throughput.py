@@ -22,17 +22,18 @@ class Throughput(Callback):
     """Logs what each optimizer step of CausalLMModule costs; a resumed run's figures go on from the checkpoint's.
 
     ``tokens_per_second`` counts the time from each batch's start to its end, so neither validation nor generation, scoring,
-    saving or waiting for data. ``tokens``, ``time_s`` and ``renewal_s`` are sums since the run began: ``time_s`` of all time,
-    ``renewal_s`` of the time that subspaces took. ``peak_memory_mb`` is the most memory held so far, in MB: allocated on a
-    GPU, resident of the process on a CPU (not on Windows, which does not tell).
+    saving or waiting for data. ``tokens``, ``target_tokens``, ``time_s`` and ``renewal_s`` are sums since the run began:
+    ``time_s`` of all time, ``renewal_s`` of the time that subspaces took. ``peak_memory_mb`` is the most memory held so far,
+    in MB: allocated on a GPU, resident of the process on a CPU (not on Windows, which does not tell).
     """
 
     def __init__(self) -> None:
-        self._before = {"tokens": 0.0, "time_s": 0.0, "renewal_s": 0.0}  # of the runs that this one goes on from
+        sums = ("tokens", "target_tokens", "time_s", "renewal_s")
+        self._before = dict.fromkeys(sums, 0.0)  # of the runs that this one goes on from
         self._begin()
 
     def _begin(self) -> None:
-        self._tokens, self._start = 0, time.perf_counter()
+        self._tokens, self._targets, self._start = 0, 0, time.perf_counter()
         self._seconds, self._batch_start = 0.0, 0.0  # within batches of the step under way
         self._step = 0
 
@@ -59,6 +60,7 @@ class Throughput(Callback):
             return
         self._step = trainer.global_step
         self._tokens += pl_module.last_step.tokens
+        self._targets += pl_module.last_step.targets
         pl_module.log("tokens_per_second", pl_module.last_step.tokens / self._seconds, prog_bar=True)
         self._seconds = 0.0
         figures = self._sums(trainer)
@@ -70,7 +72,12 @@ class Throughput(Callback):
 
     def _sums(self, trainer: Trainer) -> dict[str, float]:
         renewals = sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
-        here = {"tokens": float(self._tokens), "time_s": time.perf_counter() - self._start, "renewal_s": renewals}
+        here = {
+            "tokens": float(self._tokens),
+            "target_tokens": float(self._targets),
+            "time_s": time.perf_counter() - self._start,
+            "renewal_s": renewals,
+        }
         return {name: value + self._before[name] for name, value in here.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

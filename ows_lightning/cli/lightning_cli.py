@@ -26,6 +26,7 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
+from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.cli.commands import OWSTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
@@ -164,7 +165,7 @@ class OWSCLI(LightningCLI):
         callbacks.append(SaveOnSignal())  # before sampling, whose scores take a while
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
-        callbacks += [RunFolder(), Curves(), AutoCheckpointing(config), RunSummary(config)]
+        callbacks += [RunFolder(), Curves(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
         if self.subcommand == "predict":
             callbacks.append(PredictionFile())
         if given["enable_checkpointing"] is False:

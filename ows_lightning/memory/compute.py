@@ -68,7 +68,9 @@ class _Flops:
         return cls(*(a + (rows - 1) * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
 
 
-def compute(settings: PlanSettings, method: TrainingMethod | None = None) -> Compute:
+def compute(
+    settings: PlanSettings, method: TrainingMethod | None = None, drawn: Sequence[Sequence[int]] | None = None
+) -> Compute:
     """Counts a method's FLOPs on a fake model of few blocks, and takes the expectation over draws of the real one's.
 
     Backward runs down to the lowest active block. Above it, a frozen block passes the gradient on and an active one computes
@@ -77,6 +79,7 @@ def compute(settings: PlanSettings, method: TrainingMethod | None = None) -> Com
     Args:
         settings: The model and what it is trained on.
         method: Another method than the settings' own.
+        drawn: The blocks that trained in each interval of a run: its own FLOPs then, in place of the expectation.
 
     Raises:
         UsageError: The model can't be followed, or the file of scores is another model's.
@@ -85,7 +88,7 @@ def compute(settings: PlanSettings, method: TrainingMethod | None = None) -> Com
     model = settings.meta_model
     blocks = BlockSizes.of(model, settings)
     count = blocks.count
-    draws, origin = _draws(settings, method, count)
+    draws, origin = (drawn, "the run's") if drawn else _draws(settings, method, count)
     first = settings.recomputed
     flops = _of_batch(model, settings, method, recompute=first == count)
     recomputing = _of_batch(model, settings, method, recompute=True) if 0 < first < count else flops

@@ -1,0 +1,122 @@
+"""What a run finds of its own figures at its end: the three ways in which the paper's method fails (arXiv 2405.18380)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.module import CausalLMModule
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.sharding import local
+from ows_lightning.report.run import RunRecord
+from ows_lightning.sampling.callback import LayerwiseSampling
+
+log = logging.getLogger(__name__)
+
+LEARNED = 0.95  # a loss that ends above this share of where it began is a poor result
+AS_LISA = 0.9  # and an optimizer's state above this share of LISA's saves nothing
+EVEN = 0.95  # draws among blocks as even as this are LISA's
+STEPS = 20  # fewer tell nothing about learning
+LISAS_BLOCKS = 2
+
+
+class States(NamedTuple):
+    """Bytes of optimizer state on this process: what is held, and what LISA would hold of the same model.
+
+    LISA keeps two moments, in the weights' dtype, of each weight of two blocks, of embeddings, head and norm.
+    """
+
+    held: int
+    lisas: int
+
+
+class SelfChecks(Callback):
+    """Logs a line for each failure of the method that a run's own figures show, or one that there is none.
+
+    Only runs that sample blocks are looked at.
+    """
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks on rank 0."""
+        sampling = next((c for c in trainer.callbacks if isinstance(c, LayerwiseSampling)), None)  # type: ignore[attr-defined]
+        if sampling is None or not isinstance(pl_module, CausalLMModule) or not trainer.is_global_zero:
+            return
+        try:
+            losses = RunRecord.read(Path(trainer.log_dir or trainer.default_root_dir)).series("train_loss")[1]
+        except UsageError:  # without a logger there may be no curves
+            losses = []
+        projecting = next((o for o in trainer.optimizers if isinstance(o, GaLoreAdamW)), None)
+        states = None if projecting is None else measure_states(projecting, pl_module)
+        found = [poor_result(losses, states), memory_as_lisa(states)]
+        if sampling.probabilities is not None and sampling.distribution in ("outlier", "window"):
+            found.append(no_gain_over_lisa(sampling.probabilities.tolist()))
+        lines = [line for line in found if line]
+        for line in lines:
+            log.warning("Self-check: %s", line)
+        if not lines:
+            log.info("Self-checks: none of the method's known failures shows in this run's figures")
+
+
+def poor_result(losses: Sequence[float], states: States | None) -> str | None:
+    """Compares the mean training loss (nats) of the last tenth of the steps with that of the first; says what to try.
+
+    Args:
+        losses: A loss a step; fewer than 20 tell nothing.
+        states: The optimizer's, where it projects.
+    """
+    if len(losses) < STEPS:
+        return None
+    tenth = len(losses) // 10
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    if last <= LEARNED * first:
+        return None
+    text = f"poor result, the training loss went from {first:.3f} to {last:.3f}; try other learning rates"
+    if states is not None and states.held > states.lisas / 2:
+        return f"{text}, then a higher model.rank: memory is not what it lacks ({_share(states)})"
+    return text
+
+
+def memory_as_lisa(states: States | None) -> str | None:
+    """Compares the optimizer's state with what LISA would hold."""
+    if states is None or states.held < AS_LISA * states.lisas:
+        return None
+    return (
+        f"memory as LISA's ({_share(states)}); lower model.rank or sampling.activated_layers, or leave embeddings and head "
+        "out of sampling.always_train"
+    )
+
+
+def no_gain_over_lisa(probabilities: Sequence[float]) -> str | None:
+    """Looks whether blocks are drawn about evenly, as LISA does: the number of equally likely blocks of the same entropy."""
+    entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
+    blocks, count = math.exp(entropy), len(probabilities)
+    if blocks < EVEN * count:
+        return None
+    return (
+        f"no gain over LISA to expect, outliers tell blocks hardly apart (draws are as even as among {blocks:.1f} of {count} "
+        "blocks); try another sampling.threshold"
+    )
+
+
+def measure_states(optimizer: Optimizer, module: CausalLMModule) -> States:
+    """Measures the state that an optimizer holds, and computes LISA's."""
+    state = [value for of_one in optimizer.state.values() for value in of_one.values()]
+    held = sum(local(value).nbytes for value in state if isinstance(value, torch.Tensor))
+    layers = decoder_layers(module)
+    within = {p for layer in layers for p in layer.parameters()}
+    block = max(sum(local(p).nbytes for p in layer.parameters()) for layer in layers)  # one that waits elsewhere has none
+    others = sum(local(p).nbytes for p in module.parameters() if p not in within)
+    return States(held, 2 * (others + min(LISAS_BLOCKS, len(layers)) * block))
+
+
+def _share(states: States) -> str:
+    return f"{states.held / 1e6:.4g} MB of optimizer state, LISA's would be {states.lisas / 1e6:.4g} MB"
