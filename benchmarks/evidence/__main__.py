@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.evidence import ledger, tasks
-from benchmarks.evidence.runs import evaluate
+from benchmarks.evidence.runs import evaluate, scored
 from benchmarks.evidence.schedule import Schedule, commit
-from benchmarks.evidence.study import RESULTS, ROOT, Study, load
+from benchmarks.evidence.study import RESULTS, ROOT, STUDIES, Study, load
 from benchmarks.evidence.tables import write_tables
 
 
@@ -59,17 +61,16 @@ def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
 
 def before(study: Study, name: str, task: tasks.Task, model: Path, folder: Path, threads: int) -> dict[str, Any]:
     """The row of the model as it is before any training."""
-    answers = study.exact_match_rows if task.metric == "exact_match" else 0
-    held_out = evaluate(study, model, task.test, folder / "test", threads, "test", answers)
+    held_out = scored(study, model, task, folder / "test", threads)
     unrelated = evaluate(study, model, tasks.UNRELATED, folder / "unrelated", threads)["val_loss"]
     nothing = {"lr": 0.0, "seed": 0, "steps": 0, "target_tokens": 0, "time_s": 0.0, "flops": 0.0, "peak_mb": None}
-    metric = held_out.get("test_exact_match", held_out.get("test_accuracy"))
-    figures = {"test_loss": held_out["test_loss"], "test_metric": metric, "forgetting": unrelated}
-    return {"task": name, "method": "before", **nothing, **figures, "commit": commit()}
+    return {"task": name, "method": "before", **nothing, **held_out, "forgetting": unrelated, "commit": commit()}
 
 
 def model_directory(name: str, folder: Path) -> Path:
-    """Converts a model once into a directory that loads fast; returns that directory."""
+    """Converts a GGUF file once into a directory that loads fast; returns that directory, or another model's name as it is."""
+    if not name.endswith(".gguf"):
+        return Path(name)
     import torch
 
     from ows_lightning.models.export import save_huggingface
@@ -86,11 +87,16 @@ def steps_of(study: Study, task: tasks.Task, model: Path, target_tokens: int) ->
     from ows_lightning.data import InstructionDataModule
     from ows_lightning.models.pretrained import load_tokenizer
 
-    data = InstructionDataModule(str(task.train), val_size=0, max_seq_length=192, tokenizer=load_tokenizer(str(model)))
+    longest = {**yaml.safe_load((STUDIES / "base.yaml").read_text())["data"], **_of_data(study)}["max_seq_length"]
+    data = InstructionDataModule(str(task.train), val_size=0, max_seq_length=longest, tokenizer=load_tokenizer(str(model)))
     data.prepare_data()
     data.setup("fit")
     facts = data.summary()
     return max(1, round(target_tokens * facts["rows"] / (facts["target_tokens"] * study.batch_size)))
+
+
+def _of_data(study: Study) -> dict[str, Any]:
+    return {key.removeprefix("data."): value for key, value in study.settings.items() if key.startswith("data.")}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 
 from benchmarks.evidence.study import ROOT, STUDIES, Method, Study
-from benchmarks.evidence.tasks import UNRELATED, Task
+from benchmarks.evidence.tasks import UNRELATED, Task, final_number
 from ows_lightning.memory.compute import compute
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.report.run import RunRecord
@@ -63,9 +64,7 @@ class Run:
             if exact_match:
                 metric = _last(self.folder, "val_exact_match") if self.study.exact_match_rows else None
             else:
-                metric = evaluate(self.study, model, self.task.test, self.folder / "test", self.threads, "test")[
-                    "test_accuracy"
-                ]
+                metric = scored(self.study, model, self.task, self.folder / "test", self.threads)["test_metric"]
             return {
                 "target_tokens": int(record.series("target_tokens")[1][-1]),
                 "test_loss": _last(self.folder, "val_loss"),
@@ -134,16 +133,47 @@ def _command(words: list[str], output: Path, threads: int) -> None:
 def evaluate(
     study: Study, model: Path, rows: Path, folder: Path, threads: int, command: str = "validate", answers: int = 0
 ) -> dict[str, float]:
-    """Returns the last figures that ``validate`` or ``test`` logs of a model on a file of rows."""
-    data = {"validate": "data.eval_dataset", "test": "data.test_dataset"}[command]
+    """Returns the last figures that ``validate`` or ``test`` logs of a model on a file of rows; ``predict`` logs none."""
+    data = "data.eval_dataset" if command == "validate" else "data.test_dataset"
     settings = {
+        **{key: value for key, value in study.settings.items() if key.startswith(("data.", "model.max_new"))},
         "model.model_name_or_path": model, "trainer.precision": study.precision, "trainer.default_root_dir": folder,
         "data.dataset": rows, data: rows, "data.exact_match_rows": answers, "sampling": "null",
     }  # fmt: skip
     configs = ["--config", str(STUDIES / "base.yaml")]
     main(command, configs + [f"--{key}={_value(value)}" for key, value in settings.items()], folder, threads)
+    if command == "predict":
+        return {}
     record = RunRecord.read(folder)
     return {name: record.series(name)[1][-1] for name in record.metrics if name != "step" and record.series(name)[1]}
+
+
+def scored(study: Study, model: Path, task: Task, folder: Path, threads: int) -> dict[str, float | None]:
+    """Returns ``test_loss`` and ``test_metric`` of a model as it is."""
+    answers = study.exact_match_rows if task.metric == "exact_match" else 0
+    figures = evaluate(study, model, task.test, folder, threads, "test", answers)
+    if task.metric == "final_number":
+        metric = right_numbers(study, model, task, folder / "answers", threads)
+    elif task.metric == "exact_match" and not answers:
+        metric = None
+    else:
+        metric = figures[f"test_{task.metric}"]
+    return {"test_loss": figures["test_loss"], "test_metric": metric}
+
+
+def right_numbers(study: Study, model: Path, task: Task, folder: Path, threads: int) -> float | None:
+    """Share of the first test rows whose generated answer ends with the right number; None where none is asked for."""
+    if not study.exact_match_rows:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "rows.jsonl"
+    rows.write_text(
+        "".join(task.test.read_text(encoding="utf-8").splitlines(True)[: study.exact_match_rows]), encoding="utf-8"
+    )
+    evaluate(study, model, rows, folder, threads, "predict")
+    (answers,) = folder.rglob("predictions.jsonl")
+    given = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    return sum(final_number(row["generated"]) == final_number(row["reference"]) for row in given) / len(given)
 
 
 def run_flops(record: RunRecord) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ Row = dict[str, Any]
 
 
 class Task(NamedTuple):
-    """Where a task's rows lie, and how its answers are scored: ``exact_match`` or ``accuracy`` (by likelihood)."""
+    """Where a task's rows lie, and how its answers are scored.
+
+    By ``exact_match``, by ``accuracy`` (the likeliest choice), or by ``final_number`` (the last number of a worked answer).
+    """
 
     train: Path
     validation: Path
@@ -32,6 +36,9 @@ GENERATED: dict[str, dict[str, Any]] = {
 MULTIPLE_CHOICE = ("arc_easy", "arc_challenge", "boolq", "openbookqa")
 """Tasks of LLM-Adapters: ``NAME_train.jsonl`` and ``NAME_test.jsonl`` in the folder that ``--data-root`` names."""
 
+METAMATHQA = "metamathqa"
+"""Trained on MetaMathQA, tested on GSM8K, as in peft's method_comparison; from the hub, or from the same two files."""
+
 SEEDS = {"test": 3_000_000, "validation": 2_000_000, "train": 1_000_000}
 """Split -> the seed that generates or picks its rows; reasoning-gym's row i is that of seed + i."""
 
@@ -45,15 +52,15 @@ def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path
     """Writes a task's files, where they are not there yet.
 
     Args:
-        name: One of ``GENERATED`` or ``MULTIPLE_CHOICE``.
+        name: One of ``GENERATED`` or ``MULTIPLE_CHOICE``, or ``METAMATHQA``.
         folder: Where to write; a folder ``name`` is made in it.
         held_out_rows: How many rows ``validation`` and ``test`` have.
-        data_root: Where the files of ``MULTIPLE_CHOICE`` lie.
+        data_root: Where the files of ``MULTIPLE_CHOICE`` lie, and those of ``METAMATHQA`` where the hub is not reached.
 
     Raises:
         ValueError: There is no such task, or its files are nowhere.
     """
-    metric = "accuracy" if name in MULTIPLE_CHOICE else "exact_match"
+    metric = "accuracy" if name in MULTIPLE_CHOICE else "final_number" if name == METAMATHQA else "exact_match"
     sizes = {"train": TRAIN_ROWS, **held_out_rows}
     files = {split: folder / name / f"{split}_{sizes[split]}.jsonl" for split in SEEDS}
     task = Task(files["train"], files["validation"], files["test"], metric)
@@ -63,10 +70,12 @@ def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path
         rows = _generated(name, sizes)
     elif name in MULTIPLE_CHOICE and data_root is not None:
         rows = _multiple_choice(name, sizes, data_root)
+    elif name == METAMATHQA:
+        rows = _metamathqa(sizes, data_root)
     elif name in MULTIPLE_CHOICE:
         raise ValueError(f"{name}: name the folder of {name}_train.jsonl and {name}_test.jsonl with --data-root")
     else:
-        raise ValueError(f"no task '{name}'; tasks: {', '.join([*GENERATED, *MULTIPLE_CHOICE])}")
+        raise ValueError(f"no task '{name}'; tasks: {', '.join([*GENERATED, *MULTIPLE_CHOICE, METAMATHQA])}")
     (folder / name).mkdir(parents=True, exist_ok=True)
     for split, file in files.items():
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]), encoding="utf-8")
@@ -90,18 +99,45 @@ def _generated(name: str, sizes: dict[str, int]) -> dict[str, list[Row]]:
 
 def _multiple_choice(name: str, sizes: dict[str, int], data_root: Path) -> dict[str, list[Row]]:
     """Rows of a file; validation rows are taken out of the training file."""
+    return _split(_read(data_root, f"{name}_train"), _read(data_root, f"{name}_test"), sizes, "instruction")
 
-    def read(split: str) -> list[Row]:
-        return [json.loads(line) for line in (data_root / f"{name}_{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+def _metamathqa(sizes: dict[str, int], data_root: Path | None) -> dict[str, list[Row]]:
+    """Rows of MetaMathQA and GSM8K; what was made of one question of GSM8K is all in one split."""
+    if data_root is not None:
+        train, test = _read(data_root, f"{METAMATHQA}_train"), _read(data_root, f"{METAMATHQA}_test")
+    else:
+        from datasets import load_dataset
+
+        train = load_dataset("meta-math/MetaMathQA", split="train").to_list()
+        test = load_dataset("openai/gsm8k", "main", split="test").to_list()
+    asked = "{} Think step by step."
+    rows = _split(
+        [{"instruction": asked.format(r["query"]), "output": r["response"], "of": r["original_question"]} for r in train],
+        [{"instruction": asked.format(r["question"]), "output": r["answer"]} for r in test],
+        sizes,
+        "of",
+    )
+    return {split: [{key: row[key] for key in ("instruction", "output")} for row in rows[split]] for split in rows}
+
+
+def _read(data_root: Path, name: str) -> list[Row]:
+    return [json.loads(line) for line in (data_root / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _split(train: list[Row], test: list[Row], sizes: dict[str, int], question: str) -> dict[str, list[Row]]:
+    """Takes validation rows out of the training rows, with all others of the same question."""
 
     def pick(rows: list[Row], split: str) -> list[Row]:
         return random.Random(SEEDS[split]).sample(rows, min(len(rows), sizes[split]))
 
-    train = read("train")
     validation = pick(train, "validation")
-    held_out = {row["instruction"] for row in validation}
-    return {
-        "train": [row for row in train if row["instruction"] not in held_out],
-        "validation": validation,
-        "test": pick(read("test"), "test"),
-    }
+    held_out = {row[question] for row in validation}
+    rest = [row for row in train if row[question] not in held_out]
+    return {"train": rest, "validation": validation, "test": pick(test, "test")}
+
+
+def final_number(text: str) -> str | None:
+    """The last number in a text, without thousands separators; None where there is none."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return f"{float(numbers[-1].replace(',', '')):g}" if numbers else None

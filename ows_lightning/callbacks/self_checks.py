@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.module import CausalLMModule
@@ -51,7 +51,7 @@ class SelfChecks(Callback):
         if sampling is None or not isinstance(pl_module, CausalLMModule) or not trainer.is_global_zero:
             return
         try:
-            losses = RunRecord.read(Path(trainer.log_dir or trainer.default_root_dir)).series("train_loss")[1]
+            losses = RunRecord.read(run_folder(trainer)).series("train_loss")[1]
         except UsageError:  # without a logger there may be no curves
             losses = []
         projecting = next((o for o in trainer.optimizers if isinstance(o, GaLoreAdamW)), None)

@@ -1,6 +1,7 @@
 """The studies: rates are chosen fairly, finished runs are kept, and tables come from the rows alone."""
 
 import csv
+import itertools
 import json
 import math
 
@@ -122,38 +123,95 @@ def test_scores_that_rank_as_the_gains_correlate_fully(tmp_path):
     assert "| good | +1.00 |" in table
 
 
-@pytest.mark.slow
-def test_a_study_runs_and_goes_on_from_its_rows(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("reasoning_gym")
+@pytest.fixture
+def model(tmp_path):
+    """The directory of a tiny model."""
     tokenizer = tiny_tokenizer()
-    model = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=2, hidden_size=16, intermediate_size=32)
+    model = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=6, hidden_size=16, intermediate_size=32)
     model.save_pretrained(tmp_path / "my-model")
     tokenizer.save_pretrained(tmp_path / "my-model")
-    content = yaml.safe_load((STUDIES / "sensitivity.yaml").read_text())
-    content |= {"rates": [1e-3, 1e-2, 1e-1], "seeds": [0], "reference": "small", "batch_size": 2}
-    content["methods"] = {"small": {"configs": ["methods/ows"], "set": {"sampling.activated_layers": 1, "model.rank": 4}}}
-    content |= {"settings": {"sampling.threshold": 2.0}, "held_out_rows": {"validation": 8, "test": 8}}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr(tasks, "TRAIN_ROWS", 40)
-    arguments = [str(tmp_path / "tiny.yaml"), "--model", str(tmp_path / "my-model"), "--budget", "40"]
+    return tmp_path / "my-model"
+
+
+def run_small(content, name, tasks_, methods, model, tmp_path, *more):
+    """Runs a study, cut down, with rates that another machine has tried; returns its rows."""
+    content["methods"] = {method: content["methods"][method] | {"rates": [1e-3, 1e-2, 1e-1]} for method in methods}
+    content |= {"seeds": [0], "reference": methods[0], "batch_size": 2, "held_out_rows": {"validation": 8, "test": 8}}
+    content["exact_match_rows"] = 4
+    content["settings"] = content.get("settings", {}) | {"sampling.threshold": 2.0, "model.max_new_tokens": 4}
+    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    chosen = ledger.Ledger(tmp_path / "results" / f"{name}_rates.csv", ledger.TUNED)
+    for task, method in itertools.product(tasks_, methods):
+        for rate, loss in ((1e-3, 3.0), (1e-2, 2.0), (1e-1, 2.5)):
+            row = {"task": task, "method": method, "lr": rate, "seed": 101, "steps": 7, "validation_loss": loss, "commit": ""}
+            chosen.add(row)
+    arguments = [str(tmp_path / f"{name}.yaml"), "--model", str(model), "--precision", "32-true", "--budget", "40"]
     arguments += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work"), "--jobs", "2"]
-    chosen = ledger.Ledger(tmp_path / "results" / "tiny_rates.csv", ledger.TUNED)  # rates that another machine has tried
-    for rate, loss in ((1e-3, 3.0), (1e-2, 2.0), (1e-1, 2.5)):
-        row = {"task": "family_relationships", "method": "small", "lr": rate, "seed": 101, "steps": 7}
-        chosen.add({**row, "validation_loss": loss, "commit": ""})
-    main(arguments)
-    table = capsys.readouterr().out
-    assert "| small |" in table
-    with (tmp_path / "results" / "tiny.csv").open() as file:
-        before, after = csv.DictReader(file)
+    main([*arguments, "--tasks", *tasks_, *more])
+    with (tmp_path / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_a_study_runs_and_goes_on_from_its_rows(model, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("reasoning_gym")
+    content = yaml.safe_load((STUDIES / "sensitivity.yaml").read_text())
+    monkeypatch.setattr(tasks, "TRAIN_ROWS", 40)
+    given = content, "tiny", ["family_relationships"], ["gamma_1"], model, tmp_path
+    before, after = run_small(*given)
+    assert "| gamma_1 |" in capsys.readouterr().out
     assert before["method"] == "before"
     assert float(after["test_loss"]) < float(before["test_loss"])
     assert float(after["flops"]) > 0
     assert float(after["lr"]) == 1e-2
+    assert 30 <= int(after["target_tokens"]) <= 50  # what was really trained on
 
-    files = {path: path.read_text() for path in (tmp_path / "results").glob("*.csv")}
-    main(arguments)
-    assert {path: path.read_text() for path in (tmp_path / "results").glob("*.csv")} == files
+    files = {path: path.read_text() for path in (tmp_path / "results").glob("tiny.csv")}
+    run_small(*given)
+    assert {path: path.read_text() for path in (tmp_path / "results").glob("tiny.csv")} == files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper_7b", "peft_metamathqa"])
+def test_studies_for_a_gpu_run_on_a_tiny_model(name, model, tmp_path, monkeypatch):
+    content = yaml.safe_load((STUDIES / f"{name}.yaml").read_text())
+    (task,) = itertools.islice(content["tasks"], 1)
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        known = [(f"is {i} of {split} even? Answer format: true/false", ("true", "false")[i % 2]) for i in range(40)]
+        rows = [{"instruction": q, "output": f"the correct answer is {a}", "answer": a} for q, a in known]
+        if task == "metamathqa":
+            rows = [
+                {"query": q, "question": q, "response": f"#### {i}", "answer": f"#### {i}", "original_question": f"{i // 2}"}
+                for i, (q, _) in enumerate(known)
+            ]
+        (data / f"{task}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before, *after = run_small(content, name, [task], ["ows", "full"], model, tmp_path, "--data-root", str(data))
+    assert {row["method"] for row in after} == {"ows", "full"}
+    for row in (before, *after):
+        assert 0 <= float(row["test_metric"]) <= 1
+        assert float(row["test_loss"]) > 0
+
+
+def test_what_was_made_of_one_question_is_in_one_split(tmp_path):
+    rows = [{"query": f"{i}", "response": f"{i}", "original_question": f"{i // 4}"} for i in range(200)]
+    (tmp_path / "metamathqa_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metamathqa_test.jsonl").write_text(json.dumps({"question": "q", "answer": "#### 1"}))
+    task = tasks.make("metamathqa", tmp_path, {"validation": 10, "test": 1}, tmp_path)
+    train, validation = (
+        {int(json.loads(line)["output"]) // 4 for line in path.read_text().splitlines()}
+        for path in (task.train, task.validation)
+    )
+    assert train.isdisjoint(validation)
+    assert train | validation == set(range(50))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("so 3 + 4 = 7.\n#### 1,234", "1234"), ("The answer is: -2.50", "-2.5"), ("none", None)]
+)
+def test_the_final_number_of_an_answer(text, number):
+    assert tasks.final_number(text) == number
 
 
 def test_values_stand_as_yaml_has_them():
