@@ -88,7 +88,11 @@ class CausalLM(nn.Module):
         ids = input_ids % model.config.get_text_config().vocab_size
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.eval()
-        expected = model(**inputs, use_cache=False).logits
+        try:
+            expected = model(**inputs, use_cache=False).logits
+        except (ValueError, TypeError, AttributeError) as error:  # e.g. a draft model, which wants another model's states
+            name = type(model).__name__
+            raise UsageError(f"model.model_name_or_path: {name} does not run on text alone ({error})") from error
         try:
             ours = logits_of(model, last_hidden_state(model, inputs))
         except RuntimeError:  # something between decoder and head changes the width

@@ -99,7 +99,6 @@ def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     language_model = causal_lm(model)
     candidates = []
     if _is_pretrained(language_model):
-        # get_decoder() leaves out a vision tower, which may be larger than the language model.
         candidates = list(_outermost_lists(language_model.get_decoder()))
     if not candidates:  # what some classes call `decoder` is their head
         candidates = list(_outermost_lists(language_model))
@@ -115,6 +114,8 @@ def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 def _outermost_lists(module: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
     """Yields every `nn.ModuleList` that lies in no other one, with the module whose attribute it is."""
     for child in module.children():
+        if "text" not in getattr(type(child), "input_modalities", "text"):
+            continue  # a tower for images or sound, which may be larger than the language model
         if isinstance(child, nn.ModuleList):
             yield module, child
         else:

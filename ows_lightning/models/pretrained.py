@@ -287,16 +287,6 @@ def _gguf_config(source: Source, modified: float) -> PretrainedConfig:
 
 
 def _check_trainable(name: str, config: PretrainedConfig) -> None:
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
-        quantisation = getattr(config.get_text_config(), "quantization_config", None)
-    if quantisation is not None:
-        values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-        method = values.get("quant_method") or "unknown method"
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} is quantised ({getattr(method, 'value', method)}), and quantised weights can't be "
-            "trained; give the model that it was made from"
-        )
     kind = config.model_type
     if config.is_encoder_decoder:
         raise UsageError(f"{MODEL_KEY}: {name!r} is an encoder-decoder ({kind}); give a decoder-only causal LM")
@@ -308,9 +298,28 @@ def _check_trainable(name: str, config: PretrainedConfig) -> None:
                 "AutoModelForImageTextToText; give a text-only causal LM"
             )
         raise UsageError(f"{MODEL_KEY}: {name!r} is no causal LM ({kind}); give a decoder-only language model")
+    if hasattr(config, "lsh_attn_chunk_length"):  # Reformer
+        raise UsageError(f"{MODEL_KEY}: {name!r} ({kind}) trains on rows of whole chunks alone; give a model without chunks")
+    # Of some types transformers has the causal LM alone with the config of a part, under which it can't be loaded again.
+    of_model = None if has_own_code else getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "config_class", None)
+    if of_model is not None and of_model not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(
+            f"{MODEL_KEY}: {name!r} ({kind}) would be exported as {of_model.model_type}, which transformers can't load as a "
+            "causal LM; give a text-only causal LM"
+        )
     # transformers would load BERT and its kin as a causal LM too, with attention to both sides.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise UsageError(f"{MODEL_KEY}: {name!r} is an encoder ({kind}); give a decoder-only causal LM")
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        quantisation = getattr(config.get_text_config(), "quantization_config", None)
+    if quantisation is not None:
+        values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        method = values.get("quant_method") or "unknown method"
+        raise UsageError(
+            f"{MODEL_KEY}: {name!r} is quantised ({getattr(method, 'value', method)}), and quantised weights can't be "
+            "trained; give the model that it was made from"
+        )
 
 
 def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> None:
@@ -355,6 +364,8 @@ def _readable(name: str, error: Exception, what: str = "") -> UsageError:
         )
     if "instantiate the backend tokenizer" in text:
         return _no_tokenizer(name)
+    if isinstance(error, ImportError):
+        return UsageError(f"{MODEL_KEY}: {what}{name!r} needs a package that is not installed: {_one_line(error)}")
     return UsageError(f"{MODEL_KEY}: can't load {what}{name!r} ({_one_line(error)}); check that its files are whole")
 
 

@@ -138,18 +138,39 @@ class BlockSampler:
         """Finds the blocks and checks the settings against them; nothing is frozen yet.
 
         Raises:
-            UsageError: See `check`; or the model has no blocks.
+            UsageError: See `check`; or the model has no blocks, or none of them has a weight to train.
         """
         self.check(len(decoder_layers(model)), architecture_of(getattr(causal_lm(model), "config", None)))
         self._blocks, self._others = may_train(model), outside_blocks(model, self.always_train)
+        fixed = [index for index, block in enumerate(self._blocks) if not len(block)]
+        if len(fixed) == len(self._blocks):
+            name = type(causal_lm(model)).__name__
+            raise UsageError(f"sampling: no block of {name} has a weight to train; unfreeze them, or train without sampling")
+        if fixed:
+            log.warning("Blocks %s have no weight to train: an interval that draws them trains nothing in them", fixed)
 
     def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
-        """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`."""
+        """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`.
+
+        Raises:
+            UsageError: The optimizers don't hold the blocks' weights.
+        """
+        optimizers = list(optimizers)
+        self._require_held(optimizers)
         if not self.history:
             return self.advance(step, optimizers, compute)
         self.activate(optimizers)
         interval, drawn, _ = self.history[-1]
         return {"interval": float(interval)} if drawn == step else {}  # saved within the step that the draw was for
+
+    def _require_held(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuses optimizers that would train nothing of a block that may train."""
+        held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
+            raise UsageError(
+                f"sampling: the optimizer holds no weight of blocks {left_out}, which would train nothing; build it from all "
+                "parameters, before any is frozen"
+            )
 
     def advance(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
         """Draws new blocks if an interval begins, and lets them train.

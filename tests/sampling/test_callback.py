@@ -23,6 +23,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.distributions import sampling_probabilities
+from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 from tests.tiny import tiny_model
 
@@ -346,6 +347,29 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 def test_more_active_blocks_than_there_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="activated_layers: 7 is more than the model's 6 blocks"):
         fit(SomebodyElsesModule(), LayerwiseSampling(activated_layers=7, distribution="uniform"), tmp_path)
+
+
+def test_a_model_without_a_weight_to_train_in_its_blocks_is_refused(tmp_path: Path) -> None:
+    module = SomebodyElsesModule()
+    decoder_layers(module).requires_grad_(False)
+    with pytest.raises(UsageError, match="no block of LlamaForCausalLM has a weight to train"):
+        fit(module, LayerwiseSampling(activated_layers=1, distribution="uniform"), tmp_path)
+
+
+def test_blocks_that_can_not_train_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = SomebodyElsesModule()
+    decoder_layers(module)[:2].requires_grad_(False)
+    fit(module, LayerwiseSampling(activated_layers=1, distribution="uniform"), tmp_path)
+    assert "Blocks [0, 1] have no weight to train: an interval that draws them trains nothing in them" in caplog.messages
+
+
+def test_an_optimizer_that_leaves_blocks_out_is_refused() -> None:
+    model = tiny_model("llama", num_hidden_layers=LAYERS)
+    sampler = BlockSampler(activated_layers=1, distribution="uniform")
+    sampler.attach(model)
+    some = torch.optim.SGD([*decoder_layers(model)[2:].parameters(), *model.lm_head.parameters()], lr=0.1)
+    with pytest.raises(UsageError, match=r"the optimizer holds no weight of blocks \[0, 1\]"):
+        sampler.start(0, [some], lambda: sampler.compute_scores(model, None))
 
 
 def test_without_a_logger_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
