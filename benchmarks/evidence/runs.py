@@ -60,7 +60,9 @@ class Run:
         try:
             self._fit(self.task.test, self.study.exact_match_rows if exact_match else 0)
             record, model = RunRecord.read(self.folder), self._model()
-            forgetting = evaluate(self.study, model, UNRELATED, self.folder / "unrelated", self.threads)["val_loss"]
+            forgetting = None
+            if self.study.forgetting:
+                forgetting = evaluate(self.study, model, UNRELATED, self.folder / "unrelated", self.threads)["val_loss"]
             if exact_match:
                 metric = _last(self.folder, "val_exact_match") if self.study.exact_match_rows else None
             else:

@@ -43,6 +43,7 @@ class Study:
         settings: Keys that are set in all runs.
         held_out_rows: Rows of the validation and of the test split.
         exact_match_rows: How many of the test rows are answered in generated text, where the task is scored so.
+        forgetting: Whether the loss on unrelated text is measured after each run.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Study:
     settings: dict[str, Any] = field(default_factory=dict)
     held_out_rows: dict[str, int] = field(default_factory=lambda: {"validation": 128, "test": 256})
     exact_match_rows: int = 128
+    forgetting: bool = True
 
     def __post_init__(self) -> None:
         if shared := set(self.seeds) & set(self.tune_seeds):
