@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from scipy import stats
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.evidence import ledger, tasks
 from benchmarks.evidence.__main__ import model_directory
@@ -27,6 +28,8 @@ from ows_lightning.models.pretrained import load_model, load_tokenizer
 from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
 
 THRESHOLDS = (3.0, 5.0, 13.0, 20.0)
+
+Batch = dict[str, Tensor]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gains = [before["test_loss"] - _mean(losses[block]) for block in sorted(losses)]
         path = args.results / f"{study.name}_scores_{name}.csv"
         if not path.is_file():
-            write_scores(path, scores_of(model, tasks.make(name, work / "tasks", study.held_out_rows, args.data_root)))
+            task = tasks.make(name, work / "tasks", study.held_out_rows, args.data_root)
+            batches = batches_of(task.train, load_tokenizer(str(model)), 4)
+            write_scores(path, scores_of(load_model(str(model), torch.float32), batches))
         parts += [f"## {name}", correlations(gains, sorted(losses), read_scores(path))]
     text = "\n\n".join(parts) + "\n"
     (args.results / f"{study.name}_correlations.md").write_text(text)
@@ -66,22 +71,26 @@ def correlations(gains: Sequence[float], blocks: Sequence[int], scores: dict[str
     return markdown(["Score", f"rho, {len(blocks)} blocks", "p"], rows)
 
 
-def scores_of(model: Path, task: tasks.Task) -> dict[str, list[float]]:
-    """Returns a number a block for each score: outlier ratios in percent, norms of weights and gradients, and the depth."""
-    language_model = load_model(str(model), torch.float32)
-    data = InstructionDataModule(str(task.train), val_size=0, batch_size=8, tokenizer=load_tokenizer(str(model)))
+def batches_of(rows: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Batch]:
+    """Returns so many batches of eight rows, to train on: ``input_ids``, ``attention_mask`` and ``labels``, shape (8, L)."""
+    data = InstructionDataModule(str(rows), val_size=0, batch_size=8, tokenizer=tokenizer)
     data.prepare_data()
     data.setup("fit")
-    batches = [
-        {key: batch[key] for key in ("input_ids", "attention_mask", "labels")} for batch in islice(data.train_dataloader(), 4)
-    ]
+    wanted = ("input_ids", "attention_mask", "labels")
+    return [{key: batch[key] for key in wanted} for batch in islice(data.train_dataloader(), count)]
+
+
+def scores_of(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, list[float]]:
+    """Returns a number a block for each score: outlier ratios in percent, norms of weights and gradients, and the depth."""
     inputs = [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
-    scores = {f"outliers, tau {tau:g}": layer_outlier_ratios(language_model, inputs, tau).tolist() for tau in THRESHOLDS}
-    scores["weight norm"] = torch.as_tensor(layer_weight_norms(language_model)).tolist()
+    scores = {f"outliers, tau {tau:g}": layer_outlier_ratios(model, inputs, tau).tolist() for tau in THRESHOLDS}
+    scores["weight norm"] = torch.as_tensor(layer_weight_norms(model)).tolist()
+    model.zero_grad()
     for batch in batches:
-        language_model(**batch).loss.backward()
-    scores["gradient norm"] = [_norm([p.grad for p in block.parameters()]) for block in decoder_layers(language_model)]
-    scores["depth"] = [float(block) for block in range(len(decoder_layers(language_model)))]
+        model(**batch).loss.backward()
+    blocks = decoder_layers(model)
+    scores["gradient norm"] = [_norm([p.grad for p in block.parameters()]) for block in blocks]
+    scores["depth"] = [float(block) for block in range(len(blocks))]
     return scores
 
 

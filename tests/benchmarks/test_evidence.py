@@ -6,9 +6,11 @@ import json
 import math
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
-from benchmarks.evidence import importance, ledger, tables, tasks
+from benchmarks.evidence import damaged, importance, ledger, tables, tasks
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.runs import Run, _value
 from benchmarks.evidence.schedule import choose_rate
@@ -216,3 +218,21 @@ def test_the_final_number_of_an_answer(text, number):
 
 def test_values_stand_as_yaml_has_them():
     assert [_value(value) for value in (None, True, 0.5, [])] == ["null", "true", "0.5", "[]"]
+
+
+def test_damage_is_found_by_what_it_changes_and_mended(model, tmp_path):
+    language_model = AutoModelForCausalLM.from_pretrained(model)
+    whole = {name: p.clone() for name, p in language_model.state_dict().items()}
+    rows = [{"instruction": f"What is {i}?", "output": f"It is {i}."} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batches = importance.batches_of(tmp_path / "rows.jsonl", tiny_tokenizer(), 1)
+    found = {row["score"]: row for row in damaged.trial(language_model, "noise", 0, batches)}
+    assert found["weight norm"]["auc"] == 1.0  # noise adds weight to three blocks of six alone
+    assert all(0 <= row["auc"] <= 1 for row in found.values())
+    assert found["weight norm"]["loss_damaged"] != damaged.loss_of(language_model, batches)
+    assert all(torch.equal(p, whole[name]) for name, p in language_model.state_dict().items())
+
+
+def test_ties_are_a_coin():
+    assert damaged.auc([1.0, 1.0, 1.0, 1.0], [0, 2]) == 0.5
+    assert damaged.auc([3.0, 1.0, 2.0, 0.0], [0, 2]) == 1.0
