@@ -30,6 +30,7 @@ from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.cli.commands import OWSTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
+from ows_lightning.cli.help import DEFAULTS
 from ows_lightning.cli.numbers import check_numbers, check_rate
 from ows_lightning.cli.parser import OneLineParser, import_class
 from ows_lightning.cli.preflight import check_run
@@ -90,9 +91,11 @@ class OWSCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "model": default_model({"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": 3e-4}}),
+                "model": default_model(
+                    {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
+                ),
                 "data": {"class_path": f"{InstructionDataModule.__module__}.{InstructionDataModule.__name__}"},
-                "checkpoint.save_last": True,
+                "checkpoint.save_last": DEFAULTS["checkpoint.save_last"],
             }
         )
 

@@ -68,10 +68,14 @@ def _run(words: Any, args: Any) -> None:
         importlib.import_module(OF_THEIR_OWN[command][0]).run(words[1:])
     elif command is not None and not command.startswith("-") and command not in OF_A_CONFIG:
         raise UsageError(f"there is no command '{command}'{nearest(command, names) or listed}")
+    elif command in OF_A_CONFIG and {"-h", "--help"} & {*words}:
+        from ows_lightning.cli.help import page
+
+        print(page(command, OF_A_CONFIG[command]))
     else:
-        if command not in ("plan", None) and "--help" not in words and os.environ.get("LOCAL_RANK", "0") == "0":
+        if command not in ("plan", None) and os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
-        if command == "plan" or "--help" in words or "-h" in words:
+        if command == "plan":
             _import_without_plots()
         from ows_lightning.cli.lightning_cli import OWSCLI
         from ows_lightning.distributed.ends import part

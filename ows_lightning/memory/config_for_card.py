@@ -29,7 +29,7 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     Raises:
         UsageError: There is no such card, or nothing makes the run fit it.
     """
-    chosen, settings = find_card(card), settings_from_config(config)
+    chosen, settings = find_card(card, "fit"), settings_from_config(config)
     changes = changes_that_fit(settings, chosen.memory)
     if changes is None:
         raise UsageError(f"fit: on {chosen.name} ({chosen.memory} GB) the run {advise(settings, chosen.memory)}")

@@ -1,28 +1,85 @@
-"""The entry: what a command loads."""
+"""The entry: what a command loads, and what its help says."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import yaml
 
-LATE = {"datasets", "peft", "matplotlib"}
+from ows_lightning.cli.main import OF_A_CONFIG, OF_THEIR_OWN, main
+
+HEAVY = {"torch", "lightning", "transformers", "datasets", "peft", "matplotlib", "scipy", "pyarrow"}
 MAIN = f"""
 import sys
 from ows_lightning.cli.main import main
 try:
     main(sys.argv[1:])
 finally:
-    print("loaded:", *{LATE} & {{*sys.modules}})
+    print("loaded:", *sorted({HEAVY} & {{*sys.modules}}))
 """
+MODEL = "--model.model_name_or_path=x"
+DATA = "--data.dataset=y"
+
+
+def loaded(*words: str) -> tuple[str, set[str]]:
+    """What a command prints in a new interpreter, and the heavy libraries that it loaded."""
+    ended = subprocess.run([sys.executable, "-c", MAIN, *words], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    said, _, names = ended.stdout.rpartition("loaded:")
+    return said, {*names.split()}
+
+
+@pytest.mark.parametrize("command", [*OF_A_CONFIG, *OF_THEIR_OWN])
+def test_help_loads_no_library(command: str) -> None:
+    said, libraries = loaded(command, "--help")
+    assert said.startswith(f"usage: main.py {command}")
+    assert libraries == set()
+
+
+@pytest.mark.parametrize("words", ["--help", "configs"])
+def test_what_needs_no_library_loads_none(words: str) -> None:
+    said, libraries = loaded(words)
+    assert said.count("\n") > 3
+    assert libraries == set()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["plan --help", "report --help", "configs", "chat --help"])
-def test_a_command_loads_no_library_that_it_does_not_need(words: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", MAIN, *words.split()], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    said, _, loaded = ended.stdout.rpartition("loaded:")
-    assert said.count("\n") > 3
-    assert loaded.split() == []
+def test_a_plan_loads_neither_datasets_nor_peft_nor_matplotlib() -> None:
+    said, libraries = loaded("plan", "--config", "quickstart", "--method", "ows")
+    assert "Fits as it is: " in said
+    assert not libraries & {"datasets", "peft", "matplotlib"}
+
+
+def keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The options of a config, where it has sections that describe a class their arguments."""
+    for name, value in config.items():
+        if prefix.count(".") < 2 and isinstance(value, dict):
+            yield from keys(value.get("init_args", value), f"{prefix}{name}.")
+        elif name != "class_path":
+            yield f"--{prefix}{name}"
+
+
+@pytest.mark.parametrize("command", ["fit", "plan", "export"])
+def test_help_names_every_key(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    needed = ["--ckpt_path=z"] if command == "export" else []
+    with pytest.raises(SystemExit, match="0"):
+        main([command, MODEL, DATA, "--sampling.seed=1", *needed, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(every := {*keys(config)}) > 90
+    assert every <= {line.split()[0] for line in lines if line}
+
+
+def test_help_names_the_defaults_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", MODEL, DATA, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    main(["fit", "--help"])
+    said = capsys.readouterr().out
+    assert f"--model.optimizer.lr float (default: {config['model']['init_args']['optimizer']['init_args']['lr']})" in said
+    assert f"(default: {config['checkpoint']['save_last']})" in said.partition("--checkpoint.save_last")[2].splitlines()[0]

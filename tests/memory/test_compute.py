@@ -168,8 +168,39 @@ def test_a_card_is_bound_by_compute_or_by_its_link() -> None:
     assert speeds[0].tokens_per_second == pytest.approx(card.tflops * 0.4e12 / compute(resident).flops_per_token)
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("RTX 3060 12 GB", "RTX 3060"),
+        ("rtx3060 (12gb)", "RTX 3060"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("h100 pcie", "H100 PCIe"),
+        ("a6000", "RTX A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("b200", "B200"),
+    ],
+)
+def test_cards_are_known_however_they_are_written(written: str, name: str) -> None:
+    assert find_card(written).name == name
+
+
 def test_cards_are_known_by_name() -> None:
     assert all(find_card(card.name) == card for card in CARDS)
     assert [card.memory for card in CARDS] == sorted(card.memory for card in CARDS)
-    with pytest.raises(UsageError, match="did you mean 'RTX 4090'"):
-        find_card("RTX 4091")
+
+
+@pytest.mark.parametrize(
+    ("written", "error"),
+    [
+        ("RTX 4091", "^fit: unknown card 'RTX 4091'; did you mean 'RTX 4090'\\? Known: RTX 3060, "),
+        ("banana", "^fit: unknown card 'banana'; Known: RTX 3060, "),
+        ("", "^fit: unknown card ''; Known: "),
+        ("A100", "^fit: 'A100' is no card that is known; did you mean 'A100 40GB' .* or 'A100 80GB' "),
+        ("RTX 3060 8 GB", "^fit: 'RTX 3060 8 GB' is no card that is known; did you mean 'RTX 3060' \\(12 GB\\)"),
+    ],
+)
+def test_a_card_that_is_not_known_is_one_line(written: str, error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        find_card(written, "fit")

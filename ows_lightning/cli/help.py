@@ -1,0 +1,110 @@
+"""``COMMAND --help`` of the commands that take a config, read from the sources: to import them takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import textwrap
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import docstring_parser
+
+DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}
+"""Where the command line begins with something else than the class itself."""
+
+_HERE = Path(__file__).parents[1]
+_NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+_GENERAL = """\
+--config FILE
+  A YAML file, or the name of a shipped one (see `configs`); several are laid over one another
+--print_config
+  Print the config that results from all other words, and exit
+--seed_everything int (default: 0)
+  Seed of everything random; true draws one"""
+_MORE = """\
+Another model or optimizer is named by its class: --model my_package.MyModule, --model.optimizer torch.optim.AdamW.
+Its arguments follow: --model.optimizer.lr 1e-4; in YAML they stand below class_path and init_args.
+`{} --model.help CLASS` lists them."""
+
+
+class Option(NamedTuple):
+    """An argument of a function: its type and default as its source has them, and what its docstring says."""
+
+    name: str
+    kind: str
+    default: str
+    what: str
+
+
+def page(command: str, what: str) -> str:
+    """Returns the help of a command: its own options, and the keys of each section of a config.
+
+    Args:
+        command: Its name.
+        what: What it does, in a line.
+    """
+    spec = find_spec("lightning")
+    assert spec is not None, "a dependency of this package"
+    lightning = Path(str(spec.origin)).parent / "pytorch"
+    trainer, ours = lightning / "trainer" / "trainer.py", _HERE / "cli" / "commands.py"
+    own = options(ours, "OWSTrainer", command) or options(trainer, "Trainer", command)
+    sections = {
+        "model": (_HERE / "module.py", "CausalLMModule"),
+        "model.optimizer": (_HERE / "optim" / "galore.py", "GaLoreAdamW"),
+        "data": (_HERE / "data" / "datamodule.py", "InstructionDataModule"),
+        "sampling": (_HERE / "sampling" / "sampler.py", "BlockSampler"),
+        "checkpoint": (lightning / "callbacks" / "model_checkpoint.py", "ModelCheckpoint"),
+        "trainer": (trainer, "Trainer"),
+    }
+    parts = [f"usage: main.py {command} [--config FILE ...] [--KEY VALUE ...]\n\n{what}.", _GENERAL, _lines("", own)]
+    for key, (file, name) in sections.items():
+        parts.append(f"{key}: {name}\n{_lines(f'{key}.', options(file, name, '__init__'))}")
+    return "\n\n".join(part for part in [*parts, _MORE.format(f"main.py {command}")] if part)
+
+
+def options(file: Path, name: str, function: str) -> list[Option]:
+    """Returns a method's arguments, without those that are no options; none where the class has no such method.
+
+    Args:
+        file: The source.
+        name: The class.
+        function: The method; the class's docstring may describe its arguments, too.
+    """
+    kind = next(node for node in ast.parse(file.read_text(encoding="utf-8")).body if _is(node, ast.ClassDef, name))
+    assert isinstance(kind, ast.ClassDef)
+    method = next((node for node in kind.body if _is(node, ast.FunctionDef, function)), None)
+    return list(_options(file, kind, method)) if isinstance(method, ast.FunctionDef) else []
+
+
+def _is(node: ast.AST, kind: type, name: str) -> bool:
+    return isinstance(node, kind) and getattr(node, "name", None) == name
+
+
+def _options(file: Path, kind: ast.ClassDef, method: ast.FunctionDef) -> Iterator[Option]:
+    described = {}
+    for node in (kind, method):
+        for entry in docstring_parser.parse(ast.get_docstring(node) or "").params:
+            described[entry.arg_name] = " ".join((entry.description or "").split())
+    ours = file.is_relative_to(_HERE)  # Lightning's own pages say the rest of theirs
+    plain, named = method.args.args, method.args.kwonlyargs
+    defaults = [*[None] * (len(plain) - len(method.args.defaults)), *method.args.defaults, *method.args.kw_defaults]
+    for argument, default in zip([*plain, *named], defaults, strict=True):
+        if argument.arg not in (*_NO_OPTIONS, "params"):
+            type_ = "" if argument.annotation is None else ast.unparse(argument.annotation)
+            shown = "" if default is None else ast.unparse(default)
+            what = described.get(argument.arg, "")
+            yield Option(argument.arg, type_, shown, what if ours else what.split(". ")[0])
+
+
+def _lines(prefix: str, found: list[Option]) -> str:
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = []
+    for option in found:
+        name = f"{prefix}{option.name}"
+        default = str(DEFAULTS.get(name, option.default))
+        lines.append(f"--{name} {option.kind}{f' (default: {default})' if default else ''}".strip())
+        lines += textwrap.wrap(option.what, width, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
