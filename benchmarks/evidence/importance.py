@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import matplotlib
 import torch
 from scipy import stats
 from torch import Tensor
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batches = batches_of(task.train, load_tokenizer(str(model)), 4)
             write_scores(path, scores_of(load_model(str(model), torch.float32), batches))
         parts += [f"## {name}", correlations(gains, sorted(losses), read_scores(path))]
+        plot(gains, sorted(losses), read_scores(path), args.results / f"{study.name}_gains_{name}.png")
     text = "\n\n".join(parts) + "\n"
     (args.results / f"{study.name}_correlations.md").write_text(text)
     print(text)
@@ -69,6 +71,21 @@ def correlations(gains: Sequence[float], blocks: Sequence[int], scores: dict[str
         rows.append([name, f"{rho:+.2f}", f"{p_value:.3f}"])
     rows.sort(key=lambda row: -abs(float(row[1])))
     return markdown(["Score", f"rho, {len(blocks)} blocks", "p"], rows)
+
+
+def plot(gains: Sequence[float], blocks: Sequence[int], scores: dict[str, list[float]], path: Path) -> None:
+    """Draws what each block gains beside the score that OWS draws by, block by block."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, figsize=(8, 5), sharex=True, layout="constrained")
+    above.bar(blocks, gains, color="tab:blue")
+    above.set_ylabel("Gain of training\nthis block alone (nats)")
+    below.bar(range(len(scores["outliers, tau 13"])), scores["outliers, tau 13"], color="tab:orange")
+    below.set_ylabel("Outlier ratio,\ntau 13 (%)")
+    below.set_xlabel("Block")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def batches_of(rows: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Batch]:
