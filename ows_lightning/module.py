@@ -174,8 +174,8 @@ class CausalLMModule(HeldOutSteps):
         return optimizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Returns what is to happen when a fit has ended."""
-        return [LeaveGradients()]
+        """Returns what is to happen when a fit has ended, where it is not among the callbacks already."""
+        return [] if LeaveGradients.is_in(self.trainer) else [LeaveGradients()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
@@ -183,7 +183,7 @@ class CausalLMModule(HeldOutSteps):
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             strategy = "fsdp2" if self.device_mesh is not None else "auto"
             require_waiting(self.hparams["frozen_in"], some_are_frozen, self.trainer.world_size, strategy)
-            self._step = Step(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+            self._step = Step(self.trainer.world_size)
             self.last_step = None
 
     def configure_model(self) -> None:
@@ -263,8 +263,7 @@ class CausalLMModule(HeldOutSteps):
         if isinstance(optimizer, GaLoreAdamW):
             optimizer.accumulating = not last
         parts = self._lm(**batch)
-        ids = batch["input_ids"]
-        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else ids.new_tensor(ids.numel())
+        tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
         return self._step.add(parts, tokens, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -275,7 +274,8 @@ class CausalLMModule(HeldOutSteps):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Completes the step's gradient, clips what the optimizer consumes, and logs loss and norm."""
-        self.last_step = self._step.finish(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        micro_batches = self.trainer.accumulate_grad_batches  # a GradientAccumulationScheduler may have changed it
+        self.last_step = self._step.finish(optimizer, micro_batches, gradient_clip_val, gradient_clip_algorithm)
         self.log("train_loss", self.last_step.loss, prog_bar=True)
         self.log("grad_norm", self.last_step.grad_norm)
 

@@ -47,12 +47,10 @@ class Step:
     mean. Processes communicate once a step.
 
     Args:
-        micro_batches: Micro-batches of a step, by whose number Lightning divides each loss.
         processes: Number of processes, over which the strategy averages gradients.
     """
 
-    def __init__(self, micro_batches: int, processes: int) -> None:
-        self.micro_batches = micro_batches
+    def __init__(self, processes: int) -> None:
         self.processes = processes
         self._totals: Tensor | None = None  # summed cross entropy, number of target tokens, and of all tokens
         self._unit: float | Tensor = _UNIT
@@ -73,11 +71,14 @@ class Step:
             self._unit = self._totals[1].clamp(min=1) / self.processes if last else _UNIT
         return parts.total / self._unit
 
-    def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepFigures:
+    def finish(
+        self, optimizer: Optimizer, micro_batches: int, limit: float | None = None, algorithm: str | None = None
+    ) -> StepFigures:
         """Makes the gradient that of the step's mean loss, clips what the optimizer consumes, and begins the next step.
 
         Args:
             optimizer: Whose gradients are complete, and averaged over the processes.
+            micro_batches: Micro-batches of a step, by whose number Lightning has divided each loss.
             limit: Largest norm (or value, with ``algorithm="value"``) of what the optimizer consumes; 0 or None for none.
             algorithm: Lightning's ``norm`` or ``value``.
         """
@@ -86,8 +87,8 @@ class Step:
         targets = trained_on.clamp(min=1)
         gradients = _consumed(optimizer)
         norm = total_norm(gradients)
-        if self.micro_batches > 1:
-            factor = self._unit * self.micro_batches * self.processes / targets
+        if micro_batches > 1:
+            factor = self._unit * micro_batches * self.processes / targets
             norm = norm * factor
             foreach_mul_([local(gradient) for gradient in gradients], factor)
         skipped = not norm.isfinite()
@@ -103,6 +104,11 @@ class Step:
 
 class LeaveGradients(Callback):
     """Leaves gradients to ``grad`` again when a fit has ended, also by an exception: any code may train the weights then."""
+
+    @classmethod
+    def is_in(cls, trainer: Trainer) -> bool:
+        """Whether a Trainer has it."""
+        return any(isinstance(callback, cls) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The fit has ended."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
@@ -94,6 +95,15 @@ def test_a_last_window_with_fewer_micro_batches_is_still_a_mean(model_dir: Model
     large = trainer(tmp_path, max_epochs=1, max_steps=-1)
     large.fit(other, DataLoader(rows, batch_size=3))
     torch.testing.assert_close(run.callback_metrics["grad_norm"], large.callback_metrics["grad_norm"], rtol=1e-5, atol=1e-7)
+
+
+def test_a_scheduler_of_accumulation_gives_the_same_steps(model_dir: ModelDir, tmp_path: Path) -> None:
+    finals = []
+    for callbacks, settings in (([], {"accumulate_grad_batches": 4}), ([GradientAccumulationScheduler({0: 4})], {})):
+        module = CausalLMModule(str(model_dir()), optimizer=galore, rank=8)
+        trainer(tmp_path, *callbacks, gradient_clip_val=0.01, **settings).fit(module, DataLoader(rows_with_uneven_targets()))
+        finals.append(weights(module))
+    assert all(torch.equal(weight, finals[1][name]) for name, weight in finals[0].items())
 
 
 @pytest.mark.parametrize(

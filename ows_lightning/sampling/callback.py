@@ -31,6 +31,10 @@ class LayerwiseSampling(BlockSampler, Callback):
     Scores and draws are written as ``outlier_scores.json`` and ``sampling_history.csv`` into the folder of the Trainer's
     logger; without a logger nothing is written, unless ``folder`` is set.
 
+    ``gradient_clip_val`` acts on what a projecting optimizer consumes, too. A module that overrides
+    ``configure_gradient_clipping`` clips by itself: ``optimizer.clip_gradients(limit)`` for GaLoreAdamW, since Lightning's
+    ``clip_gradients`` sees ``grad`` alone.
+
     What does not work with it: optimizers that are built from the parameters trainable at the moment (freeze nothing
     yourself before ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (``ddp``: use
     ``ddp_layerwise``; ``fsdp``: use ``fsdp2``).
