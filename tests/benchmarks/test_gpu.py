@@ -1,0 +1,63 @@
+"""The benchmark of a card, as a dry run on a CPU: every kind of row is measured, and what fails is a row as well."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.measure import attempt
+from benchmarks.gpu.report import as_markdown
+from benchmarks.gpu.settings import MODELS, rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The rows of a dry run by part and name."""
+    AutoConfig.for_model("llama", **MODELS["tiny"], tie_word_embeddings=False).save_pretrained(tmp_path / "tiny")
+    return {(row["part"], row["name"]): row for row in rows("tiny", str(tmp_path))}
+
+
+@pytest.mark.slow
+def test_a_row_of_each_kind(tiny):
+    resident, waiting = (attempt(tiny["step", name], CPU) for name in ("ours", "ours, host"))
+    assert resident["steps"] == waiting["steps"] == 8
+    assert resident["tokens_per_second"] == pytest.approx(2 * 2 * 16 / resident["mean_s"])
+    assert waiting["waits"] > 0
+    assert "stall" not in resident
+    assert attempt(tiny["step", "full AdamW"], CPU)["steps"] == 4
+    needs = attempt(tiny["plan", "ours, host, checkpointing, accumulated"], CPU)
+    assert needs["predicted_mb"] > 0 < needs["host_mb"]
+    assert attempt(tiny["loss head", "checkpointed"], CPU)["ms"] > 0
+
+
+def test_what_fails_is_a_row(tiny):
+    row = {**tiny["plan", "ours"], "config": {**tiny["plan", "ours"]["config"], "model": {"model_name_or_path": "nowhere"}}}
+    figures = attempt(row, CPU)
+    about = {**gpu.machine("cpu"), "model": "tiny", "dry_run": True}
+    table = as_markdown(about, [{"part": "plan", "name": "ours", **figures}])
+    assert figures["error"] in table
+    assert "these figures mean nothing" in table
+
+
+def test_twelve_settings_are_held_against_plan_and_each_home_is_timed(tmp_path):
+    wanted = rows("llama2-7b-random", str(tmp_path))
+    assert sum(row["part"] == "plan" for row in wanted) >= 12
+    timed = {row["name"] for row in wanted if row["part"] == "step"}
+    assert {"ours", "ours, host", "ours, int8 on the host", "full AdamW", "LoRA r=16 (peft)", "LISA, 2 blocks"} <= timed
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_behind_a_row_that_hangs_and_stops_in_time(tiny, tmp_path, monkeypatch, capsys):
+    hangs = {**tiny["step", "full AdamW"], "steps": 10**9, "limit": 3}
+    monkeypatch.setattr(gpu, "rows", lambda model, directory: [hangs, tiny["loss head", "ours"], tiny["plan", "full AdamW"]])
+    monkeypatch.setattr(gpu, "MODELS", {})
+    gpu.main(["--device", "cpu", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row.get("error", "")[:8] for row in found["rows"]] == ["not done", "", ""]
+    assert found["about"]["torch"] == torch.__version__
+    gpu.main(["--device", "cpu", "--minutes", "0", "--output", str(tmp_path)])
+    assert capsys.readouterr().out.count("left out: no time was left") == 6
