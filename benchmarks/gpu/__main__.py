@@ -175,7 +175,7 @@ def gpu_tests(limit: float) -> dict[str, Any]:
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": f"not done within {limit:.0f} s"}
-    lines = process.stdout.strip().splitlines() or ["no output"]
+    lines = (process.stdout.strip() or process.stderr.strip() or "no output").splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return {"summary": lines[-1].strip("= "), "failed": failed, "took_s": time.monotonic() - start}
 

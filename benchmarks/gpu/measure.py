@@ -178,7 +178,7 @@ class _RandomWeights(CausalLMModule):
         self.vocab_size = self.config.vocab_size
         self.copies: _TimedCopies | None = None
 
-    def build(self, empty: bool = False) -> torch.nn.Module:
+    def build(self, *_: Any, **__: Any) -> torch.nn.Module:
         """Makes weights on the device, and brings those home that will wait elsewhere."""
         waits = self.hparams["frozen_in"] != "device" or self.hparams["frozen_dtype"] is not None
         dtype = DTYPES.get(self._precision, torch.float32)
