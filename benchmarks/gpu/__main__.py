@@ -41,9 +41,10 @@ PACKAGES = {
     "peft": "peft",
     "galore_torch": "galore-torch",
     "pytest": "pytest",
+    "datasets": "datasets",
 }
-"""What it imports beside torch, transformers and lightning, and under which name to bring that along. Without peft,
-galore-torch or pytest, the rows that need them say so."""
+"""What it imports beside torch, transformers and lightning, and under which name to bring that along. Without peft
+or galore-torch, and without pytest and datasets, the rows that need them say so."""
 LEAST = 15.0  # seconds below which no further row is begun
 
 
