@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from ows_lightning.cli.words import Parser, add_generation_flags
+from ows_lightning.cli.words import Parser, add_generation_flags, standard_input
 from ows_lightning.errors import UsageError, not_writable
 
 
@@ -27,7 +26,7 @@ def run(words: list[str]) -> None:
 
     run_folder = _run_folder(Path(given.model))
     base = given.base or _base(run_folder)
-    prompts = given.prompts or [line.strip() for line in sys.stdin if line.strip()]
+    prompts = given.prompts or [line.strip() for line in standard_input() if line.strip()]
     if not prompts:
         raise UsageError("compare: no prompt is given; write some, or send them through a pipe, a line each")
     output = given.output or run_folder

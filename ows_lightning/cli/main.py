@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -41,6 +42,8 @@ def main(args: Any = None) -> None:
         args: A list of words, or what LightningCLI takes; by default the words that the program was started with.
     """
     words = sys.argv[1:] if args is None else args
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the letters of an answer shows the others
     be_quiet()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
@@ -65,7 +68,12 @@ def _run(words: Any, args: Any) -> None:
     if command in ("-h", "--help"):
         print(usage())
     elif command in OF_THEIR_OWN:
-        importlib.import_module(OF_THEIR_OWN[command][0]).run(words[1:])
+        try:
+            importlib.import_module(OF_THEIR_OWN[command][0]).run(words[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
     elif command is not None and not command.startswith("-") and command not in OF_A_CONFIG:
         raise UsageError(f"there is no command '{command}'{nearest(command, names) or listed}")
     elif command in OF_A_CONFIG and {"-h", "--help"} & {*words}:

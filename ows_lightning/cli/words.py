@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import io
+import sys
+from typing import NoReturn, TextIO
 
 from ows_lightning.errors import UsageError
 
@@ -23,6 +25,13 @@ class Parser(argparse.ArgumentParser):
             UsageError: Always.
         """
         raise UsageError(f"{self.prog.removeprefix('main.py ')}: {message}; `{self.prog} --help` lists the options")
+
+
+def standard_input() -> TextIO:
+    """Returns standard input, as UTF-8 in any locale; other bytes become replacement characters, and a closed one is empty."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    return sys.stdin or io.StringIO()
 
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:

@@ -77,6 +77,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         self.reset()
         if state.global_step > 0:
             self._resume(state)
+            _require_state(_inner(optimizer))
         self.attach(model)
         records = args.save_strategy != "no" and state.is_world_process_zero
         self._record = SamplingRecord(Path(str(args.output_dir))) if records else None
@@ -237,6 +238,15 @@ def _require_one_process(args: TrainingArguments) -> None:
         raise UsageError(
             "LayerwiseSamplingCallback, use_galore: the Trainer copies the model to all cards at every step; "
             "choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def _require_state(optimizer: Optimizer) -> None:
+    """Refuses a checkpoint that the Trainer goes on from with weights alone, without a word."""
+    if not optimizer.state and "betas" in optimizer.defaults:  # SGD has none
+        raise UsageError(
+            "resume_from_checkpoint: the checkpoint has no state of the optimizer (save_only_model=True); "
+            "give one that has, or load its model and train anew"
         )
 
 

@@ -77,7 +77,7 @@ class Page:
 
 
 def serve(page: Page, port: int) -> ThreadingHTTPServer:
-    """Returns a server of the page, bound to 127.0.0.1, that answers GET and HEAD alone.
+    """Returns a server of the page, bound to 127.0.0.1 and asked for under that name, that answers GET and HEAD alone.
 
     Raises:
         UsageError: The port is taken or none of ours to take.
@@ -85,6 +85,9 @@ def serve(page: Page, port: int) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.headers.get("Host") not in hosts:  # a site whose name leads here, to read the page in one's browser
+                self.send_error(HTTPStatus.FORBIDDEN)
+                return
             found = page.get(self.path)
             if found is None:
                 self.send_error(HTTPStatus.NOT_FOUND)
@@ -110,6 +113,7 @@ def serve(page: Page, port: int) -> ThreadingHTTPServer:
     except (OSError, OverflowError) as error:
         raise UsageError(f"port: can't listen on 127.0.0.1:{port} ({error}); give another, or leave it out") from error
     server.daemon_threads = True
+    hosts = {f"{name}:{server.server_address[1]}" for name in ("127.0.0.1", "localhost")}
     return server
 
 

@@ -63,6 +63,25 @@ def test_a_pipe(model_dir: Callable[..., Path], say: Callable[..., str]) -> None
     assert done.stdout == say(model, "who?")
 
 
+@pytest.mark.slow
+def test_a_pipe_may_bring_anything(model_dir: Callable[..., Path]) -> None:
+    command = [sys.executable, str(ROOT / "main.py"), "chat", "--model", str(model_dir()), "--max_new_tokens", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    messages = b"who?\n\xff\xfe\x80\n" + "hé ☃\r\n".encode() + b"a" * 5000 + b"\nwho?"
+    done = subprocess.run(command, input=messages, capture_output=True, env=environment, check=True)
+    assert done.stdout.count(b"\n") == 4  # all but the longest are answered
+    assert b"error: max_new_tokens: the message has " in done.stderr
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # as `| head` does
+    process.stdin.write(b"who?\n" * 3)
+    process.stdin.close()
+    assert process.wait(120) == 1
+    assert b"rror" not in process.stderr.read()
+
+
 def test_run_checkpoint_and_directory_are_one_model(config: Path, say: Callable[..., str]) -> None:  # noqa: F811
     run("fit", config, "--trainer.max_steps", "2")
     answers = {

@@ -152,6 +152,12 @@ def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, galore=True, max_steps=2, save_only_model=True)[0].train()
+    with pytest.raises(UsageError, match=r"^resume_from_checkpoint: .* no state of the optimizer \(save_only_model=True\)"):
+        make_trainer(tmp_path, galore=True)[0].train(resume_from_checkpoint=True)
+
+
 def test_float16_is_refused(tmp_path: Path) -> None:
     trainer, _ = make_trainer(tmp_path)
     trainer.args.fp16 = True

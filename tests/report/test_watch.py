@@ -75,6 +75,13 @@ def test_the_server_reads_alone_and_shows_the_page_alone(served):
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_a_site_whose_name_leads_here_reads_nothing(served):
+    connection = http.client.HTTPConnection("127.0.0.1", served[2], timeout=60)
+    connection.request("GET", "/", headers={"Host": f"elsewhere.example:{served[2]}"})
+    assert connection.getresponse().status == 403
+    connection.close()
+
+
 def test_a_run_without_figures_has_a_page(tmp_path):
     (tmp_path / "run" / "version_0").mkdir(parents=True)
     assert "refresh" in Page(tmp_path / "run", tmp_path).html()
