@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import forget_save_at
 
+SAID = ("max_steps", "accumulate_grad_batches")
+"""What of the Trainer's may change in a resumed run, which is said."""
+
 
 class Resume(Callback):
     """Lets a run go on exactly behind the checkpoint's step, with the options and number of steps that are configured now.
@@ -23,11 +26,11 @@ class Resume(Callback):
 
     def __init__(self) -> None:
         self._options: list[dict[str, Any]] = []
-        self._max_steps_before: int | None = None
+        self._before: dict[str, int | None] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts afresh, and makes the Trainer's loops exact."""
-        self._options, self._max_steps_before = [], None
+        self._options, self._before = [], {}
         if stage == "fit":
             resume_exactly(trainer)
 
@@ -48,8 +51,9 @@ class Resume(Callback):
             if isinstance(callback, ModelCheckpoint):
                 forget_save_at(callback, trainer.global_step)
         changed = self._apply_options(trainer) if self._options else {}
-        if self._max_steps_before not in (None, trainer.max_steps):
-            changed["max_steps"] = f"trainer.max_steps from {self._max_steps_before} to {trainer.max_steps}"
+        for name, before in self._before.items():
+            if before not in (None, now := getattr(trainer, name)):
+                changed[name] = f"trainer.{name} from {before} to {now}"
         if changed:
             rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
 
@@ -70,9 +74,9 @@ class Resume(Callback):
         return changed
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the number of steps that is configured."""
-        checkpoint["max_steps"] = trainer.max_steps
+        """Adds the numbers that are configured."""
+        checkpoint.update({name: getattr(trainer, name) for name in SAID})
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes over what it was."""
-        self._max_steps_before = checkpoint.get("max_steps")
+        """Takes over what they were."""
+        self._before = {name: checkpoint.get(name) for name in SAID}

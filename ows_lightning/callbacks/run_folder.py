@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def run_folder(trainer: Trainer) -> Path:
 class RunFolder(Callback):
     """Takes the run's folder for this run alone, and at the end of ``fit`` writes the trained model and pictures into it."""
 
-    _lock: FileLock | None = None
+    def __init__(self) -> None:
+        self._locks: list[FileLock] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Locks the folder.
@@ -41,21 +43,32 @@ class RunFolder(Callback):
             sampling.folder = folder  # also where there is no logger
         if not trainer.is_global_zero:
             return
-        self._lock = FileLock(folder / ".lock")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
+            self._locks = [FileLock(folder / ".lock")]
+            self._locks[0].acquire(timeout=0)
         except Timeout as error:
             raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
         except OSError as error:  # Timeout is one
             raise not_writable("trainer.default_root_dir", folder, error) from error
         _clear_away(folder)
+        checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if checkpoints and "://" not in str(checkpoints) and folder not in Path(checkpoints).absolute().parents:
+            self._take(Path(checkpoints))
+
+    def _take(self, checkpoints: Path) -> None:
+        """Clears away in a folder of checkpoints that lies elsewhere, unless another run saves there."""
+        with contextlib.suppress(Timeout, OSError):
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            self._locks.append(FileLock(checkpoints / ".lock"))
+            self._locks[-1].acquire(timeout=0)
+            _remove_unfinished(checkpoints)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the folder back."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        for lock in self._locks:
+            lock.release()
+        self._locks = []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the PNGs into the run's folder."""
@@ -69,17 +82,20 @@ class RunFolder(Callback):
 def _clear_away(folder: Path) -> None:
     """Removes the unfinished checkpoints of runs that were killed, in this run's folder and beside it, where none lives."""
     for checkpoints in (folder / "checkpoints", *folder.parent.glob("version_*/checkpoints")):
-        unfinished = [*checkpoints.glob(".*.ckpt.partial")]
         lock = FileLock(checkpoints.parent / ".lock")
         try:
-            if unfinished and checkpoints.parent != folder:
+            if checkpoints.parent != folder:
                 lock.acquire(timeout=0)
-            for path in unfinished:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove_unfinished(checkpoints)
         except (Timeout, OSError):
             continue  # it lives, or is another user's
         finally:
             lock.release()
+
+
+def _remove_unfinished(checkpoints: Path) -> None:
+    for path in checkpoints.glob(".*.ckpt.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _show_in_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops import _FitLoop, _Loop, _TrainingEpochLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import RestartStage
+from lightning.pytorch.utilities import rank_zero_info
 
 
 def resume_exactly(trainer: Trainer) -> None:
@@ -63,8 +64,14 @@ class ExactEpochLoop(_TrainingEpochLoop):
         batches: Any = self.batch_progress  # Lightning declares less than its counters have
         # A checkpoint of a batch's end has the batch not completed. In mid-step the validation of the last step is long over.
         self._validated = self._unfinished > 0 or batches.current.completed == batches.current.processed
+        surplus = self._unfinished
+        loader = self.trainer.train_dataloader
+        done = getattr(loader, "batches_before", None)  # not what was counted, where the batches have another size now
+        if batches.current.processed > surplus and done not in (None, batches.current.processed - surplus):
+            rank_zero_info(f"The resumed run has other batches: {done} of {len(loader)} of this epoch count as done")
+            surplus = batches.current.processed - done
         for counted in (batches.current, batches.total):
-            counted.processed -= self._unfinished
+            counted.processed -= surplus
             counted.ready = counted.started = counted.completed = counted.processed
         self._unfinished = 0
         if (of_epoch := self.trainer.num_training_batches) != float("inf"):  # which for a stream changes with max_steps

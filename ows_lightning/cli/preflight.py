@@ -60,7 +60,6 @@ def check_run(
         check_training(trainer)
         if isinstance(model, CausalLMModule):
             check_step(model.check_optimizer())
-            _warn_of_warmup(model.hparams["warmup_steps"], trainer["max_steps"])
     check_devices(trainer, torch.cuda.device_count())
     if command in ("fit", "validate", "test", "predict"):
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
@@ -114,13 +113,6 @@ def check_step(optimizer: Optimizer) -> None:
     except Exception as error:  # whatever a user's optimizer raises
         name = type(optimizer).__name__
         raise UsageError(f"model.optimizer: {name} can't train this model ({error}); take AdamW or GaLoreAdamW") from error
-
-
-def _warn_of_warmup(warmup: float, steps: int) -> None:
-    if 0 < steps <= warmup:
-        log.warning(
-            "model.warmup_steps: %g are no less than the run's %d steps: the rate never reaches its value", warmup, steps
-        )
 
 
 def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
 
@@ -92,10 +93,36 @@ class ResumableLoader(DataLoader[Any]):
             self._position = (epoch, rows) if rows < len(self.sampler) else (epoch + 1, 0)
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: ``epoch``, and ``rows`` of it seen by all ranks."""
-        return {"epoch": self._position[0], "rows": self._position[1] * getattr(self.sampler, "num_replicas", 1)}
+    def state_dict(self) -> dict[str, Any]:
+        """The position: ``epoch``, and ``rows`` of it seen by all ranks; and what the ``order`` follows from."""
+        rows = self._position[1] * getattr(self.sampler, "num_replicas", 1)
+        return {"epoch": self._position[0], "rows": rows, "order": self._order()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _order(self) -> dict[str, int]:
+        if not isinstance(self.sampler, ShardedSampler):
+            return {}
+        return {"rows": len(self.sampler.lengths), "seed": self.sampler.seed, "group_size": self.sampler.group_size or 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin the next iteration at this position."""
-        self._position = self._resume_at = (state["epoch"], state["rows"] // getattr(self.sampler, "num_replicas", 1))
+        before, now = state.get("order", {}), self._order()
+        changed = [f"{name} from {before[name]} to {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+        if changed and state["rows"]:
+            rank_zero_warn(
+                f"The resumed run's rows are in another order ({', '.join(changed)}): what is left of this epoch may hold "
+                "rows that were seen, and lack others"
+            )
+        ranks = getattr(self.sampler, "num_replicas", 1)
+        self._position = self._resume_at = (state["epoch"], state["rows"] // ranks)
+        if again := state["rows"] % ranks:
+            rank_zero_warn(f"{again} rows of this epoch are seen again: {state['rows']} are no multiple of {ranks} processes")
+
+    @property
+    def batches_before(self) -> int | None:
+        """How many of an epoch's batches lie before the position: those behind it end with the epoch. None if unknown."""
+        if not isinstance(self.sampler, ShardedSampler) or self.batch_size is None:
+            return None
+        rest = (
+            (len(self.sampler) - self._position[1]) if self._position[1] else 0
+        )  # at an epoch's end it is the next one's start
+        return len(self) - -(-rest // self.batch_size)

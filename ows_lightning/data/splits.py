@@ -16,6 +16,7 @@ from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.packing import pack
 from ows_lightning.data.rows import Rows
 from ows_lightning.data.sources import resolve
+from ows_lightning.data.stream import BLOCK
 from ows_lightning.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,10 +59,12 @@ class Splits:
                 choices_of(json.loads(entry["example"]), entry["where"])
 
     def _check_columns(self) -> None:
-        """Find a name in `columns` that no row has; of a stream not all rows are known."""
-        if self.streaming or not self.columns:
+        """Find a name in `columns` that no row has; of a stream the first rows tell."""
+        if not self.columns:
             return
         there = {name for table in self._examples.values() for names in table["renamed"] for name in names}
+        if self.streaming:
+            there |= {name for entry in self._stream().take(BLOCK) for name in entry["renamed"]}
         for name, own in self.columns.items():
             if own not in there:
                 raise UsageError(f"data.columns.{name}: no row has a column '{own}'; correct the name, or leave it out")

@@ -18,6 +18,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.memory.dimensions import find_dimensions, meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.models.pretrained import Recomputation, check_recomputation, recomputed_blocks
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -154,13 +155,18 @@ def settings_from_config(config: Any) -> PlanSettings:
     name = model("model_name_or_path", "")
     check_recomputation(model("gradient_checkpointing", False))
     config_of_model, found = find_dimensions(name, model("trust_remote_code", False))
+    length = data("max_seq_length", 512)
+    if (limit := exceeded_positions(config_of_model, length, model("trust_remote_code", False))) is not None:
+        raise UsageError(
+            f"data.max_seq_length: {length}, and the model has positions for {limit}; set data.max_seq_length: {limit} or less"
+        )
     return PlanSettings(
         name=name,
         model=config_of_model,
         dimensions=found,
         method=method,
         batch_size=data("batch_size", 16),
-        max_seq_length=data("max_seq_length", 512),
+        max_seq_length=length,
         accumulate_grad_batches=trainer("accumulate_grad_batches") or 1,
         gradient_checkpointing=model("gradient_checkpointing", False),
         precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),

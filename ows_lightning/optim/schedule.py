@@ -5,12 +5,15 @@ Its rates are those of ``transformers.get_scheduler``; it stands here because ``
 
 from __future__ import annotations
 
+import logging
 import math
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ows_lightning.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 
 def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps: float) -> LambdaLR:
@@ -31,6 +34,10 @@ def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps
             "model.lr_scheduler_type to constant and model.warmup_steps to a number of steps"
         )
     warmup = round(warmup_steps * steps) if 0 < warmup_steps < 1 else int(warmup_steps)
+    if 0 < warmup >= steps:
+        log.warning(
+            "model.warmup_steps: %d are no less than the run's %d steps: the rate never reaches its value", warmup, steps
+        )
 
     def factor(step: int) -> float:
         if step < warmup:

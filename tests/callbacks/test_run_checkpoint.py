@@ -6,13 +6,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from ows_lightning.callbacks.model_card import without_folders
 from ows_lightning.checkpoints.find import find_checkpoint, inspect
+from ows_lightning.cli.main import main
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
 
@@ -68,6 +71,26 @@ def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tm
     assert not unfinished.exists()
     assert not interrupted.exists()
     assert find_checkpoint("last", tmp_path / "runs") is not None
+
+
+def test_what_a_kill_leaves_in_a_folder_of_the_users_is_cleared_away(
+    model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / ".epoch=9-step=9.ckpt.partial").write_bytes(bytes(1000))
+    settings = {
+        "model.model_name_or_path": model_dir(), "data.dataset": rows_file, "trainer.default_root_dir": tmp_path / "runs",
+        "checkpoint.dirpath": folder, "trainer.accelerator": "cpu", "trainer.max_steps": 1, "sampling": "null",
+        "trainer.enable_progress_bar": "false",
+    }  # fmt: skip
+    command = ["fit", *(f"--{key}={value}" for key, value in settings.items())]
+    with FileLock(folder / ".lock"):  # of a run that still lives
+        main(command)
+    assert (folder / ".epoch=9-step=9.ckpt.partial").exists()
+    main(command)
+    assert not (folder / ".epoch=9-step=9.ckpt.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,17 @@ class Terminated(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Seen(Callback):
+    """Notes the rows of each epoch."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows: dict[int, list[list[int]]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        rows = self.rows.setdefault(trainer.current_epoch, [])
+        rows += [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
 class Runs:
     """Runs of one scenario in a folder, each under a name.
 
@@ -76,6 +87,7 @@ class Runs:
     def __init__(self, folder: Path, scenario: str, devices: int = 1) -> None:
         self.folder, self.devices = folder, devices
         self.trainer, self.checkpoint, self.data = SCENARIOS[scenario]
+        self.seen = Seen()
 
     def fit(self, name: str, ckpt_path: Path | None = None, ended_in: tuple[int, ...] = ()) -> tuple[dict[str, Tensor], Rows]:
         """Trains, from a checkpoint if it is given; returns the weights and what was logged."""
@@ -91,7 +103,7 @@ class Runs:
             default_root_dir=self.folder / name,
             logger=CSVLogger(self.folder / name, name="", version=0, flush_logs_every_n_steps=1),
             callbacks=[SaveOnSignal(), sampling, Curves(), LearningRateMonitor("step"), Terminated(ended_in),
-                       ModelCheckpoint(**saves)],
+                       self.seen, ModelCheckpoint(**saves)],
             accelerator="cpu", devices=self.devices, strategy="auto" if self.devices == 1 else "ddp_layerwise",
             log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             **self.trainer,
@@ -177,6 +189,30 @@ def test_terminated_in_the_last_step_of_each_epoch(scenario: str, runs_of: Calla
     weights, curves = runs.fit("last", saved)
     assert all(torch.equal(weights[name], through[0][name]) for name in weights)
     assert curves == through[1]
+
+
+@pytest.mark.parametrize(("step", "batch_size"), [(7, 4), (7, 5), (5, 16), (10, 4)])
+def test_a_resume_with_other_batches_ends_its_epoch_with_the_same_rows(
+    step: int, batch_size: int, runs_of: Callable[[str], Runs], caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = runs_of("epochs")
+    runs.fit("through")
+    through = runs.seen.rows
+    runs.data = {"batch_size": batch_size}
+    with caplog.at_level("INFO"):
+        runs.fit("resumed", runs.saved("through", step))
+    epoch, done = divmod(step, 5)
+    assert runs.seen.rows == {**{e: through[e] for e in range(epoch + 1, 4)}, epoch: through[epoch][done * 8 :]}
+    batches, before = -(-40 // batch_size), -(-40 // batch_size) - -(-(40 - 8 * (done or 5)) // batch_size)
+    assert f"The resumed run has other batches: {before} of {batches} of this epoch count as done" in caplog.messages
+
+
+def test_a_resume_with_other_rows_says_so(runs_of: Callable[[str], Runs]) -> None:
+    runs = runs_of("epochs")
+    runs.fit("through")
+    runs.data = {"seed": 1, "val_size": 7}
+    with pytest.warns(UserWarning, match=r"rows are in another order \(rows from 40 to 39, seed from 0 to 1\)"):
+        runs.fit("resumed", runs.saved("through", 7))
 
 
 def _in_this_process(arguments: list[str]) -> None:

@@ -425,6 +425,9 @@ def test_errors_name_the_key(directory: Path, tmp_path: Path) -> None:
         plan_from_config(make_config(directory, model__optimizer={"class_path": "torch.optim.Adamw"}))
     with pytest.raises(UsageError, match=r"model\.model_name_or_path"):
         plan_from_config(make_config(tmp_path))
+    tiny_model("gpt2").config.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UsageError, match=r"data\.max_seq_length: 300, and the model has positions for 256; set"):
+        plan_from_config(make_config(tmp_path / "gpt2", data__max_seq_length=300))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,13 @@ def test_rates_are_those_of_transformers(kind: str, theirs: str, warmup: float, 
     assert rates(warmup_and_decay(sgd(), kind, warmup, 20)) == expected
 
 
+@pytest.mark.parametrize(("warmup", "said"), [(19, False), (20, True), (30, True), (0.5, False)])
+def test_a_warmup_that_does_not_end_is_said(warmup: float, said: bool, caplog: pytest.LogCaptureFixture) -> None:
+    warmup_and_decay(sgd(), "cosine", warmup, 20)
+    line = f"model.warmup_steps: {warmup} are no less than the run's 20 steps: the rate never reaches its value"
+    assert caplog.messages == [line] * said
+
+
 def test_a_schedule_without_an_end_needs_a_number_of_warmup_steps() -> None:
     assert rates(warmup_and_decay(sgd(), "constant", 2, float("inf")))[:3] == [0.0, 0.15, 0.3]
     for kind, warmup in (("constant", 0.1), ("linear", 2), ("cosine", 0)):
