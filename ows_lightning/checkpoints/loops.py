@@ -65,7 +65,7 @@ class ExactEpochLoop(_TrainingEpochLoop):
         # A checkpoint of a batch's end has the batch not completed. In mid-step the validation of the last step is long over.
         self._validated = self._unfinished > 0 or batches.current.completed == batches.current.processed
         surplus = self._unfinished
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         done = getattr(loader, "batches_before", None)  # not what was counted, where the batches have another size now
         if batches.current.processed > surplus and done not in (None, batches.current.processed - surplus):
             rank_zero_info(f"The resumed run has other batches: {done} of {len(loader)} of this epoch count as done")

@@ -177,8 +177,8 @@ def check_writable(key: str, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # an empty file finds room on a full disk
     except OSError as error:
         raise not_writable(key, folder, error) from error
 
