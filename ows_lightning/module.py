@@ -69,7 +69,8 @@ class CausalLMModule(HeldOutSteps):
         lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
         frozen_in: Where frozen blocks wait: ``device``, or ``host`` memory or ``disk``, from where they pass through a window.
             No bit of what is computed changes. For one device, with sampling or LoRA.
-        frozen_dtype: None: frozen blocks wait as they are.
+        frozen_dtype: ``int8``: frozen blocks wait, and compute, in int8; their exact weights wait in host memory or on the
+            disk, and are what trains and is saved. None: as they are.
         window_blocks: Blocks that the window holds, 2 or 3.
         max_new_tokens: Length limit of generated answers.
         max_skipped_steps: Stop the run after so many skipped steps (gradients with NaN or Inf) in a row, by ``StopOnNaN``.
@@ -114,7 +115,7 @@ class CausalLMModule(HeldOutSteps):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
         pretrained.check_recomputation(gradient_checkpointing)
-        check_window(frozen_in, frozen_dtype, window_blocks)
+        check_window(window_blocks)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
@@ -182,7 +183,8 @@ class CausalLMModule(HeldOutSteps):
         if stage == "fit":
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             strategy = "fsdp2" if self.device_mesh is not None else "auto"
-            require_waiting(self.hparams["frozen_in"], some_are_frozen, self.trainer.world_size, strategy)
+            where = self.hparams["frozen_in"], self.hparams["frozen_dtype"]
+            require_waiting(*where, some_are_frozen, self.trainer.world_size, strategy)
             self._step = Step(self.trainer.world_size)
             self.last_step = None
 
@@ -199,9 +201,10 @@ class CausalLMModule(HeldOutSteps):
         pretrained.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
             pretrained.compile_blocks(self.language_model)
-        if self.hparams["frozen_in"] != "device":
+        if self.hparams["frozen_in"] != "device" or self.hparams["frozen_dtype"] is not None:
             slots, lora = self.hparams["window_blocks"], self.hparams["lora"] is not None
-            self.window = Window(decoder_layers(self), slots, frozen_only=lora, disk=disk)
+            int8_in = self.hparams["frozen_in"] if self.hparams["frozen_dtype"] == "int8" else None
+            self.window = Window(decoder_layers(self), slots, frozen_only=lora, disk=disk, int8_in=int8_in)
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
         """Makes the model with its weights, blocks on a disk, or ``empty``: with weights on the meta device, to be filled."""

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from ows_lightning.callbacks import rounded_loss
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.files import one_line
 from ows_lightning.data import InstructionDataModule
@@ -87,12 +88,15 @@ class RunSummary(Callback):
             log.info("Before training: held-out %s", _figures(self.before))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what the method itself cost: scores, draws and the search for subspaces."""
+        """Logs what the method itself cost: scores, draws and subspaces; and what frozen blocks in int8 made of the loss."""
         sampling, whole = LayerwiseSampling.of(trainer), self._seconds()
         seconds = sampling.seconds if sampling is not None else 0.0
         seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
         if seconds and trainer.is_global_zero:
             log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
+        if isinstance(pl_module, CausalLMModule) and pl_module.hparams["frozen_dtype"] is not None:
+            if (found := rounded_loss.losses(trainer, pl_module)) is not None:
+                log.info("Held-out loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what was gained, where it is, and how to go on."""
@@ -154,11 +158,19 @@ class RunSummary(Callback):
                 settings = settings_from_config(self.config)
                 rows = min(settings.batch_size, _rows(trainer) or settings.batch_size)
                 recomputing = recomputing_blocks(module.language_model)
-                peak = predict(replace(settings, batch_size=rows, gradient_checkpointing=recomputing)).peak_bytes
+                needs = predict(replace(settings, batch_size=rows, gradient_checkpointing=recomputing))
         except Exception as error:  # whatever the model or a user's optimizer raises when it is followed
             return f"not predicted ({one_line(error)}), {there}"
-        self.predicted = f"{peak / 1e9:.1f} GB predicted for tensors, {there}"
-        return f"{self.predicted}{'; too little: see `main.py plan`' if available and peak > available else ''}"
+        needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
+        if needs.host_bytes:
+            self.predicted += f"; {needs.host_bytes / 1e9:.1f} GB of host memory for blocks that wait"
+            if device.type == "cpu":
+                needed += needs.host_bytes
+            elif (free := available_bytes(torch.device("cpu"))) is not None:
+                self.predicted += f", {free / 1e9:.1f} GB available"
+                if needs.host_bytes > free:
+                    self.predicted += "; too little of it: see `main.py plan`, or set model.frozen_in: disk"
+        return f"{self.predicted}{'; too little: see `main.py plan`' if available and needed > available else ''}"
 
 
 def _data(trainer: Trainer) -> dict[str, str]:

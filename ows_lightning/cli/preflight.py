@@ -71,7 +71,8 @@ def check_run(
         if command == "fit":
             some_are_frozen = sampling is not None or model.hparams["lora"] is not None
             devices = _number_of_devices(trainer["devices"])
-            require_waiting(model.hparams["frozen_in"], some_are_frozen, devices, str(trainer["strategy"]))
+            where = model.hparams["frozen_in"], model.hparams["frozen_dtype"]
+            require_waiting(*where, some_are_frozen, devices, str(trainer["strategy"]))
         if sampling is not None and command == "fit":
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
             _warn_of_scores(sampling, model.hparams["model_name_or_path"])

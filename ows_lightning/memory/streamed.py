@@ -50,13 +50,13 @@ def device_bytes(weights: int, settings: PlanSettings, method: TrainingMethod, b
     """Turns the weights of a whole model into what of them is on the device.
 
     Blocks that train, embeddings, head and norm stay as they are; of those that wait there is a window. Blocks in int8 are
-    dequantised into the window, from copies on the device or from another window that int8 is fetched into.
+    dequantised into the window, from copies on the device or from memory that the copies pass through one by one.
     """
     waiting = waiting_blocks(settings, method, blocks.count)
     if not waiting:
         return weights
     window = min(settings.window_blocks, waiting)
-    held = waiting if settings.frozen_in == "device" else window if settings.frozen_dtype == "int8" else 0
+    held = waiting if settings.frozen_in == "device" else int(settings.frozen_dtype == "int8")
     return weights - waiting * blocks.trains + window * blocks.trains + held * blocks.waits
 
 

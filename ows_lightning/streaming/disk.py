@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -77,14 +78,14 @@ class DiskHome(HostHome):
         """Takes over the weights of a block that trained into the scratch file."""
         self.make_writable()
         super().write_back(trained)
-        self.drop()
+        self.written()
 
     def make_writable(self) -> None:
         """Moves weights that lie in the model's own file into the scratch file; ``tensors`` are others then."""
         if any(part.file is not self.disk.scratch for part, _ in self.places):
             self._move()
 
-    def drop(self) -> None:
+    def written(self) -> None:
         """Lets go of what of the weights is in memory because somebody looked at them."""
         for part in {part for part, _ in self.places}:
             part.drop()
@@ -117,6 +118,7 @@ class Disk:
         self.places: dict[int, tuple[FilePart, int]] = {}  # by the address of a mapped weight
         self.scratch: BinaryIO | None = None
         self._files: dict[Path, FilePart] = {}
+        self._lock = threading.Lock()
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def take(self, stored: StoredWeight, dtype: torch.dtype) -> Tensor:
@@ -167,14 +169,15 @@ class Disk:
         if target.device.type == "cpu":
             read(target)
             return
-        if not self._staging or self._staging[0][0].numel() < target.numel():
-            for _, copied in self._staging:
-                copied.synchronize()
-            self._staging = [(page_locked(target.numel()), torch.cuda.Event()) for _ in range(2)]
-        buffer, copied = self._staging.pop(0)
-        copied.synchronize()
-        part = buffer[: target.numel()]
-        read(part)
-        target.copy_(part, non_blocking=True)
-        copied.record(torch.cuda.current_stream(target.device))
-        self._staging.append((buffer, copied))
+        with self._lock:  # a block may be lent while the next one is fetched
+            if not self._staging or self._staging[0][0].numel() < target.numel():
+                for _, copied in self._staging:
+                    copied.synchronize()
+                self._staging = [(page_locked(target.numel()), torch.cuda.Event()) for _ in range(2)]
+            buffer, copied = self._staging.pop(0)
+            copied.synchronize()
+            part = buffer[: target.numel()]
+            read(part)
+            target.copy_(part, non_blocking=True)
+            copied.record(torch.cuda.current_stream(target.device))
+            self._staging.append((buffer, copied))

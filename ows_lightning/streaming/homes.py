@@ -83,11 +83,22 @@ class HostHome:
         for weight, source in zip(self.tensors, trained, strict=True):
             weight.copy_(source)
 
+    def lend(self, own: Sequence[Tensor]) -> None:
+        """Copies the weights to where they train."""
+        self.fetch(own)
+
     def make_writable(self) -> None:
         """Prepares the ``tensors`` for being written by others than ``write_back``."""
 
-    def drop(self) -> None:
-        """Lets go of what need not stay in memory."""
+    def written(self) -> None:
+        """Takes note that others have written into the ``tensors``, or looked at them."""
+
+
+class DeviceHome(HostHome):
+    """Memory on the device itself, where tensors wait that are smaller than what computes."""
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        self.tensors = [tensor.to(device) for tensor in tensors]
 
 
 def page_locked(nbytes: int) -> Tensor:

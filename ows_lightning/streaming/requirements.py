@@ -5,14 +5,12 @@ from __future__ import annotations
 from ows_lightning.errors import UsageError
 
 
-def check_window(frozen_in: str, frozen_dtype: str | None, window_blocks: int) -> None:
-    """Checks the settings by themselves.
+def check_window(window_blocks: int) -> None:
+    """Checks a window's size.
 
     Raises:
-        UsageError: There is no such mode, or the window is too small or too large.
+        UsageError: It is too small or too large.
     """
-    if frozen_dtype is not None:
-        raise UsageError("model.frozen_dtype: blocks can't wait in int8 yet; leave it out, and set model.frozen_in: host")
     if window_blocks not in (2, 3):
         raise UsageError(
             f"model.window_blocks: {window_blocks} must be 2 or 3: one block computes while the next one comes, "
@@ -20,11 +18,12 @@ def check_window(frozen_in: str, frozen_dtype: str | None, window_blocks: int) -
         )
 
 
-def require_waiting(frozen_in: str, some_are_frozen: bool, devices: int, strategy: str) -> None:
+def require_waiting(frozen_in: str, frozen_dtype: str | None, some_are_frozen: bool, devices: int, strategy: str) -> None:
     """Refuses runs in which no block is frozen, or whose weights several devices share.
 
     Args:
         frozen_in: ``model.frozen_in``.
+        frozen_dtype: ``model.frozen_dtype``.
         some_are_frozen: Whether blocks are sampled, or below adapters.
         devices: Number of devices.
         strategy: Name of the strategy.
@@ -32,16 +31,18 @@ def require_waiting(frozen_in: str, some_are_frozen: bool, devices: int, strateg
     Raises:
         UsageError: With what to use instead.
     """
-    if frozen_in == "device":
+    if frozen_in == "device" and frozen_dtype is None:
         return
+    key = f"model.frozen_in: {frozen_in}" if frozen_in != "device" else f"model.frozen_dtype: {frozen_dtype}"
+    resident = "model.frozen_in: device" if frozen_dtype is None else "model.frozen_in: device without model.frozen_dtype"
     if devices > 1 or strategy == "fsdp2":
         what = "trainer.strategy: fsdp2" if strategy == "fsdp2" else f"trainer.devices: {devices}"
         raise UsageError(
-            f"model.frozen_in: {frozen_in} is for one device, and {what} is set; set trainer.devices: 1 and trainer.strategy: "
-            "auto, or model.frozen_in: device to share the weights among devices by fsdp2"
+            f"{key} is for one device, and {what} is set; set trainer.devices: 1 and trainer.strategy: "
+            f"auto, or {resident} to share the weights among devices by fsdp2"
         )
     if not some_are_frozen:
         raise UsageError(
-            f"model.frozen_in: {frozen_in} needs frozen blocks, and full fine-tuning trains all of them; sample blocks "
-            "(`sampling`), or set model.lora or model.frozen_in: device"
+            f"{key} needs frozen blocks, and full fine-tuning trains all of them; sample blocks "
+            f"(`sampling`), or set model.lora or {resident}"
         )

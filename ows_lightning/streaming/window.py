@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from ows_lightning.compat import backward_pass, in_backward, when_backward_ends
 from ows_lightning.streaming.copies import Copies, ReadAhead, copies_for
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.homes import HostHome, home_for, lay_out, nbytes_of
+from ows_lightning.streaming.homes import DeviceHome, HostHome, home_for, lay_out, nbytes_of
+from ows_lightning.streaming.int8 import Int8Home, Transit
 from ows_lightning.streaming.timeline import Timeline
 
 
@@ -34,12 +35,17 @@ class Window:
     The window makes homes and slots at first use, and lives on the device that ``move`` named last. Deep copies and pickles
     of the model are independent of it.
 
+    With copies in int8, what a frozen block computes with is not its own weight to the bit; what trains, is saved and comes
+    home is.
+
     Args:
         blocks: The decoder blocks, first block first.
         slots: Blocks that the window holds at a time, at least 2: one computes while the next one comes.
         frozen_only: Only parameters that are frozen now wait, and the others stay on the device: the base below adapters.
         copies: How fetches are ordered against computation; the device's own way if None.
         disk: Blocks wait there, and not in host memory.
+        int8_in: Where copies of the blocks wait in int8 (``device``, ``host`` or ``disk``), from which they compute while they
+            are frozen; None: they compute from their own weights.
 
     Raises:
         ValueError: The window is too small.
@@ -52,6 +58,7 @@ class Window:
         frozen_only: bool = False,
         copies: Copies | None = None,
         disk: Disk | None = None,
+        int8_in: str | None = None,
     ) -> None:
         if slots < 2:
             raise ValueError(f"slots: {slots} must be at least 2: one block computes while the next one comes")
@@ -60,6 +67,8 @@ class Window:
         self.device = torch.device("cpu")
         self._copies = copies
         self._disk = disk
+        self._int8_in = int8_in
+        self._has_twin = False  # a copy of the model, with which weights may be exchanged
         shared = _in_several_places(self.blocks)
         self.parameters = [
             [p for p in block.parameters() if p.numel() and id(p) not in shared and not (frozen_only and p.requires_grad)]
@@ -94,6 +103,7 @@ class Window:
         """Copies find their weights in their own parameters, and wait in host memory."""
         for index in range(len(self.homes)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
+        self._has_twin = True
         made = ("homes", "timeline", "_in_slot", "_memory", "_ordering", "_training", "_backward")
         return {key: value for key, value in vars(self).items() if key not in made} | {"_disk": None}
 
@@ -154,6 +164,21 @@ class Window:
             _point(self.parameters[index], self.homes[index].tensors)
 
     @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Computes with the blocks' own weights, also where their copies in int8 wait."""
+        self._prepare()
+        copied = [home for home in self.homes if isinstance(home, Int8Home)]
+        for home in copied:
+            home.exact = True
+        self.timeline.forget()
+        try:
+            yield
+        finally:
+            for home in copied:
+                home.exact = False
+            self.timeline.forget()
+
+    @contextmanager
     def hold(self, block: nn.Module) -> Iterator[None]:
         """Keeps a block on the device while its weights are looked at outside a forward pass."""
         index = self.blocks.index(block)
@@ -187,9 +212,9 @@ class Window:
         with torch.inference_mode(False):
             before = self.active
             if not self.homes:
-                make_home = self._disk.home if self._disk is not None else partial(home_for, device=self.device)
+                transit = Transit(self.device) if self._int8_in in ("host", "disk") else None
                 for weights in self.parameters:
-                    self.homes.append(make_home([p.data for p in weights]))
+                    self.homes.append(self._home([p.data for p in weights], transit))
                     _point(weights, self.homes[-1].tensors)
             self.timeline.forget()
             for index in set(before) - set(active):  # first, so that their memory can be used again
@@ -197,13 +222,20 @@ class Window:
                 _point(self.parameters[index], self.homes[index].tensors)
             for index in sorted(set(active) - set(before)):
                 own = [torch.empty_like(home, device=self.device) for home in self.homes[index].tensors]
-                for target, home in zip(own, self.homes[index].tensors, strict=True):
-                    target.copy_(home, non_blocking=True)
+                self.homes[index].lend(own)
                 _point(self.parameters[index], own)
             self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate()
             waiting = self.timeline.order
             self._in_slot = {i: lay_out(self._memory[self.timeline.slot_of(i)], self.homes[i].tensors) for i in waiting}
+
+    def _home(self, weights: Sequence[Tensor], transit: Transit | None) -> HostHome:
+        in_host = partial(home_for, device=self.device)
+        masters = in_host(weights) if self._disk is None else self._disk.home(weights)
+        if self._int8_in is None:
+            return masters
+        keep = partial(DeviceHome, device=self.device) if self._int8_in == "device" else in_host
+        return Int8Home(masters, self._disk.home if self._disk and self._int8_in == "disk" else keep, transit)
 
     def _allocate(self) -> None:
         """Makes the slots, once: they stay for as long as the window is on this device."""
@@ -268,6 +300,8 @@ class Window:
         self.timeline.begin_forward()
         if self._training is not None and training != self._training:
             self.timeline.forget()  # between training and evaluation, weight averaging exchanges the weights
+            for index in self.timeline.order if self._has_twin else ():
+                self.homes[index].written()
         self._training = training
 
     def _enter_backward(self, index: int, gradient: Tensor) -> None:
@@ -292,7 +326,8 @@ class Window:
         self.make_writable(index)
 
     def _after_load(self, index: int, block: nn.Module, *_: Any) -> None:
-        self.homes[index].drop()
+        if self.timeline.waits(index):
+            self.homes[index].written()
 
 
 def _point(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -127,6 +128,33 @@ def test_a_block_that_was_never_drawn_is_the_base_models(
     assert trained == {"1", "3"}
 
 
+def test_int8_computes_the_same_anywhere_and_says_what_it_cost(
+    model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}"]
+    found = {}
+    for where in ("device", "disk"):
+        capsys.readouterr()
+        run = fit(tmp_path / where, *common, f"--model.frozen_in={where}", "--model.frozen_dtype=int8")
+        found[where] = outcome(run)
+        output = "".join(capsys.readouterr())
+        said = re.search(r"loss with frozen blocks in int8: ([\d.]+); with the exact weights, as exported: ([\d.]+)", output)
+        assert said
+        assert float(said[1]) == pytest.approx(float(found[where]["metrics"][-1]["val_loss"]), abs=1e-4)
+        main(
+            [
+                "validate",
+                f"--config={run}/config.yaml",
+                "--model.frozen_dtype=null",
+                f"--ckpt_path={run}/checkpoints/last.ckpt",
+            ]
+        )
+        exact = re.search(r"val_loss\D*([\d.]+)", "".join(capsys.readouterr()))
+        assert exact
+        assert float(said[2]) == pytest.approx(float(exact[1]), abs=1e-3)
+    assert_identical(found["device"], found["disk"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -135,7 +163,10 @@ def test_a_block_that_was_never_drawn_is_the_base_models(
         (["--trainer.devices=2", "--trainer.strategy=ddp_layerwise"], "model.frozen_in: host is for one device"),
         (["--model.window_blocks=1"], "model.window_blocks: 1 must be 2 or 3"),
         (["--sampling=null", "--model.frozen_in=disk"], "model.frozen_in: disk needs frozen blocks"),
-        (["--model.frozen_dtype=int8"], "model.frozen_dtype: blocks can't wait in int8 yet"),
+        (
+            ["--sampling=null", "--model.frozen_in=device", "--model.frozen_dtype=int8"],
+            "model.frozen_dtype: int8 needs frozen",
+        ),
     ],
 )
 def test_what_can_not_work_is_refused_with_a_line(
