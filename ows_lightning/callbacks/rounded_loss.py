@@ -12,13 +12,13 @@ from ows_lightning.module import CausalLMModule
 
 
 def losses(trainer: Trainer, module: CausalLMModule) -> tuple[float, float] | None:
-    """Returns the held-out loss with frozen blocks in int8, and with the weights that are saved; None without held-out rows.
+    """Returns the held-out loss with frozen blocks in int8, and with the exact weights; None without int8 or held-out rows.
 
     Args:
         trainer: Of a run that has trained, and validated before.
         module: Its module.
     """
-    if module.window is None or not trainer.val_dataloaders:
+    if module.window is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
         return None
     training = module.training
     module.eval()

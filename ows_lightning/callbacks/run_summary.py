@@ -94,9 +94,8 @@ class RunSummary(Callback):
         seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
         if seconds and trainer.is_global_zero:
             log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
-        if isinstance(pl_module, CausalLMModule) and pl_module.hparams["frozen_dtype"] is not None:
-            if (found := rounded_loss.losses(trainer, pl_module)) is not None:
-                log.info("Held-out loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
+        if isinstance(pl_module, CausalLMModule) and (found := rounded_loss.losses(trainer, pl_module)) is not None:
+            log.info("Held-out loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what was gained, where it is, and how to go on."""
