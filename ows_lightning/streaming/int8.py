@@ -97,6 +97,7 @@ class Int8Home(HostHome):
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained."""
+        self.make_writable()
         self.masters.write_back(trained)
         self._renew(trained)
 

@@ -10,6 +10,7 @@ import torch
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.int8 import pack, unpack
+from ows_lightning.streaming.loading import load
 from ows_lightning.streaming.window import Window
 from tests.streaming.steps import evaluate, train
 from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
@@ -72,8 +73,11 @@ def test_computes_as_a_model_whose_frozen_blocks_are_rounded(architecture: str, 
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
 def test_what_is_saved_are_exact_weights(where: str, tmp_path: Path) -> None:
-    model, before = tiny_model("llama"), tiny_model("llama").state_dict()
-    window = int8_window(model, where, tmp_path)
+    before = tiny_model("llama").state_dict()
+    tiny_model("llama").save_pretrained(tmp_path)
+    disk = Disk(tmp_path) if where == "disk" else None
+    model = load(str(tmp_path), 0, disk)
+    window = Window(decoder_layers(model), disk=disk, int8_in=where)
     train(model, window, draws=[[1], [2]])
     changed = {name.split(".")[2] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"1", "2"} <= changed
