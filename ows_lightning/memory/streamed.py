@@ -11,16 +11,17 @@ from ows_lightning.memory.settings import PlanSettings
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 
-_STAGING = 2  # buffers of a block each through which a disk is read
+_STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a disk
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """A model's blocks in bytes: the number of them, and the largest one as it trains and as it waits."""
+    """A model's blocks in bytes: the number of them, the largest one as it trains and as it waits, and its largest weight."""
 
     count: int
     trains: int
     waits: int
+    weight: int
 
     @classmethod
     def of(cls, model: nn.Module, settings: PlanSettings) -> BlockSizes:
@@ -30,7 +31,7 @@ class BlockSizes:
         waits = trains
         if settings.frozen_dtype == "int8":  # a byte a weight and a float32 scale an output row; the rest as it is
             waits = max(sum(_int8(p) for p in layer.parameters()) for layer in layers)
-        return cls(len(layers), trains, waits)
+        return cls(len(layers), trains, waits, max(p.nbytes for layer in layers for p in layer.parameters()))
 
 
 def _int8(p: nn.Parameter) -> int:
@@ -65,7 +66,7 @@ def host_bytes(settings: PlanSettings, method: TrainingMethod, blocks: BlockSize
     if not waiting_blocks(settings, method, blocks.count):
         return 0
     if settings.frozen_in == "disk":
-        return _STAGING * blocks.waits
+        return _STAGING * blocks.weight if settings.on_gpu else 0
     copies = blocks.waits if settings.frozen_dtype == "int8" and settings.frozen_in == "host" else 0
     return blocks.count * (blocks.trains + copies)
 

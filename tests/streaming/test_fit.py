@@ -128,6 +128,7 @@ def test_a_block_that_was_never_drawn_is_the_base_models(
     assert trained == {"1", "3"}
 
 
+@pytest.mark.slow
 def test_int8_computes_the_same_anywhere_and_says_what_it_cost(
     model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
