@@ -68,9 +68,7 @@ class CausalLMModule(HeldOutSteps):
         warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
         lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
         frozen_in: Where frozen blocks wait: ``device``, or ``host`` memory or ``disk``, from where they pass through a window.
-            No bit of what is computed changes. For one device, with sampling or LoRA.
-        frozen_dtype: ``int8``: frozen blocks wait, and compute, in int8; their exact weights wait in host memory or on the
-            disk, and are what trains and is saved. None: as they are.
+        frozen_dtype: ``int8``: frozen blocks compute in int8; their exact weights, which train and are saved, wait elsewhere.
         window_blocks: Blocks that the window holds, 2 or 3.
         max_new_tokens: Length limit of generated answers.
         max_skipped_steps: Stop the run after so many skipped steps (gradients with NaN or Inf) in a row, by ``StopOnNaN``.
@@ -183,8 +181,7 @@ class CausalLMModule(HeldOutSteps):
         if stage == "fit":
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             strategy = "fsdp2" if self.device_mesh is not None else "auto"
-            where = self.hparams["frozen_in"], self.hparams["frozen_dtype"]
-            require_waiting(*where, some_are_frozen, self.trainer.world_size, strategy)
+            require_waiting(self.hparams, some_are_frozen, self.trainer.world_size, strategy)
             self._step = Step(self.trainer.world_size)
             self.last_step = None
 

@@ -71,8 +71,7 @@ def check_run(
         if command == "fit":
             some_are_frozen = sampling is not None or model.hparams["lora"] is not None
             devices = _number_of_devices(trainer["devices"])
-            where = model.hparams["frozen_in"], model.hparams["frozen_dtype"]
-            require_waiting(*where, some_are_frozen, devices, str(trainer["strategy"]))
+            require_waiting(model.hparams, some_are_frozen, devices, str(trainer["strategy"]))
         if sampling is not None and command == "fit":
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
             _warn_of_scores(sampling, model.hparams["model_name_or_path"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ows_lightning.errors import UsageError
 
 
@@ -18,12 +21,11 @@ def check_window(window_blocks: int) -> None:
         )
 
 
-def require_waiting(frozen_in: str, frozen_dtype: str | None, some_are_frozen: bool, devices: int, strategy: str) -> None:
+def require_waiting(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:
     """Refuses runs in which no block is frozen, or whose weights several devices share.
 
     Args:
-        frozen_in: ``model.frozen_in``.
-        frozen_dtype: ``model.frozen_dtype``.
+        model: The module's settings, of which ``frozen_in`` and ``frozen_dtype`` count.
         some_are_frozen: Whether blocks are sampled, or below adapters.
         devices: Number of devices.
         strategy: Name of the strategy.
@@ -31,6 +33,7 @@ def require_waiting(frozen_in: str, frozen_dtype: str | None, some_are_frozen: b
     Raises:
         UsageError: With what to use instead.
     """
+    frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]
     if frozen_in == "device" and frozen_dtype is None:
         return
     key = f"model.frozen_in: {frozen_in}" if frozen_in != "device" else f"model.frozen_dtype: {frozen_dtype}"
