@@ -164,9 +164,9 @@ class CausalLMModule(HeldOutSteps):
         return exceeded_positions(pretrained.load_config(*options), length, options[1])
 
     def check_optimizer(self) -> Optimizer:
-        """Makes the optimizer for two small weights; a UsageError says what is wrong, or that it can't project."""
+        """Makes the optimizer for a small matrix and a vector; a UsageError says what is wrong, or that it can't project."""
         try:
-            optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))]} for _ in range(2)])
+            optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(shape))]} for shape in ((2, 2), (2,))])
         except (TypeError, ValueError) as error:
             raise UsageError(f"model.optimizer: {error}") from error
         self._check_projection(optimizer)

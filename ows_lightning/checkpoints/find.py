@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
 from ows_lightning.checkpoints.files import (
     META,
     NEEDED,
@@ -27,7 +29,7 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
     """Returns the checkpoint that a user means, if it is good.
 
     Args:
-        ckpt_path: A path; an address such as ``s3://...``, which is left to Lightning; or ``last``, the newest good
+        ckpt_path: A path; an address such as ``s3://...``, which has to exist; or ``last``, the newest good
             checkpoint of the first place that has one.
         places: Where runs may have saved: folders of checkpoints, or folders with runs' folders ``version_N``, of which the
             newest run counts that has a good checkpoint.
@@ -39,6 +41,12 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
         UsageError: There is no checkpoint, or it is damaged; names the last good one.
     """
     if "://" in ckpt_path:
+        try:
+            there = get_filesystem(ckpt_path).exists(ckpt_path)
+        except Exception as error:  # whatever the file system of that scheme raises
+            raise UsageError(f"ckpt_path: can't reach '{ckpt_path}' ({one_line(error)})") from error
+        if not there:
+            raise UsageError(f"ckpt_path: no checkpoint '{ckpt_path}'")
         return ckpt_path
     if ckpt_path != "last":
         read(Path(ckpt_path), inspect)

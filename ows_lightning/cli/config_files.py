@@ -116,6 +116,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         _refuse_repeated_keys(yaml.compose(text, Loader=_LOADER), path)
         values = yaml.load(text, Loader=_LOADER)
+    except RecursionError as error:
+        raise UsageError(f"config: {path} holds an alias of what it is in; write it out") from error
     except yaml.YAMLError as error:
         raise UsageError(f"config: {path} is not a YAML file: {' '.join(str(error).split())}") from error
     if values is None:

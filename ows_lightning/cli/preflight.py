@@ -88,6 +88,8 @@ def check_training(trainer: Mapping[str, Any]) -> None:
     for key in ("max_steps", "max_epochs", "limit_train_batches"):
         if trainer[key] == 0:
             raise UsageError(f"trainer.{key}: with 0 nothing is trained; give a number above 0, or leave it out")
+    if (limit := trainer["max_time"]) is not None and not any(str(digit) in "123456789" for digit in str(limit)):
+        raise UsageError(f"trainer.max_time: within {limit} nothing is trained; give a longer time, or leave it out")
     if trainer["barebones"]:
         raise UsageError(
             "trainer.barebones: it takes away checkpoints, logs and callbacks, sampling included; leave it out, and switch "
@@ -191,6 +193,8 @@ def check_checkpoint(checkpoint: ModelCheckpoint) -> None:
     """
     if checkpoint.dirpath and "://" not in str(checkpoint.dirpath):
         check_writable("checkpoint.dirpath", Path(checkpoint.dirpath))
+    if ".." in Path(checkpoint.filename or "").parts or Path(checkpoint.filename or "").is_absolute():
+        raise UsageError(f"checkpoint.filename: '{checkpoint.filename}' leaves its folder; set checkpoint.dirpath for another")
     try:
         checkpoint.format_checkpoint_name({})
     except (ValueError, LookupError, AttributeError, TypeError) as error:

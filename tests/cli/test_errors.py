@@ -94,6 +94,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text.yaml": "just text\n",
         "nomodel.yaml": "model:\ndata: {dataset: rows.jsonl}\n",
         "notrainer.yaml": "trainer:\n",
+        "muon.yaml": "model: {rank: null, optimizer: {class_path: torch.optim.Muon, init_args: {lr: 0.1}}}\n",
+        "circle.yaml": "trainer: &all {max_steps: *all}\n",
         "lbfgs.yaml": "model: {rank: null, optimizer: {class_path: torch.optim.LBFGS}}\n",
         "wandb.yaml": "trainer: {logger: {class_path: WandbLogger, init_args: {project: mine}}}\n",
         "mlflow.yaml": "trainer: {logger: {class_path: MLFlowLogger, init_args: {experiment_name: mine}}}\n",
@@ -240,6 +242,9 @@ CASES = {
     "no batches": Case(
         fit("--trainer.limit_train_batches 0"), "trainer.limit_train_batches", "give a number above 0, or leave it out"
     ),
+    "no time": Case(fit("--trainer.max_time 00:00:00:00"), "trainer.max_time", "give a longer time, or leave it out"),
+    "optimizer for matrices alone": Case(fit("--config muon.yaml"), "model.optimizer", "Muon only supports 2D parameters"),
+    "config that holds itself": Case(fit("--config circle.yaml"), "config", "holds an alias of what it is in; write it out"),
     "what the Trainer itself refuses": Case(fit("--trainer.val_check_interval 1.5"), "trainer", "1.0] or an int."),
     "negative seed": Case(fit("--seed_everything -1"), "seed_everything", "give a whole number from 0 to 4294967295"),
     "optimizer without parameter groups": Case(
@@ -341,6 +346,9 @@ CASES = {
     "best checkpoint of no run": Case(
         "validate --config base.yaml --ckpt_path best", "ckpt_path", "give the path of one, or `last`"
     ),
+    "checkpoint behind an address": Case(
+        fit("--ckpt_path http://localhost:9/a.ckpt"), "ckpt_path", "http://localhost:9/a.ckpt'"
+    ),
     "no checkpoint to export": Case(
         "export --config base.yaml", "ckpt_path", "put it into the YAML file or write --ckpt_path"
     ),
@@ -348,6 +356,9 @@ CASES = {
         "export --config base.yaml --ckpt_path lost.ckpt", "ckpt_path", "there is no good one beside it"
     ),
     # ------------------------------------------------------------------ folders
+    "checkpoint's name in another folder": Case(
+        fit("--checkpoint.filename ../../{step}"), "checkpoint.filename", "set checkpoint.dirpath for another"
+    ),
     "output below a file": Case(
         fit("--trainer.default_root_dir rows.txt/runs"), "trainer.default_root_dir", "choose another folder"
     ),
