@@ -28,7 +28,7 @@ _LATE = {
     ),
     r'ckpt_path="(\w+)"\)` is set but': "ckpt_path: there is no '{}' checkpoint to find; give the path of one, or `last`",
 }
-"""Settings that Lightning refuses in the midst of its set-up, and what a user can do about them."""
+"""Settings that Lightning refuses during its set-up, and what a user can do about them."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -91,7 +91,7 @@ def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """The error from which another was made: jsonargparse wraps those of a class that it makes in long ones of its own."""
+    """Returns the original error: jsonargparse wraps errors of classes that it instantiates in long messages."""
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:  # it may be a circle
         chain.append(inner)

@@ -1,1 +1,1 @@
-"""What a run does beside training: its summary, its folder, saving on signals, resuming."""
+"""Callbacks for everything around training: summary, run folder, saving on signals, resuming."""

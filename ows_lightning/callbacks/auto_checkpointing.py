@@ -50,7 +50,7 @@ class AutoCheckpointing(Callback):
                     count,
                     budget / 1e9,
                 )
-            except Exception as error:  # whatever the model or a user's optimizer raises when it is followed
+            except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
                 log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", one_line(error))
         checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))
 

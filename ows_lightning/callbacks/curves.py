@@ -1,4 +1,4 @@
-"""The curves of a run that was resumed, or killed: ``metrics.csv`` has the rows of a run that went through."""
+"""``metrics.csv`` of a resumed run has the same rows as that of a run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _continue_curves(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any
     with (before / "metrics.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         logged = [row for row in reader if row["step"]][: saved.get("logged")]
-    # A step that had only begun begins again.
+    # The resumed run repeats a step that was not complete.
     rows: list[dict[str, Any]] = [row for row in logged if int(float(row["step"])) < checkpoint["global_step"]]
     rows += [saved["row"]] if saved.get("row") else []
     now.mkdir(parents=True, exist_ok=True)

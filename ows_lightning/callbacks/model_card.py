@@ -66,7 +66,7 @@ def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Settings whose absolute paths have lost their folders, which tell of the machine and say nothing elsewhere."""
+    """Returns settings with absolute paths reduced to file names: a published card should not show the machine's folders."""
     if isinstance(value, Mapping):
         return {without_folders(key): without_folders(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

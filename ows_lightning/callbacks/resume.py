@@ -1,4 +1,4 @@
-"""Resuming: where the loops go on, what may change, and what is not done twice."""
+"""Resuming a run: loops continue exactly, changed options apply, and no checkpoint is saved twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAID = ("max_steps", "accumulate_grad_batches")
 
 
 class Resume(Callback):
-    """Lets a run go on exactly behind the checkpoint's step, with the options and number of steps that are configured now.
+    """Lets a run continue exactly after the checkpoint's step, with the options and number of steps that are configured now.
 
     Lightning alone would take the options from the checkpoint; what changes is said. And no ModelCheckpoint saves the step
     again at which the run is resumed: it would do so after the first micro-batch, of which a checkpoint keeps no gradients,

@@ -1,4 +1,4 @@
-"""Lightning's ModelCheckpoint, of which ``last.ckpt`` takes no room, and which clears away what a signal's end left."""
+"""ModelCheckpoint whose ``last.ckpt`` takes no extra space, and which removes superseded checkpoints of interrupted runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _link(trainer: Trainer, twin: Path, path: Path) -> bool:
-        """Links on rank 0; whether it could."""
+        """Makes the link on rank 0; returns whether that worked."""
         linked = False
         if trainer.is_global_zero and twin.exists():
             partial = partial_path(path)
@@ -46,7 +46,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def remove_interrupted(trainer: Trainer, saved: Path) -> None:
-    """Removes checkpoints that a signal's end left, once there is a later one: of this run, and that which it resumed.
+    """Removes ``interrupted-step=N.ckpt`` of this run, and the one it was resumed from, once a later checkpoint is saved.
 
     Args:
         trainer: The trainer.

@@ -80,7 +80,7 @@ class RunFolder(Callback):
 
 
 def _clear_away(folder: Path) -> None:
-    """Removes the unfinished checkpoints of runs that were killed, in this run's folder and beside it, where none lives."""
+    """Removes unfinished checkpoints of killed runs, in this run's folder and in its siblings that no run uses."""
     for checkpoints in (folder / "checkpoints", *folder.parent.glob("version_*/checkpoints")):
         lock = FileLock(checkpoints.parent / ".lock")
         try:
@@ -88,7 +88,7 @@ def _clear_away(folder: Path) -> None:
                 lock.acquire(timeout=0)
             _remove_unfinished(checkpoints)
         except (Timeout, OSError):
-            continue  # it lives, or is another user's
+            continue  # a run still uses it, or it belongs to another user
         finally:
             lock.release()
 

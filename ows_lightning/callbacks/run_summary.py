@@ -71,7 +71,7 @@ class RunSummary(Callback):
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
             return
         drawn = sampling.planned_blocks(int(steps))
-        if drawn is None:  # the draws follow from what is not known yet
+        if drawn is None:  # later draws depend on scores that are not known yet
             return
         layers = decoder_layers(pl_module)
         parameters = {*_always(pl_module, sampling), *(p for block in drawn for p in layers[block].parameters())}
@@ -122,7 +122,7 @@ class RunSummary(Callback):
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets the message of memory that did not suffice say what was predicted."""
+        """Adds the predicted memory to an out-of-memory error."""
         if self.predicted is not None and is_out_of_memory(exception):
             exception.__notes__ = [self.predicted]  # as add_note, which Python 3.10 lacks
 
@@ -148,7 +148,7 @@ class RunSummary(Callback):
         return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
 
     def _memory(self, trainer: Trainer, module: CausalLMModule) -> str:
-        """A prediction, which is no reason not to train where it is not possible."""
+        """Returns the predicted memory; where it can't be predicted, a line that says so."""
         device = module.device
         available = available_bytes(device)
         there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
@@ -158,7 +158,7 @@ class RunSummary(Callback):
                 rows = min(settings.batch_size, _rows(trainer) or settings.batch_size)
                 recomputing = recomputing_blocks(module.language_model)
                 needs = predict(replace(settings, batch_size=rows, gradient_checkpointing=recomputing))
-        except Exception as error:  # whatever the model or a user's optimizer raises when it is followed
+        except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
             return f"not predicted ({one_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
         if needs.host_bytes:
@@ -219,7 +219,7 @@ def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
 
 
 def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes | None:
-    """The most that a delta takes, from what ever trained; None where the base's vocabulary can't be looked up."""
+    """Upper bound of a delta's size, from all weights that trained; None if the base's vocabulary can't be looked up."""
     model, layers = module.language_model, decoder_layers(module)
     if sampling is None:
         trained = [p for p in module.parameters() if p.requires_grad]

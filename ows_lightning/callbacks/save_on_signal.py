@@ -22,7 +22,7 @@ _SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(s
 class SaveOnSignal(Callback):
     """Saves a checkpoint at the end of the optimizer step in which SIGTERM or SIGUSR1 arrived, on any rank, and ends the run.
 
-    Lightning's own handler would save in the midst of a step. Where SLURM requeues, that handler runs then, at the step's end.
+    Lightning's own handler would save within a step. Where SLURM requeues, that handler runs, too, at the step's end.
     A signal from before the first step, while a validation runs or blocks are scored, waits for the end of that step.
     """
 

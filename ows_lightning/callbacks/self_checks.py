@@ -47,7 +47,7 @@ class SelfChecks(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks on rank 0."""
-        sampling = next((c for c in trainer.callbacks if isinstance(c, LayerwiseSampling)), None)  # type: ignore[attr-defined]
+        sampling = LayerwiseSampling.of(trainer)
         if sampling is None or not isinstance(pl_module, CausalLMModule) or not trainer.is_global_zero:
             return
         try:

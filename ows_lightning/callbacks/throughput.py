@@ -29,7 +29,7 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         sums = ("tokens", "target_tokens", "time_s", "renewal_s")
-        self._before = dict.fromkeys(sums, 0.0)  # of the runs that this one goes on from
+        self._before = dict.fromkeys(sums, 0.0)  # sums of the runs that this one resumes
         self._begin()
 
     def _begin(self) -> None:

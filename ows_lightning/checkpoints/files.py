@@ -16,7 +16,7 @@ from ows_lightning.checkpoints.sums import SummedFile, check_sum
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 NEEDED = ("state_dict", "loops", "global_step")
-# What a file that is no checkpoint, or a cut one, makes torch and pickle raise.
+# What torch and pickle raise on a file that is truncated or not a checkpoint.
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
 
 
@@ -33,8 +33,8 @@ def load_file(path: Path, needed: Iterable[str] = NEEDED) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):  # of no pickle's
-            raise ValueError("it is no file of torch's") from error
+        if "Unsupported operand" in str(error):  # the bytes are not a pickle at all
+            raise ValueError("it was not written by torch") from error
         raise Forbidden from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")

@@ -64,7 +64,7 @@ def _folders(place: Path) -> Iterator[Path]:
 
 def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
     """Returns the newest checkpoint in a folder that is whole; damaged ones are named in the log."""
-    for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill in the midst of `put_in_place`
+    for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill during `put_in_place`
         there = [path for path in folder.glob(pattern) if path.exists()]  # not links to what is gone
         for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             if path == other_than:
@@ -79,7 +79,7 @@ def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint's contents without its tensors' being loaded, after a look at all checksums."""
+    """Returns a checkpoint's contents with unloaded tensors, after all checksums were compared."""
     if not path.is_dir():
         return load_file(path)
     contents = load_file(path / META, needed=NEEDED[1:])

@@ -93,7 +93,7 @@ def _run(words: Any, args: Any) -> None:
 
 
 def _import_without_plots() -> None:
-    """Imports torchmetrics, which Lightning needs, as if there was no matplotlib, which it imports for plots of its own."""
+    """Imports torchmetrics without matplotlib, which it would import for its plots, so that a command starts sooner."""
     from lightning_utilities.core import imports
 
     found = imports.RequirementCache
@@ -128,7 +128,7 @@ def end(error: BaseException) -> NoReturn:
 
 
 def __getattr__(name: str) -> Any:
-    """Gives OWSCLI, which whoever builds on the command line may want, without loading it for those who don't."""
+    """Imports OWSCLI on first use: it loads all training libraries."""
     if name != "OWSCLI":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module("ows_lightning.cli.lightning_cli").OWSCLI

@@ -128,7 +128,7 @@ class Encoder:
         spans: list[Span] = []
         alone: list[int] = []
         for i in turns[-1:] if self.last_turn_only else turns:
-            if i and _is_target(messages[i]):  # what nobody asked for is no answer
+            if i and _is_target(messages[i]):  # an assistant message that opens the conversation answers nothing
                 span = self._answer_span(text, messages, i, tools, where)
                 if span is None:
                     alone.append(i)

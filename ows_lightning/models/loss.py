@@ -156,7 +156,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, and given away: a head's gradient is as large as the head, and autograd adds to what nobody else holds.
+        # In place: this gradient is as large as the head, and autograd can add to a tensor that has no other owner.
         gradients, ctx.gradients = ctx.gradients, None
         return None, None, None, None, *(g if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
 

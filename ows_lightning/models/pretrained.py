@@ -216,7 +216,7 @@ memory has said how many."""
 
 
 def check_recomputation(setting: Recomputation) -> None:
-    """Refuses, with a UsageError, what is no such setting."""
+    """Raises a UsageError if the value is not one of the possible settings."""
     if setting != "auto" and not (isinstance(setting, int) and setting >= 0):
         raise UsageError(f"model.gradient_checkpointing: {setting} must be true, false, auto, or a number of blocks from 0 on")
 

@@ -94,7 +94,7 @@ class GaLoreAdamW(Optimizer):
     * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
       ``average_gradients()`` averages what a step consumes: r/n of the bytes of the gradients.
     * All settings are options of the groups, as the learning rate is: a copy, a pickle and a loaded state carry them, and a
-      changed one holds from the next step on. Gradients that wait for a step are in none of these.
+      changed one holds from the next step on. Gradients that wait for a step are not carried.
 
     Args:
         params: Parameters, named parameters or groups, e.g. from ``galore_param_groups``. Keys of a projected group:
@@ -142,7 +142,7 @@ class GaLoreAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def _begin(self) -> None:
-        """Makes what is no part of a state. All of it is changed in place: see ``_Progress``."""
+        """Makes the attributes that are not saved. They are only changed in place: see ``_Progress``."""
         self._progress = _Progress()
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
         self._projected: dict[Tensor, Tensor] = {}  # R of the coming step
@@ -387,7 +387,7 @@ class GaLoreAdamW(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Where a GradScaler finds no gradients of its own to unscale, it shall tell ``step`` what the scale is."""
+        """Tells GradScaler to pass its scale to ``step`` where the gradients are not in ``grad``; ``step`` refuses it."""
         return self._progress.in_backward or bool(self._projected)
 
     def _prepare_gradients(self) -> bool:
