@@ -67,19 +67,18 @@ def _run(words: Any, args: Any) -> None:
         raise UsageError(f"no command is given{listed}")
     if command in ("-h", "--help"):
         print(usage())
-    elif command in OF_THEIR_OWN:
+    elif command in OF_THEIR_OWN or (command in OF_A_CONFIG and {"-h", "--help"} & {*words}):
         try:
-            importlib.import_module(OF_THEIR_OWN[command][0]).run(words[1:])
+            if command in OF_THEIR_OWN:
+                importlib.import_module(OF_THEIR_OWN[command][0]).run(words[1:])
+            else:
+                print(importlib.import_module("ows_lightning.cli.help").page(command, OF_A_CONFIG[command]))
             sys.stdout.flush()
         except BrokenPipeError:  # whoever read the output has enough of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
     elif command is not None and not command.startswith("-") and command not in OF_A_CONFIG:
         raise UsageError(f"there is no command '{command}'{nearest(command, names) or listed}")
-    elif command in OF_A_CONFIG and {"-h", "--help"} & {*words}:
-        from ows_lightning.cli.help import page
-
-        print(page(command, OF_A_CONFIG[command]))
     else:
         if command not in ("plan", None) and os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
