@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,8 @@ def _of_batch(model: nn.Module, settings: PlanSettings, method: TrainingMethod, 
 
 
 def _count(model: nn.Module, settings: PlanSettings, method: TrainingMethod, recompute: bool, rows: int) -> _Flops:
+    method = replace(method, renews_with_state=False)  # which stands for the worst step, as memory asks for
+
     def followed(active: int, frozen: int) -> StepMemory:
         return follow(model, settings, method, active, frozen, (active + frozen) * recompute, rows)
 
@@ -167,14 +169,17 @@ class _stages:
 
 
 def _renewals(settings: PlanSettings, method: TrainingMethod, draws: Sequence[Sequence[int]]) -> float:
-    """How often, in an optimizer step, a block's subspaces are found anew: once an age, and by blocks that enter."""
+    """How often, in an optimizer step, an active block's subspaces are found anew: when it enters, and then once an age."""
     if method.rank is None:
         return 0.0
-    if method.activated_layers is None:
-        return 1 / settings.update_proj_gap
-    new = sum(len({*after} - {*before}) for before, after in pairwise(draws)) / sum(map(len, draws))
-    enter = new / settings.interval_steps
-    return max(enter, 1 / settings.update_proj_gap) if settings.update_proj_gap < settings.interval_steps else enter
+    gap, interval = settings.update_proj_gap, settings.interval_steps
+    if method.activated_layers is None or method.states_kept:
+        return 1 / gap
+    found, ages = 0, dict[int, int]()
+    for blocks in draws:
+        ages = {block: ages.get(block, 0) + 1 for block in blocks}  # in intervals, this one included
+        found += sum(ceil(age * interval / gap) - ceil((age - 1) * interval / gap) for age in ages.values())
+    return found / (interval * sum(map(len, draws)))
 
 
 def _draws(settings: PlanSettings, method: TrainingMethod, count: int) -> tuple[list[list[int]], str]:
