@@ -117,6 +117,11 @@ def ours_frozen(model: PreTrainedModel, setting: Setting) -> Training:
     return _ours(model, setting, frozen=("embeddings", "lm_head"))
 
 
+def ours_grouped(model: PreTrainedModel, setting: Setting) -> Training:
+    """The same with `sampling.grouping` 1: the lowest active block lies as high as it can."""
+    return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0)
+
+
 def forward_backward(model: PreTrainedModel, setting: Setting) -> Training:
     """Forward and backward of ours with frozen embeddings, and no optimizer: what a step can't do without."""
     return _ours(model, setting, frozen=("embeddings", "lm_head"), make_optimizer=_NoSteps)
@@ -132,7 +137,8 @@ METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] =
     "ours_full_rank": ("Ours, embeddings full rank", ours_full_rank),
     "ours_low_rank": ("Ours, embeddings low rank", ours_low_rank),
     "ours_frozen": ("Ours, embeddings frozen", ours_frozen),
-    "forward_backward": ("Its forward and backward alone", forward_backward),
+    "ours_grouped": ("Ours, embeddings frozen, grouping 1", ours_grouped),
+    "forward_backward": ("Forward and backward of ours, grouping 0", forward_backward),
 }
 """Key -> how tables call the method, and what sets it up."""
 
@@ -154,6 +160,7 @@ def _ours(
     project_embeddings: bool = False,
     frozen: Sequence[str] = (),
     make_optimizer: Callable[..., Optimizer] = GaLoreAdamW,
+    grouping: float = 0.0,
 ) -> Training:
     if model.is_gradient_checkpointing:
         model.disable_input_require_grads()  # as CausalLMModule does
@@ -168,7 +175,7 @@ def _ours(
         total, targets = next_token_loss(model, batch)
         return total / targets
 
-    draw = _draws(model, setting.probabilities, 5, setting, others, [optimizer])
+    draw = _draws(model, setting.probabilities, 5, setting, others, [optimizer], grouping)
     return Training(model, optimizer, loss, draw)
 
 
@@ -179,11 +186,12 @@ def _draws(
     setting: Setting,
     others: Sequence[tuple[nn.Parameter, bool]] = (),
     optimizers: Sequence[Optimizer] = (),
+    grouping: float = 0.0,
 ) -> Callable[[], None]:
     layers, generator = decoder_layers(model), torch.Generator().manual_seed(setting.seed)
 
     def draw() -> None:
-        activate_blocks(layers, draw_blocks(probabilities, count, generator), others, optimizers)
+        activate_blocks(layers, draw_blocks(probabilities, count, generator, grouping), others, optimizers)
 
     return draw
 
