@@ -92,7 +92,8 @@ def prepare(workload: Workload, directory: Path) -> None:
     print(f"Converting {workload.source} once ...", flush=True)
     model = load_model(workload.source)  # in float32: bfloat16 is many times slower where the CPU has none
     ratios = layer_outlier_ratios(model, [random_batch(BatchShape(2, 512), model.config.vocab_size, seed=0)])
-    save_huggingface(model.to(torch.bfloat16), load_tokenizer(workload.source), directory / "model")
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
+    save_huggingface(model, load_tokenizer(workload.source), directory / "model")
     scores.write_text(json.dumps(ratios.tolist()))
 
 
