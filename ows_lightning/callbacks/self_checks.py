@@ -47,11 +47,11 @@ class SelfChecks(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks on rank 0."""
-        sampling = LayerwiseSampling.of(trainer)
+        sampling, folder = LayerwiseSampling.of(trainer), run_folder(trainer)  # asks all ranks
         if sampling is None or not isinstance(pl_module, CausalLMModule) or not trainer.is_global_zero:
             return
         try:
-            losses = RunRecord.read(run_folder(trainer)).series("train_loss")[1]
+            losses = RunRecord.read(folder).series("train_loss")[1]
         except UsageError:  # without a logger there may be no curves
             losses = []
         projecting = next((o for o in trainer.optimizers if isinstance(o, GaLoreAdamW)), None)
