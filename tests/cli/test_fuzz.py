@@ -14,7 +14,7 @@ import pytest
 @pytest.mark.slow
 def test_random_settings_train_and_resume() -> None:
     seed = os.environ.get("OWS_FUZZ_SEED", "0")
-    command = [sys.executable, "-m", "tests.cli.fuzz", "6", "--seed", seed]
+    command = [sys.executable, "-m", "tests.cli.fuzz", "9", "--seed", seed]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
     print(done.stdout)
