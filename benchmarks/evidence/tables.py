@@ -16,6 +16,7 @@ from benchmarks.evidence.study import Study
 from benchmarks.report import markdown
 
 RESAMPLES = 10_000
+FEWEST_PAIRS = 5  # resampled, fewer have too few different means for a p
 COSTS = {"time_s": "Time (s)", "flops": "FLOPs", "peak_mb": "Peak memory (MB)"}
 
 Values = dict[str, dict[int, dict[str, float]]]
@@ -56,9 +57,9 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
     for name in sorted(values, key=lambda name: mean(run["test_loss"] for run in values[name].values())):
         runs = list(values[name].values())
         difference, p_value = "", ""
-        if name in p_values and not math.isnan(p_values[name]):
+        if name in p_values and len(differences(values, name, reference)) > 1:
             low, middle, high = bootstrap(differences(values, name, reference))
-            difference, p_value = f"{middle:+.3f} ({low:+.3f} to {high:+.3f})", f"{p_values[name]:.3f}"
+            difference, p_value = f"{middle:+.3f} ({low:+.3f} to {high:+.3f})", _plain(p_values[name])
         cells = [f"{run['lr']:g}" for run in runs[:1]] + [str(len(runs)), interval([run["test_loss"] for run in runs])]
         cells += [
             difference,
@@ -101,9 +102,9 @@ def bootstrap(paired: Sequence[float]) -> tuple[float, float, float]:
 
 
 def paired_p(values: Values, name: str, reference: str) -> float:
-    """Two-sided p of the mean paired difference, by bootstrap around zero; not a number with fewer than two pairs."""
+    """Two-sided p of the mean paired difference, by bootstrap around zero; not a number with fewer than five pairs."""
     paired = differences(values, name, reference)
-    if len(paired) < 2:
+    if len(paired) < FEWEST_PAIRS:
         return math.nan
     centred = np.asarray(paired) - mean(paired)
     means = np.random.default_rng(0).choice(centred, size=(RESAMPLES, len(paired))).mean(axis=1)
