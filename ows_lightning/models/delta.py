@@ -2,8 +2,8 @@
 
 Its directory holds ``delta.json``, the tensors that differ as ``delta-*.safetensors``, and all other files of the export.
 ``delta.json`` has the base's name, the dtype that it is loaded in, a SHA-256 of all its weights, and the layout of the
-export: its files, and in each the names and SHA-256 of its tensors. A tensor's SHA-256 is over its name, dtype, shape and
-bytes; that of the whole base is over those of its tensors.
+export: its files, in each of weights the names and SHA-256 of its tensors, and of the others (but the model card, which may be
+edited) theirs. A tensor's SHA-256 is over its name, dtype, shape and bytes; the whole base's is over those of its tensors.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ class Delta:
             whole = len(self.places) == about["tensors"] and all(Path(file).name == file for file in self.files)
             if not whole or any(_hash(name, self.read(name)) != self.hashes.get(name) for name in self.places):
                 raise ValueError("tensors have changed since it was written, or are missing")
+            for name, value in about["other_files"].items():
+                if _file_hash(self.directory / Path(name).name) != value:
+                    raise ValueError(f"{name} has changed since it was written")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UsageError(f"delta: {str(directory)!r} is damaged ({error}); copy or export it again") from error
 
@@ -137,6 +140,7 @@ def write_delta(
     partial = target.with_name(f".{target.name}.partial")
     try:
         _copy_all_but_weights(export, partial)
+        others = {path.name: _file_hash(path) for path in sorted(partial.iterdir()) if path.name != "README.md"}
         shards = _Shards(partial)
         for path in sorted(export.glob("*.safetensors")):
             files[path.name] = {}
@@ -156,6 +160,7 @@ def write_delta(
             "dtype": str(dtype).removeprefix("torch."),
             "tensors": tensors,
             "files": files,
+            "other_files": others,
         }
         (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         replace_directory(target, partial)
@@ -333,6 +338,10 @@ def _hash(name: str, tensor: Tensor) -> str:
     value = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
     value.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return value.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _hash_of_all(hashes: Mapping[str, str]) -> str:

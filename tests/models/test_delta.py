@@ -187,6 +187,11 @@ def test_a_damaged_delta_is_refused(model_dir: Callable[..., Path]) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UsageError, match=r"delta: .* is damaged"):
             load_delta(load_model(str(base)), base.parent / "delta")
+    path.write_bytes(whole)
+    other = base.parent / "delta" / "config.json"
+    other.write_text(other.read_text() + " ")
+    with pytest.raises(UsageError, match=r"delta: .* is damaged \(config.json has changed"):
+        load_delta(load_model(str(base)), base.parent / "delta")
     path.unlink()
     with pytest.raises(UsageError, match=r"delta: .* is damaged"):
         load_delta(load_model(str(base)), base.parent / "delta")
