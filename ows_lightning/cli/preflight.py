@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import torch
@@ -217,15 +218,17 @@ def check_precision(model: LightningModule, precision: str) -> None:
 def _check_monitors(
     model: LightningModule, data: LightningDataModule, checkpoint: ModelCheckpoint, callbacks: Callback | list[Callback]
 ) -> None:
-    """Refuses to monitor what is never logged; callbacks of the user's and other modules may log what they like."""
+    """Refuses to monitor, or to name files by, what is never logged; others' modules and callbacks may log what they like."""
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     alone = type(model) is CausalLMModule and all(
         type(callback).__module__.startswith(("lightning.", "ows_lightning.")) for callback in callbacks
     )
-    monitors = {"checkpoint.monitor": checkpoint.monitor}
-    monitors |= {f"trainer.callbacks.{type(one).__name__}.monitor": getattr(one, "monitor", None) for one in callbacks}
+    figures = [("checkpoint.monitor", checkpoint.monitor)]
+    figures += [(f"trainer.callbacks.{type(one).__name__}.monitor", getattr(one, "monitor", None)) for one in callbacks]
+    fields = {field for _, field, _, _ in Formatter().parse(checkpoint.filename or "")} - {"epoch", "step"}
+    figures += [("checkpoint.filename", field) for field in sorted(filter(None, fields))]
     names = ", ".join(LOGGED)
-    for key, figure in monitors.items():
+    for key, figure in figures:
         if alone and figure and figure not in LOGGED and not figure.startswith("lr-"):
             raise UsageError(f"{key}: no figure '{figure}' is logged{nearest(figure, LOGGED) or f'; choose from {names}'}")
         if figure and figure.startswith("val_") and isinstance(data, InstructionDataModule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,9 +12,6 @@ import torch
 from ows_lightning.memory.devices import is_sharded
 from ows_lightning.memory.prediction import MethodPlan, predict
 from ows_lightning.memory.settings import PlanSettings
-from ows_lightning.module import CausalLMModule
-
-_BLOCKS_CAN_WAIT = "frozen_in" in inspect.signature(CausalLMModule.__init__).parameters
 
 Changes = dict[str, Any]
 """Keys of a config, dotted, and their new values."""
@@ -87,8 +83,8 @@ def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
         changes["trainer.precision"] = "bf16-true"
         yield settings, dict(changes)
     method, count = settings.method, settings.method.activated_layers
-    may_wait = _BLOCKS_CAN_WAIT and (count is not None or method.lora is not None)
-    if may_wait and settings.frozen_in == "device" and not is_sharded(settings):
+    some_are_frozen = count is not None or method.lora is not None
+    if some_are_frozen and settings.frozen_in == "device" and not is_sharded(settings):
         settings = replace(settings, frozen_in="host")
         changes["model.frozen_in"] = "host"
         yield settings, dict(changes)

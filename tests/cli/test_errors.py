@@ -359,6 +359,9 @@ CASES = {
     "checkpoint's name in another folder": Case(
         fit("--checkpoint.filename ../../{step}"), "checkpoint.filename", "set checkpoint.dirpath for another"
     ),
+    "checkpoint named by no figure": Case(
+        fit("--checkpoint.filename {step}-{val_los:.2f}"), "checkpoint.filename", "did you mean 'val_loss'?"
+    ),
     "output below a file": Case(
         fit("--trainer.default_root_dir rows.txt/runs"), "trainer.default_root_dir", "choose another folder"
     ),
