@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,14 +133,11 @@ def write_delta(
         UsageError: The directory holds something else than a model.
         RunError: The files can't be written.
     """
-    target = Path(directory).expanduser().absolute()
-    check_replaceable(target)
+    check_replaceable(_absolute(directory))
     before = {name: _hash(name, tensor) for name, tensor in _tensors(load_model(base, dtype, None, trust_remote_code))}
     files: dict[str, dict[str, str]] = {}
     model_bytes = delta_bytes = tensors = 0
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        _copy_all_but_weights(export, partial)
+    with _replacing(directory, export, "delta") as partial:
         others = {path.name: _file_hash(path) for path in sorted(partial.iterdir()) if path.name != "README.md"}
         shards = _Shards(partial)
         for path in sorted(export.glob("*.safetensors")):
@@ -163,11 +161,6 @@ def write_delta(
             "other_files": others,
         }
         (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        replace_directory(target, partial)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"can't write the delta to {str(directory)!r} ({error}); free space or choose another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Sizes(delta_bytes, model_bytes)
 
 
@@ -189,23 +182,15 @@ def apply_delta(
         UsageError: It is another base, the delta is none or damaged, or the directory holds something else than a model.
         RunError: The files can't be written.
     """
-    target = Path(directory).expanduser().absolute()
-    check_replaceable(target)
+    check_replaceable(_absolute(directory))
     change = Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
     change.check_base(model)
     of_base = dict(_tensors(model))
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        _copy_all_but_weights(change.directory, partial)
+    with _replacing(directory, change.directory, "model") as partial:
         for file, names in change.files.items():
             tensors = {name: change.read(name) if name in change.places else of_base[name].clone() for name in names}
             _save(tensors, partial / file)
-        replace_directory(target, partial)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"can't write the model to {str(directory)!r} ({error}); free space or choose another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return change.sizes(of_base)
 
 
@@ -298,6 +283,25 @@ class _Shards:
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod((path.parent / "config.json").stat().st_mode)  # safetensors gives it to its owner alone
+
+
+@contextmanager
+def _replacing(directory: str | os.PathLike[str], source: Path, what: str) -> Iterator[Path]:
+    """Gives a folder with the files of a source but its weights, which in the end replaces the directory, or is gone."""
+    target = _absolute(directory)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        _copy_all_but_weights(source, partial)
+        yield partial
+        replace_directory(target, partial)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"can't write the {what} to {str(directory)!r} ({error}); free space or choose another") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _absolute(directory: str | os.PathLike[str]) -> Path:
+    return Path(directory).expanduser().absolute()
 
 
 def _copy_all_but_weights(source: Path, target: Path) -> None:

@@ -22,19 +22,10 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import OutlierScores
-from tests.data.samples import tiny_tokenizer
-from tests.memory.test_plan import LENGTH, SHAPE, llama_7b, make_config
-from tests.tiny import tiny_batch, tiny_model
+from tests.memory.test_plan import LENGTH, llama_7b, make_config
+from tests.tiny import tiny_batch
 
 N = 6_738_415_616  # weights of Llama-2-7B
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    tiny_model("llama", **SHAPE).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 class Counter(TorchDispatchMode):

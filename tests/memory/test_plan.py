@@ -32,7 +32,6 @@ from ows_lightning.models.pretrained import recomputed_blocks
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
-from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
 
 SHAPE = {
@@ -44,14 +43,6 @@ SHAPE = {
 }
 LENGTH = 64
 SHIPPED = Path(__file__).parents[2] / "configs" / "base.yaml"
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    tiny_model("llama", **SHAPE).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def make_config(directory: str | Path, **changes: Any) -> dict[str, Any]:
