@@ -132,8 +132,8 @@ def watch(run: Path, port: int = 0) -> None:
     with tempfile.TemporaryDirectory() as output:
         server = serve(Page(run, Path(output)), port)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        print(f"{run}: http://127.0.0.1:{server.server_address[1]}/ (until the run ends, or Ctrl-C)", flush=True)
         try:
+            print(f"{run}: http://127.0.0.1:{server.server_address[1]}/ (until the run ends, or Ctrl-C)", flush=True)
             goes_on = False
             while not (goes_on and not is_running(run)):
                 goes_on = goes_on or is_running(run)
