@@ -110,6 +110,8 @@ class GaLoreAdamW(Optimizer):
             ``reproject`` them onto the new subspace, or ``reset`` them.
         stochastic_rounding: Round bfloat16 weights up or down at random, with the right mean, instead of to nearest.
         max_grad_norm: Limit of the joint 2-norm of all gradients that a step consumes, see ``gradients``; None clips nothing.
+        state_warmup_steps: The rate of a weight rises linearly over this many first steps of its state, whose moments rest on few
+            gradients then. A frozen block's state is freed, so a block that is drawn warms up each time. 0 is the paper's.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -126,6 +128,7 @@ class GaLoreAdamW(Optimizer):
         moments_at_renewal: Literal["keep", "reproject", "reset"] = "keep",
         stochastic_rounding: bool = False,
         max_grad_norm: float | None = None,
+        state_warmup_steps: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -136,6 +139,7 @@ class GaLoreAdamW(Optimizer):
             "moments_at_renewal": moments_at_renewal,
             "stochastic_rounding": stochastic_rounding,
             "max_grad_norm": max_grad_norm,
+            "state_warmup_steps": state_warmup_steps,
         }
         _check(defaults)
         self._begin()
@@ -420,23 +424,24 @@ class GaLoreAdamW(Optimizer):
         exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
         of_moments, of_weight = self._generators(p, step, group)
         direction = adam_direction(local(gradient), exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
-        lr, decay = group["lr"] * group["scale"], group["lr"] * group["weight_decay"]
-        project_back_(local(p), direction, local(state["projector"]), side, lr, decay, of_weight)
+        lr = _rate(step, group)
+        decay = lr * group["weight_decay"]
+        project_back_(local(p), direction, local(state["projector"]), side, lr * group["scale"], decay, of_weight)
 
     def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
         """AdamW; small tensors go together, large ones in parts, so that kernels are few and temporaries small."""
-        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-        together: dict[Any, list[tuple[Any, ...]]] = {}  # by device and dtypes
+        together: dict[Any, list[tuple[Any, ...]]] = {}  # by rate, device and dtypes
 
-        def take(batch: list[tuple[Any, ...]]) -> None:
+        def take(lr: float, batch: list[tuple[Any, ...]]) -> None:
             weights, gradients, exp_avgs, exp_avg_sqs, steps = map(list, zip(*batch, strict=True))
             directions = adam_directions(gradients, exp_avgs, exp_avg_sqs, steps, group["betas"], group["eps"])
-            descend_together_(weights, directions, lr, decay)
+            descend_together_(weights, directions, lr, lr * group["weight_decay"])
 
         for p in parameters:
             state, gradient = self.state[p], p.grad
             assert gradient is not None
             step = self._count(state, gradient, group)
+            lr = _rate(step, group)
             of_moments, of_weight = self._generators(p, step, group)
             rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
             tensors = [local(tensor) for tensor in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
@@ -444,15 +449,15 @@ class GaLoreAdamW(Optimizer):
                 weight, gradient, exp_avg, exp_avg_sq = part
                 if of_moments is not None or of_weight is not None:
                     direction = adam_direction(gradient, exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
-                    descend_(weight, direction, lr, decay, of_weight)
+                    descend_(weight, direction, lr, lr * group["weight_decay"], of_weight)
                     continue
-                batch = together.setdefault((p.device, *(t.dtype for t in part)), [])
+                batch = together.setdefault((lr, p.device, *(t.dtype for t in part)), [])
                 if batch and sum(w.numel() for w, *_ in batch) + weight.numel() > rows_at_a_time(1, p.device):
-                    take(batch)
+                    take(lr, batch)
                     batch.clear()
                 batch.append((*part, step))
-        for batch in together.values():
-            take(batch)
+        for (lr, *_), batch in together.items():
+            take(lr, batch)
 
     def _count(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
         """Returns the number of the step that begins for one parameter, and sees to moments of the configured dtype."""
@@ -548,6 +553,12 @@ class GaLoreAdamW(Optimizer):
         return generator if of_moments else None, generator if of_weight else None
 
 
+def _rate(step: int, group: dict[str, Any]) -> float:
+    """The learning rate of a weight in a step of its state, counted from 1."""
+    rate: float = group["lr"] * min(1.0, step / (group["state_warmup_steps"] + 1))
+    return rate
+
+
 def _check(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range.
 
@@ -562,6 +573,7 @@ def _check(options: dict[str, Any]) -> None:
         "moments_dtype": lambda value: value in ("float32", "bfloat16"),
         "moments_at_renewal": lambda value: value in ("keep", "reproject", "reset"),
         "max_grad_norm": lambda value: value is None or value > 0,
+        "state_warmup_steps": lambda value: value >= 0,
         "rank": lambda value: value is None or value >= 1,
         "update_proj_gap": lambda value: value >= 1,
         "proj_type": lambda value: value in ("std", "reverse_std", "right", "left"),

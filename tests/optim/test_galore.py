@@ -103,6 +103,38 @@ def test_full_rank_groups_are_torchs_adamw() -> None:
     assert distance(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("freed", ["0.weight", "2.bias"])  # a projected weight, and one in full rank
+def test_a_weight_warms_up_over_the_first_steps_of_its_state(freed: str) -> None:
+    model = net()
+    weight = model.get_parameter(freed)
+    optimizer = GaLoreAdamW(groups(model), lr=1e-2, state_warmup_steps=3)
+    copied = None
+    for step in range(12):
+        if step == 6:
+            optimizer.state.pop(weight)  # as when its block is frozen, and drawn again
+        before = weight.detach().clone()
+        if step in (0, 6):  # without a warm-up the same first step moves it four times as far
+            copied = copy.deepcopy((model, optimizer))
+            for group in copied[1].param_groups:
+                group["state_warmup_steps"] = 0
+            train(*copied, range(step, step + 1))
+        train(model, optimizer, range(step, step + 1))
+        if step in (0, 6):
+            unwarmed = copied[0].get_parameter(freed).detach() - before
+            torch.testing.assert_close(weight.detach() - before, unwarmed / 4, rtol=1e-3, atol=1e-6)
+
+
+def test_a_warmed_weight_trains_at_the_full_rate() -> None:
+    model, other = net(), net()
+    warmed, plain = GaLoreAdamW(groups(model), lr=1e-2, state_warmup_steps=3), GaLoreAdamW(groups(other), lr=1e-2)
+    for step in range(8):
+        for group in plain.param_groups:
+            group["lr"] = 1e-2 * min(1.0, (step + 1) / 4)
+        train(model, warmed, range(step, step + 1))
+        train(other, plain, range(step, step + 1))
+    assert equal(model, other)
+
+
 def test_large_tensors_are_updated_in_chunks_as_if_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, chunked = net(), net()
     train(whole, GaLoreAdamW(whole.parameters(), lr=1e-3), range(5))
@@ -324,7 +356,9 @@ def test_bad_groups_are_refused(settings: dict, named: str) -> None:
         GaLoreAdamW([{"params": list(net().parameters()), **settings}])
 
 
-@pytest.mark.parametrize("settings", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (0.9, 1.0)}, {"moments_dtype": "float8"}])
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (0.9, 1.0)}, {"moments_dtype": "float8"}, {"state_warmup_steps": -1}]
+)
 def test_bad_settings_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         GaLoreAdamW(net().parameters(), **settings)
