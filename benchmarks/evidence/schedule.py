@@ -125,8 +125,10 @@ class Schedule:
 
 
 def commit() -> str:
-    """The commit of the code that runs, marked where it has changes that are not committed; empty outside a checkout."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip()
+    """The commit of the code that runs, marked where it has changes beside new rows; empty outside a checkout."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results").returncode
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed == 1 else "")

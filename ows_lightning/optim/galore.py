@@ -110,8 +110,8 @@ class GaLoreAdamW(Optimizer):
             ``reproject`` them onto the new subspace, or ``reset`` them.
         stochastic_rounding: Round bfloat16 weights up or down at random, with the right mean, instead of to nearest.
         max_grad_norm: Limit of the joint 2-norm of all gradients that a step consumes, see ``gradients``; None clips nothing.
-        state_warmup_steps: The rate of a weight rises linearly over this many first steps of its state, whose moments rest on few
-            gradients then. A frozen block's state is freed, so a block that is drawn warms up each time. 0 is the paper's.
+        state_warmup_steps: The rate of a weight rises linearly over this many first steps of its state, while its moments rest
+            on few gradients. A frozen block's state is freed, so a block that is drawn warms up each time. 0 is the paper's.
 
     Raises:
         ValueError: A setting is out of its range.
