@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ows_lightning.sampling.clipping import clip_grad_alone, clip_what_is_consumed
 from ows_lightning.sampling.record import SamplingRecord
 from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.sampler import BlockSampler
@@ -31,9 +32,8 @@ class LayerwiseSampling(BlockSampler, Callback):
     Scores and draws are written as ``outlier_scores.json`` and ``sampling_history.csv`` into the folder of the Trainer's
     logger; without a logger nothing is written, unless ``folder`` is set.
 
-    ``gradient_clip_val`` acts on what a projecting optimizer consumes, too. A module that overrides
-    ``configure_gradient_clipping`` clips by itself: ``optimizer.clip_gradients(limit)`` for GaLoreAdamW, since Lightning's
-    ``clip_gradients`` sees ``grad`` alone.
+    Lightning's clipping, by ``gradient_clip_val`` or the module's ``clip_gradients``, acts on what a projecting optimizer
+    consumes. ``torch.nn.utils.clip_grad_norm_`` sees ``grad`` alone: call ``optimizer.clip_gradients(limit)`` instead.
 
     What does not work with it: optimizers that are built from the parameters trainable at the moment (freeze nothing
     yourself before ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (``ddp``: use
@@ -56,6 +56,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         """Starts afresh, and refuses strategies that can't let the trained blocks change."""
         if stage == "fit":
             require_layerwise(trainer.strategy)
+            clip_what_is_consumed(trainer.precision_plugin)
             self.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,27 +78,21 @@ class LayerwiseSampling(BlockSampler, Callback):
             self._note(trainer, figures)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Notes the gradients' norms, and clips what a projecting optimizer consumes.
-
-        Lightning's own clipping, which comes next, sees ``grad`` alone.
-        """
+        """Notes the gradients' norms, before anything clips them."""
         self.observe([optimizer])
-        clip = getattr(optimizer, "clip_gradients", None)
-        overridden = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
-        if clip is not None and trainer.gradient_clip_val and not overridden:
-            clip(trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Names the blocks that never trained."""
         self.warn_of_never_trained()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unfreezes what this callback froze."""
-        self.release()
+        """As ``teardown``, which Lightning leaves out then."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unfreezes what this callback froze."""
+        """Unfreezes what this callback froze, and gives Lightning its own clipping back."""
         if stage == "fit":
+            clip_grad_alone(trainer.precision_plugin)
             self.release()
 
     def compute_scores(self, model: LightningModule, loader: Any) -> OutlierScores:  # type: ignore[override]

@@ -492,17 +492,50 @@ class Consumed(Callback):
         trainer.optimizers[0].register_step_pre_hook(note)
 
 
+class ClipsByItself(Projected):
+    """A module that clips where Lightning's documentation says so, by Lightning's own method."""
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+class ClipsByHand(Projected):
+    """The same in manual optimization, with a limit of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.clipping: tuple[float, str] | None = None
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        def closure() -> None:
+            optimizer.zero_grad()
+            self.manual_backward(self.net(**batch).loss)
+            if self.clipping is not None:
+                self.clip_gradients(optimizer, *self.clipping)
+
+        optimizer = self.optimizers()
+        optimizer.step(closure=closure)
+
+
+@pytest.mark.parametrize("module", [Projected, ClipsByItself, ClipsByHand])
 @pytest.mark.parametrize(("algorithm", "limit"), [("norm", 1e-3), ("value", 1e-4)])
-def test_gradient_clip_val_acts_on_projected_gradients_of_somebody_elses_module(
-    algorithm: str, limit: float, tmp_path: Path
+def test_clipping_acts_on_projected_gradients_of_somebody_elses_module(
+    module: type[Projected], algorithm: str, limit: float, tmp_path: Path
 ) -> None:
-    def consumed(**settings: Any) -> Consumed:
-        watcher = Consumed()
+    def consumed(limit: float | None = None) -> Consumed:
+        watcher, net = Consumed(), module()
+        settings: dict[str, Any] = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm if limit else None}
+        if isinstance(net, ClipsByHand):
+            net.clipping, settings = (limit, algorithm) if limit else None, {}
         sampling = LayerwiseSampling(activated_layers=2, interval_steps=3, distribution="uniform")
-        fit(Projected(), sampling, tmp_path, watcher, max_steps=4, **settings)
+        trainer = fit(net, sampling, tmp_path, watcher, max_steps=4, **settings)
+        assert "clip_gradients" not in vars(trainer.precision_plugin)
         return watcher
 
-    free, clipped = consumed(), consumed(gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+    free, clipped = consumed(), consumed(limit)
     of_free, of_clipped = (w.norms if algorithm == "norm" else w.values for w in (free, clipped))
     assert len(of_clipped) == 4
     assert min(of_free) > 2 * limit
