@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ows_lightning.models.mapped_files import let_go
+
 _COMMENT = b"crc32 %08x"
 _LENGTH = len(_COMMENT % 0)
 _CHUNK = 1 << 22
@@ -41,6 +43,7 @@ class SummedFile:
             self._put(self._end)
             self._put(view[:-2])
             self._end = bytes(view[-2:])
+        let_go()  # of the weight that was written
         return len(view)
 
     def flush(self) -> None:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,8 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.mapped_files import let_go, weights_are_mapped
+from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
 
 log = logging.getLogger(__name__)
@@ -52,9 +53,14 @@ class _Weight(NamedTuple):
     adapters: tuple[Any, ...]
 
     @property
+    def tensor(self) -> Tensor:
+        """The weight itself, without adapters."""
+        return getattr(self.module, self.attribute)
+
+    @property
     def source(self) -> tuple[int, ...]:
         """Equal for two names of one (tied) weight."""
-        return id(getattr(self.module, self.attribute)), *(id(adapter) for adapter in self.adapters)
+        return id(self.tensor), *(id(adapter) for adapter in self.adapters)
 
 
 @torch.no_grad()
@@ -67,8 +73,8 @@ def save_huggingface(
 
     `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once; the
     weights keep their dtype. A model inside peft is written merged, as a plain model, and is itself left as it was,
-    bit for bit. A model sharded by FSDP2 is gathered and merged one weight at a time, and written in shards of about
-    2 GB.
+    bit for bit. A model sharded by FSDP2 is gathered and merged one weight at a time, and one that lies in files is read
+    so. Shards have about 2 GB.
 
     The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
     holds nothing but a model.
@@ -103,7 +109,7 @@ def save_huggingface(
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
-        if sharded or _is_peft(model):
+        if sharded or _is_peft(model) or weights_are_mapped():
             _save_one_by_one(base, partial, writes)
         elif writes:
             base.save_pretrained(partial, max_shard_size=SHARD_BYTES)
@@ -125,7 +131,11 @@ def _check_finite(model: nn.Module) -> None:
     parts = {
         name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters() if p.is_floating_point()
     }
-    broken = [name for name, part in parts.items() if not part.isfinite().all()]
+    broken = []
+    for name, part in parts.items():
+        if not part.isfinite().all():
+            broken.append(name)
+        let_go()
     if any(isinstance(p, DTensor) for p in model.parameters()):
         everywhere: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everywhere, broken)
@@ -183,7 +193,7 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 
 
 def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
-    """Writes a sharded or peft-wrapped model with no more than one shard of it copied at any time."""
+    """Writes a sharded or peft-wrapped model, or one that lies in files, with one weight of it in memory at any time."""
     weights: dict[tuple[int, ...], _Weight] = {}
     for weight in plain_weights(model):
         weights.setdefault(weight.source, weight)  # a tied weight once, under its first name
@@ -195,29 +205,29 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
             path = directory / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
 
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for weight in weights.values():
-        with _plain(weight) as tensor:
-            if not writes:
-                continue
-            # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor.
-            for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items():
-                size = value.numel() * value.element_size()
-                if pending and sum(v.numel() * v.element_size() for v in pending.values()) + size > SHARD_BYTES:
-                    flush()
-                pending[name] = value.to("cpu", copy=True).contiguous()
-                total += size
+    shards: list[list[_Weight]] = [[]]
+    for weight in sorted(weights.values(), key=lambda weight: -weight.tensor.dtype.itemsize):  # so that all begin aligned
+        if shards[-1] and sum(other.tensor.nbytes for other in shards[-1]) + weight.tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(weight)
+    names: list[list[str]] = []
+    for shard in shards:
+        # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor.
+        layout: dict[str, Tensor] = {}
+        for weight in shard:
+            empty = torch.empty(weight.tensor.shape, dtype=weight.tensor.dtype, device="meta")
+            layout |= revert_weight_conversion(model, {weight.name: empty})
+        path = directory / f"shard-{len(names)}"
+        names.append(list(layout))
+        with SafetensorsFile(path, layout) if writes else contextlib.nullcontext() as file:
+            for weight in shard:
+                with _plain(weight) as tensor:
+                    if file is not None:
+                        for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items():
+                            file.write(name, value)
+                let_go()
     if writes:
-        flush()
-        _name_shards(directory, shards, total)
+        _name_shards(directory, names, sum(weight.tensor.nbytes for weight in weights.values()))
 
 
 def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
@@ -257,7 +267,7 @@ def _plain(weight: _Weight) -> Iterator[Tensor]:
     """
     adapters = [adapter for adapter in weight.adapters if not adapter.merged]
     if not adapters:
-        yield _gathered(getattr(weight.module, weight.attribute))
+        yield _gathered(weight.tensor)
         return
     parameters = {module: dict(own_parameters(module)) for module in adapters[0].modules()}
     device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may wait in host memory
@@ -269,7 +279,7 @@ def _plain(weight: _Weight) -> Iterator[Tensor]:
                     own_parameters(module)[name] = nn.Parameter(whole, requires_grad=False)
         for adapter in adapters:
             adapter.merge()
-        yield getattr(weight.module, weight.attribute)
+        yield weight.tensor
     finally:
         for adapter in adapters:
             adapter.merged_adapters.clear()

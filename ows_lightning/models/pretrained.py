@@ -46,6 +46,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
 from ows_lightning.errors import UsageError, closest
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.mapped_files import let_go
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,12 @@ def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable
 
 def check_finite(name: str, model: PreTrainedModel) -> None:
     """Refuses, with a UsageError, weights that are not finite."""
-    if broken := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
+    broken = []
+    for key, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            broken.append(key)
+        let_go()
+    if broken:
         raise UsageError(
             f"{MODEL_KEY}: {name!r} has weights that are not finite ({broken[0]}, {len(broken)} tensors in all); give "
             "the model as it was before"

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ows_lightning.errors import RunError
+from ows_lightning.models.mapped_files import let_go, map_file
 from ows_lightning.models.stored_weights import StoredWeight
-from ows_lightning.streaming.homes import HostHome, aligned, flat, home_like, nbytes_of, page_locked
+from ows_lightning.streaming.homes import HostHome, copies_in, flat, home_like, nbytes_of, page_locked, starts_of
 
 
 class FilePart:
@@ -32,8 +33,7 @@ class FilePart:
 
     def __init__(self, file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> None:
         self.file, self.start = file, start
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # as torch does not map what it can't write
-        self.memory = mmap.mmap(file.fileno(), length, access=access, offset=start)
+        self.memory = map_file(file, writable, start, length)
 
     def read(self, offset: int, target: Tensor) -> None:
         """Reads as many bytes as a tensor of uint8 in host memory has into it.
@@ -67,7 +67,7 @@ class DiskHome(HostHome):
         self.tensors = list(weights)
         self.places = [place for place in known if place is not None]
         if len(self.places) < len(known):
-            self._move()
+            self._move(weights)
 
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
@@ -76,32 +76,31 @@ class DiskHome(HostHome):
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained into the scratch file."""
-        self.make_writable()
-        super().write_back(trained)
+        if self._in_scratch():
+            super().write_back(trained)
+        else:
+            self._move(trained)
         self.written()
 
     def make_writable(self) -> None:
         """Moves weights that lie in the model's own file into the scratch file; ``tensors`` are others then."""
-        if any(part.file is not self.disk.scratch for part, _ in self.places):
-            self._move()
+        if not self._in_scratch():
+            self._move(self.tensors)
 
     def written(self) -> None:
         """Lets go of what of the weights is in memory because somebody looked at them."""
         for part in {part for part, _ in self.places}:
             part.drop()
 
-    @torch.no_grad()
-    def _move(self) -> None:
-        part, start, tensors = self.disk.more_scratch(nbytes_of(self.tensors)), 0, []
-        self.places = []
-        for weight in self.tensors:
-            home = home_like(weight, part.memory, start)
-            tensors.append(home.copy_(weight))
-            self.places.append((part, start))
-            self.disk.places[home.data_ptr()] = (part, start)
-            start += aligned(weight.nbytes)
-        self.tensors = tensors
-        part.drop()
+    def _in_scratch(self) -> bool:
+        return all(part.file is self.disk.scratch for part, _ in self.places)
+
+    def _move(self, weights: Sequence[Tensor]) -> None:
+        part = self.disk.more_scratch(nbytes_of(weights))
+        self.tensors = copies_in(part.memory, weights)
+        self.places = [(part, start) for start in starts_of(weights)]
+        self.disk.places.update(zip((home.data_ptr() for home in self.tensors), self.places, strict=True))
+        let_go()
 
 
 class Disk:
@@ -131,14 +130,9 @@ class Disk:
         if stored.dtype != dtype:
             part, start = self.more_scratch(weight.numel() * dtype.itemsize), 0
             weight = home_like(torch.empty_like(weight, dtype=dtype, device="meta"), part.memory, 0).copy_(weight)
-            part.drop()
+            let_go()
         self.places[weight.data_ptr()] = (part, start)
         return weight
-
-    def drop(self) -> None:
-        """Lets go of what was looked at in the model's own files."""
-        for part in self._files.values():
-            part.drop()
 
     def home(self, weights: Sequence[Tensor]) -> DiskHome:
         """Returns a home on the disk."""

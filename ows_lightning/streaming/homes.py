@@ -15,14 +15,14 @@ from ows_lightning.errors import RunError
 ALIGNMENT = 512  # bytes: that of the CUDA allocator, so that kernels see in a slot what they see elsewhere
 
 
-def aligned(nbytes: int) -> int:
-    """Rounds a number of bytes up to the next place where a weight may begin."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
     """What tensors take in one piece of memory, each beginning at an aligned place, in bytes."""
-    return sum(aligned(tensor.nbytes) for tensor in tensors)
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+
+
+def starts_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Where in one piece of memory each of the tensors begins, in bytes."""
+    return [nbytes_of(tensors[:number]) for number in range(len(tensors))]
 
 
 def lay_out(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -32,12 +32,12 @@ def lay_out(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         memory: uint8, one-dimensional, of at least `nbytes_of(tensors)`.
         tensors: What the views look like.
     """
-    views, start = [], 0
-    for tensor in tensors:
-        part = memory[start : start + tensor.nbytes].view(tensor.dtype)
-        views.append(part.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride()))
-        start += aligned(tensor.nbytes)
-    return views
+    return [
+        memory[start : start + tensor.nbytes]
+        .view(tensor.dtype)
+        .as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
+        for start, tensor in zip(starts_of(tensors), tensors, strict=True)
+    ]
 
 
 def home_like(weight: Tensor, memory: Any, start: int) -> Tensor:
@@ -54,6 +54,13 @@ def home_like(weight: Tensor, memory: Any, start: int) -> Tensor:
         return torch.empty_like(weight, device="cpu")
     values = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=start)
     return values.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride())
+
+
+@torch.no_grad()
+def copies_in(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Copies weights into memory that has the buffer protocol, one at a time, to where `starts_of` says."""
+    places = zip(weights, starts_of(weights), strict=True)
+    return [home_like(weight, memory, start).copy_(weight) for weight, start in places]
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -132,10 +139,7 @@ class PinnedHome(HostHome):
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._memory = page_locked(nbytes_of(weights))
-        self.tensors, start = [], 0
-        for weight in weights:
-            self.tensors.append(home_like(weight, self._memory.numpy(), start).copy_(weight))
-            start += aligned(weight.nbytes)
+        self.tensors = copies_in(self._memory.numpy(), weights)
 
 
 def home_for(weights: Sequence[Tensor], device: torch.device) -> HostHome:

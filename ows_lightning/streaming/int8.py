@@ -97,8 +97,8 @@ class Int8Home(HostHome):
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained."""
-        self.make_writable()
         self.masters.write_back(trained)
+        self.tensors = self.masters.tensors
         self._renew(trained)
 
     def make_writable(self) -> None:

@@ -52,7 +52,6 @@ def load(name: str, num_tokens: int, disk: Disk | None, **options: Any) -> PreTr
     for key, buffer in buffers.items():
         buffer.copy_(_read(stored[key], buffer.dtype))
     check_finite(name, model)
-    disk.drop()
     return model
 
 

@@ -95,19 +95,22 @@ class Track(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stack.enter_context(self.tracker)
-        self.tracker.label("weights", [*pl_module.parameters(), *pl_module.buffers()])
+        self.label(pl_module)
+
+    def label(self, module: LightningModule) -> None:
+        self.tracker.label("weights", [*module.parameters(), *module.buffers()])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stack.close()
 
 
-def run_and_track(config: dict[str, Any]) -> int:
+def run_and_track(config: dict[str, Any], track: Track | None = None) -> int:
     """Runs what a config describes and returns the peak of its memory."""
     arguments, sampling, trainer_arguments = dict(config["model"]["init_args"]), config["sampling"], config["trainer"]
     optimizer = arguments.pop("optimizer")
     kind = GaLoreAdamW if optimizer["class_path"].endswith("GaLoreAdamW") else torch.optim.AdamW
     module = CausalLMModule(**arguments, optimizer=lambda groups: kind(groups, **optimizer["init_args"]))
-    track = Track()
+    track = track or Track()
     # The lowest and the highest block always: the draw that plan takes for the worst.
     callbacks = [LayerwiseSampling(**sampling, distribution=[1.0, 0.0, 0.0, 0.0, 1.0])] if sampling else []
     batch = tiny_batch(rows=config["data"]["init_args"]["batch_size"], length=LENGTH, vocab_size=1000)

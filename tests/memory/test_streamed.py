@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ows_lightning.memory import plan_from_config
 from ows_lightning.memory.prediction import predict
 from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.memory.streamed import fetched_blocks
-from tests.memory.test_plan import llama_7b
+from ows_lightning.memory.tracker import HOST
+from ows_lightning.streaming.int8 import Int8Home
+from tests.memory.test_plan import Track, llama_7b, make_config, run_and_track
 
 LLAMA_70B = {"model__model_name_or_path": "meta-llama/Llama-2-70b-hf"}
 
@@ -39,6 +43,42 @@ def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str,
     assert {name: size for name, size in needs.bytes.items() if name != "weights"} == pytest.approx(
         {name: size for name, size in resident.bytes.items() if name != "weights"}
     )
+
+
+class Device(Track):
+    """Follows a run's memory but for what waits elsewhere: homes, and copies in int8 that are not on the device."""
+
+    def label(self, module: Any) -> None:
+        window = module.window
+        window._prepare()
+        elsewhere = {p.data_ptr(): p for block in window.parameters for p in block}
+        copies = [tensor for home in window.homes if isinstance(home, Int8Home) and home.copy for tensor in home.copy.tensors]
+        transit = [home.transit.memory for home in window.homes if isinstance(home, Int8Home) and home.transit]
+        if module.hparams["frozen_in"] != "device":
+            elsewhere |= {tensor.data_ptr(): tensor for tensor in copies}
+        self.tracker.label(HOST, elsewhere.values())
+        here = [*module.parameters(), *module.buffers(), *window._memory, *copies, *transit]
+        self.tracker.label("weights", [tensor for tensor in here if tensor.data_ptr() not in elsewhere])
+
+
+@pytest.mark.parametrize(
+    ("frozen_in", "frozen_dtype", "precision"),
+    [
+        ("host", None, "32-true"),
+        ("host", None, "bf16-true"),
+        ("disk", None, "32-true"),
+        ("device", "int8", "bf16-true"),
+        ("host", "int8", "32-true"),
+        ("disk", "int8", "bf16-true"),
+    ],
+)
+def test_the_device_holds_what_was_predicted(
+    frozen_in: str, frozen_dtype: str | None, precision: str, directory: Path
+) -> None:
+    waits = {"model__frozen_in": frozen_in, "model__frozen_dtype": frozen_dtype, "trainer__precision": precision}
+    config = make_config(directory, **waits, model__gradient_checkpointing=True, data__batch_size=1)
+    needs = plan_from_config(config, ["ows"]).methods["ows"]
+    assert run_and_track(config, Device()) == pytest.approx(needs.peak_bytes, rel=0.005)
 
 
 @pytest.mark.parametrize("window", [2, 3])

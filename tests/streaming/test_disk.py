@@ -6,17 +6,23 @@ import copy
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ows_lightning.checkpoints import files as checkpoints
+from ows_lightning.checkpoints.sums import SummedFile
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model
+from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.loading import load
 from ows_lightning.streaming.window import Window
+from tests.data.samples import tiny_tokenizer
 from tests.streaming.steps import evaluate, strict_window, train
 from tests.tiny import ARCHITECTURES, tiny_model
 
@@ -28,6 +34,17 @@ def saved(folder: Path, architecture: str = "llama", **overrides: object) -> str
 
 def scratch_bytes(disk: Disk) -> int:
     return 0 if disk.scratch is None else os.fstat(disk.scratch.fileno()).st_size
+
+
+def mapped_bytes(path: Path) -> int:
+    """How much of a mapped file counts as this process's memory."""
+    here, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = line.endswith(str(path))
+        elif here and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
 
 
 @pytest.mark.parametrize("dtypes", ["the file's", "another"])
@@ -97,6 +114,27 @@ def test_a_copy_that_is_made_first_counts_too(tmp_path: Path) -> None:
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             p.data.copy_(q.data)
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(other)), rtol=0, atol=0)
+
+
+def test_what_is_written_is_read_a_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, disk = saved(tmp_path / "model", hidden_size=256, intermediate_size=4096), Disk(tmp_path)
+    model = load(name, 0, disk)
+    Window(decoder_layers(model), disk=disk)
+    largest = max(p.nbytes for p in decoder_layers(model).parameters())
+    assert mapped_bytes(Path(name, "model.safetensors")) == 0
+    seen: list[int] = []
+    for kind in (SummedFile, SafetensorsFile):
+        write = kind.write
+
+        def look(file: Any, *args: Any, write: Any = write) -> Any:
+            seen.append(mapped_bytes(Path(name, "model.safetensors")))
+            return write(file, *args)
+
+        monkeypatch.setattr(kind, "write", look)
+    checkpoints.write({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "exported")
+    assert largest / 2 < max(seen) < 2 * largest  # the system may map some pages around what is read
+    assert mapped_bytes(Path(name, "model.safetensors")) == 0
 
 
 def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:

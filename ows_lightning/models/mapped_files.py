@@ -1,0 +1,35 @@
+"""Files that weights are mapped from. Pages that were looked at count as the process's memory until they are let go."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from typing import BinaryIO
+
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> mmap.mmap:
+    """Maps a file.
+
+    Args:
+        file: An open file.
+        writable: What is written into the mapping goes into the file; otherwise it is lost with the pages.
+        start: First byte, a multiple of the page size.
+        length: Bytes; 0 for the rest of the file.
+    """
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # as torch does not map what it can't write
+    memory = mmap.mmap(file.fileno(), length, access=access, offset=start)
+    _maps.add(memory)
+    return memory
+
+
+def weights_are_mapped() -> bool:
+    """Whether weights of a model in this process lie in files."""
+    return bool(_maps)
+
+
+def let_go() -> None:
+    """Lets go of all pages that were looked at; whoever reads many weights calls it after each."""
+    for memory in list(_maps):
+        memory.madvise(mmap.MADV_DONTNEED)
