@@ -17,7 +17,7 @@ from ows_lightning.callbacks import rounded_loss
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.files import one_line
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, is_out_of_memory
+from ows_lightning.errors import UsageError, called, is_out_of_memory
 from ows_lightning.memory.available import available_bytes
 from ows_lightning.memory.prediction import predict
 from ows_lightning.memory.settings import settings_from_config
@@ -115,10 +115,10 @@ class RunSummary(Callback):
         quoted = shlex.quote(str(folder))
         log.info(
             "%s has the model in model/ (for AutoModelForCausalLM.from_pretrained), checkpoints/, metrics.csv and pictures.\n"
-            "Next: python main.py report %s%s",
+            "Next: %s%s",
             folder,
-            quoted,
-            f"\n      python main.py test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}" if last else "",
+            called(f"report {quoted}"),
+            "\n      " + called(f"test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}") if last else "",
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -168,8 +168,8 @@ class RunSummary(Callback):
             elif (free := available_bytes(torch.device("cpu"))) is not None:
                 self.predicted += f", {free / 1e9:.1f} GB available"
                 if needs.host_bytes > free:
-                    self.predicted += "; too little of it: see `main.py plan`, or set model.frozen_in: disk"
-        return f"{self.predicted}{'; too little: see `main.py plan`' if available and needed > available else ''}"
+                    self.predicted += f"; too little of it: see `{called('plan')}`, or set model.frozen_in: disk"
+        return self.predicted + (f"; too little: see `{called('plan')}`" if available and needed > available else "")
 
 
 def _data(trainer: Trainer) -> dict[str, str]:

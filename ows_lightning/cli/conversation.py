@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ows_lightning.data.masking import with_chat_template
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, called
 from ows_lightning.models.pretrained import load_model, load_tokenizer
 from ows_lightning.models.source import DELTA_FILE, check_model_name
 
@@ -155,7 +155,7 @@ def _restored(delta: Path, directory: Path) -> str:
     try:
         check_model_name(base)
     except UsageError as error:
-        mend = f"make the model with `main.py apply-delta BASE {delta}`, and give that"
+        mend = f"make the model with `{called(f'apply-delta BASE {delta}')}`, and give that"
         raise UsageError(f"model: the base of '{delta}', '{base}', is not at hand; {mend}") from error
     apply_delta(base, delta, directory)
     return str(directory)

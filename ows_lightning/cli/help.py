@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
+from ows_lightning.errors import called
+
 DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}
 """Where the command line begins with something else than the class itself."""
 
@@ -59,10 +61,10 @@ def page(command: str, what: str) -> str:
         "checkpoint": (lightning / "callbacks" / "model_checkpoint.py", "ModelCheckpoint"),
         "trainer": (trainer, "Trainer"),
     }
-    parts = [f"usage: main.py {command} [--config FILE ...] [--KEY VALUE ...]\n\n{what}.", _GENERAL, _lines("", own)]
+    parts = [f"usage: {called(command)} [--config FILE ...] [--KEY VALUE ...]\n\n{what}.", _GENERAL, _lines("", own)]
     for key, (file, name) in sections.items():
         parts.append(f"{key}: {name}\n{_lines(f'{key}.', options(file, name, '__init__'))}")
-    return "\n\n".join(part for part in [*parts, _MORE.format(f"main.py {command}")] if part)
+    return "\n\n".join(part for part in [*parts, _MORE.format(called(command))] if part)
 
 
 def options(file: Path, name: str, function: str) -> list[Option]:

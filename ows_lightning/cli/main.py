@@ -10,7 +10,7 @@ import sys
 from typing import Any, NoReturn
 
 from ows_lightning.cli.noise import be_quiet
-from ows_lightning.errors import UsageError, explain, nearest
+from ows_lightning.errors import UsageError, called, explain, nearest
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def _run(words: Any, args: Any) -> None:
         from ows_lightning.cli.lightning_cli import OWSCLI
         from ows_lightning.distributed.ends import part
 
+        logging.getLogger("lightning").handlers.clear()  # it hands its messages on, and the root's handler prints them
         OWSCLI(args)
         part()
 
@@ -110,11 +111,11 @@ def _import_without_plots() -> None:
 
 def usage() -> str:
     """Returns the commands with a line each."""
-    lines = ["usage: main.py COMMAND [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
+    lines = [f"usage: {called('COMMAND')} [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
     lines += [f"  {name:<12} {what}" for name, what in OF_A_CONFIG.items()]
     lines += ["", "Others:"]
     lines += [f"  {name:<12} {what}" for name, (_, what) in OF_THEIR_OWN.items()]
-    return "\n".join([*lines, "", "`main.py COMMAND --help` lists a command's options."])
+    return "\n".join([*lines, "", f"`{called('COMMAND --help')}` lists a command's options."])
 
 
 def end(error: BaseException) -> NoReturn:

@@ -7,7 +7,7 @@ import io
 import sys
 from typing import NoReturn, TextIO
 
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, called
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -16,7 +16,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's, without abbreviated options, whose errors are UsageErrors."""
 
     def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=f"main.py {command}", description=description, allow_abbrev=False)
+        super().__init__(prog=called(command), description=description, allow_abbrev=False)
+        self.command = command
 
     def error(self, message: str) -> NoReturn:
         """Raises argparse's message.
@@ -24,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: Always.
         """
-        raise UsageError(f"{self.prog.removeprefix('main.py ')}: {message}; `{self.prog} --help` lists the options")
+        raise UsageError(f"{self.command}: {message}; `{self.prog} --help` lists the options")
 
 
 def standard_input() -> TextIO:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, called
 from ows_lightning.sampling.distributions import OF_OUTLIERS
 
 
@@ -68,9 +68,13 @@ class OutlierScores:
             scores = cls(**json.loads(path.read_text()))
             return replace(scores, outlier_ratios=[float(ratio) for ratio in scores.outlier_ratios])
         except OSError as error:
-            raise UsageError(f"sampling.scores: can't read '{path}' ({error.strerror}); `main.py score` writes it") from error
+            raise UsageError(
+                f"sampling.scores: can't read '{path}' ({error.strerror}); `{called('score')}` writes it"
+            ) from error
         except (ValueError, TypeError) as error:
-            raise UsageError(f"sampling.scores: '{path}' is no file of outlier scores; `main.py score` writes one") from error
+            raise UsageError(
+                f"sampling.scores: '{path}' is no file of outlier scores; `{called('score')}` writes one"
+            ) from error
 
     def ratios_for(
         self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
@@ -88,18 +92,18 @@ class OutlierScores:
                 what = "norms of weights" if holds_norms else "outlier ratios" if any(self.outlier_ratios) else "no scores"
                 raise UsageError(
                     f"sampling.scores: holds {what} (its distribution is {self.distribution}), of which {distribution} "
-                    f"can't be made; run `main.py score` with sampling.distribution {distribution}"
+                    f"can't be made; run `{called('score')}` with sampling.distribution {distribution}"
                 )
         if len(self.outlier_ratios) != num_layers:
             raise UsageError(
                 f"sampling.scores: holds {len(self.outlier_ratios)} blocks of '{self.model}', but the model has {num_layers}; "
-                "run `main.py score` with this model"
+                f"run `{called('score')}` with this model"
             )
         for key, value in self.architecture.items():
             if (other := architecture.get(key, value)) != value:
                 raise UsageError(
                     f"sampling.scores: holds those of '{self.model}', whose {key} is {value}, but the model's is {other}; "
-                    "run `main.py score` with this model"
+                    f"run `{called('score')}` with this model"
                 )
         return self.outlier_ratios
 

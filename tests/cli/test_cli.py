@@ -307,6 +307,8 @@ def test_start_is_quiet(config: Path) -> None:
     for noise in ("litlogger", "gemm_4bit", "LeafSpec", "many workers", "GPU available", "Deprecat", "FutureWarning"):
         assert noise not in said
     assert "Before training" in said
+    for once in ("Seed set to 0", "`Trainer.fit` stopped"):  # two loggers would print them
+        assert said.count(once) == 1
 
 
 @pytest.mark.slow

@@ -333,14 +333,12 @@ CASES = {
     "misspelt accelerator": Case(fit("--trainer.accelerator cudda"), "trainer.accelerator", "did you mean 'cuda'?"),
     "no nodes": Case(fit("--trainer.num_nodes 0"), "trainer.num_nodes", "be at least 1"),
     # ------------------------------------------------------------------ scores and checkpoints
-    "scores of another model": Case(
-        fit("--sampling.scores scores.json"), "sampling.scores", "run `main.py score` with this model"
-    ),
+    "scores of another model": Case(fit("--sampling.scores scores.json"), "sampling.scores", "score` with this model"),
     "scores of another model with as many blocks": Case(
-        fit("--sampling.scores alike.json"), "sampling.scores", "run `main.py score` with this model"
+        fit("--sampling.scores alike.json"), "sampling.scores", "score` with this model"
     ),
-    "missing scores": Case(fit("--sampling.scores score.json"), "sampling.scores", "`main.py score` writes it"),
-    "no scores": Case(fit("--sampling.scores noscores.json"), "sampling.scores", "`main.py score` writes one"),
+    "missing scores": Case(fit("--sampling.scores score.json"), "sampling.scores", "score` writes it"),
+    "no scores": Case(fit("--sampling.scores noscores.json"), "sampling.scores", "score` writes one"),
     "missing checkpoint": Case(fit("--ckpt_path lost.ckpt"), "ckpt_path", "there is no good one beside it"),
     "damaged checkpoint": Case(fit("--ckpt_path damaged.ckpt"), "ckpt_path", "there is no good one beside it"),
     "best checkpoint of no run": Case(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ows_lightning.cli.main import OF_A_CONFIG, OF_THEIR_OWN, main
+from ows_lightning.cli.main import OF_A_CONFIG, OF_THEIR_OWN, main, usage
 
 HEAVY = {"torch", "lightning", "transformers", "datasets", "peft", "matplotlib", "scipy", "pyarrow"}
 MAIN = f"""
@@ -36,8 +36,15 @@ def loaded(*words: str) -> tuple[str, set[str]]:
 @pytest.mark.parametrize("command", [*OF_A_CONFIG, *OF_THEIR_OWN])
 def test_help_loads_no_library(command: str) -> None:
     said, libraries = loaded(command, "--help")
-    assert said.startswith(f"usage: main.py {command}")
+    assert said.startswith(f"usage: ows-lightning {command}")
     assert libraries == set()
+
+
+@pytest.mark.parametrize(("started", "program"), [("main.py", "python main.py"), ("/usr/bin/ows-lightning", "ows-lightning")])
+def test_the_program_that_was_called_is_named(started: str, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [started])
+    assert usage().startswith(f"usage: {program} COMMAND")
+    assert f"`{program} COMMAND --help`" in usage()
 
 
 @pytest.mark.parametrize("words", ["--help", "configs"])

@@ -107,7 +107,10 @@ def damage(name: str, content: str | bytes | None):
     ("harm", "message"),
     [
         (damage("", None), "no such folder; give the folder"),
-        (damage("outlier_scores.json", '{"outlier_ratios": [0.1'), r"outlier_scores.json: damaged scores .*main.py score"),
+        (
+            damage("outlier_scores.json", '{"outlier_ratios": [0.1'),
+            r"scores.json: damaged scores .*ows-lightning score",
+        ),
         (damage("outlier_scores.json", "[1, 2]"), "outlier_scores.json: damaged scores"),
         (damage("outlier_scores.json", '{"outlier_ratios": [1], "probabilities": [0.5, 0.5]}'), "they have 1 and 2"),
         (damage("sampling_history.csv", "interval,step,blocks\n0,0,1 x\n"), "sampling_history.csv: line 2 is damaged"),
