@@ -141,7 +141,7 @@ class InstructionDataModule(LightningDataModule):
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
 
     def check(self) -> None:
-        """Find all that is wrong with the data and needs no tokenizer to be found: files, their syntax, columns and types.
+        """Check all that needs no tokenizer: files, their syntax, columns and types.
 
         Raises:
             UsageError: Names the setting or the row, and what to do.
@@ -235,10 +235,10 @@ class InstructionDataModule(LightningDataModule):
         return {} if loader is None else loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there with the training loader, or with the next one.
+        """Continue there with the training loader, or with the next one that is made.
 
-        Lightning tells the position to a loader that it makes when training starts, and not to one that it made before,
-        as it does where a schedule asks for the number of steps: before this call (FSDP2) or after it.
+        Lightning gives the position to a loader that it makes when training starts, but not to one that exists already
+        because a schedule has asked for the number of steps, before this call (FSDP2) or after it.
         """
         if self._stage() != "fit":
             return
@@ -253,7 +253,7 @@ class InstructionDataModule(LightningDataModule):
         return loader if isinstance(loader, (ResumableLoader, StreamLoader)) else None
 
     def _stage(self) -> str:
-        """What the Trainer is about to do: fit, validate, test, predict; empty where it does not say."""
+        """The Trainer's stage: fit, validate, test or predict; empty if there is none."""
         stage = self.trainer.state.fn if self.trainer else None
         return stage.value if stage else ""
 

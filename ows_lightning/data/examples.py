@@ -39,15 +39,15 @@ def example_features() -> datasets.Features:
     """
     from datasets import Features, List, Value
 
-    # A Value each: datasets' fingerprints tell a shared one from two that are equal, as they are when read from the cache.
+    # A new Value each: datasets' fingerprint of a shared one differs from that of two equal ones, which the cache gives.
     return Features({"where": Value("string"), "example": Value("string"), "renamed": List(Value("string"))})
 
 
 def token_features() -> datasets.Features:
     """Returns the columns of a table of documents.
 
-    ``row`` is the index of the example, which may give several documents. One that gives none, having no target, stands there
-    with a length of 0. ``unshown`` says what of the example the chat template leaves out.
+    ``row`` is the index of the example, which may give several documents. An example without a target gives one
+    of length 0. ``unshown`` says what of the example the chat template leaves out.
     """
     from datasets import Features, List, Value
 
@@ -65,7 +65,7 @@ def token_features() -> datasets.Features:
 
 
 def read_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
-    """Read and check all rows of a source, or take them from the cache when the content was read before.
+    """Read and check all rows of a source, or take them from the cache if its content was read before.
 
     Args:
         source: Where the rows are.
@@ -107,7 +107,7 @@ def stream_examples(source: Source, data_format: str | None, columns: Mapping[st
 
 
 def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
-    """Encode all examples on the cores there are, or take them from the cache: it knows content, tokenizer and settings.
+    """Encode all examples on all cores, or take them from the cache, whose key is content, tokenizer and settings.
 
     Returns:
         A table with the features `token_features`, in the order of the examples.
@@ -205,7 +205,7 @@ def entry_of(row: Row, data_format: str, where: str, answered: bool) -> dict[str
         raise UsageError(f"{where} holds {half}, one half of a character; write the whole character, or remove it") from None
     except UsageError:
         raise
-    except Exception as error:  # whatever a row holds, its name is said
+    except Exception as error:  # any fault of the row: name the row
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UsageError(f"{where} can't be read as {data_format}: {reason}") from error
     return {"where": where, "example": example}
@@ -222,13 +222,13 @@ def _encode(batch: dict[str, list[Any]], indices: Sequence[int], encoder: Encode
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """All of a tokenizer that decides about tokens; not its truncation and padding, which calls change."""
+    """Everything in a tokenizer that affects tokens; not truncation and padding, which calls change."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     return [{**backend, "truncation": None, "padding": None}, tokenizer.chat_template, tokenizer.special_tokens_map]
 
 
 def _versions() -> list[str]:
-    """What decides about rows and tokens beside settings and content: our own code, and the libraries that it calls."""
+    """The versions that rows and tokens depend on: of our own code, and of the libraries that it calls."""
     import datasets
 
     libraries = [f"{library.__name__} {library.__version__}" for library in (datasets, jinja2, tokenizers, transformers)]

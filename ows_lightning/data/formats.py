@@ -92,7 +92,7 @@ def index_of_choice(answer: Any, choices: Sequence[Any]) -> int | None:
 
 def _from_messages(row: Row, where: str, column: str = "messages") -> Example:
     turns = row[column]
-    if isinstance(turns, str):  # as some parquet and CSV files carry it
+    if isinstance(turns, str):  # some parquet and CSV files hold it as text
         turns = _parsed_json(turns, f"{where}: '{column}'")
     if not isinstance(turns, list) or not turns:
         raise UsageError(f"{where}: '{column}' must be a list of messages, got {_kind(turns)}")
@@ -168,7 +168,7 @@ def _message(turn: Any, where: str) -> Message:
     """One message in OpenAI's form from either spelling; everything else in it (tool calls, reasoning) is passed through."""
     if not isinstance(turn, dict):
         raise UsageError(f"{where} must be an object with role and content, got {_kind(turn)}")
-    message = without_none(turn, keep="arguments")  # a call's empty argument is what the model has to say
+    message = without_none(turn, keep="arguments")  # an empty argument of a call is part of what the model has to write
     role = message.pop("from", None) or message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise UsageError(f"{where} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
@@ -176,7 +176,7 @@ def _message(turn: Any, where: str) -> Message:
     content = message.pop("value", None) if "value" in message else message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(part.get("text", "") for part in content)
-    if "function_call" in message:  # as OpenAI wrote a call before there could be several
+    if "function_call" in message:  # OpenAI's older form, of a single call
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if not message.get("tool_calls", True):  # an empty list, which templates take for calls
         del message["tool_calls"]
@@ -210,7 +210,7 @@ def _weight(value: Any, where: str) -> int:
 
 
 def without_none(value: Any, keep: str | None = None) -> Any:
-    """Drop empty keys, with which Arrow fills the objects of a column until all have the same; not those below `keep`."""
+    """Drop the empty keys that Arrow adds so that all objects of a column have the same ones; keep those below `keep`."""
     if isinstance(value, dict):
         return {k: v if k == keep else without_none(v, keep) for k, v in value.items() if v is not None}
     return [without_none(v, keep) for v in value] if isinstance(value, list) else value
@@ -268,7 +268,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _short(name: str) -> str:
-    """A name from the data as a part of one line."""
+    """A name from the data, shortened to fit a line."""
     return " ".join(name.split())[:60]
 
 

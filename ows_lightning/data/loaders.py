@@ -25,9 +25,9 @@ class ShardedSampler(DistributedSampler):
         rank: This process's rank.
         num_replicas: Number of processes.
         seed: Seed of the order.
-        shuffle: Draw the order, or keep it as it is.
+        shuffle: Draw the order, or keep the rows as they are.
         group_size: When set, rows are sorted by length within every 50 groups of this many rows, and the groups are shuffled:
-            the rows of a batch have then similar lengths.
+            the rows of a batch then have similar lengths.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ShardedSampler(DistributedSampler):
         super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths)
         self.group_size = group_size
-        self.skip = 0  # rows of this rank that the next iteration leaves out
+        self.skip = 0  # rows of this rank that the next iteration skips
 
     def __iter__(self) -> Iterator[int]:
         order = np.arange(len(self.lengths))
@@ -79,10 +79,10 @@ class ResumableLoader(DataLoader[Any]):
     _position = _resume_at = (0, 0)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if not isinstance(self.sampler, ShardedSampler):  # overfit_batches puts in another
+        if not isinstance(self.sampler, ShardedSampler):  # overfit_batches replaces the sampler
             yield from super().__iter__()
             return
-        # A generator, so that this runs at the first `next`, in the epoch that is meant. A position in another one is void.
+        # A generator: this runs at the first `next`, when the epoch is set. A position in another epoch does not count.
         epoch = self.trainer.current_epoch if self.trainer else 0
         rows = self._resume_at[1] if self._resume_at[0] == epoch else 0
         self._resume_at = (0, 0)
@@ -94,7 +94,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: ``epoch``, and ``rows`` of it seen by all ranks; and what the ``order`` follows from."""
+        """The position: ``epoch``, the ``rows`` of it that all ranks have seen, and what the ``order`` depends on."""
         rows = self._position[1] * getattr(self.sampler, "num_replicas", 1)
         return {"epoch": self._position[0], "rows": rows, "order": self._order()}
 
@@ -119,10 +119,10 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def batches_before(self) -> int | None:
-        """How many of an epoch's batches lie before the position: those behind it end with the epoch. None if unknown."""
+        """Number of an epoch's batches before the position; None if unknown."""
         if not isinstance(self.sampler, ShardedSampler) or self.batch_size is None:
             return None
         rest = (
             (len(self.sampler) - self._position[1]) if self._position[1] else 0
-        )  # at an epoch's end it is the next one's start
+        )  # the end of an epoch is the start of the next
         return len(self) - -(-rest // self.batch_size)

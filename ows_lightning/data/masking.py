@@ -20,7 +20,7 @@ from ows_lightning.data.rendering import ChatTemplate, merged_system
 from ows_lightning.errors import UsageError
 
 IGNORED = -100
-#: For a tokenizer without a chat template, as base models have it.
+#: For tokenizers without a chat template, such as those of base models.
 PLAIN_TEMPLATE = """\
 {% for message in messages %}\
 {{ '### ' + {'user': 'Instruction', 'assistant': 'Response'}.get(message['role'], message['role'] | capitalize) + ':\\n' }}\
@@ -38,7 +38,7 @@ class Encoded:
 
     Attributes:
         input_ids: Token ids.
-        labels: The same where the token is a target, else -100. The first is always -100: nothing predicts it.
+        labels: The same where the token is a target, else -100. The first is always -100: no token predicts it.
         truncated: Whether tokens were cut to fit `max_seq_length`.
     """
 
@@ -87,7 +87,7 @@ class Encoder:
             except UsageError:
                 if shown == messages:
                     raise
-                rows = []  # without its calls the conversation is none that the template takes
+                rows = []  # the template refuses the conversation without its calls
         return [row for row in rows if row.num_targets]
 
     def unshown(self, example: Example) -> list[str]:
@@ -128,15 +128,16 @@ class Encoder:
         spans: list[Span] = []
         alone: list[int] = []
         for i in turns[-1:] if self.last_turn_only else turns:
-            if i and _is_target(messages[i]):  # an assistant message that opens the conversation answers nothing
+            if i and _is_target(messages[i]):  # an assistant message at the start is no answer
                 span = self._answer_span(text, messages, i, tools, where)
                 if span is None:
                     alone.append(i)
-                elif self._says_something(text[slice(*span)]):  # not so where the template leaves out tool calls
+                elif self._says_something(text[slice(*span)]):  # false if the template leaves out tool calls
                     spans.append(span)
         if turns[-1] == len(messages) - 1:
             if turns[-1] in alone and (merged := merged_system(messages)):
-                return self._conversation(merged, tools, where)  # Mistral's show a system message only when a question is last
+                # Mistral's templates show a system message only if a question comes last.
+                return self._conversation(merged, tools, where)
             text, spans = self._ended(text, spans)
         rows = [self._encode_text(text, spans)]
         if not self.train_on_prompt:
@@ -150,12 +151,12 @@ class Encoder:
     def _answer_span(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> Span | None:
         """Where message `i` and its end-of-turn token stand in `text`.
 
-        None when the template writes it or its context otherwise there than at the end, or lets only a last answer end.
+        None if the template writes it, or its context, differently there than at the end, or ends only the last answer.
         """
         head = self._render(messages[:i], tools, where, add_generation_prompt=True)
         start = _common_prefix(head, text)
         if start < len(head):
-            # A generation prompt that opens something the answer lacks (<think>) is no obstacle, a changed context is.
+            # The generation prompt may open something that the answer lacks (<think>), but the context must not change.
             start = min(start, self._where_contents_differ(text, messages, i, tools, where))
             before = self._render(messages[:i], tools, where) if i else ""
             if start < len(self._without_eos(before)):
@@ -170,7 +171,7 @@ class Encoder:
         return (start, len(answer)) if start < len(answer) else None
 
     def _where_contents_differ(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> int:
-        """Where `text` ceases to be the same with another content of message `i`: no later than where that content begins."""
+        """The first position of `text` that changes with the content of message `i`: at or before where that begins."""
         content = "." if (messages[i]["content"] or "").lstrip().startswith("!") else "!"
         other = [*messages[:i], {"role": "assistant", "content": content}]
         return _common_prefix(self._render(other, tools, where), text)
@@ -200,7 +201,7 @@ class Encoder:
         return Encoded([ids[k] for k in keep], [IGNORED, *labels[1:]], truncated=len(keep) < len(ids))
 
     def _kept(self, ids: list[int], is_answer: np.ndarray) -> list[int]:
-        """The positions that fit: up to the end of the last answer at the prompt's cost, with a token before it at least."""
+        """The positions to keep: the last answer and as much of the prompt before it as fits, at least a token."""
         positions = list(range(len(ids)))
         if len(ids) <= self.max_seq_length or not is_answer.any():
             return positions[: self.max_seq_length]
@@ -230,7 +231,7 @@ class Encoder:
         )
 
     def _says_something(self, answer: str) -> bool:
-        """Whether there is more to an answer than the tokens that end it."""
+        """Whether an answer has tokens besides those that end it."""
         answer = answer.strip()
         while answer.endswith(self._ends):
             answer = answer.removesuffix(next(t for t in self._ends if answer.endswith(t))).rstrip()
@@ -269,7 +270,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _is_target(message: Message) -> bool:
-    """Whether an answer is to be trained: it says something, and its `weight` (a key of OpenAI's format) is not 0."""
+    """Whether an answer is to be trained: it is not empty, and its `weight` (a key of OpenAI's format) is not 0."""
     says_something = (message["content"] or "").strip() or message.get("tool_calls") or message.get("reasoning_content")
     return bool(says_something) and message.get("weight", 1) != 0
 
@@ -279,7 +280,7 @@ def _common_prefix(a: str, b: str) -> int:
 
 
 def _cut_start(items: Sequence[int], end: int, length: int, first: int | None) -> list[int]:
-    """The last `length` of ``items[:end]``; an item equal to `first` that stands in front stays in front."""
+    """The last `length` of ``items[:end]``; if the first item is `first`, it stays in front."""
     begin = max(end - length, 0)
     if begin and length > 2 and first is not None and items[0] == first:
         return [items[0], *items[begin + 1 : end]]

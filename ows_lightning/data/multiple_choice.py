@@ -22,10 +22,10 @@ _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commo
 
 
 class ChoiceRows(Dataset[list[dict[str, Any]]]):
-    """A row an item, so that no batch limit cuts its choices apart: for each choice what scoring needs.
+    """One item a row, with all of its choices, so that limits of batches never separate them.
 
-    These are ``input_ids``, ``labels`` of the choice alone, ``row``, ``right`` and ``characters``. The item behind the last is
-    the last again, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
+    For each choice it has ``input_ids``, ``labels`` of the choice alone, ``row``, ``right`` and ``characters``. The item at
+    index ``len`` repeats the last one, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
 
     Args:
         table: Examples, with the columns ``where`` and ``example``; those without choices are left out.
@@ -39,7 +39,7 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
     """
 
     def __init__(self, table: datasets.Dataset, encoder: Encoder) -> None:
-        # The last turn alone: earlier answers of a conversation are no part of the choice.
+        # Only the last turn: earlier answers of a conversation are not part of the choice.
         self.encoder = Encoder(encoder.tokenizer, encoder.max_seq_length, last_turn_only=True)
         self.rows: list[tuple[int, str, Example, list[str], int]] = []  # row, where, example, choices, the right one
         for row, entry in enumerate(table):

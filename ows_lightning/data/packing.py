@@ -1,4 +1,4 @@
-"""Several documents in one row, without padding and without one seeing another."""
+"""Packing: several documents in one row, without padding; they don't see each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
         For every row the indices of its documents.
     """
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room -> rows that have just this room
+    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room -> rows that have exactly this much left
     has_room = 0  # bit r is set when with_room[r] is not empty, so that the best fit is found without a search
     for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[document]
@@ -44,8 +44,8 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     """Refuse a model that lets packed documents see each other.
 
     transformers keeps them apart by their restarting positions, but not in every architecture: OPT and models with ALiBi make
-    a mask of their own. So it is tried out on a few tokens: what the model says of a document must not depend on what stands
-    before it in the row.
+    a mask of their own. So we test it on a few tokens: the logits of a document must not depend on what stands before it
+    in the row.
 
     Args:
         model: A causal LM of transformers, or one wrapped by peft.

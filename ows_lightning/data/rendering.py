@@ -1,7 +1,7 @@
 """A conversation as a chat template writes it: in the form that the template wants, and what of it the template shows.
 
-Templates differ in what they expect of a message. Some test whether the content is none (DeepSeek-R1), some add it to text;
-some write a call's arguments as JSON, some add them to text. And many show only a part of a conversation: no tool calls, no
+Templates differ in what they expect of a message. Some test whether the content is None (DeepSeek-R1), some concatenate it;
+some write a call's arguments as JSON, some concatenate them. And many show only a part of a conversation: no tool calls, no
 system message, no reasoning. What is shown is found by rendering the conversation with a mark in each of its parts.
 """
 
@@ -47,7 +47,7 @@ class ChatTemplate:
         try:
             return self._apply(messages, tools, add_generation_prompt)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            if merged := merged_system(messages):  # as Gemma and old Mistral, which know no system message
+            if merged := merged_system(messages):  # Gemma and old Mistral have no system message
                 return self.render(merged, tools, where, add_generation_prompt)
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
@@ -55,15 +55,15 @@ class ChatTemplate:
     def fitted(self, messages: list[Message], tools: Any) -> list[Message]:
         """The messages in the form that the template wants.
 
-        A content of none becomes no text, and a call's arguments become text, where the template then shows more, or writes
-        it better.
+        A content of None becomes empty text, and a call's arguments become text, if the template then shows more of it, or
+        in a better form.
         """
         forms = [_in_form(messages, content, arguments) for arguments in (_as_object, _as_text) for content in (None, "")]
         forms = [form for i, form in enumerate(forms) if form not in forms[:i]]
         return min(forms, key=lambda form: self._faults(form, tools)) if len(forms) > 1 else messages
 
     def without_empty_turns(self, messages: list[Message], tools: Any) -> list[Message]:
-        """The messages without answers of which the template shows nothing, as of a call where it knows none."""
+        """The messages without the answers that the template does not show, such as tool calls in a template without them."""
         kept: list[Message] = []
         for message in messages:
             hidden = message.get("tool_calls") or message.get("reasoning_content")
@@ -74,7 +74,7 @@ class ChatTemplate:
     def unshown(self, messages: list[Message], tools: Any) -> list[str]:
         """What the template leaves out of a conversation, in words, each once.
 
-        Reasoning that is shown while its answer is the last is shown, also where later turns are written without it.
+        Reasoning counts as shown if it is shown while its answer is the last.
         """
         marked, marked_tools, marks = _marked(messages, tools)
         if not marks or (text := self._rendered(marked, marked_tools)) is None:
@@ -93,19 +93,19 @@ class ChatTemplate:
                     messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
-        # apply_chat_template hides a content of none, which R1's template asks for.
+        # apply_chat_template hides a content of None, which R1's template tests for.
         names: dict[str, Any] = {**self.tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
         template = self.tokenizer.get_chat_template(tools=tools)
         rendered: Any = render_jinja_template(conversations=[messages], tools=tools, chat_template=template, **names)
         return str(rendered[0][0])
 
     def _faults(self, messages: list[Message], tools: Any) -> int:
-        """How much is wrong with the rendering of this form: parts of calls that are left out, or written in a wrong way."""
+        """Faults in the rendering of this form: the number of parts of calls that are left out or wrongly written."""
         marked, marked_tools, marks = _marked(messages, tools)
         text = self._rendered(marked, marked_tools)
         if text is None:
             return 10_000
-        quoted_wrongly = sum(f"'{mark}'" in text or f'\\"{mark}' in text for mark in marks)  # Python's own, or twice JSON's
+        quoted_wrongly = sum(f"'{mark}'" in text or f'\\"{mark}' in text for mark in marks)  # Python's repr, or JSON twice
         printed_none = 0
         if any(message["content"] is None for message in messages):
             without = self._rendered(_in_form(marked, "", lambda arguments: arguments), marked_tools)
@@ -113,7 +113,7 @@ class ChatTemplate:
         return sum(mark not in text for mark in marks) + quoted_wrongly + printed_none
 
     def _is_empty(self, message: Message, before: list[Message], tools: Any) -> bool:
-        """Whether the template writes this answer as it would write one without anything in it."""
+        """Whether the template writes this answer as it would write an empty one."""
         nothing = {"role": "assistant", "content": ""}
         text = self._rendered([*before, message], tools)
         return text is not None and text == self._rendered([*before, nothing], tools)
@@ -126,7 +126,7 @@ class ChatTemplate:
 
 
 def merged_system(messages: list[Message]) -> list[Message] | None:
-    """The messages with the system message at the head of the first user message; None where there are no such two."""
+    """The messages with the system message at the head of the first user message; None if one of them is missing."""
     if len(messages) < 2 or [message["role"] for message in messages[:2]] != ["system", "user"]:
         return None
     content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
@@ -138,7 +138,7 @@ def _last_question(messages: list[Message]) -> int:
 
 
 def _in_form(messages: list[Message], content: str | None, arguments: Callable[[Any], Any]) -> list[Message]:
-    """The messages with this for a content of none, and the arguments of calls as `arguments` gives them."""
+    """The messages with `none` in place of a content of None, and calls' arguments passed through `arguments`."""
     return [{**m, "content": content if m["content"] is None else m["content"], **_with_calls(m, arguments)} for m in messages]
 
 
@@ -184,7 +184,7 @@ class _Marker:
         return marked
 
     def text(self, index: int, what: str, text: str) -> str:
-        """With a mark in the middle, since templates look at how a text begins and ends."""
+        """The text with a mark in its middle, since templates may look at its beginning and end."""
         if not text.strip() or _THINKING.fullmatch(text):
             return text
         start = len(text) - len(text.lstrip())
@@ -195,7 +195,7 @@ class _Marker:
         return self.text(index, "tool calls", name) if isinstance(name, str) else name
 
     def arguments(self, index: int, arguments: Any) -> Any:
-        """With a mark as a key and as its value."""
+        """The object with a mark added as a key and as its value."""
         if not isinstance(as_object := _as_object(arguments), dict):
             return arguments
         mark = self._new(index, "tool calls")

@@ -20,11 +20,11 @@ Item = dict[str, list[int]]
 class Rows(Dataset[Item]):
     """Rows of token ids and labels, each made of one document, or of several when packed.
 
-    The row behind the last, at index ``len(rows)``, has no target: it fills up the ranks' shares (see `ShardedSampler`).
+    Index ``len(rows)`` gives a row without a target, which fills up the ranks' shares (see `ShardedSampler`).
 
     Args:
         documents: A `datasets.Dataset` with the columns ``input_ids`` and ``labels``.
-        rows: For every row the indices of its documents.
+        rows: The indices of each row's documents.
         packed: Add ``position_ids`` that restart with every document.
     """
 
@@ -56,7 +56,7 @@ def as_item(documents: Sequence[tuple[list[int], list[int]]], packed: bool) -> I
 class PromptRows(Dataset[dict[str, Any]]):
     """Rows as prompts: ``input_ids``, the rendered ``prompt``, the ``reference`` answer, ``answer``, ``choices``, ``row``.
 
-    The row behind the last has no reference (None): it fills up the ranks' shares (see `ShardedSampler`).
+    Index ``len`` gives a row without a reference (None), which fills up the ranks' shares (see `ShardedSampler`).
 
     Args:
         table: The examples, with the columns ``where`` and ``example``.

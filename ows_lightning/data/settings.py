@@ -1,4 +1,4 @@
-"""What the settings of `InstructionDataModule` may be; more than a machine can do is a slip, and would seem to hang."""
+"""The ranges of `InstructionDataModule`'s settings. Values that no machine can handle are refused: it would seem to hang."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _BOUNDS = {
     "seed": (0, 2**32 - 1),
 }
 _WEIGHTS = (1e-6, 1e6)  # of the sources of a mixture
-_FEW_ROWS = 256  # a batch of so many may be larger than the data
+_FEW_ROWS = 256  # up to this size, a batch may be larger than the data
 _MOST_HELD_OUT = 100_000  # rows of a stream, which are held in memory
 
 
 def check_settings(data: InstructionDataModule) -> None:
-    """Check all that can be said without reading a row.
+    """Check all settings that can be checked without reading a row.
 
     Raises:
         UsageError: Names the setting, what it may be, and what it is.
@@ -62,7 +62,7 @@ def check_settings(data: InstructionDataModule) -> None:
 
 
 def check_batches(data: InstructionDataModule, rows: int) -> None:
-    """Refuse batches of many more rows than the data has, for which memory would be predicted.
+    """Refuse batches of many more rows than the data has: the predicted memory would be wrong.
 
     Raises:
         UsageError: Says how many rows there are.

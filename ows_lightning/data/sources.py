@@ -33,11 +33,11 @@ def _open_zstandard(file: Path, mode: str) -> IO[bytes]:
 
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
-"""Endings of files that are read, in either case; those of text also with a compression's behind."""
+"""Endings of the files that are read, in either case; text files may also be compressed."""
 _COMPRESSIONS: dict[str, Callable[[Path, str], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard
 }  # fmt: skip
-_KINDS = ".jsonl, .json, .parquet, .csv"  # said in messages: the usual ones
+_KINDS = ".jsonl, .json, .parquet, .csv"  # for messages: the usual ones
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
 _PREFERRED = {"eval_dataset": ("validation", "test"), "test_dataset": ("test", "validation")}
 _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(["val", "valid", "validation", "dev", "eval"], "validation")
@@ -81,7 +81,7 @@ def resolve(name: str, key: str, split: str = "train") -> Source:
         raise source.error("'' names no source; give a file, a directory, a glob or a data set on the hub")
     try:
         return _resolve(source, Path(name).expanduser())
-    except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be read, an unknown ~user
+    except (OSError, RuntimeError) as error:  # the name is too long, a folder is not readable, ~user is unknown
         raise source.error(f"can't look for '{name[:100]}': {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -118,7 +118,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def _without_splits(source: Source) -> Source:
-    """Refuse a split that was asked of rows that have none."""
+    """Refuse `data.split` for rows that have no splits."""
     if source.key == "dataset" and source.splits[-1] != "train":
         raise source.error(
             f"'{source.name}' has no splits, and data.split asks for '{source.splits[-1]}'; leave data.split out, or give "
@@ -192,13 +192,13 @@ def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a path names: its outermost folder that names one, or its file's name."""
+    """The split that a path names, by its outermost folder that names one or by the file's name."""
     words = re.split(r"[^a-z]+", str(path.with_suffix("")).lower())
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
 
 
 def _choose(source: Source, there: Collection[str]) -> str | None:
-    """The first of the splits that `source` may take that is there, under any of its names."""
+    """The first of `source`'s splits that exists, under any of its names."""
     names = {_SPLIT_WORDS.get(split, split): split for split in there}
     names |= {split: split for split in there}
     wanted = next((word for split in source.splits for word in (split, _SPLIT_WORDS.get(split)) if word in names), None)
@@ -213,7 +213,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def plain(row: Row) -> Row:
-    """A row of typed columns without the empty keys with which its objects are filled up."""
+    """A row of typed columns without the empty keys that Arrow adds to its objects."""
     return {column: without_none(value) for column, value in row.items()}
 
 
@@ -232,7 +232,7 @@ def open_dataset(source: Source, streaming: bool = False) -> Any:
         assert match is not None
         path, config, split = match["path"], match["config"], match["split"]
         if split is None and len(source.splits) == 1:
-            split = source.splits[0]  # may be a slice of one, as train[:1000]
+            split = source.splits[0]  # may be a slice, as train[:1000]
         return _one_split(datasets.load_dataset(path, config, split=split, streaming=streaming), source)
     except UsageError:
         raise

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Splits:
     """The parts ``train``, ``val`` and ``test`` of the data, each made of rows that one of the settings names.
 
-    Sources are read at first use and held. The arguments are those settings of `InstructionDataModule` that decide which
+    Sources are read at first use, and kept. The arguments are those settings of `InstructionDataModule` that decide which
     examples there are. A *key* below is the name of one of the first three.
     """
 
@@ -59,7 +59,7 @@ class Splits:
                 choices_of(json.loads(entry["example"]), entry["where"])
 
     def _check_columns(self) -> None:
-        """Find a name in `columns` that no row has; of a stream the first rows tell."""
+        """Refuse a name in `columns` that no row has; of a stream the first rows are checked."""
         if not self.columns:
             return
         there = {name for table in self._examples.values() for names in table["renamed"] for name in names}
@@ -122,7 +122,7 @@ class Splits:
         return self._examples[key]
 
     def tokens_of(self, key: str, encoder: Encoder) -> datasets.Dataset:
-        """The documents of all examples of a setting, see `token_features`; says what was left out or cut."""
+        """The documents of all examples of a setting, see `token_features`; logs what was left out or cut."""
         if key not in self._tokens:
             self._tokens[key] = tokenise(self.examples_of(key), encoder, key)
             self._report(key, encoder.max_seq_length)
@@ -180,7 +180,7 @@ class Splits:
         from datasets import Dataset
 
         held_out = 0 if self.eval_dataset else int(self.val_size)
-        first = list(self._stream().take(held_out + 1))  # one more, which tells whether there are others
+        first = list(self._stream().take(held_out + 1))  # one more, to see whether there are others
         if len(first) <= held_out:
             raise UsageError(
                 f"data.val_size: {held_out} of {len(first)} rows leaves none to train on; lower it, or set val_size: 0"
@@ -229,7 +229,7 @@ class Splits:
         return {what: list(rows) for what, rows in losses.items()}
 
     def _named(self, key: str, rows: Sequence[int]) -> str:
-        """Where the rows stand, of many the first ones."""
+        """The names of the rows, of many the first ones."""
         return ", ".join(self.examples_of(key)[rows[:10]]["where"]) + (", ..." if len(rows) > 10 else "")
 
 

@@ -27,7 +27,7 @@ BLOCK = 1000  # examples that are read, packed and shuffled together
 class StreamRows(IterableDataset[tuple[Item, State]]):
     """Endless rows from a stream of examples, tokenised, packed and shuffled a block at a time.
 
-    Every row comes with the position behind it: the state of the stream at the start of the block and the number of rows
+    Every row comes with the position after it: the state of the stream at the start of the block and the number of rows
     seen, the same on all ranks. An iteration that begins there gives exactly the remaining rows, since a block is drawn anew
     from the seed; the contents of the shuffle buffer of `datasets` would be lost. Rank r of w takes the rows r, r + w, ... of
     the stream, as with `ShardedSampler`.
@@ -35,7 +35,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     Args:
         examples: Endless stream with the columns ``where`` and ``example``.
         encoder: Turns examples into rows.
-        length: What `len` says, the rows of this rank that a run takes.
+        length: The rows of this rank that a run takes; what `len` returns.
         packing: Pack the documents of a block.
         rank: This process's rank.
         num_replicas: Number of processes.
@@ -85,7 +85,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
 
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
         documents: list[tuple[list[int], list[int]]] = []
-        dropped: dict[str, None] = {}  # in order, and once each
+        dropped: dict[str, None] = {}  # in order, each once
         unshown: dict[str, dict[str, None]] = {}
         for entry in block:
             example = json.loads(entry["example"])
@@ -125,7 +125,7 @@ class StreamLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> State:
-        """The position behind the batches that were taken."""
+        """The position after the batches that were taken."""
         return self.dataset.state
 
     def load_state_dict(self, state: State) -> None:
@@ -136,7 +136,7 @@ class StreamLoader(DataLoader[Any]):
 def collate_with_state(
     rows: Sequence[tuple[Item, State]], collate: Callable[[list[Item]], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], State]:
-    """Collate rows, and keep the position behind the last."""
+    """Collate rows, and keep the position after the last one."""
     return collate([item for item, _ in rows]), rows[-1][1]
 
 

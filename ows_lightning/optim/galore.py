@@ -52,7 +52,7 @@ PROJECTION_DEFAULTS = {"update_proj_gap": 200, "scale": 1.0, "proj_type": "std",
 
 @dataclass
 class _Progress:
-    """What changes while it trains; in an object, so that a wrapper that copied the optimizer's attributes shares it."""
+    """State that changes in training. Lightning's wrapper copies the optimizer's attributes: it shares this object."""
 
     in_backward: bool = False
     accumulating: bool = False
@@ -62,7 +62,7 @@ class _Progress:
 
 
 def _to_host(gradient: Tensor) -> Tensor:
-    """Moves a gradient to host memory; a GPU's to pinned memory, without waiting for it."""
+    """Copies a gradient of any shape to host memory; from a GPU to pinned memory, without waiting for it."""
     if not gradient.is_cuda:
         return gradient.to("cpu")
     return torch.empty_like(gradient, device="cpu", pin_memory=True).copy_(gradient, non_blocking=True)
@@ -81,14 +81,14 @@ class GaLoreAdamW(Optimizer):
     3-D expert weight has one subspace an expert. All else trains by AdamW in full rank: a group without ``rank``, a vector, a
     matrix that ``rank`` does not make smaller, a weight with more than three dimensions. Works in any training loop.
 
-    Clipping: set ``max_grad_norm``, and every step bounds the norm of what it consumes. What clips ``grad``, such as
-    ``torch.nn.utils.clip_grad_norm_`` or Lightning's ``gradient_clip_val`` for a module of your own, misses gradients that
-    were projected in backward. (LayerwiseSampling and CausalLMModule make ``gradient_clip_val`` act on ``gradients()``.)
+    Clipping: set ``max_grad_norm``, and every step bounds the norm of what it consumes. Clipping of ``grad``, such
+    as ``torch.nn.utils.clip_grad_norm_`` or Lightning's ``gradient_clip_val`` for your own module, misses gradients that were
+    projected in backward. (With LayerwiseSampling or CausalLMModule, Lightning's clipping acts on ``gradients()``.)
 
-    Five things more are worth knowing:
+    Also worth knowing:
 
     * ``project_in_backward()`` projects each gradient as soon as backward has produced it: full gradients never add up.
-    * What a step consumes is ``gradients()``: projected ones where there is a rank. Clip those, by any rule.
+    * ``gradients()`` returns what a step consumes, projected gradients where there is a rank; clip those by any rule.
     * A step with a NaN or Inf in any gradient is skipped as a whole: weights, moments and subspaces stay as they were. A
       warning names the weight, ``skipped_steps`` counts.
     * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
@@ -104,9 +104,9 @@ class GaLoreAdamW(Optimizer):
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay; acts on W.
-        moments_dtype: ``float32`` or ``bfloat16``, which halves the state; moments are then rounded stochastically. Those of
-            another dtype, from an earlier run, are converted when they are next used.
-        moments_at_renewal: What becomes of the moments when the subspace is renewed: ``keep`` them as numbers (GaLore),
+        moments_dtype: ``float32`` or ``bfloat16``, which halves the state; moments are then rounded stochastically. Moments
+            that were saved in the other dtype are converted when they are next used.
+        moments_at_renewal: What happens to the moments when the subspace is renewed: ``keep`` them as numbers (GaLore),
             ``reproject`` them onto the new subspace, or ``reset`` them.
         stochastic_rounding: Round bfloat16 weights up or down at random, with the right mean, instead of to nearest.
         max_grad_norm: Limit of the joint 2-norm of all gradients that a step consumes, see ``gradients``; None clips nothing.
@@ -146,11 +146,11 @@ class GaLoreAdamW(Optimizer):
         super().__init__(params, defaults)
 
     def _begin(self) -> None:
-        """Makes the attributes that are not saved. They are only changed in place: see ``_Progress``."""
+        """Makes the attributes that are not saved. They are only changed in place, see ``_Progress``."""
         self._progress = _Progress()
         self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
         self._projected: dict[Tensor, Tensor] = {}  # R of the coming step
-        self._renewed: dict[Tensor, Tensor] = {}  # projectors that the coming step takes into use
+        self._renewed: dict[Tensor, Tensor] = {}  # projectors that the coming step switches to
         self._hosted: dict[Tensor, Tensor] = {}  # full gradients of a step that renews, in host memory
 
     @property
@@ -194,7 +194,7 @@ class GaLoreAdamW(Optimizer):
         return {**super().__getstate__(), "in_backward": self._progress.in_backward}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes over what was loaded (torch calls it then, too), or becomes a copy."""
+        """Sets up a copy or an unpickled optimizer, or takes over a loaded state (torch calls it in ``load_state_dict``)."""
         if "_progress" not in self.__dict__:
             self._begin()
             self._progress.in_backward = state["in_backward"]
@@ -203,7 +203,7 @@ class GaLoreAdamW(Optimizer):
             self._discard_gradients()
             old_state, old_groups = self.state, self.param_groups
             super().__setstate__(state)
-            # A wrapper that has the optimizer's attributes, as Lightning's, goes on seeing what is true.
+            # In place: Lightning's wrapper has copied the attributes and shares these objects.
             new_state, new_groups = self.state, self.param_groups
             old_state.clear()
             old_state.update(new_state)
@@ -234,8 +234,8 @@ class GaLoreAdamW(Optimizer):
         in a step that renews a subspace, the full gradient then adds up in host memory (never on the accelerator). Where
         ``accumulating`` is left False, the subspace comes from the step's first backward pass.
 
-        A weight's gradient goes to the newest GaLoreAdamW that was made for it, and to ``grad`` once that one is gone. A loss
-        scaler (``torch.amp.GradScaler``) finds no gradient to unscale: its step is refused.
+        A weight's gradient goes to the newest GaLoreAdamW that holds it, and to ``grad`` again once that one is deleted. A
+        loss scaler (``torch.amp.GradScaler``) would find no gradient to unscale: its step is refused.
 
         Args:
             enabled: False leaves the gradients of later backward passes to ``grad`` again.
@@ -257,7 +257,7 @@ class GaLoreAdamW(Optimizer):
         return list(self._named_gradients().values())
 
     def gradient_of(self, p: Tensor) -> Tensor | None:
-        """What the next step consumes of one parameter, if it has a gradient; call ``gradients()`` before."""
+        """What the next step consumes of one parameter, of a shape as in ``gradients()``, which has to be called before."""
         return self._projected.get(p, p.grad)
 
     @torch.no_grad()
@@ -298,7 +298,7 @@ class GaLoreAdamW(Optimizer):
         average_(list(self._named_gradients().values()), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops all gradients, projected ones included."""
+        """Drops all gradients, also projected ones."""
         super().zero_grad(set_to_none)
         self._discard_gradients()
 
@@ -307,7 +307,7 @@ class GaLoreAdamW(Optimizer):
             waiting.clear()
 
     def _consume_gradients(self, renew: bool = True) -> None:
-        """Projects ``grad``, and what waits in host memory; without ``renew`` all that needs a new subspace waits there."""
+        """Projects ``grad`` and what waits in host memory, where without ``renew`` gradients wait that need a new subspace."""
         for p, group in self._parameters():
             if not p.requires_grad:  # frozen since backward; its ``grad`` is None then, too
                 for waiting in (self._projected, self._renewed, self._hosted):
@@ -320,7 +320,7 @@ class GaLoreAdamW(Optimizer):
 
     @torch.no_grad()
     def _consume_gradient(self, p: Tensor, renew: bool = True) -> None:
-        """Turns ``p.grad`` into its projection, or lets it wait in host memory where a subspace is due that can't be taken."""
+        """Projects ``p.grad``, or moves it to host memory if a new subspace is due and ``renew`` is False."""
         group, index = self._places[p]
         side = self._side(p, group)
         assert side is not None
@@ -334,7 +334,7 @@ class GaLoreAdamW(Optimizer):
                 return
             with self._progress.renewals.measure(p.device):
                 matrices = whole_matrices(gradient)
-                # No decomposition takes NaN or Inf. What is projected is NaN nevertheless, and step() will skip.
+                # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
                 finite = torch.linalg.vector_norm(matrices).isfinite()
                 torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
                 seed = index + int(self.state[p].get("step", 0))
@@ -364,7 +364,7 @@ class GaLoreAdamW(Optimizer):
             What the closure returned.
 
         Raises:
-            UsageError: A loss scaler's scale is in gradients that were projected in backward.
+            UsageError: A loss scaler can't unscale gradients that were projected in backward.
         """
         loss = None
         if closure is not None:
@@ -391,11 +391,11 @@ class GaLoreAdamW(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tells GradScaler to pass its scale to ``step`` where the gradients are not in ``grad``; ``step`` refuses it."""
+        """Makes GradScaler pass its scale to ``step`` if gradients are not in ``grad``, so that ``step`` can refuse it."""
         return self._progress.in_backward or bool(self._projected)
 
     def _prepare_gradients(self) -> bool:
-        """Clips what the step consumes; False, with a warning, if it is not finite. The step's only wait for the device."""
+        """Clips what the step consumes; False, with a warning, if it is not finite. Only here does it wait for the device."""
         gradients = self._named_gradients()
         if not gradients:
             return True
@@ -429,7 +429,7 @@ class GaLoreAdamW(Optimizer):
         project_back_(local(p), direction, local(state["projector"]), side, lr * group["scale"], decay, of_weight)
 
     def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
-        """AdamW; small tensors go together, large ones in parts, so that kernels are few and temporaries small."""
+        """AdamW in full rank: small tensors together, large ones in parts, for few kernels and small temporaries."""
         together: dict[Any, list[tuple[Any, ...]]] = {}  # by rate, device and dtypes
 
         def take(lr: float, batch: list[tuple[Any, ...]]) -> None:
@@ -460,7 +460,7 @@ class GaLoreAdamW(Optimizer):
             take(lr, batch)
 
     def _count(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
-        """Returns the number of the step that begins for one parameter, and sees to moments of the configured dtype."""
+        """Counts a step of one parameter and returns its number; makes moments, or converts them to the configured dtype."""
         if "step" not in state:
             state["step"] = torch.zeros(())  # a tensor on the CPU, as in torch.optim: sharded checkpoints want tensors
         exact = group["moments_dtype"] == "float32"
@@ -475,7 +475,7 @@ class GaLoreAdamW(Optimizer):
 
     @staticmethod
     def _renew(state: dict[str, Any], projector: Tensor, side: Side, moments: str) -> None:
-        """Takes a new subspace into use; ``moments`` says what becomes of those from the old one."""
+        """Switches to a new subspace; ``moments`` says what happens to the moments of the old one."""
         old = state.get("projector")
         state["projector"] = projector
         if old is None or moments == "keep":
@@ -523,7 +523,7 @@ class GaLoreAdamW(Optimizer):
         self._places.update({p: (group, index) for index, (p, group) in enumerate(self._parameters())})
 
     def _own(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Takes these groups' gradients over from whichever optimizer consumed them."""
+        """Takes over these groups' gradients from any other optimizer."""
         for group in groups:
             for p in group["params"]:
                 remove_hook(p)
@@ -544,7 +544,7 @@ class GaLoreAdamW(Optimizer):
     def _generators(
         self, p: Tensor, step: int, group: dict[str, Any]
     ) -> tuple[torch.Generator | None, torch.Generator | None]:
-        """What rounds the moments, and the weight, stochastically; None where nothing is to be rounded."""
+        """Generators for rounding the moments and the weight; None where nothing is rounded."""
         of_moments = self.state[p]["exp_avg"].dtype == torch.bfloat16
         of_weight = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         if not of_moments and not of_weight:

@@ -1,4 +1,4 @@
-"""Who consumes a parameter's gradient within backward: one optimizer at a time, the newest, as long as it lives."""
+"""Hooks that consume gradients within backward: for each parameter those of one optimizer, the newest that is alive."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_in_place: Any = WeakTensorKeyDictionary()  # parameter -> handle of the hook that it has now
+_in_place: Any = WeakTensorKeyDictionary()  # parameter -> handle of its present hook
 
 
 def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[Any, Tensor], None]) -> None:
     """Calls ``consume(owner, p)`` within backward, as soon as the gradient of a parameter p has added up.
 
-    The hook does not keep ``owner`` alive, and goes with it; it takes the place of another owner's.
+    The hook does not keep ``owner`` alive, and is removed with it. It replaces the hook of another owner.
 
     Args:
         parameters: Leaf tensors that require a gradient, of any shape.
-        owner: Any object that can be referred to weakly.
-        consume: May set ``p.grad`` to None.
+        owner: Any object that can be referenced weakly.
+        consume: Called with the owner and the parameter; it may set ``p.grad`` to None.
     """
     reference = weakref.ref(owner)
 
@@ -38,7 +38,11 @@ def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[
 
 
 def remove_hook(p: Tensor) -> None:
-    """Leaves a parameter's gradient to ``p.grad`` again, whoever consumed it."""
+    """Removes a parameter's hook, whoever owns it: its gradient stays in ``p.grad`` again.
+
+    Args:
+        p: A parameter, with or without a hook.
+    """
     if (handle := _in_place.pop(p, None)) is not None:
         handle.remove()
 

@@ -37,7 +37,7 @@ def adam_direction(
     eps: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Moves both moments on in place and returns Adam's direction for one (projected) gradient.
+    """Updates both moments in place and returns Adam's direction for one (projected) gradient.
 
     Args:
         gradient: Gradient number ``step``, of any shape and floating dtype; its values stay.
@@ -46,11 +46,11 @@ def adam_direction(
         step: From 1; corrects the moments' bias.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
-        generator: Rounds moments in bfloat16, which move on in float32, stochastically: to nearest, a second moment would
-            never decay.
+        generator: Updates bfloat16 moments in float32 and rounds them stochastically; rounded to nearest, a second moment
+            would never decay.
 
     Returns:
-        The direction, of the gradient's shape, in the dtype in which the moments moved on.
+        The direction, of the gradient's shape, in the dtype in which the moments were updated.
     """
     if generator is None:
         return adam_directions([gradient], [exp_avg], [exp_avg_sq], [step], betas, eps)[0]
@@ -69,13 +69,13 @@ def adam_directions(
     betas: tuple[float, float],
     eps: float,
 ) -> list[Tensor]:
-    """Adam for many gradients at once, each with a count of its own; to the bit what one at a time gives.
+    """Adam for many gradients at once, each at its own step; the same bits as one at a time.
 
     Args:
         gradients: Tensors of any shapes.
-        exp_avgs: For each its first moment, moved on in place.
-        exp_avg_sqs: For each its second moment, moved on in place.
-        steps: For each its number, from 1.
+        exp_avgs: The first moment of each, updated in place.
+        exp_avg_sqs: The second moment of each, updated in place.
+        steps: The step's number for each, from 1.
         betas: Decay rates of the moments.
         eps: Added to the roots of the second moments.
 
@@ -148,7 +148,14 @@ def descend_(weight: Tensor, direction: Tensor, lr: float, decay: float, generat
 
 
 def descend_together_(weights: list[Tensor], directions: list[Tensor], lr: float, decay: float) -> None:
-    """``descend_`` for many weights at once, of any shapes; to the bit what one at a time gives."""
+    """``descend_`` for many weights at once, without rounding; the same bits as one at a time.
+
+    Args:
+        weights: Tensors of any shapes, changed in place.
+        directions: For each a tensor of the same shape.
+        lr: Learning rate.
+        decay: Learning rate times weight decay.
+    """
     directions = [direction.to(weight.dtype) for weight, direction in zip(weights, directions, strict=True)]
     foreach_add_(weights, directions, alpha=-lr)
     foreach_mul_(weights, 1 - decay)

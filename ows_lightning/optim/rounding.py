@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """Writes float32 ``value`` into bfloat16 ``target``, up or down with odds by distance, so that E[target] = value.
+    """Writes float32 ``value`` into bfloat16 ``target``, rounded up or down at random so that E[target] = value.
 
     Both have the same shape, whatever it is; the generator is on their device.
 

@@ -1,6 +1,6 @@
 """The learning rate's schedule: warm-up, then decay.
 
-Its rates are those of ``transformers.get_scheduler``; it stands here because ``optim`` needs torch alone.
+Its rates are those of ``transformers.get_scheduler``; it is not used because ``optim`` needs torch alone.
 """
 
 from __future__ import annotations

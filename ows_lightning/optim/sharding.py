@@ -28,7 +28,7 @@ from torch import Tensor
 from ows_lightning.compat import foreach_clamp_max_, foreach_clamp_min_, foreach_mul_, foreach_norm
 from ows_lightning.optim.subspace import Side
 
-if TYPE_CHECKING:  # whoever shards weights has imported it; it takes half as long as torch itself
+if TYPE_CHECKING:  # slow to import; code that shards weights has imported it
     import torch.distributed.tensor
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
@@ -37,13 +37,13 @@ BUCKET = 1 << 23  # elements that are reduced in one message
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor; none is before DTensor's package has been imported."""
+    """Whether a tensor is a DTensor. Before DTensor's package is imported there are none."""
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and isinstance(tensor, package.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this process, in place (use it without autograd)."""
+    """The part of a tensor on this process, of its local shape; shares memory (use it without autograd)."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -59,12 +59,12 @@ def whole_matrices(tensor: Tensor) -> Tensor:
 
 
 def projected_placements(weight: DTensor, side: Side) -> list[Placement]:
-    """How a projected gradient, and moments, of ``weight`` are distributed."""
+    """Placements of the projected gradient and the moments of ``weight``, a DTensor of shape (..., m, n)."""
     return [torch.distributed.tensor.Replicate() if p.is_shard(_projected_dim(weight, side)) else p for p in weight.placements]
 
 
 def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
-    """How a projector of ``weight``, of shape (..., m or n, r), is distributed."""
+    """Placements of the projector of ``weight``, of shape (..., m, r) for the left side, (..., n, r) for the right."""
     rows = weight.dim() - 2
     along_rows = [
         torch.distributed.tensor.Shard(rows)
@@ -99,14 +99,14 @@ def place_projector(projector: Tensor, weight: Tensor, side: Side) -> Tensor:
         return projector
     placements = [p if _is_batch(p, weight) else torch.distributed.tensor.Replicate() for p in weight.placements]
     for dim, placement in enumerate(placements):
-        if placement.is_replicate():  # all computed the same, but only equal bits never drift apart
+        if placement.is_replicate():  # all ranks computed the same, but not bit by bit
             dist.broadcast(projector, group=weight.device_mesh.get_group(dim), group_src=0)
     tensor = _from_local(projector, weight, placements, (*weight.shape[:-2], *projector.shape[-2:]))
     return tensor.redistribute(placements=projector_placements(weight, side))
 
 
 def take_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    """Distributes a tensor that every process holds whole, without communication."""
+    """Distributes a tensor of any shape that every process holds whole, without communication."""
     replicated = torch.distributed.tensor.DTensor.from_local(
         tensor, mesh, [torch.distributed.tensor.Replicate()] * mesh.ndim, run_check=False
     )
@@ -114,7 +114,7 @@ def take_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement])
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all tensors together, a scalar that is equal on all processes; one number is communicated."""
+    """The joint 2-norm of tensors of any shapes, a scalar that is equal on all processes; one number is communicated."""
     tensors = list(tensors)
     mesh = next((t.device_mesh for t in tensors if is_sharded(t)), None)
     if mesh is None:
@@ -133,7 +133,7 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
     Args:
         gradients: Tensors of any shapes, sharded or not; without any, nothing happens.
         norm: Their joint 2-norm (or that of these and others which are clipped with them), a scalar.
-        limit: Of the joint norm, or of each element's absolute value.
+        limit: Limit of the joint norm, or of each element's absolute value.
         algorithm: ``norm`` or ``value``, as Lightning's ``gradient_clip_algorithm``.
     """
     parts = [local(gradient) for gradient in gradients]
@@ -147,14 +147,14 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
 
 
 def agree(flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """For each flag, whether it is set on any process of a group."""
+    """For each flag, whether it is set on any process of the group."""
     anywhere = torch.tensor(flags, dtype=torch.uint8, device=device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in anywhere.tolist()]
 
 
 def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Averages tensors over the processes of a group, in place; small ones travel together."""
+    """Averages tensors of any shapes over the processes of a group, in place; small ones share a message."""
     buckets: dict[torch.dtype, list[list[Tensor]]] = {}
     for tensor in tensors:
         of_dtype = buckets.setdefault(tensor.dtype, [[]])

@@ -1,4 +1,4 @@
-"""Seconds that a device works on something, measured without waiting for it."""
+"""Measures how long a device works on something, without waiting for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds of the blocks that it measures: by the clock on a CPU, by events on a GPU."""
+    """Adds up the seconds of the ``with`` blocks that it measures: by the clock on a CPU, by events on a GPU."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -32,7 +32,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds so far; waits for a GPU that has not come that far yet."""
+        """Seconds so far; waits for a GPU that is still working on them."""
         for begin, end in self._spans:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000

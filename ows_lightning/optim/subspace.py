@@ -29,7 +29,7 @@ def leading_singular_vectors(gradient: Tensor, rank: int, side: Side, method: Me
         Orthonormal columns of shape (..., m, r) or (..., n, r), in the gradient's dtype.
     """
     if method == "svd":
-        # Of the gradient as it is, also for the left side: kept moments depend on the vectors' signs, as in galore-torch.
+        # Never of the transposed gradient: moments that are kept depend on the vectors' signs, which are galore-torch's.
         u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
         vectors = vh[..., :rank, :].mT if side == "right" else u[..., :rank]
     else:
@@ -41,7 +41,7 @@ def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     m, n = matrix.shape[-2:]
     generator = torch.Generator(matrix.device).manual_seed(seed)
     # The products run in the gradient's own dtype: no float32 copy of the matrix is made.
-    # Experts share it, so that processes with some of the experts each find the same subspaces as one process with all.
+    # All experts share it: a process with some of the experts finds the same subspaces as one that has them all.
     test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
     rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)
     columns = _orthonormal(matrix @ rows).to(matrix.dtype)
@@ -49,8 +49,8 @@ def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())
     axes, values, _ = torch.linalg.svd(triangle)
     vectors = basis @ axes[..., :rank]
-    # Rounding, which differs with the number of processes, must not choose what the gradient leaves open: the directions
-    # beyond its numerical rank come from the generator, and one of each vector's signs, on which kept moments depend.
+    # Rounding differs with the number of processes and must not decide anything. So directions beyond the gradient's numerical
+    # rank come from the generator, and the largest entry of each vector is made positive: moments that are kept depend on it.
     left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
     if left_open.any():
         free = torch.randn(n, rank, generator=generator, device=matrix.device)

@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 
 PARTS = ("embeddings", "lm_head", "norm")
-"""What lies outside the blocks and may train always, by the names that ``always_train`` takes."""
+"""The parts of a model outside its blocks, as ``always_train`` names them."""
 
 
 def may_train(model: nn.Module) -> list[nn.ParameterList]:
-    """Returns each block's trainable parameters, first block first: what a user froze before (LoRA's base) is left out.
+    """Returns each block's trainable parameters, first block first, without what the user froze (LoRA's base).
 
     Args:
         model: See ``decoder_layers``.
@@ -23,7 +23,7 @@ def may_train(model: nn.Module) -> list[nn.ParameterList]:
 
 
 def outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
-    """Returns the trainable parameters outside the blocks, each with whether it trains always.
+    """Maps each trainable parameter outside the blocks to whether it always trains.
 
     Args:
         model: See ``decoder_layers``.
@@ -47,7 +47,7 @@ def activate_blocks(
     several blocks share (Zamba2's attention) trains if any of them is active. Call it between two optimizer steps.
 
     Args:
-        layers: The decoder blocks, see ``decoder_layers``, or what of each of them may train.
+        layers: The decoder blocks, see ``decoder_layers``, or lists of the parameters of each that may train.
         active: Indices of the blocks that train from now on.
         others: Parameters outside the blocks, each with whether it trains.
         optimizers: Optimizers that hold the parameters; they must have been built before anything was frozen.

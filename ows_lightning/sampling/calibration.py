@@ -19,7 +19,7 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
 
     Args:
         loader: The train DataLoader: its data set and collate function are used, not its position.
-        samples: How many rows; of a smaller data set all of them.
+        samples: Number of rows; a smaller data set gives all that it has.
         seed: Chooses the rows.
 
     Raises:
@@ -30,13 +30,13 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
     dataset = loader.dataset
     kind: Any = DataLoader
     if isinstance(dataset, IterableDataset):
-        # The run's own position stays: the copy moves, and a loader of its kind knows what its rows look like.
+        # Reading a copy leaves the run's position alone. Only the same class of loader can unpack the stream's rows.
         dataset, kind = copy.deepcopy(dataset), type(loader)
     else:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
         dataset = Subset(dataset, order[:samples].tolist())
-    # A loader with a batch sampler of its own has no batch size.
+    # A loader that was given a batch sampler has no batch size.
     size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, samples)
-    # A generator of its own: a DataLoader without one draws from the global one, and the run's order would change.
+    # Without a generator the DataLoader would draw from the global one, and change the order of the run's rows.
     batches = kind(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
     return itertools.islice(batches, -(-samples // size))

@@ -35,7 +35,7 @@ class LayerwiseSampling(BlockSampler, Callback):
     Lightning's clipping, by ``gradient_clip_val`` or the module's ``clip_gradients``, acts on what a projecting optimizer
     consumes. ``torch.nn.utils.clip_grad_norm_`` sees ``grad`` alone: call ``optimizer.clip_gradients(limit)`` instead.
 
-    What does not work with it: optimizers that are built from the parameters trainable at the moment (freeze nothing
+    Not supported: optimizers that are built from the parameters trainable at the moment (freeze nothing
     yourself before ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (``ddp``: use
     ``ddp_layerwise``; ``fsdp``: use ``fsdp2``).
 
@@ -65,7 +65,7 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
-        log_dir = trainer.log_dir if trainer.loggers else None  # asks all ranks
+        log_dir = trainer.log_dir if trainer.loggers else None  # every rank has to ask: `log_dir` is broadcast
         folder = self.folder or (Path(log_dir) if log_dir else None)
         self._record = SamplingRecord(folder) if folder is not None and trainer.is_global_zero else None
         figures = self.start(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
@@ -86,7 +86,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         self.warn_of_never_trained()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As ``teardown``, which Lightning leaves out then."""
+        """Does what ``teardown`` does, which Lightning does not call after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

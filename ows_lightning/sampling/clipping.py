@@ -1,4 +1,4 @@
-"""Lightning's gradient clipping, for optimizers that hold the gradients of a step themselves."""
+"""Lightning's gradient clipping, for optimizers that keep a step's gradients themselves."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 
 
 def clip_what_is_consumed(precision: Precision) -> None:
-    """Lets an optimizer with a ``clip_gradients`` of its own, as GaLoreAdamW, clip by that.
+    """Makes Lightning clip by the optimizer's ``clip_gradients`` where it has one, as GaLoreAdamW does.
 
     All of Lightning's clipping ends in ``precision.clip_gradients``: ``gradient_clip_val``, and a module's own call in
-    ``configure_gradient_clipping`` or in manual optimization. Lightning's clips ``grad`` alone, and gradients that were
-    projected in backward are not there.
+    ``configure_gradient_clipping`` or in manual optimization. By itself it clips ``grad``, where
+    gradients that were projected in backward are missing.
 
     Args:
         precision: The Trainer's precision plugin, changed in place until ``clip_grad_alone``.

@@ -13,7 +13,7 @@ DISTRIBUTIONS = (
     "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
 )  # fmt: skip
 OF_OUTLIERS = ("outlier", "outlier_reverse", "window")
-"""The distributions that are made of outlier ratios."""
+"""The distributions that are computed from outlier ratios."""
 EXPLORED = 0.1
 """Share of ``gradient_norm`` that is uniform, so that no block starves."""
 
@@ -31,7 +31,7 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
             - `decreasing`: p_l proportional to L - l, which is LISA-D; `increasing` is its mirror image.
             - `outlier_reverse`: the probabilities of `outlier`, the largest for the block with the fewest outliers.
             - `weight_norm`: p_l proportional to the norm of the block's weights.
-            - `window`: the probabilities of `outlier`; what is drawn are neighbours, see `draw_window`.
+            - `window`: the probabilities of `outlier`; neighbouring blocks are drawn, see `draw_window`.
             - `gradient_norm`: p_l = 0.9 s_l / sum_k s_k + 0.1 / L, where the score s_l is an exponential mean of the norm of
               the block's gradient per weight. A block without a score (0) counts as the mean of the others.
 
@@ -39,7 +39,7 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         Shape (num_layers,), float64 on the CPU, sums to 1.
 
     Raises:
-        UsageError: The distribution is unknown, or the scores or weights make no distribution.
+        UsageError: The distribution is unknown, or the scores or weights can't be turned into probabilities.
     """
     scores = torch.as_tensor(ratios, dtype=torch.float64).cpu()
     if scores.dim() != 1 or len(scores) == 0:
@@ -78,7 +78,7 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
 
 
 def _normalised(scores: Tensor, key: str = "scores", mend: str = "") -> Tensor:
-    """Divides scores by their sum; a UsageError under `key` if they are no weights, with `mend` if all are zero."""
+    """Divides scores by their sum; a UsageError under `key` if one is negative or not finite, with `mend` if all are zero."""
     bad = (~scores.isfinite() | (scores < 0)).nonzero().flatten().tolist()
     if bad:
         raise UsageError(f"{key}: block {bad[0]} has {scores[bad[0]].item()}; give finite numbers of at least 0")

@@ -15,13 +15,13 @@ def draw_blocks(
 ) -> list[int]:
     """Draws distinct blocks, one after the other, each in proportion to the probabilities of those still left.
 
-    With ``grouping``, each block is drawn as often, but together with others of its height, see ``GroupedDraws``.
+    With ``grouping``, each block is drawn as often, but together with blocks of similar depth, see ``GroupedDraws``.
 
     Args:
         probabilities: Shape (num_layers,), see `sampling_probabilities`.
         count: How many blocks to draw (gamma in the paper).
         generator: The CPU random generator to draw with; None is torch's global one.
-        grouping: 0 draws independently; 1 raises the lowest block, on average, as far as is possible; between them it is the
+        grouping: 0 draws independently; 1 raises the lowest block, on average, as far as possible; values between are the
             share of that gain.
 
     Returns:

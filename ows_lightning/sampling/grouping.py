@@ -1,16 +1,16 @@
-"""Draws that know the depth: every block as often as in independent draws, but drawn together with others of its height.
+"""Draws by depth: every block is drawn as often as in independent draws, but together with blocks of similar depth.
 
-The time of a step is decided by the lowest active block, since backward runs through all that lies above it. With pi the
-inclusion probabilities of independent draws, a grouped draw is one of ``count`` distinct blocks with just these probabilities
-whose lowest block lies higher on average.
+The lowest active block decides the time of a step, since backward runs through all blocks above it. With pi the
+inclusion probabilities of independent draws, a grouped draw takes ``count`` distinct blocks with exactly these
+probabilities, but its lowest block lies higher on average.
 
-What is possible is a linear program over the lowest block m, drawn with the probability q_m, and the chance y_ml that m is the
+The limit is a linear program over the lowest block m, drawn with the probability q_m, and the chance y_ml that m is the
 lowest and l is drawn, too:
 
     maximise sum_m q_m m   subject to   q_l + sum_{m<l} y_ml = pi_l,   sum_{l>m} y_ml = (count - 1) q_m,   0 <= y_ml <= q_m.
 
-In between, of all draws with the wanted mean of the lowest block, the one of maximum entropy is taken (conditional Poisson
-sampling, Hajek 1964, with a price on depth):
+Below the limit we take, of all distributions with the wanted mean of the lowest block, the one of maximum entropy (conditional
+Poisson sampling, Hajek 1964, with a price on depth):
 
     P(S) proportional to exp(beta min S) prod_{l in S} w_l,
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from ows_lightning.sampling.inclusion import inclusion_probabilities, lowest_block_probabilities
 
 Floats = NDArray[np.float64]
-_SURE = 1 - 1e-9  # a chance from which on a block is taken without a draw
+_SURE = 1 - 1e-9  # a block with at least this chance is always taken
 
 
 class GroupedDraws:
@@ -38,7 +38,7 @@ class GroupedDraws:
     Args:
         probabilities: Shape (num_layers,), those of independent draws; some may be zero.
         count: How many blocks to draw, at most the number of those whose probability is not zero.
-        grouping: Share of what is possible, above 0 and up to 1.
+        grouping: Share of the possible gain, above 0 and up to 1.
 
     Attributes:
         inclusion: Shape (num_layers,), float64: the chance of each block to be drawn, as in independent draws.
@@ -85,7 +85,7 @@ class _Highest:
     """The draws whose lowest block lies highest: the linear program's m, and the others with its chances given m."""
 
     def __init__(self, pi: Floats, count: int, depths: Floats) -> None:
-        from scipy.optimize import linprog  # late: independent draws need no scipy
+        from scipy.optimize import linprog  # imported here: independent draws don't need scipy
         from scipy.sparse import coo_array, vstack
 
         n, self._count = len(pi), count
@@ -99,7 +99,8 @@ class _Highest:
             (np.append(np.ones(len(m)), -np.ones(len(m))), (np.tile(np.arange(len(m)), 2), np.append(pairs, m))),
             shape=(len(m), n + len(m)),
         )
-        for tolerance in (1e-10, 1e-8, 1e-6):  # a feasible point is there, but chances of many magnitudes may hide it
+        # A feasible point exists, but the solver may miss it where chances differ by many orders of magnitude.
+        for tolerance in (1e-10, 1e-8, 1e-6):
             found = linprog(
                 np.append(-depths, np.zeros(len(m))),
                 A_ub=at_most_q if len(m) else None,
@@ -140,7 +141,7 @@ class _MaximumEntropy:
         self._count, n = count, len(pi)
         target = np.append(pi, depth)
         x = np.append(np.log(pi) - np.log(np.maximum(1 - pi, 1e-12)), 0.0)  # log w, and beta
-        # Newton's method on the log-likelihood, which is concave; beta's way to a price that is high goes by smaller steps.
+        # Newton's method on the log-likelihood, which is concave; a large beta is reached in small steps.
         sums, self.fits = _Sums(x, count, depths), False
         for _ in range(100):
             error = target - sums.mean
@@ -148,7 +149,7 @@ class _MaximumEntropy:
             if np.abs(error / np.append(pi, max(depth, 1.0))).max() < 1e-10:
                 break
             scale = 1 / np.sqrt(np.maximum(np.diag(sums.covariance), 1e-300))
-            flat = np.append(np.ones(n), 0.0) / scale  # a factor to all w changes nothing
+            flat = np.append(np.ones(n), 0.0) / scale  # scaling all w changes nothing
             flat /= np.linalg.norm(flat)
             curvature = sums.covariance * np.outer(scale, scale) + np.outer(flat, flat)
             step = scale * np.linalg.lstsq(curvature, scale * error, rcond=1e-14)[0]
@@ -218,7 +219,7 @@ class _Sums:
         """[l, k]: the chance that block l is among the k >= 1 blocks that are drawn from it and those above it."""
         chances = np.zeros_like(self._above[:-1])
         possible = self._above[:-1, 1:]
-        possible = np.where(np.isfinite(possible), possible, np.inf)  # more blocks than there are
+        possible = np.where(np.isfinite(possible), possible, np.inf)  # more blocks than the model has
         chances[:, 1:] = np.exp(self._theta[:, None] + self._above[1:, :-1] - possible)
         return chances
 

@@ -1,4 +1,4 @@
-"""What is known of independent draws beforehand: how often each block is drawn, and which one is the lowest.
+"""Chances in independent draws: of each block to be drawn, and to be the lowest one.
 
 Successive draws without replacement are a race of exponential clocks with the probabilities as rates, of which the first
 ``count`` to ring win. Sums over all orders of drawing become integrals over the time of one clock.
@@ -20,7 +20,7 @@ def inclusion_probabilities(probabilities: Sequence[float] | Tensor, count: int)
 
     .. math:: \pi_l = \int_0^\infty p_l e^{-p_l t} P(\text{fewer than count of the others have rung by } t) dt,
 
-    exact but for the quadrature (about 1e-9).
+    exact up to the error of the quadrature (about 1e-9).
 
     Args:
         probabilities: Probability of each block, shape ``(num_layers,)``.
@@ -46,7 +46,7 @@ def inclusion_probabilities(probabilities: Sequence[float] | Tensor, count: int)
         others[0] *= 1 - q
     pi = np.minimum((clock * np.exp(-clock) * others.sum(0)).sum(1) * (log_t[1] - log_t[0]), 1.0)
     room = pi * (1 - pi)
-    pi += (count - pi.sum()) * room / max(room.sum(), 1e-300)  # what the quadrature left
+    pi += (count - pi.sum()) * room / max(room.sum(), 1e-300)  # the error of the quadrature
     included = np.zeros(len(possible))
     included[possible] = np.minimum(pi, 1.0)
     return included

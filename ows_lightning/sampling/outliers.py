@@ -22,11 +22,11 @@ from ows_lightning.errors import UsageError, called
 from ows_lightning.models.causal_lm import run_causal_lm
 from ows_lightning.models.decoder import at_hand, causal_lm, decoder_layers
 
-_CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and a float32 sum of so many ones is exact
+_CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums so many ones exactly
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # compiled blocks would be compiled anew for the hooks
+@torch.compiler.set_stance("force_eager")  # hooks would make compiled blocks compile again
 def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], threshold: float = 13.0) -> Tensor:
     """Computes the outlier ratio D_l of every decoder block on calibration text (arXiv 2405.18380, equation 2).
 
@@ -37,7 +37,7 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
 
     The weights of a block are those of its `nn.Linear` and `Conv1D` modules, and the bare parameters that activations
     are multiplied with (experts, routers). An expert's norms run over the tokens that are routed to it. Biases do not
-    count, nor does what an adapter (LoRA) adds to them. The model's mode, hooks and gradients come back as they were.
+    count, nor do LoRA's adapters. The model's mode, hooks and gradients come back as they were.
     Under FSDP2 all ranks pass the same batches.
 
     Args:
@@ -89,14 +89,14 @@ def layer_weight_norms(model: nn.Module) -> Tensor:
 class _Weight:
     """A weight of a block, and the sum of squares of each of its input features over the text.
 
-    It is known by its owner and name, because FSDP2 puts another tensor there for every forward pass.
+    It is found by its module and name, because FSDP2 puts another tensor there for every forward pass.
     """
 
     owner: nn.Module
     name: str
     transposed: bool = False  # (in, out) instead of (out, in)
-    squares: Tensor | None = None  # float32, (in,) or (experts, in); None while no input was seen
-    experts: int | None = None  # matrices that lie behind one another in a single one, as in DBRX
+    squares: Tensor | None = None  # float32, (in,) or (experts, in); None until an input was seen
+    experts: int | None = None  # matrices that are concatenated into one, as in DBRX
 
     @property
     def is_bare(self) -> bool:
@@ -123,7 +123,7 @@ class _Weight:
             return
         matrices = self.full().mT if self.transposed else self.full()
         features = matrices.shape[-1]
-        # A layer that never ran, as an expert that no token was routed to, has inputs of norm 0.
+        # A layer that never ran, such as an expert without tokens, has inputs of norm 0.
         squares = matrices.new_zeros(features, dtype=torch.float32) if self.squares is None else self.squares
         norms = squares.sqrt().to(matrices.device).reshape(-1, features)
         for matrix, norm in zip(matrices.reshape(-1, *matrices.shape[-2:]), norms, strict=True):
@@ -145,7 +145,7 @@ def _block_weights(block: nn.Module) -> list[_Weight]:
 
 
 def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields a module and those in it; of one that wraps a layer to adapt it, as peft's do, the layer that it wraps alone."""
+    """Yields a module and its submodules; of an adapter around a layer (peft), only the layer."""
     if isinstance(base := getattr(module, "base_layer", None), nn.Module):
         yield from _without_adapters(base)
         return
@@ -160,7 +160,7 @@ def _outlier_ratio(index: int, weights: list[_Weight], threshold: float) -> floa
     for weight in unseen:
         if weight.parameter.dim() == 3:
             kind = type(weight.owner).__name__
-            warnings.warn(f"block {index}: {kind}.{weight.name} is in no matrix product and not scored", stacklevel=3)
+            warnings.warn(f"block {index}: {kind}.{weight.name} is used in no matrix product and not scored", stacklevel=3)
     weights = [weight for weight in weights if weight not in unseen]
     if not all(weight.squares is None or weight.squares.isfinite().all() for weight in weights):
         raise UsageError(
@@ -176,7 +176,7 @@ def _outlier_ratio(index: int, weights: list[_Weight], threshold: float) -> floa
     if count == 0:
         return 0.0
     cutoff = threshold * total / count
-    # gt_ writes ones and zeros in place, which sums several times faster than a boolean tensor.
+    # gt_ writes ones and zeros in place; their sum is several times faster than a boolean tensor's.
     outliers = sum(magnitudes.gt_(cutoff).sum().item() for weight in weights for magnitudes in weight.magnitudes())
     return 100 * outliers / count
 
@@ -261,10 +261,10 @@ def _measure_inputs(
 ) -> None:
     """Runs the text through the model, which fills in the squares of the weights."""
     language_model = causal_lm(model)
-    device = next(language_model.parameters()).device  # the embeddings': blocks may wait elsewhere
-    accepted = inspect.signature(type(language_model).forward).parameters  # accelerate wraps the instance's
+    device = next(language_model.parameters()).device  # that of the embeddings: blocks may wait elsewhere
+    accepted = inspect.signature(type(language_model).forward).parameters  # of the class: accelerate wraps the instance's
     options = {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in accepted}
-    # Experts get tokens without their positions, so their padding is found only by leaving it out beforehand.
+    # Experts see tokens without their positions, so padding can only be left out beforehand.
     has_experts = any(isinstance(module, nn.ModuleList) for block in layers for module in block.modules()) or any(
         weight.parameter.dim() == 3 for weights in blocks for weight in weights
     )

@@ -9,7 +9,7 @@ from ows_lightning.sampling.sampler import BlockSampler
 
 
 class SamplingRecord:
-    """Writes a sampler's scores and draws into a folder; a draw is a line that is added, however many there are.
+    """Writes a sampler's scores and draws into a folder; each draw appends one line.
 
     Args:
         folder: The folder, made when something is written.

@@ -1,4 +1,4 @@
-"""What a strategy must allow for the trained blocks to change."""
+"""Which strategies sampling and projection work with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ows_lightning.errors import UsageError
 
 
 def require_layerwise(strategy: object) -> None:
-    """Refuses strategies that can't carry weights which are frozen and unfrozen, or gradients that are projected.
+    """Refuses strategies that can't freeze and unfreeze weights during a run, or can't project gradients.
 
     Args:
         strategy: A strategy of Lightning's, or the name of one.

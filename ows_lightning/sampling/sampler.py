@@ -36,7 +36,7 @@ Part = Literal["embeddings", "lm_head", "norm"]
 class BlockSampler:
     """Draws the blocks that train, freezes the others, and remembers what a resumed run needs.
 
-    It knows no training framework: ``LayerwiseSampling`` drives it from Lightning's hooks, and a loop of one's own can,
+    It knows no training framework: ``LayerwiseSampling`` drives it from Lightning's hooks, and your own loop can,
     too::
 
         sampler.attach(model)                                      # once every parameter is in the optimizer
@@ -61,9 +61,9 @@ class BlockSampler:
         always_train: What outside the blocks trains at all: ``embeddings``, ``lm_head``, ``norm``. A weight that
             embeddings and head share trains if either is named.
         seed: Seeds the draws and the choice of calibration rows.
-        grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with others
-            of its height, so that the lowest active block, which decides a step's time, lies higher on average; 1 is the most
-            that is possible.
+        grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with blocks
+            of similar depth, so that the lowest active block, which decides a step's time, lies higher on average; 1 is the
+            most that is possible.
 
     Attributes:
         history: (interval, optimizer step, blocks) of every draw so far.
@@ -164,7 +164,7 @@ class BlockSampler:
         return {"interval": float(interval)} if drawn == step else {}  # saved within the step that the draw was for
 
     def _require_held(self, optimizers: Iterable[Optimizer]) -> None:
-        """Refuses optimizers that would train nothing of a block that may train."""
+        """Refuses optimizers that hold no parameter of some block, which would then never train."""
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
             raise UsageError(
@@ -210,10 +210,10 @@ class BlockSampler:
 
     @torch.no_grad()
     def observe(self, optimizers: Iterable[Optimizer]) -> None:
-        """Takes the norms of the active blocks' gradients into their means, where the draws depend on them.
+        """Updates the mean gradient norm of each active block, if the draws depend on it.
 
-        Call it before every optimizer step, when the gradients are complete. Of a GaLoreAdamW the projected gradients count,
-        which are all that it keeps; else ``grad``. A gradient that is not finite does not count.
+        Call it before every optimizer step, when the gradients are complete. For GaLoreAdamW these are the projected
+        gradients, else ``grad``. Gradients that are not finite are ignored.
         """
         if self.distribution != "gradient_norm":
             return
@@ -240,13 +240,13 @@ class BlockSampler:
         activate_blocks(self._blocks, self.active_blocks, self._others.items(), list(optimizers))
 
     def release(self) -> None:
-        """Unfreezes what was frozen, and lets go of the model."""
+        """Unfreezes what was frozen, and drops the references to the model."""
         for p in [*(p for block in self._blocks for p in block), *self._others]:
             p.requires_grad_(True)
         self._blocks, self._others = [], {}
 
     def warn_of_never_trained(self) -> None:
-        """Names the blocks that no draw has reached."""
+        """Warns of the blocks that were never drawn."""
         never = sorted(set(range(len(self._blocks))) - {block for _, _, blocks in self.history for block in blocks})
         if never:
             log.warning(
@@ -258,18 +258,18 @@ class BlockSampler:
                 ", ".join(map(str, never)),
             )
 
-    # ------------------------------------------------------------------ what it decides
+    # ------------------------------------------------------------------ decisions
 
     def check(self, num_layers: int, architecture: Mapping[str, Any]) -> None:
-        """Checks the settings against what is known of a model before its weights are.
+        """Checks the settings against a model's dimensions, before its weights are loaded.
 
         Args:
             num_layers: Number of the model's blocks.
             architecture: See `architecture_of`.
 
         Raises:
-            UsageError: More blocks are to train than there are or can be drawn, the weights are those of another number of
-                blocks, or the scores those of another model.
+            UsageError: More blocks are to train than there are or can be drawn, the list of weights is for another
+                number of blocks, or the scores are of another model.
         """
         if self.activated_layers > num_layers:
             raise UsageError(
@@ -291,7 +291,7 @@ class BlockSampler:
         return draw_blocks(self.probabilities, self.activated_layers, generator, self.grouping)
 
     def planned_blocks(self, steps: int) -> set[int] | None:
-        """Returns all blocks that train in a run of so many optimizer steps; None if that is not known beforehand."""
+        """Returns all blocks that train in a run of ``steps`` optimizer steps; None if that can't be known before it."""
         if self.rescore_every is not None or self.distribution == "gradient_norm" or self._draws_at_other_times():
             return None
         coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
@@ -308,7 +308,7 @@ class BlockSampler:
             loader: The train DataLoader; calibration rows are taken from its data set, not from its position.
 
         Raises:
-            UsageError: There is no text to compute them from, or they are those of another model.
+            UsageError: There is no text to compute them from, or the file's scores are of another model.
         """
         config = getattr(causal_lm(model), "config", None)
         num_layers, architecture = len(decoder_layers(model)), architecture_of(config)

@@ -15,12 +15,12 @@ from ows_lightning.sampling.distributions import OF_OUTLIERS
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
-    """Returns what models must have in common for the scores of one to say anything of another, by the config's keys.
+    """Returns what two models must share for the scores of one to hold for the other, by the config's keys.
 
-    A model and its fine-tuned or exported copies have it in common, whatever their names and vocabularies.
+    A model and its fine-tuned or exported copies share it, whatever their names and vocabularies.
 
     Args:
-        config: A config of transformers; of any other object nothing is known.
+        config: A config of transformers; any other object gives an empty dict.
     """
     config = config.get_text_config() if isinstance(config, PretrainedConfig) else None
     keys = ("model_type", "hidden_size", "intermediate_size")
@@ -29,13 +29,13 @@ def architecture_of(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OutlierScores:
-    """What a run knows of its blocks: their scores, and the sampling probabilities that it made of them.
+    """The blocks' scores, and the sampling probabilities computed from them.
 
     Attributes:
         model: The model's name, as the user gave it.
         num_layers: Number of decoder blocks.
         threshold: Threshold tau of the outlier ratio.
-        calibration_samples: Rows of text that the activations come from; 0 where no activations were needed.
+        calibration_samples: Rows of text that the activations come from; 0 if none were needed.
         distribution: Name of the distribution, or a list of weights.
         outlier_ratios: D_l in percent, first block first (for ``weight_norm`` the norms of the weights, for ``gradient_norm``
             the means of the gradients' norms).
@@ -82,8 +82,8 @@ class OutlierScores:
         """Returns the outlier ratios for a model with ``num_layers`` blocks and an `architecture_of` its own.
 
         Raises:
-            UsageError: The scores are those of a model with another number of blocks, of other blocks, or no such scores as
-                ``distribution`` is made of.
+            UsageError: The scores are of a model with another number of blocks, of another architecture, or not of the kind
+                that ``distribution`` needs.
         """
         asks_for_norms = distribution == "weight_norm"
         if asks_for_norms or distribution in OF_OUTLIERS:
@@ -91,8 +91,8 @@ class OutlierScores:
             if holds_norms != asks_for_norms or not any(self.outlier_ratios):
                 what = "norms of weights" if holds_norms else "outlier ratios" if any(self.outlier_ratios) else "no scores"
                 raise UsageError(
-                    f"sampling.scores: holds {what} (its distribution is {self.distribution}), of which {distribution} "
-                    f"can't be made; run `{called('score')}` with sampling.distribution {distribution}"
+                    f"sampling.scores: holds {what} (its distribution is {self.distribution}), from which "
+                    f"{distribution} can't be computed; run `{called('score')}` with sampling.distribution {distribution}"
                 )
         if len(self.outlier_ratios) != num_layers:
             raise UsageError(

@@ -232,8 +232,16 @@ def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("distribution", "ratios", "message"),
     [
-        ("weight_norm", [1.0] * LAYERS, "sampling.scores: holds norms of weights (its distribution is weight_norm), of which"),
-        ("uniform", [0.0] * LAYERS, "sampling.scores: holds no scores (its distribution is uniform), of which outlier can't"),
+        (
+            "weight_norm",
+            [1.0] * LAYERS,
+            "sampling.scores: holds norms of weights (its distribution is weight_norm), from which",
+        ),
+        (
+            "uniform",
+            [0.0] * LAYERS,
+            "sampling.scores: holds no scores (its distribution is uniform), from which outlier can't",
+        ),
     ],
 )
 def test_scores_of_another_kind_are_refused(distribution: str, ratios: list, message: str, tmp_path: Path) -> None:
