@@ -164,7 +164,7 @@ class OWSTrainer(Trainer):
         self,
         model: LightningModule,
         datamodule: LightningDataModule,
-        ckpt_path: Path,
+        ckpt_path: str | Path,
         output: Path = Path("model"),
         push_to_hub: str | None = None,
         delta: bool = False,
@@ -184,8 +184,8 @@ class OWSTrainer(Trainer):
         check_writable("output", output.absolute().parent)
         model.trainer = self  # which knows the precision
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
-        read(ckpt_path, lambda path: load_weights(model, path))
-        card = model_card(model, ckpt_path.absolute().parent.parent)
+        read(Path(ckpt_path), lambda path: load_weights(model, path))
+        card = model_card(model, Path(ckpt_path).absolute().parent.parent)
         if delta:
             print(f"Written: {output} ({self._export_delta(model, output, card)})")
         else:

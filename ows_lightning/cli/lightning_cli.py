@@ -204,10 +204,10 @@ class OWSCLI(LightningCLI):
         places = [root / "checkpoints", root] if config.trainer.logger is False else [root]
         if config.checkpoint.dirpath:
             places = [Path(config.checkpoint.dirpath), *places]
+        if command == "export" and "://" in str(given):
+            raise UsageError(f"ckpt_path: export reads local checkpoints only; copy '{given}' to this machine first")
         path = find_checkpoint(str(given), *places)
-        if command == "export" and isinstance(path, str):
-            raise UsageError(f"ckpt_path: export reads local checkpoints alone; copy '{path}' to this machine first")
-        config.ckpt_path = path if path is None or command == "export" else str(path)
+        config.ckpt_path = None if path is None else str(path)
         if path is None and command != "fit":
             where = " or ".join(f"'{place}'" for place in places)
             raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")

@@ -34,6 +34,8 @@ LOGGED = (
 )  # fmt: skip
 """The figures that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
 
+_BATCHES = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+
 
 def check_run(
     command: str,
@@ -61,6 +63,9 @@ def check_run(
         check_training(trainer)
         if isinstance(model, CausalLMModule):
             check_step(model.check_optimizer())
+    if command in _BATCHES and trainer[_BATCHES[command]] == 0:
+        key = _BATCHES[command]
+        raise UsageError(f"trainer.{key}: with 0 there is nothing to {command}; give a number above 0, or leave it out")
     check_devices(trainer, torch.cuda.device_count())
     if command in ("fit", "validate", "test", "predict"):
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))

@@ -242,6 +242,13 @@ CASES = {
     "no batches": Case(
         fit("--trainer.limit_train_batches 0"), "trainer.limit_train_batches", "give a number above 0, or leave it out"
     ),
+    "nothing to validate": Case(
+        "validate --config base.yaml --trainer.limit_val_batches 0", "trainer.limit_val_batches", "above 0"
+    ),
+    "an address to export": Case(
+        "export --config base.yaml --ckpt_path s3://bucket/a.ckpt", "ckpt_path", "copy 's3://bucket/a.ckpt' to this machine"
+    ),
+    "nothing to test": Case("test --config base.yaml --trainer.limit_test_batches 0", "trainer.limit_test_batches", "above 0"),
     "no time": Case(fit("--trainer.max_time 00:00:00:00"), "trainer.max_time", "give a longer time, or leave it out"),
     "optimizer for matrices alone": Case(fit("--config muon.yaml"), "model.optimizer", "Muon only supports 2D parameters"),
     "config that holds itself": Case(fit("--config circle.yaml"), "config", "holds an alias of what it is in; write it out"),
