@@ -1,4 +1,4 @@
-"""``apply-delta BASE DELTA --output DIR``: the model of a base and a delta."""
+"""``apply-delta BASE DELTA --output DIR``: makes a model from its base and a delta."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ows_lightning.cli.words import Parser
 
 def run(words: list[str]) -> None:
     """Writes the model, and says how much smaller the delta is."""
-    parser = Parser("apply-delta", "Make the model that a delta of `export --delta` stands for, bit for bit.")
+    parser = Parser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
     parser.add_argument("base", metavar="BASE", help="The model that the run started from: hub name, directory or .gguf file")
     parser.add_argument("delta", metavar="DELTA", help="The delta's directory")
     parser.add_argument("--output", type=Path, default=Path("model"), help="The directory to write (default: model)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run code that the base's repository brings along")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the base's repository")
     given = parser.parse_args(words)
     from ows_lightning.models.delta import apply_delta
 

@@ -1,4 +1,4 @@
-"""``chat --model DIR``: a conversation in the terminal, or with what comes through a pipe, a message a line."""
+"""``chat --model DIR``: a conversation in the terminal, or with lines from a pipe, each a message."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ows_lightning.errors import UsageError
 if TYPE_CHECKING:
     from ows_lightning.cli.conversation import Conversation
 
-_HELP = "/reset forgets the conversation, /system TEXT also sets the system's message, /exit ends"
+_HELP = "/reset forgets the conversation, /system TEXT also sets the system message, /exit ends"
 
 
 def run(words: list[str]) -> None:
-    """Loads the model, and answers line after line."""
+    """Loads the model, and answers each line."""
     parser = Parser("chat", f"Talk to a model. A line is a message; {_HELP}.")
     parser.add_argument("--model", required=True, help="A directory, hub name, .gguf file, delta, run's folder or checkpoint")
     add_generation_flags(parser)

@@ -1,4 +1,4 @@
-"""OWSTrainer: Lightning's Trainer with the further verbs of ``main.py``."""
+"""OWSTrainer: Lightning's Trainer with a method for each command that Lightning lacks."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from ows_lightning.sampling.scores import OutlierScores
 
 
 class OWSTrainer(Trainer):
-    """Lightning's Trainer, with a method for each further subcommand, and checkpoints that are whole or not there.
+    """Lightning's Trainer, with a method for each further subcommand, and checkpoints that are written whole or not at all.
 
-    It brings along what a run of CausalLMModule does beside training: ``Resume``, ``Throughput`` and ``StopOnNaN``.
+    It adds the callbacks that a run of CausalLMModule needs: ``Resume``, ``Throughput`` and ``StopOnNaN``.
     """
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
         given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
         ours = [kind() for kind in (Resume, Throughput, StopOnNaN) if not any(isinstance(c, kind) for c in given)]
         super().__init__(*args, callbacks=[*ours, *given], **kwargs)
-        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # no plugin of the user's
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user gave a plugin
             self.strategy.checkpoint_io = WholeCheckpointIO()
 
     def test(
@@ -68,7 +68,7 @@ class OWSTrainer(Trainer):
             ckpt_path: The checkpoint to evaluate; without it, the model as it is.
             verbose: Print the figures.
             datamodule: The data module.
-            weights_only: Lightning's; checkpoints hold nothing else here.
+            weights_only: As in Lightning; our checkpoints load either way.
             tasks: Names of tasks of lm-evaluation-harness to run, too. Needs the extra ``eval``.
             include_path: A folder with YAML files of further tasks.
         """
@@ -77,7 +77,7 @@ class OWSTrainer(Trainer):
             print(figures_table(figures))
         module = self.lightning_module
         if tasks and isinstance(module, CausalLMModule):
-            module.to(self.strategy.root_device)  # it is taken from there when a loop ends
+            module.to(self.strategy.root_device)  # Lightning moves it to the CPU when a loop ends
             run_tasks(module.language_model, module.tokenizer, tasks, None if include_path is None else str(include_path))
         return figures
 
@@ -98,7 +98,7 @@ class OWSTrainer(Trainer):
             ckpt_path: The checkpoint to evaluate; without it, the model as it is.
             verbose: Print the figures.
             datamodule: The data module.
-            weights_only: Lightning's; checkpoints hold nothing else here.
+            weights_only: As in Lightning; our checkpoints load either way.
         """
         figures = super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
         if verbose and self.is_global_zero:
@@ -117,7 +117,7 @@ class OWSTrainer(Trainer):
         sampling = copy.copy(LayerwiseSampling.of(self)) or LayerwiseSampling()
         sampling.scores = None
         if sampling.distribution not in (*OF_OUTLIERS, "weight_norm"):
-            sampling.distribution = "outlier"  # the others need no scores, and scores were asked for
+            sampling.distribution = "outlier"  # the other distributions need no scores
         self._prepare(model, datamodule)
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -145,8 +145,8 @@ class OWSTrainer(Trainer):
             method: Methods to predict, as ``ows,full`` or a list; all by default.
             format: ``table`` for people, ``json`` for programs.
             output: A folder for ``plan.png`` and ``plan.json``, and for the config of ``fit``.
-            card: A card's name, ``RTX 4090`` say: tokens a second on it, and what bounds them.
-            fit: A card's name: write the config that makes the run fit it, and do nothing else.
+            card: A card's name, such as ``RTX 4090``: estimate tokens a second on it, and what limits them.
+            fit: A card's name: only write a config with which the run fits it.
         """
         if fit is not None:
             folder = output or Path()
@@ -182,7 +182,7 @@ class OWSTrainer(Trainer):
         if not isinstance(model, CausalLMModule):
             raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
         check_writable("output", output.absolute().parent)
-        model.trainer = self  # which knows the precision
+        model.trainer = self  # the module reads the precision from it
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
         read(Path(ckpt_path), lambda path: load_weights(model, path))
         card = model_card(model, Path(ckpt_path).absolute().parent.parent)
@@ -195,12 +195,12 @@ class OWSTrainer(Trainer):
             print(f"Uploaded: {upload(output, push_to_hub)}")
 
     def _export_delta(self, module: CausalLMModule, output: Path, card: str) -> Sizes:
-        """Writes the whole model beside the output for as long as it takes to compare it with the base."""
+        """Writes the whole model beside the output, compares it with the base, and keeps the difference."""
         check_replaceable(output.absolute())
         name, trusts = module.hparams["model_name_or_path"], module.hparams["trust_remote_code"]
         with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export-") as folder:
             save_huggingface(module.model, module.tokenizer, whole := Path(folder, "model"), card)
-            module.causal_lm = None  # the base takes its place in memory
+            module.causal_lm = None  # free its memory for the base
             return write_delta(whole, output, name, DTYPES.get(str(self.precision), torch.float32), trusts)
 
     def _prepare(self, model: LightningModule, datamodule: LightningDataModule) -> None:
@@ -212,7 +212,7 @@ class OWSTrainer(Trainer):
 
 
 def figures_table(figures: Sequence[Mapping[str, float]]) -> str:
-    """Returns an evaluation's figures as lines of text, each once: Lightning repeats them for every data loader."""
+    """Returns an evaluation's figures as lines of text, each once (Lightning repeats them for every data loader)."""
     merged = {name: value for part in figures for name, value in part.items()}
     lines = []
     for name, value in merged.items():

@@ -14,9 +14,9 @@ from ows_lightning.errors import UsageError, not_writable
 
 
 def run(words: list[str]) -> None:
-    """Asks both models, prints a table, and leaves it where the report of the run finds it."""
+    """Asks both models, prints a table, and writes it where the run's report looks for it."""
     parser = Parser("compare", "Ask the base model and the tuned one the same, and show the answers side by side.")
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="Questions; without any, a line each of standard input")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="Questions; by default the lines of standard input")
     parser.add_argument("--model", required=True, help="The tuned model: a directory, a run's folder or a checkpoint in it")
     parser.add_argument("--base", help="The base model; by default the one that the run of --model started from")
     parser.add_argument("--output", type=Path, help="A folder for comparison.csv; by default the run's, whose report shows it")
@@ -71,7 +71,7 @@ def _base(run_folder: Path | None) -> str:
 
 
 def _table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
-    """Columns beside each other, as wide as the terminal, with a line between rows."""
+    """Columns side by side, as wide as the terminal, with a line between rows."""
     width = max(20, (shutil.get_terminal_size((100, 24)).columns - 3 * (len(names) - 1)) // len(names))
     rule = "-+-".join("-" * width for _ in names)
     lines = [" | ".join(name.ljust(width) for name in names), rule]

@@ -1,4 +1,4 @@
-"""Config files: where they are found, on which others they stand, and what is wrong with one before its keys are read."""
+"""Config files: how they are found and laid over their bases, and the checks before their keys are parsed."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from ows_lightning.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
-"""What holds ``configs/`` and ``examples/``: the package where it is installed from a wheel, else the checkout."""
+"""The folder with ``configs/`` and ``examples/``: the installed package's, or the checkout's."""
 
 BASE = "base"
-"""The key of a config file that names the one it stands on, by its path from this file or by the name of a shipped one."""
+"""The key of a config file that names its base, by a path relative to the file or by the name of a shipped one."""
 
-# As jsonargparse: the two loaders differ in what they take for text.
+# As jsonargparse uses: PyYAML's two loaders differ in what they read as text.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class ConfigFile(ActionConfigFile):
-    """``--config``: a file or the name of a shipped one, preceded by the files that it stands on."""
+    """``--config``: a file or the name of a shipped one, preceded by its bases."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Lays the file, and before it those that it stands on, over what was given so far."""
+        """Lays the file's bases, and then the file, over what was given so far."""
         for path in lineage(str(values)):
             super().__call__(parser, namespace, str(path), option_string)
 
 
 def lineage(name: str) -> list[Path]:
-    """Returns a config file and those that it stands on, the lowest first.
+    """Returns a config file and its bases, the lowest first.
 
     Args:
         name: A path, or the name of a shipped file, such as ``llama2_7b`` or ``methods/ows``.
 
     Raises:
-        UsageError: There is no such file, it is no YAML file of keys and values, or it stands on itself.
+        UsageError: There is no such file, it is no YAML file of keys and values, or it is its own base.
     """
     files: list[Path] = []
     path: Path | None = find_config(name)
     while path is not None:
         if path in files:
-            raise UsageError(f"config: {path} stands on itself; delete its line `{BASE}:`")
+            raise UsageError(f"config: {path} is its own base; delete its line `{BASE}:`")
         files.insert(0, path)
         base = _read(path).get(BASE)
         if base is not None and not isinstance(base, str):
@@ -90,21 +90,21 @@ def shipped_configs() -> Iterator[tuple[str, Path]]:
 
 
 def shipped_data(name: Any) -> Any:
-    """Returns the path of a data file that a shipped config names, where the working directory does not have it."""
+    """Returns the path of a data file that a shipped config names, if the working directory does not have it."""
     if isinstance(name, str) and name.startswith("examples/") and not Path(name).exists() and (SHIPPED / name).exists():
         return str(SHIPPED / name)
     return name
 
 
 def run(words: list[str]) -> None:
-    """``configs``: the shipped files, each with what it says of itself in its first line."""
+    """``configs``: the shipped files, each with its first line, which says what it is for."""
     Parser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
     for name, path in shipped_configs():
         print(f"{name:<26} {path.read_text().splitlines()[0].removeprefix('# ')}")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Reads a file's keys and values, and refuses what the parser would misread or pass over."""
+    """Reads a file's keys and values, and refuses what the parser would misread or ignore."""
     content = path.read_bytes()
     try:
         text = content.decode()
@@ -128,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
-    """Refuses a key that is given twice: YAML would keep the last value and drop the first without a word."""
+    """Refuses a key that is given twice: YAML would keep the last value and silently drop the first."""
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:

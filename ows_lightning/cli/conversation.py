@@ -19,12 +19,12 @@ from ows_lightning.models.source import DELTA_FILE, check_model_name
 
 
 class Conversation:
-    """The turns so far, and what answers them.
+    """The turns so far, and the model that answers them.
 
     Args:
         model: A causal LM, in evaluation mode.
         tokenizer: Its tokenizer, with a chat template.
-        system: What the system's message says, if there is one.
+        system: The text of the system message, if there is one.
         **generation: Arguments of transformers' ``generate``.
     """
 
@@ -57,7 +57,7 @@ class Conversation:
         return answer
 
     def _ids(self) -> torch.Tensor:
-        """The turns as token ids (1, L); the oldest are left out where the model's positions do not suffice."""
+        """The turns as token ids (1, L); the oldest are left out if the model has too few positions."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         while True:
@@ -126,7 +126,7 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
 
 
 def _directory(name: str, folder: Path) -> str:
-    """What `load_model` takes; of a checkpoint or a delta, the model that it makes in a folder."""
+    """The path of a model for `load_model`; a checkpoint or a delta is turned into a model in a folder first."""
     path = Path(name).expanduser()
     if (path / "model" / "config.json").is_file():
         return str(path / "model")
@@ -142,7 +142,7 @@ def _directory(name: str, folder: Path) -> str:
     from ows_lightning.cli.lightning_cli import OWSCLI
 
     command = ["export", "--config", str(config), "--ckpt_path", str(path), "--output", str(folder / "model")]
-    with contextlib.redirect_stdout(sys.stderr):  # answers alone go to standard output
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
         OWSCLI([*command, "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"])
     return str(folder / "model")
 

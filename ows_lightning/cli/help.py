@@ -1,4 +1,4 @@
-"""``COMMAND --help`` of the commands that take a config, read from the sources: to import them takes seconds."""
+"""``COMMAND --help`` of the commands that take a config, read from the sources, since imports would take seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import docstring_parser
 from ows_lightning.errors import called
 
 DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}
-"""Where the command line begins with something else than the class itself."""
+"""Where the command line's default differs from the class's."""
 
 _HERE = Path(__file__).parents[1]
 _NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
@@ -23,9 +23,9 @@ _GENERAL = """\
 --config FILE
   A YAML file, or the name of a shipped one (see `configs`); several are laid over one another
 --print_config
-  Print the config that results from all other words, and exit
+  Print the resulting config, and exit
 --seed_everything int (default: 0)
-  Seed of everything random; true draws one"""
+  Seed of all random numbers; true draws one"""
 _MORE = """\
 Another model or optimizer is named by its class: --model my_package.MyModule, --model.optimizer torch.optim.AdamW.
 Its arguments follow: --model.optimizer.lr 1e-4; in YAML they stand below class_path and init_args.
@@ -68,7 +68,7 @@ def page(command: str, what: str) -> str:
 
 
 def options(file: Path, name: str, function: str) -> list[Option]:
-    """Returns a method's arguments, without those that are no options; none where the class has no such method.
+    """Returns a method's arguments, without those that are no options; empty if the class has no such method.
 
     Args:
         file: The source.
@@ -90,7 +90,7 @@ def _options(file: Path, kind: ast.ClassDef, method: ast.FunctionDef) -> Iterato
     for node in (kind, method):
         for entry in docstring_parser.parse(ast.get_docstring(node) or "").params:
             described[entry.arg_name] = " ".join((entry.description or "").split())
-    ours = file.is_relative_to(_HERE)  # Lightning's own pages say the rest of theirs
+    ours = file.is_relative_to(_HERE)  # Lightning's documentation has the rest
     plain, named = method.args.args, method.args.kwonlyargs
     defaults = [*[None] * (len(plain) - len(method.args.defaults)), *method.args.defaults, *method.args.kw_defaults]
     for argument, default in zip([*plain, *named], defaults, strict=True):

@@ -73,13 +73,13 @@ class OWSCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Lightning's commands and OWSTrainer's. Where one is asked for, its parser alone is made, which saves seconds."""
+        """Lightning's commands and OWSTrainer's. If one is asked for, only its parser is made, which saves seconds."""
         ours = {"score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}}
         every = {**LightningCLI.subcommands(), **ours}
         return {self._asked: every[self._asked]} if self._asked in every else every
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Makes a parser whose ``--config`` takes the names of shipped files, too."""
+        """Makes a parser whose ``--config`` also takes names of shipped files."""
         parser = self.parser_class(**kwargs)
         what = "A YAML file, or the name of a shipped one (see `configs`); several are laid over one another"
         parser.add_argument("-c", "--config", action=ConfigFile, help=what)
@@ -100,7 +100,7 @@ class OWSCLI(LightningCLI):
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Lets every command take the config that a run of `fit` wrote into its folder."""
+        """Lets every command take the config that `fit` wrote into a run's folder."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         assert isinstance(parser, OneLineParser)
         of_fit = set(inspect.signature(Trainer.fit).parameters) - LightningCLI.subcommands()["fit"] - {"self"}
@@ -108,7 +108,7 @@ class OWSCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parses the arguments, and checks what the parser lets pass."""
+        """Parses the arguments, and checks what the parser does not."""
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list):
             self._start_from_named_classes(parser, words)
@@ -128,9 +128,9 @@ class OWSCLI(LightningCLI):
                 data[key] = shipped_data(data[key])
 
     def _start_from_named_classes(self, parser: LightningArgumentParser, words: list[str]) -> None:
-        """Where another module or optimizer is named than the default one, begins with its own arguments.
+        """Where another module or optimizer is named than the default one, starts from that one's own defaults.
 
-        The parser lets a class inherit from the one before it what has the same name: AdamW the rate of GaLoreAdamW.
+        The parser would keep the former class's values for arguments of the same name: AdamW would get GaLoreAdamW's rate.
         """
         asked = parser.parse_args([word for word in words if not word.startswith("--print_config")])
         command = asked.get("subcommand")
@@ -156,7 +156,7 @@ class OWSCLI(LightningCLI):
         OWSTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` where none is configured."""
+        """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
         given = self._get(self.config_init, "trainer")
         sampling = self._get(self.config_init, "sampling")
         if self.subcommand is not None:
@@ -164,7 +164,7 @@ class OWSCLI(LightningCLI):
         callbacks = given["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(given["strategy"]):
-            require_layerwise(given["strategy"])  # before Lightning complains of something else
+            require_layerwise(given["strategy"])  # before Lightning reports something else
         callbacks.append(SaveOnSignal())  # before sampling, whose scores take a while
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
@@ -192,7 +192,7 @@ class OWSCLI(LightningCLI):
             raise UsageError(f"trainer: {' '.join(str(error).split())}{mend}") from error
 
     def _parse_ckpt_path(self) -> None:
-        """Finds the checkpoint. A resumed run's settings are the user's, not those in the checkpoint."""
+        """Finds the checkpoint. Settings come from the user, not from the checkpoint (as they would in Lightning)."""
         command = str(self.config.get("subcommand"))
         config = self.config.get(command, Namespace())
         given = config.get("ckpt_path")
@@ -216,13 +216,13 @@ class OWSCLI(LightningCLI):
 
 
 def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Returns the section ``model`` as it is where a user says nothing, with an optimizer."""
+    """Returns the default section ``model``, with an optimizer."""
     path = f"{CausalLMModule.__module__}.{CausalLMModule.__name__}"
     return {"class_path": path, "init_args": {"optimizer": optimizer}}
 
 
 def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
-    """Puts a CSV logger before the configured ones: the first one's folder is the run's, and pictures are drawn from it.
+    """Puts a CSV logger before the configured ones: its folder is the run's, and pictures are drawn from its file.
 
     Args:
         loggers: ``trainer.logger``, not false.
@@ -232,6 +232,6 @@ def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> l
         loggers = []
     loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
-        # Written at each row: a killed run's curves end where it did.
+        # Written at each row, so that a killed run keeps its curves.
         loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))
     return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))

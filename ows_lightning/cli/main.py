@@ -1,4 +1,4 @@
-"""The entry: which command is meant, and how it ends. What a command needs is imported when it is chosen."""
+"""The entry point: finds the command and ends it. A command's imports happen only when it is chosen."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ OF_A_CONFIG = {
 
 OF_THEIR_OWN = {
     "chat": ("ows_lightning.cli.chat", "Talk to a model, in the terminal or through a pipe"),
-    "compare": ("ows_lightning.cli.compare", "Answer the same prompts by the base and the tuned model, side by side"),
-    "apply-delta": ("ows_lightning.cli.apply_delta", "Make the model of a base and the delta that `export --delta` wrote"),
-    "report": ("ows_lightning.cli.report", "Draw one run or compare several, from their folders; --watch while one goes on"),
+    "compare": ("ows_lightning.cli.compare", "Show the answers of the base and the tuned model side by side"),
+    "apply-delta": ("ows_lightning.cli.apply_delta", "Make a model from a base and a delta of `export --delta`"),
+    "report": ("ows_lightning.cli.report", "Draw one run or compare several, from their folders; --watch shows a running one"),
     "configs": ("ows_lightning.cli.config_files", "List the config files that come with this package"),
 }
 """The others: the module whose ``run`` takes what follows the command."""
@@ -43,7 +43,7 @@ def main(args: Any = None) -> None:
     """
     words = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the letters of an answer shows the others
+        sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
     be_quiet()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
@@ -54,7 +54,7 @@ def main(args: Any = None) -> None:
     except KeyboardInterrupt as error:
         end(error)
     except SystemExit as error:
-        if not isinstance(error.__context__, KeyboardInterrupt):  # what Lightning makes of an interrupt
+        if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
         end(error.__context__)
 
@@ -74,7 +74,7 @@ def _run(words: Any, args: Any) -> None:
             else:
                 print(importlib.import_module("ows_lightning.cli.help").page(command, OF_A_CONFIG[command]))
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever read the output has enough of it
+        except BrokenPipeError:  # the reader of our output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
     elif command is not None and not command.startswith("-") and command not in OF_A_CONFIG:
@@ -87,7 +87,7 @@ def _run(words: Any, args: Any) -> None:
         from ows_lightning.cli.lightning_cli import OWSCLI
         from ows_lightning.distributed.ends import part
 
-        logging.getLogger("lightning").handlers.clear()  # it hands its messages on, and the root's handler prints them
+        logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
         OWSCLI(args)
         part()
 
@@ -110,7 +110,7 @@ def _import_without_plots() -> None:
 
 
 def usage() -> str:
-    """Returns the commands with a line each."""
+    """Returns the general help: a line for each command."""
     lines = [f"usage: {called('COMMAND')} [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
     lines += [f"  {name:<12} {what}" for name, what in OF_A_CONFIG.items()]
     lines += ["", "Others:"]
@@ -119,7 +119,7 @@ def usage() -> str:
 
 
 def end(error: BaseException) -> NoReturn:
-    """Ends the program with the line that a user sees of an error, or with the error if OWS_DEBUG is 1."""
+    """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
     if os.environ.get("OWS_DEBUG") == "1":
         raise error
     line, code = explain(error)

@@ -1,4 +1,4 @@
-"""Leaves out what libraries say at every start and what a user of the command line can't act upon."""
+"""Filters messages that libraries print at every start and that a user of the command line can do nothing about."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import warnings
 
 _WARNINGS = (
-    "does not have many workers",  # rows are tokenised beforehand; there is nothing left to do for workers
-    r"isinstance\(treespec, LeafSpec\)",  # torch and Lightning between themselves
+    "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do
+    r"isinstance\(treespec, LeafSpec\)",  # Lightning uses a deprecated part of torch
     "skip_none parameter was deprecated",
     "args parameter is intended to run from within Python",
     "is_gradient_checkpointing",
@@ -15,7 +15,7 @@ _WARNINGS = (
 )
 _LOGS = {
     "lightning.pytorch.utilities.rank_zero": ("litlogger", "GPU available:", "TPU available:", "HPU available:"),
-    "torch._subclasses.fake_tensor": ("failed while attempting to run meta for",),  # a stack trace; what failed says so itself
+    "torch._subclasses.fake_tensor": ("failed while attempting to run meta for",),  # a stack trace; it raises, too
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
 }
 

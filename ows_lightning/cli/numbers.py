@@ -35,7 +35,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "seed": (_from_zero, "at least 0"),
 }  # fmt: skip
-"""What a number must be, by the last word of its key."""
+"""The range of a number, by the last word of its key."""
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def check_rate(config: Mapping[str, Any]) -> None:
-    """Refuses to train at a learning rate of 0 or below, in whatever optimizer."""
+    """Refuses a learning rate of 0 or below, of any optimizer."""
     for key, value in numbers(config):
         if key.startswith("model.") and key.endswith((".lr", ".learning_rate")) and not value > 0:
             raise UsageError(f"{key}: {value} must be above 0; with it nothing would train")

@@ -1,4 +1,4 @@
-"""The parser's errors as one line: the key, what is wrong with it, and the nearest right one."""
+"""Turns the parser's errors into one line: the key, what is wrong with it, and the nearest right one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NONE = "<class 'NoneType'>"
 _NOTHING = "{}: nothing is given below it; write its keys there, or delete the line"
 _NAMEABLE = (LightningModule, LightningDataModule, Callback, Logger, Optimizer)
 
-# The sentences of jsonargparse that a mistyped key, class or value brings about.
+# What jsonargparse says of a mistyped key, class or value.
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
 _EMPTY_SECTION = re.compile(r"Unexpected config: (\w+):\s*$")
 _CLASS_PATH = re.compile(r"class_path[ =]'(.+?)'")
@@ -46,10 +46,10 @@ _FRAME = ("Does not validate", "Subtypes: ", "Errors:", "Problem with given", "G
 
 
 class OneLineParser(LightningArgumentParser):
-    """Lightning's parser, whose errors are UsageErrors of one line, without the usage of all two hundred options.
+    """Lightning's parser, whose errors are UsageErrors of one line, without a list of all two hundred options.
 
     Attributes:
-        foreign_keys: Keys that a config file may have, because `fit` writes them, though this parser does not have them.
+        foreign_keys: Keys that a config file may have because `fit` writes them, but which this parser lacks.
     """
 
     foreign_keys: Collection[str] = ()
@@ -67,7 +67,7 @@ class OneLineParser(LightningArgumentParser):
         Raises:
             UsageError: With the message in one line.
         """
-        if not self.exit_on_error:  # a parser within the parser, whose error becomes a part of the outer one's
+        if not self.exit_on_error:  # a nested parser, whose error becomes part of the outer one's
             super().error(message, ex)
         raise UsageError(one_line(message, self)) from ex
 
@@ -76,7 +76,7 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
     """Turns one of jsonargparse's messages, of many lines and nested as the keys are, into one line."""
     keys: list[str] = []
     expected: list[str] = []  # of the innermost key
-    reason = ""  # jsonargparse's own words, where we have no better ones
+    reason = ""  # jsonargparse's own words
     owner: Any = None
     if found := _EMPTY_SECTION.match(message):
         return _NOTHING.format(found[1])
@@ -103,7 +103,7 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
             if reason or not set(expected) - {_NONE}:
                 break
             return _wrong_type(key, found[1], expected)
-    reason = reason or f"the value does not fit; `{_help(parser)}` says of which type it is"
+    reason = reason or f"the value does not fit; `{_help(parser)}` says which type it has"
     return f"{key}: {reason}" if key else reason
 
 
@@ -121,7 +121,7 @@ def _unknown(key: str, found: re.Match[str], owner: Any, parser: argparse.Argume
 def _required(key: str, name: str) -> str:
     command, _, rest = name.partition(".")
     name = f"{key}.{name}" if key else rest or command
-    if name in SECTIONS:  # they have defaults: only null can have taken them away
+    if name in SECTIONS:  # both have defaults, so the user has set them to null
         return _NOTHING.format(name)
     return f"{name}: not given, and it has no default; put it into the YAML file or write --{name}"
 
@@ -152,7 +152,7 @@ def _no_class(key: str, name: str) -> str:
         return f"sampling: '{name}' is no mapping of keys, such as sampling.distribution; null trains all blocks"
     short = name.rpartition(".")[2]
     known = {kind.__name__ for base in _NAMEABLE for kind in _subclasses(base)}
-    mend = nearest(short, known) if short not in known else ""  # it may be a class of another kind
+    mend = nearest(short, known) if short not in known else ""  # it may be a class, but of another kind
     return f"{key}: '{name}' is no class that fits here" + (mend or "; give its full path, as in my_package.my_module.MyClass")
 
 

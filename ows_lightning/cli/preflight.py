@@ -1,4 +1,4 @@
-"""What is wrong with a run's settings, found before its weights are loaded and its devices taken."""
+"""Checks of a run's settings, before its weights are loaded and its devices used."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def check_run(
 
 
 def check_training(trainer: Mapping[str, Any]) -> None:
-    """Refuses numbers with which nothing would train, or in the wrong direction.
+    """Refuses settings with which nothing would train.
 
     Args:
         trainer: The Trainer's arguments.
@@ -108,17 +108,17 @@ def check_training(trainer: Mapping[str, Any]) -> None:
 
 
 def check_step(optimizer: Optimizer) -> None:
-    """Lets an optimizer take a step without a gradient's effect on two small weights, which one for other uses can't.
+    """Lets an optimizer take a step on two small weights, which one for other uses can't.
 
     Raises:
-        UsageError: It fails, as SparseAdam does on gradients that are dense.
+        UsageError: It fails, as SparseAdam does on dense gradients.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    except Exception as error:  # whatever a user's optimizer raises
+    except Exception as error:  # a user's optimizer may raise anything
         name = type(optimizer).__name__
         raise UsageError(f"model.optimizer: {name} can't train this model ({error}); take AdamW or GaLoreAdamW") from error
 
@@ -155,7 +155,7 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 are fast on this CPU; without AVX-512, an x86 one takes many times as long."""
+    """Whether matrix products in bfloat16 are fast on this CPU; on x86 without AVX-512 they take many times as long."""
     return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
@@ -165,7 +165,7 @@ def _check_name(key: str, given: Any, known: Sequence[str], usual: str) -> None:
 
 
 def _number_of_devices(devices: Any) -> int:
-    """How many devices are asked for; 0 for all there are."""
+    """The number of devices that are asked for; 0 for all."""
     if isinstance(devices, str) and "," in devices:
         devices = [part for part in devices.split(",") if part]
     if isinstance(devices, (list, tuple)):
@@ -178,7 +178,7 @@ def _number_of_devices(devices: Any) -> int:
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Makes sure of a folder to write to.
+    """Checks that a folder can be written to.
 
     Raises:
         UsageError: It can't be made or written to.
@@ -186,16 +186,16 @@ def check_writable(key: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))  # an empty file finds room on a full disk
+            file.write(bytes(4096))  # an empty file can be made on a full disk
     except OSError as error:
         raise not_writable(key, folder, error) from error
 
 
 def check_checkpoint(checkpoint: ModelCheckpoint) -> None:
-    """Makes sure that checkpoints can be named, and written where they are to be.
+    """Checks the names of checkpoints, and that their folder can be written to.
 
     Raises:
-        UsageError: They can't.
+        UsageError: A name is wrong, or the folder can't be written to.
     """
     if checkpoint.dirpath and "://" not in str(checkpoint.dirpath):
         check_writable("checkpoint.dirpath", Path(checkpoint.dirpath))
@@ -210,7 +210,7 @@ def check_checkpoint(checkpoint: ModelCheckpoint) -> None:
 
 
 def check_precision(model: LightningModule, precision: str) -> None:
-    """Refuses loss scaling with gradients that the scaler never sees."""
+    """Refuses loss scaling together with gradients that the scaler never sees."""
     if precision not in ("16", "16-mixed") or not isinstance(model, CausalLMModule):
         return
     if isinstance(model.check_optimizer(), GaLoreAdamW):
@@ -223,7 +223,7 @@ def check_precision(model: LightningModule, precision: str) -> None:
 def _check_monitors(
     model: LightningModule, data: LightningDataModule, checkpoint: ModelCheckpoint, callbacks: Callback | list[Callback]
 ) -> None:
-    """Refuses to monitor, or to name files by, what is never logged; others' modules and callbacks may log what they like."""
+    """Refuses to monitor, or to name files by, figures that are never logged (only if all that logs is ours)."""
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     alone = type(model) is CausalLMModule and all(
         type(callback).__module__.startswith(("lightning.", "ows_lightning.")) for callback in callbacks

@@ -8,7 +8,7 @@ from ows_lightning.cli.words import Parser
 
 
 def run(words: list[str]) -> None:
-    """Draws runs, or serves the page of one that goes on."""
+    """Draws runs, or serves the page of one that is running."""
     parser = Parser("report", "Draw one run or compare several, from their folders alone.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="A folder that `fit` or `score` wrote")
     parser.add_argument("--output", type=Path, help="Where to write; by default the folder of a single run, or `report`")

@@ -29,19 +29,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def standard_input() -> TextIO:
-    """Returns standard input, as UTF-8 in any locale; other bytes become replacement characters, and a closed one is empty."""
+    """Returns standard input, as UTF-8 in any locale, with replacement characters for other bytes; empty if it is closed."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     return sys.stdin or io.StringIO()
 
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what decides how a model to talk to is loaded, and how its answers are drawn."""
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="Tokens of an answer at most (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token each time")
-    parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the likeliest tokens of this share (default: all)")
+    """Adds the flags for loading a model to talk to, and for generating its answers."""
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="Most tokens of an answer (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, always takes the likeliest token")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="Draw from the likeliest tokens that make this share (default: all)"
+    )
     parser.add_argument("--top_k", type=int, default=0, help="Draw from this many likeliest tokens (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (default: 0)")
-    parser.add_argument("--system", help="The system's message")
+    parser.add_argument("--system", help="The system message")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", choices=DTYPES, help="Of the weights; bfloat16 on a GPU, else float32")

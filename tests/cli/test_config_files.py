@@ -56,7 +56,7 @@ def test_configs_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> N
         ("data:\n  val_size: 1\n  batch_size: 2\n  val_size: 3\n", "'val_size' on line 2 and again on line 4"),
         ("trainer: {callbacks: [{class_path: A, class_path: B}]}\n", "'class_path' on line 1"),
         ("- 1\n", "keys and values"),
-        ("base: mine.yaml\n", "stands on itself"),
+        ("base: mine.yaml\n", "is its own base"),
         ("base: 3\n", "no config file"),
         ("base: nothing.yaml\n", "no such file 'nothing.yaml'"),
     ],
