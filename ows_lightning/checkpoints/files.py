@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ows_lightning.checkpoints.sums import SummedFile, check_sum
+from ows_lightning.checkpoints.checksums import SummedFile, check_sum
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 NEEDED = ("state_dict", "loops", "global_step")

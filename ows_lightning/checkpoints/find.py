@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
+from ows_lightning.checkpoints.checksums import check_sums
 from ows_lightning.checkpoints.files import (
     META,
     NEEDED,
@@ -17,7 +18,6 @@ from ows_lightning.checkpoints.files import (
     one_line,
 )
 from ows_lightning.checkpoints.shards import read_metadata
-from ows_lightning.checkpoints.sums import check_sums
 from ows_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)

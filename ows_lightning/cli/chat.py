@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ows_lightning.cli.words import Parser, add_generation_flags, standard_input
+from ows_lightning.cli.flags import Parser, add_generation_flags, standard_input
 from ows_lightning.errors import UsageError
 
 if TYPE_CHECKING:

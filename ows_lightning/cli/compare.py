@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from ows_lightning.cli.words import Parser, add_generation_flags, standard_input
+from ows_lightning.cli.flags import Parser, add_generation_flags, standard_input
 from ows_lightning.errors import UsageError, not_writable
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 
-from ows_lightning.cli.words import Parser
+from ows_lightning.cli.flags import Parser
 from ows_lightning.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parents[1]

@@ -102,7 +102,7 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
 
     Args:
         name: What ``model.model_name_or_path`` takes, a run's folder, a checkpoint in one, or a delta.
-        given: The flags of `words.add_generation_flags`.
+        given: The flags of `flags.add_generation_flags`.
 
     Raises:
         UsageError: There is no such model, or the device is not there.

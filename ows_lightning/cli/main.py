@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from ows_lightning.cli.noise import be_quiet
+from ows_lightning.cli.log_filters import be_quiet
 from ows_lightning.errors import UsageError, called, explain, nearest
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def _run(words: Any, args: Any) -> None:
         if command == "plan":
             _import_without_plots()
         from ows_lightning.cli.lightning_cli import OWSCLI
-        from ows_lightning.distributed.ends import part
+        from ows_lightning.distributed.shutdown import part
 
         logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
         OWSCLI(args)

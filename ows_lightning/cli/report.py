@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ows_lightning.cli.words import Parser
+from ows_lightning.cli.flags import Parser
 
 
 def run(words: list[str]) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ows_lightning.distributed.ends import part_at_exit
+from ows_lightning.distributed.shutdown import part_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import agree, average_
 

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from ows_lightning.checkpoints.checksums import file_sum
 from ows_lightning.checkpoints.files import META, partial_path, put_in_place, write
 from ows_lightning.checkpoints.find import inspect, read
 from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
-from ows_lightning.checkpoints.sums import file_sum
-from ows_lightning.distributed.ends import part_at_exit
+from ows_lightning.distributed.shutdown import part_at_exit
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers

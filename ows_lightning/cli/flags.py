@@ -1,4 +1,4 @@
-"""The parser of the commands that take no config."""
+"""The parser of the commands that take no config, and flags that several of them share."""
 
 from __future__ import annotations
 

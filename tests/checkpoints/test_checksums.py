@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ows_lightning.checkpoints.checksums import check_sum
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
 from ows_lightning.checkpoints.io import WholeCheckpointIO
-from ows_lightning.checkpoints.sums import check_sum
 from ows_lightning.errors import UsageError
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run

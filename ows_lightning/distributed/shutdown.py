@@ -1,4 +1,4 @@
-"""How processes that trained together part."""
+"""How processes that trained together leave their group at the end."""
 
 from __future__ import annotations
 
