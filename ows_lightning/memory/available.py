@@ -8,7 +8,7 @@ import torch
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Bytes that are free on the device, torch's own included; those of the machine for a CPU, if it tells."""
+    """Bytes that are free on the device, torch's own included; for a CPU the machine's, if the system tells."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:

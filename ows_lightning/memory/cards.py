@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ows_lightning.errors import UsageError, nearest
 
 LINK_SHARE = 0.8
-"""What a large copy from page-locked memory reaches of its link's rate: 25 GB/s of PCIe 4.0 x16's 31.5, as is usual."""
+"""Share of its link's rate that a large copy from page-locked memory reaches: usually 25 of PCIe 4.0 x16's 31.5 GB/s."""
 
 
 class Card(NamedTuple):

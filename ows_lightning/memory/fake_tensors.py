@@ -89,7 +89,7 @@ def materialize_(model: nn.Module) -> None:
 
 
 class _Fake(FakeTensor):
-    """transformers asks whether tensors are FakeTensors, and then builds attention masks without a look at their values."""
+    """For FakeTensors transformers builds attention masks without looking at their values; this says that ours are some."""
 
     device = Tensor.device
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

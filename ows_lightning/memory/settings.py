@@ -76,7 +76,7 @@ class PlanSettings:
 
     @cached_property
     def meta_model(self) -> nn.Module:
-        """The model without its weights, made once; whoever changes one copies it (`first_blocks`)."""
+        """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
         return meta_model(self.model, self.dtype, self.attention)
 
     @cached_property

@@ -27,7 +27,7 @@ BETWEEN = "between"
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """What tells methods of training apart, as far as memory goes.
+    """How a method trains, as far as memory depends on it.
 
     Attributes:
         optimizer: From parameters or groups to an optimizer.

@@ -1,4 +1,4 @@
-"""How a fetch overlaps with computation: a stream of its own on a GPU, plain copies on a CPU."""
+"""How fetches overlap with computation: on a separate stream on a GPU, as plain copies on a CPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Copies(Protocol):
         """Runs ``fetch``, which writes into the slot, after all computation before the slot's last ``release``."""
 
     def wait(self, slot: int) -> None:
-        """Lets computation that is launched from now on see what was issued last."""
+        """Makes computation launched from now on see the last issued fetch."""
 
     def release(self, slot: int) -> None:
-        """Marks the end of what computes from the slot."""
+        """Marks the end of the computation that reads the slot."""
 
 
 class PlainCopies:
@@ -63,16 +63,16 @@ class StreamCopies:
             self.arrived[slot].record(self.stream)
 
     def wait(self, slot: int) -> None:
-        """Makes the stream that computes wait for the arrival; the process goes on."""
+        """Makes the computing stream wait for the fetch; the process goes on."""
         torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
 
     def release(self, slot: int) -> None:
-        """Records where the stream that computes is."""
+        """Records how far the computing stream is."""
         self.released[slot].record(torch.cuda.current_stream(self.device))
 
 
 class ReadAhead:
-    """Fetches that read a file, in a thread of their own: what computes goes on, and waits for what it needs next.
+    """Fetches that read a file, in a separate thread: computation goes on, and waits only for the block that it needs next.
 
     Args:
         copies: How the device orders what the thread fetches.
@@ -84,19 +84,19 @@ class ReadAhead:
         self.fetches: dict[int, Future[None]] = {}
 
     def issue(self, slot: int, fetch: Callable[[], None]) -> None:
-        """Has the thread fetch, after all that it was asked to fetch before."""
+        """Queues a fetch for the thread."""
         self.fetches[slot] = self.thread.submit(self.copies.issue, slot, fetch)
 
     def wait(self, slot: int) -> None:
-        """Waits until the file is read, and raises what went wrong."""
+        """Waits until the file is read, and raises the thread's error if there was one."""
         self.fetches[slot].result()
         self.copies.wait(slot)
 
     def release(self, slot: int) -> None:
-        """Marks the end of what computes from the slot."""
+        """Marks the end of the computation that reads the slot."""
         self.copies.release(slot)
 
 
 def copies_for(device: torch.device, slots: int) -> Copies:
-    """The way to fetch that a device has."""
+    """Returns the kind of fetches that a device needs."""
     return StreamCopies(device, slots) if device.type == "cuda" else PlainCopies()

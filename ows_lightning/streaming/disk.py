@@ -49,7 +49,7 @@ class FilePart:
             view, position = view[read:], position + read
 
     def drop(self) -> None:
-        """Lets go of the pages that were looked at; the weights stay in the file."""
+        """Frees the pages that were read; the weights stay in the file."""
         self.memory.madvise(mmap.MADV_DONTNEED)
 
 
@@ -88,7 +88,7 @@ class DiskHome(HostHome):
             self._move(self.tensors)
 
     def written(self) -> None:
-        """Lets go of what of the weights is in memory because somebody looked at them."""
+        """Frees the pages of the weights that are in memory because they were read."""
         for part in {part for part, _ in self.places}:
             part.drop()
 

@@ -43,7 +43,7 @@ def lay_out(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 def home_like(weight: Tensor, memory: Any, start: int) -> Tensor:
     """Makes a tensor within memory that has a weight's dtype, shape and strides.
 
-    It has a storage of its own, and is no view of a larger one: what saves models takes views of one storage for tied weights.
+    It has its own storage: code that saves models takes views of one storage for tied weights.
 
     Args:
         weight: Any tensor without gaps.
@@ -95,10 +95,10 @@ class HostHome:
         self.fetch(own)
 
     def make_writable(self) -> None:
-        """Prepares the ``tensors`` for being written by others than ``write_back``."""
+        """Prepares the ``tensors`` for writes other than ``write_back``."""
 
     def written(self) -> None:
-        """Takes note that others have written into the ``tensors``, or looked at them."""
+        """To be called after others have read or written the ``tensors``."""
 
 
 class DeviceHome(HostHome):

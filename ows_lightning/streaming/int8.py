@@ -102,12 +102,12 @@ class Int8Home(HostHome):
         self._renew(trained)
 
     def make_writable(self) -> None:
-        """Lets others write into the masters."""
+        """Prepares the masters for other writes."""
         self.masters.make_writable()
         self.tensors = self.masters.tensors
 
     def written(self) -> None:
-        """Makes the copy of the masters anew."""
+        """Makes a new copy of the masters."""
         self._renew(self.tensors)
         self.masters.written()
 

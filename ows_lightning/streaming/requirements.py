@@ -1,4 +1,4 @@
-"""What a run must be like for frozen blocks to wait outside the device."""
+"""What a run needs for frozen blocks to wait outside the device."""
 
 from __future__ import annotations
 
