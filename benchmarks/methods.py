@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
 from ows_lightning.sampling.distributions import sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks
+from ows_lightning.streaming.window import Window
 
 LR = 1e-4
 
@@ -117,6 +118,19 @@ def ours_frozen(model: PreTrainedModel, setting: Setting) -> Training:
     return _ours(model, setting, frozen=("embeddings", "lm_head"))
 
 
+def ours_host(model: PreTrainedModel, setting: Setting) -> Training:
+    """The same with frozen blocks in host memory, from where they pass through a window of two."""
+    training = ours_frozen(model, setting)
+    window, draw = Window(decoder_layers(model)), training.draw
+    window.move(model.device)
+
+    def draw_and_settle() -> None:
+        draw()
+        window.settle([training.optimizer])
+
+    return replace(training, draw=draw_and_settle)
+
+
 def ours_grouped(model: PreTrainedModel, setting: Setting) -> Training:
     """The same with `sampling.grouping` 1: the lowest active block lies as high as it can."""
     return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0)
@@ -137,6 +151,7 @@ METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] =
     "ours_full_rank": ("Ours, embeddings full rank", ours_full_rank),
     "ours_low_rank": ("Ours, embeddings low rank", ours_low_rank),
     "ours_frozen": ("Ours, embeddings frozen", ours_frozen),
+    "ours_host": ("Ours, embeddings frozen, blocks on the host", ours_host),
     "ours_grouped": ("Ours, embeddings frozen, grouping 1", ours_grouped),
     "forward_backward": ("Forward and backward of ours, grouping 0", forward_backward),
 }

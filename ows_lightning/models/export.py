@@ -28,6 +28,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.finite import all_finite
 from ows_lightning.models.mapped_files import let_go, weights_are_mapped
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
@@ -133,7 +134,7 @@ def _check_finite(model: nn.Module) -> None:
     }
     broken = []
     for name, part in parts.items():
-        if not part.isfinite().all():
+        if not all_finite(part):
             broken.append(name)
         let_go()
     if any(isinstance(p, DTensor) for p in model.parameters()):

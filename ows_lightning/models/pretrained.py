@@ -46,6 +46,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
 from ows_lightning.errors import UsageError, closest
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.finite import all_finite
 from ows_lightning.models.mapped_files import let_go
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 
@@ -187,7 +188,7 @@ def check_finite(name: str, model: PreTrainedModel) -> None:
     """Refuses, with a UsageError, weights that are not finite."""
     broken = []
     for key, weight in model.named_parameters():
-        if not weight.isfinite().all():
+        if not all_finite(weight.detach()):
             broken.append(key)
         let_go()
     if broken:

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -144,10 +145,14 @@ def test_all_implementations_of_the_loss_agree(capsys):
     assert len([float(figure) for figure in capsys.readouterr().out.split()]) == 2
 
 
-def test_step_overhead_compares_steps_of_one_process(tmp_path, capsys):
-    step_overhead.main(["--model", "tiny", "--steps", "4", "--interval", "2", "--output", str(tmp_path)])
+@pytest.mark.parametrize("methods", [[], ["ours_frozen", "ours_host"]])
+def test_step_overhead_compares_steps_of_one_process(methods, tmp_path, capsys):
+    arguments = ["--model", "tiny", "--steps", "4", "--interval", "2", "--output", str(tmp_path)]
+    step_overhead.main([*arguments, *(["--methods", *methods] if methods else [])])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "tiny, 2 x 16 tokens, bfloat16, new blocks every 2 steps, 4 steps"
-    ratios = [float(line.split()[-1]) for line in lines[2:4]]
+    assert lines[0].startswith("tiny, 2 x 16 tokens, bfloat16, ")
+    assert lines[0].endswith(f"4 steps: {' / '.join(reversed(methods)) or 'ours_frozen / forward_backward'}")
+    ratios = [float(figure) for line in lines[2:4] for figure in re.findall(r"steps? ([\d.]+)", line)]
+    assert len(ratios) == 4
     assert all(0.1 < ratio < 10 for ratio in ratios)
     assert 0 < float(lines[4].split()[-1].rstrip("%")) < 100

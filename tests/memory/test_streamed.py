@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,22 @@ from ows_lightning.streaming.int8 import Int8Home
 from tests.memory.test_plan import Track, llama_7b, make_config, run_and_track
 
 LLAMA_70B = {"model__model_name_or_path": "meta-llama/Llama-2-70b-hf"}
+
+
+def documented(head: str) -> dict[str, dict[str, str]]:
+    """A table of docs/memory.md: row -> column -> cell."""
+    lines = iter((Path(__file__).parents[2] / "docs" / "memory.md").read_text().splitlines())
+    header = next(line for line in lines if line.startswith(head))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in [header, *takewhile(bool, lines)]]
+    return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+
+
+def test_the_table_of_cards_is_that_of_the_peaks() -> None:
+    peaks = documented("| model |")
+    for card, cells in documented("| card |").items():
+        for model, cell in cells.items():
+            fitting = [where for where, peak in peaks[model].items() if float(peak) <= float(card.removesuffix(" GB"))]
+            assert cell == (fitting[0] if fitting else "-"), (card, model)
 
 
 @pytest.mark.slow
@@ -35,6 +52,11 @@ def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str,
     settings = settings_from_config(llama_7b(*batch, **changes))
     needs, resident = predict(settings), predict(replace(settings, frozen_in="device", frozen_dtype=None))
     assert needs.peak_bytes <= limit
+    if batch == (1, 16):
+        model = "Llama-2-70B" if LLAMA_70B.items() <= changes.items() else "Llama-2-7B"
+        where = "int8 on the card" if settings.frozen_dtype else "in host memory"
+        blocks = "two blocks" if changes.get("sampling__activated_layers") == 2 else "five blocks"
+        assert documented("| model |")[model][f"{where}, {blocks}"] == f"{needs.peak_bytes / 1e9:.2f}"
     weights = resident.bytes["weights"]
     if settings.frozen_in == "disk":
         assert needs.host_bytes < 0.05 * weights
