@@ -111,8 +111,12 @@ class OWSCLI(LightningCLI):
         """Parses the arguments, and checks what the parser does not."""
         words = sys.argv[1:] if args is None else args
         if isinstance(words, list):
-            self._start_from_named_classes(parser, words)
-        super().parse_arguments(parser, args)
+            # Without what ends the program. What was parsed is what is meant, unless other classes begin with other arguments.
+            asked = [word for word in words if not word.startswith("--print_config")]
+            self.config = parser.parse_args(asked)
+            again = self._start_from_named_classes() or asked != words
+        if not isinstance(words, list) or again:
+            super().parse_arguments(parser, args)
         config = self.config.get(str(self.config.get("subcommand")), self.config)
         for section in ("trainer", "checkpoint"):
             if not isinstance(value := config[section], Namespace):
@@ -127,14 +131,13 @@ class OWSCLI(LightningCLI):
             if key in data:
                 data[key] = shipped_data(data[key])
 
-    def _start_from_named_classes(self, parser: LightningArgumentParser, words: list[str]) -> None:
-        """Where another module or optimizer is named than the default one, starts from that one's own defaults.
+    def _start_from_named_classes(self) -> bool:
+        """Where another module or optimizer is named than the default one, lets the parser start from that one's defaults.
 
         The parser would keep the former class's values for arguments of the same name: AdamW would get GaLoreAdamW's rate.
         """
-        asked = parser.parse_args([word for word in words if not word.startswith("--print_config")])
-        command = asked.get("subcommand")
-        model = asked.get(str(command), asked)["model"] or {}
+        command = self.config.get("subcommand")
+        model = self.config.get(str(command), self.config)["model"] or {}
         optimizer = model.get("init_args", {}).get("optimizer")
         named = optimizer.get("class_path") if isinstance(optimizer, Namespace) else None
         kind = import_class(model["class_path"]) if model else None
@@ -142,6 +145,9 @@ class OWSCLI(LightningCLI):
             self._parser(command).set_defaults({"model": {"class_path": model["class_path"]}})
         elif named is not None and import_class(named) is not GaLoreAdamW:
             self._parser(command).set_defaults({"model": default_model({"class_path": named})})
+        else:
+            return False
+        return True
 
     def instantiate_classes(self) -> None:
         """Makes model, data and Trainer; a plan needs none of them."""

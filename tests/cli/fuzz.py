@@ -1,7 +1,6 @@
-"""Random but valid settings: two steps with each, and again with a resume after the first; both must give the same weights.
+"""Random but valid settings: two steps with each, and again with a kill and a resume; both must give the same weights.
 
-The resumed run goes on from a copy of the run's folder that is made when the second step starts: what a kill at that moment
-leaves. (Real kills are those of ``tests/checkpoints/test_resume.py``; here each would cost a run more.)
+The killed run gets SIGKILL at a drawn moment of its life, which may be before its first checkpoint or in a later one.
 
 python -m tests.cli.fuzz 1000 --seed 7
 """
@@ -9,23 +8,23 @@ python -m tests.cli.fuzz 1000 --seed 7
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import json
 import os
 import random
-import shutil
+import signal
 import sys
 import tempfile
 import typing
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 
-from ows_lightning import CausalLMModule, GaLoreAdamW, InstructionDataModule, LayerwiseSampling
-from ows_lightning.cli.main import main
+from ows_lightning import CausalLMModule, GaLoreAdamW, InstructionDataModule, LayerwiseSampling, decoder_layers
 from tests.data.samples import tiny_tokenizer
+from tests.distributed.launch import Launch, Target, main_without_prediction
 from tests.tiny import tiny_model
 
 OWNERS = {
@@ -38,6 +37,7 @@ OWNERS = {
 VALUES: dict[str, list[Any]] = {
     "model.rank": [None, 1, 3, 64],
     "model.update_proj_gap": [1, 2, 200],
+    "model.gradient_checkpointing": [False, True, 3, "auto"],
     "model.scale": [0.25, 1.0],
     "model.warmup_steps": [0, 1, 0.5],
     "model.frozen_in": ["device", "host"],
@@ -63,12 +63,27 @@ VALUES: dict[str, list[Any]] = {
 LEFT_OUT = {"trust_remote_code", "compile", "streaming", "save_hyperparameters"}
 
 
-class Copy(Callback):
-    """Copies the folder of runs when the second step starts, as a kill would leave it."""
+MOMENTS = (
+    "on_train_start", "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
+    "on_before_zero_grad", "on_train_batch_end", "on_save_checkpoint", "on_train_end", "on_fit_end",
+)  # fmt: skip
+"""Hooks of a callback in which the process may be killed."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 1 and not Path("killed").exists():
-            shutil.copytree("whole", "killed", symlinks=True)
+
+class Kill(Callback):
+    """Sends SIGKILL to its own process.
+
+    Args:
+        moment: In which hook.
+        step: After how many optimizer steps.
+    """
+
+    def __init__(self, moment: str, step: int) -> None:
+        def kill(trainer: Trainer, *more: Any) -> None:
+            if trainer.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(self, moment, kill)
 
 
 def draw(random: random.Random) -> dict[str, Any]:
@@ -95,71 +110,87 @@ def _values(hint: Any) -> list[Any]:
 def prepare(folder: Path) -> None:
     """Writes a tiny model and some rows."""
     tokenizer = tiny_tokenizer()
-    tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=6).save_pretrained(folder / "tiny")
+    model = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=6)
+    for number, block in enumerate(decoder_layers(model), start=1):
+        block.mlp.down_proj.weight.data[0, :number] += 5  # outliers, without which most draws would be refused
+    model.save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
     rows = [{"instruction": f"is {i} even?", "output": "no" if i % 2 else "yes"} for i in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def fit(folder: Path, settings: dict[str, Any], *more: str) -> tuple[int, str]:
-    """Trains in a process of its own, forked so that nothing is imported again; returns its exit code and what it wrote."""
-    flags = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-    fixed = [
-        "--model.model_name_or_path=tiny", "--data.dataset=rows.jsonl", "--data.num_workers=0", "--trainer.accelerator=cpu",
-        "--trainer.devices=1", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1",
-        "--checkpoint.every_n_train_steps=1",
-    ]  # fmt: skip
-    output = folder / "output.txt"
-    if (child := os.fork()) == 0:
-        code = 1
-        with output.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            try:
-                sys.argv = ["main.py"]
-                os.chdir(folder)
-                main(["fit", *fixed, *flags, *more])
-                code = 0
-            except SystemExit as exit:
-                code = int(exit.code or 0)
-            finally:
-                file.flush()
-                os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.read_text()
+def command_line(folder: Path, runs: Path, settings: dict[str, Any]) -> list[str]:
+    """Returns the words that train with the settings."""
+    fixed = {
+        "model.model_name_or_path": folder / "tiny", "data.dataset": folder / "rows.jsonl", "data.num_workers": 0,
+        "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.max_steps": 2, "trainer.enable_progress_bar": False,
+        "trainer.log_every_n_steps": 1, "checkpoint.every_n_train_steps": 1, "trainer.default_root_dir": runs,
+    }  # fmt: skip
+    words = {key: json.dumps(value) if isinstance(value, (bool, list, type(None))) else str(value)
+             for key, value in {**fixed, **settings}.items()}  # fmt: skip
+    return ["fit", *(f"--{key}={word}" for key, word in words.items())]
 
 
-def attempt(settings: dict[str, Any]) -> tuple[bool, str | None]:
-    """Trains with the settings, with and without a resume.
+def main(words: list[str]) -> None:
+    """Runs the command line, with the prediction of memory."""
+    from ows_lightning.cli.main import main
+
+    main(words)
+
+
+def attempt(home: Path, settings: dict[str, Any], kill: dict[str, Any], target: Target) -> tuple[str, str]:
+    """Trains with the settings, with and without a kill and a resume.
+
+    Args:
+        home: The folder that was prepared.
+        settings: By key.
+        kill: When to kill, see `Kill`.
+        target: What runs the command line the first time.
 
     Returns:
-        Whether the settings were accepted, and what is wrong, None if nothing is.
+        ``trained``, ``refused`` or ``wrong``, and why.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder)
-        code, said = fit(folder, settings, "--trainer.default_root_dir=whole", "--trainer.callbacks=tests.cli.fuzz.Copy")
+
+        def fit(runs: str, target: Target, more: dict[str, Any]) -> tuple[int | None, str]:
+            launch = Launch(command_line(home, folder / runs, {**settings, **more}), folder / "output", target=target)
+            return launch.wait(300)[0], launch.output
+
+        code, said = fit("whole", target, {})
         if code == 2:  # these do not go together, which one line has to say
             told = said.count("error: ") == 1 and "Traceback" not in said
-            return False, None if told else f"exit code 2 without a line: {said[-500:]}"
+            return ("refused", said[said.index("error: ") :].strip()) if told else ("wrong", f"no line: {said[-500:]}")
         if code != 0:
-            return True, f"exit code {code}: {said[-500:]}"
-        code, said = fit(folder, settings, "--trainer.default_root_dir=killed", "--ckpt_path=last")
+            return "wrong", f"exit code {code}: {said[-500:]}"
+        killed = {"trainer.callbacks": "tests.cli.fuzz.Kill"} | {f"trainer.callbacks.{key}": kill[key] for key in kill}
+        code, said = fit("killed", main_without_prediction, killed)
+        if code not in (0, -signal.SIGKILL):  # 0: that moment never came
+            return "wrong", f"to be killed: exit code {code}: {said[-500:]}"
+        code, said = fit("killed", main_without_prediction, {"ckpt_path": "last"})
         if code != 0:
-            return True, f"resumed: exit code {code}: {said[-500:]}"
-        models = [folder / run / "model" / "model.safetensors" for run in ("whole/version_0", "killed/version_1")]
+            return "wrong", f"resumed: exit code {code}: {said[-500:]}"
+        models = [max((folder / runs).glob("version_*/model/model.safetensors")) for runs in ("whole", "killed")]
         same = models[0].read_bytes() == models[1].read_bytes()
-        return True, None if same else "the resumed run has other weights"
+        return ("trained", "") if same else ("wrong", "the resumed run has other weights")
 
 
-def run(number: int, seed: int) -> tuple[int, list[str]]:
-    """Tries a number of draws; returns how many were accepted, and a line for each that went wrong."""
-    accepted, wrong = 0, []
-    for index in range(number):
-        settings = draw(random.Random(f"{seed}-{index}"))
-        taken, problem = attempt(settings)
-        accepted += taken
-        if problem:
-            wrong.append(f"seed {seed}, draw {index}, {settings}: {problem}")
-            print(wrong[-1], flush=True)
-    return accepted, wrong
+def run(number: int, seed: int) -> Counter[str]:
+    """Tries a number of draws, says what was refused and what went wrong, and returns how many ended how."""
+    ends: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as home:
+        prepare(Path(home))
+        for index in range(number):
+            drawn = random.Random(f"{seed}-{index}")
+            settings, kill = draw(drawn), {"moment": drawn.choice(MOMENTS), "step": drawn.choice([1, 2])}
+            target = drawn.choice([main, main_without_prediction, main_without_prediction])
+            end, why = attempt(Path(home), settings, kill, target)
+            ends[end] += 1
+            if end != "trained":
+                print(f"draw {index} {end}: {why}", flush=True)
+            if end == "wrong":
+                print(f"  {settings}, {kill}", flush=True)
+    return ends
 
 
 if __name__ == "__main__":
@@ -167,6 +198,6 @@ if __name__ == "__main__":
     parser.add_argument("number", type=int, help="How many draws")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    trained, found = run(given.number, given.seed)
-    print(f"{given.number} draws with seed {given.seed}: {trained} trained, the others refused; {len(found)} went wrong")
-    sys.exit(bool(found))
+    found = run(given.number, given.seed)
+    print(f"{given.number} draws with seed {given.seed}: {', '.join(f'{count} {end}' for end, count in found.most_common())}")
+    sys.exit(found["wrong"] > 0)

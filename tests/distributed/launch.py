@@ -18,12 +18,20 @@ Target = Callable[[list[str]], None]
 
 # A server imports everything once; each process is a fork of it, and starts in a moment.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["ows_lightning.cli.main", "tests.distributed.launch", "tests.distributed.probe"])
+context.set_forkserver_preload(
+    [
+        "ows_lightning.cli.lightning_cli", "tests.distributed.probe", "datasets", "scipy.optimize",
+        "transformers.models.llama.modeling_llama", "tests.distributed.warm",
+    ]
+)  # fmt: skip
 
 
-def _main(arguments: list[str]) -> None:
+def main_without_prediction(arguments: list[str]) -> None:
+    """Runs the command line, but for the prediction of memory, which takes longer than these runs."""
+    from ows_lightning.callbacks.run_summary import RunSummary
     from ows_lightning.cli.main import main
 
+    RunSummary._memory = lambda *given: "not predicted in tests"  # type: ignore[method-assign]
     main(arguments)
 
 
@@ -41,13 +49,14 @@ def _run(target: Target, arguments: Sequence[str], environment: dict[str, str], 
     os.environ.update(environment)
     sys.argv = ["main.py"]
 
+    import datasets
     import torch
 
-    torch.set_num_threads(1)
-    from ows_lightning.callbacks import run_folder as artifacts
+    from ows_lightning.callbacks import run_folder
 
-    # Pictures take longer than these runs.
-    artifacts.write_pictures = lambda folder: []  # type: ignore[assignment]
+    datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])  # which is imported already
+    torch.set_num_threads(1)
+    run_folder.write_pictures = lambda folder: []  # type: ignore[assignment]  # they take longer than these runs, too
     target(list(arguments))
 
 
@@ -69,7 +78,7 @@ class Launch:
         folder: Path,
         ranks: int = 1,
         file_bytes: int | None = None,
-        target: Target = _main,
+        target: Target = main_without_prediction,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +125,9 @@ class Launch:
         return "\n".join(output.read_text() for output in self.outputs if output.exists())
 
 
-def run(arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 120, target: Target = _main) -> str:
+def run(
+    arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 120, target: Target = main_without_prediction
+) -> str:
     """Runs the command line to its end, which has to be a good one, and returns what it printed."""
     launch = Launch(arguments, folder, ranks, target=target)
     codes = launch.wait(timeout)
