@@ -35,30 +35,35 @@ _LATE = {
         "trainer.val_check_interval: {} is more than the {} training batches of an epoch; lower it, or set "
         "trainer.check_val_every_n_epoch: null to count over epochs"
     ),
+    r"`mode` can be min, max but got (.+)": "checkpoint.mode: '{}' is neither min nor max; give one of them",
+    r"Combination of parameters (.+) should be mutually exclusive": "checkpoint: {}; give one, and null for the others",
     r'ckpt_path="(\w+)"\)` is set but': "ckpt_path: there is no '{}' checkpoint to find; give the path of one, or `last`",
 }
-"""Settings that Lightning refuses during its set-up, and what a user can do about them."""
+"""Settings that Lightning refuses in its own words, and what a user can do about them."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
     error = _unwrapped(error)
     text = " ".join(_own_text(error).split()) or type(error).__name__
-    if isinstance(error, (UsageError, *_loaded("lightning.fabric.utilities.exceptions", "MisconfigurationException"))):
+    if isinstance(error, UsageError):
         return text, 2
     if isinstance(error, RunError):
         return text, 1
     for pattern, line in _LATE.items():
         if found := re.search(pattern, text):
             return line.format(*found.groups()), 2
+    if isinstance(error, _loaded("lightning.fabric.utilities.exceptions", "MisconfigurationException")):
+        return text, 2
     if isinstance(error, ModuleNotFoundError):
         return f"{text.rstrip('.')}{_install(text)}", 2
     if is_out_of_memory(error):
         return _out_of_memory(text, getattr(error, "__notes__", ())), 1
-    if isinstance(error, OSError) and error.errno in _FULL:
-        where = f"'{error.filename}': " if error.filename else ""
+    if isinstance(error, OSError) and error.errno in FULL:
+        named = (inner.filename for inner in _chain(error) if isinstance(inner, OSError) and inner.filename)
+        where = next((f"'{name}': " for name in named), "")
         return f"{where}{error.strerror}; free space or choose another folder", 1
     if "gloo/transport" in text or isinstance(error, _loaded("torch.distributed", "DistBackendError")):
         return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
@@ -74,7 +79,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
     """Returns the error of a folder that can't be made or written to, which the key names."""
-    mend = "free space or choose another folder" if error.errno in _FULL else "choose another folder"
+    mend = "free space or choose another folder" if error.errno in FULL else "choose another folder"
     return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {mend}")
 
 
@@ -99,11 +104,17 @@ def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
-def _unwrapped(error: BaseException) -> BaseException:
-    """Returns the original error: jsonargparse wraps errors of classes that it instantiates in long messages."""
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, and those that it came of."""
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:  # it may be a circle
         chain.append(inner)
+    return chain
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """Returns the original error: jsonargparse wraps errors of classes that it instantiates in long messages."""
+    chain = _chain(error)
     ours = next((inner for inner in chain if isinstance(inner, (UsageError, RunError))), None)
     return ours or (chain[-1] if "Does not validate against" in str(error) else error)
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ows_lightning.callbacks.model_card import model_card
-from ows_lightning.errors import UsageError, not_writable
+from ows_lightning.errors import FULL, UsageError, not_writable
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
@@ -29,6 +29,7 @@ class RunFolder(Callback):
 
     def __init__(self) -> None:
         self._locks: list[FileLock] = []
+        self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Locks the folder.
@@ -36,7 +37,7 @@ class RunFolder(Callback):
         Raises:
             UsageError: Another run that still lives writes to it, or it can't be made or written to.
         """
-        folder = run_folder(trainer)
+        self._folder = folder = run_folder(trainer)
         if stage != "fit":
             return
         if (sampling := LayerwiseSampling.of(trainer)) is not None:
@@ -63,6 +64,11 @@ class RunFolder(Callback):
             self._locks.append(FileLock(checkpoints / ".lock"))
             self._locks[-1].acquire(timeout=0)
             _remove_unfinished(checkpoints)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Names the folder where its disk is full: what can't be written to an open file (curves, say) does not."""
+        if isinstance(exception, OSError) and exception.errno in FULL and not exception.filename:
+            exception.filename = str(self._folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the folder back."""

@@ -94,6 +94,12 @@ def read(path: Path, how: Callable[[Path], T]) -> T:
     """Reads a checkpoint; what is wrong with it becomes one line that names the last good one beside it."""
     if not path.exists():
         raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_mend(path)}")
+    if path.is_dir() and not any((path / name).exists() for name in (META, ".metadata")):
+        within = next(filter(None, map(last_good, _folders(path))), None)
+        mend = f"the last good one in it is '{within}'" if within else "there is no good one in it"
+        raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {mend}")
+    if not path.is_dir() and not path.is_file():
+        raise UsageError(f"ckpt_path: '{path}' is a device or a pipe, not a checkpoint; give the path of one, or `last`")
     try:
         inspect(path)
         return how(path)

@@ -114,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"config: {path} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
         ) from error
     try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=_LOADER), path)
+        _check_keys(yaml.compose(text, Loader=_LOADER), path, _NO_TEXT | _NUMBERS)
         values = yaml.load(text, Loader=_LOADER)
     except RecursionError as error:
         raise UsageError(f"config: {path} holds an alias of what it is in; write it out") from error
@@ -127,18 +127,24 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
-    """Refuses a key that is given twice: YAML would keep the last value and silently drop the first."""
+_NO_TEXT = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"}
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+
+
+def _check_keys(node: yaml.Node | None, path: Path, no_keys: set[str]) -> None:
+    """Refuses a key that is given twice, of which YAML would silently drop the first, and one that is no text."""
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if key.tag in no_keys:
+                raise UsageError(f"config: {path} line {line}: YAML reads the key '{key.value}' as no text; put it in quotes")
             if key.value in lines and key.value != "<<":
                 raise UsageError(
                     f"config: {path} has '{key.value}' on line {lines[key.value]} and again on line {line}; delete one"
                 )
             lines[str(key.value)] = line
-            _refuse_repeated_keys(value, path)
+            _check_keys(value, path, _NO_TEXT)
     elif isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            _refuse_repeated_keys(child, path)
+            _check_keys(child, path, _NO_TEXT)

@@ -28,12 +28,13 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         (
             "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
-            "log_every_n_steps", "min_steps", "min_epochs", "reload_dataloaders_every_n_epochs", "every_n_train_steps",
+            "min_steps", "min_epochs", "reload_dataloaders_every_n_epochs", "every_n_train_steps",
             "gradient_clip_val", "num_workers",
         ),
         (_from_zero, "at least 0"),
     ),
     "seed": (_from_zero, "at least 0"),
+    "log_every_n_steps": (lambda value: value >= 1, "at least 1; `trainer.logger: false` logs nothing"),
 }  # fmt: skip
 """The range of a number, by the last word of its key."""
 

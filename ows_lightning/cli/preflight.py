@@ -199,10 +199,20 @@ def check_checkpoint(checkpoint: ModelCheckpoint) -> None:
     """
     if checkpoint.dirpath and "://" not in str(checkpoint.dirpath):
         check_writable("checkpoint.dirpath", Path(checkpoint.dirpath))
-    if ".." in Path(checkpoint.filename or "").parts or Path(checkpoint.filename or "").is_absolute():
+    filename = checkpoint.filename or ""
+    if ".." in Path(filename).parts or Path(filename).is_absolute():
         raise UsageError(f"checkpoint.filename: '{checkpoint.filename}' leaves its folder; set checkpoint.dirpath for another")
     try:
+        words = [word or "" for text, name, *_ in Formatter().parse(filename) for word in (text, name)]
+        words = words if checkpoint.auto_insert_metric_name else words[::2]  # the names of figures are inserted, too
+        if not checkpoint.save_last and any("/" in word for word in words):
+            raise UsageError(
+                f"checkpoint.filename: '{filename}' makes folders, in which `--ckpt_path last` does not look; set "
+                "checkpoint.save_last: link, or write '-' for '/'"
+            )
         checkpoint.format_checkpoint_name({})
+    except UsageError:
+        raise
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise UsageError(
             f"checkpoint.filename: '{checkpoint.filename}' is no format of a name ({error}); write figures as {{val_loss:.2f}}"

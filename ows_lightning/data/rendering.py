@@ -46,7 +46,15 @@ class ChatTemplate:
         """
         try:
             return self._apply(messages, tools, add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             if merged := merged_system(messages):  # Gemma and old Mistral have no system message
                 return self.render(merged, tools, where, add_generation_prompt)
             reason = " ".join(str(error).split()) or type(error).__name__

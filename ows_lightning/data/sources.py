@@ -95,6 +95,10 @@ def _resolve(source: Source, path: Path) -> Source:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return source
         return replace(source, files=_files_of_split(path, source))
+    if "://" in name:
+        hub = re.fullmatch(r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?", name)
+        mend = f"give its name, '{hub[1]}'" if hub else "download the file and give its path"
+        raise source.error(f"'{name}' is an address, from which no rows are read; {mend}")
     if path.exists():
         raise source.error(f"'{name}' is a device or a pipe, not a file; save its rows as a {_KINDS} file")
     if path.is_symlink():

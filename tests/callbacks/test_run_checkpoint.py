@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 
 from ows_lightning.callbacks.model_card import without_folders
 from ows_lightning.checkpoints.find import find_checkpoint, inspect
@@ -91,6 +93,24 @@ def test_what_a_kill_leaves_in_a_folder_of_the_users_is_cleared_away(
     assert (folder / ".epoch=9-step=9.ckpt.partial").exists()
     main(command)
     assert not (folder / ".epoch=9-step=9.ckpt.partial").exists()
+
+
+class FullDisk(Callback):
+    """Lets the curves be written where there is no room."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(trainer.logger, CSVLogger)
+        trainer.logger.experiment.metrics_file_path = "/dev/full"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_disk_that_is_full_for_the_curves_is_named(arguments: Arguments, tmp_path: Path) -> None:
+    callback = "--trainer.callbacks=tests.callbacks.test_run_checkpoint.FullDisk"
+    launch = Launch(arguments("--trainer.max_steps=2", callback), tmp_path / "out")
+    assert launch.wait() == [1], launch.output
+    line = f"error: '{tmp_path / 'runs' / 'version_0'}': No space left on device; free space or choose another folder"
+    assert line in launch.output
+    assert "Traceback" not in launch.output
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,3 +227,42 @@ def test_two_processes(scenario: str, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     chains = json.dumps([(5, 10, 15, 20), (4, 6), (10,)])
     run([str(tmp_path), scenario, chains], tmp_path / "output", ranks=2, timeout=240, target=_in_this_process)
+
+
+def _rows_seen(arguments: list[str]) -> None:
+    """Trains with so many processes, from a checkpoint if one is given; each process writes down the rows that it saw."""
+    folder, scenario, devices, name, *ckpt_path = arguments
+    runs = Runs(Path(folder), scenario, devices=int(devices))
+    weights, _ = runs.fit(name, *map(Path, ckpt_path))
+    rank = os.environ.get("RANK", "0")
+    (runs.folder / f"{name}-{rank}.json").write_text(json.dumps(runs.seen.rows))
+    torch.save(weights, runs.folder / f"{name}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["epochs", "accumulated", "a stream"])
+def test_the_number_of_processes_changes_in_mid_epoch(scenario: str, home: Path, tmp_path: Path) -> None:
+    """From one to two and back: in all, each epoch has the same rows, and the run ends with about the same weights."""
+    shutil.copytree(home, tmp_path, dirs_exist_ok=True)
+    runs = Runs(tmp_path, scenario)
+
+    def fit(name: str, devices: int, *ckpt_path: str) -> dict[str, list[str]]:
+        words = [str(tmp_path), scenario, str(devices), name, *ckpt_path]
+        said = run(words, tmp_path / f"{name}-output", ranks=devices, target=_rows_seen)
+        assert "another order" not in said
+        ranks = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(devices)]
+        return {epoch: sorted(str(row) for rows in ranks for row in rows.get(epoch, ())) for epoch in ranks[0]}
+
+    through = fit("through", 1)
+    second = fit("second", 2, str(runs.saved("through", 7)))
+    third = fit("third", 1, str(runs.saved("second", 13)))
+    for epoch in second.keys() - {min(second)}:
+        assert second[epoch] == through[epoch]
+    for epoch in third.keys() - {min(third)}:
+        assert third[epoch] == through[epoch]
+    for rows, steps_left in ((second, 13), (third, 7)):
+        assert len([row for epoch in rows.values() for row in epoch]) == 8 * steps_left
+        assert Counter(rows[min(rows)]) <= Counter(through[min(rows)])
+    before, after = (torch.load(tmp_path / f"{name}.pt") for name in ("through", "third"))
+    for name, weight in before.items():
+        assert (after[name] - weight).norm() <= 1e-4 * weight.norm(), name

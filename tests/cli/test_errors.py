@@ -91,6 +91,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "adamw.yaml": "model: {rank: null, optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.1}}}\n",
         "run.yaml": "ckpt_path: null\nweights_only: null\noutputt: scores\n",
         "broken.yaml": "model: [\n",
+        "yes.yaml": "yes: 1\n",
+        "off.yaml": "data: {off: 1}\n",
+        "data.yaml": "data: 3\n",
         "text.yaml": "just text\n",
         "nomodel.yaml": "model:\ndata: {dataset: rows.jsonl}\n",
         "notrainer.yaml": "trainer:\n",
@@ -347,6 +350,31 @@ CASES = {
     "missing scores": Case(fit("--sampling.scores score.json"), "sampling.scores", "score` writes it"),
     "no scores": Case(fit("--sampling.scores noscores.json"), "sampling.scores", "score` writes one"),
     "missing checkpoint": Case(fit("--ckpt_path lost.ckpt"), "ckpt_path", "there is no good one beside it"),
+    "key that YAML reads as true": Case(fit("--config yes.yaml"), "config", "yes.yaml line 1: YAML reads the key 'yes'"),
+    "key that YAML reads as false": Case(fit("--config off.yaml"), "config", "the key 'off' as no text; put it in quotes"),
+    "number for the data": Case(fit("--config data.yaml"), "data", "neither a mapping of keys"),
+    "checkpoint's name with a folder": Case(
+        fit("--checkpoint.save_last false --checkpoint.filename a/{step}"), "checkpoint.filename", "write '-' for '/'"
+    ),
+    "checkpoint's name with a figure of a folder": Case(
+        fit("--checkpoint.save_last false --checkpoint.filename {val/loss:.2f}"),
+        "checkpoint.filename",
+        "set checkpoint.save_last",
+    ),
+    "two intervals": Case(
+        fit("--checkpoint.every_n_train_steps 1 --checkpoint.every_n_epochs 1"), "checkpoint", "give one, and null"
+    ),
+    "no mode": Case(fit("--checkpoint.monitor train_loss --checkpoint.mode mean"), "checkpoint.mode", "neither min nor max"),
+    "folder for a checkpoint": Case(
+        fit("--ckpt_path ."), "ckpt_path", "is a folder, not a checkpoint; there is no good one in it"
+    ),
+    "device for a checkpoint": Case(fit("--ckpt_path /dev/null"), "ckpt_path", "is a device or a pipe, not a checkpoint"),
+    "address of rows": Case(
+        fit("--data.dataset http://localhost/a.jsonl"), "data.dataset", "is an address, from which no rows are read; download"
+    ),
+    "address of a data set": Case(
+        fit("--data.dataset https://huggingface.co/datasets/a/b"), "data.dataset", "give its name, 'a/b'"
+    ),
     "damaged checkpoint": Case(fit("--ckpt_path damaged.ckpt"), "ckpt_path", "there is no good one beside it"),
     "best checkpoint of no run": Case(
         "validate --config base.yaml --ckpt_path best", "ckpt_path", "give the path of one, or `last`"

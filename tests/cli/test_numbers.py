@@ -73,6 +73,7 @@ def test_no_number_is_infinite_or_nan(capsys: pytest.CaptureFixture[str]) -> Non
         (["--trainer.max_steps=99999999999999999999999"], "trainer.max_steps"),
         (["--trainer.max_epochs=-5"], "trainer.max_epochs"),
         (["--trainer.limit_val_batches=-1"], "trainer.limit_val_batches"),
+        (["--trainer.log_every_n_steps=0"], "trainer.log_every_n_steps"),
         (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val"),
         (["--checkpoint.every_n_train_steps=-1"], "checkpoint.every_n_train_steps"),
         (["--model.rank=null", "--model.optimizer=torch.optim.SparseAdam", "--model.optimizer.lr=0.1"], "model.optimizer"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jinja2
 import lightning
 import pyarrow as pa
@@ -356,6 +357,23 @@ def test_streams_hold_out_their_first_rows_and_repeat(jsonl: Write) -> None:
     assert data.summary() == {"validation_rows": 2}
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_columns_of_a_stream_are_renamed(jsonl: Write, tmp_path: Path, saved: bool) -> None:
+    """Of files, and of a data set that `Dataset.save_to_disk` wrote."""
+    own = [{"frage": row["prompt"], "antwort": row["completion"], "prompt": "another"} for row in pairs(7)]
+    if saved:
+        datasets.Dataset.from_list(own).save_to_disk(str(tmp_path / "saved"))
+    data = make(
+        str(tmp_path / "saved") if saved else jsonl(own),
+        columns={"prompt": "frage", "completion": "antwort"}, streaming=True, val_size=2, tokenizer=None,
+    )  # fmt: skip
+    data.check()
+    module = fit(data, max_steps=5, limit_val_batches=10, val_check_interval=5)
+    assert {row for batch in module.validated for row in answers(module.tokenizer, batch)} == {"answer 0|", "answer 1|"}
+    assert {row for _, rows in module.seen for row in rows} == {f"answer {i}|" for i in range(2, 7)}
+    assert "another" not in "".join(text for text, _ in data.sample_row())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -419,6 +437,12 @@ def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], mes
         (pairs(2), {"eval_dataset": "nowhere.jsonl"}, "data.eval_dataset: no file matches 'nowhere.jsonl'"),
         (pairs(2), {"streaming": True, "dataset": "nowhere.jsonl"}, "data.dataset: no file matches 'nowhere.jsonl'"),
         ([{"prompt": "q"}], {"streaming": True}, "rows.jsonl line 1: columns 'prompt' fit no format"),
+        (
+            pairs(3),
+            {"streaming": True, "columns": {"prompt": "question"}},
+            "data.columns.prompt: no row has a column 'question'",
+        ),
+        (pairs(3), {"streaming": True, "columns": {"output": "complition"}}, "rows.jsonl line 1 has no column 'complition'"),
     ],
 )
 def test_check_finds_what_is_wrong_without_a_tokenizer(

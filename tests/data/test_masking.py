@@ -6,6 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data.masking import Encoded, Encoder, with_chat_template
+from ows_lightning.data.rendering import ChatTemplate
 from ows_lightning.errors import UsageError
 from tests.data.samples import ENDLESS, TEMPLATES, tiny_tokenizer
 
@@ -177,6 +178,17 @@ def test_a_system_message_that_the_template_shows_in_the_last_question_joins_the
 def test_messages_that_the_template_refuses_name_the_row() -> None:
     with pytest.raises(UsageError, match=r"^row 1: the tokenizer's chat template refuses the messages: .*must alternate"):
         encode([TWO_TURNS[0], TWO_TURNS[0], TWO_TURNS[1]], "gemma")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ messages[9].content }}", "{{ messages | nosuch }}"],
+)
+def test_a_template_that_fails_names_the_row(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UsageError, match=r"^row 1: the tokenizer's chat template refuses the messages: "):
+        ChatTemplate(tokenizer).render(TWO_TURNS, None, "row 1")
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3"])
