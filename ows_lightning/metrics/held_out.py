@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.metrics.choices import ChoiceAccuracy
+from ows_lightning.metrics.known_answers import KnownAnswers
 from ows_lightning.models.causal_lm import CausalLM
 
 
@@ -52,6 +53,7 @@ class HeldOutSteps(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.val_figures, self.test_figures, self.test_choices = HeldOutFigures(), HeldOutFigures(), ChoiceAccuracy()
+        self._known: KnownAnswers | None = None  # of the held-out rows whose loss has been taken
 
     @property
     def _lm(self) -> CausalLM:
@@ -65,6 +67,7 @@ class HeldOutSteps(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Begins the held-out figures anew."""
         self.val_figures.begin()
+        self._known = self._knowing(self.trainer.num_val_batches)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
@@ -78,6 +81,7 @@ class HeldOutSteps(LightningModule):
         """Begins the figures of the test data anew."""
         self.test_figures.begin()
         self.test_choices.reset()
+        self._known = self._knowing(self.trainer.num_test_batches)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
@@ -94,10 +98,31 @@ class HeldOutSteps(LightningModule):
 
     def _evaluate(self, batch: dict[str, Any], figures: HeldOutFigures) -> None:
         if "reference" in batch:
-            figures.add_answers(zip(self.generate(batch), batch["reference"], strict=True))
-        else:
+            figures.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
+        elif self._known is None:
             parts = self._lm(**batch)
             figures.add_loss(parts.loss, parts.targets)
+        else:
+            parts, likeliest = self._lm.judge(batch)
+            figures.add_loss(parts.loss, parts.targets)
+            self._known.add(batch, likeliest)
+
+    def _knowing(self, loaders: Sequence[int | float]) -> KnownAnswers | None:
+        """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""
+        if len(loaders) < 2 or self.device_mesh is not None:
+            return None
+        generation = self._lm.language_model.generation_config
+        return KnownAnswers.of(generation, self.tokenizer, self.hparams["max_new_tokens"])
+
+    def _answers(self, batch: dict[str, Any]) -> list[str]:
+        """The greedy answers; of one that is known to be wrong, as much as is known."""
+        rows = range(len(batch["reference"]))
+        known: list[str | None] = [None] * len(rows) if self._known is None else self._known.answers(batch)
+        if left := [row for row in rows if known[row] is None]:
+            rest = {name: batch[name][left] for name in ("input_ids", "attention_mask")}
+            for row, answer in zip(left, self.generate(rest), strict=True):
+                known[row] = answer
+        return [answer or "" for answer in known]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""

@@ -10,7 +10,13 @@ from transformers import PreTrainedModel
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm
-from ows_lightning.models.loss import last_hidden_state, logits_of, next_token_loss, row_log_likelihoods
+from ows_lightning.models.loss import (
+    last_hidden_state,
+    logits_of,
+    loss_and_likeliest,
+    next_token_loss,
+    row_log_likelihoods,
+)
 
 
 class LossParts(NamedTuple):
@@ -33,14 +39,14 @@ class LossParts(NamedTuple):
 class CausalLM(nn.Module):
     """A causal LM of transformers, or a peft model around one, whose forward is the loss.
 
-    All that runs the model goes through this module: ``forward``, ``score``, ``generate`` and ``check_logits``. So it can be
-    the root of sharding (see ``shard_model``), whose hooks gather the weights before any of them.
+    All that runs the model goes through this module: ``forward``, ``judge``, ``score``, ``generate`` and ``check_logits``. So
+    it can be the root of sharding (see ``shard_model``), whose hooks gather the weights before any of them.
 
     Args:
         model: The model; its parameters and buffers are shared, not copied.
     """
 
-    forward_methods = ("score", "generate", "check_logits")
+    forward_methods = ("judge", "score", "generate", "check_logits")
     """What needs the weights beside ``forward``."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,6 +71,11 @@ class CausalLM(nn.Module):
         if labels is None:
             return self.language_model(**inputs)
         return LossParts(*next_token_loss(self.language_model, {**inputs, "labels": labels}))
+
+    def judge(self, batch: dict[str, Tensor]) -> tuple[LossParts, Tensor]:
+        """Returns the loss of a batch, without a graph, and the likeliest token at each target, see ``loss_and_likeliest``."""
+        total, likeliest = loss_and_likeliest(self.language_model, batch)
+        return LossParts(total, torch.full((), likeliest.numel(), device=total.device)), likeliest
 
     def score(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns each row's summed log-likelihood, see ``row_log_likelihoods``."""

@@ -30,12 +30,38 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[T
     Returns:
         Two scalars: the sum in float32, with a graph, and the number of targets, int64.
     """
+    hidden, targets = _before_targets(model, batch)
+    return summed_cross_entropy(model, hidden, targets), torch.full((), targets.numel(), device=targets.device)
+
+
+@torch.no_grad()
+def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns what `next_token_loss` sums up, and which token is the likeliest where each target is.
+
+    Args:
+        model: A causal LM of transformers.
+        batch: As of `next_token_loss`.
+
+    Returns:
+        The sum, a scalar in float32 without a graph, and the tokens, int64, of shape (N,), row by row.
+    """
+    hidden, targets = _before_targets(model, batch)
+    total, likeliest = torch.zeros((), device=hidden.device), torch.empty_like(targets)
+    rows = _rows_of_chunk(model, hidden)
+    for h, t, into in zip(hidden.split(rows), targets.split(rows), likeliest.split(rows), strict=True):
+        logits = logits_of(model, h).float()
+        total += F.cross_entropy(logits, t, reduction="sum")
+        into.copy_(logits.argmax(-1))
+    return total, likeliest
+
+
+def _before_targets(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The last hidden states that targets are predicted from, (N, hidden), and these, (N,)."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     targets = batch["labels"][:, 1:]
     at = (targets != -100).nonzero(as_tuple=True)  # before the model runs: a GPU is waited for here
     targets = targets[at]
-    hidden = last_hidden_state(model, inputs)[:, :-1][at]
-    return summed_cross_entropy(model, hidden, targets), torch.full((), targets.numel(), device=targets.device)
+    return last_hidden_state(model, inputs)[:, :-1][at], targets
 
 
 def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -92,14 +118,17 @@ def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor
     Returns:
         A scalar in float32, with a graph.
     """
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    rows = max(1, CHUNK // (config.vocab_size * hidden.element_size()))
+    config, head, rows = model.config.get_text_config(), model.get_output_embeddings(), _rows_of_chunk(model, hidden)
     if not torch.is_grad_enabled():
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
     return _Chunked.apply(
         head, partial(_scaled, config), rows, targets, hidden, *(p for p in head.parameters() if p.requires_grad)
     )
+
+
+def _rows_of_chunk(model: PreTrainedModel, hidden: Tensor) -> int:
+    return max(1, CHUNK // (model.config.get_text_config().vocab_size * hidden.element_size()))
 
 
 def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
