@@ -12,6 +12,7 @@ import torch
 from ows_lightning.memory.devices import is_sharded
 from ows_lightning.memory.prediction import MethodPlan, predict
 from ows_lightning.memory.settings import PlanSettings
+from ows_lightning.memory.streamed import resident_weights
 
 Changes = dict[str, Any]
 """Keys of a config, dotted, and their new values."""
@@ -43,6 +44,8 @@ def changes_that_fit(
     sizes = [settings.batch_size >> halvings for halvings in range(settings.batch_size.bit_length())]
 
     def fitting(changed: PlanSettings) -> list[int]:
+        if resident_weights(changed) > card * 1e9:  # a step need not be followed to see that
+            return []
         return sizes[bisect_left(sizes, True, key=lambda size: predict(_with_batch_size(changed, size)).fits(card)) :]
 
     best, changes = next((_with_batch_size(changed, size), keys) for changed, keys in milder for size in fitting(changed))

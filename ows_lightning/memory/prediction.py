@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "l
 
 _CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
 _FEW = 3  # blocks of a kind that are followed one by one; more are extrapolated
+_followed: WeakKeyDictionary[nn.Module, dict[Any, StepMemory]] = WeakKeyDictionary()  # by the whole model
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,6 @@ def follow(
         rows: Rows of a micro-batch, of which every chunk is followed, as counting asks for; None: those of the settings, and
             as much of their chunks as memory depends on.
     """
-    model = first_blocks(model, active + frozen)
-    checkpoint_activations(model, recomputed)  # type: ignore[arg-type]
-    if method.lora is not None:
-        model = _add_lora(model, method.lora)
     if method.activated_layers is not None:
         method = replace(method, activated_layers=active)
     work = Workload(
@@ -149,10 +147,18 @@ def follow(
         settings.autocast,
         host_memory=settings.on_gpu,
     )
-    tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(abridged=rows is None))
-    with tracker:
-        materialize_(model)
-    return follow_steps(model, method, work, tracker)
+    known = _followed.setdefault(model, {})
+    key = method, work, active + frozen, recomputed, rows is None
+    if key not in known:  # a card's advice asks for the same step with frozen blocks here and there
+        few = first_blocks(model, active + frozen)
+        checkpoint_activations(few, recomputed)  # type: ignore[arg-type]
+        if method.lora is not None:
+            few = _add_lora(few, method.lora)
+        tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(abridged=rows is None))
+        with tracker:
+            materialize_(few)
+        known[key] = follow_steps(few, method, work, tracker)
+    return known[key]
 
 
 def _add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:

@@ -73,11 +73,15 @@ class PlanSettings:
     interval_steps: int = 50
     update_proj_gap: int = 200
     max_steps: int | None = None
+    _models: dict[Any, nn.Module] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
 
-    @cached_property
+    @property
     def meta_model(self) -> nn.Module:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
-        return meta_model(self.model, self.dtype, self.attention)
+        key = self.dtype, self.attention
+        if key not in self._models:
+            self._models[key] = meta_model(self.model, *key)
+        return self._models[key]
 
     @cached_property
     def blocks(self) -> int:

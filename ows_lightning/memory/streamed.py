@@ -61,6 +61,13 @@ def device_bytes(weights: int, settings: PlanSettings, method: TrainingMethod, b
     return weights - waiting * blocks.trains + window * blocks.trains + held * blocks.waits
 
 
+def resident_weights(settings: PlanSettings) -> int:
+    """Bytes of weights that lie on the device for sure: all, unless some wait elsewhere or are shared between devices."""
+    if settings.frozen_in != "device" or settings.frozen_dtype is not None or settings.devices > 1:
+        return 0
+    return sum(p.nbytes for p in settings.meta_model.parameters())
+
+
 def host_bytes(settings: PlanSettings, method: TrainingMethod, blocks: BlockSizes) -> int:
     """What waits in host memory: every block's home, in int8 its master and its copy; from a disk, staging buffers alone."""
     if not waiting_blocks(settings, method, blocks.count):

@@ -458,3 +458,14 @@ def test_local_files_come_before_shipped_dimensions(tmp_path: Path, monkeypatch:
     found = find_dimensions(name)
     assert found.config.num_hidden_layers == 4
     assert found.source == f"{name}/config.json"
+
+
+def test_a_step_is_followed_once_wherever_frozen_blocks_wait(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_from_config(make_config(directory))
+    here = predict(settings)
+    with monkeypatch.context() as once:
+        once.setattr("ows_lightning.memory.prediction.follow_steps", lambda *_: pytest.fail("followed again"))
+        there = predict(replace(settings, frozen_in="host"))
+    assert there.bytes["weights"] < here.bytes["weights"]
+    assert there.bytes["activations"] == here.bytes["activations"]
+    assert there == predict(settings_from_config(make_config(directory, model__frozen_in="host")))
