@@ -23,7 +23,11 @@ class BuildWithConfigs(build_py):
         return [*super().get_outputs(include_bytecode), *map(str, self._shipped().values())]
 
     def _shipped(self):
-        files = [*Path("configs").rglob("*.yaml"), *Path("examples").glob("family_relationships/*.jsonl")]
+        files = [
+            *Path("configs").rglob("*.yaml"),
+            *Path("configs").rglob("*.json"),
+            *Path("examples").glob("family_relationships/*.jsonl"),
+        ]
         return {file: Path(self.build_lib, "ows_lightning", file) for file in files}
 
 

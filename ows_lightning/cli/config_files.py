@@ -90,8 +90,9 @@ def shipped_configs() -> Iterator[tuple[str, Path]]:
 
 
 def shipped_data(name: Any) -> Any:
-    """Returns the path of a data file that a shipped config names, if the working directory does not have it."""
-    if isinstance(name, str) and name.startswith("examples/") and not Path(name).exists() and (SHIPPED / name).exists():
+    """Returns the path of a shipped file of rows or scores, if the working directory does not have it."""
+    shipped = isinstance(name, str) and name.startswith(("examples/", "configs/scores/"))
+    if shipped and not Path(name).exists() and (SHIPPED / name).exists():
         return str(SHIPPED / name)
     return name
 

@@ -130,6 +130,8 @@ class OWSCLI(LightningCLI):
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
                 data[key] = shipped_data(data[key])
+        if config["sampling"]:
+            config["sampling"]["scores"] = shipped_data(config["sampling"].get("scores"))
 
     def _start_from_named_classes(self) -> bool:
         """Where another module or optimizer is named than the default one, lets the parser start from that one's defaults.

@@ -135,6 +135,14 @@ def test_llama_2_7b_by_method() -> None:
     assert found == pytest.approx({"ows": 5.38, "full": 7.53, "lora": 6.05}, rel=0.005)
 
 
+def test_llama_2_7b_with_the_published_scores() -> None:
+    changes = {"sampling__scores": "configs/scores/llama2_7b.json", "sampling__grouping": 1.0}
+    settings = settings_from_config(llama_7b(**changes))
+    ours, lora = (compute(settings, METHODS[name](settings)).flops_per_token for name in ("ows", "lora"))
+    assert ours / N == pytest.approx(5.09, rel=0.005)
+    assert ours / lora <= 0.85
+
+
 def test_says_where_probabilities_come_from(directory: Path, tmp_path: Path) -> None:
     def planned(**changes: Any) -> Any:
         return compute(settings_from_config(make_config(directory, **{f"sampling__{key}": v for key, v in changes.items()})))
