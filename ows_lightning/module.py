@@ -21,6 +21,7 @@ from ows_lightning.metrics.held_out import HeldOutSteps
 from ows_lightning.models import pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.kernels import Kernels, fuse_
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
@@ -34,7 +35,7 @@ from ows_lightning.step import LeaveGradients, Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.loading import load
 from ows_lightning.streaming.requirements import check_window, require_waiting
-from ows_lightning.streaming.window import Window
+from ows_lightning.streaming.window import Window, window_for
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -57,6 +58,7 @@ class CausalLMModule(HeldOutSteps):
         gradient_checkpointing: Recompute activations in backward: of all blocks, the first N, or by ``auto`` the fewest that
             fit (callback ``AutoCheckpointing``; without it all). Blocks below the lowest active one store nothing either way.
         compile: Compile each decoder block with ``torch.compile``.
+        kernels: ``liger``: RMSNorm, SwiGLU and RoPE by liger-kernel's fused kernels, on a GPU. Needs the extra ``liger``.
         optimizer: From parameter groups to an optimizer.
         rank: Rank of the projected gradients of GaLoreAdamW; None trains in full rank (and is needed for other optimizers).
         update_proj_gap: Optimizer steps between two renewals of a subspace.
@@ -84,6 +86,7 @@ class CausalLMModule(HeldOutSteps):
         attn_implementation: str | None = None,
         gradient_checkpointing: pretrained.Recomputation = False,
         compile: bool = False,
+        kernels: Kernels | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
         update_proj_gap: int = 200,
@@ -180,8 +183,7 @@ class CausalLMModule(HeldOutSteps):
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
-            strategy = "fsdp2" if self.device_mesh is not None else "auto"
-            require_waiting(self.hparams, some_are_frozen, self.trainer.world_size, strategy)
+            require_waiting(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
             self._step = Step(self.trainer.world_size)
             self.last_step = None
 
@@ -198,10 +200,7 @@ class CausalLMModule(HeldOutSteps):
         pretrained.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
             pretrained.compile_blocks(self.language_model)
-        if self.hparams["frozen_in"] != "device" or self.hparams["frozen_dtype"] is not None:
-            slots, lora = self.hparams["window_blocks"], self.hparams["lora"] is not None
-            int8_in = self.hparams["frozen_in"] if self.hparams["frozen_dtype"] == "int8" else None
-            self.window = Window(decoder_layers(self), slots, frozen_only=lora, disk=disk, int8_in=int8_in)
+        self.window = window_for(decoder_layers(self), self.hparams, disk)
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
         """Makes the model with its weights, blocks on a disk, or ``empty``: with weights on the meta device, to be filled."""
@@ -211,6 +210,7 @@ class CausalLMModule(HeldOutSteps):
         model = empty_model(*what, **options) if empty else load(*what, disk, **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.stop_at(model, end_of_turn_id(self.tokenizer))
+        fuse_(model, self.hparams["kernels"])
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     @property

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, nearest, not_writable
+from ows_lightning.models.kernels import liger_for
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -74,6 +75,8 @@ def check_run(
         _check_monitors(model, data, checkpoint, trainer["callbacks"] or [])
     if isinstance(model, CausalLMModule):
         config = model.check()
+        if model.hparams["kernels"] is not None:
+            liger_for(config)
         if command == "fit":
             some_are_frozen = sampling is not None or model.hparams["lora"] is not None
             devices = _number_of_devices(trainer["devices"])

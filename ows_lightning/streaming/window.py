@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -355,3 +355,18 @@ def _in_several_places(blocks: Sequence[nn.Module]) -> set[int]:
         shared |= seen & here
         seen |= here
     return shared
+
+
+def window_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: Disk | None = None) -> Window | None:
+    """Returns the window that a module's settings ask for; None where frozen blocks stay on the device as they are.
+
+    Args:
+        blocks: The decoder blocks, first block first.
+        settings: ``frozen_in``, ``frozen_dtype``, ``window_blocks`` and ``lora``, see ``CausalLMModule``.
+        disk: Where the blocks wait, for ``frozen_in: disk``.
+    """
+    where, dtype = settings["frozen_in"], settings["frozen_dtype"]
+    if where == "device" and dtype is None:
+        return None
+    only = settings["lora"] is not None
+    return Window(blocks, settings["window_blocks"], frozen_only=only, disk=disk, int8_in=where if dtype == "int8" else None)
