@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.cli.config_files import BASE
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, closest, nearest
+from ows_lightning.errors import UsageError, called, closest, nearest
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
@@ -139,7 +139,8 @@ def _nearest_key(key: str, known: Iterable[str]) -> str | None:
 
 
 def _help(parser: argparse.ArgumentParser) -> str:
-    return f"{parser.prog.replace(' [options]', '')} --help"
+    _, *command = parser.prog.replace(" [options]", "").split(maxsplit=1)
+    return called(" ".join([*command, "--help"]))
 
 
 def _wrong_type(key: str, value: str, expected: list[str]) -> str:
