@@ -58,7 +58,6 @@ class CausalLMModule(HeldOutSteps):
         gradient_checkpointing: Recompute activations in backward: of all blocks, the first N, or by ``auto`` the fewest that
             fit (callback ``AutoCheckpointing``; without it all). Blocks below the lowest active one store nothing either way.
         compile: Compile each decoder block with ``torch.compile``.
-        kernels: ``liger``: RMSNorm, SwiGLU and RoPE by liger-kernel's fused kernels, on a GPU. Needs the extra ``liger``.
         optimizer: From parameter groups to an optimizer.
         rank: Rank of the projected gradients of GaLoreAdamW; None trains in full rank (and is needed for other optimizers).
         update_proj_gap: Optimizer steps between two renewals of a subspace.
@@ -75,6 +74,7 @@ class CausalLMModule(HeldOutSteps):
         max_new_tokens: Length limit of generated answers.
         max_skipped_steps: Stop the run after so many skipped steps (gradients with NaN or Inf) in a row, by ``StopOnNaN``.
         trust_remote_code: Run code that the model's repository brings along.
+        kernels: ``liger``: RMSNorm, SwiGLU and RoPE by liger-kernel's fused kernels, on a GPU. Needs the extra ``liger``.
 
     Raises:
         UsageError: A setting is out of its range, or settings contradict each other.
@@ -86,7 +86,6 @@ class CausalLMModule(HeldOutSteps):
         attn_implementation: str | None = None,
         gradient_checkpointing: pretrained.Recomputation = False,
         compile: bool = False,
-        kernels: Kernels | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
         update_proj_gap: int = 200,
@@ -103,6 +102,7 @@ class CausalLMModule(HeldOutSteps):
         max_new_tokens: int = 64,
         max_skipped_steps: int = 10,
         trust_remote_code: bool = False,
+        kernels: Kernels | None = None,
     ) -> None:
         super().__init__()
         for name, value, valid, limit in (

@@ -60,7 +60,7 @@ VALUES: dict[str, list[Any]] = {
     "trainer.precision": ["32-true", "bf16-true", "bf16-mixed"],
     "trainer.gradient_clip_val": [None, 0.1],
 }
-LEFT_OUT = {"trust_remote_code", "compile", "streaming", "save_hyperparameters"}
+LEFT_OUT = {"trust_remote_code", "compile", "kernels", "streaming", "save_hyperparameters"}
 
 
 MOMENTS = (
