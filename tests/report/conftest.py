@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-# The published scores of Llama-2-7B (percent), block 0 first.
-LLAMA2_RATIOS = json.loads(Path("configs/scores/llama2_7b.json").read_text())["outlier_ratios"]
+from tests.published import LLAMA_2_7B
 
 
 def make_run(
     folder: Path,
-    ratios: list[float] = LLAMA2_RATIOS,
+    ratios: list[float] = LLAMA_2_7B,
     steps: int = 500,
     interval_steps: int = 50,
     activated_layers: int = 5,

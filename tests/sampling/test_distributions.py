@@ -5,13 +5,7 @@ import torch
 
 from ows_lightning.errors import UsageError
 from ows_lightning.sampling.distributions import DISTRIBUTIONS, sampling_probabilities
-
-# Outlier ratios of Llama-2-7B in percent, block 0 first, as published with the paper's code.
-LLAMA_2_7B = [
-    *(0.2678, 0.2953, 0.1274, 0.1145, 0.0988, 0.0884, 0.0878, 0.0838, 0.0801, 0.0722, 0.0707, 0.0696, 0.0630, 0.0591),
-    *(0.0552, 0.0537, 0.0468, 0.0392, 0.0336, 0.0340, 0.0316, 0.0279, 0.0278, 0.0229, 0.0254, 0.0209, 0.0242, 0.0182),
-    *(0.0184, 0.0209, 0.0241, 0.0825),
-]
+from tests.published import LLAMA_2_7B
 
 
 def test_published_ratios_of_llama_2_7b() -> None:

@@ -14,7 +14,7 @@ from ows_lightning.sampling.distributions import DISTRIBUTIONS, sampling_probabi
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.grouping import GroupedDraws
 from ows_lightning.sampling.inclusion import inclusion_probabilities, lowest_block_probabilities
-from tests.sampling.test_distributions import LLAMA_2_7B
+from tests.published import LLAMA_2_7B
 
 SKEWED = [0.0, 900.0, 1e-4, 0.3, 0.0, 2e-7, 5.0, 0.3, 40.0, 0.0]
 
