@@ -132,10 +132,10 @@ def plot(values: Values, path: Path) -> None:
             losses = [run["test_loss"] for run in runs.values()]
             x = mean(run[cost] for run in runs.values())
             error = [[mean(losses) - min(losses)], [max(losses) - mean(losses)]]
-            axis.errorbar(x, mean(losses), yerr=error, marker="o", linestyle="", capsize=2)
-            axis.annotate(name, (x, mean(losses)), fontsize=7, textcoords="offset points", xytext=(4, 3))
+            axis.errorbar(x, mean(losses), yerr=error, marker="o", linestyle="", capsize=2, label=name)
         axis.set_xlabel(label)
     axes[0].set_ylabel("Test loss (nats a target token)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
