@@ -14,6 +14,13 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.environments import (
+    KubeflowEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
@@ -34,6 +41,8 @@ LOGGED = (
     "tokens", "time_s", "renewal_s", "epoch", "step",
 )  # fmt: skip
 """The figures that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
+
+_LAUNCHERS = (SLURMEnvironment, TorchElasticEnvironment, KubeflowEnvironment, LSFEnvironment, MPIEnvironment)
 
 _BATCHES = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
 
@@ -69,6 +78,7 @@ def check_run(
         raise UsageError(f"trainer.{key}: with 0 there is nothing to {command}; give a number above 0, or leave it out")
     check_devices(trainer, torch.cuda.device_count())
     if command in ("fit", "validate", "test", "predict"):
+        _check_machines(trainer)
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
     if command == "fit":
         check_checkpoint(checkpoint)
@@ -155,6 +165,17 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
     if wanted > there > 0:
         what = f"{cores} CPU cores" if on_cpu else f"{gpus} GPUs"
         raise UsageError(f"trainer.devices: {wanted} are more than the {what} of this machine")
+
+
+def _check_machines(trainer: Mapping[str, Any]) -> None:
+    """Refuses several machines of which nothing says where they are: this one would wait for the others, silently."""
+    if trainer["num_nodes"] == 1:
+        return
+    if not (trainer["plugins"] or "MASTER_ADDR" in os.environ or any(launcher.detect() for launcher in _LAUNCHERS)):
+        raise UsageError(
+            f"trainer.num_nodes: {trainer['num_nodes']}, but nothing says where the other machines are; start the processes "
+            "of each by torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
 
 
 def cpu_has_bfloat16() -> bool:

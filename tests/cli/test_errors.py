@@ -342,6 +342,7 @@ CASES = {
     "unknown strategy": Case(fit("--trainer.strategy magic"), "trainer.strategy", "take auto, ddp_layerwise or fsdp2"),
     "misspelt accelerator": Case(fit("--trainer.accelerator cudda"), "trainer.accelerator", "did you mean 'cuda'?"),
     "no nodes": Case(fit("--trainer.num_nodes 0"), "trainer.num_nodes", "be at least 1"),
+    "machines without a launcher": Case(fit("--trainer.num_nodes 2"), "trainer.num_nodes", "by torchrun or srun"),
     # ------------------------------------------------------------------ scores and checkpoints
     "scores of another model": Case(fit("--sampling.scores scores.json"), "sampling.scores", "score` with this model"),
     "scores of another model with as many blocks": Case(
