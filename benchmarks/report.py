@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
@@ -34,10 +35,10 @@ def worst_over_median(run: Run) -> float:
 
 
 def after_a_draw(run: Run) -> float:
-    """The first step after a draw, in median steps of the rest of its interval; the longest of the run."""
+    """The first step after a draw, in median steps of the rest of its interval: the longest; NaN where none was measured."""
     every, seconds = run["settings"]["interval"], run["warm_up"] + run["seconds"]
     later = [seconds[start : start + every] for start in range(every, len(seconds), every)]  # the first one holds the warm-up
-    return max(first / median(rest) for first, *rest in later if rest)
+    return max((first / median(rest) for first, *rest in later if rest), default=float("nan"))
 
 
 def peak_mb(run: Run) -> float:
@@ -89,7 +90,7 @@ def targets_table(runs: Runs) -> str:
             for repeat, run in mine.items()
             if target.peer is None or repeat in peers
         ]
-        if values:
+        if values and not any(map(isnan, values)):
             measured = f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
             rows.append([target.name, measured, f"at most {target.at_most:.2f}"])
     return markdown(["Ratio", "Measured", "Target on a CPU"], rows)

@@ -37,6 +37,8 @@ def run(method):
 
 def finished(seconds, held, peak):
     return {
+        "settings": SETTINGS,
+        "warm_up": [9.0] * 3,
         "seconds": seconds,
         "held_mb": held,
         "interval_peak_mb": [peak - 1, peak],
@@ -100,6 +102,15 @@ def test_ratios_are_taken_repeat_by_repeat():
     assert "| time a token, ours frozen / LoRA | 0.62 (0.50 to 0.75) | at most 0.80 |" in table
     assert "| peak above start, ours frozen / LoRA | 0.50 (0.50 to 0.50) | at most 0.60 |" in table
     assert "OWS as published" not in table
+    assert "after a draw" not in table
+
+
+def test_a_step_after_a_draw_is_compared_with_its_own_interval():
+    seconds = [1.0, 3.0, 2.0, 4.0, 3.0]  # the warm-up's three and the first of these make the first interval
+    run = {**finished(seconds, 100, 200), "settings": {**SETTINGS, "interval": 4}}
+    assert "| step after a draw / later steps of its interval, ours frozen | 1.00 (1.00 to 1.00) |" in targets_table(
+        {"ours_frozen": [run]}
+    )
 
 
 @pytest.mark.slow
