@@ -15,7 +15,7 @@ _SAME_VERSION = f"transformers {transformers.__version__} " in _TEXT
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind in ("llama4_text", "dbrx", "mamba", "modernbert-decoder") else pytest.param(kind, marks=pytest.mark.slow)
+    [kind if kind in ("llama4_text", "mamba", "modernbert-decoder") else pytest.param(kind, marks=pytest.mark.slow)
      for kind in model_types()],
 )  # fmt: skip
 def test_trains_and_exports_or_is_refused_as_the_docs_say(kind: str, tmp_path: Path) -> None:
