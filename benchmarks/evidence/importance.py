@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Sequence
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import matplotlib
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             task = tasks.make(name, work / "tasks", study.held_out_rows, args.data_root)
             batches = batches_of(task.train, load_tokenizer(str(model)), 4)
             write_scores(path, scores_of(load_model(str(model), torch.float32), batches))
-        parts += [f"## {name}", correlations(gains, sorted(losses), read_scores(path))]
+        parts += [f"## {name}", correlations(gains, sorted(losses), read_scores(path)), *reliability(losses)]
         plot(gains, sorted(losses), read_scores(path), args.results / f"{study.name}_gains_{name}.png")
     text = "\n\n".join(parts) + "\n"
     (args.results / f"{study.name}_correlations.md").write_text(text)
@@ -71,6 +71,17 @@ def correlations(gains: Sequence[float], blocks: Sequence[int], scores: dict[str
         rows.append([name, f"{rho:+.2f}", f"{p_value:.3f}"])
     rows.sort(key=lambda row: -abs(float(row[1])))
     return markdown(["Score", f"rho, {len(blocks)} blocks", "p"], rows)
+
+
+def reliability(losses: dict[int, dict[int, dict[str, float]]]) -> list[str]:
+    """How far two seeds agree on what a block gains: no score can be expected to agree with it more than they do."""
+    blocks = sorted(losses)
+    seeds = sorted(set.intersection(*(set(losses[block]) for block in blocks)))
+    lines = []
+    for one, other in combinations(seeds, 2):
+        rho, p_value = stats.spearmanr(*([losses[block][seed]["test_loss"] for block in blocks] for seed in (one, other)))
+        lines.append(f"Seeds {one} and {other} rank the blocks alike with rho {rho:+.2f} (p {p_value:.3f}).")
+    return lines
 
 
 def plot(gains: Sequence[float], blocks: Sequence[int], scores: dict[str, list[float]], path: Path) -> None:

@@ -125,6 +125,15 @@ def test_scores_that_rank_as_the_gains_correlate_fully(tmp_path):
     assert "| good | +1.00 |" in table
 
 
+def test_seeds_that_rank_blocks_alike_are_said_to():
+    losses = {block: {seed: {"test_loss": loss} for seed in (0, 1)} for block, loss in enumerate([3.0, 1.0, 2.0])}
+    assert importance.reliability(losses) == ["Seeds 0 and 1 rank the blocks alike with rho +1.00 (p 0.000)."]
+    losses[2][1]["test_loss"] = 0.5
+    assert "rho +0.50" in importance.reliability(losses)[0]
+    del losses[1][1]
+    assert importance.reliability(losses) == []
+
+
 @pytest.fixture
 def model(tmp_path):
     """The directory of a tiny model."""
