@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,23 +26,26 @@ class Resume(Callback):
     """
 
     def __init__(self) -> None:
-        self._options: list[dict[str, Any]] = []
+        self._options: list[list[dict[str, Any]]] = []  # of each optimizer's groups
+        self._options_before: list[list[dict[str, Any]]] | None = None
         self._before: dict[str, int | None] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts afresh, and makes the Trainer's loops exact."""
-        self._options, self._before = [], {}
+        self._options, self._options_before, self._before = [], None, {}
         if stage == "fit":
             resume_exactly(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the options as they are configured: the checkpoint is read after this."""
-        if trainer.optimizers:
-            kept = ("params", "param_names", "lr", "initial_lr")
-            self._options = [
+        kept = ("params", "param_names", "lr", "initial_lr")
+        self._options = [
+            [
                 {**{k: v for k, v in group.items() if k not in kept}, "lr": group.get("initial_lr", group["lr"])}
-                for group in trainer.optimizers[0].param_groups
+                for group in optimizer.param_groups
             ]
+            for optimizer in trainer.optimizers
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies them where a run is resumed."""
@@ -50,7 +54,7 @@ class Resume(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 forget_save_at(callback, trainer.global_step)
-        changed = self._apply_options(trainer) if self._options else {}
+        changed = self._apply_options(trainer)
         for name, before in self._before.items():
             if before not in (None, now := getattr(trainer, name)):
                 changed[name] = f"trainer.{name} from {before} to {now}"
@@ -59,11 +63,16 @@ class Resume(Callback):
 
     def _apply_options(self, trainer: Trainer) -> dict[str, str]:
         changed = {}
-        for group, configured in zip(trainer.optimizers[0].param_groups, self._options, strict=True):
+        groups = list(chain(*(optimizer.param_groups for optimizer in trainer.optimizers)))
+        now = list(chain(*self._options))
+        before = [{}] * len(now) if self._options_before is None else list(chain(*self._options_before))
+        for group, configured, formerly in zip(groups, now, before, strict=True):
             for key, value in configured.items():
                 place = "initial_lr" if key == "lr" and "initial_lr" in group else key
-                if (before := group.get(place)) != value:
-                    changed[key] = f"{key} from {before} to {value}"
+                if key in formerly and formerly[key] == value:
+                    continue  # a schedule may have changed it since (ReduceLROnPlateau the rate, OneCycleLR the betas)
+                if (saved := group.get(place)) != value:
+                    changed[key] = f"{key} from {saved} to {value}"
                     group[place] = value
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
@@ -74,9 +83,11 @@ class Resume(Callback):
         return changed
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the numbers that are configured."""
+        """Adds the numbers and the optimizers' options that are configured."""
         checkpoint.update({name: getattr(trainer, name) for name in SAID})
+        checkpoint["configured_options"] = self._options
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes over what they were."""
         self._before = {name: checkpoint.get(name) for name in SAID}
+        self._options_before = checkpoint.get("configured_options")

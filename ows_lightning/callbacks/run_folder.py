@@ -29,6 +29,7 @@ class RunFolder(Callback):
 
     def __init__(self) -> None:
         self._locks: list[FileLock] = []
+        self._sampling: tuple[LayerwiseSampling, Path | None] | None = None  # and the folder that it had before
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -41,6 +42,7 @@ class RunFolder(Callback):
         if stage != "fit":
             return
         if (sampling := LayerwiseSampling.of(trainer)) is not None:
+            self._sampling = sampling, sampling.folder
             sampling.folder = folder  # also where there is no logger
         if not trainer.is_global_zero:
             return
@@ -66,12 +68,16 @@ class RunFolder(Callback):
             _remove_unfinished(checkpoints)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Names the folder where its disk is full: what can't be written to an open file (curves, say) does not."""
+        """Gives the folder back, and names it where its disk is full: what can't be written to an open file does not."""
         if isinstance(exception, OSError) and exception.errno in FULL and not exception.filename:
             exception.filename = str(self._folder)
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the folder back."""
+        """Gives the folder back, and the sampling callback the one that it had."""
+        if self._sampling is not None:
+            sampling, folder = self._sampling
+            sampling.folder, self._sampling = folder, None
         for lock in self._locks:
             lock.release()
         self._locks = []

@@ -51,6 +51,11 @@ class RunSummary(Callback):
         self.trained = False
         self.predicted: str | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts afresh."""
+        if stage == "fit":
+            self.before, self.seconds_before, self.trained, self.predicted = {}, 0.0, False, None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the summary."""
         self._start = time.perf_counter()

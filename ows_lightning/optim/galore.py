@@ -94,7 +94,8 @@ class GaLoreAdamW(Optimizer):
     * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
       ``average_gradients()`` averages what a step consumes: r/n of the bytes of the gradients.
     * All settings are options of the groups, as the learning rate is: a copy, a pickle and a loaded state carry them, and a
-      changed one holds from the next step on. Gradients that wait for a step are not carried.
+      changed one holds from the next step on (``rank`` and ``proj_type``, which give the state its shape, stay as they are).
+      Gradients that wait for a step are not carried.
 
     Args:
         params: Parameters, named parameters or groups, e.g. from ``galore_param_groups``. Keys of a projected group:
@@ -216,13 +217,14 @@ class GaLoreAdamW(Optimizer):
         self._own(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state; every tensor keeps the dtype in which it was saved (torch casts to the parameter's)."""
+        """Loads a state; moments keep the dtype in which they were saved (torch casts to the parameter's)."""
         super().load_state_dict(state_dict)
         saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
         for saved_id, (p, _) in zip(saved_ids, self._parameters(), strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor) and key != "step":
-                    self.state[p][key] = self._place(p, key, value.detach().to(p.device, copy=True))
+                    dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
+                    self.state[p][key] = self._place(p, key, value.detach().to(p.device, dtype, copy=True))
 
     # ------------------------------------------------------------------ gradients
 
@@ -254,7 +256,7 @@ class GaLoreAdamW(Optimizer):
             matrix, else ``grad``, of the parameter's shape.
         """
         self._consume_gradients()
-        return list(self._named_gradients().values())
+        return [gradient for _, gradient in self._named_gradients()]
 
     def gradient_of(self, p: Tensor) -> Tensor | None:
         """What the next step consumes of one parameter, of a shape as in ``gradients()``, which has to be called before."""
@@ -295,7 +297,7 @@ class GaLoreAdamW(Optimizer):
             p.grad = self._hosted.pop(p).to(p.device, non_blocking=True)
             average_([p.grad], process_group)
             self._consume_gradient(p)
-        average_(list(self._named_gradients().values()), process_group)
+        average_([gradient for _, gradient in self._named_gradients()], process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, also projected ones."""
@@ -399,14 +401,14 @@ class GaLoreAdamW(Optimizer):
         gradients = self._named_gradients()
         if not gradients:
             return True
-        norm = total_norm(gradients.values())
+        norm = total_norm(gradient for _, gradient in gradients)
         for group in self.param_groups:
             if group["max_grad_norm"] is not None:
                 of_group = [g for p in group["params"] if (g := self.gradient_of(p)) is not None]
                 clip_(of_group, norm, group["max_grad_norm"])
         if norm.isfinite():
             return True
-        names = [name for name, gradient in gradients.items() if not local(gradient).isfinite().all()]
+        names = [name for name, gradient in gradients if not local(gradient).isfinite().all()]
         self._progress.skipped_steps += 1
         log.warning(
             "Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)",
@@ -531,14 +533,14 @@ class GaLoreAdamW(Optimizer):
                 projected = (p for p in group["params"] if self._side(p, group) is not None)
                 hook_gradients(projected, self, GaLoreAdamW._consume_in_backward)
 
-    def _named_gradients(self) -> dict[str, Tensor]:
-        named = {}
+    def _named_gradients(self) -> list[tuple[str, Tensor]]:
+        named = []  # no dict: torch lets two groups have the same names
         for group in self.param_groups:
             names = group.get("param_names") or [f"parameter {self._places[p][1]} {tuple(p.shape)}" for p in group["params"]]
             for name, p in zip(names, group["params"], strict=True):
                 gradient = self._projected.get(p, p.grad)
                 if gradient is not None:
-                    named[name] = gradient
+                    named.append((name, gradient))
         return named
 
     def _generators(

@@ -19,7 +19,7 @@ def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[
     The hook does not keep ``owner`` alive, and is removed with it. It replaces the hook of another owner.
 
     Args:
-        parameters: Leaf tensors that require a gradient, of any shape.
+        parameters: Leaf tensors of any shape; those that are frozen now are hooked for when they train.
         owner: Any object that can be referenced weakly.
         consume: Called with the owner and the parameter; it may set ``p.grad`` to None.
     """
@@ -32,7 +32,10 @@ def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[
     handles = []
     for p in parameters:
         remove_hook(p)
+        trains = p.requires_grad
+        p.requires_grad_(True)  # torch refuses to hook a frozen weight, whose hook would hold all the same
         _in_place[p] = handle = p.register_post_accumulate_grad_hook(hook)
+        p.requires_grad_(trains)
         handles.append(handle)
     weakref.finalize(owner, _remove, handles).atexit = False
 

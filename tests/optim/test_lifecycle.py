@@ -123,6 +123,43 @@ def test_copies_pickles_and_states_carry_all_options(through: Callable, settings
     assert other_model[0].weight.grad is None, "the copy does not project in backward"
 
 
+@pytest.mark.parametrize("through", [copy.deepcopy, by_pickle, by_state])
+def test_a_frozen_weight_is_hooked_for_when_it_trains(through: Callable) -> None:
+    model = net()
+    optimizer = galore(model)
+    train(model, optimizer, range(3))
+    model[0].weight.requires_grad_(False)
+    other_model, other = through((model, optimizer))
+    other.load_state_dict(other.state_dict())
+    assert not other_model[0].weight.requires_grad
+    other_model[0].weight.requires_grad_(True)
+    loss_of(other_model, 0).backward()
+    assert other_model[0].weight.grad is None
+    assert len(other.gradients()) == len(list(other_model.parameters()))
+
+
+def test_groups_may_have_the_same_names(caplog: pytest.LogCaptureFixture) -> None:
+    one, other = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    optimizer = GaLoreAdamW([{"params": list(layer.named_parameters())} for layer in (one, other)])
+    before, x = one.weight.clone(), torch.ones(2, 8)
+    (one(x) * float("nan") + other(x)).sum().backward()
+    assert len(optimizer.gradients()) == 2
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert torch.equal(one.weight, before)
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("moments_at_renewal", ["keep", "reproject"])
+def test_a_state_from_another_precision_is_taken(before: torch.dtype, after: torch.dtype, moments_at_renewal: str) -> None:
+    model, other_model = net(dtype=before), net(dtype=after)
+    optimizer, other = (galore(m, moments_at_renewal=moments_at_renewal) for m in (model, other_model))
+    train(model, optimizer, range(3))
+    other.load_state_dict(optimizer.state_dict())
+    train(other_model, other, range(3, 6))  # it renews in between
+    assert all(p.isfinite().all() for p in other_model.parameters())
+
+
 @pytest.mark.parametrize(("before", "after"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_a_changed_dtype_of_moments_holds_from_the_next_step_on(before: str, after: str) -> None:
     model = net()

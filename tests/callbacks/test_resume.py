@@ -1,0 +1,79 @@
+"""Resuming one's own module: what a schedule made of an option stays, what is configured anew holds, of every optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from ows_lightning.callbacks.resume import Resume
+
+
+class Scheduled(LightningModule):
+    """A layer whose loss never falls, and a schedule that PyTorch has."""
+
+    def __init__(self, schedule: str) -> None:
+        super().__init__()
+        self.layer, self.schedule = nn.Linear(4, 1), schedule
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.layer(batch).square().mean() + 1
+        self.log("loss", 1.0, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        if self.schedule == "plateau":
+            plateau = ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "loss"}}
+        cycle = OneCycleLR(optimizer, max_lr=1e-2, total_steps=8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+
+class TwoOptimizers(LightningModule):
+    def __init__(self, rates: tuple[float, float]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layers, self.rates = nn.ModuleList(nn.Linear(4, 1) for _ in rates), rates
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for layer, optimizer in zip(self.layers, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(layer(batch).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(layer.parameters(), lr) for layer, lr in zip(self.layers, self.rates, strict=True)]
+
+
+def fit(module: LightningModule, folder: Path, steps: int, ckpt_path: Path | None = None) -> Trainer:
+    rows = torch.arange(8.0).reshape(2, 4)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, callbacks=[Resume()],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(rows, batch_size=1), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "one cycle"])
+def test_what_a_schedule_made_of_an_option_stays(schedule: str, tmp_path: Path) -> None:
+    whole, half, resumed = (Scheduled(schedule) for _ in range(3))
+    half.load_state_dict(whole.state_dict())
+    expected = fit(whole, tmp_path, 8)
+    fit(half, tmp_path, 4).save_checkpoint(tmp_path / "half.ckpt")
+    trainer = fit(resumed, tmp_path, 8, tmp_path / "half.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == expected.optimizers[0].param_groups[0]["lr"]
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_a_rate_that_is_configured_anew_holds_for_its_optimizer(tmp_path: Path) -> None:
+    fit(TwoOptimizers((1e-3, 1e-3)), tmp_path, 4).save_checkpoint(tmp_path / "half.ckpt")
+    trainer = fit(TwoOptimizers((1e-3, 5e-4)), tmp_path, 8, tmp_path / "half.ckpt")
+    assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [1e-3, 5e-4]

@@ -1,0 +1,80 @@
+"""The run's folder belongs to one run, and to nobody when that has ended, however it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ows_lightning.callbacks.run_folder import RunFolder
+from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.sampling.callback import LayerwiseSampling
+from tests.tiny import tiny_batch, tiny_model
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_model("llama")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(**batch).loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Breaks(Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise ValueError("a fault")
+
+
+def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu", devices=1, max_steps=2, default_root_dir=root, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks], **{"logger": False, **settings},
+    )  # fmt: skip
+
+
+def batches() -> DataLoader:
+    return DataLoader([tiny_batch()] * 2, batch_size=None)
+
+
+def test_is_free_after_an_exception(tmp_path: Path) -> None:
+    broken = trainer(tmp_path, RunFolder(), Breaks())
+    with pytest.raises(ValueError, match="a fault"):
+        broken.fit(Module(), batches())
+    trainer(tmp_path, RunFolder()).fit(Module(), batches())
+    assert broken.callbacks  # it lives, as in a notebook
+
+
+def test_the_sampling_callback_gets_its_own_folder_back(tmp_path: Path) -> None:
+    sampling = LayerwiseSampling(1, 1, "uniform")
+    trainer(tmp_path / "first", sampling, RunFolder()).fit(Module(), batches())
+    first = (tmp_path / "first" / "sampling_history.csv").read_bytes()
+    logger = CSVLogger(tmp_path / "second")
+    trainer(tmp_path, sampling, logger=logger).fit(Module(), batches())
+    assert (Path(logger.log_dir) / "sampling_history.csv").is_file()
+    assert (tmp_path / "first" / "sampling_history.csv").read_bytes() == first
+
+
+def test_a_summary_starts_afresh_with_each_fit(tmp_path: Path) -> None:
+    summary, losses = RunSummary(), []
+    for factor in (1.0, 3.0):
+        module = Module()
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(factor)
+        trainer(tmp_path, summary, num_sanity_val_steps=-1).fit(module, batches(), batches())
+        losses.append(summary.before["val_loss"])
+    assert losses[0] != losses[1]
