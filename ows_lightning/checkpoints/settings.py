@@ -26,17 +26,25 @@ def lasting_settings(
     settings: dict[str, Any] = {f"model.{key}": hparams[key] for key in MODEL_KEYS if key in hparams}
     settings |= {"number of blocks": num_layers, **architecture}
     if sampling is not None:
-        settings |= {f"sampling.{key}": getattr(sampling, key) for key in SAMPLING_KEYS}
+        settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def check_settings(saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True) -> None:
+def sampling_settings(sampling: object) -> dict[str, Any]:
+    """Returns a BlockSampler's settings that can't change, as plain values by their names."""
+    return {key: _plain(getattr(sampling, key)) for key in SAMPLING_KEYS}
+
+
+def check_settings(
+    saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True, named: str = "ckpt_path"
+) -> None:
     """Refuses to resume a run with settings that it can't change, or to evaluate one model with another's weights.
 
     Args:
         saved: The ``lasting_settings`` in the checkpoint; None if it has none.
         now: Those of the run that loads it.
         resumes: Whether it goes on training; else the model's dimensions alone have to agree.
+        named: What the error begins with.
 
     Raises:
         UsageError: Names the keys that differ, with both values; or the checkpoint is none of such a run.
@@ -47,7 +55,14 @@ def check_settings(saved: Mapping[str, Any] | None, now: Mapping[str, Any], resu
     different = [key for key in keys if not _same(key, saved.get(key), now.get(key))]
     if different:
         listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in sorted(different))
-        raise UsageError(f"ckpt_path: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
+        raise UsageError(f"{named}: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, and Python's numbers for NumPy's, which `torch.load(weights_only=True)` refuses."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value.item() if hasattr(value, "item") else value
 
 
 def _same(key: str, saved: Any, now: Any) -> bool:

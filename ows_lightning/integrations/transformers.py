@@ -119,13 +119,6 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
             raise UsageError(
                 f"resume_from_checkpoint: the checkpoint is of a run without {type(self).__name__}; give one of a run with it"
             )
-        now = self.state()["args"]
-        lasting = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping")
-        if changed := [name for name in lasting if saved["args"].get(name) != now[name]]:
-            listed = ", ".join(f"{name} ({saved['args'].get(name)!r} there, {now[name]!r} now)" for name in changed)
-            raise UsageError(
-                f"resume_from_checkpoint: the checkpoint is of a run with other settings: {listed}; set them back"
-            )
         run = dict(saved["attributes"]["resumed"])
         if run["probabilities"] is not None:
             run["probabilities"] = torch.tensor(run["probabilities"], dtype=torch.float64)

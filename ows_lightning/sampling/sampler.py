@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ows_lightning.checkpoints.settings import check_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers
 from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks
@@ -39,6 +40,7 @@ class BlockSampler:
     It knows no training framework: ``LayerwiseSampling`` drives it from Lightning's hooks, and your own loop can,
     too::
 
+        sampler.load_state_dict(state)                             # only to resume a run; before or after `attach`
         sampler.attach(model)                                      # once every parameter is in the optimizer
         sampler.start(step, [optimizer], compute)                  # the first draw, or those of a resumed run again
         sampler.advance(step, [optimizer], compute)                # before every step's forward pass
@@ -133,13 +135,19 @@ class BlockSampler:
         self.probabilities: Tensor | None = None
         self.seconds = 0.0
         self.gradient_norms: list[float] = []  # by block, for `gradient_norm`; 0 where it has not been active yet
+        self._loaded: dict[str, Any] | None = None  # the settings of a state that was loaded, until `start` goes on from it
 
     def attach(self, model: nn.Module) -> None:
         """Finds the blocks and checks the settings against them; nothing is frozen yet.
 
+        An earlier run is forgotten, but for a state that was loaded; what it left frozen is unfrozen.
+
         Raises:
             UsageError: See `check`; or the model has no blocks, or none of them has a weight to train.
         """
+        self.release()  # else what a run without its end left frozen would count as frozen by the user
+        if self._loaded is None:
+            self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(causal_lm(model), "config", None)))
         self._blocks, self._others = may_train(model), outside_blocks(model, self.always_train)
         fixed = [index for index, block in enumerate(self._blocks) if not len(block)]
@@ -153,10 +161,13 @@ class BlockSampler:
         """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`.
 
         Raises:
-            UsageError: The optimizers don't hold the blocks' weights.
+            UsageError: The optimizers don't hold the blocks' weights, or the run that is resumed had other settings.
         """
         optimizers = list(optimizers)
         self._require_held(optimizers)
+        if self._loaded is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
+            check_settings(self._loaded, sampling_settings(self), named="sampling")
+            self._loaded = None
         if not self.history:
             return self.advance(step, optimizers, compute)
         self.activate(optimizers)
@@ -339,8 +350,9 @@ class BlockSampler:
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: scores, probabilities and the draws so far. Tensors and plain values only."""
+        """What a resumed run needs: settings, scores, probabilities and draws so far. Tensors and plain values only."""
         return {
+            "settings": sampling_settings(self),
             "scores": None if self.outlier_scores is None else asdict(self.outlier_scores),
             "probabilities": self.probabilities,
             "history": [(interval, step, list(blocks)) for interval, step, blocks in self.history],
@@ -349,7 +361,8 @@ class BlockSampler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the state of the run that is resumed; `start` applies it."""
+        """Takes over the state of the run that is resumed; `start` applies it, and refuses that of other settings."""
+        self._loaded = state_dict.get("settings") or sampling_settings(self)  # older states have none to compare
         scores = state_dict.get("scores")
         self.outlier_scores = None if scores is None else OutlierScores(**scores)
         self.probabilities = state_dict["probabilities"]

@@ -148,7 +148,7 @@ def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     trainer.train()
     other = LayerwiseSamplingCallback(activated_layers=1, interval_steps=INTERVAL, always_train=["norm"])
     trainer, _ = make_trainer(tmp_path, sampling=other)
-    with pytest.raises(UsageError, match=r"^resume_from_checkpoint: .*activated_layers \(2 there, 1 now\)"):
+    with pytest.raises(UsageError, match=r"^sampling: .*activated_layers \(2 in the checkpoint, 1 now\)"):
         trainer.train(resume_from_checkpoint=True)
 
 

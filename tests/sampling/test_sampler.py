@@ -1,0 +1,159 @@
+"""BlockSampler in a loop of one's own, and its state in runs that go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ows_lightning.errors import UsageError
+from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.sampler import BlockSampler
+from tests.tiny import tiny_batch, tiny_model
+
+SETTINGS: dict[str, Any] = {"activated_layers": 1, "interval_steps": 2, "distribution": "uniform"}
+CHANGES = [
+    ({"interval_steps": 4}, r"interval_steps \(2 in the checkpoint, 4 now\)"),
+    ({"activated_layers": 2}, r"activated_layers \(1 in the checkpoint, 2 now\)"),
+    ({"distribution": [1.0, 1.0, 0.0, 0.0]}, r"distribution \('uniform' in the checkpoint, \[1.0, 1.0, 0.0, 0.0\] now\)"),
+    ({"grouping": 1.0}, r"grouping \(0.0 in the checkpoint, 1.0 now\)"),
+    ({"always_train": ["norm"]}, r"always_train \(\['embeddings', 'lm_head', 'norm'\] in the checkpoint, \['norm'\] now\)"),
+]
+
+
+def train(sampler: BlockSampler, model: nn.Module, steps: range, state: Any = None, early: bool = True) -> None:
+    """A loop that goes on from a state, if there is one, and does not release."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def compute() -> Any:
+        return sampler.compute_scores(model, None)
+
+    if state is not None and early:
+        sampler.load_state_dict(state)
+    sampler.attach(model)
+    if state is not None and not early:
+        sampler.load_state_dict(state)
+    sampler.start(steps.start, [optimizer], compute)
+    for step in steps:
+        sampler.advance(step, [optimizer], compute)
+        model(**tiny_batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(p.requires_grad for p in model.parameters())
+
+
+class Plain(LightningModule):
+    """A module that compares no settings of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_model("llama")
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.net(**batch).loss
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.net(**batch).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(sampling: LayerwiseSampling, max_steps: int) -> Trainer:
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=max_steps,
+        callbacks=[sampling], enable_model_summary=False,
+    )  # fmt: skip
+
+
+def loader() -> DataLoader:
+    batch = tiny_batch(8)
+    return DataLoader([{name: values[row] for name, values in batch.items()} for row in range(8)], batch_size=2)
+
+
+def test_one_run_after_another_in_ones_own_loop() -> None:
+    sampler = BlockSampler(**SETTINGS)
+    train(sampler, tiny_model("llama"), range(8))
+    sampler.release()
+    first = sampler.history
+    train(sampler, tiny_model("llama", seed=1), range(4))
+    sampler.release()
+    assert [step for _, step, _ in first] == [0, 2, 4, 6]
+    assert sampler.history == first[:2]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_what_an_interrupted_run_left_frozen_trains_in_the_next(reset: bool) -> None:
+    model = tiny_model("llama")
+    model.model.norm.requires_grad_(False)  # by the user: stays so
+    sampler, free = BlockSampler(**SETTINGS), trainable(model)
+    train(sampler, model, range(1))
+    assert trainable(model) < free
+    if reset:
+        sampler.reset()
+    train(sampler, model, range(1))
+    sampler.release()
+    assert trainable(model) == free
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_resumed_run_goes_on_in_ones_own_loop(early: bool) -> None:
+    whole, before, after = BlockSampler(**SETTINGS), BlockSampler(**SETTINGS), BlockSampler(**SETTINGS)
+    train(whole, tiny_model("llama"), range(9))
+    train(before, tiny_model("llama"), range(5))
+    train(after, tiny_model("llama"), range(20))  # an earlier run of its own, which it forgets
+    train(after, tiny_model("llama"), range(5, 9), before.state_dict(), early)
+    assert after.history == whole.history
+    after.release()
+    train(after, tiny_model("llama"), range(4))
+    assert after.history == whole.history[:2]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(("changed", "message"), CHANGES)
+def test_a_state_of_other_settings_is_refused_in_ones_own_loop(changed: dict, message: str, early: bool) -> None:
+    before, model = BlockSampler(**SETTINGS), tiny_model("llama")
+    train(before, tiny_model("llama"), range(3))
+    with pytest.raises(UsageError, match=f"^sampling: .* other settings: {message}; set them back, or start anew$"):
+        train(BlockSampler(**{**SETTINGS, **changed}), model, range(3, 4), before.state_dict(), early)
+    assert trainable(model) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(("changed", "message"), CHANGES)
+def test_somebody_elses_module_is_evaluated_but_not_resumed_with_other_settings(
+    changed: dict, message: str, tmp_path: Path
+) -> None:
+    first = trainer(LayerwiseSampling(**SETTINGS), 3)
+    first.fit(Plain(), loader())
+    first.save_checkpoint(tmp_path / "at3.ckpt")
+    other = trainer(LayerwiseSampling(**{**SETTINGS, **changed}), 4)
+    other.validate(Plain(), loader(), ckpt_path=tmp_path / "at3.ckpt", verbose=False)
+    with pytest.raises(UsageError, match=message):
+        other.fit(Plain(), loader(), ckpt_path=tmp_path / "at3.ckpt")
+
+
+def test_a_state_is_plain_whatever_numbers_the_settings_are(tmp_path: Path) -> None:
+    before = BlockSampler(np.int64(1), 2, "uniform", always_train=("norm",))
+    after = BlockSampler(1, 2, "uniform", always_train=["norm"])
+    train(before, tiny_model("llama"), range(3))
+    torch.save(before.state_dict(), tmp_path / "state.pt")
+    train(after, tiny_model("llama"), range(3, 4), torch.load(tmp_path / "state.pt", weights_only=True))
+    assert after.history == before.history
+
+
+def test_an_older_state_without_settings_is_taken() -> None:
+    before, after = BlockSampler(**SETTINGS), BlockSampler(**SETTINGS)
+    train(before, tiny_model("llama"), range(3))
+    state = before.state_dict()
+    del state["settings"]
+    train(after, tiny_model("llama"), range(3, 4), state)
+    assert after.history == before.history
