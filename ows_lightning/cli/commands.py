@@ -27,7 +27,7 @@ from ows_lightning.memory import plan_from_config, plot_plan, write_config_for_c
 from ows_lightning.metrics.lm_eval import run_tasks
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.delta import Sizes, write_delta
-from ows_lightning.models.export import check_replaceable, save_huggingface
+from ows_lightning.models.export import replaceable, save_huggingface
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.report.plots import plot_scores
 from ows_lightning.report.run import RunRecord
@@ -149,6 +149,8 @@ class OWSTrainer(Trainer):
             fit: A card's name: only write a config with which the run fits it.
         """
         if fit is not None:
+            if method or card or format != "table":
+                raise UsageError("fit: it only writes a config; leave out --card, --method and --format")
             folder = output or Path()
             check_writable("output", folder)
             print(write_config_for_card(config, fit, folder))
@@ -181,24 +183,24 @@ class OWSTrainer(Trainer):
         """
         if not isinstance(model, CausalLMModule):
             raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
-        check_writable("output", output.absolute().parent)
+        target = replaceable(output, model.hparams["model_name_or_path"])
+        check_writable("output", target.parent)
         model.trainer = self  # the module reads the precision from it
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
         read(Path(ckpt_path), lambda path: load_weights(model, path))
         card = model_card(model, Path(ckpt_path).absolute().parent.parent)
         if delta:
-            print(f"Written: {output} ({self._export_delta(model, output, card)})")
+            print(f"Written: {output} ({self._export_delta(model, target, card)})")
         else:
-            save_huggingface(model.model, model.tokenizer, output, card)
+            save_huggingface(model.model, model.tokenizer, target, card)
             print(f"Written: {output}")
         if push_to_hub is not None:
-            print(f"Uploaded: {upload(output, push_to_hub)}")
+            print(f"Uploaded: {upload(target, push_to_hub)}")
 
     def _export_delta(self, module: CausalLMModule, output: Path, card: str) -> Sizes:
         """Writes the whole model beside the output, compares it with the base, and keeps the difference."""
-        check_replaceable(output.absolute())
         name, trusts = module.hparams["model_name_or_path"], module.hparams["trust_remote_code"]
-        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".export-") as folder:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
             save_huggingface(module.model, module.tokenizer, whole := Path(folder, "model"), card)
             module.causal_lm = None  # free its memory for the base
             return write_delta(whole, output, name, DTYPES.get(str(self.precision), torch.float32), trusts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,16 +67,16 @@ def find_config(name: str, folder: Path = Path()) -> Path:
     """
     if "://" in name:
         raise UsageError(f"config: '{name}' is an address, and nothing is downloaded; give the path of a YAML file")
-    path = folder / Path(name).expanduser()
-    if path.is_dir():
-        raise UsageError(f"config: '{name}' is a folder; give the path of a YAML file")
-    if path.exists():
-        return path
+    path = os.path.join(folder, os.path.expanduser(name))  # where pathlib raises: no such user, too long a name
+    if os.path.exists(path) and not os.path.isdir(path):
+        return Path(path)
     shipped = dict(shipped_configs())
     short = name.removeprefix("configs/").removesuffix(".yaml")
     for key in (short, f"models/{short}", f"methods/{short}", f"strategies/{short}"):
         if key in shipped:
             return shipped[key]
+    if os.path.isdir(path):
+        raise UsageError(f"config: '{name}' is a folder; give the path of a YAML file")
     raise UsageError(
         f"config: no such file '{name}'"
         + (nearest(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists")

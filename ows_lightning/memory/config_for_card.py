@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
     changed = f"with {sentence(changes)}" if changes else "as it is"
     path.write_text(f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}")
-    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {called(f'fit --config {path}')}"
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {called(f'fit --config {shlex.quote(str(path))}')}"
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import as_if_made_here
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, check_replaceable, plain_weights, replace_directory
+from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, plain_weights, replace_directory, replaceable
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -133,11 +133,11 @@ def write_delta(
         UsageError: The directory holds something else than a model.
         RunError: The files can't be written.
     """
-    check_replaceable(_absolute(directory))
+    target = replaceable(directory, base)
     before = {name: _hash(name, tensor) for name, tensor in _tensors(load_model(base, dtype, None, trust_remote_code))}
     files: dict[str, dict[str, str]] = {}
     model_bytes = delta_bytes = tensors = 0
-    with _replacing(directory, export, "delta") as partial:
+    with _replacing(target, export, "delta") as partial:
         others = {path.name: _file_hash(path) for path in sorted(partial.iterdir()) if path.name != "README.md"}
         shards = _Shards(partial)
         for path in sorted(export.glob("*.safetensors")):
@@ -182,12 +182,12 @@ def apply_delta(
         UsageError: It is another base, the delta is none or damaged, or the directory holds something else than a model.
         RunError: The files can't be written.
     """
-    check_replaceable(_absolute(directory))
+    target = replaceable(directory, base, delta)
     change = Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
     change.check_base(model)
     of_base = dict(_tensors(model))
-    with _replacing(directory, change.directory, "model") as partial:
+    with _replacing(target, change.directory, "model") as partial:
         for file, names in change.files.items():
             tensors = {name: change.read(name) if name in change.places else of_base[name].clone() for name in names}
             _save(tensors, partial / file)
@@ -286,22 +286,17 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 @contextmanager
-def _replacing(directory: str | os.PathLike[str], source: Path, what: str) -> Iterator[Path]:
-    """Gives a folder with the files of a source but its weights, which in the end replaces the directory, or is gone."""
-    target = _absolute(directory)
+def _replacing(target: Path, source: Path, what: str) -> Iterator[Path]:
+    """Gives a folder with the files of a source but its weights, which in the end replaces the target, or is gone."""
     partial = target.with_name(f".{target.name}.partial")
     try:
         _copy_all_but_weights(source, partial)
         yield partial
         replace_directory(target, partial)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"can't write the {what} to {str(directory)!r} ({error}); free space or choose another") from error
+        raise RunError(f"can't write the {what} to {str(target)!r} ({error}); free space or choose another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _absolute(directory: str | os.PathLike[str]) -> Path:
-    return Path(directory).expanduser().absolute()
 
 
 def _copy_all_but_weights(source: Path, target: Path) -> None:
@@ -309,7 +304,7 @@ def _copy_all_but_weights(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for path in source.iterdir():
         wanted = any(map(path.match, MODEL_FILES)) and path.suffix != ".safetensors" and path.name != DELTA_FILE
-        if wanted and path.is_file() and not path.is_symlink():
+        if wanted and path.is_file():  # the hub's cache has links to files
             shutil.copy(path, target)
 
 

@@ -91,8 +91,7 @@ def save_huggingface(
         UsageError: The directory exists and holds something else than a model.
         RunError: The files can't be written, e.g. because the disk is full, or the weights are no numbers.
     """
-    target = Path(directory).expanduser().absolute()
-    check_replaceable(target)
+    target = replaceable(directory)
     _check_finite(model)
     base: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment,operator]
     for module in model.modules():
@@ -148,16 +147,30 @@ def _check_finite(model: nn.Module) -> None:
         )
 
 
-def check_replaceable(target: Path) -> None:
-    """Refuses, with a UsageError, a target that holds something else than a model or a delta."""
+def replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
+    """Returns where to write a model or a delta, links followed.
+
+    Args:
+        directory: What is written, or replaced.
+        sources: Names of models and directories that it is made from.
+
+    Raises:
+        UsageError: It is one of the sources, or holds something else than a model or a delta.
+    """
+    target = Path(directory).expanduser().resolve()
     if not target.exists():
-        return
+        return target
+    if target in (Path(source).expanduser().resolve() for source in sources):
+        raise UsageError(
+            f"output: {str(target)!r} is what the result is made from, and would be replaced; give another directory"
+        )
     if not target.is_dir():
         raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")
     foreign = [path.name for path in target.iterdir() if path.is_dir() or not any(map(path.match, MODEL_FILES))]
     if foreign or (any(target.iterdir()) and not (target / "config.json").is_file()):
         what = f"holds {foreign[0]!r}, which is no part of a model" if foreign else "holds something else than a model"
         raise UsageError(f"{str(target)!r} {what}, and would be replaced; give a new directory")
+    return target
 
 
 def replace_directory(target: Path, partial: Path) -> None:

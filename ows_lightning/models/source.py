@@ -71,7 +71,7 @@ def locate(name: str) -> Source:
         raise UsageError(f"{MODEL_KEY}: no model is named; give a hub name, a directory or a .gguf file")
     if name.startswith(PACKAGE_SCHEME):
         return _locate_in_package(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
     if name.endswith(".gguf"):
         if not path.is_file():
             raise UsageError(f"{MODEL_KEY}: no such file {name!r}; give the path of a .gguf file on this machine")

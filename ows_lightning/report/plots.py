@@ -310,7 +310,10 @@ def _run_handles(runs: Sequence[RunRecord]) -> list[Any]:
 
     if len(runs) == 1:
         return []
-    return [Line2D([], [], label=run.name, **style) for run, style in zip(runs, _styles(len(runs)), strict=True)]
+    return [
+        Line2D([], [], label=run.name.replace("$", r"\$"), **style)
+        for run, style in zip(runs, _styles(len(runs)), strict=True)
+    ]
 
 
 def _unit(x: XAxis, largest: float) -> tuple[float, str]:

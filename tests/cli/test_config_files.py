@@ -33,6 +33,16 @@ def test_a_file_here_comes_before_a_shipped_one() -> None:
     assert find_config("quickstart") == dict(shipped_configs())["quickstart"]
 
 
+def test_a_folder_does_not_hide_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()
+    Path("mine").mkdir()
+    assert find_config("quickstart") == dict(shipped_configs())["quickstart"]
+    for name, said in (("mine", "is a folder"), ("~nobody-of-that-name/x.yaml", "no such file"), ("x" * 300, "no such file")):
+        with pytest.raises(UsageError, match=said):
+            find_config(name)
+
+
 def test_a_config_stands_on_another() -> None:
     Path("mine").mkdir()
     Path("mine/first.yaml").write_text("base: llama2_7b\nseed_everything: 1\n")

@@ -398,6 +398,8 @@ def test_writes_the_config_that_fits_a_card(tmp_path: Path) -> None:
     assert not predict(settings_from_config(config)).fits(24)
     assert written["data"]["init_args"]["batch_size"] * written["trainer"]["accumulate_grad_batches"] == 32
     assert "data.batch_size" in said
+    (spaced := tmp_path / "my out").mkdir()
+    assert f"--config '{spaced}/fit_rtx_4090.yaml'" in write_config_for_card(config, "rtx 4090", spaced)
     with pytest.raises(UsageError, match="RTX 3060"):
         write_config_for_card(llama_7b(**FULL), "RTX 3060", tmp_path)
 

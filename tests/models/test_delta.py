@@ -199,6 +199,36 @@ def test_a_damaged_delta_is_refused(model_dir: Callable[..., Path]) -> None:
         load_delta(load_model(str(base)), base)
 
 
+def test_the_base_is_never_replaced(model_dir: Callable[..., Path]) -> None:
+    base = model_dir()
+    make_delta(base, lambda model: train(model, 1))
+    before = contents(base)
+    for directory in (base, base.parent / "elsewhere" / ".." / base.name):
+        with pytest.raises(UsageError, match="is what the result is made from"):
+            write_delta(base.parent / "whole", directory, str(base), torch.float32)
+        with pytest.raises(UsageError, match="is what the result is made from"):
+            apply_delta(str(base), base.parent / "delta", directory)
+    with pytest.raises(UsageError, match="is what the result is made from"):
+        apply_delta(str(base), base.parent / "delta", base.parent / "delta")
+    assert contents(base) == before
+
+
+def test_links(model_dir: Callable[..., Path]) -> None:
+    """The hub's cache has links to files, and what is written may be a link to a folder."""
+    base = model_dir()
+    make_delta(base, lambda model: train(model, 1))
+    (snapshot := base.parent / "snapshot").mkdir()
+    for path in (base.parent / "delta").iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (base.parent / "real").mkdir()
+    (link := base.parent / "link").symlink_to("real")
+    for _ in range(3):
+        apply_delta(str(base), snapshot, link)
+        assert link.is_symlink()
+        assert contents(base.parent / "real") == contents(base.parent / "whole")
+    assert not [path for path in base.parent.iterdir() if path.name.startswith(".")]
+
+
 def test_on_the_command_line(
     config: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
@@ -226,6 +256,13 @@ def test_on_the_command_line(
         main(["chat", "--model", model, "--max_new_tokens", "4"])
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+
+    before = contents(Path("llama-chatml"))
+    for extra in ([], ["--delta", "true"]):
+        with pytest.raises(SystemExit, match="2"):
+            run("export", config, *checkpoint, "--output", "llama-chatml", *extra)
+        assert "is what the result is made from, and would be replaced" in capsys.readouterr().err
+    assert contents(Path("llama-chatml")) == before
 
     for words in ("apply-delta again delta --output wrong", "apply-delta delta delta --output wrong", "apply-delta again"):
         with pytest.raises(SystemExit, match="2"):

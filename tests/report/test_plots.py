@@ -95,6 +95,12 @@ def test_loss_of_several_runs(run, tmp_path, make_run, x, label):
     assert len({line.get_color() for line in ax.lines}) == 2
 
 
+def test_a_run_may_have_a_name_that_would_be_a_formula(run, tmp_path, make_run):
+    other = RunRecord.read(make_run(tmp_path / "$x^$ y", sampled=False))
+    figure, _ = plots.plot_loss([run, other])
+    figure.savefig(tmp_path / "loss.png")
+
+
 def test_many_runs_stay_distinguishable(run):
     styles = plots._styles(20)
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
