@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.settings import check_settings, sampling_settings
 from ows_lightning.errors import UsageError
-from ows_lightning.models.decoder import causal_lm, decoder_layers
+from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks
 from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OF_OUTLIERS, sampling_probabilities
@@ -156,6 +156,9 @@ class BlockSampler:
             raise UsageError(f"sampling: no block of {name} has a weight to train; unfreeze them, or train without sampling")
         if fixed:
             log.warning("Blocks %s have no weight to train: an interval that draws them trains nothing in them", fixed)
+        others = set(non_block_parameters(model)["other"])
+        if foreign := [name for name, p in model.named_parameters() if p in others and p.requires_grad]:
+            log.warning("%s and what else is no part of the language model stays frozen while blocks are sampled", foreign[0])
 
     def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
         """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`.

@@ -157,3 +157,15 @@ def test_an_older_state_without_settings_is_taken() -> None:
     del state["settings"]
     train(after, tiny_model("llama"), range(3, 4), state)
     assert after.history == before.history
+
+
+def test_a_head_beside_the_language_model_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"lm": tiny_model("llama"), "value": nn.Linear(32, 1)})
+    sampler = BlockSampler(**SETTINGS)
+    sampler.attach(model)
+    assert "value.weight and what else is no part of the language model stays frozen" in caplog.text
+    caplog.clear()
+    sampler.release()
+    model["value"].requires_grad_(False)
+    sampler.attach(model)
+    assert not caplog.text
