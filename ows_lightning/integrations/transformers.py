@@ -17,13 +17,15 @@ from weakref import WeakSet, ref
 import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
+from ows_lightning.checkpoints.settings import check_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
+from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.sharding import total_norm
 from ows_lightning.optim.subspace import Method
@@ -73,6 +75,9 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         assert model is not None
         _require_one_process(args)
         _require_fitted(_inner(optimizer), args)
+        if not isinstance(_inner(optimizer), GaLoreAdamW):
+            for p in model.parameters():
+                remove_hook(p)  # of a run of ``use_galore`` that ended by an exception
         self.release()
         self.reset()
         if state.global_step > 0:
@@ -129,6 +134,26 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
             self._record.update(self)
 
 
+class _GaLore(TrainerCallback):
+    """Has an optimizer of ``use_galore`` project within backward while its Trainer trains, and with its own settings."""
+
+    def __init__(self, optimizer: GaLoreAdamW) -> None:
+        self.optimizer = optimizer
+        self.given = [_settings(group) for group in optimizer.param_groups]
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Takes over the gradients; a resumed run has loaded the checkpoint's state, and its settings with it."""
+        if state.global_step > 0:
+            for group, given in zip(self.optimizer.param_groups, self.given, strict=True):
+                check_settings({name: group.get(name) for name in given}, given, named="use_galore")
+            _require_state(self.optimizer)
+        self.optimizer.project_in_backward()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves gradients to ``grad`` again: another Trainer may train the model then."""
+        self.optimizer.project_in_backward(False)
+
+
 def use_galore(
     trainer: Trainer,
     rank: int = 128,
@@ -158,12 +183,14 @@ def use_galore(
         The optimizer.
 
     Raises:
-        UsageError: The Trainer has an optimizer, runs on several processes, or computes in float16.
+        UsageError: The Trainer has an optimizer or makes its model itself, runs on several processes, or computes in float16.
     """
     args, model = trainer.args, cast(nn.Module, trainer.model)
     _require_one_process(args)
     if trainer.optimizer is not None:
         raise UsageError("use_galore: this Trainer has an optimizer; leave `optimizers` out, and call it before `train`")
+    if trainer.model_init is not None:
+        raise UsageError("model_init: train makes a new model and optimizer; give Trainer the model itself")
     if args.fp16:
         raise UsageError("fp16: its scaled gradients can't be projected within backward; set bf16=True, or neither")
     groups = galore_param_groups(
@@ -183,13 +210,13 @@ def use_galore(
         weight_decay=args.weight_decay,
         **options,
     )
-    optimizer.project_in_backward()
 
     def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         return _clip(optimizer, max_norm)
 
     trainer.accelerator.clip_grad_norm_ = clip
     model.register_forward_pre_hook(partial(_say_whether_more_comes, ref(optimizer)))
+    trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer))  # it refuses before any other has frozen blocks
     trainer.optimizer = optimizer
     _fitted.add(optimizer)
     return optimizer
@@ -234,9 +261,16 @@ def _require_one_process(args: TrainingArguments) -> None:
         )
 
 
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's settings but those of the Trainer's arguments, which the Trainer itself takes from the checkpoint."""
+    others = ("params", "param_names", "lr", "betas", "eps", "weight_decay")
+    return {name: value for name, value in group.items() if name not in others}
+
+
 def _require_state(optimizer: Optimizer) -> None:
     """Refuses a checkpoint that the Trainer goes on from with weights alone, without a word."""
-    if not optimizer.state and "betas" in optimizer.defaults:  # SGD has none
+    stateless = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
+    if not optimizer.state and not stateless:
         raise UsageError(
             "resume_from_checkpoint: the checkpoint has no state of the optimizer (save_only_model=True); "
             "give one that has, or load its model and train anew"

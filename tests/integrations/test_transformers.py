@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
@@ -152,10 +152,79 @@ def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path: Path) -> None:
-    make_trainer(tmp_path, galore=True, max_steps=2, save_only_model=True)[0].train()
+def test_a_resumed_run_with_other_settings_of_galore_is_refused_before_blocks_are_frozen(tmp_path: Path) -> None:
+    make_trainer(tmp_path, galore=True, max_steps=2)[0].train()
+    trainer, _ = make_trainer(tmp_path)
+    use_galore(trainer, rank=8, update_proj_gap=7, moments_dtype="bfloat16")
+    with pytest.raises(UsageError, match=r"^use_galore: .* other settings: ") as refused:
+        trainer.train(resume_from_checkpoint=True)
+    for changed in ("rank (4 in", "update_proj_gap (4 in the checkpoint, 7 now)", "moments_dtype ('float32' in"):
+        assert changed in str(refused.value)
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("optim", ["galore", "adafactor", "sgd", "sgd with momentum"])
+def test_a_checkpoint_without_the_optimizer_is_refused_where_it_has_a_state(optim: str, tmp_path: Path) -> None:
+    def trainer(**options: Any) -> Any:
+        made, _ = make_trainer(tmp_path, galore=optim == "galore", **options)
+        if optim.startswith("sgd"):
+            made.optimizer = torch.optim.SGD(made.model.parameters(), lr=1e-2, momentum=0.9 if "momentum" in optim else 0.0)
+        return made
+
+    options = {"optim": optim} if optim == "adafactor" else {}
+    trainer(max_steps=2, save_only_model=True, **options).train()
+    resumed = trainer(max_steps=4, **options)
+    if optim == "sgd":
+        resumed.train(resume_from_checkpoint=True)
+        return
     with pytest.raises(UsageError, match=r"^resume_from_checkpoint: .* no state of the optimizer \(save_only_model=True\)"):
-        make_trainer(tmp_path, galore=True)[0].train(resume_from_checkpoint=True)
+        resumed.train(resume_from_checkpoint=True)
+
+
+def test_another_trainer_of_the_same_model_trains_its_blocks_while_one_with_galore_lives(tmp_path: Path) -> None:
+    first, _ = make_trainer(tmp_path, galore=True, max_steps=2)
+    second = Trainer(first.model, args=first.args, train_dataset=first.train_dataset, data_collator=first.data_collator)
+    for before in ("the first trains", "the first has trained"):
+        weights = {name: p.detach().clone() for name, p in first.model.named_parameters()}
+        second.train()
+        assert not [name for name, p in first.model.named_parameters() if torch.equal(p, weights[name])], before
+        first.train()
+
+
+def test_a_trainer_with_galore_trains_again_also_after_others_and_after_an_exception(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    class Hooked(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            matrices = [p for p in decoder_layers(model).parameters() if p.dim() == 2]
+            assert all(p.grad is None for p in matrices)
+            assert len(trainer.optimizer.optimizer.gradients()) == 2 * 9 + 1  # two blocks, and the final norm
+
+    trainer, sampling = make_trainer(tmp_path, "sft", True, Hooked(), max_steps=2)
+    same = {"args": trainer.args, "train_dataset": trainer.train_dataset, "data_collator": trainer.data_collator}
+    use_galore(Trainer(trainer.model, **same), rank=4)  # takes no gradients before it trains
+    trainer.train()
+    trainer.train()
+    trainer.add_callback(Fails)
+    for _ in range(2):  # the second begins with frozen blocks
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    plain = Trainer(trainer.model, callbacks=[sampling], **same)
+    plain.train()
+    block = decoder_layers(trainer.model)[sampling.active_blocks[0]]
+    assert all(plain.optimizer.optimizer.state.get(p) for p in block.parameters())
+    trainer.remove_callback(Fails)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_model_that_the_trainer_makes_itself_is_refused(tmp_path: Path) -> None:
+    made, _ = make_trainer(tmp_path)
+    trainer = Trainer(model_init=lambda: made.model, args=made.args, train_dataset=made.train_dataset)
+    with pytest.raises(UsageError, match=r"^model_init: .* give Trainer the model itself"):
+        use_galore(trainer)
 
 
 def test_float16_is_refused(tmp_path: Path) -> None:
