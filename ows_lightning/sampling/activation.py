@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 
 PARTS = ("embeddings", "lm_head", "norm")
 """The parts of a model outside its blocks, as ``always_train`` names them."""
+
+
+_frozen: Any = WeakTensorKeyDictionary()  # the parameters that are frozen here, and not by the user
 
 
 def may_train(model: nn.Module) -> list[nn.ParameterList]:
@@ -57,8 +62,23 @@ def activate_blocks(
         for p in layer.parameters():
             trains[p] = trains.get(p, False) or index in active
     for p, trainable in trains.items():
+        if trainable:
+            _frozen.pop(p, None)
+        elif p.requires_grad:
+            _frozen[p] = True
         p.requires_grad_(trainable)
         if not trainable:
             p.grad = None
             for optimizer in optimizers:
                 optimizer.state.pop(p, None)
+
+
+def unfreeze(parameters: Iterable[nn.Parameter]) -> None:
+    """Lets those parameters train again that `activate_blocks` froze, and none that the user did.
+
+    Args:
+        parameters: Of any run: one that was interrupted may have left some frozen.
+    """
+    for p in parameters:
+        if _frozen.pop(p, False):
+            p.requires_grad_(True)

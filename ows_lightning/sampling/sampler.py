@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ows_lightning.checkpoints.settings import check_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
-from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks
+from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks, unfreeze
 from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OF_OUTLIERS, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
@@ -145,7 +145,8 @@ class BlockSampler:
         Raises:
             UsageError: See `check`; or the model has no blocks, or none of them has a weight to train.
         """
-        self.release()  # else what a run without its end left frozen would count as frozen by the user
+        self.release()
+        unfreeze(model.parameters())  # else what a run without its end left frozen would count as frozen by the user
         if self._loaded is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(causal_lm(model), "config", None)))
@@ -255,8 +256,7 @@ class BlockSampler:
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model."""
-        for p in [*(p for block in self._blocks for p in block), *self._others]:
-            p.requires_grad_(True)
+        unfreeze([*(p for block in self._blocks for p in block), *self._others])
         self._blocks, self._others = [], {}
 
     def warn_of_never_trained(self) -> None:
