@@ -195,7 +195,7 @@ class OWSTrainer(Trainer):
             save_huggingface(model.model, model.tokenizer, target, card)
             print(f"Written: {output}")
         if push_to_hub is not None:
-            print(f"Uploaded: {upload(target, push_to_hub)}")
+            print(f"Uploaded: {upload(output, push_to_hub)}")
 
     def _export_delta(self, module: CausalLMModule, output: Path, card: str) -> Sizes:
         """Writes the whole model beside the output, compares it with the base, and keeps the difference."""
