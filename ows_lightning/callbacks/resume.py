@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,8 +25,8 @@ class Resume(Callback):
     """
 
     def __init__(self) -> None:
-        self._options: list[list[dict[str, Any]]] = []  # of each optimizer's groups
-        self._options_before: list[list[dict[str, Any]]] | None = None
+        self._options: list[dict[str, Any]] = []  # of all optimizers' groups
+        self._options_before: list[dict[str, Any]] | None = None
         self._before: dict[str, int | None] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -40,11 +39,8 @@ class Resume(Callback):
         """Keeps the options as they are configured: the checkpoint is read after this."""
         kept = ("params", "param_names", "lr", "initial_lr")
         self._options = [
-            [
-                {**{k: v for k, v in group.items() if k not in kept}, "lr": group.get("initial_lr", group["lr"])}
-                for group in optimizer.param_groups
-            ]
-            for optimizer in trainer.optimizers
+            {**{k: v for k, v in group.items() if k not in kept}, "lr": group.get("initial_lr", group["lr"])}
+            for group in _groups(trainer)
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,10 +59,8 @@ class Resume(Callback):
 
     def _apply_options(self, trainer: Trainer) -> dict[str, str]:
         changed = {}
-        groups = list(chain(*(optimizer.param_groups for optimizer in trainer.optimizers)))
-        now = list(chain(*self._options))
-        before = [{}] * len(now) if self._options_before is None else list(chain(*self._options_before))
-        for group, configured, formerly in zip(groups, now, before, strict=True):
+        before = self._options_before or [{}] * len(self._options)
+        for group, configured, formerly in zip(_groups(trainer), self._options, before, strict=True):
             for key, value in configured.items():
                 place = "initial_lr" if key == "lr" and "initial_lr" in group else key
                 if key in formerly and formerly[key] == value:
@@ -91,3 +85,7 @@ class Resume(Callback):
         """Takes over what they were."""
         self._before = {name: checkpoint.get(name) for name in SAID}
         self._options_before = checkpoint.get("configured_options")
+
+
+def _groups(trainer: Trainer) -> list[dict[str, Any]]:
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]

@@ -27,7 +27,7 @@ def lasting_settings(
     settings |= {"number of blocks": num_layers, **architecture}
     if sampling is not None:
         settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return {key: _plain(value) for key, value in settings.items()}
 
 
 def sampling_settings(sampling: object) -> dict[str, Any]:

@@ -256,7 +256,7 @@ class GaLoreAdamW(Optimizer):
             matrix, else ``grad``, of the parameter's shape.
         """
         self._consume_gradients()
-        return [gradient for _, gradient in self._named_gradients()]
+        return self._gradients_of(p for p, _ in self._parameters())
 
     def gradient_of(self, p: Tensor) -> Tensor | None:
         """What the next step consumes of one parameter, of a shape as in ``gradients()``, which has to be called before."""
@@ -297,7 +297,7 @@ class GaLoreAdamW(Optimizer):
             p.grad = self._hosted.pop(p).to(p.device, non_blocking=True)
             average_([p.grad], process_group)
             self._consume_gradient(p)
-        average_([gradient for _, gradient in self._named_gradients()], process_group)
+        average_(self._gradients_of(p for p, _ in self._parameters()), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, also projected ones."""
@@ -398,17 +398,18 @@ class GaLoreAdamW(Optimizer):
 
     def _prepare_gradients(self) -> bool:
         """Clips what the step consumes; False, with a warning, if it is not finite. Only here does it wait for the device."""
-        gradients = self._named_gradients()
+        gradients = self._gradients_of(p for p, _ in self._parameters())
         if not gradients:
             return True
-        norm = total_norm(gradient for _, gradient in gradients)
+        norm = total_norm(gradients)
         for group in self.param_groups:
             if group["max_grad_norm"] is not None:
-                of_group = [g for p in group["params"] if (g := self.gradient_of(p)) is not None]
-                clip_(of_group, norm, group["max_grad_norm"])
+                clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
         if norm.isfinite():
             return True
-        names = [name for name, gradient in gradients if not local(gradient).isfinite().all()]
+        names = [
+            name for name, p in self._named_parameters() for g in self._gradients_of([p]) if not local(g).isfinite().all()
+        ]
         self._progress.skipped_steps += 1
         log.warning(
             "Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)",
@@ -533,15 +534,13 @@ class GaLoreAdamW(Optimizer):
                 projected = (p for p in group["params"] if self._side(p, group) is not None)
                 hook_gradients(projected, self, GaLoreAdamW._consume_in_backward)
 
-    def _named_gradients(self) -> list[tuple[str, Tensor]]:
-        named = []  # no dict: torch lets two groups have the same names
+    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
             names = group.get("param_names") or [f"parameter {self._places[p][1]} {tuple(p.shape)}" for p in group["params"]]
-            for name, p in zip(names, group["params"], strict=True):
-                gradient = self._projected.get(p, p.grad)
-                if gradient is not None:
-                    named.append((name, gradient))
-        return named
+            yield from zip(names, group["params"], strict=True)
+
+    def _gradients_of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        return [gradient for p in parameters if (gradient := self.gradient_of(p)) is not None]
 
     def _generators(
         self, p: Tensor, step: int, group: dict[str, Any]
