@@ -110,6 +110,7 @@ class Runs:
             **self.trainer,
         )  # fmt: skip
         trainer.fit(module, InstructionDataModule(str(self.folder / "rows.jsonl"), **data), ckpt_path=ckpt_path)
+        trainer.strategy.barrier()  # every process reads the curves, which the first one writes
         weights = {name: weight.detach().clone() for name, weight in module.state_dict().items()}
         return weights, self.curves(name)
 
