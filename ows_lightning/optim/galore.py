@@ -217,7 +217,14 @@ class GaLoreAdamW(Optimizer):
         self._own(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state; moments keep the dtype in which they were saved (torch casts to the parameter's)."""
+        """Loads a state; moments keep the dtype in which they were saved (torch casts to the parameter's).
+
+        Raises:
+            ValueError: The state is of an optimizer without a ``rank``: training would go on in full rank.
+        """
+        for number, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            if group.get("rank") is not None and "rank" not in saved:
+                raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
         super().load_state_dict(state_dict)
         saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
         for saved_id, (p, _) in zip(saved_ids, self._parameters(), strict=True):

@@ -28,19 +28,21 @@ def leading_singular_vectors(gradient: Tensor, rank: int, side: Side, method: Me
     Returns:
         Orthonormal columns of shape (..., m, r) or (..., n, r), in the gradient's dtype.
     """
+    dtype = gradient.dtype
     if method == "svd":
         # Never of the transposed gradient: moments that are kept depend on the vectors' signs, which are galore-torch's.
         u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
         vectors = vh[..., :rank, :].mT if side == "right" else u[..., :rank]
     else:
+        gradient = gradient.float() if gradient.dtype == torch.float16 else gradient  # whose products would overflow
         vectors = _randomized(gradient if side == "right" else gradient.mT, rank, seed)
-    return vectors.to(gradient.dtype).contiguous()
+    return vectors.to(dtype).contiguous()
 
 
 def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     m, n = matrix.shape[-2:]
     generator = torch.Generator(matrix.device).manual_seed(seed)
-    # The products run in the gradient's own dtype: no float32 copy of the matrix is made.
+    # The products run in the matrix's own dtype: no float32 copy of it is made.
     # All experts share it: a process with some of the experts finds the same subspaces as one that has them all.
     test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
     rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)

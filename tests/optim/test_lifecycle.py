@@ -149,6 +149,16 @@ def test_groups_may_have_the_same_names(caplog: pytest.LogCaptureFixture) -> Non
     assert torch.equal(one.weight, before)
 
 
+def test_the_state_of_an_optimizer_without_rank_is_refused() -> None:
+    model = net()
+    optimizer = galore(model)
+    adamw = torch.optim.AdamW([{"params": group["params"]} for group in groups(model)])
+    loss_of(model, 0).backward()
+    adamw.step()
+    with pytest.raises(ValueError, match=f"rank {RANK}, the loaded state none"):
+        optimizer.load_state_dict(adamw.state_dict())
+
+
 @pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("moments_at_renewal", ["keep", "reproject"])
 def test_a_state_from_another_precision_is_taken(before: torch.dtype, after: torch.dtype, moments_at_renewal: str) -> None:

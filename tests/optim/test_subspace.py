@@ -34,6 +34,12 @@ def test_captures_a_low_rank_matrix_whole(dtype: torch.dtype) -> None:
     assert captured(gradient, 5, "right", "randomized") == pytest.approx(gradient.float().norm().item(), rel=1e-2)
 
 
+def test_products_of_large_float16_gradients_do_not_overflow() -> None:
+    gradient = (torch.randn(600, 5) @ torch.randn(5, 400) * 2000).half()
+    assert gradient.isfinite().all()
+    assert captured(gradient, 5, "right", "randomized") == pytest.approx(gradient.float().norm().item(), rel=1e-2)
+
+
 def test_captures_a_models_gradients_as_well_as_the_exact_subspace() -> None:
     model = tiny_model("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
     model(**tiny_batch(rows=8, length=64)).loss.backward()
