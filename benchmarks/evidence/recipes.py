@@ -1,0 +1,77 @@
+"""Changes to the method that the study ``recipe`` tries, as callbacks: what does not help stays out of the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ows_lightning import LayerwiseSampling
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.sampling.inclusion import inclusion_probabilities
+
+
+def active_parameters(trainer: Trainer, module: LightningModule) -> dict[int, list[nn.Parameter]]:
+    """The trained parameters of each block that is active now."""
+    sampling = LayerwiseSampling.of(trainer)
+    assert sampling is not None
+    layers = decoder_layers(module)
+    return {block: [p for p in layers[block].parameters() if p.requires_grad] for block in sampling.active_blocks}
+
+
+class RateByInclusion(Callback):
+    r"""Divides a block's updates by its chance of being drawn, so that all blocks move equally far in expectation.
+
+    The update of block l is multiplied by :math:`(\gamma / L) / \pi_l`, whose mean over what is drawn is 1, with
+    :math:`\pi_l` of ``inclusion_probabilities``. Weights are what is scaled, since Adam ignores a gradient's scale.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, list[Tensor]] = {}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Keeps the active blocks' weights."""
+        active = active_parameters(trainer, pl_module)
+        self._before = {block: [p.detach().clone() for p in parameters] for block, parameters in active.items()}
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Scales the step that was taken, if one was."""
+        sampling = LayerwiseSampling.of(trainer)
+        assert sampling is not None and sampling.probabilities is not None
+        chances = inclusion_probabilities(sampling.probabilities, sampling.activated_layers)
+        for block, parameters in active_parameters(trainer, pl_module).items():
+            factor = sampling.activated_layers / len(chances) / float(chances[block])
+            for p, before in zip(parameters, self._before.pop(block, []), strict=False):
+                p.copy_(before.lerp(p, factor))
+
+
+class KeptMoments(Callback):
+    """Keeps a block's moments and subspaces in host memory while it is frozen, and gives them back when it is drawn again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[nn.Parameter, dict[str, Any]] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Copies the active blocks' state, which a draw may free before the next step."""
+        state = trainer.optimizers[0].state
+        for parameters in active_parameters(trainer, pl_module).values():
+            for p in parameters:
+                if p in state:
+                    self._kept[p] = {key: value.to("cpu", copy=True) for key, value in state[p].items()}
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Gives blocks that return their state, before the first gradient is projected."""
+        state = trainer.optimizers[0].state
+        for parameters in active_parameters(trainer, pl_module).values():
+            for p in parameters:
+                if p not in state and p in self._kept:
+                    kept = self._kept[p]
+                    state[p] = {key: value if key == "step" else value.to(p.device) for key, value in kept.items()}

@@ -1,0 +1,63 @@
+"""The recipe's callbacks: how far blocks move, and what they find when they are drawn again."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from benchmarks.evidence.recipes import KeptMoments, RateByInclusion
+from ows_lightning import LayerwiseSampling
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.sampling.inclusion import inclusion_probabilities
+from tests.sampling.test_callback import LAYERS, Projected, fit
+
+
+def trained(
+    tmp_path: Path, distribution: str | list[float], steps: int, *callbacks: Callback
+) -> tuple[Projected, LayerwiseSampling]:
+    torch.manual_seed(0)
+    module = Projected()
+    sampling = LayerwiseSampling(activated_layers=2, interval_steps=2, distribution=distribution)
+    fit(module, sampling, tmp_path, *callbacks, max_steps=steps)
+    return module, sampling
+
+
+def test_equal_chances_change_nothing(tmp_path: Path) -> None:
+    plain, _ = trained(tmp_path / "plain", "uniform", 6)
+    scaled, _ = trained(tmp_path / "scaled", "uniform", 6, RateByInclusion())
+    for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # chances are a quadrature's
+
+
+def test_a_step_is_divided_by_the_chance(tmp_path: Path) -> None:
+    weights = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    torch.manual_seed(0)
+    before = Projected()
+    plain, sampling = trained(tmp_path / "plain", weights, 1)
+    scaled, _ = trained(tmp_path / "scaled", weights, 1, RateByInclusion())
+    chances = inclusion_probabilities(sampling.probabilities, 2)
+    assert sampling.active_blocks
+    for block in sampling.active_blocks:
+        factor = 2 / LAYERS / chances[block]
+        for start, p, q in zip(
+            *(decoder_layers(module)[block].parameters() for module in (before, plain, scaled)), strict=True
+        ):
+            torch.testing.assert_close(q - start, factor * (p - start), rtol=1e-3, atol=1e-6)
+
+
+def test_a_block_that_returns_finds_its_moments(tmp_path: Path) -> None:
+    steps: dict[int, float] = {}
+
+    class Counted(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            sampling = LayerwiseSampling.of(trainer)
+            for block in sampling.active_blocks:
+                weight = decoder_layers(pl_module)[block].self_attn.q_proj.weight
+                steps[block] = float(trainer.optimizers[0].state[weight]["step"])
+
+    _, sampling = trained(tmp_path, "uniform", 12, Counted(), KeptMoments())
+    draws = [blocks for _, _, blocks in sampling.history]
+    away = {block for before, after in pairwise(draws) for block in set(before) - set(after)}
+    assert away & {block for blocks in draws[2:] for block in blocks}, "no block returns"
+    assert steps == {block: 2.0 * sum(block in blocks for blocks in draws) for blocks in draws for block in blocks}
