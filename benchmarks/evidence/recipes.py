@@ -43,7 +43,8 @@ class RateByInclusion(Callback):
     ) -> None:
         """Scales the step that was taken, if one was."""
         sampling = LayerwiseSampling.of(trainer)
-        assert sampling is not None and sampling.probabilities is not None
+        assert sampling is not None
+        assert sampling.probabilities is not None
         chances = inclusion_probabilities(sampling.probabilities, sampling.activated_layers)
         for block, parameters in active_parameters(trainer, pl_module).items():
             factor = sampling.activated_layers / len(chances) / float(chances[block])
