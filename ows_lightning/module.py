@@ -200,7 +200,7 @@ class CausalLMModule(HeldOutSteps):
         pretrained.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
             pretrained.compile_blocks(self.language_model)
-        self.window = window_for(decoder_layers(self), self.hparams, disk)
+        self.window = None if self.device_mesh else window_for(decoder_layers(self), self.hparams, disk)
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
         """Makes the model with its weights, blocks on a disk, or ``empty``: with weights on the meta device, to be filled."""

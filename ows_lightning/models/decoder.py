@@ -94,6 +94,12 @@ def at_hand(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if window is None else window.hold(block)
 
 
+def at_rest(block: nn.Module) -> None:
+    """Makes a block's parameters its own weights, wherever they wait, also where a pass was interrupted."""
+    if (window := getattr(block, "window", None)) is not None:
+        window.rest()
+
+
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """Returns the module that directly holds the list of blocks, and that list."""
     language_model = causal_lm(model)

@@ -28,6 +28,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.decoder import at_rest
 from ows_lightning.models.finite import all_finite
 from ows_lightning.models.mapped_files import let_go, weights_are_mapped
 from ows_lightning.models.safetensors_file import SafetensorsFile
@@ -92,6 +93,8 @@ def save_huggingface(
         RunError: The files can't be written, e.g. because the disk is full, or the weights are no numbers.
     """
     target = replaceable(directory)
+    for block in model.modules():
+        at_rest(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
     base: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment,operator]
     for module in model.modules():

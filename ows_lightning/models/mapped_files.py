@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_keeping: list[None] = []
 
 
 def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> mmap.mmap:
@@ -31,5 +34,15 @@ def weights_are_mapped() -> bool:
 
 def let_go() -> None:
     """Lets go of all pages that were looked at; whoever reads many weights calls it after each."""
-    for memory in list(_maps):
+    for memory in list(_maps) if not _keeping else ():
         memory.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def pages_kept() -> Iterator[None]:
+    """Lets go of no page meanwhile: some hold what was written into weights of a file that is not writable."""
+    _keeping.append(None)
+    try:
+        yield
+    finally:
+        _keeping.pop()

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import backward_pass, in_backward, when_backward_ends
+from ows_lightning.errors import RunError
+from ows_lightning.models.mapped_files import pages_kept
 from ows_lightning.streaming.copies import Copies, ReadAhead, copies_for
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.homes import DeviceHome, HostHome, home_for, lay_out, nbytes_of
@@ -86,6 +88,9 @@ class Window:
             # What moves the model, `to` or a Trainer, leaves the blocks where they wait and moves the window.
             block._apply = partial(self._apply_to_block, index)  # type: ignore[method-assign]
             block.window = self  # type: ignore[assignment]
+            for adapted in _mergeable(block):
+                for name in ("merge", "unmerge"):
+                    setattr(adapted, name, partial(self._write, index, getattr(type(adapted), name), adapted))
         self._clear()
         if disk is not None:
             self._prepare()  # what is in memory goes to the disk at once
@@ -96,15 +101,19 @@ class Window:
         self._in_slot: dict[int, list[Tensor]] = {}  # the views of a slot that a waiting block's parameters get
         self._memory: list[Tensor] = []
         self._ordering: Copies | None = None
+        self._transit: Transit | None = None
         self._training: bool | None = None
         self._backward = -1
+        self._versions: dict[int, list[int]] = {}  # of a waiting block's parameters, when its home was last taken in
+        self._arrangement = object()  # of blocks in slots; another one after every change
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies find their weights in their own parameters, and wait in host memory."""
         for index in range(len(self.homes)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self._has_twin = True
-        made = ("homes", "timeline", "_in_slot", "_memory", "_ordering", "_training", "_backward")
+        made = {"homes", "timeline", "_in_slot", "_memory", "_ordering", "_transit"}
+        made |= {"_training", "_backward", "_versions", "_arrangement"}
         return {key: value for key, value in vars(self).items() if key not in made} | {"_disk": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,14 +155,23 @@ class Window:
 
     def move(self, device: torch.device) -> None:
         """Takes another device for the one that computes."""
+        if device == self.device:
+            self.timeline.forget()
+            return
         self.go_home()
-        if device != self.device:
-            self.device = device
-            self._clear()
+        self.device = device
+        self._clear()
 
-    def forget(self) -> None:
-        """Drops what the slots hold, because something wrote into homes."""
-        self.timeline.forget()
+    def rest(self) -> None:
+        """Ends a pass that was interrupted, and takes in what others wrote into waiting weights, which torch counts."""
+        self.timeline.finish()
+        changed = [index for index, versions in self._versions.items() if versions != _versions_of(self.parameters[index])]
+        if changed:
+            with pages_kept():
+                for index in changed:
+                    self.make_writable(index)
+            for index in changed:
+                self._written(index)
 
     def make_writable(self, index: int) -> None:
         """Lets others write into a block's home: what slots hold is dropped, and from a model's own file a block moves."""
@@ -162,6 +180,18 @@ class Window:
         self.homes[index].make_writable()
         if self.timeline.waits(index):
             _point(self.parameters[index], self.homes[index].tensors)
+
+    def _write(self, index: int, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls what writes into a block's weights, wherever they are, and takes in what it has written."""
+        self.make_writable(index)
+        result = write(*args, **kwargs)
+        self._written(index)
+        return result
+
+    def _written(self, index: int) -> None:
+        if self.timeline.waits(index):
+            self.homes[index].written()
+            self._versions[index] = _versions_of(self.parameters[index])
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -200,6 +230,8 @@ class Window:
             hook.remove()
         for block in self.blocks:
             del block.window, block._apply
+            for adapted in _mergeable(block):
+                del adapted.merge, adapted.unmerge
         self._clear()
 
     def _prepare(self) -> None:
@@ -210,11 +242,12 @@ class Window:
     def _arrange(self, active: Sequence[int]) -> None:
         # What is made within inference mode can't be saved for backward.
         with torch.inference_mode(False):
+            self.rest()
             before = self.active
             if not self.homes:
-                transit = Transit(self.device) if self._int8_in in ("host", "disk") else None
+                self._transit = Transit(self.device) if self._int8_in in ("host", "disk") else None
                 for weights in self.parameters:
-                    self.homes.append(self._home([p.data for p in weights], transit))
+                    self.homes.append(self._home([p.data for p in weights]))
                     _point(weights, self.homes[-1].tensors)
             self.timeline.forget()
             for index in set(before) - set(active):  # first, so that their memory can be used again
@@ -227,15 +260,17 @@ class Window:
             self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate()
             waiting = self.timeline.order
+            self._arrangement = object()
+            self._versions = {i: _versions_of(self.parameters[i]) for i in waiting}
             self._in_slot = {i: lay_out(self._memory[self.timeline.slot_of(i)], self.homes[i].tensors) for i in waiting}
 
-    def _home(self, weights: Sequence[Tensor], transit: Transit | None) -> HostHome:
+    def _home(self, weights: Sequence[Tensor]) -> HostHome:
         in_host = partial(home_for, device=self.device)
         masters = in_host(weights) if self._disk is None else self._disk.home(weights)
         if self._int8_in is None:
             return masters
         keep = partial(DeviceHome, device=self.device) if self._int8_in == "device" else in_host
-        return Int8Home(masters, self._disk.home if self._disk and self._int8_in == "disk" else keep, transit)
+        return Int8Home(masters, self._disk.home if self._disk and self._int8_in == "disk" else keep, self._transit)
 
     def _allocate(self) -> None:
         """Makes the slots, once: they stay for as long as the window is on this device."""
@@ -279,7 +314,7 @@ class Window:
         if self.timeline.waits(index):
             self.timeline.enter_forward(index)
             inputs = list(_tensors_with_gradient((args, kwargs)))
-            leave = partial(self._leave_backward, index)
+            leave = partial(self._leave_backward, index, self._arrangement)
             if len(inputs) == 1:
                 inputs[0].register_hook(leave)
             elif inputs:
@@ -291,43 +326,78 @@ class Window:
             return
         outputs = list(_tensors_with_gradient(output))
         for tensor in outputs:
-            tensor.register_hook(partial(self._enter_backward, index))
+            tensor.register_hook(partial(self._enter_backward, index, self._arrangement))
         self.timeline.leave_forward(index, needed_in_backward=bool(outputs))
 
     def _begin_forward(self, training: bool) -> None:
+        self.rest()
         if torch.is_grad_enabled():
             self.settle()
         self.timeline.begin_forward()
         if self._training is not None and training != self._training:
             self.timeline.forget()  # between training and evaluation, weight averaging exchanges the weights
             for index in self.timeline.order if self._has_twin else ():
-                self.homes[index].written()
+                self._written(index)
         self._training = training
 
-    def _enter_backward(self, index: int, gradient: Tensor) -> None:
+    def _enter_backward(self, index: int, arrangement: object, gradient: Tensor) -> None:
+        self._require(arrangement)
         task = backward_pass()
         if task != self._backward:
             self._backward = task
             when_backward_ends(self.timeline.end_backward)
         self.timeline.enter_backward(index)
 
-    def _leave_backward(self, index: int, gradient: Any) -> None:
+    def _leave_backward(self, index: int, arrangement: object, gradient: Any) -> None:
+        self._require(arrangement)
         self.timeline.leave_backward(index)
+
+    def _require(self, arrangement: object) -> None:
+        if arrangement is not self._arrangement:
+            raise RunError(
+                "model.frozen_in: other blocks train in backward than did in forward, so that frozen ones have moved; change "
+                "`requires_grad` and the device between two steps"
+            )
 
     def _apply_to_block(self, index: int, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.move(fn(torch.empty(0, device=self.device)).device)
-        waiting, block = {id(p) for p in self.parameters[index]}, self.blocks[index]
+        weights, block = self.parameters[index], self.blocks[index]
+        if any(fn(torch.empty(0, dtype=p.dtype)).dtype != p.dtype for p in weights):
+            self._convert(index, fn)
+        waiting = {id(p) for p in weights}
         return type(block)._apply(block, lambda tensor: tensor if id(tensor) in waiting else fn(tensor), recurse)
 
+    @torch.no_grad()
+    def _convert(self, index: int, fn: Callable[[Tensor], Tensor]) -> None:
+        """Gives a block a home of another dtype."""
+        self._prepare()
+        self.go_home()
+        weights = self.parameters[index]
+        for p in weights:
+            p.data, p.grad = fn(p.data).to("cpu"), None
+        self.homes[index] = self._home([p.data for p in weights])
+        _point(weights, self.homes[index].tensors)
+        self._memory = []  # slots are as large as the largest block
+        self._arrange([])
+
     def _before_state_dict(self, block: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self.timeline.finish()  # a state dict outlives the pass that was interrupted
+        self.rest()  # a state dict outlives the pass that was interrupted
 
     def _before_load(self, index: int, block: nn.Module, *_: Any) -> None:
         self.make_writable(index)
 
     def _after_load(self, index: int, block: nn.Module, *_: Any) -> None:
-        if self.timeline.waits(index):
-            self.homes[index].written()
+        self._written(index)
+
+
+def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:
+    """How often each was written in place; to take other memory (``data``) is no write."""
+    return [parameter._version for parameter in parameters]
+
+
+def _mergeable(block: nn.Module) -> list[nn.Module]:
+    """The layers of peft, which merge adapters into a weight's ``data``: torch does not count that."""
+    return [module for module in block.modules() if hasattr(type(module), "merge") and hasattr(type(module), "unmerge")]
 
 
 def _point(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.export import save_huggingface
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.int8 import pack, unpack
 from ows_lightning.streaming.loading import load
 from ows_lightning.streaming.window import Window
+from tests.data.samples import tiny_tokenizer
 from tests.streaming.steps import evaluate, train
 from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
 
@@ -116,3 +119,21 @@ def test_a_copy_on_the_device_is_freed_while_its_block_trains(tmp_path: Path) ->
     window = int8_window(model, "device", tmp_path)
     train(model, window, draws=[[1]])
     assert [home.copy is None for home in window.homes] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("where", ["device", "host", "disk"])
+def test_an_export_after_an_interrupted_pass_is_made_of_masters(where: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "before")
+    int8_window(model, where, tmp_path, frozen_only=True)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    decoder_layers(model)[1].mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**tiny_batch())
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "after")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
+from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import checkpoint_activations
+from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.window import Window
 from tests.streaming.steps import evaluate, strict_window, train
 from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
@@ -166,6 +169,114 @@ def test_weights_that_are_loaded_or_exchanged_count_at_once() -> None:
         for p, q in zip(model.parameters(), tiny_model("llama", seed=2).parameters(), strict=True):
             p.data.copy_(q.data)
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(tiny_model("llama", seed=2))), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("between", ["forward and backward", "backward and step"])
+def test_a_move_to_where_it_is_changes_nothing(between: str) -> None:
+    def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.requires_grad_(index in (0, 2))
+        loss = model(**tiny_batch(), use_cache=False).loss
+        if between == "forward and backward":
+            model.to("cpu")
+        loss.backward()
+        model.float()
+        return [p.grad for p in decoder_layers(model).parameters() if p.requires_grad]
+
+    expected = gradients(tiny_model("llama"))
+    model = tiny_model("llama")
+    strict_window(model)
+    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
+
+
+def test_blocks_that_moved_between_forward_and_backward_are_an_error() -> None:
+    model = tiny_model("llama")
+    Window(decoder_layers(model))
+    layers = decoder_layers(model)
+    layers.requires_grad_(False)
+    layers[0].requires_grad_(True)
+    loss = model(**tiny_batch(), use_cache=False).loss
+    layers[2].requires_grad_(True)
+    loss = loss + model(**tiny_batch(seed=1), use_cache=False).loss
+    with pytest.raises(RunError, match="other blocks train in backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("int8_in", [None, "host"])
+def test_what_is_written_in_place_counts_at_once(int8_in: str | None) -> None:
+    model, other = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    for each in (model, other):
+        decoder_layers(each).requires_grad_(False)
+        decoder_layers(each)[1].requires_grad_(True)
+    with torch.no_grad():
+        Window(decoder_layers(model), int8_in=int8_in)
+        model(**tiny_batch())
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.copy_(q)
+        Window(decoder_layers(other), int8_in=int8_in)
+        assert torch.equal(model(**tiny_batch()).logits, other(**tiny_batch()).logits)
+    decoder_layers(model)[3].requires_grad_(True)  # a draw, after another write
+    with torch.no_grad():
+        for each in (model, other):
+            for p in each.parameters():
+                p.mul_(0.5)
+    decoder_layers(other)[3].requires_grad_(True)
+    losses = [each(**tiny_batch()).loss for each in (model, other)]
+    assert torch.equal(*losses)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("int8_in", [None, "host", "device"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_another_dtype_holds_for_all_blocks(int8_in: str | None, on_disk: bool, tmp_path: Path) -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    window = Window(decoder_layers(model), disk=Disk(tmp_path) if on_disk else None, int8_in=int8_in)
+    train(model, window)
+    train(plain, Window(decoder_layers(plain), int8_in=int8_in))
+    for each in (model, plain):
+        each.zero_grad()
+        each.bfloat16()
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.bfloat16}
+    if int8_in is None:
+        decoder_layers(plain)[0].window.remove()
+        plain.bfloat16()
+        train(model, window).assert_equals(train(plain))
+    else:
+        train(model, window).assert_equals(train(plain, decoder_layers(plain)[0].window))
+
+
+@pytest.mark.parametrize("int8_in", [None, "host", "device"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_adapters_are_merged_into_weights_that_wait(int8_in: str | None, on_disk: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def make(window: bool) -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(tiny_model("llama"), config)
+        if window:
+            disk = Disk(tmp_path) if on_disk else None
+            Window(decoder_layers(model), frozen_only=True, disk=disk, int8_in=int8_in)
+        return model
+
+    plain, model = make(False), make(True)
+    with torch.no_grad():
+        before = [each(**tiny_batch()).logits for each in (plain, model)]
+        for each in (plain, model):
+            each.merge_adapter()
+        merged = [each(**tiny_batch()).logits for each in (plain, model)]
+        torch.testing.assert_close(plain.state_dict(), model.state_dict(), rtol=0, atol=0)
+        for each in (plain, model):
+            each.unmerge_adapter()
+        after = [each(**tiny_batch()).logits for each in (plain, model)]
+        unloaded = [each.merge_and_unload() for each in (plain, copy.deepcopy(model))]
+    torch.testing.assert_close(unloaded[0].state_dict(), unloaded[1].state_dict(), rtol=0, atol=0)
+    if int8_in is None:
+        for ours in (before, merged, after):
+            assert torch.equal(*ours)
+    else:  # rounded before and after the adapters came in
+        torch.testing.assert_close(merged[1], merged[0], rtol=0.1, atol=0.02)
+        torch.testing.assert_close(after[1], before[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
