@@ -37,7 +37,7 @@ from ows_lightning.streaming.loading import load
 from ows_lightning.streaming.requirements import check_window, require_waiting
 from ows_lightning.streaming.window import Window, window_for
 
-DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
 
 def default_optimizer(params: Any) -> Optimizer:

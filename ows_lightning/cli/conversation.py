@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from ows_lightning.data.masking import with_chat_template
+from ows_lightning.data.masking import end_of_turn_id, with_chat_template
+from ows_lightning.data.rendering import ChatTemplate
 from ows_lightning.errors import UsageError, called
-from ows_lightning.models.pretrained import load_model, load_tokenizer
+from ows_lightning.models.pretrained import load_model, load_tokenizer, stop_at
 from ows_lightning.models.source import DELTA_FILE, check_model_name
 
 
@@ -47,7 +48,11 @@ class Conversation:
             stream: Write the answer to standard output as it comes.
         """
         self.turns.append({"role": "user", "content": text})
-        ids = self._ids()
+        try:
+            ids = self._ids()
+        except UsageError:
+            self.turns.pop()  # it has no answer
+            raise
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         with torch.inference_mode():
             mask = torch.ones_like(ids)
@@ -60,13 +65,13 @@ class Conversation:
         """The turns as token ids (1, L); the oldest are left out if the model has too few positions."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        template = ChatTemplate(self.tokenizer)
         while True:
-            text = self.tokenizer.apply_chat_template([*system, *self.turns], tokenize=False, add_generation_prompt=True)
+            text = template.render([*system, *self.turns], None, "the conversation", add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
             if ids.size(1) + self.generation["max_new_tokens"] <= longest:
                 return ids.to(self.model.device)
             if len(self.turns) == 1:
-                self.turns.clear()
                 raise UsageError(
                     f"max_new_tokens: the message has {ids.size(1)} tokens, and with {self.generation['max_new_tokens']} new "
                     f"ones that is beyond the model's {longest} positions; shorten one of them"
@@ -119,6 +124,7 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
         directory = _directory(name, Path(folder))
         tokenizer = with_chat_template(load_tokenizer(directory))
         model = load_model(directory, dtype).eval().to(device)
+    stop_at(model, end_of_turn_id(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if not given.temperature:
         model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None

@@ -33,7 +33,7 @@ from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
 from ows_lightning.cli.numbers import check_numbers, check_rate
 from ows_lightning.cli.parser import OneLineParser, import_class
-from ows_lightning.cli.preflight import check_run
+from ows_lightning.cli.preflight import check_plan, check_run
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -152,9 +152,12 @@ class OWSCLI(LightningCLI):
         return True
 
     def instantiate_classes(self) -> None:
-        """Makes model, data and Trainer; a plan needs none of them."""
+        """Makes model, data and Trainer; a plan needs none of them, and has their settings checked."""
         if self.subcommand != "plan":
             super().instantiate_classes()
+            return
+        made = self.parser.instantiate_classes(self.config).plan
+        check_plan(made.model, made.sampling, made.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "plan":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.environments import (
     LSFEnvironment,
     MPIEnvironment,
@@ -26,7 +26,9 @@ from torch.optim import Optimizer
 
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, nearest, not_writable
+from ows_lightning.memory.dimensions import find_dimensions
 from ows_lightning.models.kernels import liger_for
+from ows_lightning.models.lora import lora_config
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -81,7 +83,14 @@ def check_run(
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
     if command == "fit":
         check_checkpoint(checkpoint)
-        _check_monitors(model, data, checkpoint, trainer["callbacks"] or [])
+        callbacks = trainer["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        _check_monitors(model, data, checkpoint, callbacks)
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise UsageError(
+                "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
+                "average nothing; take WeightAveraging or EMAWeightAveraging"
+            )
     if isinstance(model, CausalLMModule):
         config = model.check()
         if model.hparams["kernels"] is not None:
@@ -142,12 +151,8 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
         trainer: The Trainer's arguments.
         gpus: Number of CUDA devices.
     """
-    for key in ("accumulate_grad_batches", "num_nodes"):
-        if trainer[key] < 1:
-            raise UsageError(f"trainer.{key}: {trainer[key]} must be at least 1")
-    _check_name("strategy", trainer["strategy"], StrategyRegistry.available_strategies(), "auto, ddp_layerwise or fsdp2")
-    _check_name("accelerator", trainer["accelerator"], [*AcceleratorRegistry.available_accelerators(), "gpu"], "auto")
-    accelerator, devices, precision = trainer["accelerator"], trainer["devices"], str(trainer["precision"])
+    _check_counts(trainer)
+    accelerator, precision = trainer["accelerator"], str(trainer["precision"])
     if accelerator in ("gpu", "cuda") and not gpus and not (accelerator == "gpu" and torch.backends.mps.is_available()):
         raise UsageError(
             f"trainer.accelerator: {accelerator}, but torch sees no GPU; set trainer.accelerator: cpu, or mend the driver"
@@ -160,10 +165,40 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
             "trainer.precision: %s is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster", precision
         )
     cores = os.cpu_count() or 1
-    wanted, there = _number_of_devices(devices), 8 * cores if on_cpu else gpus  # a few processes may share a core
+    wanted, there = _number_of_devices(trainer["devices"]), 8 * cores if on_cpu else gpus  # a few processes may share a core
     if wanted > there > 0:
         what = f"{cores} CPU cores" if on_cpu else f"{gpus} GPUs"
         raise UsageError(f"trainer.devices: {wanted} are more than the {what} of this machine")
+
+
+def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, trainer: Mapping[str, Any]) -> None:
+    """Checks what a plan is made of as `check_run` does, but for what depends on this machine; the data may be elsewhere.
+
+    Args:
+        model: The module, without its weights.
+        sampling: The sampling callback.
+        trainer: The Trainer's arguments.
+
+    Raises:
+        UsageError: Names the setting, and the mend.
+    """
+    _check_counts(trainer)
+    if isinstance(model, CausalLMModule):
+        model.check_optimizer()
+        if model.hparams["lora"] is not None:
+            lora_config(model.hparams["lora"])
+        config, _ = find_dimensions(model.hparams["model_name_or_path"], model.hparams["trust_remote_code"])
+        if sampling is not None:
+            sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
+
+
+def _check_counts(trainer: Mapping[str, Any]) -> None:
+    for key in ("accumulate_grad_batches", "num_nodes"):
+        if trainer[key] < 1:
+            raise UsageError(f"trainer.{key}: {trainer[key]} must be at least 1")
+    _number_of_devices(trainer["devices"])
+    _check_name("strategy", trainer["strategy"], StrategyRegistry.available_strategies(), "auto, ddp_layerwise or fsdp2")
+    _check_name("accelerator", trainer["accelerator"], [*AcceleratorRegistry.available_accelerators(), "gpu"], "auto")
 
 
 def _check_machines(trainer: Mapping[str, Any]) -> None:
@@ -254,10 +289,9 @@ def check_precision(model: LightningModule, precision: str) -> None:
 
 
 def _check_monitors(
-    model: LightningModule, data: LightningDataModule, checkpoint: ModelCheckpoint, callbacks: Callback | list[Callback]
+    model: LightningModule, data: LightningDataModule, checkpoint: ModelCheckpoint, callbacks: list[Callback]
 ) -> None:
     """Refuses to monitor, or to name files by, figures that are never logged (only if all that logs is ours)."""
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     alone = type(model) is CausalLMModule and all(
         type(callback).__module__.startswith(("lightning.", "ows_lightning.")) for callback in callbacks
     )

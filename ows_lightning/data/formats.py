@@ -83,6 +83,8 @@ def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:
 
 def index_of_choice(answer: Any, choices: Sequence[Any]) -> int | None:
     """Which of the choices is meant by one of them, by its index from 0, or by its letter; None for anything else."""
+    if isinstance(answer, bool):  # equal to 0 or 1 in Python, and not meant as an index
+        answer, choices = str(answer).lower(), [str(choice).lower() for choice in choices]
     if answer in choices:
         return choices.index(answer)
     if isinstance(answer, str) and len(answer) == 1 and answer.isupper():
@@ -117,7 +119,8 @@ def _from_prompt_completion(row: Row, where: str) -> Example:
     completion = row.get("completion")
     if isinstance(completion, str) or completion is None:
         return {"messages": _untrained(prompt) + _answer(row, "completion", where)}
-    return {"messages": _untrained(prompt) + _from_messages(row, where, column="completion")["messages"]}
+    answer = _from_messages({"completion": completion}, where, column="completion")  # a system message is the prompt's
+    return {"messages": _untrained(prompt) + answer["messages"]}
 
 
 def _from_text(row: Row, where: str) -> Example:
@@ -150,6 +153,8 @@ def _answer(row: Row, column: str, where: str) -> list[Message]:
     answer, choices = row.get("answer"), row.get("choices")
     if isinstance(choices, list) and (index := index_of_choice(answer, choices)) is not None:
         answer = choices[index]
+    elif isinstance(choices, list) and isinstance(answer, bool):
+        raise UsageError(f"{where}: the answer {str(answer).lower()} is none of the choices; give one of them, or its index")
     return [{"role": "assistant", "content": "" if answer is None else str(answer)}]
 
 

@@ -265,8 +265,13 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token with which the tokenizer's chat template ends an answer: where generation has to stop."""
-    (row,) = Encoder(tokenizer, max_seq_length=1 << 20).encode({"messages": _ANSWERED}, where="the chat template")
-    return next(label for label in reversed(row.labels) if label != IGNORED)
+    encoder = Encoder(tokenizer, max_seq_length=1 << 20)
+    (row,) = encoder.encode({"messages": _ANSWERED}, where="the chat template")
+    answer = [label for label in row.labels if label != IGNORED]
+    said = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in encoder._ends}
+    # Phi-3's ends the turn, and then, after a line break, the conversation.
+    return next((label for label in answer[said + 1 :] if label in ends), answer[-1])
 
 
 def _is_target(message: Message) -> bool:

@@ -12,6 +12,7 @@ import json
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -319,6 +320,8 @@ def _read_csv(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
     delimiter = "\t" if _format_of(file) == ".tsv" else ","
     reader = csv.DictReader((line for _, line in _lines(file, source)), strict=True, delimiter=delimiter)
     try:
+        if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise source.error(f"{file.name} has the column {twice[0]!r} twice; give each a name of its own")
         for row in reader:
             if None in row or None in row.values():
                 expected = len(reader.fieldnames or [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.pretrained import load_config
+from ows_lightning.models.pretrained import check_trainable, load_config, loading
 
 _FOLDER = Path(__file__).parent / "models"
 SHIPPED = {
@@ -58,7 +58,7 @@ def find_dimensions(name: str, trust_remote_code: bool = False) -> Dimensions:
     Raises:
         UsageError: There is no such model, or its ``config.json`` can't be read.
     """
-    directory = Path(name).expanduser()
+    directory = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
     if directory.is_dir():
         return Dimensions(_read(name, directory, trust_remote_code), str(directory / "config.json"))
     if name in SHIPPED:
@@ -76,10 +76,9 @@ def _cached(name: str) -> Path | None:
 
 
 def _read(name: str, directory: Path, trust_remote_code: bool) -> PretrainedConfig:
-    try:
+    with loading(name):
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.model_name_or_path: {name!r} has no readable config.json ({error})") from error
+    check_trainable(name, config)
     return config
 
 

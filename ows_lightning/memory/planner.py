@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any
 
 from ows_lightning.errors import UsageError
@@ -111,18 +110,21 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
         raise UsageError(f"method: unknown {', '.join(unknown)}; choose from {', '.join(METHODS)}")
     chosen = None if card is None else find_card(card)
     advice, notes = [], []
-    if methods is None:
-        methods = list(METHODS)
-        if find_spec("peft") is None:
-            methods.remove("lora")
-            advice.append('LoRA is left out: it needs peft (pip install "ows_lightning[lora]")')
-    kinds = {name: METHODS[name](settings) for name in methods}
-    runs = dict.fromkeys(methods, settings)
+    runs: dict[str, PlanSettings] = {}
+    plans: dict[str, MethodPlan] = {}
+    kinds = {name: METHODS[name](settings) for name in methods or METHODS}
+    for name, kind in kinds.items():
+        try:
+            runs[name] = _resolved(settings, kind, chosen)
+            plans[name] = predict(runs[name], kind)
+        except UsageError as error:
+            if methods or name == "ows":
+                raise
+            advice.append(f"{name} is left out: {error}")  # nobody asked for it, and another tool may refuse the model
+    kinds = {name: kinds[name] for name in plans}
     if settings.gradient_checkpointing == "auto":
-        runs = {name: _resolved(settings, kind, chosen) for name, kind in kinds.items()}
-        settings = runs.get("ows", settings)
-        notes.append(_recomputing(runs, chosen))
-    plans = {name: predict(runs[name], kind) for name, kind in kinds.items()}
+        notes.append(_recomputing({name: runs[name] for name in plans}, chosen))
+    settings = runs.get("ows", settings)
     computes = {name: compute(runs[name], kind) for name, kind in kinds.items()}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
         known = {settings: own}
@@ -146,7 +148,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     )
     speeds = {}
     if chosen is not None:
-        speeds = {name: speed(runs[name], kinds[name], computes[name], chosen) for name in methods}
+        speeds = {name: speed(runs[name], kinds[name], computes[name], chosen) for name in plans}
         notes.append(
             f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {chosen.tflops:g} TFLOPS dense bfloat16 "
             f"({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
@@ -157,6 +159,8 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
 
 def _resolved(settings: PlanSettings, method: TrainingMethod, card: Card | None) -> PlanSettings:
     """``auto`` as a number of blocks: the fewest for us, all or none for other tools, which know nothing between."""
+    if settings.gradient_checkpointing != "auto":
+        return settings
     number = settings.blocks
     if card is not None:
         budget = card.memory * 1e9

@@ -19,7 +19,7 @@ from ows_lightning.memory.dimensions import find_dimensions, meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.positions import exceeded_positions
-from ows_lightning.models.pretrained import Recomputation, check_recomputation, recomputed_blocks
+from ows_lightning.models.pretrained import Recomputation, check_recomputation, loading, recomputed_blocks
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS
@@ -80,7 +80,8 @@ class PlanSettings:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
         key = self.dtype, self.attention
         if key not in self._models:
-            self._models[key] = meta_model(self.model, *key)
+            with loading(self.name):
+                self._models[key] = meta_model(self.model, *key)
         return self._models[key]
 
     @cached_property
@@ -173,7 +174,7 @@ def settings_from_config(config: Any) -> PlanSettings:
         max_seq_length=length,
         accumulate_grad_batches=trainer("accumulate_grad_batches") or 1,
         gradient_checkpointing=model("gradient_checkpointing", False),
-        precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
+        precision={"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
         attention="eager" if attention == "eager" else None,
         strategy=_strategy(trainer("strategy")),
         devices=_number_of_devices(trainer("devices")) * int(trainer("num_nodes") or 1),

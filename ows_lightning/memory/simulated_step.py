@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
-from ows_lightning.models.decoder import causal_lm, decoder_layers
+from ows_lightning.models.decoder import below_head, causal_lm, decoder_layers
 from ows_lightning.models.loss import next_token_loss
 from ows_lightning.models.pretrained import recomputing_blocks
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -273,8 +273,7 @@ def _watch(
 
     for index, layer in enumerate(decoder_layers(model)):
         layer.register_forward_pre_hook(partial(enter_block, index), with_kwargs=True)
-    language_model: Any = causal_lm(model)
-    language_model.base_model.register_forward_hook(leave_decoder)
+    below_head(causal_lm(model)).register_forward_hook(leave_decoder)
 
 
 def _label_states(optimizer: Optimizer, tracker: MemoryTracker) -> None:

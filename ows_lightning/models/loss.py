@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ows_lightning.models.decoder import decoder
+from ows_lightning.models.decoder import below_head
 from ows_lightning.models.row_chunks import rows_at_a_time
 
 CHUNK = 1 << 25  # bytes of logits held at a time; below it, speed suffers before memory gains
@@ -85,10 +85,7 @@ def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Ten
 
 def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Returns what the LM head of a causal LM gets, shape (B, L, hidden), from what the model takes."""
-    base = model.base_model
-    if base is model:  # it has no name of its own for what lies below the head, as Llama 4's text model
-        base = decoder(model)
-    hidden: Tensor = base(**inputs, use_cache=False).last_hidden_state
+    hidden: Tensor = below_head(model)(**inputs, use_cache=False).last_hidden_state
     return hidden
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ows_lightning.models.pretrained import loading
+
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 
 
@@ -22,6 +24,9 @@ def exceeded_positions(config: PretrainedConfig, length: int, trust_remote_code:
         config: The model's config.
         length: Tokens of the longest row.
         trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UsageError: There is no model with such a config.
     """
     config = config.get_text_config()
     named = {value for name in _LENGTHS if isinstance(value := getattr(config, name, None), int)}
@@ -31,7 +36,7 @@ def exceeded_positions(config: PretrainedConfig, length: int, trust_remote_code:
     small = copy.deepcopy(config)
     if not getattr(config, "layer_types", None):
         small.num_hidden_layers = 1
-    with torch.device("meta"):
+    with torch.device("meta"), loading(str(config.name_or_path)):
         model = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
     limits = {config.max_seq_len} if config.model_type == "mpt" else set()
     for module in model.modules():

@@ -19,7 +19,8 @@ import os
 import re
 import struct
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,10 @@ from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, loc
 log = logging.getLogger(__name__)
 
 # What transformers raises over a damaged or odd model; the last one is a GGUF file that ends too early.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError, struct.error)
+_LOADING_ERRORS = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, ImportError,
+    SafetensorError, StrictDataclassError, struct.error,
+)  # fmt: skip
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -68,14 +72,12 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """
     check_model_name(name)
     source = locate(name)
-    try:
+    with loading(name):
         if source.gguf_file is None:
             config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
         else:
             config = copy.deepcopy(_gguf_config(source, os.path.getmtime(Path(source.path, source.gguf_file))))
-    except _LOADING_ERRORS as error:
-        raise _readable(name, error) from error
-    _check_trainable(name, config)
+    check_trainable(name, config)
     return config
 
 
@@ -93,10 +95,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         UsageError: There is no such model, or it has no tokenizer.
     """
     check_model_name(name)
-    try:
+    with loading(name, what="the tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise _readable(name, error, what="the tokenizer of ") from error
     # Some classes make themselves up from nothing but their special tokens when a directory has no tokenizer.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _no_tokenizer(name)
@@ -142,7 +142,7 @@ def load_model(
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     elif hasattr(transformers, "GgufConfig"):  # else this version of transformers always dequantises
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
+    with loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **arguments,
             config=config,
@@ -152,8 +152,6 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported below, in one line
             output_loading_info=True,
         )
-    except _LOADING_ERRORS as error:
-        raise _readable(name, error) from error
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):
         key, saved, expected = mismatched[0]
@@ -293,7 +291,8 @@ def _gguf_config(source: Source, modified: float) -> PretrainedConfig:
     return AutoConfig.from_pretrained(**source.arguments)
 
 
-def _check_trainable(name: str, config: PretrainedConfig) -> None:
+def check_trainable(name: str, config: PretrainedConfig) -> None:
+    """Refuses what is no decoder-only causal LM with weights that can be trained; see ``load_config``."""
     kind = config.model_type
     if config.is_encoder_decoder:
         raise UsageError(f"{MODEL_KEY}: {name!r} is an encoder-decoder ({kind}); give a decoder-only causal LM")
@@ -354,6 +353,25 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
             delattr(model, attribute)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+@contextmanager
+def loading(name: str, what: str = "") -> Iterator[None]:
+    """Turns what transformers raises over a model's files into one line.
+
+    Args:
+        name: The model's name, for the line.
+        what: What of the model is loaded, in words before its name.
+
+    Raises:
+        UsageError: Something was raised.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except _LOADING_ERRORS as error:
+        raise _readable(name, error, what) from error
 
 
 def _readable(name: str, error: Exception, what: str = "") -> UsageError:

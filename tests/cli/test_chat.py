@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ows_lightning.cli.conversation import load
+from ows_lightning.cli.flags import add_generation_flags
 from ows_lightning.cli.main import main
 from tests.cli.test_cli import config, run  # noqa: F401
 
@@ -52,6 +55,33 @@ def test_draws_follow_the_seed(model_dir: Callable[..., Path], say: Callable[...
 def test_a_long_conversation_loses_its_oldest_turns(model_dir: Callable[..., Path], say: Callable[..., str]) -> None:
     model = model_dir(max_position_embeddings=128)
     assert len(say(model, *["who are you?"] * 12).splitlines()) >= 12
+
+
+def test_a_template_without_system_messages_gets_them_in_the_question(
+    model_dir: Callable[..., Path], say: Callable[..., str]
+) -> None:
+    model = model_dir(template="gemma")
+    assert len(say(model, "who?", "/system be kind", "who are you?").splitlines()) == 2
+
+
+def test_a_conversation_that_the_template_refuses_goes_on(
+    model_dir: Callable[..., Path], say: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_dir()
+    template = "{% if messages[-1]['content'] == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+    file = model / "chat_template.jinja"
+    file.write_text(template + file.read_text())
+    once = say(model, "who are you?")
+    assert say(model, "no", "who are you?") == once
+
+
+def test_answers_end_with_the_turn_where_the_model_does_not_say_so(model_dir: Callable[..., Path]) -> None:
+    model = model_dir(template="phi3")
+    parser = argparse.ArgumentParser()
+    add_generation_flags(parser)
+    conversation = load(str(model), parser.parse_args([]))
+    ends = conversation.model.generation_config.eos_token_id
+    assert conversation.tokenizer.convert_tokens_to_ids("<|end|>") in (ends if isinstance(ends, list) else [ends])
 
 
 @pytest.mark.slow

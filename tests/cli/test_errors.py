@@ -454,6 +454,29 @@ def typed(
     return run
 
 
+ALSO_PLANNED = [
+    "rank 0", "threshold 0", "K 0", "gamma 0", "gamma above the blocks", "updates that climb", "renewal every 0 steps",
+    "negative warm-up", "no calibration", "weights for other blocks", "batch of 0", "rows of 1 token", "rank for AdamW",
+    "misspelt LoRA key", "LoRA of rank 0", "accumulation over 0", "quantised", "encoder", "no number of devices",
+    "misspelt strategy", "misspelt accelerator", "no nodes", "scores of another model", "missing scores",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALSO_PLANNED)
+def test_a_plan_refuses_what_a_run_would(name: str, typed: Callable[[str], tuple[str, int]]) -> None:
+    case = CASES[name]
+    line, code = typed(case.arguments.replace("fit ", "plan ", 1) + " --method ows")
+    assert case.key in line
+    assert case.mend in line
+    assert code == 2
+
+
+def test_averages_of_weights_that_are_not_there_yet_are_refused(typed: Callable[[str], tuple[str, int]]) -> None:
+    line, code = typed(fit("--trainer.callbacks StochasticWeightAveraging --trainer.callbacks.swa_lrs 0.1"))
+    assert "take WeightAveraging or EMAWeightAveraging" in line
+    assert code == 2
+
+
 def test_stack_trace_on_demand(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     monkeypatch.setenv("OWS_DEBUG", "1")

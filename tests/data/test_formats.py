@@ -9,6 +9,7 @@ from ows_lightning.errors import UsageError
 
 QUESTION = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
 
 
 def example(row: dict[str, Any]) -> dict[str, Any]:
@@ -31,7 +32,11 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
         ({"prompt": "q", "choices": ["x", "a"], "answer": 1}, [QUESTION, ANSWER]),
         ({"prompt": "q", "choices": ["x", "a"], "answer": "B"}, [QUESTION, ANSWER]),
         ({"prompt": "q", "choices": ["a", "B"], "answer": "B"}, [QUESTION, {**ANSWER, "content": "B"}]),
+        ({"prompt": "q", "choices": ["True", "False"], "answer": True}, [QUESTION, {**ANSWER, "content": "True"}]),
+        ({"prompt": "q", "choices": ["true", "false"], "answer": False}, [QUESTION, {**ANSWER, "content": "false"}]),
         ({"instruction": "q", "answer": "a"}, [QUESTION, ANSWER]),
+        ({"prompt": [QUESTION], "completion": [ANSWER], "system": "s"}, [SYSTEM, QUESTION, ANSWER]),
+        ({"prompt": [SYSTEM, QUESTION], "completion": [ANSWER], "system": "t"}, [SYSTEM, QUESTION, ANSWER]),
     ],
 )
 def test_every_format_becomes_a_conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
@@ -138,3 +143,8 @@ def test_a_row_that_lacks_a_column_of_the_others() -> None:
 def test_a_renamed_column_that_is_not_there() -> None:
     with pytest.raises(UsageError, match=r"data.columns.output: row 1 has no column 'respones' .*did you mean 'response'"):
         rename({"instruction": "q", "response": "a"}, {"output": "respones"}, "row 1")
+
+
+def test_a_truth_that_is_none_of_the_choices_is_refused() -> None:
+    with pytest.raises(UsageError, match="row 1: the answer true is none of the choices"):
+        example({"prompt": "q", "choices": ["yes", "no"], "answer": True})

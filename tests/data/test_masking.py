@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from ows_lightning.data.masking import Encoded, Encoder, with_chat_template
+from ows_lightning.data.masking import Encoded, Encoder, end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
 from ows_lightning.errors import UsageError
 from tests.data.samples import ENDLESS, TEMPLATES, tiny_tokenizer
@@ -235,3 +235,19 @@ def test_long_prompts_lose_their_start() -> None:
     assert len(ids) == 20
     assert made.tokenizer.decode(ids).startswith("<s>")
     assert made.tokenizer.decode(ids).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    {
+        "chatml": "<|im_end|>",
+        "phi3": "<|end|>",
+        "harmony": "</s>",
+        "mistral": "</s>",
+        "eos_last": "</s>",
+        "none": "</s>",
+    }.items(),
+)
+def test_generation_stops_where_a_turn_ends(template: str, end: str) -> None:
+    tokenizer = with_chat_template(tiny_tokenizer(template))
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == end

@@ -204,6 +204,7 @@ def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\nq,a\nq\n", "a.csv line 3 has 1 fields where the header has 2"),
         ("a.csv", b"prompt,completion\nq,a,b\n", "a.csv line 2 has 3 fields where the header has 2"),
         ("a.csv", b"prompt,completion\n", "a.csv has no rows"),
+        ("a.csv", b"prompt,completion,prompt\nq,a,b\n", "a.csv has the column 'prompt' twice"),
         ("a.parquet", b"PAR1", "a.parquet is not a readable parquet file"),
     ],
 )

@@ -197,6 +197,10 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "falcon_h1": {
         "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8, "head_dim": 8,
     },
+    # What lies below the head has no name of its own.
+    "llama4_text": {
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64,
+    },
 }  # fmt: skip
 """Families whose blocks are of several kinds, or that keep no list of the kinds in their configs."""
 
@@ -424,6 +428,25 @@ def test_errors_name_the_key(directory: Path, tmp_path: Path) -> None:
     tiny_model("gpt2").config.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UsageError, match=r"data\.max_seq_length: 300, and the model has positions for 256; set"):
         plan_from_config(make_config(tmp_path / "gpt2", data__max_seq_length=300))
+
+
+def test_methods_that_another_tool_refuses_are_left_out(directory: Path, tmp_path: Path) -> None:
+    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "pad_token_id": 0}
+    AutoConfig.for_model("mamba", **small).save_pretrained(tmp_path)
+    config = make_config(tmp_path, model__rank=8, data__max_seq_length=16)
+    made = plan_from_config(config)
+    assert "lora" not in made.methods
+    assert {"ows", "full"} <= made.methods.keys()
+    assert any(line.startswith("lora is left out: ") for line in made.advice)
+    with pytest.raises(UsageError, match="mamba"):
+        plan_from_config(config, ["lora"])
+
+
+def test_double_precision_takes_twice_the_memory(directory: Path) -> None:
+    single, double = (
+        predict(settings_from_config(make_config(directory, trainer__precision=p))) for p in ("32-true", "64-true")
+    )
+    assert double.bytes["weights"] == pytest.approx(2 * single.bytes["weights"], rel=1e-3)  # frequencies stay in float32
 
 
 @pytest.mark.parametrize(
