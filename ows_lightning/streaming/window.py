@@ -230,8 +230,9 @@ class Window:
             hook.remove()
         for block in self.blocks:
             del block.window, block._apply
-            for adapted in _mergeable(block):
-                del adapted.merge, adapted.unmerge
+            for adapted in _mergeable(block):  # some may have come later
+                for name in ("merge", "unmerge"):
+                    vars(adapted).pop(name, None)
         self._clear()
 
     def _prepare(self) -> None:
