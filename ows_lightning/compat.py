@@ -35,6 +35,14 @@ def when_backward_ends(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def times_written(tensor: Tensor) -> int:
+    """How often a tensor was written in place, as torch counts it; to take other memory (``data``) is no write.
+
+    When it is gone: compare checksums, which read all weights.
+    """
+    return tensor._version
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that two tensors share if they share their memory, also where they have no memory (fake tensors).
 

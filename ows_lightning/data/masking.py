@@ -166,7 +166,7 @@ class Encoder:
         answer = self._render(messages[: i + 1], tools, where)
         if not text.startswith(answer):
             answer = self._without_eos(answer)  # some templates (Phi-3) end every conversation with one
-        if not text.startswith(answer) or not answer.rstrip().endswith(self._ends):
+        if not text.startswith(answer) or not answer.rstrip().endswith(self.ends):
             return None
         return (start, len(answer)) if start < len(answer) else None
 
@@ -181,8 +181,8 @@ class Encoder:
         trimmed = []
         for start, end in spans:
             stop = len(text[:end].rstrip())
-            trimmed.append((start, stop if text[:stop].endswith(self._ends) else end))
-        if not text.rstrip().endswith(self._ends):
+            trimmed.append((start, stop if text[:stop].endswith(self.ends) else end))
+        if not text.rstrip().endswith(self.ends):
             text += self.tokenizer.eos_token
             if trimmed and trimmed[-1][1] == len(text) - len(self.tokenizer.eos_token):
                 trimmed[-1] = (trimmed[-1][0], len(text))
@@ -221,7 +221,7 @@ class Encoder:
         return ChatTemplate(self.tokenizer)
 
     @cached_property
-    def _ends(self) -> tuple[str, ...]:
+    def ends(self) -> tuple[str, ...]:
         """Tokens that may end an answer: the special ones, and any other added one that the template puts behind an answer."""
         behind = self._render(_ANSWERED, None, "the chat template").rpartition("!")[2]
         added = self.tokenizer.added_tokens_decoder.values()
@@ -233,8 +233,8 @@ class Encoder:
     def _says_something(self, answer: str) -> bool:
         """Whether an answer has tokens besides those that end it."""
         answer = answer.strip()
-        while answer.endswith(self._ends):
-            answer = answer.removesuffix(next(t for t in self._ends if answer.endswith(t))).rstrip()
+        while answer.endswith(self.ends):
+            answer = answer.removesuffix(next(t for t in self.ends if answer.endswith(t))).rstrip()
         return bool(answer)
 
     def _without_eos(self, text: str) -> str:
@@ -269,7 +269,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     (row,) = encoder.encode({"messages": _ANSWERED}, where="the chat template")
     answer = [label for label in row.labels if label != IGNORED]
     said = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)
-    ends = {tokenizer.convert_tokens_to_ids(end) for end in encoder._ends}
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in encoder.ends}
     # Phi-3's ends the turn, and then, after a line break, the conversation.
     return next((label for label in answer[said + 1 :] if label in ends), answer[-1])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ows_lightning.compat import backward_pass, in_backward, when_backward_ends
+from ows_lightning.compat import backward_pass, in_backward, times_written, when_backward_ends
 from ows_lightning.errors import RunError
 from ows_lightning.models.mapped_files import pages_kept
 from ows_lightning.streaming.copies import Copies, ReadAhead, copies_for
@@ -392,8 +392,7 @@ class Window:
 
 
 def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:
-    """How often each was written in place; to take other memory (``data``) is no write."""
-    return [parameter._version for parameter in parameters]
+    return [times_written(parameter) for parameter in parameters]
 
 
 def _mergeable(block: nn.Module) -> list[nn.Module]:
