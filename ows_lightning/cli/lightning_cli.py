@@ -170,10 +170,11 @@ class OWSCLI(LightningCLI):
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
         given = self._get(self.config_init, "trainer")
         sampling = self._get(self.config_init, "sampling")
-        if self.subcommand is not None:
-            check_run(self.subcommand, self.model, self.datamodule, sampling, self._get(self.config_init, "checkpoint"), given)
         callbacks = given["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if self.subcommand is not None:
+            checkpoint, trainer = self._get(self.config_init, "checkpoint"), {**given, "callbacks": callbacks}
+            check_run(self.subcommand, self.model, self.datamodule, sampling, checkpoint, trainer)
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning reports something else
         callbacks.append(SaveOnSignal())  # before sampling, whose scores take a while

@@ -64,7 +64,7 @@ def check_run(
         data: The data module.
         sampling: The sampling callback.
         checkpoint: The checkpoint callback.
-        trainer: The Trainer's arguments.
+        trainer: The Trainer's arguments, its callbacks as a list.
 
     Raises:
         UsageError: Names the setting or the row, and the mend.
@@ -83,10 +83,8 @@ def check_run(
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
     if command == "fit":
         check_checkpoint(checkpoint)
-        callbacks = trainer["callbacks"] or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        _check_monitors(model, data, checkpoint, callbacks)
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        _check_monitors(model, data, checkpoint, trainer["callbacks"])
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer["callbacks"]):
             raise UsageError(
                 "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
                 "average nothing; take WeightAveraging or EMAWeightAveraging"
@@ -151,7 +149,7 @@ def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
         trainer: The Trainer's arguments.
         gpus: Number of CUDA devices.
     """
-    _check_counts(trainer)
+    _check_hardware(trainer)
     accelerator, precision = trainer["accelerator"], str(trainer["precision"])
     if accelerator in ("gpu", "cuda") and not gpus and not (accelerator == "gpu" and torch.backends.mps.is_available()):
         raise UsageError(
@@ -182,7 +180,7 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
     Raises:
         UsageError: Names the setting, and the mend.
     """
-    _check_counts(trainer)
+    _check_hardware(trainer)
     if isinstance(model, CausalLMModule):
         model.check_optimizer()
         if model.hparams["lora"] is not None:
@@ -192,7 +190,7 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
 
 
-def _check_counts(trainer: Mapping[str, Any]) -> None:
+def _check_hardware(trainer: Mapping[str, Any]) -> None:
     for key in ("accumulate_grad_batches", "num_nodes"):
         if trainer[key] < 1:
             raise UsageError(f"trainer.{key}: {trainer[key]} must be at least 1")

@@ -109,6 +109,7 @@ class Window:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies find their weights in their own parameters, and wait in host memory."""
+        self.rest()
         for index in range(len(self.homes)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self._has_twin = True
@@ -183,6 +184,7 @@ class Window:
 
     def _write(self, index: int, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls what writes into a block's weights, wherever they are, and takes in what it has written."""
+        self.rest()
         self.make_writable(index)
         result = write(*args, **kwargs)
         self._written(index)
@@ -216,7 +218,7 @@ class Window:
         if not self.timeline.waits(index):
             yield
             return
-        self.timeline.finish()
+        self.rest()
         self.timeline.obtain(index)
         try:
             yield
@@ -385,6 +387,7 @@ class Window:
         self.rest()  # a state dict outlives the pass that was interrupted
 
     def _before_load(self, index: int, block: nn.Module, *_: Any) -> None:
+        self.rest()
         self.make_writable(index)
 
     def _after_load(self, index: int, block: nn.Module, *_: Any) -> None:

@@ -166,7 +166,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_written_into_the_models_own_file_counts(tmp_path: Path) -> None:
-    """In place, and by peft's merging."""
     name = saved(tmp_path)
     plain, disk = load_model(name, dtype=torch.float32), Disk(tmp_path)
     model = load(name, 0, disk, dtype=torch.float32)
@@ -179,6 +178,7 @@ def test_what_is_written_into_the_models_own_file_counts(tmp_path: Path) -> None
         for each in (plain, model):
             for p in each.parameters():
                 p.mul_(0.5)
+    torch.testing.assert_close(copy.deepcopy(model).state_dict(), plain.state_dict(), rtol=0, atol=0)
     save_huggingface(model, tiny_tokenizer(), tmp_path / "export")
     torch.testing.assert_close(load_file(tmp_path / "export" / "model.safetensors"), plain.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(plain)), rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,19 +102,28 @@ def test_compiled_blocks_compute_the_same_bits() -> None:
     train(model, Window(decoder_layers(model)), draws=[[1], [0]]).assert_equals(expected)
 
 
-def test_two_forward_passes_before_their_backward_passes() -> None:
+def assert_same_gradients(backward: Callable[[torch.nn.Module], None]) -> None:
+    """Asserts that a model of which some blocks wait gets the gradients of one without a window."""
+
     def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
         for index, layer in enumerate(decoder_layers(model)):
             layer.requires_grad_(index in (0, 2))
-        losses = [model(**tiny_batch(seed=seed), use_cache=False).loss for seed in (0, 1)]
-        for loss in losses:
-            loss.backward()
+        backward(model)
         return [p.grad for p in decoder_layers(model).parameters() if p.requires_grad]
 
     expected = gradients(tiny_model("llama"))
     model = tiny_model("llama")
     strict_window(model)
     torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
+
+
+def test_two_forward_passes_before_their_backward_passes() -> None:
+    def backward(model: torch.nn.Module) -> None:
+        losses = [model(**tiny_batch(seed=seed), use_cache=False).loss for seed in (0, 1)]
+        for loss in losses:
+            loss.backward()
+
+    assert_same_gradients(backward)
 
 
 def test_the_frozen_wait_in_host_memory_and_the_trained_come_home() -> None:
@@ -173,20 +183,14 @@ def test_weights_that_are_loaded_or_exchanged_count_at_once() -> None:
 
 @pytest.mark.parametrize("between", ["forward and backward", "backward and step"])
 def test_a_move_to_where_it_is_changes_nothing(between: str) -> None:
-    def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
-        for index, layer in enumerate(decoder_layers(model)):
-            layer.requires_grad_(index in (0, 2))
+    def backward(model: torch.nn.Module) -> None:
         loss = model(**tiny_batch(), use_cache=False).loss
         if between == "forward and backward":
             model.to("cpu")
         loss.backward()
         model.float()
-        return [p.grad for p in decoder_layers(model).parameters() if p.requires_grad]
 
-    expected = gradients(tiny_model("llama"))
-    model = tiny_model("llama")
-    strict_window(model)
-    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
+    assert_same_gradients(backward)
 
 
 def test_blocks_that_moved_between_forward_and_backward_are_an_error() -> None:
