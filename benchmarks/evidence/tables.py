@@ -13,6 +13,7 @@ from scipy import stats
 
 from benchmarks.evidence.ledger import Ledger
 from benchmarks.evidence.study import Study
+from benchmarks.evidence.tasks import MULTIPLE_CHOICE
 from benchmarks.report import markdown
 
 RESAMPLES = 10_000
@@ -32,6 +33,8 @@ def write_tables(study: Study, counted: Ledger, folder: Path) -> str:
             parts.append(f"## {task}\n\nNo run has been made yet.")
             continue
         parts += [f"## {task}", task_table(values, before, study.reference)]
+        if error := metric_error(values, study, task):
+            parts.append(error)
         plot(values, folder / f"{study.name}_{task}.png")
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +77,16 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
         rows.append(["before training", *cells, "", "", ""])
     header = ["Method", "Rate", "Seeds", "Test loss", f"Minus {reference}, by seed", "p (Holm)", "Metric", "Unrelated text"]
     return markdown([*header, *COSTS.values()], rows)
+
+
+def metric_error(values: Values, study: Study, task: str) -> str:
+    """Says how exact a run's metric can be: the standard error of a share of that many rows, at the mean of all runs."""
+    shares = [run["test_metric"] for runs in values.values() for run in runs.values() if not math.isnan(run["test_metric"])]
+    if not shares:
+        return ""
+    rows = study.held_out_rows["test"] if task in MULTIPLE_CHOICE else study.exact_match_rows
+    error = math.sqrt(mean(shares) * (1 - mean(shares)) / (rows - 1))
+    return f"A run's metric is a share of {rows} rows: its standard error is {error:.3f}."
 
 
 def interval(values: Sequence[float]) -> str:

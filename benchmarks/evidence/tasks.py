@@ -45,7 +45,7 @@ SEEDS = {"test": 3_000_000, "validation": 2_000_000, "train": 1_000_000}
 TRAIN_ROWS = 4000
 
 SYSTEM = "Answer."
-"""The system message of generated tasks: chat templates put a longer one in the place of none, into each row."""
+"""The system message of generated and multiple-choice tasks: chat templates put a longer one in the place of none."""
 
 
 def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path | None) -> Task:
@@ -99,7 +99,8 @@ def _generated(name: str, sizes: dict[str, int]) -> dict[str, list[Row]]:
 
 def _multiple_choice(name: str, sizes: dict[str, int], data_root: Path) -> dict[str, list[Row]]:
     """Rows of a file; validation rows are taken out of the training file."""
-    return _split(_read(data_root, f"{name}_train"), _read(data_root, f"{name}_test"), sizes, "instruction")
+    train, test = ([{"system": SYSTEM, **row} for row in _read(data_root, f"{name}_{split}")] for split in ("train", "test"))
+    return _split(train, test, sizes, "instruction")
 
 
 def _metamathqa(sizes: dict[str, int], data_root: Path | None) -> dict[str, list[Row]]:

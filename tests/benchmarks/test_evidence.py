@@ -168,7 +168,7 @@ def test_a_study_runs_and_goes_on_from_its_rows(model, tmp_path, monkeypatch, ca
     pytest.importorskip("reasoning_gym")
     content = yaml.safe_load((STUDIES / "sensitivity.yaml").read_text())
     monkeypatch.setattr(tasks, "TRAIN_ROWS", 40)
-    given = content, "tiny", ["family_relationships"], ["gamma_1"], model, tmp_path
+    given = content, "tiny", ["spell_backward"], ["gamma_1"], model, tmp_path
     before, after = run_small(*given)
     assert "| gamma_1 |" in capsys.readouterr().out
     assert before["method"] == "before"
