@@ -182,7 +182,7 @@ def _ours(
     groups = galore_param_groups(model, rank=setting.rank, project_embeddings=project_embeddings)
     optimizer = make_optimizer(groups, lr=LR)
     if isinstance(optimizer, GaLoreAdamW):
-        optimizer.project_in_backward()
+        optimizer.project_in_backward(model=model)
     outside = non_block_parameters(model)
     others = [(p, False) for part in frozen for p in outside[part]]
 

@@ -26,7 +26,7 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(args.model).train()
     optimizer = GaLoreAdamW(galore_param_groups(model, rank=args.rank), lr=1e-3)  # before anything is frozen
-    optimizer.project_in_backward()  # each full gradient is gone as soon as it is projected
+    optimizer.project_in_backward(model=model)  # full gradients exist only where a subspace is renewed
 
     layers = decoder_layers(model)
     others = [(p, part == "norm") for part, ps in non_block_parameters(model).items() for p in ps]  # train the norm alone

@@ -43,6 +43,14 @@ def times_written(tensor: Tensor) -> int:
     return tensor._version
 
 
+def hooks_on_gradient(p: Tensor) -> int:
+    """How many hooks look at a parameter's gradient, before it is added to ``grad`` or after.
+
+    When they are gone: do without the shortcut that must not be taken behind such a hook's back.
+    """
+    return len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ())
+
+
 def storage_key(tensor: Tensor) -> int:
     """A number that two tensors share if they share their memory, also where they have no memory (fake tensors).
 

@@ -222,7 +222,7 @@ class CausalLMModule(HeldOutSteps):
         optimizer = self.make_optimizer(self.param_groups())
         if isinstance(optimizer, GaLoreAdamW):
             require_layerwise(self.trainer.strategy)
-            optimizer.project_in_backward()
+            optimizer.project_in_backward(model=self.model)
         self._check_projection(optimizer)
         steps = self.trainer.estimated_stepping_batches
         scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)

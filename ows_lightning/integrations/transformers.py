@@ -147,7 +147,7 @@ class _GaLore(TrainerCallback):
             for group, given in zip(self.optimizer.param_groups, self.given, strict=True):
                 check_settings({name: group.get(name) for name in given}, given, named="use_galore")
             _require_state(self.optimizer)
-        self.optimizer.project_in_backward()
+        self.optimizer.project_in_backward(model=kwargs["model"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leaves gradients to ``grad`` again: another Trainer may train the model then."""

@@ -48,7 +48,11 @@ class Compute:
 
 @dataclass(frozen=True)
 class _Flops:
-    """FLOPs of a micro-batch (the first five) and of an optimizer step, a block each but for the head."""
+    """FLOPs of a micro-batch (the first five) and of an optimizer step, a block each but for the head.
+
+    A step that renews subspaces takes more: ``whole`` in each micro-batch, for gradients that other steps do without, and
+    ``renewal`` once.
+    """
 
     forward: float
     head: float
@@ -57,6 +61,7 @@ class _Flops:
     frozen: float
     update: float
     renewal: float
+    whole: float = 0.0
 
     def times(self, rows: int) -> _Flops:
         """What so many rows take where nothing is done once a micro-batch; updates are done once a step."""
@@ -65,7 +70,9 @@ class _Flops:
     @classmethod
     def between(cls, one: _Flops, two: _Flops, rows: int) -> _Flops:
         """What so many rows take, from what one and two rows take: a share is for each row, and a share for each batch."""
-        return cls(*(a + (rows - 1) * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
+        flops = cls(*(a + (rows - 1) * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
+        row = two.renewal - one.renewal
+        return replace(flops, renewal=one.renewal - row, whole=rows * row)
 
 
 def compute(
@@ -103,7 +110,8 @@ def compute(
         return sum(of(index) for index in range(0 if embeddings_train else lowest, count))
 
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
-    step = len(draws[0]) * (flops.update + flops.renewal * _renewals(settings, method, draws))
+    renewal = flops.renewal + settings.accumulate_grad_batches * flops.whole
+    step = len(draws[0]) * (flops.update + renewal * _renewals(settings, method, draws))
     tokens = settings.batch_size * settings.max_seq_length
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)

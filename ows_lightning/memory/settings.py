@@ -154,6 +154,7 @@ def settings_from_config(config: Any) -> PlanSettings:
         subspace=model("subspace", "randomized"),
         project_embeddings=model("project_embeddings", False),
         ours=True,
+        factored=not model("compile", False) and _strategy(trainer("strategy")) != "fsdp2",
         renews_with_state=model("update_proj_gap", 200) < sampling("interval_steps", 50),
         lora=model("lora"),
     )

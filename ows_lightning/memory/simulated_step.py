@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ class TrainingMethod:
         project_embeddings: Project embeddings and LM head, too.
         ours: This package's step (chunked loss, projection within backward) instead of the usual one: the model's own loss
             with the logits of the whole batch, and all gradients at once.
+        factored: Gradients of linear layers are projected as factors, see ``project_in_backward``.
         states_kept: Optimizer states of blocks that are frozen again stay.
         renews_with_state: A subspace lives shorter than a block is active.
         lora: Settings of peft's LoraConfig.
@@ -51,6 +52,7 @@ class TrainingMethod:
     subspace: Subspace = "randomized"
     project_embeddings: bool = False
     ours: bool = False
+    factored: bool = False
     states_kept: bool = False
     renews_with_state: bool = False
     lora: dict[str, Any] | None = field(default=None, hash=False)
@@ -114,7 +116,7 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
         tracker.label("weights", [*model.parameters(), *model.buffers()])
         optimizer = method.optimizer(_param_groups(model, method))
         spans = _block_spans(kinds(active, count - active, recomputing_blocks(model)))
-        _watch(model, optimizer, tracker, spans, method.ours, work.host_memory)
+        _watch_stages(model, optimizer, tracker, spans)
 
         in_blocks, others = may_train(model), outside_blocks(model, method.always_train)
 
@@ -135,7 +137,8 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
             for group in optimizer.param_groups:
                 if "update_proj_gap" in group:
                     group["update_proj_gap"] = 1 if renews or method.renews_with_state else 1 << 30
-            consumed = _step(model, optimizer, method, work, tracker, renews)
+            with _watched_gradients(model, optimizer, tracker, method, work.host_memory, renews):
+                consumed = _step(model, optimizer, method, work, tracker, renews)
     peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and BETWEEN not in span[-1]}
     return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed, dict(tracker.flops))
 
@@ -222,15 +225,16 @@ def _block_spans(kinds: dict[str, int]) -> list[str]:
     return names
 
 
-def _watch(
+@contextmanager
+def _watched_gradients(
     model: nn.Module,
     optimizer: Optimizer,
     tracker: MemoryTracker,
-    block_spans: Sequence[str],
-    project_in_backward: bool,
+    method: TrainingMethod,
     host_memory: bool,
-) -> None:
-    """Registers the hooks that tell the tracker what is what, and where in a step it is."""
+    renews: bool,
+) -> Iterator[None]:
+    """Tells the tracker which tensors are gradients, and what is computed from them, in a step."""
     galore = optimizer if isinstance(optimizer, GaLoreAdamW) else None
     before = ""
 
@@ -247,15 +251,29 @@ def _watch(
                 tracker.label(HOST, [galore._hosted.get(p)])
 
     parameters = _trainable(model)
-    for p in parameters:
-        p.register_hook(lambda gradient: tracker.label("gradients", [gradient]))
-        p.register_post_accumulate_grad_hook(begin)
-    if galore is not None and project_in_backward:
-        galore.project_in_backward()
-    for p in parameters:
-        p.register_post_accumulate_grad_hook(end)
+    if method.factored and not (renews or method.renews_with_state):
+        # A hook would call for the gradients that linear layers do without in this step.
+        factors = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+        parameters = [p for p in parameters if p not in factors]
+    handles = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
+    handles += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
+    if galore is not None and method.ours:
+        galore.project_in_backward(model=model if method.factored else None)
+    handles += [p.register_post_accumulate_grad_hook(end) for p in parameters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_stages(model: nn.Module, optimizer: Optimizer, tracker: MemoryTracker, block_spans: Sequence[str]) -> None:
+    """Registers the hooks that tell the tracker where in a step it is."""
+    galore = optimizer if isinstance(optimizer, GaLoreAdamW) else None
 
     def stage(name: str, category: str = "activations") -> None:
+        if galore is not None:
+            tracker.label("gradients", galore._projected.values())
         tracker.begin_span((tracker.span[0], name))
         tracker.category = category
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.row_chunks import rows_at_a_time
 from ows_lightning.optim.hooks import hook_gradients, remove_hook
+from ows_lightning.optim.linear import offer_factors, offer_gradients
 from ows_lightning.optim.projection import (
     adam_direction,
     adam_directions,
@@ -22,6 +25,7 @@ from ows_lightning.optim.projection import (
     descend_together_,
     project,
     project_back_,
+    project_factors,
 )
 from ows_lightning.optim.sharding import (
     agree,
@@ -59,6 +63,7 @@ class _Progress:
     averaged: bool = False
     skipped_steps: int = 0
     renewals: Stopwatch = field(default_factory=Stopwatch)
+    offering: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
 
 
 def _to_host(gradient: Tensor) -> Tensor:
@@ -235,7 +240,7 @@ class GaLoreAdamW(Optimizer):
 
     # ------------------------------------------------------------------ gradients
 
-    def project_in_backward(self, enabled: bool = True) -> None:
+    def project_in_backward(self, enabled: bool = True, model: nn.Module | None = None) -> None:
         """From now on a projected matrix's gradient is projected within backward, and freed at once.
 
         Several backward passes before a step add up their projected gradients, as ``grad`` would add up full ones. The
@@ -246,11 +251,21 @@ class GaLoreAdamW(Optimizer):
         A weight's gradient goes to the newest GaLoreAdamW that holds it, and to ``grad`` again once that one is deleted. A
         loss scaler (``torch.amp.GradScaler``) would find no gradient to unscale: its step is refused.
 
+        With ``model``, the linear layers of its blocks hand over their gradients as factors, and R = dY^T (X Q) is all that
+        is computed of them, but where a subspace is renewed or a hook of yours looks at the gradient. These layers
+        are ``ProjectedLinear`` until projection in backward ends; ``torch.autograd.grad`` does not know their weights.
+
         Args:
             enabled: False leaves the gradients of later backward passes to ``grad`` again.
+            model: A module that contains the causal LM whose weights this optimizer holds.
         """
         self._progress.in_backward = enabled
         self._own(self.param_groups)
+        if not enabled:
+            offer_gradients(self._progress.offering)
+            self._progress.offering.clear()
+        elif model is not None:
+            self._progress.offering.update(offer_factors(decoder_layers(model).modules()))
 
     def gradients(self) -> list[Tensor]:
         """Returns what the next step consumes, to be scaled or clipped in place: R of projected matrices, else ``grad``.
@@ -325,7 +340,8 @@ class GaLoreAdamW(Optimizer):
                 self._consume_gradient(p, renew)
 
     def _consume_in_backward(self, p: Tensor) -> None:
-        self._consume_gradient(p, renew=not (self.accumulating or self.averaged))
+        if p.grad is not None:  # torch calls hooks also where no gradient came, as after `consume_factors`
+            self._consume_gradient(p, renew=not (self.accumulating or self.averaged))
 
     @torch.no_grad()
     def _consume_gradient(self, p: Tensor, renew: bool = True) -> None:
@@ -353,7 +369,33 @@ class GaLoreAdamW(Optimizer):
         projected = project(local(gradient), local(projector), side)
         if finite is not None:
             projected *= torch.where(finite, 1.0, float("nan"))
-        projected = place_projected(projected, p, side)
+        self._add_projected(p, place_projected(projected, p, side))
+
+    @torch.no_grad()
+    def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
+        """Takes a linear layer's gradient as its factors, within backward; see ``project_in_backward``.
+
+        Args:
+            p: The layer's weight, of shape (m, n).
+            output_gradient: dY, of shape (tokens, m).
+            inputs: X, of shape (tokens, n).
+
+        Returns:
+            False where the gradient itself is needed: a subspace has to be found, or the factors are no shorter.
+        """
+        group, _ = self._places[p]
+        side, (m, n) = self._side(p, group), p.shape
+        if side is None or group["rank"] * (m + n) > m * n:
+            return False
+        if self._renewal_is_due(p, group) and p not in self._renewed:
+            return False
+        projector = self._renewed[p] if p in self._renewed else self.state[p]["projector"]
+        if not projector.dtype == output_gradient.dtype == inputs.dtype:
+            return False
+        self._add_projected(p, project_factors(output_gradient, inputs, projector, side))
+        return True
+
+    def _add_projected(self, p: Tensor, projected: Tensor) -> None:
         self._projected[p] = projected if p not in self._projected else self._projected[p] + projected
 
     def _renewal_is_due(self, p: Tensor, group: dict[str, Any]) -> bool:

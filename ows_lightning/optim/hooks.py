@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_in_place: Any = WeakTensorKeyDictionary()  # parameter -> handle of its present hook
+from ows_lightning.compat import hooks_on_gradient
+
+_in_place: Any = WeakTensorKeyDictionary()  # parameter -> handle of its present hook, and a reference to the owner
 
 
 def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[Any, Tensor], None]) -> None:
@@ -34,7 +36,8 @@ def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[
         remove_hook(p)
         trains = p.requires_grad
         p.requires_grad_(True)  # torch refuses to hook a frozen weight, whose hook would hold all the same
-        _in_place[p] = handle = p.register_post_accumulate_grad_hook(hook)
+        handle = p.register_post_accumulate_grad_hook(hook)
+        _in_place[p] = handle, reference
         p.requires_grad_(trains)
         handles.append(handle)
     weakref.finalize(owner, _remove, handles).atexit = False
@@ -46,8 +49,18 @@ def remove_hook(p: Tensor) -> None:
     Args:
         p: A parameter, with or without a hook.
     """
-    if (handle := _in_place.pop(p, None)) is not None:
-        handle.remove()
+    if (known := _in_place.pop(p, None)) is not None:
+        known[0].remove()
+
+
+def sole_consumer(p: Tensor) -> Any | None:
+    """Returns whose hook gets a parameter's gradient; None if nobody's does, or if others look at that gradient, too.
+
+    Args:
+        p: A parameter, with or without hooks.
+    """
+    _, owner = _in_place.get(p, (None, lambda: None))
+    return owner() if hooks_on_gradient(p) == 1 else None
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

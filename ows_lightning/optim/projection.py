@@ -28,6 +28,25 @@ def project(gradient: Tensor, projector: Tensor, side: Side) -> Tensor:
     return gradient @ projector if side == "right" else projector.mT @ gradient
 
 
+def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, side: Side) -> Tensor:
+    """R = dY^T (X Q) (right) or R = (dY P)^T X (left): ``project`` of a linear layer's G = dY^T X, without G.
+
+    It takes r (m + n) products a token instead of m n, and m n r more.
+
+    Args:
+        output_gradient: dY, of shape (tokens, m).
+        inputs: X, of shape (tokens, n), of the same dtype.
+        projector: Q, of shape (n, r), or P, of shape (m, r); of the same dtype.
+        side: Which of the two it is.
+
+    Returns:
+        R, of shape (m, r) or (r, n).
+    """
+    if side == "right":
+        return output_gradient.mT @ (inputs @ projector)
+    return (output_gradient @ projector).mT @ inputs
+
+
 def adam_direction(
     gradient: Tensor,
     exp_avg: Tensor,
