@@ -136,6 +136,11 @@ def ours_grouped(model: PreTrainedModel, setting: Setting) -> Training:
     return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0)
 
 
+def ours_whole(model: PreTrainedModel, setting: Setting) -> Training:
+    """The same as `ours_grouped` with whole gradients, which are projected as soon as they are there."""
+    return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0, factored=False)
+
+
 def forward_backward(model: PreTrainedModel, setting: Setting) -> Training:
     """Forward and backward of ours with frozen embeddings, and no optimizer: what a step can't do without."""
     return _ours(model, setting, frozen=("embeddings", "lm_head"), make_optimizer=_NoSteps)
@@ -153,6 +158,7 @@ METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] =
     "ours_frozen": ("Ours, embeddings frozen", ours_frozen),
     "ours_host": ("Ours, embeddings frozen, blocks on the host", ours_host),
     "ours_grouped": ("Ours, embeddings frozen, grouping 1", ours_grouped),
+    "ours_whole": ("The same, whole gradients", ours_whole),
     "forward_backward": ("Forward and backward of ours, grouping 0", forward_backward),
 }
 """Key -> how tables call the method, and what sets it up."""
@@ -176,13 +182,14 @@ def _ours(
     frozen: Sequence[str] = (),
     make_optimizer: Callable[..., Optimizer] = GaLoreAdamW,
     grouping: float = 0.0,
+    factored: bool = True,
 ) -> Training:
     if model.is_gradient_checkpointing:
         model.disable_input_require_grads()  # as CausalLMModule does
     groups = galore_param_groups(model, rank=setting.rank, project_embeddings=project_embeddings)
     optimizer = make_optimizer(groups, lr=LR)
     if isinstance(optimizer, GaLoreAdamW):
-        optimizer.project_in_backward(model=model)
+        optimizer.project_in_backward(model=model if factored else None)
     outside = non_block_parameters(model)
     others = [(p, False) for part in frozen for p in outside[part]]
 
