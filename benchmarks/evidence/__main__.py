@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", help="a name in benchmarks/studies, or a YAML file")
     parser.add_argument("--model", help="start from this model instead: a hub name, a directory or a .gguf file")
     parser.add_argument("--precision", help="the Trainer's precision, e.g. bf16-true on a GPU")
-    parser.add_argument("--data-root", type=Path, help="folder of the multiple-choice tasks' files")
-    parser.add_argument("--tasks", nargs="+", help="only these tasks of the study")
+    parser.add_argument("--data-root", type=Path, help="folder of NAME_train.jsonl and NAME_test.jsonl, also of your own")
+    parser.add_argument("--tasks", nargs="+", help="only these tasks of the study, or others")
     parser.add_argument("--budget", type=int, help="target tokens of a run, instead of the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="threads of a run; by default the runs share the cores")
@@ -39,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     study = replace(study, model=args.model or study.model, precision=args.precision or study.precision)
     wanted = {task: args.budget or budget for task, budget in study.tasks.items() if not args.tasks or task in args.tasks}
-    study = replace(study, tasks=wanted)
+    if (others := set(args.tasks or ()) - wanted.keys()) and not args.budget:
+        parser.error(
+            f"--tasks: {', '.join(sorted(others))} is not in {study.name}; say with --budget for how many target tokens"
+        )
+    study = replace(study, tasks={**wanted, **dict.fromkeys(sorted(others), args.budget)})
     counted = ledger.Ledger(args.results / f"{study.name}.csv", ledger.COUNTED)
     if not args.tables:
         run(study, counted, args)

@@ -84,7 +84,8 @@ def metric_error(values: Values, study: Study, task: str) -> str:
     shares = [run["test_metric"] for runs in values.values() for run in runs.values() if not math.isnan(run["test_metric"])]
     if not shares:
         return ""
-    rows = study.held_out_rows["test"] if task in MULTIPLE_CHOICE else study.exact_match_rows
+    answers = study.exact_match_rows and task not in MULTIPLE_CHOICE
+    rows = study.exact_match_rows if answers else study.held_out_rows["test"]
     error = math.sqrt(mean(shares) * (1 - mean(shares)) / (rows - 1))
     return f"A run's metric is a share of {rows} rows: its standard error is {error:.3f}."
 

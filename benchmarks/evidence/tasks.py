@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ GENERATED: dict[str, dict[str, Any]] = {
     "number_filtering": {"min_numbers": 3, "max_numbers": 6},
     "spell_backward": {},
 }
-"""Tasks of reasoning-gym (Apache-2.0), and their settings. Seeds make the splits."""
+"""Tasks of reasoning-gym (Apache-2.0), and their settings; any other of its tasks has its own. Seeds make the splits."""
 
 MULTIPLE_CHOICE = ("arc_easy", "arc_challenge", "boolq", "openbookqa")
 """Tasks of LLM-Adapters: ``NAME_train.jsonl`` and ``NAME_test.jsonl`` in the folder that ``--data-root`` names."""
@@ -52,30 +53,31 @@ def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path
     """Writes a task's files, where they are not there yet.
 
     Args:
-        name: One of ``GENERATED`` or ``MULTIPLE_CHOICE``, or ``METAMATHQA``.
+        name: ``METAMATHQA``, one of ``MULTIPLE_CHOICE``, any ``NAME`` of two files ``NAME_train.jsonl`` and
+            ``NAME_test.jsonl`` in the data root, or any data set of reasoning-gym.
         folder: Where to write; a folder ``name`` is made in it.
         held_out_rows: How many rows ``validation`` and ``test`` have.
-        data_root: Where the files of ``MULTIPLE_CHOICE`` lie, and those of ``METAMATHQA`` where the hub is not reached.
+        data_root: Where the files lie; those of ``METAMATHQA`` come from the hub without it.
 
     Raises:
         ValueError: There is no such task, or its files are nowhere.
     """
-    metric = "accuracy" if name in MULTIPLE_CHOICE else "final_number" if name == METAMATHQA else "exact_match"
+    given = data_root is not None and (data_root / f"{name}_train.jsonl").is_file()
+    choices = name in MULTIPLE_CHOICE or (given and _has_choices(_read(data_root, f"{name}_test")[0]))
+    metric = "final_number" if name == METAMATHQA else "accuracy" if choices else "exact_match"
     sizes = {"train": TRAIN_ROWS, **held_out_rows}
     files = {split: folder / name / f"{split}_{sizes[split]}.jsonl" for split in SEEDS}
     task = Task(files["train"], files["validation"], files["test"], metric)
     if all(file.is_file() for file in files.values()):
         return task
-    if name in GENERATED:
-        rows = _generated(name, sizes)
-    elif name in MULTIPLE_CHOICE and data_root is not None:
-        rows = _multiple_choice(name, sizes, data_root)
-    elif name == METAMATHQA:
+    if name == METAMATHQA:
         rows = _metamathqa(sizes, data_root)
+    elif given:
+        rows = _from_files(name, sizes, data_root)
     elif name in MULTIPLE_CHOICE:
         raise ValueError(f"{name}: name the folder of {name}_train.jsonl and {name}_test.jsonl with --data-root")
     else:
-        raise ValueError(f"no task '{name}'; tasks: {', '.join([*GENERATED, *MULTIPLE_CHOICE, METAMATHQA])}")
+        rows = _generated(name, sizes)
     (folder / name).mkdir(parents=True, exist_ok=True)
     for split, file in files.items():
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]), encoding="utf-8")
@@ -85,11 +87,17 @@ def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path
 def _generated(name: str, sizes: dict[str, int]) -> dict[str, list[Row]]:
     """Rows of reasoning-gym. A question of one split is never one of another."""
     from reasoning_gym import create_dataset
+    from reasoning_gym.factory import DATASETS
 
+    if name not in DATASETS:
+        raise ValueError(
+            f"no task '{name}'; tasks: {', '.join([*GENERATED, *MULTIPLE_CHOICE, METAMATHQA])}, any other of reasoning-gym, "
+            f"and any whose {name}_train.jsonl and {name}_test.jsonl lie in --data-root"
+        )
     seen: set[str] = set()
     rows: dict[str, list[Row]] = {}
     for split, seed in SEEDS.items():
-        made = (row for row in create_dataset(name, size=3 * sizes[split], seed=seed, **GENERATED[name]))
+        made = (row for row in create_dataset(name, size=3 * sizes[split], seed=seed, **GENERATED.get(name, {})))
         new = {row["question"]: row["answer"] for row in made if row["question"] not in seen}
         seen.update(new)
         kept = list(new.items())[: sizes[split]]
@@ -97,10 +105,21 @@ def _generated(name: str, sizes: dict[str, int]) -> dict[str, list[Row]]:
     return rows
 
 
-def _multiple_choice(name: str, sizes: dict[str, int], data_root: Path) -> dict[str, list[Row]]:
-    """Rows of a file; validation rows are taken out of the training file."""
-    train, test = ([{"system": SYSTEM, **row} for row in _read(data_root, f"{name}_{split}")] for split in ("train", "test"))
-    return _split(train, test, sizes, "instruction")
+def _from_files(name: str, sizes: dict[str, int], data_root: Path) -> dict[str, list[Row]]:
+    """Rows of files; validation rows are taken out of the training file."""
+    train, test = (_read(data_root, f"{name}_{split}") for split in ("train", "test"))
+    if name in MULTIPLE_CHOICE:
+        train, test = ([{"system": SYSTEM, **row} for row in rows] for rows in (train, test))
+    return _split(train, test, sizes, _question)
+
+
+def _question(row: Row) -> str:
+    """What is asked: all of a row but its answer."""
+    return json.dumps({key: value for key, value in row.items() if key not in ("output", "completion", "response", "answer")})
+
+
+def _has_choices(row: Row) -> bool:
+    return "answer" in row and ("choices" in row or "Answer format:" in row.get("instruction", ""))
 
 
 def _metamathqa(sizes: dict[str, int], data_root: Path | None) -> dict[str, list[Row]]:
@@ -117,7 +136,7 @@ def _metamathqa(sizes: dict[str, int], data_root: Path | None) -> dict[str, list
         [{"instruction": asked.format(r["query"]), "output": r["response"], "of": r["original_question"]} for r in train],
         [{"instruction": asked.format(r["question"]), "output": r["answer"]} for r in test],
         sizes,
-        "of",
+        lambda row: str(row["of"]),
     )
     return {split: [{key: row[key] for key in ("instruction", "output")} for row in rows[split]] for split in rows}
 
@@ -126,15 +145,15 @@ def _read(data_root: Path, name: str) -> list[Row]:
     return [json.loads(line) for line in (data_root / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _split(train: list[Row], test: list[Row], sizes: dict[str, int], question: str) -> dict[str, list[Row]]:
+def _split(train: list[Row], test: list[Row], sizes: dict[str, int], question: Callable[[Row], str]) -> dict[str, list[Row]]:
     """Takes validation rows out of the training rows, with all others of the same question."""
 
     def pick(rows: list[Row], split: str) -> list[Row]:
         return random.Random(SEEDS[split]).sample(rows, min(len(rows), sizes[split]))
 
     validation = pick(train, "validation")
-    held_out = {row[question] for row in validation}
-    rest = [row for row in train if row[question] not in held_out]
+    held_out = set(map(question, validation))
+    rest = [row for row in train if question(row) not in held_out]
     return {"train": rest, "validation": validation, "test": pick(test, "test")}
 
 

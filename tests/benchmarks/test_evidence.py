@@ -182,6 +182,43 @@ def test_a_study_runs_and_goes_on_from_its_rows(model, tmp_path, monkeypatch, ca
     assert {path: path.read_text() for path in (tmp_path / "results").glob("tiny.csv")} == files
 
 
+def write_splits(folder, name, row):
+    for split in ("train", "test"):
+        rows = [row(f"{i} of {split}", i) for i in range(40)]
+        (folder / f"{name}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_task_of_ones_own_is_two_files(tmp_path):
+    write_splits(tmp_path, "mine", lambda about, i: {"prompt": f"Is {about} even?", "completion": ("yes", "no")[i % 2]})
+    write_splits(tmp_path, "chosen", lambda about, i: {"prompt": about, "choices": ["yes", "no"], "answer": i % 2})
+    sizes = {"validation": 8, "test": 6}
+    mine, chosen = (tasks.make(name, tmp_path / "work", sizes, tmp_path) for name in ("mine", "chosen"))
+    assert (mine.metric, chosen.metric) == ("exact_match", "accuracy")
+    train, validation, test = (
+        {json.loads(line)["prompt"] for line in path.read_text().splitlines()}
+        for path in (mine.train, mine.validation, mine.test)
+    )
+    assert (len(train), len(validation), len(test)) == (32, 8, 6)
+    assert train.isdisjoint(validation)
+    with pytest.raises(ValueError, match=r"no task 'none'.*none_train\.jsonl"):
+        tasks.make("none", tmp_path / "work", sizes, tmp_path)
+
+
+def test_a_task_outside_the_study_needs_a_budget(capsys):
+    with pytest.raises(SystemExit):
+        main(["methods", "--tasks", "mine"])
+    assert "--budget" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tasks_of_ones_own_run_through_a_study(model, tmp_path):
+    write_splits(tmp_path, "mine", lambda about, i: {"prompt": about, "choices": ["yes", "no"], "answer": i % 2})
+    content = yaml.safe_load((STUDIES / "which.yaml").read_text())
+    _, after = run_small(content, "own", ["mine"], ["outlier"], model, tmp_path, "--data-root", str(tmp_path))
+    assert after["task"] == "mine"
+    assert 0 <= float(after["test_metric"]) <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper_7b", "peft_metamathqa"])
 def test_studies_for_a_gpu_run_on_a_tiny_model(name, model, tmp_path, monkeypatch):
