@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
 import lightning
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tokenizers
 import torch
-import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
@@ -185,8 +182,8 @@ def test_tokens_are_cached_by_content_tokenizer_and_settings(jsonl: Write, monke
     assert encodings(file, max_seq_length=20) == encodings(file, train_on_prompt=True) == 5
     assert encodings(file, tokenizer=tiny_tokenizer("llama3")) == 5
     assert encodings(jsonl(pairs(6))) == 6
-    for library in (transformers, tokenizers, jinja2):
-        monkeypatch.setattr(library, "__version__", "0.0")
+    for library in ("transformers", "tokenizers", "jinja2"):
+        monkeypatch.setattr(getattr(examples, library), "__version__", "0.0")
         assert encodings(jsonl(pairs(6))) == 6
     source = inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda of: source(of) + "# changed" * (of is masking))
