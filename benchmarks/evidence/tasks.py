@@ -62,8 +62,8 @@ def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path
     Raises:
         ValueError: There is no such task, or its files are nowhere.
     """
-    given = data_root is not None and (data_root / f"{name}_train.jsonl").is_file()
-    choices = name in MULTIPLE_CHOICE or (given and _has_choices(_read(data_root, f"{name}_test")[0]))
+    files_in = data_root if data_root is not None and (data_root / f"{name}_train.jsonl").is_file() else None
+    choices = name in MULTIPLE_CHOICE or (files_in is not None and _has_choices(_read(files_in, f"{name}_test")[0]))
     metric = "final_number" if name == METAMATHQA else "accuracy" if choices else "exact_match"
     sizes = {"train": TRAIN_ROWS, **held_out_rows}
     files = {split: folder / name / f"{split}_{sizes[split]}.jsonl" for split in SEEDS}
@@ -72,8 +72,8 @@ def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path
         return task
     if name == METAMATHQA:
         rows = _metamathqa(sizes, data_root)
-    elif given:
-        rows = _from_files(name, sizes, data_root)
+    elif files_in is not None:
+        rows = _from_files(name, sizes, files_in)
     elif name in MULTIPLE_CHOICE:
         raise ValueError(f"{name}: name the folder of {name}_train.jsonl and {name}_test.jsonl with --data-root")
     else:
