@@ -82,10 +82,10 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
 def metric_error(values: Values, study: Study, task: str) -> str:
     """Says how exact a run's metric can be: the standard error of a share of that many rows, at the mean of all runs."""
     shares = [run["test_metric"] for runs in values.values() for run in runs.values() if not math.isnan(run["test_metric"])]
-    if not shares:
-        return ""
     answers = study.exact_match_rows and task not in MULTIPLE_CHOICE
     rows = study.exact_match_rows if answers else study.held_out_rows["test"]
+    if not shares or rows < 2:
+        return ""
     error = math.sqrt(mean(shares) * (1 - mean(shares)) / (rows - 1))
     return f"A run's metric is a share of {rows} rows: its standard error is {error:.3f}."
 

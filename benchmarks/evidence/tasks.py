@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ows_lightning.data.formats import recognise, to_example
+from ows_lightning.data.multiple_choice import choices_of
+
 UNRELATED = Path(__file__).with_name("unrelated.jsonl")
 """Text that has nothing to do with any task: what a run forgets shows in its loss."""
 
@@ -62,26 +65,32 @@ def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path
     Raises:
         ValueError: There is no such task, or its files are nowhere.
     """
-    files_in = data_root if data_root is not None and (data_root / f"{name}_train.jsonl").is_file() else None
-    choices = name in MULTIPLE_CHOICE or (files_in is not None and _has_choices(_read(files_in, f"{name}_test")[0]))
-    metric = "final_number" if name == METAMATHQA else "accuracy" if choices else "exact_match"
     sizes = {"train": TRAIN_ROWS, **held_out_rows}
     files = {split: folder / name / f"{split}_{sizes[split]}.jsonl" for split in SEEDS}
-    task = Task(files["train"], files["validation"], files["test"], metric)
-    if all(file.is_file() for file in files.values()):
-        return task
+    if not all(file.is_file() for file in files.values()):
+        rows = _rows(name, sizes, data_root)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for split, file in files.items():
+            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]), encoding="utf-8")
+    metric = "final_number" if name == METAMATHQA else "accuracy" if _has_choices(files["test"]) else "exact_match"
+    return Task(files["train"], files["validation"], files["test"], metric)
+
+
+def _rows(name: str, sizes: dict[str, int], data_root: Path | None) -> dict[str, list[Row]]:
+    """The rows of each split."""
     if name == METAMATHQA:
-        rows = _metamathqa(sizes, data_root)
-    elif files_in is not None:
-        rows = _from_files(name, sizes, files_in)
-    elif name in MULTIPLE_CHOICE:
+        return _metamathqa(sizes, data_root)
+    if data_root is not None and (data_root / f"{name}_train.jsonl").is_file():
+        return _from_files(name, sizes, data_root)
+    if name in MULTIPLE_CHOICE:
         raise ValueError(f"{name}: name the folder of {name}_train.jsonl and {name}_test.jsonl with --data-root")
-    else:
-        rows = _generated(name, sizes)
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for split, file in files.items():
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split]), encoding="utf-8")
-    return task
+    return _generated(name, sizes)
+
+
+def _has_choices(file: Path) -> bool:
+    with file.open(encoding="utf-8") as lines:
+        row = json.loads(next(lines))
+    return bool(choices_of(to_example(row, recognise(row, file.name), file.name), file.name)[0])
 
 
 def _generated(name: str, sizes: dict[str, int]) -> dict[str, list[Row]]:
@@ -116,10 +125,6 @@ def _from_files(name: str, sizes: dict[str, int], data_root: Path) -> dict[str, 
 def _question(row: Row) -> str:
     """What is asked: all of a row but its answer."""
     return json.dumps({key: value for key, value in row.items() if key not in ("output", "completion", "response", "answer")})
-
-
-def _has_choices(row: Row) -> bool:
-    return "answer" in row and ("choices" in row or "Answer format:" in row.get("instruction", ""))
 
 
 def _metamathqa(sizes: dict[str, int], data_root: Path | None) -> dict[str, list[Row]]:

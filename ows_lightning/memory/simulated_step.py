@@ -253,7 +253,7 @@ def _watched_gradients(
     parameters = _trainable(model)
     if method.factored and not (renews or method.renews_with_state):
         # A hook would call for the gradients that linear layers do without in this step.
-        factors = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+        factors = {m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)}
         parameters = [p for p in parameters if p not in factors]
     handles = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
     handles += [p.register_post_accumulate_grad_hook(begin) for p in parameters]

@@ -351,7 +351,7 @@ class GaLoreAdamW(Optimizer):
         assert side is not None
         gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
         finite = None
-        if self._renewal_is_due(p, group) and p not in self._renewed:
+        if (projector := self._projector_of(p, group)) is None:
             if p in self._hosted:
                 local(gradient).add_(self._hosted.pop(p).to(p.device, non_blocking=True))
             if not renew:
@@ -364,8 +364,7 @@ class GaLoreAdamW(Optimizer):
                 torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
                 seed = index + int(self.state[p].get("step", 0))
                 vectors = leading_singular_vectors(matrices, group["rank"], side, group["subspace"], seed=seed)
-                self._renewed[p] = place_projector(vectors, p, side)
-        projector = self._renewed[p] if p in self._renewed else self.state[p]["projector"]
+                projector = self._renewed[p] = place_projector(vectors, p, side)
         projected = project(local(gradient), local(projector), side)
         if finite is not None:
             projected *= torch.where(finite, 1.0, float("nan"))
@@ -387,10 +386,8 @@ class GaLoreAdamW(Optimizer):
         side, (m, n) = self._side(p, group), p.shape
         if side is None or group["rank"] * (m + n) > m * n:
             return False
-        if self._renewal_is_due(p, group) and p not in self._renewed:
-            return False
-        projector = self._renewed[p] if p in self._renewed else self.state[p]["projector"]
-        if not projector.dtype == output_gradient.dtype == inputs.dtype:
+        projector = self._projector_of(p, group)
+        if projector is None or not projector.dtype == output_gradient.dtype == inputs.dtype:
             return False
         self._add_projected(p, project_factors(output_gradient, inputs, projector, side))
         return True
@@ -398,9 +395,13 @@ class GaLoreAdamW(Optimizer):
     def _add_projected(self, p: Tensor, projected: Tensor) -> None:
         self._projected[p] = projected if p not in self._projected else self._projected[p] + projected
 
-    def _renewal_is_due(self, p: Tensor, group: dict[str, Any]) -> bool:
+    def _projector_of(self, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """The projector of the coming step; None if it has to be found."""
+        if p in self._renewed:
+            return self._renewed[p]
         state = self.state.get(p, {})
-        return "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
+        due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
+        return None if due else state["projector"]
 
     # ------------------------------------------------------------------ the step
 

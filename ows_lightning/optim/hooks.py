@@ -59,8 +59,8 @@ def sole_consumer(p: Tensor) -> Any | None:
     Args:
         p: A parameter, with or without hooks.
     """
-    _, owner = _in_place.get(p, (None, lambda: None))
-    return owner() if hooks_on_gradient(p) == 1 else None
+    known = _in_place.get(p)
+    return known[1]() if known is not None and hooks_on_gradient(p) == 1 else None
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

@@ -29,7 +29,7 @@ class ProjectedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
-        if self.weight.requires_grad and torch.is_grad_enabled() and not _is_special(input):
+        if self.weight.requires_grad and torch.is_grad_enabled() and not _casts_or_compiles(input):
             output: Tensor = _Linear.apply(input, self.weight, self.bias)
             return output
         return F.linear(input, self.weight, self.bias)
@@ -50,7 +50,7 @@ def offer_gradients(modules: Iterable[nn.Linear]) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def _is_special(input: Tensor) -> bool:
+def _casts_or_compiles(input: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
 
 
