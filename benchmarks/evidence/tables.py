@@ -142,11 +142,12 @@ def plot(values: Values, path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(COSTS), figsize=(12, 4), sharey=True, layout="constrained")
     for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
-        for name, runs in values.items():
+        for number, (name, runs) in enumerate(values.items()):
+            marker = "os^"[number // 10 % 3]  # colours repeat after ten
             losses = [run["test_loss"] for run in runs.values()]
             x = mean(run[cost] for run in runs.values())
             error = [[mean(losses) - min(losses)], [max(losses) - mean(losses)]]
-            axis.errorbar(x, mean(losses), yerr=error, marker="o", linestyle="", capsize=2, label=name)
+            axis.errorbar(x, mean(losses), yerr=error, marker=marker, linestyle="", capsize=2, label=name)
         axis.set_xlabel(label)
     axes[0].set_ylabel("Test loss (nats a target token)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
