@@ -114,7 +114,10 @@ class RunSummary(Callback):
         if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, LayerwiseSampling.of(trainer))) is not None:
             whole, delta, share = megabytes(sizes.model), megabytes(sizes.delta), sizes.delta / sizes.model
             log.info(
-                "The model has %s; of these a delta (export --delta) takes at most %s (%.0f%%)", whole, delta, 100 * share
+                "The model has %s, of which training reached %s (%.0f%%); a delta (export --delta) holds that, compressed",
+                whole,
+                delta,
+                100 * share,
             )
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         quoted = shlex.quote(str(folder))

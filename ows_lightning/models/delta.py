@@ -1,9 +1,11 @@
 """A delta: the tensors in which an exported model differs from the model that it was made from.
 
-Its directory holds ``delta.json``, the tensors that differ as ``delta-*.safetensors``, and all other files of the export.
-``delta.json`` has the base's name, the dtype that it is loaded in, a SHA-256 of all its weights, and the layout of the
-export: its files, in each of weights the names and SHA-256 of its tensors, and of the others (but the model card, which may be
-edited) theirs. A tensor's SHA-256 is over its name, dtype, shape and bytes; the whole base's is over those of its tensors.
+Its directory holds ``delta.json``, the tensors that differ as ``delta-*.safetensors``, and all other files of the export. A
+tensor that the base has in the same dtype and shape is stored as `packing.pack` makes it, where that is smaller;
+``delta.json`` has the SHA-256 of what is stored then. It also has the base's name, the dtype that it is loaded in, a SHA-256
+of all its weights, and the layout of the export: its files, in each of weights the names and SHA-256 of its tensors, and of
+the others (but the model card, which may be edited) theirs. A tensor's SHA-256 is over its name, dtype, shape and bytes; the
+whole base's is over those of its tensors.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ows_lightning.compat import as_if_made_here
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, plain_weights, replace_directory, replaceable
+from ows_lightning.models.packing import pack, unpack
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -76,9 +79,10 @@ class Delta:
             self.dtype: torch.dtype = getattr(torch, about["dtype"])
             self.files: dict[str, dict[str, str]] = about["files"]
             self.hashes = {name: value for tensors in self.files.values() for name, value in tensors.items()}
+            self._packed: dict[str, str] = about.get("packed", {})
             self.places = {name: path for path in sorted(self.directory.glob("delta-*.safetensors")) for name in _names(path)}
             whole = len(self.places) == about["tensors"] and all(Path(file).name == file for file in self.files)
-            if not whole or any(_hash(name, self.read(name)) != self.hashes.get(name) for name in self.places):
+            if not whole or any(_hash(name, self._stored(name)) != self._expected(name) for name in self.places):
                 raise ValueError("tensors have changed since it was written, or are missing")
             for name, value in about["other_files"].items():
                 if _file_hash(self.directory / Path(name).name) != value:
@@ -86,10 +90,17 @@ class Delta:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UsageError(f"delta: {str(directory)!r} is damaged ({error}); copy or export it again") from error
 
-    def read(self, name: str) -> Tensor:
-        """Reads one of the tensors that differ."""
+    def read(self, name: str, base: Mapping[str, Tensor]) -> Tensor:
+        """Reads one of the tensors that differ, given the base's tensors, which `check_base` has seen."""
+        stored = self._stored(name)
+        return unpack(stored, base[name]) if name in self._packed else stored
+
+    def _stored(self, name: str) -> Tensor:
         with safe_open(self.places[name], "pt") as file:
             return file.get_tensor(name)
+
+    def _expected(self, name: str) -> str | None:
+        return self._packed.get(name, self.hashes.get(name))
 
     def check_base(self, model: PreTrainedModel) -> None:
         """Compares a model with the base, bit for bit.
@@ -106,8 +117,10 @@ class Delta:
 
     def sizes(self, model: Mapping[str, Tensor]) -> Sizes:
         """Returns the sizes of the delta and of the restored model, given the base's tensors."""
-        changed = sum(_bytes(self.read(name)) for name in self.places)
-        return Sizes(changed, changed + sum(_bytes(model[name]) for name in self.hashes if name not in self.places))
+        stored = {name: _bytes(self._stored(name)) for name in self.places}
+        as_in_base = (name for name in self.hashes if name not in self.places or name in self._packed)
+        parts = sum(count for name, count in stored.items() if name not in self._packed)
+        return Sizes(sum(stored.values()), parts + sum(_bytes(model[name]) for name in as_in_base))
 
 
 def write_delta(
@@ -134,8 +147,10 @@ def write_delta(
         RunError: The files can't be written.
     """
     target = replaceable(directory, base)
-    before = {name: _hash(name, tensor) for name, tensor in _tensors(load_model(base, dtype, None, trust_remote_code))}
+    of_base = dict(_tensors(load_model(base, dtype, None, trust_remote_code)))
+    before = {name: _hash(name, tensor) for name, tensor in of_base.items()}
     files: dict[str, dict[str, str]] = {}
+    packed: dict[str, str] = {}
     model_bytes = delta_bytes = tensors = 0
     with _replacing(target, export, "delta") as partial:
         others = {path.name: _file_hash(path) for path in sorted(partial.iterdir()) if path.name != "README.md"}
@@ -148,8 +163,11 @@ def write_delta(
                     value = files[path.name][name] = _hash(name, tensor)
                     model_bytes += _bytes(tensor)
                     if value != before.get(name):
-                        shards.add(name, tensor)
-                        delta_bytes += _bytes(tensor)
+                        stored = _smallest(tensor, of_base.get(name))
+                        if stored is not tensor:
+                            packed[name] = _hash(name, stored)
+                        shards.add(name, stored)
+                        delta_bytes += _bytes(stored)
                         tensors += 1
         shards.flush()
         about = {
@@ -157,6 +175,7 @@ def write_delta(
             "base_sha256": _hash_of_all(before),
             "dtype": str(dtype).removeprefix("torch."),
             "tensors": tensors,
+            "packed": packed,
             "files": files,
             "other_files": others,
         }
@@ -189,7 +208,7 @@ def apply_delta(
     of_base = dict(_tensors(model))
     with _replacing(target, change.directory, "model") as partial:
         for file, names in change.files.items():
-            tensors = {name: change.read(name) if name in change.places else of_base[name].clone() for name in names}
+            tensors = {name: change.read(name, of_base) if name in change.places else of_base[name].clone() for name in names}
             _save(tensors, partial / file)
     return change.sizes(of_base)
 
@@ -230,7 +249,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
         numbers = torch.arange(weight.numel()).view(weight.shape) if changed and list(pieces) != [name] else None
         indices = {} if numbers is None else revert_weight_conversion(plain, {name: numbers})
         for piece in changed:
-            value = change.read(piece).to(weight.device)
+            value = change.read(piece, pieces).to(weight.device)
             if piece in indices:
                 weight.view(-1)[indices[piece].reshape(-1).to(weight.device)] = value.reshape(-1)
             else:
@@ -260,6 +279,13 @@ def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
     changed = [tensor for tensor, _ in pairs if tensor in ever]
     return Sizes(sum(map(_bytes, changed)), sum(_bytes(tensor) for tensor, _ in pairs))
+
+
+def _smallest(tensor: Tensor, base: Tensor | None) -> Tensor:
+    """The tensor itself, or its packed difference from the base's where that is smaller."""
+    if base is None or (base.dtype, base.shape) != (tensor.dtype, tensor.shape):
+        return tensor
+    return min(pack(tensor, base), tensor, key=_bytes)
 
 
 class _Shards:
