@@ -82,7 +82,8 @@ class Delta:
             self._packed: dict[str, str] = about.get("packed", {})
             self.places = {name: path for path in sorted(self.directory.glob("delta-*.safetensors")) for name in _names(path)}
             whole = len(self.places) == about["tensors"] and all(Path(file).name == file for file in self.files)
-            if not whole or any(_hash(name, self._stored(name)) != self._expected(name) for name in self.places):
+            expected = {**self.hashes, **self._packed}
+            if not whole or any(_hash(name, self._stored(name)) != expected.get(name) for name in self.places):
                 raise ValueError("tensors have changed since it was written, or are missing")
             for name, value in about["other_files"].items():
                 if _file_hash(self.directory / Path(name).name) != value:
@@ -98,9 +99,6 @@ class Delta:
     def _stored(self, name: str) -> Tensor:
         with safe_open(self.places[name], "pt") as file:
             return file.get_tensor(name)
-
-    def _expected(self, name: str) -> str | None:
-        return self._packed.get(name, self.hashes.get(name))
 
     def check_base(self, model: PreTrainedModel) -> None:
         """Compares a model with the base, bit for bit.
@@ -118,9 +116,8 @@ class Delta:
     def sizes(self, model: Mapping[str, Tensor]) -> Sizes:
         """Returns the sizes of the delta and of the restored model, given the base's tensors."""
         stored = {name: _bytes(self._stored(name)) for name in self.places}
-        as_in_base = (name for name in self.hashes if name not in self.places or name in self._packed)
-        parts = sum(count for name, count in stored.items() if name not in self._packed)
-        return Sizes(sum(stored.values()), parts + sum(_bytes(model[name]) for name in as_in_base))
+        whole = {name: count for name, count in stored.items() if name not in self._packed}
+        return Sizes(sum(stored.values()), sum(whole[name] if name in whole else _bytes(model[name]) for name in self.hashes))
 
 
 def write_delta(

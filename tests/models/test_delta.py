@@ -158,6 +158,11 @@ def test_lora_is_merged(model_dir: Callable[..., Path], part: str) -> None:
     sizes = make_delta(base, change)
     assert sizes.model == most[0].model
     assert sizes.delta <= most[0].delta < sizes.model
+    changed, whole = (
+        load_file(base.parent / "delta" / "delta-00001.safetensors"),
+        load_file(base.parent / "whole" / "model.safetensors"),
+    )
+    assert sum(whole[name].nbytes for name in changed) == most[0].delta
     check_restored(base)
 
 
