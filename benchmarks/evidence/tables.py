@@ -60,19 +60,12 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
     rows = []
     for name in sorted(values, key=lambda name: mean(run["test_loss"] for run in values[name].values())):
         runs = list(values[name].values())
-        difference, p_cells = "", ["", ""]
+        difference = ""
         if len(pairs := paired.get(name, [])) > 1:
             half = half_width(pairs)
             difference = f"{mean(pairs):+.3f} ({mean(pairs) - half:+.3f} to {mean(pairs) + half:+.3f})"
-            p_cells = [_plain(by_name[name]) for by_name in p_values]
-        cells = [
-            name,
-            f"{runs[0]['lr']:g}",
-            str(len(runs)),
-            interval([run["test_loss"] for run in runs]),
-            difference,
-            *p_cells,
-        ]
+        cells = [name, f"{runs[0]['lr']:g}", str(len(runs)), interval([run["test_loss"] for run in runs]), difference]
+        cells += [_plain(p_value.get(name, math.nan)) for p_value in p_values]
         cells += [interval([run[column] for run in runs]) for column in ("test_metric", "forgetting")]
         cells += [f"{mean(run[cost] for run in runs):.3g}" for cost in COSTS]
         rows.append(cells)
@@ -117,7 +110,7 @@ def differences(values: Values, name: str, reference: str) -> list[float]:
 
 def t_test_p(paired: Sequence[float]) -> float:
     """Two-sided p of the mean of paired differences by Student's t, which takes them for normal; NaN with fewer than five."""
-    return float(stats.ttest_1samp(paired, 0.0).pvalue) if len(paired) >= FEWEST_PAIRS and np.ptp(paired) > 0 else math.nan
+    return math.nan if _too_few(paired) else float(stats.ttest_1samp(paired, 0.0).pvalue)
 
 
 def bootstrap_p(paired: Sequence[float]) -> float:
@@ -127,7 +120,7 @@ def bootstrap_p(paired: Sequence[float]) -> float:
     standard errors (Hall and Wilson, 1991, guideline 2): without that, one of seven means of five pairs would have a p below
     0.05 where nothing differs; with it, one of forty has.
     """
-    if len(paired) < FEWEST_PAIRS or np.ptp(paired) == 0:
+    if _too_few(paired):
         return math.nan
     centred = np.asarray(paired) - mean(paired)
     resampled = np.random.default_rng(0).choice(centred, size=(RESAMPLES, len(paired)))
@@ -165,6 +158,10 @@ def plot(values: Values, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _too_few(paired: Sequence[float]) -> bool:
+    return len(paired) < FEWEST_PAIRS or np.ptp(paired) == 0  # equal pairs say nothing of how pairs differ
 
 
 def _plain(value: float) -> str:
