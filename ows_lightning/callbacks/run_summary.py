@@ -38,7 +38,8 @@ _FIGURES = {"val_loss": ("loss", "{:.3f}"), "val_exact_match": ("exact match", "
 class RunSummary(Callback):
     """Logs a summary before the sanity check, and the held-out figures before and after the training at the end.
 
-    The figures from before are those of a sanity check of all validation batches (``num_sanity_val_steps: -1``).
+    The figures from before are those of the sanity check: of all validation batches with ``num_sanity_val_steps: -1``, else of
+    the first ones, and the log says how many these are.
 
     Args:
         config: The parsed config, from which the memory is predicted; None leaves that out.
@@ -47,6 +48,7 @@ class RunSummary(Callback):
     def __init__(self, config: Any = None) -> None:
         self.config = config
         self.before: dict[str, float] = {}
+        self.batches_before = ""  # in words, where these are not the figures of all validation batches
         self.seconds_before, self._start = 0.0, time.perf_counter()  # the seconds are those of the run that is resumed
         self.trained = False
         self.predicted: str | None = None
@@ -54,7 +56,8 @@ class RunSummary(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts afresh."""
         if stage == "fit":
-            self.before, self.seconds_before, self.trained, self.predicted = {}, 0.0, False, None
+            self.before, self.batches_before = {}, ""
+            self.seconds_before, self.trained, self.predicted = 0.0, False, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the summary."""
@@ -88,9 +91,9 @@ class RunSummary(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the figures from before the training, those of the first start where the run is resumed."""
-        if trainer.num_sanity_val_steps == float("inf") and not self.before:
-            self.before = _held_out(trainer)
-            log.info("Before training: held-out %s", _figures(self.before))
+        if not self.before and (figures := _held_out(trainer)):
+            self.before, self.batches_before = figures, _batches_checked(trainer)
+            log.info("Before training%s: held-out %s", self.batches_before, _figures(figures))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what the method itself cost: scores, draws and subspaces; and what frozen blocks in int8 made of the loss."""
@@ -110,7 +113,7 @@ class RunSummary(Callback):
         if not self.trained:  # a resumed run that had ended
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
         if after := _held_out(trainer):
-            log.info("After training: held-out %s", _figures(after, self.before))
+            log.info("After training: held-out %s", _figures(after, self.before, self.batches_before))
         if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, LayerwiseSampling.of(trainer))) is not None:
             whole, delta, share = megabytes(sizes.model), megabytes(sizes.delta), sizes.delta / sizes.model
             log.info(
@@ -136,11 +139,11 @@ class RunSummary(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The figures from before the training, and the seconds so far."""
-        return {"before": dict(self.before), "seconds": self._seconds()}
+        return {"before": dict(self.before), "batches_before": self.batches_before, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them over from the run that is resumed."""
-        self.before = dict(state_dict["before"])
+        self.before, self.batches_before = dict(state_dict["before"]), state_dict.get("batches_before", "")
         self.seconds_before = state_dict.get("seconds", 0.0)
 
     def _seconds(self) -> float:
@@ -266,10 +269,16 @@ def _held_out(trainer: Trainer) -> dict[str, float]:
     return {name: float(trainer.callback_metrics[name]) for name in _FIGURES if name in trainer.callback_metrics}
 
 
-def _figures(after: dict[str, float], before: dict[str, float] | None = None) -> str:
+def _batches_checked(trainer: Trainer) -> str:
+    """Which of the validation batches the sanity check saw; empty if all."""
+    checked, there = trainer.num_sanity_val_batches, trainer.num_val_batches
+    return "" if checked == there else f" ({checked[0]} of {there[0]} batches)"
+
+
+def _figures(after: dict[str, float], before: dict[str, float] | None = None, batches: str = "") -> str:
     parts = []
     for key, (name, form) in _FIGURES.items():
         if key in after:
-            values = [values[key] for values in (before or {}, after) if key in values]
-            parts.append(f"{name} {' -> '.join(map(form.format, values))}")
+            first = [form.format(before[key]) + batches] if before and key in before else []
+            parts.append(f"{name} {' -> '.join([*first, form.format(after[key])])}")
     return ", ".join(parts)

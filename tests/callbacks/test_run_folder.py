@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,21 @@ def test_a_summary_starts_afresh_with_each_fit(tmp_path: Path) -> None:
         trainer(tmp_path, summary, num_sanity_val_steps=-1).fit(module, batches(), batches())
         losses.append(summary.before["val_loss"])
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(("checked", "part"), [(-1, ""), (2, ""), (1, r" \(1 of 2 batches\)")])
+def test_a_summary_says_which_rows_its_figures_from_before_are_of(
+    checked: int, part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ows_lightning")
+    trainer(tmp_path, RunSummary(), num_sanity_val_steps=checked).fit(Module(), batches(), batches())
+    before = re.search(rf"Before training{part}: held-out loss (\d\.\d+)$", caplog.text, re.MULTILINE)
+    assert before
+    assert re.search(rf"After training: held-out loss {before[1]}{part} -> \d\.\d+$", caplog.text, re.MULTILINE)
+
+
+def test_a_summary_without_a_sanity_check_has_no_figures_from_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ows_lightning")
+    trainer(tmp_path, RunSummary(), num_sanity_val_steps=0).fit(Module(), batches(), batches())
+    assert "Before training" not in caplog.text
+    assert re.search(r"After training: held-out loss \d\.\d+$", caplog.text, re.MULTILINE)
