@@ -72,8 +72,9 @@ def held_out_loss(config: Path, setting: str, seed: int, steps: int, output: Pat
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
         flags = {
             "seed_everything": seed, "data.seed": seed, "sampling.seed": seed, "data.exact_match_rows": 0,
-            # Longer intervals than the quickstart's, so that a subspace can be renewed within one, and their rate.
-            "sampling.interval_steps": 10, "model.optimizer.init_args.lr": 2.0e-3,
+            # Longer intervals than the quickstart's, so that a subspace can be renewed within one, and larger batches.
+            "sampling.interval_steps": 10, "data.batch_size": 12, "model.warmup_steps": 10,
+            "model.optimizer.init_args.lr": 2.0e-3,
             "trainer.max_steps": steps, "trainer.val_check_interval": steps, "trainer.num_sanity_val_steps": 0,
             "trainer.default_root_dir": folder, "trainer.enable_progress_bar": "false",
             "checkpoint.monitor": "null", "checkpoint.save_top_k": 0, "checkpoint.save_last": "false",
