@@ -33,9 +33,9 @@ from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import LeaveGradients, Step, StepFigures
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.mapped_model import load
-from ows_lightning.streaming.offloader import BlockOffloader, offloader_for
-from ows_lightning.streaming.options import check_offloading, check_window_blocks
+from ows_lightning.streaming.mapped_model import load_mapped_model
+from ows_lightning.streaming.offloader import BlockOffloader
+from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -68,9 +68,9 @@ class CausalLMModule(HeldOutSteps):
         lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.
         warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
         lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
-        frozen_in: Where frozen blocks wait: ``device``, or ``host`` memory or ``disk``, from where they pass through a window.
-        frozen_dtype: ``int8``: frozen blocks compute in int8; their exact weights, which train and are saved, wait elsewhere.
-        window_blocks: Blocks that the window holds, 2 or 3.
+        frozen_in: Where frozen blocks lie: ``device``, or ``host`` memory or ``disk``, from where each is fetched to compute.
+        frozen_dtype: ``int8``: frozen blocks compute in int8; their exact weights, which train and are saved, lie elsewhere.
+        window_blocks: Offloaded blocks that are on the device at a time, 2 or 3.
         max_new_tokens: Length limit of generated answers.
         max_skipped_steps: Stop the run after so many skipped steps (gradients with NaN or Inf) in a row, by ``StopOnNaN``.
         trust_remote_code: Run code that the model's repository brings along.
@@ -120,7 +120,7 @@ class CausalLMModule(HeldOutSteps):
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
-        self.offloader: BlockOffloader | None = None  # that frozen blocks pass through
+        self.offloader: BlockOffloader | None = None  # of frozen blocks
         self.last_step: StepFigures | None = None  # of the latest optimizer step
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -207,7 +207,10 @@ class CausalLMModule(HeldOutSteps):
         what = self.hparams["model_name_or_path"], len(self.tokenizer)
         options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
         options["dtype"] = DTYPES.get(self._precision, torch.float32)
-        model = empty_model(*what, **options) if empty else load(*what, disk, **options)
+        if empty:
+            model = empty_model(*what, **options)
+        else:
+            model = load_mapped_model(*what, disk, **options) if disk else pretrained.load_model(what[0], **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.stop_at(model, end_of_turn_id(self.tokenizer))
         fuse_(model, self.hparams["kernels"])

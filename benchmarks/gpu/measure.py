@@ -197,7 +197,7 @@ class _RandomWeights(CausalLMModule):
         """Puts a clock on the offloader's copies."""
         super().configure_model()
         if self.offloader is not None and self.copies is None:
-            self.copies = self.offloader._stream = _TimedCopies(self.where, self.hparams["window_blocks"])
+            self.copies = self.offloader._given_stream = _TimedCopies(self.where, self.hparams["window_blocks"])
 
 
 class _TimedCopies:

@@ -74,14 +74,14 @@ class DiskWeights(HostWeights):
             super().write_back(trained)
         else:
             self._move(trained)
-        self.written()
+        self.refresh()
 
     def make_writable(self) -> None:
         """Moves weights that lie in the model's own file into the scratch file; ``tensors`` are others then."""
         if not self._in_scratch():
             self._move(self.tensors)
 
-    def written(self) -> None:
+    def refresh(self) -> None:
         """Frees the pages of the weights that are in memory because they were read."""
         drop_page_cache()
 

@@ -103,7 +103,7 @@ class HostWeights:
     def make_writable(self) -> None:
         """Prepares the ``tensors`` for writes other than ``write_back``."""
 
-    def written(self) -> None:
+    def refresh(self) -> None:
         """To be called after others have read or written the ``tensors``."""
 
 
