@@ -227,6 +227,12 @@ class _TimedCopies:
     def release(self, slot: int) -> None:
         self._inner.release(slot)
 
+    def after_computation(self) -> None:
+        self._inner.after_computation()
+
+    def synchronize(self) -> None:
+        self._inner.synchronize()
+
     def stalled(self) -> float:
         """Seconds that computation waited since the last call; on a CPU nothing overlaps, so nothing waits."""
         events, self._events = self._events, []

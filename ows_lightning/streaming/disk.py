@@ -160,7 +160,7 @@ class Disk:
             if not self._staging or self._staging[0][0].numel() < target.numel():
                 for _, copied in self._staging:
                     copied.synchronize()
-                self._staging = [(page_locked(target.numel()), torch.cuda.Event()) for _ in range(2)]
+                self._staging = [(page_locked(target.numel(), target.device), torch.cuda.Event()) for _ in range(2)]
             buffer, copied = self._staging.pop(0)
             copied.synchronize()
             part = buffer[: target.numel()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -204,7 +204,7 @@ class BlockOffloader:
     def make_writable(self, index: int) -> None:
         """Lets others write into a block's weights: what slots hold is dropped, and weights in a model's own file move."""
         self.prepare()
-        self.timeline.forget()
+        self._stop_fetches()
         self.offloaded[index].make_writable()
         if self.timeline.is_offloaded(index):
             _set_data(self.parameters[index], self.offloaded[index].tensors)
@@ -212,7 +212,9 @@ class BlockOffloader:
     def refresh(self, index: int) -> None:
         """Takes in what others have written into a block's offloaded weights."""
         if self.timeline.is_offloaded(index):
+            self._stop_fetches()
             self.offloaded[index].refresh()
+            self._started_stream.after_computation()  # which may have written a copy in int8 on the device
             self._versions[index] = _versions_of(self.parameters[index])
 
     def weights_may_be_exchanged(self) -> None:
@@ -243,7 +245,7 @@ class BlockOffloader:
         """Lets these blocks train and offloads the others."""
         with torch.inference_mode(False):  # what is made within inference mode can't be saved for backward
             self.end_pass()
-            self.timeline.forget()
+            self._stop_fetches()
             before = self.active
             if not self.offloaded:
                 self._offload_first()
@@ -253,6 +255,7 @@ class BlockOffloader:
                 self._load_for_training(index)
             self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate_slots()
+            self._started_stream.after_computation()  # which has written offloaded weights, and had the slots' memory before
             offloaded = self.timeline.order
             self.arrangement = object()
             self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
@@ -280,8 +283,11 @@ class BlockOffloader:
         exact = to_host(weights) if self._disk is None else self._disk.offload(weights)
         if self._int8_in is None:
             return exact
-        keep_on_device = partial(DeviceWeights, device=self.device)
-        offload = {"device": keep_on_device, "host": to_host, "disk": self._disk.offload if self._disk else to_host}
+        offload: dict[str, Callable[[Sequence[Tensor]], HostWeights]] = {
+            "device": partial(DeviceWeights, device=self.device),
+            "host": to_host,
+            "disk": self._disk.offload if self._disk else to_host,
+        }
         return Int8Weights(exact, offload[self._int8_in], self._staging)
 
     def _allocate_slots(self) -> None:
@@ -294,24 +300,32 @@ class BlockOffloader:
         if self._disk is not None:
             self._stream = ReaderThread(self._stream)
 
+    def _stop_fetches(self) -> None:
+        """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""
+        self.timeline.forget()
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    @property
+    def _started_stream(self) -> CopyStream:
+        assert self._stream is not None
+        return self._stream
+
     # ------------------------------------------------------------------ events, as the timeline orders them
 
     def issue(self, block: int, slot: int) -> None:
         """Starts to fetch a block: when ``fetch`` is done, the contents of the slot are complete."""
-        assert self._stream is not None
-        self._stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
+        self._started_stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
 
     def wait(self, block: int, slot: int) -> None:
         """Lets a block's parameters be the slot, once the block has arrived."""
-        assert self._stream is not None
-        self._stream.wait(slot)
+        self._started_stream.wait(slot)
         _set_data(self.parameters[block], self._views[block])
 
     def release(self, block: int, slot: int) -> None:
         """Lets a block's parameters be its offloaded weights again, and the slot be written."""
-        assert self._stream is not None
         _set_data(self.parameters[block], self.offloaded[block].tensors)
-        self._stream.release(slot)
+        self._started_stream.release(slot)
 
 
 def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:

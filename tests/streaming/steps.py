@@ -56,6 +56,12 @@ class LateStream:
     def release(self, slot: int) -> None:
         self._poison(slot)
 
+    def after_computation(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.fetches.clear()  # what is waited for has to be fetched again
+
     def _poison(self, slot: int) -> None:
         self.offloader.slots[slot].fill_(255)  # NaN in float32 and in bfloat16
 
