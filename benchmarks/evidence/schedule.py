@@ -115,7 +115,7 @@ class Schedule:
         if self.counted.find(task=task, method=method.name, seed=seed) is None:
             run = self._new(task, method, rate, seed)
             known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}
-            self.counted.add({**known, **run.test_figures()})
+            self.counted.add({**known, **run.test_metrics()})
         self.bar.update()
 
     def _new(self, task: str, method: Method, rate: float, seed: int) -> Run:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 from ows_lightning.memory.advice import advise, changes_that_fit, sentence
 from ows_lightning.memory.cards import find_card
 from ows_lightning.memory.settings import settings_from_config
@@ -43,7 +43,7 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
     changed = f"with {sentence(changes)}" if changes else "as it is"
     path.write_text(f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}")
-    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {called(f'fit --config {shlex.quote(str(path))}')}"
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line(f'fit --config {shlex.quote(str(path))}')}"
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ows_lightning.errors import RunError
 from ows_lightning.models.mapped_files import let_go, map_file
-from ows_lightning.models.stored_weights import StoredWeight
+from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.streaming.homes import HostHome, copies_in, flat, home_like, nbytes_of, page_locked, starts_of
 
 
