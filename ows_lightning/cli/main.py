@@ -10,7 +10,7 @@ import sys
 from typing import Any, NoReturn
 
 from ows_lightning.cli.log_filters import be_quiet
-from ows_lightning.errors import UsageError, called, explain, nearest
+from ows_lightning.errors import UsageError, command_line, explain, nearest
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ OF_A_CONFIG = {
     "plan": "Predict the memory that a config needs, and what other methods would",
     "export": "Write a checkpoint's model as a Hugging Face directory",
 }
-"""The commands that take ``--config``; methods of OWSTrainer, which LightningCLI runs."""
+"""The commands that take ``--config``; methods of CommandTrainer, which LightningCLI runs."""
 
 OF_THEIR_OWN = {
     "chat": ("ows_lightning.cli.chat", "Talk to a model, in the terminal or through a pipe"),
@@ -111,11 +111,11 @@ def _import_without_plots() -> None:
 
 def usage() -> str:
     """Returns the general help: a line for each command."""
-    lines = [f"usage: {called('COMMAND')} [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
+    lines = [f"usage: {command_line('COMMAND')} [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
     lines += [f"  {name:<12} {what}" for name, what in OF_A_CONFIG.items()]
     lines += ["", "Others:"]
     lines += [f"  {name:<12} {what}" for name, (_, what) in OF_THEIR_OWN.items()]
-    return "\n".join([*lines, "", f"`{called('COMMAND --help')}` lists a command's options."])
+    return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 
 def end(error: BaseException) -> NoReturn:
