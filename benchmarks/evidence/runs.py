@@ -54,7 +54,7 @@ class Run:
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def test_metrics(self) -> dict[str, Any]:
+    def test_figures(self) -> dict[str, Any]:
         """Trains, and returns the figures of the test split, of unrelated text, and of the cost."""
         exact_match = self.task.metric == "exact_match"
         try:

@@ -291,13 +291,13 @@ def losses_with_int8(trainer: Trainer, module: CausalLMModule) -> tuple[float, f
         trainer: Of a run that has trained, and validated before.
         module: Its module.
     """
-    if module.window is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
+    if module.offloader is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
         return None
     training = module.training
     module.eval()
     try:
         rounded = _validation_loss(trainer, module)
-        with module.window.exact():
+        with module.offloader.exact_weights():
             return rounded, _validation_loss(trainer, module)
     finally:
         module.train(training)
