@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from ows_lightning.errors import UsageError, called, nearest
+from ows_lightning.errors import UsageError, command_line, nearest
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
 from ows_lightning.memory.prediction import MethodPlan, is_sharded, predict, resident_weights
 
@@ -251,7 +251,7 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
     changed = f"with {sentence(changes)}" if changes else "as it is"
     path.write_text(f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}")
-    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {called(f'fit --config {shlex.quote(str(path))}')}"
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line(f'fit --config {shlex.quote(str(path))}')}"
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, materialize_
 from ows_lightning.memory.plan_settings import PlanSettings
-from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, follow_steps, kinds
+from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import checkpoint_activations
@@ -217,7 +217,7 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
     """Predicts what a method needs on each device, from a step of a fake model with all its operators.
 
     A step is followed on a model of few blocks. Blocks of a kind add the same each, so that the peaks of each stage of a step
-    are linear in the number of blocks of each kind (see `kinds`); the rest is extrapolated, exactly. The highest of the
+    are linear in the number of blocks of each kind (see `block_groups`); the rest is extrapolated, exactly. The highest of the
     stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it.
 
     On several devices, see `on_each_device`.
@@ -312,7 +312,7 @@ def _extrapolate(
     follow: Callable[[int, int, int], StepMemory], active: int, frozen: int, recomputed: int, alike: bool
 ) -> StepMemory:
     """Follows small models and goes on linearly, in blocks of each kind."""
-    sizes = kinds(active, frozen, recomputed)
+    sizes = block_groups(active, frozen, recomputed)
     few = {kind: size if size <= _FEW or not alike else 2 for kind, size in sizes.items()}
 
     def of(sizes: dict[str, int]) -> StepMemory:
