@@ -18,9 +18,9 @@ from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.files import first_line
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, command_line, is_out_of_memory
-from ows_lightning.memory.available import available_bytes
+from ows_lightning.memory.cards import available_bytes
+from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
-from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.delta import Sizes, megabytes, trained_bytes
 from ows_lightning.models.pretrained import load_config, recomputing_blocks

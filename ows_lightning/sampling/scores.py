@@ -91,9 +91,8 @@ class OutlierScores:
             if holds_norms != asks_for_norms or not any(self.outlier_ratios):
                 what = "norms of weights" if holds_norms else "outlier ratios" if any(self.outlier_ratios) else "no scores"
                 raise UsageError(
-                    f"sampling.scores: holds {what} (its distribution is {self.distribution}), from which "
-                    f"{distribution} can't be computed; run `{command_line('score')}` with sampling.distribution "
-                    f"{distribution}"
+                    f"sampling.scores: holds {what} (its distribution is {self.distribution}), from which {distribution} "
+                    f"can't be computed; run `{command_line('score')}` with sampling.distribution {distribution}"
                 )
         if len(self.outlier_ratios) != num_layers:
             raise UsageError(
