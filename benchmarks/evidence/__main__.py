@@ -61,8 +61,11 @@ def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
     }
     steps = {name: (task, steps_of(study, name, task, model)) for name, task in files.items()}
     for name, task in files.items():
-        if counted.find(task=name, method="before") is None:
-            counted.add(before(study, name, task, model, work / "before" / name, threads))
+        untrained = [row for row in counted.rows if row["method"] == "before"]
+        if all(row["task"] != name for row in untrained):
+            known = next((row for row in untrained if row["task"].partition("@")[0] == name.partition("@")[0]), None)
+            found = known or before(study, name, task, model, work / "before" / name, threads)
+            counted.add({**found, "task": name})
     tuned = ledger.Ledger(args.results / f"{study.name}_rates.csv", ledger.TUNED)
     schedule = Schedule(study, steps, counted, tuned, model, work, args.jobs, threads, args.alone)
     signal.signal(signal.SIGTERM, lambda *_: schedule.stopping.set())
