@@ -57,7 +57,7 @@ def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
     work, threads = args.work.absolute(), args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     model = model_directory(study.model, work / "models")
     files = {
-        name: tasks.make(name.partition("@")[0], work / "tasks", study.held_out_rows, args.data_root) for name in study.tasks
+        name: tasks.make(name.partition("@")[0], work / "tasks", study.evaluation_rows, args.data_root) for name in study.tasks
     }
     steps = {name: (task, steps_of(study, name, task, model)) for name, task in files.items()}
     for name, task in files.items():
@@ -74,10 +74,10 @@ def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
 
 def before(study: Study, name: str, task: tasks.Task, model: Path, folder: Path, threads: int) -> dict[str, Any]:
     """The row of the model as it is before any training."""
-    held_out = scored(study, model, task, folder / "test", threads)
+    tested = scored(study, model, task, folder / "test", threads)
     unrelated = evaluate(study, model, tasks.UNRELATED, folder / "unrelated", threads)["val_loss"]
     nothing = {"lr": 0.0, "seed": 0, "steps": 0, "target_tokens": 0, "time_s": 0.0, "flops": 0.0, "peak_mb": None}
-    return {"task": name, "method": "before", **nothing, **held_out, "forgetting": unrelated, "commit": commit()}
+    return {"task": name, "method": "before", **nothing, **tested, "forgetting": unrelated, "commit": commit()}
 
 
 def model_directory(name: str, folder: Path) -> Path:

@@ -126,7 +126,7 @@ def metric_error(values: Values, study: Study, task: str) -> str:
     """Says how exact a run's metric can be: the standard error of a share of that many rows, at the mean of all runs."""
     shares = [run["test_metric"] for runs in values.values() for run in runs.values() if not math.isnan(run["test_metric"])]
     answers = study.exact_match_rows and task.partition("@")[0] not in MULTIPLE_CHOICE
-    rows = study.exact_match_rows if answers else study.held_out_rows["test"]
+    rows = study.exact_match_rows if answers else study.evaluation_rows["test"]
     if not shares or rows < 2:
         return ""
     error = math.sqrt(mean(shares) * (1 - mean(shares)) / (rows - 1))

@@ -57,20 +57,20 @@ SYSTEM = "Answer."
 """The system message of generated and multiple-choice tasks: chat templates put a longer one in the place of none."""
 
 
-def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path | None) -> Task:
+def make(name: str, folder: Path, evaluation_rows: dict[str, int], data_root: Path | None) -> Task:
     """Writes a task's files, where they are not there yet.
 
     Args:
         name: ``METAMATHQA``, ``CMUDICT``, one of ``MULTIPLE_CHOICE``, any ``NAME`` of two files ``NAME_train.jsonl`` and
             ``NAME_test.jsonl`` in the data root, or any data set of reasoning-gym.
         folder: Where to write; a folder ``name`` is made in it.
-        held_out_rows: How many rows ``validation`` and ``test`` have.
+        evaluation_rows: How many rows ``validation`` and ``test`` have.
         data_root: Where the files lie; those of ``METAMATHQA`` come from the hub without it.
 
     Raises:
         ValueError: There is no such task, or its files are nowhere.
     """
-    sizes = {"train": TRAIN_ROWS, **held_out_rows}
+    sizes = {"train": TRAIN_ROWS, **evaluation_rows}
     files = {split: folder / name / f"{split}_{sizes[split]}.jsonl" for split in SEEDS}
     if not all(file.is_file() for file in files.values()):
         rows = _rows(name, sizes, data_root)
@@ -178,8 +178,8 @@ def _split(train: list[Row], test: list[Row], sizes: dict[str, int], question: C
         return random.Random(SEEDS[split]).sample(rows, min(len(rows), sizes[split]))
 
     validation = pick(train, "validation")
-    held_out = set(map(question, validation))
-    rest = [row for row in train if question(row) not in held_out]
+    asked = set(map(question, validation))
+    rest = [row for row in train if question(row) not in asked]
     return {"train": rest, "validation": validation, "test": pick(test, "test")}
 
 

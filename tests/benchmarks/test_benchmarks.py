@@ -114,7 +114,7 @@ def test_a_step_after_a_draw_is_compared_with_its_own_interval():
 
 
 @pytest.mark.slow
-def test_learning_compares_held_out_losses_and_goes_on_where_it_stopped(model_dir, rows_file, tmp_path, capsys):
+def test_learning_compares_validation_losses_and_goes_on_where_it_stopped(model_dir, rows_file, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{model_name_or_path: {model_dir()}, rank: 8}}\n"

@@ -196,7 +196,7 @@ def model(tmp_path):
 def run_small(content, name, tasks_, methods, model, tmp_path, *more):
     """Runs a study, cut down, with rates that another machine has tried; returns its rows."""
     content["methods"] = {method: content["methods"][method] | {"rates": [1e-3, 1e-2, 1e-1]} for method in methods}
-    content |= {"seeds": [0], "reference": methods[0], "batch_size": 2, "held_out_rows": {"validation": 8, "test": 8}}
+    content |= {"seeds": [0], "reference": methods[0], "batch_size": 2, "evaluation_rows": {"validation": 8, "test": 8}}
     content["exact_match_rows"] = 4
     content["settings"] = content.get("settings", {}) | {"sampling.threshold": 2.0, "model.max_new_tokens": 4}
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
