@@ -128,7 +128,7 @@ def test_learning_compares_validation_losses_and_goes_on_where_it_stopped(model_
     learning.main([*command, "--settings", "float32", "full_rank"])
     assert ", seed 0: " not in capsys.readouterr().out
     header, _, *rows = (tmp_path / "learning" / "learning.md").read_text().splitlines()
-    assert "Held-out loss, 1 seeds" in header
+    assert "Validation loss, 1 seeds" in header
     assert [row.split(" | ")[0] for row in rows] == ["| float32 throughout", "| embeddings and head train in full rank"]
 
 
