@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", help="the Trainer's precision, e.g. bf16-true on a GPU")
     parser.add_argument("--data-root", type=Path, help="folder of NAME_train.jsonl and NAME_test.jsonl, also of your own")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the study, or others")
+    parser.add_argument("--methods", nargs="+", help="only these methods of the study, e.g. those that this machine is to run")
     parser.add_argument("--budget", type=int, help="target tokens of a run, instead of the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="threads of a run; by default the runs share the cores")
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--tasks: {', '.join(sorted(others))} is not in {study.name}; say with --budget for how many target tokens"
         )
     study = replace(study, tasks={**wanted, **dict.fromkeys(sorted(others), args.budget)})
+    if others := set(args.methods or ()) - {method.name for method in study.methods}:
+        parser.error(f"--methods: {', '.join(sorted(others))} is not in {study.name}")
+    if args.methods:
+        rounds = [replace(each, methods=tuple(m for m in each.methods if m in args.methods)) for each in study.order()]
+        study = replace(study, rounds=tuple(rounds))
     counted = ledger.Ledger(args.results / f"{study.name}.csv", ledger.COUNTED)
     if not args.tables:
         run(study, counted, args)

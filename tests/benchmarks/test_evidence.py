@@ -259,6 +259,17 @@ def test_a_task_outside_the_study_needs_a_budget(capsys):
     assert "--budget" in capsys.readouterr().err
 
 
+def test_methods_can_be_picked(monkeypatch, capsys):
+    picked = []
+    monkeypatch.setattr("benchmarks.evidence.__main__.run", lambda study, counted, args: picked.extend(study.order()))
+    monkeypatch.setattr("benchmarks.evidence.__main__.write_tables", lambda *given: "")
+    main(["methods", "--methods", "lora", "full"])
+    assert [(each.tasks, set(each.methods)) for each in picked] == [((t,), {"lora", "full"}) for t in load("methods").tasks]
+    with pytest.raises(SystemExit):
+        main(["methods", "--methods", "mine"])
+    assert "mine is not in methods" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_tasks_of_ones_own_run_through_a_study(model, tmp_path):
     write_splits(tmp_path, "mine", lambda about, i: {"prompt": about, "choices": ["yes", "no"], "answer": i % 2})
