@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ows_lightning.compat import backward_pass, in_backward, when_backward_ends
+from ows_lightning.compat import backward_pass_id, in_backward, on_backward_end
 from ows_lightning.errors import RunError
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ class ComputeHooks:
 
     def _enter_backward(self, index: int, arrangement: object, gradient: Tensor) -> None:
         self._check_unchanged(arrangement)
-        running = backward_pass()
+        running = backward_pass_id()
         if running != self._backward:
             self._backward = running
-            when_backward_ends(self.offloader.timeline.end_backward)
+            on_backward_end(self.offloader.timeline.end_backward)
         self.offloader.timeline.enter_backward(index)
 
     def _leave_backward(self, index: int, arrangement: object, gradient: Any) -> None:

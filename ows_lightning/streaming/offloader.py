@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ows_lightning.compat import times_written
+from ows_lightning.compat import version_counter
 from ows_lightning.models.mapped_files import keep_page_cache
 from ows_lightning.streaming.adapters import add_adapters, remove_adapters
 from ows_lightning.streaming.disk import Disk
@@ -329,7 +329,7 @@ class BlockOffloader:
 
 
 def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:
-    return [times_written(parameter) for parameter in parameters]
+    return [version_counter(parameter) for parameter in parameters]
 
 
 def _set_data(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
