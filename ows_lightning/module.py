@@ -15,12 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ows_lightning.checkpoints.fixed_settings import check_settings, lasting_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
-from ows_lightning.distributed.sharded_model import empty_model, load_into_shards
+from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.empty_model import empty_model
 from ows_lightning.models.kernels import Kernels, fuse_
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.positions import exceeded_positions
