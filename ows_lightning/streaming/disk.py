@@ -157,9 +157,7 @@ class Disk:
             read(target)
             return
         with self._lock:  # a block may be lent while the next one is fetched
-            if not self._staging or self._staging[0][0].numel() < target.numel():
-                for _, copied in self._staging:
-                    copied.synchronize()
+            if not self._staging or self._staging[0][0].numel() < target.numel():  # freed when copies from it have ended
                 self._staging = [(page_locked(target.numel(), target.device), torch.cuda.Event()) for _ in range(2)]
             buffer, copied = self._staging.pop(0)
             copied.synchronize()

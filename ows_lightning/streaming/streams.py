@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -130,7 +129,8 @@ class ReaderThread:
 
     def synchronize(self) -> None:
         """Waits for the thread, whose fetches come one after the other, and for the device."""
-        concurrent.futures.wait(self.fetches.values())
+        for fetch in self.fetches.values():
+            fetch.exception()  # waits
         self.stream.synchronize()
 
 
