@@ -33,9 +33,9 @@ from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import LeaveGradients, Step, StepFigures
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.loading import load
-from ows_lightning.streaming.requirements import check_window, require_resident, require_waiting
-from ows_lightning.streaming.window import Window, window_for
+from ows_lightning.streaming.mapped_model import load
+from ows_lightning.streaming.offloader import BlockOffloader, offloader_for
+from ows_lightning.streaming.options import check_offloading, check_window_blocks, require_resident
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -116,11 +116,11 @@ class CausalLMModule(HeldOutSteps):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
         pretrained.check_recomputation(gradient_checkpointing)
-        check_window(window_blocks)
+        check_window_blocks(window_blocks)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
-        self.window: Window | None = None  # that frozen blocks pass through
+        self.offloader: BlockOffloader | None = None  # that frozen blocks pass through
         self.last_step: StepFigures | None = None  # of the latest optimizer step
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -184,7 +184,7 @@ class CausalLMModule(HeldOutSteps):
         if stage == "fit":
             sampling = LayerwiseSampling.of(self.trainer)
             some_are_frozen = self.hparams["lora"] is not None or sampling is not None
-            require_waiting(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+            check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
             if sampling is not None and sampling.resting_rank:
                 require_resident(self.hparams)
             self._step = Step(self.trainer.world_size)
@@ -203,7 +203,7 @@ class CausalLMModule(HeldOutSteps):
         pretrained.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
             pretrained.compile_blocks(self.language_model)
-        self.window = None if self.device_mesh else window_for(decoder_layers(self), self.hparams, disk)
+        self.offloader = None if self.device_mesh else offloader_for(decoder_layers(self), self.hparams, disk)
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
         """Makes the model with its weights, blocks on a disk, or ``empty``: with weights on the meta device, to be filled."""
@@ -256,8 +256,8 @@ class CausalLMModule(HeldOutSteps):
         """Seeds dropout by batch and rank: a resumed run draws what the uninterrupted one would have drawn."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         torch.manual_seed(hash((seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)))
-        if self.window is not None:
-            self.window.settle(self.trainer.optimizers)  # blocks may have been drawn just now
+        if self.offloader is not None:
+            self.offloader.apply_draw(self.trainer.optimizers)  # blocks may have been drawn just now
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; ``configure_gradient_clipping`` makes its gradient that of the step's mean."""

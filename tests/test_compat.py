@@ -40,7 +40,7 @@ OUTSIDE = {
     "memory/tracker.py": {"torch.utils._python_dispatch", "torch.utils._pytree"},  # documented by torch, but not public
     "optim/galore.py": {"GaLoreAdamW._consume_in_backward"},  # its own
     "sampling/outliers.py": {"_ConvNd", "config._experts_implementation"},  # set and put back, which no function can do better
-    "streaming/window.py": {  # `_apply` is overridden where nn.Module calls it; hooks must not be compiled
+    "streaming/offloader.py": {  # `_apply` is overridden where nn.Module calls it; hooks must not be compiled
         "torch._dynamo", "block._apply", "type(block)._apply",
     },
 }  # fmt: skip

@@ -79,7 +79,7 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
 def metric_error(values: Values, study: Study, task: str) -> str:
     """Says how exact a run's metric can be: the standard error of a share of that many rows, at the mean of all runs."""
     shares = [run["test_metric"] for runs in values.values() for run in runs.values() if not math.isnan(run["test_metric"])]
-    answers = study.exact_match_rows and task not in MULTIPLE_CHOICE
+    answers = study.exact_match_rows and task.partition("@")[0] not in MULTIPLE_CHOICE
     rows = study.exact_match_rows if answers else study.held_out_rows["test"]
     if not shares or rows < 2:
         return ""

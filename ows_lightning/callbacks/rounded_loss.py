@@ -18,13 +18,13 @@ def losses(trainer: Trainer, module: CausalLMModule) -> tuple[float, float] | No
         trainer: Of a run that has trained, and validated before.
         module: Its module.
     """
-    if module.window is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
+    if module.offloader is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
         return None
     training = module.training
     module.eval()
     try:
         rounded = _loss(trainer, module)
-        with module.window.exact():
+        with module.offloader.exact_weights():
             return rounded, _loss(trainer, module)
     finally:
         module.train(training)

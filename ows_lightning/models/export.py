@@ -28,9 +28,9 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.models.decoder import at_rest
+from ows_lightning.models.decoder import end_pass
 from ows_lightning.models.finite import all_finite
-from ows_lightning.models.mapped_files import let_go, weights_are_mapped
+from ows_lightning.models.mapped_files import drop_page_cache, weights_are_mapped
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
 
@@ -94,7 +94,7 @@ def save_huggingface(
     """
     target = replaceable(directory)
     for block in model.modules():
-        at_rest(block)  # an interrupted pass may have left one computing, from a copy in int8
+        end_pass(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
     base: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment,operator]
     for module in model.modules():
@@ -138,7 +138,7 @@ def _check_finite(model: nn.Module) -> None:
     for name, part in parts.items():
         if not all_finite(part):
             broken.append(name)
-        let_go()
+        drop_page_cache()
     if any(isinstance(p, DTensor) for p in model.parameters()):
         everywhere: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everywhere, broken)
@@ -242,7 +242,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
                     if file is not None:
                         for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items():
                             file.write(name, value)
-                let_go()
+                drop_page_cache()
     if writes:
         _name_shards(directory, names, sum(weight.tensor.nbytes for weight in weights.values()))
 

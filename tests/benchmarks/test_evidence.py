@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,28 @@ def test_a_seed_that_chooses_and_counts_is_refused(tmp_path):
     (tmp_path / "unfair.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match="choose a rate and count"):
         load(str(tmp_path / "unfair.yaml"))
+
+
+def test_rounds_are_made_in_their_order_and_only_of_the_tasks_that_are_asked_for():
+    study = load("length")
+    order = study.order()
+    assert order[0].tasks == ("spell_backward@128",)
+    made = {(task, method, seed) for each in order for task in each.tasks for method in each.methods for seed in each.seeds}
+    methods = {method.name for method in study.methods}
+    for task in study.tasks:
+        seeds = {0, 1, 2} if task.endswith("@384") else {0, 1, 2, 3, 4}
+        assert {(method, seed) for name, method, seed in made if name == task} == set(itertools.product(methods, seeds))
+    one = replace(study, tasks={"family_relationships@384": None})
+    assert {task for each in one.order() for task in each.tasks} == {"family_relationships@384"}
+
+
+@pytest.mark.parametrize(("key", "value"), [("methods", ["none"]), ("tasks", ["none"])])
+def test_a_round_of_what_is_not_in_the_study_is_refused(key, value, tmp_path):
+    content = yaml.safe_load((STUDIES / "length.yaml").read_text())
+    content["rounds"][-1][key] = value
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match="'none'"):
+        load(str(tmp_path / "wrong.yaml"))
 
 
 @pytest.mark.parametrize("best", [1e-5, 3e-4, 1e-2])

@@ -46,7 +46,7 @@ def load(name: str, num_tokens: int, disk: Disk | None, **options: Any) -> PreTr
         return load_model(name, **options)
     check_surplus_blocks(name, model, stored.keys() - tensors.keys())
     in_blocks = set(decoder_layers(model).parameters())
-    made = {p: nn.Parameter((disk.take if p in in_blocks else _read)(stored[key], p.dtype)) for p, key in names.items()}
+    made = {p: nn.Parameter((disk.map_weight if p in in_blocks else _read)(stored[key], p.dtype)) for p, key in names.items()}
     for module in model.modules():
         own_parameters(module).update({key: made[p] for key, p in own_parameters(module).items() if p is not None})
     for key, buffer in buffers.items():
