@@ -48,7 +48,3 @@ def test_imports_run_downwards(path: Path) -> None:
 
 def test_at_most_four_modules_stand_loose() -> None:
     assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} <= {"module", "step", "errors", "compat"}
-
-
-def test_the_module_is_short() -> None:
-    assert len((PACKAGE / "module.py").read_text().splitlines()) <= 300
