@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+<<<<<<< HEAD
 from typing import Any, Protocol, runtime_checkable
+=======
+from typing import Any, Literal, get_args
+>>>>>>> main
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -11,7 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 
-PARTS = ("embeddings", "lm_head", "norm")
+Part = Literal["embeddings", "lm_head", "norm"]
+PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model outside its blocks, as ``always_train`` names them."""
 
 
