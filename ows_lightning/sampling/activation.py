@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-<<<<<<< HEAD
-from typing import Any, Protocol, runtime_checkable
-=======
-from typing import Any, Literal, get_args
->>>>>>> main
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer

@@ -18,11 +18,7 @@ from torch.optim import Optimizer
 from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
-<<<<<<< HEAD
-from ows_lightning.sampling.activation import PARTS, Resting, activate_blocks, may_train, outside_blocks, unfreeze
-=======
-from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, may_train, outside_blocks, unfreeze
->>>>>>> main
+from ows_lightning.sampling.activation import PARTS, Part, Resting, activate_blocks, may_train, outside_blocks, unfreeze
 from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
