@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning.checkpoints.settings import check_settings, lasting_settings
+from ows_lightning.checkpoints.fixed_settings import check_settings, lasting_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
-from ows_lightning.distributed.loading import empty_model, load_into_shards
+from ows_lightning.distributed.sharded_model import empty_model, load_into_shards
 from ows_lightning.errors import UsageError
-from ows_lightning.metrics.held_out import HeldOutSteps
+from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
@@ -29,13 +29,13 @@ from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.schedule import warmup_and_decay
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
-from ows_lightning.step import LeaveGradients, Step, StepFigures
+from ows_lightning.sampling.trainer import LeaveGradients, require_layerwise
+from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load
 from ows_lightning.streaming.offloader import BlockOffloader, offloader_for
-from ows_lightning.streaming.options import check_offloading, check_window_blocks
+from ows_lightning.streaming.options import check_offloading, check_window_blocks, require_resident
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -45,7 +45,7 @@ def default_optimizer(params: Any) -> Optimizer:
     return GaLoreAdamW(params, lr=3e-4)
 
 
-class CausalLMModule(HeldOutSteps):
+class CausalLMModule(EvaluationModule):
     """Fine-tunes a causal LM: loss over the target tokens of each optimizer step, projected AdamW, warm-up and decay.
 
     The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches and
@@ -182,8 +182,11 @@ class CausalLMModule(HeldOutSteps):
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
-            some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
+            sampling = LayerwiseSampling.of(self.trainer)
+            some_are_frozen = self.hparams["lora"] is not None or sampling is not None
             check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+            if sampling is not None and sampling.resting_rank:
+                require_resident(self.hparams)
             self._step = Step(self.trainer.world_size)
             self.last_step = None
 
