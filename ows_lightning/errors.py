@@ -18,7 +18,7 @@ class RunError(RuntimeError):
     """A run that started well can't go on: the message says why, and what is left to resume from. Exit code 1."""
 
 
-def called(command: str) -> str:
+def command_line(command: str) -> str:
     """Returns a command as it is typed, after the program that is running: for messages that name one.
 
     Args:
@@ -137,5 +137,5 @@ def _out_of_memory(text: str, notes: Iterable[str]) -> str:
         f"{'; '.join([happened, *notes])}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), "
         "data.max_seq_length or sampling.activated_layers, set model.gradient_checkpointing: true, "
         "sampling.always_train: [norm] or trainer.precision: bf16-true; "
-        f"`{called('plan')}` with the same config says how much each saves"
+        f"`{command_line('plan')}` with the same config says how much each saves"
     )

@@ -16,7 +16,7 @@ import yaml
 from benchmarks.evidence.study import ROOT, STUDIES, Method, Study
 from benchmarks.evidence.tasks import UNRELATED, Task, final_number
 from ows_lightning.memory.compute import compute
-from ows_lightning.memory.settings import settings_from_config
+from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.report.run import RunRecord
 
 # A server imports the libraries once, and each command is a fork of it: they take longer than a short run's training.

@@ -26,8 +26,8 @@ from benchmarks.models import BatchShape, random_batch
 from benchmarks.worker import MB, memory_of
 from benchmarks.worker import measure as measure_peer
 from ows_lightning.compat import own_parameters
+from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
-from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora
 from ows_lightning.module import DTYPES, CausalLMModule

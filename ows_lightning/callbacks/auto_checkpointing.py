@@ -10,9 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.checkpoints.files import one_line
-from ows_lightning.memory.available import available_bytes
-from ows_lightning.memory.fewest_recomputed import fewest_recomputed
-from ows_lightning.memory.settings import settings_from_config
+from ows_lightning.memory.cards import available_bytes, fewest_recomputed
+from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import checkpoint_activations
 from ows_lightning.module import CausalLMModule

@@ -17,10 +17,10 @@ from ows_lightning.callbacks import rounded_loss
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.files import one_line
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, called, is_out_of_memory
-from ows_lightning.memory.available import available_bytes
+from ows_lightning.errors import UsageError, command_line, is_out_of_memory
+from ows_lightning.memory.cards import available_bytes
+from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
-from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.delta import Sizes, megabytes, trained_bytes
 from ows_lightning.models.pretrained import load_config, recomputing_blocks
@@ -128,8 +128,8 @@ class RunSummary(Callback):
             "%s has the model in model/ (for AutoModelForCausalLM.from_pretrained), checkpoints/, metrics.csv and pictures.\n"
             "Next: %s%s",
             folder,
-            called(f"report {quoted}"),
-            "\n      " + called(f"test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}") if last else "",
+            command_line(f"report {quoted}"),
+            "\n      " + command_line(f"test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}") if last else "",
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -179,8 +179,8 @@ class RunSummary(Callback):
             elif (free := available_bytes(torch.device("cpu"))) is not None:
                 self.predicted += f", {free / 1e9:.1f} GB available"
                 if needs.host_bytes > free:
-                    self.predicted += f"; too little of it: see `{called('plan')}`, or set model.frozen_in: disk"
-        return self.predicted + (f"; too little: see `{called('plan')}`" if available and needed > available else "")
+                    self.predicted += f"; too little of it: see `{command_line('plan')}`, or set model.frozen_in: disk"
+        return self.predicted + (f"; too little: see `{command_line('plan')}`" if available and needed > available else "")
 
 
 def _data(trainer: Trainer) -> dict[str, str]:

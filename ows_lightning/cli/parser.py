@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.cli.config_files import BASE
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, called, closest, nearest
+from ows_lightning.errors import UsageError, closest, command_line, nearest
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
@@ -140,7 +140,7 @@ def _nearest_key(key: str, known: Iterable[str]) -> str | None:
 
 def _help(parser: argparse.ArgumentParser) -> str:
     _, *command = parser.prog.replace(" [options]", "").split(maxsplit=1)
-    return called(" ".join([*command, "--help"]))
+    return command_line(" ".join([*command, "--help"]))
 
 
 def _wrong_type(key: str, value: str, expected: list[str]) -> str:

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import run_causal_lm
 from ows_lightning.models.decoder import causal_lm, decoder_layers, on_device
 
@@ -289,7 +289,7 @@ def _texts(
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise UsageError(
-            f"sampling.scores: give a file from `{called('score')}`; calibration needs batches with `input_ids`, not a "
+            f"sampling.scores: give a file from `{command_line('score')}`; calibration needs batches with `input_ids`, not a "
             f"{type(batch).__name__}"
         )
     keys = ("input_ids", "attention_mask", "position_ids")

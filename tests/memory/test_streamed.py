@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from ows_lightning.memory import plan_from_config
-from ows_lightning.memory.prediction import predict
-from ows_lightning.memory.settings import settings_from_config
-from ows_lightning.memory.streamed import fetched_blocks
+from ows_lightning.memory.plan_settings import settings_from_config
+from ows_lightning.memory.prediction import fetched_blocks, predict
 from ows_lightning.memory.tracker import HOST
 from ows_lightning.streaming.int8 import Int8Weights
 from tests.memory.test_plan import Track, llama_7b, make_config, run_and_track
