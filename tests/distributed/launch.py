@@ -103,7 +103,7 @@ class Launch:
             process.start()
             self.processes.append(process)
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
+    def wait(self, timeout: float = 600) -> list[int | None]:
         """Waits for all processes, and returns their exit codes; those that are still there then are killed (None)."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -126,7 +126,7 @@ class Launch:
 
 
 def run(
-    arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 120, target: Target = main_without_prediction
+    arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 600, target: Target = main_without_prediction
 ) -> str:
     """Runs the command line to its end, which has to be a good one, and returns what it printed."""
     launch = Launch(arguments, folder, ranks, target=target)

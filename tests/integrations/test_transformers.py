@@ -73,7 +73,7 @@ def test_only_active_blocks_train_and_hold_state(kind: str, galore: bool, tmp_pa
 def test_a_run_that_was_killed_resumes_bit_for_bit(kind: str, optimizer: str, tmp_path: Path) -> None:
     def run(folder: str, *more: str) -> int:
         command = [sys.executable, "-m", "tests.integrations.trainers", str(tmp_path / folder), kind, optimizer, *more]
-        return subprocess.run(command, cwd=Path(__file__).parents[2], timeout=240, capture_output=True).returncode
+        return subprocess.run(command, cwd=Path(__file__).parents[2], timeout=600, capture_output=True).returncode
 
     assert run("whole") == 0
     assert run("killed", "--die", "7") == -signal.SIGKILL
@@ -240,7 +240,7 @@ def test_a_launcher_is_refused_also_for_one_process(tmp_path: Path) -> None:
     launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     launcher["MASTER_PORT"] = str(free_port())
     ended = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | launcher, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program], env=os.environ | launcher, capture_output=True, text=True, timeout=600
     )
     assert ended.returncode == 1
     assert "train on one process without torchrun" in ended.stderr
