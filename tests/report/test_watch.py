@@ -126,5 +126,5 @@ def test_a_browser_shows_it(served, tmp_path):
     _, _, port = served
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--dump-dom", f"http://127.0.0.1:{port}/"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=6000, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
     assert shown.count("<img") == 8
