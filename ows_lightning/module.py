@@ -35,7 +35,7 @@ from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load
 from ows_lightning.streaming.offloader import BlockOffloader, offloader_for
-from ows_lightning.streaming.options import check_offloading, check_window_blocks
+from ows_lightning.streaming.options import check_offloading, check_window_blocks, require_resident
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -182,8 +182,11 @@ class CausalLMModule(EvaluationModule):
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
-            some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
+            sampling = LayerwiseSampling.of(self.trainer)
+            some_are_frozen = self.hparams["lora"] is not None or sampling is not None
             check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+            if sampling is not None and sampling.resting_rank:
+                require_resident(self.hparams)
             self._step = Step(self.trainer.world_size)
             self.last_step = None
 
