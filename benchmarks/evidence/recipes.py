@@ -85,7 +85,7 @@ class KeptRest(Callback):
     """Lets a block that rests again go on with the subspaces and moments of its first rest, instead of new ones."""
 
     def __init__(self) -> None:
-        self._kept: dict[nn.Parameter, dict[str, Any]] = {}
+        self._kept: dict[Tensor, dict[str, Any]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sees what a draw ends and begins."""
