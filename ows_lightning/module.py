@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ows_lightning.callbacks.leave_gradients import LeaveGradients
 from ows_lightning.checkpoints.settings import check_settings, lasting_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.loading import empty_model, load_into_shards
@@ -31,7 +32,7 @@ from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
-from ows_lightning.step import LeaveGradients, Step, StepFigures
+from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.loading import load
 from ows_lightning.streaming.requirements import check_window, require_waiting
@@ -184,8 +185,7 @@ class CausalLMModule(HeldOutSteps):
         if stage == "fit":
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             require_waiting(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
-            self._step = Step(self.trainer.world_size)
-            self.last_step = None
+            self._step, self.last_step = Step(self.trainer.world_size), None
 
     def configure_model(self) -> None:
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
