@@ -360,7 +360,7 @@ class GaLoreAdamW(Optimizer):
             with self._progress.renewals.measure(p.device):
                 matrices = whole_matrices(gradient)
                 # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
-                finite = torch.linalg.vector_norm(matrices).isfinite()
+                finite = total_norm([matrices]).isfinite()
                 torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
                 seed = index + int(self.state[p].get("step", 0))
                 vectors = leading_singular_vectors(matrices, group["rank"], side, group["subspace"], seed=seed)

@@ -114,14 +114,27 @@ def take_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement])
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The joint 2-norm of tensors of any shapes, a scalar that is equal on all processes; one number is communicated."""
+    """The joint 2-norm of tensors of any shapes and dtypes, a scalar that is equal on all processes; one number is communicated.
+
+    It is float32 also where the tensors are in half precision, whose squares overflow; float64 where one of them is.
+    """
     tensors = list(tensors)
+    if not tensors:
+        return torch.zeros(())
+    of_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        of_dtype.setdefault(tensor.dtype, []).append(tensor)
+    tensors = [tensor for group in of_dtype.values() for tensor in group]
+    norms = [
+        norm.to(tensors[0].device)
+        for dtype, group in of_dtype.items()
+        for norm in foreach_norm([local(t) for t in group], 2, torch.promote_types(dtype, torch.float32))
+    ]
     mesh = next((t.device_mesh for t in tensors if is_sharded(t)), None)
     if mesh is None:
-        return torch.nn.utils.get_total_norm(tensors)
-    norms = torch.stack([norm.float() for norm in foreach_norm([local(t) for t in tensors])])
-    copies = [mesh.size() if not is_sharded(t) else _copies(t) for t in tensors]
-    square = (norms.square() / norms.new_tensor(copies)).sum()
+        return torch.linalg.vector_norm(torch.stack(norms))
+    squares = [norm.square() / (_copies(t) if is_sharded(t) else mesh.size()) for norm, t in zip(norms, tensors, strict=True)]
+    square = torch.stack(squares).sum()
     for dim in range(mesh.ndim):
         dist.all_reduce(square, group=mesh.get_group(dim))
     return square.sqrt()
