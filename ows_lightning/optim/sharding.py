@@ -114,7 +114,7 @@ def take_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement])
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The joint 2-norm of tensors of any shapes and dtypes, a scalar that is equal on all processes; one number is communicated.
+    """The joint 2-norm of tensors of any shapes and dtypes, a scalar equal on all processes; one number is communicated.
 
     It is float32 also where the tensors are in half precision, whose squares overflow; float64 where one of them is.
     """
