@@ -90,16 +90,19 @@ def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
     return _from_local(part, weight, placements, shape).redistribute(placements=projected_placements(weight, side))
 
 
-def place_projector(projector: Tensor, weight: Tensor, side: Side) -> Tensor:
+def place_projector(projector: Tensor, weight: Tensor, side: Side, group: dist.ProcessGroup | None = None) -> Tensor:
     """Distributes the projector of the matrices that this process has whole (see ``whole_matrices``); rank 0's counts.
 
-    ``projector`` has the shape (..., n, r) for the right side, (..., m, r) for the left, and is overwritten by rank 0's.
+    ``projector`` has the shape (..., n, r) for the right side, (..., m, r) for the left, and is overwritten by rank 0's: all
+    ranks have computed the same, but not bit by bit. ``group`` has the processes that hold a whole weight each; None is one.
     """
     if not is_sharded(weight):
+        if group is not None:
+            dist.broadcast(projector, group=group, group_src=0)
         return projector
     placements = [p if _is_batch(p, weight) else torch.distributed.tensor.Replicate() for p in weight.placements]
     for dim, placement in enumerate(placements):
-        if placement.is_replicate():  # all ranks computed the same, but not bit by bit
+        if placement.is_replicate():
             dist.broadcast(projector, group=weight.device_mesh.get_group(dim), group_src=0)
     tensor = _from_local(projector, weight, placements, (*weight.shape[:-2], *projector.shape[-2:]))
     return tensor.redistribute(placements=projector_placements(weight, side))
