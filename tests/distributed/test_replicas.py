@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ows_lightning.optim.galore import GaLoreAdamW
-from tests.distributed.launch import run
+from ows_lightning.sampling import sampler
+from tests.distributed.fixtures import Arguments
+from tests.distributed.launch import main_without_prediction, run
 
 RANKS = 2
 
@@ -84,3 +90,20 @@ def with_a_gradient_missing(arguments: list[str]) -> None:
 
 def test_gradients_are_averaged_with_those_of_the_same_weight(tmp_path: Path) -> None:
     run([], tmp_path, RANKS, target=with_a_gradient_missing)
+
+
+def with_other_norms(arguments: list[str]) -> None:
+    """Rank 1's norms of the blocks' gradients are not rank 0's."""
+    exact, calls = sampler.total_norm, itertools.count()
+    if os.environ["RANK"] == "1":
+        sampler.total_norm = lambda tensors: exact(tensors) * 1000 ** (next(calls) % 2)
+    main_without_prediction(arguments)
+
+
+@pytest.mark.slow
+def test_replicas_take_the_first_ones_probabilities(arguments: Arguments, tmp_path: Path) -> None:
+    more = ["--sampling.distribution=gradient_norm", "--sampling.interval_steps=1", "--trainer.max_steps=12"]
+    more += ["--trainer.callbacks+=tests.distributed.probe.Probe", f"--trainer.callbacks.folder={tmp_path / 'probe'}"]
+    run(arguments(*more, ranks=2, strategy="ddp_layerwise"), tmp_path, RANKS, target=with_other_norms)
+    ranks = [json.loads((tmp_path / "probe" / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    assert ranks[0]["frozen"] == ranks[1]["frozen"]
