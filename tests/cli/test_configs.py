@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
-from ows_lightning.memory.dimensions import find_dimensions, meta_model
+from ows_lightning.memory.fake_tensors import meta_model
+from ows_lightning.memory.plan_settings import find_dimensions
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
@@ -104,7 +105,17 @@ def test_method_fits_the_code_over_a_large_model(method: Path) -> None:
 
 
 def test_no_config_is_left_out() -> None:
-    assert {path.stem for path in METHODS} == {"full", "lora", "galore", "lisa", "lisa_d", "ows_full_rank", "ows", "ows_paper"}
+    assert {path.stem for path in METHODS} == {
+        "full",
+        "lora",
+        "galore",
+        "lisa",
+        "lisa_d",
+        "ows_full_rank",
+        "ows",
+        "ows_paper",
+        "ows_resting",
+    }
     assert {path.stem for path in STRATEGIES} == {"fsdp2", "ddp_layerwise", "host", "disk"}
     assert set(CONFIGS.rglob("*.yaml")) == {CONFIGS / "base.yaml", *MODELS, *METHODS, *STRATEGIES}
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 
 MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddings", "lora")
-SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping")
+SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping", "resting_rank")
 
 
 def lasting_settings(
@@ -50,7 +50,7 @@ def check_settings(
         UsageError: Names the keys that differ, with both values; or the checkpoint is none of such a run.
     """
     if saved is None:
-        raise UsageError(f"ckpt_path: the checkpoint is of another program's run; give one that `{called('fit')}` wrote")
+        raise UsageError(f"ckpt_path: the checkpoint is of another program's run; give one that `{command_line('fit')}` wrote")
     keys = {key for key in saved.keys() | now.keys() if resumes or "." not in key}
     different = [key for key in keys if not _same(key, saved.get(key), now.get(key))]
     if different:
@@ -68,4 +68,6 @@ def _plain(value: Any) -> Any:
 def _same(key: str, saved: Any, now: Any) -> bool:
     if key == "model.model_name_or_path" and saved and now:
         return Path(saved).name == Path(now).name  # a directory may have been moved
+    if key.endswith("resting_rank"):
+        return (saved or 0) == (now or 0)  # older runs have none
     return bool(saved == now)

@@ -8,7 +8,7 @@ from typing import Any
 from ows_lightning.errors import UsageError
 
 
-def check_window(window_blocks: int) -> None:
+def check_window_blocks(window_blocks: int) -> None:
     """Checks a window's size.
 
     Raises:
@@ -21,7 +21,7 @@ def check_window(window_blocks: int) -> None:
         )
 
 
-def require_waiting(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:
+def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:
     """Refuses runs in which no block is frozen, or whose weights several devices share.
 
     Args:
@@ -49,3 +49,17 @@ def require_waiting(model: Mapping[str, Any], some_are_frozen: bool, devices: in
             f"{key} needs frozen blocks, and full fine-tuning trains all of them; sample blocks "
             f"(`sampling`), or set model.lora or {resident}"
         )
+
+
+def require_resident(model: Mapping[str, Any]) -> None:
+    """Refuses runs in which frozen blocks are to train at rest, and wait outside the device.
+
+    Raises:
+        UsageError: With what to use instead.
+    """
+    for key in ("frozen_in", "frozen_dtype"):
+        if model[key] not in ("device", None):
+            raise UsageError(
+                f"sampling.resting_rank: blocks train at rest on the device alone, and model.{key} is {model[key]}; set "
+                "sampling.resting_rank: 0, or leave it out"
+            )
