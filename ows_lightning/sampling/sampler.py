@@ -247,7 +247,7 @@ class BlockSampler:
             optimizer.gradients()  # type: ignore[attr-defined]
 
         def gradient_of(p: Tensor) -> Tensor | None:
-            found = (optimizer.gradient_of(p) for optimizer in projecting)  # type: ignore[attr-defined]
+            found = (optimizer.gradient_of(p) for optimizer in projecting)
             return next((gradient for gradient in found if gradient is not None), p.grad)
 
         for index in self.active_blocks:
