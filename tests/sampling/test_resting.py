@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import random_subspace
+from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
 from tests.tiny import tiny_batch, tiny_model
 
@@ -242,3 +247,39 @@ def test_the_subspace_is_orthonormal_and_another_for_every_seed() -> None:
     torch.testing.assert_close(one.mT @ one, torch.eye(4).double().expand(2, 4, 4))
     assert torch.equal(one, random_subspace(weight, 4, 0))
     assert (one.mT @ other).abs().max() < 0.9
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after five steps, in the middle of an interval."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 5 and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def fit(
+    directory: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, trainer: Any = None, **settings: Any
+) -> CausalLMModule:
+    """Trains a module for eight steps, with resting blocks and a new draw every two."""
+    settings = {"rank": 8, "optimizer": lambda params: GaLoreAdamW(params, lr=LR), "warmup_steps": 0, **settings}
+    sampling = LayerwiseSampling(1, INTERVAL, "uniform", always_train=("norm",), resting_rank=RANK)
+    rows = [{name: values[0] for name, values in tiny_batch(1).items()}] * 32  # a plain loader begins anew on resuming
+    module = CausalLMModule(str(directory), **settings)
+    Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[sampling, *callbacks], default_root_dir=folder, gradient_clip_val=0.5,
+        **{"max_steps": 8, **(trainer or {})},
+    ).fit(module, DataLoader(rows, batch_size=2), ckpt_path=ckpt_path)  # fmt: skip
+    return module
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_a_run_of_the_trainer_is_resumed_bit_by_bit(precision: str, model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"trainer": {"precision": precision, "accumulate_grad_batches": 2}}
+    whole = fit(model_dir(), tmp_path, SaveAt(tmp_path / "at5.ckpt"), **settings)
+    resumed = fit(model_dir(), tmp_path, ckpt_path=tmp_path / "at5.ckpt", **settings)
+    assert equal(whole.model, resumed.model)
+    assert not equal(whole.model, fit(model_dir(), tmp_path, trainer={**settings["trainer"], "max_steps": 1}).model)
