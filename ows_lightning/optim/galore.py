@@ -321,15 +321,16 @@ class GaLoreAdamW(GradientCapture):
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
         projector = self._random[p] if rests else state["projector"]
         step = self._count(state, gradient, group)
-        tensors = ([local(t)] for t in (p, gradient, projector, state["exp_avg"], state["exp_avg_sq"]))
+        moments = [local(state["exp_avg"])], [local(state["exp_avg_sq"])]
         settings = self._settings(p, step, group)
         if rests:  # decay would shrink all of a weight of which a few directions learn
             settings["weight_decay"] = 0.0
-        projected_adamw_(*tensors, [step], side=side, scale=group.get("scale", 1.0), **settings)
+        settings |= {"side": side, "scale": group.get("scale", 1.0)}
+        projected_adamw_([local(p)], [local(gradient)], [local(projector)], *moments, [step], **settings)
 
     def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
         """AdamW in full rank: small tensors together, large ones in parts, for few kernels and small temporaries."""
-        together: dict[Any, list[tuple[Any, ...]]] = {}  # by rate, device and dtypes
+        together: dict[Any, tuple[list[tuple[Any, ...]], dict[str, Any]]] = {}  # by rate, device and dtypes
 
         def take(batch: list[tuple[Any, ...]], settings: Mapping[str, Any]) -> None:
             weights, gradients, exp_avgs, exp_avg_sqs, steps = map(list, zip(*batch, strict=True))
