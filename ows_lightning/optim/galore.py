@@ -12,7 +12,7 @@ from torch import Tensor
 from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.gradient_capture import GradientCapture
-from ows_lightning.optim.projected_adamw import project, projected_adamw_
+from ows_lightning.optim.projected_adamw import add_update_, project, projected_adamw_
 from ows_lightning.optim.sharding import (
     clip_,
     is_sharded,
@@ -119,6 +119,7 @@ class GaLoreAdamW(GradientCapture):
     def _begin(self) -> None:
         super()._begin()
         self._random: dict[Tensor, Tensor] = {}  # projectors of resting weights, made again where they are missing
+        self._fold_by: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_at_rest``
 
     @property
     def skipped_steps(self) -> int:
@@ -178,6 +179,8 @@ class GaLoreAdamW(GradientCapture):
                 elif isinstance(value, Tensor) and key != "step":
                     dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
                     self.state[p][key] = self._place(p, key, value.detach().to(p.device, dtype, copy=True))
+            if "update" in self.state.get(p, ()) and p not in self._fold_by:  # from a run with offloaded weights
+                self._take_in([p])
 
     def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
         """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
@@ -202,8 +205,9 @@ class GaLoreAdamW(GradientCapture):
         resting = {p for p in weights if p in self._places}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
+        self._take_in([p for p in self._places if p not in resting])
         for p in self._places:
-            if (p in resting) == self._rests(p):
+            if (p in resting) == self.rests(p):
                 continue
             self.state.pop(p, None)
             self._random.pop(p, None)
@@ -211,18 +215,58 @@ class GaLoreAdamW(GradientCapture):
             if p in resting:
                 self.state[p]["rest"] = torch.tensor([rank, seed])  # sharded checkpoints want tensors
 
-    def _rests(self, p: Tensor) -> bool:
+    def rests(self, p: Tensor) -> bool:
+        """Whether a parameter trains at rest."""
         return "rest" in self.state.get(p, ())
+
+    def keep_updates_at_rest(self, weights: Iterable[Tensor], fold: Callable[[Sequence[Tensor]], None]) -> None:
+        """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``update_of``.
+
+        It is for weights that are offloaded between two passes, and only read. Their state has one tensor more: B (m x r).
+
+        Args:
+            weights: Parameters of this optimizer, and others.
+            fold: Called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
+        """
+        self._fold_by.update((p, fold) for p in weights if p in self._places)
+
+    def update_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
+        """B (..., m, r) and Q (..., n, r) of what a weight has learned at rest, if that is kept beside it."""
+        if "update" not in self.state.get(p, ()):
+            return None
+        projector = self._projector(p)
+        assert projector is not None
+        return self.state[p]["update"], projector
+
+    @torch.no_grad()
+    def take_in_updates(self) -> None:
+        """Writes what weights have learned at rest into them, where it is kept beside them; they go on resting."""
+        self._take_in(self._places)
+
+    def _take_in(self, weights: Iterable[Tensor]) -> None:
+        by_fold: dict[Any, list[Tensor]] = {}
+        for p in (p for p in weights if "update" in self.state.get(p, ())):
+            by_fold.setdefault(self._fold_by.get(p, self._fold), []).append(p)
+        for fold, found in by_fold.items():
+            fold(found)
+            for p in found:
+                del self.state[p]["update"]
+
+    @torch.no_grad()
+    def _fold(self, weights: Sequence[Tensor]) -> None:
+        for p in weights:
+            if (found := self.update_of(p)) is not None:
+                add_update_(local(p), local(found[0]), local(found[1]))
 
     def resting_projector(self, p: Tensor) -> Tensor | None:
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
-        return self._projector(p) if self._rests(p) else None
+        return self._projector(p) if self.rests(p) else None
 
     # ------------------------------------------------------------------ subspaces
 
     def _side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
-        if self._rests(p):
+        if self.rests(p):
             return "right"
         group, _ = self._places[p]
         if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0:
@@ -242,7 +286,7 @@ class GaLoreAdamW(GradientCapture):
         if "rest" in state:
             if p not in self._random:
                 rank, seed = state["rest"].tolist()
-                self._random[p] = self._place(p, "projector", random_subspace(p, rank, 1_000_003 * seed + index))
+                self._random[p] = self._place(p, "projector", random_subspace(p, rank, _seed(seed, index)))
             return self._random[p]
         due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
         return None if due else state["projector"]
@@ -315,7 +359,7 @@ class GaLoreAdamW(GradientCapture):
         return False
 
     def _step_projected(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        side, state, rests = self._side(p), self.state[p], self._rests(p)
+        side, state, rests = self._side(p), self.state[p], self.rests(p)
         assert side is not None
         if p in self._new_projectors:
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
@@ -326,6 +370,12 @@ class GaLoreAdamW(GradientCapture):
         if rests:  # decay would shrink all of a weight of which a few directions learn
             settings["weight_decay"] = 0.0
         settings |= {"side": side, "scale": group.get("scale", 1.0)}
+        if rests and p in self._fold_by:  # B <- B - lr * scale * Adam(R)
+            if "update" not in state:
+                state["update"] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            settings["round_weights"] = False
+            projected_adamw_([state["update"]], [gradient], None, *moments, [step], **settings)
+            return
         projected_adamw_([local(p)], [local(gradient)], [local(projector)], *moments, [step], **settings)
 
     def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
@@ -361,7 +411,8 @@ class GaLoreAdamW(GradientCapture):
         settings = {"lr": lr, **{key: group[key] for key in ("betas", "eps", "weight_decay")}, "generator": None}
         settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         if settings["round_weights"] or self.state[p]["exp_avg"].dtype == torch.bfloat16:
-            settings["generator"] = torch.Generator(p.device).manual_seed(1_000_003 * self._places[p][1] + step)
+            generator = torch.Generator(self.state[p]["exp_avg"].device)
+            settings["generator"] = generator.manual_seed(1_000_003 * self._places[p][1] + step)
         return settings
 
     def _count(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
@@ -404,6 +455,27 @@ class GaLoreAdamW(GradientCapture):
         else:
             placements = (projector_placements if key == "projector" else projected_placements)(p, side)
         return take_part(value, p.device_mesh, placements)
+
+
+@torch.no_grad()
+def add_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+    """Takes what weights have learned at rest from an optimizer's saved state into the saved weights, in place.
+
+    Args:
+        weights: A state dict, whose names may have a prefix before those that the optimizer's groups name.
+        optimizer: The state dict of a GaLoreAdamW with named parameters; of any other optimizer nothing is taken.
+    """
+    names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
+    for number, state in optimizer["state"].items():
+        if "update" in state:
+            weight = next(weights[key] for key in weights if f".{key}".endswith(f".{names[number]}"))
+            rank, seed = state["rest"].tolist()
+            add_update_(weight, state["update"].to(weight.device), random_subspace(weight, rank, _seed(seed, number)))
+
+
+def _seed(rest: int, number: int) -> int:
+    """Seed of a weight's subspace at rest, from that of the rest period and the weight's number in the optimizer."""
+    return 1_000_003 * rest + number
 
 
 def _check(options: dict[str, Any]) -> None:

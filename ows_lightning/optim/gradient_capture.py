@@ -180,7 +180,7 @@ class GradientCapture(Optimizer):
         for p in [p for p in self._places if p in self.offloaded_gradients]:  # in one order on all processes
             p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
             average_([p.grad], process_group)
-            self._project(p)
+            self._project(p, processes=process_group or dist.group.WORLD)
         average_(self._gradients_of(self._places), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -209,8 +209,11 @@ class GradientCapture(Optimizer):
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
 
     @torch.no_grad()
-    def _project(self, p: Tensor, renew: bool = True) -> None:
-        """Projects ``p.grad``, or moves it to host memory if a new subspace is due and ``renew`` is False."""
+    def _project(self, p: Tensor, renew: bool = True, processes: dist.ProcessGroup | None = None) -> None:
+        """Projects ``p.grad``, or moves it to host memory if a new subspace is due and ``renew`` is False.
+
+        Processes that have averaged it take the new subspace of the first one of their group.
+        """
         side = self._side(p)
         assert side is not None
         gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
@@ -224,9 +227,10 @@ class GradientCapture(Optimizer):
             with self._progress.renewals.measure(p.device):
                 matrices = whole_matrices(gradient)
                 # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
-                finite = torch.linalg.vector_norm(matrices).isfinite()
+                finite = total_norm([matrices]).isfinite()
                 torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
-                projector = self._new_projectors[p] = place_projector(self._new_projector(p, matrices, side), p, side)
+                found = self._new_projector(p, matrices, side)
+                projector = self._new_projectors[p] = place_projector(found, p, side, processes)
         projected = project(local(gradient), local(projector), side)
         if finite is not None:
             projected *= torch.where(finite, 1.0, float("nan"))

@@ -135,6 +135,17 @@ def _add_product_(
         round_stochastically_(part, exact, generator)
 
 
+def add_update_(weight: Tensor, update: Tensor, projector: Tensor) -> None:
+    """W <- W + B Q^T: takes in what a weight has learned at rest, in its own dtype.
+
+    Args:
+        weight: W, of shape (m, n) or (b, m, n), changed in place.
+        update: B, of shape (..., m, r).
+        projector: Q, of shape (..., n, r).
+    """
+    _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, None)
+
+
 def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
     """Writes float32 ``value`` into bfloat16 ``target``, rounded up or down at random so that E[target] = value.
 
