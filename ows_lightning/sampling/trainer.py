@@ -65,7 +65,7 @@ def unpatch_clipping(precision: Precision) -> None:
 
 
 class LeaveGradients(Callback):
-    """Leaves gradients to ``grad`` and weights whole when a fit has ended, also by an exception: any code may train them then."""
+    """Leaves gradients to ``grad``, and weights whole, when a fit has ended, also by an exception: any code may train them."""
 
     @classmethod
     def is_in(cls, trainer: Trainer) -> bool:
