@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import ows_lightning
 from ows_lightning.cli.lightning_cli import OWSCLI
-from ows_lightning.cli.main import OF_A_CONFIG, main
+from ows_lightning.cli.main import CONFIG_COMMANDS, main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import recognise, to_example
 from ows_lightning.module import CausalLMModule
@@ -127,7 +127,7 @@ def project(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def run(args: list[str]) -> None:
     """Runs a command of main.py, made small where it needs a model."""
-    if args[0] in OF_A_CONFIG and args[0] != "plan":
+    if args[0] in CONFIG_COMMANDS and args[0] != "plan":
         args = [*args, *smaller(args)]
     elif args[0] == "apply-delta":
         args = ["my-model" if word.startswith("package://") else word for word in args]
@@ -223,8 +223,9 @@ def execute(words: list[str]) -> None:
 PLANNED: set[str] = set()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+@pytest.mark.parametrize(
+    "document", [DOCUMENTS[0], *(pytest.param(document, marks=pytest.mark.slow) for document in DOCUMENTS[1:])], ids=name
+)
 def test_commands(document: Path, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_named_files(document)
     for line, words in commands(document):

@@ -1,0 +1,76 @@
+"""``metrics.csv`` of a resumed run has the same rows as that of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from ows_lightning.callbacks.run_folder import run_folder
+
+
+class ContinueMetricsCSV(Callback):
+    """Begins a resumed run's curves with what was logged up to the checkpoint.
+
+    Between a step's checkpoint and its row in ``metrics.csv`` a run can be killed: so the checkpoint holds that row.
+    """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the run's folder, how many rows it has logged, and the ended step's row if it is not among them."""
+        folder = run_folder(trainer)  # asks all ranks
+        file = folder / "metrics.csv"
+        logged = max(file.read_bytes().count(b"\n") - 1, 0) if file.is_file() else 0
+        checkpoint["curves"] = {"folder": str(folder), "logged": logged, "row": _row_to_come(trainer)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts what was logged up to the checkpoint into this run's folder, on rank 0."""
+        logger = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
+        if trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is None or logger is None:
+            return
+        if trainer.is_global_zero:
+            _continue_curves(Path(trainer.ckpt_path), logger, checkpoint)
+
+
+def _row_to_come(trainer: Trainer) -> dict[str, Any] | None:
+    """What Lightning logs of a step after the callbacks have seen its end, if a checkpoint is saved before that."""
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    batches: Any = loop.batch_progress.current
+    before_it = batches.completed < batches.processed
+    if not before_it or loop._should_accumulate() or not connector.should_update_logs:
+        return None
+    row = convert_tensors_to_scalars(connector.metrics["log"])
+    return {**row, "epoch": trainer.current_epoch, "step": loop._batches_that_stepped}
+
+
+def _continue_curves(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> None:
+    """Writes the rows up to a checkpoint into a run's ``metrics.csv``; what comes after is logged again.
+
+    Args:
+        path: The checkpoint.
+        logger: The resumed run's.
+        checkpoint: Its contents.
+    """
+    saved = checkpoint.get("curves", {})
+    before = next((f for f in (path.parent.parent, Path(saved.get("folder", ""))) if (f / "metrics.csv").is_file()), None)
+    now = Path(logger.log_dir)
+    if before is None:
+        return
+    with (before / "metrics.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        logged = [row for row in reader if row["step"]][: saved.get("logged")]
+    # The resumed run repeats a step that was not complete.
+    rows: list[dict[str, Any]] = [row for row in logged if int(float(row["step"])) < checkpoint["global_step"]]
+    rows += [saved["row"]] if saved.get("row") else []
+    now.mkdir(parents=True, exist_ok=True)
+    columns = sorted({key for row in rows for key in row})
+    logger.experiment.metrics_keys = columns  # the experiment removes a file that is there
+    with (now / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

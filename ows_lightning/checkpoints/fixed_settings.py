@@ -1,0 +1,73 @@
+"""The settings that a run keeps from its first step to its last: saved in its checkpoints, and checked when one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ows_lightning.errors import UsageError, command_line
+
+MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddings", "lora")
+SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping", "resting_rank")
+
+
+def lasting_settings(
+    hparams: Mapping[str, Any], num_layers: int, architecture: Mapping[str, Any], sampling: object | None
+) -> dict[str, Any]:
+    """Returns the settings that can't change, as plain values by their YAML keys.
+
+    Args:
+        hparams: The module's.
+        num_layers: Number of decoder blocks.
+        architecture: See ``architecture_of``.
+        sampling: The run's LayerwiseSampling, if it has one.
+    """
+    settings: dict[str, Any] = {f"model.{key}": hparams[key] for key in MODEL_KEYS if key in hparams}
+    settings |= {"number of blocks": num_layers, **architecture}
+    if sampling is not None:
+        settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
+    return {key: _plain(value) for key, value in settings.items()}
+
+
+def sampling_settings(sampling: object) -> dict[str, Any]:
+    """Returns a BlockSampler's settings that can't change, as plain values by their names."""
+    return {key: _plain(getattr(sampling, key)) for key in SAMPLING_KEYS}
+
+
+def check_settings(
+    saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True, named: str = "ckpt_path"
+) -> None:
+    """Refuses to resume a run with settings that it can't change, or to evaluate one model with another's weights.
+
+    Args:
+        saved: The ``lasting_settings`` in the checkpoint; None if it has none.
+        now: Those of the run that loads it.
+        resumes: Whether it goes on training; else the model's dimensions alone have to agree.
+        named: What the error begins with.
+
+    Raises:
+        UsageError: Names the keys that differ, with both values; or the checkpoint is none of such a run.
+    """
+    if saved is None:
+        raise UsageError(f"ckpt_path: the checkpoint is of another program's run; give one that `{command_line('fit')}` wrote")
+    keys = {key for key in saved.keys() | now.keys() if resumes or "." not in key}
+    different = [key for key in keys if not _same(key, saved.get(key), now.get(key))]
+    if different:
+        listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in sorted(different))
+        raise UsageError(f"{named}: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, and Python's numbers for NumPy's, which `torch.load(weights_only=True)` refuses."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+def _same(key: str, saved: Any, now: Any) -> bool:
+    if key == "model.model_name_or_path" and saved and now:
+        return Path(saved).name == Path(now).name  # a directory may have been moved
+    if key.endswith("resting_rank"):
+        return (saved or 0) == (now or 0)  # older runs have none
+    return bool(saved == now)

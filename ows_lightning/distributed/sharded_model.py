@@ -1,0 +1,126 @@
+"""A model that is sharded by FSDP2, and loaded straight into its shards: no process holds all weights, or some twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ows_lightning.compat import own_parameters
+from ows_lightning.models.causal_lm import CausalLM
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.safetensors_file import stored_weights
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
+    """Shards a model's parameters over the processes of a mesh, in place.
+
+    Args:
+        model: A ``CausalLM``, or another module that contains a causal LM and is run by its forward alone. Its parameters are
+            replaced by DTensors.
+        mesh: The processes, one-dimensional.
+        precision: The Trainer's; with ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16 and gradients are
+            added up over the processes in float32.
+    """
+
+    def placement(weight: nn.Parameter) -> Shard | None:
+        """Wide matrices are projected from the left: with their columns sharded, projecting needs no communication."""
+        if weight.dim() == 2 and weight.size(0) < weight.size(1) and weight.size(1) % mesh.size() == 0:
+            return Shard(1)
+        return None  # rows
+
+    policy = MixedPrecisionPolicy()
+    if precision.startswith("bf16"):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    # Resharding, too, after a forward pass: parameters that stay gathered would not see that they were frozen.
+    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=True)
+    if isinstance(model, CausalLM):
+        for name in model.forward_methods:
+            register_fsdp_forward_method(model, name)
+
+
+def load_into_shards(
+    build: Callable[[bool], nn.Module], name: str, mesh: DeviceMesh, device: torch.device, precision: str
+) -> CausalLM:
+    """Builds a model, shards it under the module that owns its forward, and fills the shards.
+
+    From safetensors that name the model's weights as the model does, every process reads its own parts. Else (GGUF, experts
+    that transformers fuses when it loads, added tokens, adapters) rank 0 loads the model and hands out a weight at a time.
+
+    Args:
+        build: Makes the model with its weights (False), or without (True), see ``empty_model``.
+        name: The model's name.
+        mesh: The processes, one-dimensional.
+        device: This process's device.
+        precision: The Trainer's, see ``shard_model``.
+    """
+    model = _without_weights(build(True))
+    files = stored_weights(name)
+    tensors = {**dict(model.named_parameters()), **_persistent_buffers(model)}
+    straight = all(key in files and files[key].shape == tensor.shape for key, tensor in tensors.items())
+    whole: dict[str, Tensor] = {}
+    if not straight and mesh.get_local_rank() == 0:
+        loaded = build(False)
+        whole = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+
+    causal_lm = CausalLM(model)
+    shard_model(causal_lm, mesh, precision)
+    buffers = dict(model.named_buffers())
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for key, buffer in model.named_buffers():
+            buffer.copy_(buffers[key])
+        for key, tensor in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items():
+            if straight:
+                _read_part(tensor, files[key].path, key)
+            else:
+                _hand_out(tensor, whole.pop(key, None), mesh)
+    return causal_lm
+
+
+def _read_part(tensor: Tensor, path: Path, key: str) -> None:
+    """Reads this process's part of a weight, and nothing else of the file."""
+    with safe_open(path, "pt") as file:
+        if not isinstance(tensor, DTensor):
+            tensor.copy_(file.get_tensor(key))
+            return
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        if 0 not in shape:
+            part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+            tensor.to_local().copy_(file.get_slice(key)[part])
+
+
+def _hand_out(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) -> None:
+    """Fills a weight on all processes from rank 0's whole one."""
+    full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if whole is not None:
+        full.copy_(whole)
+    if isinstance(tensor, DTensor):
+        tensor.copy_(distribute_tensor(full, mesh, tensor.placements))  # from rank 0
+    else:
+        dist.broadcast(full, group=mesh.get_group(), group_src=0)
+        tensor.copy_(full)
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    buffers = dict(model.named_buffers())
+    return {key: buffers[key] for key in model.state_dict() if key in buffers}  # in an order that is the same on all ranks
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """Moves the parameters that are still in memory, such as those of adapters, to the meta device."""
+    for module in model.modules():
+        for name, parameter in own_parameters(module).items():
+            if parameter is not None and not parameter.is_meta:
+                own_parameters(module)[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    return model

@@ -1,0 +1,149 @@
+"""Validation, test and prediction: loss, perplexity, exact match, multiple choice, and generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+from transformers import PreTrainedTokenizerBase
+
+from ows_lightning.metrics.choices import ChoiceAccuracy
+from ows_lightning.metrics.exact_match import KnownAnswers
+from ows_lightning.models.causal_lm import CausalLM
+
+
+class EvaluationMetrics(MetricCollection):
+    """Mean loss over target tokens, its exponential, and the share of generated answers that equal their reference."""
+
+    def __init__(self) -> None:
+        super().__init__({"loss": MeanMetric(), "exact_match": MeanMetric()})
+
+    def restart(self) -> None:
+        """Resets all, in float32 whatever dtype the Trainer's precision gave the metrics with the rest of the module."""
+        with torch.inference_mode(False):  # a state made in inference mode could not be updated by a later fit
+            self.reset()
+        for metric in self.values():
+            metric.set_dtype(torch.float32)
+
+    def add_loss(self, loss: Tensor, targets: Tensor) -> None:
+        """Adds a batch's mean loss (nats) and its number of targets, two scalars."""
+        self["loss"].update(loss, weight=targets)
+
+    def add_answers(self, pairs: Iterable[tuple[str, str | None]]) -> None:
+        """Adds generated answers, each with its reference; without one (None) it fills up a rank's share."""
+        hits = [float(answer.strip() == right.strip()) for answer, right in pairs if right is not None]
+        self["exact_match"].update(torch.tensor(hits, dtype=torch.float32, device=self["loss"].device))
+
+    def compute_by_name(self, stage: str) -> dict[str, float]:
+        """Returns the metrics by their names in logs; all ranks take part."""
+        loss = self["loss"].compute()
+        values = {f"{stage}_loss": loss.item(), f"{stage}_perplexity": loss.exp().item()}
+        if self["exact_match"].update_count > 0:
+            values[f"{stage}_exact_match"] = self["exact_match"].compute().item()
+        return values
+
+
+class EvaluationModule(LightningModule):
+    """Validation, test and prediction of a module around a causal LM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.val_metrics, self.test_metrics, self.test_choices = EvaluationMetrics(), EvaluationMetrics(), ChoiceAccuracy()
+        self._known: KnownAnswers | None = None  # of the rows whose loss has been taken
+
+    @property
+    def _lm(self) -> CausalLM:
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        raise NotImplementedError
+
+    def on_validation_epoch_start(self) -> None:
+        """Resets the validation metrics."""
+        self.val_metrics.restart()
+        self._known = self._start_known_answers(self.trainer.num_val_batches)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds up the loss of a validation batch, or compares generated answers where the batch has a ``reference``."""
+        self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation metrics."""
+        self.log_dict(self.val_metrics.compute_by_name("val"), prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Resets the test metrics."""
+        self.test_metrics.restart()
+        self.test_choices.reset()
+        self._known = self._start_known_answers(self.trainer.num_test_batches)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
+        if "right" in batch:
+            self.test_choices.update(batch, self.score(batch))
+        else:
+            self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics."""
+        self.log_dict(self.test_metrics.compute_by_name("test"), prog_bar=True)
+        if self.test_choices.update_count > 0:
+            self.log_dict({f"test_{name}": value for name, value in self.test_choices.compute().items()})
+
+    def _evaluate(self, batch: dict[str, Any], metrics: EvaluationMetrics) -> None:
+        if "reference" in batch:
+            metrics.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
+        elif self._known is None:
+            parts = self._lm(**batch)
+            metrics.add_loss(parts.loss, parts.targets)
+        else:
+            parts, likeliest = self._lm.judge(batch)
+            metrics.add_loss(parts.loss, parts.targets)
+            self._known.add(batch, likeliest)
+
+    def _start_known_answers(self, loaders: Sequence[int | float]) -> KnownAnswers | None:
+        """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""
+        if len(loaders) < 2 or self.device_mesh is not None:
+            return None
+        generation = self._lm.language_model.generation_config
+        return KnownAnswers.of(generation, self.tokenizer, self.hparams["max_new_tokens"])
+
+    def _answers(self, batch: dict[str, Any]) -> list[str]:
+        """The greedy answers; of one that is known to be wrong, as much as is known."""
+        rows = range(len(batch["reference"]))
+        known: list[str | None] = [None] * len(rows) if self._known is None else self._known.answers(batch)
+        if left := [row for row in rows if known[row] is None]:
+            rest = {name: batch[name][left] for name in ("input_ids", "attention_mask")}
+            for row, answer in zip(left, self.generate(rest), strict=True):
+                known[row] = answer
+        return [answer or "" for answer in known]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
+        answers = self.generate(batch)
+        facts = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
+        rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
+        return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
+
+    def score(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns each row's summed log-likelihood (nats) of its target tokens, float32, shape (B,)."""
+        return self._lm.score(batch)
+
+    @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
+    def generate(self, batch: dict[str, Any]) -> list[str]:
+        """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
+        prompts = batch["input_ids"]
+        generated = self._lm.generate(
+            input_ids=prompts,
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.hparams["max_new_tokens"],
+            synced_gpus=self.device_mesh is not None,  # each forward pass gathers weights: all processes have to take part
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)

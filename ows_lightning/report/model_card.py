@@ -1,0 +1,111 @@
+"""The model card of a trained model, from what its run left, and the upload to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError
+
+from ows_lightning.errors import RunError
+from ows_lightning.report.key_figures import key_figures
+from ows_lightning.report.run import RunRecord, is_run_folder
+
+_FIGURES = {
+    "steps": ("Optimizer steps", "{:.0f}"),
+    "tokens": ("Tokens", "{:,.0f}"),
+    "final_val_loss": ("Held-out loss (nats)", "{:.4f}"),
+    "best_val_loss": ("Best held-out loss (nats)", "{:.4f}"),
+    "val_exact_match": ("Held-out exact match", "{:.1%}"),
+    "peak_memory_mb": ("Peak memory (MB)", "{:,.0f}"),
+    "time_s": ("Time (s)", "{:,.0f}"),
+}
+
+
+def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
+    """Writes a model card: what was trained, how, and how well.
+
+    Args:
+        hparams: The settings of the run's CausalLMModule.
+        run_dir: The run's folder; where it is none, the card says what these alone tell.
+    """
+    name = str(hparams["model_name_or_path"])
+    local = "://" in name or Path(name).expanduser().exists()
+    base = Path(name).name if local else name
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ows_lightning"]}
+    if not local:
+        header["base_model"] = base
+    run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {Path(base).name}, fine-tuned",
+        f"`{base}`, fine-tuned with {_method(hparams, run)} in ows_lightning.",
+    ]
+    return "\n\n".join([*parts, *(_from_run(run) if run else [])]) + "\n"
+
+
+def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
+    """The name of what was done, from the module's settings and those of the run."""
+    if settings.get("lora") is not None:
+        return "LoRA"
+    galore = "GaLore" if settings.get("rank") is not None else None
+    sampling = run.config.get("sampling") if run and run.config else None
+    if not sampling:
+        return galore or ("full fine-tuning" if run and run.config else "ows_lightning's optimizer in full rank")
+    if sampling.get("distribution", "outlier") == "outlier":
+        name = "[OWS, Outlier-weighed Layerwise Sampling](https://arxiv.org/abs/2405.18380)"
+        return name if galore else f"{name}, in full rank"
+    name = "LISA (uniform layerwise sampling)" if sampling["distribution"] == "uniform" else "layerwise sampling"
+    if sampling["distribution"] != "uniform":
+        name += f" (distribution {sampling['distribution']})"
+    return f"{name} and GaLore" if galore else name
+
+
+def without_folders(value: Any) -> Any:
+    """Returns settings with absolute paths reduced to file names: a published card should not show the machine's folders."""
+    if isinstance(value, Mapping):
+        return {without_folders(key): without_folders(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(one) for one in value]
+    if isinstance(value, (str, Path)) and (Path(value).is_absolute() or str(value).startswith("~")):
+        return Path(value).name
+    return value
+
+
+def _from_run(run: RunRecord) -> list[str]:
+    figures = key_figures(run)
+    rows = [f"| Sampling | {figures['sampling']} |", f"| Optimizer | {figures['optimizer']} |"]
+    rows += [f"| {name} | {form.format(figures[key])} |" for key, (name, form) in _FIGURES.items() if figures[key] is not None]
+    parts = ["\n".join(["| | |", "|---|---|", *rows])]
+    if run.config:
+        settings = without_folders({key: run.config[key] for key in ("model", "data", "sampling") if key in run.config})
+        parts += ["## Settings", f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```"]
+    return parts
+
+
+def upload(directory: Path, name: str) -> str:
+    """Uploads a model directory to the hub, into a private repository if there is none of that name.
+
+    Args:
+        directory: The directory.
+        name: ``owner/name``.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        RunError: The hub can't be reached, or refuses it.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(folder_path=directory, repo_id=name)
+    except (OSError, HTTPError, HFValidationError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"push_to_hub: can't upload to '{name}' ({reason}); run 'hf auth login'; the model is in '{directory}'"
+        ) from error
+    return str(url)

@@ -1,0 +1,58 @@
+"""A model whose blocks are offloaded to the disk: they stay in the model's own files where they can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ows_lightning.compat import own_parameters
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.empty_model import empty_model
+from ows_lightning.models.pretrained import check_finite, check_surplus_blocks, load_model
+from ows_lightning.models.safetensors_file import StoredWeight, stored_weights
+from ows_lightning.streaming.disk import Disk
+
+
+def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) -> PreTrainedModel:
+    """Loads a model whose blocks are mapped from files.
+
+    A block that the model's safetensors hold in the dtype asked for stays there, and one in another dtype is
+    converted into the scratch file, a weight at a time. Weights that transformers makes from others (of a GGUF file, of
+    experts that it fuses, of added tokens) pass through host memory once, before they are offloaded to the disk.
+
+    Args:
+        name: The model's name.
+        num_tokens: Number of tokens that the embeddings need rows for.
+        disk: Takes the blocks.
+        **options: See ``load_model``.
+
+    Raises:
+        UsageError: The model has weights that are not finite, or more blocks than its config says.
+    """
+    model, stored = empty_model(name, num_tokens, **options), stored_weights(name)
+    tied = model.all_tied_weights_keys.keys()
+    names = {p: key for key, p in model.named_parameters(remove_duplicate=False) if key not in tied}
+    buffers = {key: buffer for key, buffer in model.state_dict().items() if key not in {*names.values(), *tied}}
+    tensors = {**{key: p for p, key in names.items()}, **buffers}
+    fit = all(key in stored and stored[key].fits(tensor) for key, tensor in tensors.items())
+    kept_as_saved = any(getattr(model, kept, None) for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    if not fit or kept_as_saved or tied & stored.keys():
+        return load_model(name, **options)
+    check_surplus_blocks(name, model, stored.keys() - tensors.keys())
+    in_blocks = set(decoder_layers(model).parameters())
+    made = {p: nn.Parameter((disk.map_weight if p in in_blocks else _read)(stored[key], p.dtype)) for p, key in names.items()}
+    for module in model.modules():
+        own_parameters(module).update({key: made[p] for key, p in own_parameters(module).items() if p is not None})
+    for key, buffer in buffers.items():
+        buffer.copy_(_read(stored[key], buffer.dtype))
+    check_finite(name, model)
+    return model
+
+
+def _read(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
+    with safe_open(stored.path, "pt") as file:
+        return file.get_tensor(stored.key).to(dtype, copy=True)

@@ -1,0 +1,159 @@
+"""Offloaded weights: where those of a block lie while it does not train."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ows_lightning.errors import RunError
+
+ALIGNMENT = 512  # bytes: that of the CUDA allocator, so that kernels see in a slot what they see elsewhere
+
+
+def nbytes_of(tensors: Sequence[Tensor]) -> int:
+    """What tensors take in one piece of memory, each beginning at an aligned place, in bytes."""
+    return _ends_of(tensors)[-1]
+
+
+def starts_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Where in one piece of memory each of the tensors begins, in bytes."""
+    return _ends_of(tensors)[:-1]
+
+
+def _ends_of(tensors: Sequence[Tensor]) -> list[int]:
+    """The aligned place before the first tensor, 0, and that behind each, in bytes."""
+    return list(accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0))
+
+
+def views_in(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Makes views of a piece of memory that look like tensors: their dtypes, shapes and strides.
+
+    Args:
+        memory: uint8, one-dimensional, of at least `nbytes_of(tensors)`.
+        tensors: What the views look like.
+    """
+    return [
+        memory[start : start + tensor.nbytes]
+        .view(tensor.dtype)
+        .as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
+        for start, tensor in zip(starts_of(tensors), tensors, strict=True)
+    ]
+
+
+def tensor_in(weight: Tensor, memory: Any, start: int) -> Tensor:
+    """Makes a tensor within memory that has a weight's dtype, shape and strides.
+
+    It has its own storage: code that saves models takes views of one storage for tied weights.
+
+    Args:
+        weight: Any tensor without gaps.
+        memory: What has the buffer protocol.
+        start: First byte.
+    """
+    if not weight.numel():
+        return torch.empty_like(weight, device="cpu")
+    values = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=start)
+    return values.as_strided(weight.shape, torch.empty_like(weight, device="meta").stride())
+
+
+@torch.no_grad()
+def copy_into(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Copies weights into memory that has the buffer protocol, one at a time, to where `starts_of` says."""
+    places = zip(weights, starts_of(weights), strict=True)
+    return [tensor_in(weight, memory, start).copy_(weight) for weight, start in places]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Views the memory of a tensor without gaps as bytes: uint8, one-dimensional."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+class HostWeights:
+    """Host memory that a block's weights lie in: a tensor a weight, as it was loaded.
+
+    Args:
+        weights: The block's weights; those in host memory stay as they are.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.tensors = [weight.to("cpu") for weight in weights]
+
+    @torch.no_grad()
+    def fetch(self, slot: Sequence[Tensor]) -> None:
+        """Copies the weights into a slot."""
+        for target, weight in zip(slot, self.tensors, strict=True):
+            target.copy_(weight, non_blocking=True)
+
+    @torch.no_grad()
+    def write_back(self, trained: Sequence[Tensor]) -> None:
+        """Takes over the weights of a block that trained, and waits until they are there."""
+        for weight, source in zip(self.tensors, trained, strict=True):
+            weight.copy_(source)
+
+    def load_for_training(self, own: Sequence[Tensor]) -> None:
+        """Copies the weights to where they train."""
+        self.fetch(own)
+
+    def make_writable(self) -> None:
+        """Prepares the ``tensors`` for writes other than ``write_back``."""
+
+    def refresh(self) -> None:
+        """To be called after others have read or written the ``tensors``."""
+
+
+class DeviceWeights(HostWeights):
+    """Memory on the device itself, for tensors that are smaller than what computes."""
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        self.tensors = [tensor.to(device) for tensor in tensors]
+
+
+def page_locked(nbytes: int, device: torch.device) -> Tensor:
+    """Returns host memory, uint8, that a GPU reads by itself: page-aligned, page-locked, and no larger than it has to be.
+
+    torch's own pinned memory comes in powers of two. The memory is a mapping of its own, shared, because that of a process
+    which forks (a data loader's workers) would move away from under the GPU at the next write.
+
+    Raises:
+        RunError: The system does not lock so many pages.
+    """
+    memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    address, cudart = whole.data_ptr(), torch.cuda.cudart()
+    error = int(cudart.cudaHostRegister(address, len(memory), 0))
+    if error:
+        raise RunError(
+            f"model.frozen_in: {len(memory) / 1e6:.0f} MB of host memory could not be page-locked "
+            f"(CUDA error {error}); free host memory, or raise the limit that `ulimit -l` shows"
+        )
+    weakref.finalize(whole, _unlock, address, device).atexit = False
+    return whole
+
+
+def _unlock(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may still read the memory, which is freed next
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+class PinnedWeights(HostWeights):
+    """Host memory that a GPU reads by itself, see `page_locked`.
+
+    Args:
+        weights: The block's weights, copied one at a time.
+        device: The GPU.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], device: torch.device) -> None:
+        self._memory = page_locked(nbytes_of(weights), device)
+        self.tensors = copy_into(self._memory.numpy(), weights)
+
+
+def host_weights(weights: Sequence[Tensor], device: torch.device) -> HostWeights:
+    """Offloads weights to host memory that a device can fetch from."""
+    return PinnedWeights(weights, device) if device.type == "cuda" else HostWeights(weights)

@@ -1,0 +1,348 @@
+"""The offloader: keeps frozen blocks off the device, and brings each into a slot there when it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ows_lightning.compat import version_counter
+from ows_lightning.models.mapped_files import keep_page_cache
+from ows_lightning.streaming.adapters import add_adapters, remove_adapters
+from ows_lightning.streaming.disk import Disk
+from ows_lightning.streaming.hooks import ComputeHooks
+from ows_lightning.streaming.int8 import Int8Weights, StagingBuffer
+from ows_lightning.streaming.offloaded import DeviceWeights, HostWeights, host_weights, nbytes_of, views_in
+from ows_lightning.streaming.streams import CopyStream, ReaderThread, copy_stream_for
+from ows_lightning.streaming.timeline import Timeline
+
+
+class BlockOffloader:
+    """Keeps the frozen decoder blocks of a model in host memory, and computes with them on the device.
+
+    A block's parameters stay where they are in the model; what changes is their ``data``: the offloaded weights while the
+    block is frozen, views of a slot while the frozen block computes, and memory of its own on the device while the block
+    trains (any of its parameters requires a gradient). So every optimizer, checkpoint and export sees ordinary parameters.
+    No bit of what is computed changes. `Timeline` decides what is fetched when, `ComputeHooks` tell it what computes, and
+    `add_adapters` lets state dicts, ``to`` and peft find the weights.
+
+    Weights are offloaded and slots allocated at first use, for the device that ``move`` named last. Deep copies and pickles of
+    the model are independent of it.
+
+    With copies in int8, what a frozen block computes with is not its own weight to the bit; what trains and is saved is.
+
+    Args:
+        blocks: The decoder blocks, first block first.
+        slots: Blocks that fit on the device at a time, at least 2: one computes while the next one comes.
+        frozen_only: Only parameters that are frozen now are offloaded, and the others stay on the device: the base below
+            adapters.
+        stream: How fetches are ordered against computation; the device's own way if None.
+        disk: Blocks are offloaded to it, and not to host memory.
+        int8_in: Where copies of the blocks lie in int8 (``device``, ``host`` or ``disk``), from which they compute while they
+            are frozen; None: they compute from their own weights.
+
+    Raises:
+        ValueError: There are too few slots.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        slots: int = 2,
+        frozen_only: bool = False,
+        stream: CopyStream | None = None,
+        disk: Disk | None = None,
+        int8_in: str | None = None,
+    ) -> None:
+        if slots < 2:
+            raise ValueError(f"slots: {slots} must be at least 2: one block computes while the next one comes")
+        self.blocks = list(blocks)
+        self.num_slots = slots
+        self.device = torch.device("cpu")
+        self.was_copied = False  # there is another copy of the model, with which weights may be exchanged
+        self._given_stream = stream
+        self._disk = disk
+        self._int8_in = int8_in
+        shared = _in_several_blocks(self.blocks)
+        self.parameters = [
+            [p for p in block.parameters() if p.numel() and id(p) not in shared and not (frozen_only and p.requires_grad)]
+            for block in self.blocks
+        ]
+        self._clear()
+        self._hooks = ComputeHooks(self)
+        self._adapters = add_adapters(self)
+        if disk is not None:
+            self.prepare()  # what is in memory goes to the disk at once
+
+    def _clear(self) -> None:
+        self.offloaded: list[HostWeights] = []
+        self.timeline = Timeline(self, self.num_slots)
+        self.arrangement = object()  # of blocks in slots; another one after every change
+        self.slots: list[Tensor] = []
+        self._views: dict[int, list[Tensor]] = {}  # of a slot, that an offloaded block's parameters get
+        self._stream: CopyStream | None = None
+        self._staging: StagingBuffer | None = None
+        self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies find their weights in their own parameters, and are offloaded to host memory."""
+        self.end_pass()
+        for index in range(len(self.offloaded)):
+            self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
+        self.was_copied = True
+        made_at_use = ("offloaded", "timeline", "arrangement", "slots", "_views", "_stream", "_staging", "_versions")
+        return {key: value for key, value in vars(self).items() if key not in made_at_use} | {"_disk": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._clear()
+
+    # ------------------------------------------------------------------ where blocks are
+
+    @property
+    def active(self) -> list[int]:
+        """The blocks that train, which have memory of their own on the device."""
+        return [i for i in range(len(self.blocks)) if not self.timeline.is_offloaded(i)] if self.offloaded else []
+
+    def apply_draw(self, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Gives the blocks that train now memory of their own on the device, and offloads those that no longer do.
+
+        Call it after a draw. Without, the next forward pass that records a gradient does it.
+
+        Args:
+            optimizers: Their state of blocks that train moves to the device; it may come from a checkpoint, loaded before
+                the draw was known.
+        """
+        trains = [index for index, weights in enumerate(self.parameters) if any(p.requires_grad for p in weights)]
+        if not self.offloaded or trains != self.active:
+            self._arrange(trains)
+            self.timeline.fetch_first()
+        for optimizer in optimizers:
+            for p in (p for index in trains for p in self.parameters[index]):
+                state = optimizer.state.get(p, {})
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and key != "step" and value.device != p.device:
+                        state[key] = value.to(p.device)
+
+    def offload_all(self) -> None:
+        """Offloads all blocks, and leaves the slots empty; those that train get their memory again when it is needed."""
+        if self.offloaded:
+            self._arrange([])
+
+    def move(self, device: torch.device) -> None:
+        """Takes another device for the one that computes."""
+        if device == self.device:
+            self.timeline.forget()
+            return
+        self.offload_all()
+        self.device = device
+        self._clear()
+
+    def prepare(self) -> None:
+        """Offloads the blocks, if they are not yet."""
+        if not self.offloaded:
+            self._arrange([])
+
+    @contextmanager
+    def resident(self, block: nn.Module) -> Iterator[None]:
+        """Keeps a block on the device while its weights are looked at outside a forward pass."""
+        index = self.blocks.index(block)
+        self.prepare()
+        if not self.timeline.is_offloaded(index):
+            yield
+            return
+        self.end_pass()
+        self.timeline.obtain(index)
+        try:
+            yield
+        finally:
+            self.timeline.finish()
+
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Computes with the blocks' own weights, also where their copies in int8 would be fetched."""
+        self.prepare()
+        in_int8 = [weights for weights in self.offloaded if isinstance(weights, Int8Weights)]
+        for weights in in_int8:
+            weights.fetch_exact = True
+        self.timeline.forget()
+        try:
+            yield
+        finally:
+            for weights in in_int8:
+                weights.fetch_exact = False
+            self.timeline.forget()
+
+    def remove(self) -> None:
+        """Offloads all blocks and takes the hooks away: the model is an ordinary one in host memory."""
+        self.offload_all()
+        self._hooks.remove()
+        remove_adapters(self, self._adapters)
+        self._clear()
+
+    # ------------------------------------------------------------------ when others write into offloaded weights
+
+    def end_pass(self) -> None:
+        """Ends the pass, also one that was interrupted: parameters are whole weights, and writes into them are seen.
+
+        torch counts writes in place. Whoever writes otherwise (``p.data``) says so, by `make_writable` and `refresh`.
+        """
+        self.timeline.finish()
+        changed = [index for index, versions in self._versions.items() if versions != _versions_of(self.parameters[index])]
+        if changed:
+            with keep_page_cache():
+                for index in changed:
+                    self.make_writable(index)
+            for index in changed:
+                self.refresh(index)
+
+    def make_writable(self, index: int) -> None:
+        """Lets others write into a block's weights: what slots hold is dropped, and weights in a model's own file move."""
+        self.prepare()
+        self._stop_fetches()
+        self.offloaded[index].make_writable()
+        if self.timeline.is_offloaded(index):
+            _set_data(self.parameters[index], self.offloaded[index].tensors)
+
+    def refresh(self, index: int) -> None:
+        """Takes in what others have written into a block's offloaded weights."""
+        if self.timeline.is_offloaded(index):
+            self._stop_fetches()
+            self.offloaded[index].refresh()
+            self._started_stream.after_computation()  # which may have written a copy in int8 on the device
+            self._versions[index] = _versions_of(self.parameters[index])
+
+    def weights_may_be_exchanged(self) -> None:
+        """Between training and evaluation, weight averaging exchanges weights with its copy of the model, unseen by torch."""
+        self.timeline.forget()
+        for index in self.timeline.order if self.was_copied else ():
+            self.refresh(index)
+
+    @torch.no_grad()
+    def replace(self, index: int, weights: Sequence[Tensor]) -> None:
+        """Gives a block other weights, of another dtype.
+
+        Args:
+            index: The block.
+            weights: A tensor for each of its parameters, in host memory.
+        """
+        self.prepare()
+        self.offload_all()
+        self.offloaded[index] = self._offload(weights)
+        _set_data(self.parameters[index], self.offloaded[index].tensors)
+        self.slots = []  # they are as large as the largest block
+        self._arrange([])
+
+    # ------------------------------------------------------------------ slots and memory
+
+    @torch.no_grad()
+    def _arrange(self, active: Sequence[int]) -> None:
+        """Lets these blocks train and offloads the others."""
+        with torch.inference_mode(False):  # what is made within inference mode can't be saved for backward
+            self.end_pass()
+            self._stop_fetches()
+            before = self.active
+            if not self.offloaded:
+                self._offload_first()
+            for index in set(before) - set(active):  # first, so that their memory can be used again
+                self._retire(index)
+            for index in sorted(set(active) - set(before)):
+                self._load_for_training(index)
+            self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
+            self._allocate_slots()
+            self._started_stream.after_computation()  # which has written offloaded weights, and had the slots' memory before
+            offloaded = self.timeline.order
+            self.arrangement = object()
+            self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
+            self._views = {i: views_in(self.slots[self.timeline.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
+
+    def _offload_first(self) -> None:
+        self._staging = StagingBuffer(self.device) if self._int8_in in ("host", "disk") else None
+        for parameters in self.parameters:
+            self.offloaded.append(self._offload([p.data for p in parameters]))
+            _set_data(parameters, self.offloaded[-1].tensors)
+
+    def _load_for_training(self, index: int) -> None:
+        """Gives a block that begins to train memory of its own on the device."""
+        own = [torch.empty_like(weight, device=self.device) for weight in self.offloaded[index].tensors]
+        self.offloaded[index].load_for_training(own)
+        _set_data(self.parameters[index], own)
+
+    def _retire(self, index: int) -> None:
+        """Offloads a block that has trained."""
+        self.offloaded[index].write_back([p.data for p in self.parameters[index]])
+        _set_data(self.parameters[index], self.offloaded[index].tensors)
+
+    def _offload(self, weights: Sequence[Tensor]) -> HostWeights:
+        to_host = partial(host_weights, device=self.device)
+        exact = to_host(weights) if self._disk is None else self._disk.offload(weights)
+        if self._int8_in is None:
+            return exact
+        offload: dict[str, Callable[[Sequence[Tensor]], HostWeights]] = {
+            "device": partial(DeviceWeights, device=self.device),
+            "host": to_host,
+            "disk": self._disk.offload if self._disk else to_host,
+        }
+        return Int8Weights(exact, offload[self._int8_in], self._staging)
+
+    def _allocate_slots(self) -> None:
+        """Makes the slots, once: they stay for as long as the offloader is on this device."""
+        if self.slots:
+            return
+        size = max(nbytes_of(weights.tensors) for weights in self.offloaded)
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
+        self._stream = self._given_stream or copy_stream_for(self.device, self.num_slots)
+        if self._disk is not None:
+            self._stream = ReaderThread(self._stream)
+
+    def _stop_fetches(self) -> None:
+        """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""
+        self.timeline.forget()
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    @property
+    def _started_stream(self) -> CopyStream:
+        assert self._stream is not None
+        return self._stream
+
+    # ------------------------------------------------------------------ events, as the timeline orders them
+
+    def issue(self, block: int, slot: int) -> None:
+        """Starts to fetch a block: when ``fetch`` is done, the contents of the slot are complete."""
+        self._started_stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
+
+    def wait(self, block: int, slot: int) -> None:
+        """Lets a block's parameters be the slot, once the block has arrived."""
+        self._started_stream.wait(slot)
+        _set_data(self.parameters[block], self._views[block])
+
+    def release(self, block: int, slot: int) -> None:
+        """Lets a block's parameters be its offloaded weights again, and the slot be written."""
+        _set_data(self.parameters[block], self.offloaded[block].tensors)
+        self._started_stream.release(slot)
+
+
+def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:
+    return [version_counter(parameter) for parameter in parameters]
+
+
+def _set_data(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.data = tensor
+
+
+def _in_several_blocks(blocks: Sequence[nn.Module]) -> set[int]:
+    """Parameters that several blocks share; they stay on the device."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for block in blocks:
+        here = {id(p) for p in block.parameters()}
+        shared |= seen & here
+        seen |= here
+    return shared

@@ -1,0 +1,84 @@
+"""A run's settings for offloading: what they ask for, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ows_lightning.errors import UsageError
+from ows_lightning.streaming.disk import Disk
+from ows_lightning.streaming.offloader import BlockOffloader
+
+
+def offloader_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: Disk | None = None) -> BlockOffloader | None:
+    """Returns the offloader that a module's settings ask for; None where frozen blocks stay on the device as they are.
+
+    Args:
+        blocks: The decoder blocks, first block first.
+        settings: ``frozen_in``, ``frozen_dtype``, ``window_blocks`` and ``lora``, see ``CausalLMModule``.
+        disk: Where the blocks are offloaded to, for ``frozen_in: disk``.
+    """
+    where, dtype = settings["frozen_in"], settings["frozen_dtype"]
+    if where == "device" and dtype is None:
+        return None
+    only, int8_in = settings["lora"] is not None, where if dtype == "int8" else None
+    return BlockOffloader(blocks, settings["window_blocks"], frozen_only=only, disk=disk, int8_in=int8_in)
+
+
+def check_window_blocks(window_blocks: int) -> None:
+    """Checks how many blocks fit on the device at a time.
+
+    Raises:
+        UsageError: It is too small or too large.
+    """
+    if window_blocks not in (2, 3):
+        raise UsageError(
+            f"model.window_blocks: {window_blocks} must be 2 or 3: one block computes while the next one comes, "
+            "and more than 3 gain nothing"
+        )
+
+
+def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:
+    """Refuses runs in which no block is frozen, or whose weights several devices share.
+
+    Args:
+        model: The module's settings, of which ``frozen_in`` and ``frozen_dtype`` count.
+        some_are_frozen: Whether blocks are sampled, or below adapters.
+        devices: Number of devices.
+        strategy: Name of the strategy.
+
+    Raises:
+        UsageError: With what to use instead.
+    """
+    frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]
+    if frozen_in == "device" and frozen_dtype is None:
+        return
+    key = f"model.frozen_in: {frozen_in}" if frozen_in != "device" else f"model.frozen_dtype: {frozen_dtype}"
+    resident = "model.frozen_in: device" if frozen_dtype is None else "model.frozen_in: device without model.frozen_dtype"
+    if devices > 1 or strategy == "fsdp2":
+        what = "trainer.strategy: fsdp2" if strategy == "fsdp2" else f"trainer.devices: {devices}"
+        raise UsageError(
+            f"{key} is for one device, and {what} is set; set trainer.devices: 1 and trainer.strategy: "
+            f"auto, or {resident} to share the weights among devices by fsdp2"
+        )
+    if not some_are_frozen:
+        raise UsageError(
+            f"{key} needs frozen blocks, and full fine-tuning trains all of them; sample blocks "
+            f"(`sampling`), or set model.lora or {resident}"
+        )
+
+
+def require_resident(model: Mapping[str, Any]) -> None:
+    """Refuses runs in which frozen blocks are to train at rest, and wait outside the device.
+
+    Raises:
+        UsageError: With what to use instead.
+    """
+    for key in ("frozen_in", "frozen_dtype"):
+        if model[key] not in ("device", None):
+            raise UsageError(
+                f"sampling.resting_rank: blocks train at rest on the device alone, and model.{key} is {model[key]}; set "
+                "sampling.resting_rank: 0, or leave it out"
+            )

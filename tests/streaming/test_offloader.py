@@ -1,0 +1,357 @@
+"""Blocks that wait outside the device compute, train and are saved as if they had never left it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ows_lightning.errors import RunError
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import checkpoint_activations
+from ows_lightning.streaming.disk import Disk
+from ows_lightning.streaming.offloader import BlockOffloader
+from tests.streaming.steps import evaluate, strict_offloader, train
+from tests.tiny import KINDS, tiny_batch, tiny_model
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_every_architecture_trains_to_the_same_bits(architecture: str) -> None:
+    expected = train(tiny_model(architecture))
+    model = tiny_model(architecture)
+    train(model, *strict_offloader(model)).assert_equals(expected)
+
+
+@pytest.mark.parametrize(
+    ("slots", "checkpointing", "embeddings", "precision"),
+    [  # each two settings in each combination
+        (2, False, False, "float32"), (3, True, True, "float32"), (2, True, False, "bfloat16"), (3, False, True, "bfloat16"),
+        (2, True, True, "mixed"), (3, False, False, "mixed"),
+    ],
+)  # fmt: skip
+def test_every_way_to_train_gives_the_same_bits(slots: int, checkpointing: bool, embeddings: bool, precision: str) -> None:
+    def make() -> torch.nn.Module:
+        model = tiny_model("llama", dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32, num_hidden_layers=6)
+        if checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    options = {"embeddings": embeddings, "autocast": precision == "mixed", "draws": [[2], [5, 1], [0, 3]]}
+    expected = train(make(), **options)
+    model = make()
+    offloader, mode = strict_offloader(model, slots)
+    train(model, offloader, mode, **options).assert_equals(expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_tied_embeddings_and_evaluation_in_between(checkpointing: bool) -> None:
+    def make() -> torch.nn.Module:
+        model = tiny_model("gpt2", tie_word_embeddings=True, resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.1)
+        if checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    expected = train(make(), validate=True, embeddings=True)
+    model = make()
+    train(model, *strict_offloader(model), validate=True, embeddings=True).assert_equals(expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_below_adapters_all_blocks_wait(checkpointing: bool, architecture: str) -> None:
+    peft = pytest.importorskip("peft")
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.1)
+        model = peft.get_peft_model(tiny_model(architecture), config)
+        if checkpointing:
+            checkpoint_activations(model.get_base_model())
+        return model
+
+    def steps(model: torch.nn.Module, mode=None) -> list[torch.Tensor]:
+        optimizer, out = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
+        for step in range(3):
+            torch.manual_seed(step)
+            with mode() if mode else torch.enable_grad():
+                loss = model(**tiny_batch(seed=step), use_cache=False).loss
+                loss.backward()
+            out += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            optimizer.step()
+            optimizer.zero_grad()
+        return out
+
+    expected = steps(make())
+    model = make()
+    offloader, mode = strict_offloader(model, frozen_only=True)
+    torch.testing.assert_close(steps(model, mode), expected, rtol=0, atol=0)
+    assert offloader.active == []
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_bits() -> None:
+    def make() -> torch.nn.Module:
+        model = tiny_model("llama", num_hidden_layers=3)
+        for layer in decoder_layers(model):
+            layer.compile(backend="aot_eager")
+        return model
+
+    expected = train(make(), draws=[[1], [0]])
+    model = make()
+    train(model, BlockOffloader(decoder_layers(model)), draws=[[1], [0]]).assert_equals(expected)
+
+
+def assert_same_gradients(backward: Callable[[torch.nn.Module], None]) -> None:
+    """Asserts that a model of which some blocks wait gets the gradients of one without a offloader."""
+
+    def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.requires_grad_(index in (0, 2))
+        backward(model)
+        return [p.grad for p in decoder_layers(model).parameters() if p.requires_grad]
+
+    expected = gradients(tiny_model("llama"))
+    model = tiny_model("llama")
+    strict_offloader(model)
+    torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
+
+
+def test_two_forward_passes_before_their_backward_passes() -> None:
+    def backward(model: torch.nn.Module) -> None:
+        losses = [model(**tiny_batch(seed=seed), use_cache=False).loss for seed in (0, 1)]
+        for loss in losses:
+            loss.backward()
+
+    assert_same_gradients(backward)
+
+
+def test_the_frozen_wait_in_host_memory_and_the_trained_come_home() -> None:
+    model = tiny_model("llama")
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    offloader = BlockOffloader(decoder_layers(model))
+    places = [[p.data_ptr() for p in layer.parameters()] for layer in decoder_layers(model)]
+    train(model, offloader, draws=[[1]])
+    now = [[p.data_ptr() for p in layer.parameters()] for layer in decoder_layers(model)]
+    assert offloader.active == [1]
+    assert [here == there for here, there in zip(now, places, strict=True)] == [True, False, True, True]
+    trained = decoder_layers(model)[1].state_dict()
+    offloader.offload_all()
+    assert [p.data_ptr() for p in decoder_layers(model)[1].parameters()] == places[1]
+    torch.testing.assert_close(decoder_layers(model)[1].state_dict(), trained, rtol=0, atol=0)
+    for name, value in model.state_dict().items():
+        if ".layers." in name and ".layers.1." not in name:
+            assert torch.equal(value, first[name]), name
+
+
+def test_an_interrupted_pass_leaves_no_slot_in_a_state_dict() -> None:
+    model = tiny_model("llama")
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    offloader, _ = strict_offloader(model)
+    decoder_layers(model).requires_grad_(False)
+    decoder_layers(model)[0].requires_grad_(True)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = decoder_layers(model)[2].mlp.register_full_backward_pre_hook(interrupt)
+    loss = model(**tiny_batch(), use_cache=False).loss
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+    handle.remove()
+    model.requires_grad_(True).zero_grad()
+    train(model, offloader).assert_equals(train(tiny_model("llama")))
+
+
+def test_weights_that_are_loaded_or_exchanged_count_at_once() -> None:
+    model, other = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    BlockOffloader(decoder_layers(model))
+    decoder_layers(model).requires_grad_(False)
+    expected = [tensor.clone() for tensor in evaluate(other)]
+    list(evaluate(model))
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(list(evaluate(model)), expected, rtol=0, atol=0)
+    with torch.no_grad():  # as weight averaging does, between training and evaluation
+        model.train()
+        model(**tiny_batch())
+        model.eval()
+        for p, q in zip(model.parameters(), tiny_model("llama", seed=2).parameters(), strict=True):
+            p.data.copy_(q.data)
+    torch.testing.assert_close(list(evaluate(model)), list(evaluate(tiny_model("llama", seed=2))), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("between", ["forward and backward", "backward and step"])
+def test_a_move_to_where_it_is_changes_nothing(between: str) -> None:
+    def backward(model: torch.nn.Module) -> None:
+        loss = model(**tiny_batch(), use_cache=False).loss
+        if between == "forward and backward":
+            model.to("cpu")
+        loss.backward()
+        model.float()
+
+    assert_same_gradients(backward)
+
+
+def test_blocks_that_moved_between_forward_and_backward_are_an_error() -> None:
+    model = tiny_model("llama")
+    BlockOffloader(decoder_layers(model))
+    layers = decoder_layers(model)
+    layers.requires_grad_(False)
+    layers[0].requires_grad_(True)
+    loss = model(**tiny_batch(), use_cache=False).loss
+    layers[2].requires_grad_(True)
+    loss = loss + model(**tiny_batch(seed=1), use_cache=False).loss
+    with pytest.raises(RunError, match="other blocks train in backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("int8_in", [None, "host"])
+def test_what_is_written_in_place_counts_at_once(int8_in: str | None) -> None:
+    model, other = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
+    for each in (model, other):
+        decoder_layers(each).requires_grad_(False)
+        decoder_layers(each)[1].requires_grad_(True)
+    with torch.no_grad():
+        BlockOffloader(decoder_layers(model), int8_in=int8_in)
+        model(**tiny_batch())
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.copy_(q)
+        BlockOffloader(decoder_layers(other), int8_in=int8_in)
+        assert torch.equal(model(**tiny_batch()).logits, other(**tiny_batch()).logits)
+    decoder_layers(model)[3].requires_grad_(True)  # a draw, after another write
+    with torch.no_grad():
+        for each in (model, other):
+            for p in each.parameters():
+                p.mul_(0.5)
+    decoder_layers(other)[3].requires_grad_(True)
+    losses = [each(**tiny_batch()).loss for each in (model, other)]
+    assert torch.equal(*losses)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("int8_in", [None, "host", "device"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_another_dtype_holds_for_all_blocks(int8_in: str | None, on_disk: bool, tmp_path: Path) -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    offloader = BlockOffloader(decoder_layers(model), disk=Disk(tmp_path) if on_disk else None, int8_in=int8_in)
+    train(model, offloader)
+    train(plain, BlockOffloader(decoder_layers(plain), int8_in=int8_in))
+    for each in (model, plain):
+        each.zero_grad()
+        each.bfloat16()
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.bfloat16}
+    if int8_in is None:
+        decoder_layers(plain)[0].offloader.remove()
+        plain.bfloat16()
+        train(model, offloader).assert_equals(train(plain))
+    else:
+        train(model, offloader).assert_equals(train(plain, decoder_layers(plain)[0].offloader))
+
+
+@pytest.mark.parametrize("int8_in", [None, "host", "device"])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_adapters_are_merged_into_weights_that_wait(int8_in: str | None, on_disk: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def make(offloader: bool) -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(tiny_model("llama"), config)
+        if offloader:
+            disk = Disk(tmp_path) if on_disk else None
+            BlockOffloader(decoder_layers(model), frozen_only=True, disk=disk, int8_in=int8_in)
+        return model
+
+    plain, model = make(False), make(True)
+    with torch.no_grad():
+        before = [each(**tiny_batch()).logits for each in (plain, model)]
+        for each in (plain, model):
+            each.merge_adapter()
+        merged = [each(**tiny_batch()).logits for each in (plain, model)]
+        torch.testing.assert_close(plain.state_dict(), model.state_dict(), rtol=0, atol=0)
+        for each in (plain, model):
+            each.unmerge_adapter()
+        after = [each(**tiny_batch()).logits for each in (plain, model)]
+        unloaded = [each.merge_and_unload() for each in (plain, copy.deepcopy(model))]
+    torch.testing.assert_close(unloaded[0].state_dict(), unloaded[1].state_dict(), rtol=0, atol=0)
+    if int8_in is None:
+        for ours in (before, merged, after):
+            assert torch.equal(*ours)
+    else:  # rounded before and after the adapters came in
+        torch.testing.assert_close(merged[1], merged[0], rtol=0.1, atol=0.02)
+        torch.testing.assert_close(after[1], before[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_has_a_window_of_its_own(duplicate) -> None:
+    model = tiny_model("llama")
+    offloader = BlockOffloader(decoder_layers(model))
+    train(model, offloader, draws=[[2]])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    other = duplicate(model)
+    theirs = decoder_layers(other)[0].offloader
+    assert theirs is not offloader
+    torch.testing.assert_close(dict(other.state_dict()), before, rtol=0, atol=0)
+    run = train(other, theirs, draws=[[3], [1]])
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    train(model, offloader, draws=[[3], [1]]).assert_equals(run)
+
+
+def test_without_its_window_a_model_is_an_ordinary_one() -> None:
+    model = tiny_model("llama")
+    offloader = BlockOffloader(decoder_layers(model))
+    train(model, offloader)
+    ours = copy.deepcopy(model)
+    offloader.remove()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder_layers(model))
+    torch.testing.assert_close(list(evaluate(model)), list(evaluate(ours)), rtol=0, atol=0)
+
+
+def test_a_block_is_held_on_the_device_while_it_is_looked_at() -> None:
+    model = tiny_model("llama")
+    offloader = BlockOffloader(decoder_layers(model))
+    block = decoder_layers(model)[3]
+    with offloader.resident(block):
+        held = block.mlp.up_proj.weight
+        assert held.data_ptr() in range(
+            offloader.slots[1].data_ptr(), offloader.slots[1].data_ptr() + offloader.slots[1].nbytes
+        )
+        assert torch.equal(held, offloader.offloaded[3].tensors[[p is held for p in block.parameters()].index(True)])
+
+
+def test_a_window_of_one_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        BlockOffloader(decoder_layers(tiny_model("llama")), slots=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_on_a_gpu_the_bits_are_those_of_a_resident_model(slots: int, checkpointing: bool, embeddings: bool) -> None:
+    def make() -> torch.nn.Module:
+        model = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+        if checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    def on_gpu(model: torch.nn.Module, offloader: BlockOffloader | None) -> torch.nn.Module:
+        waiting = set() if offloader is None else {p for weights in offloader.parameters for p in weights}
+        for p in set(model.parameters()) - waiting:
+            p.data = p.data.cuda()
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.cuda()
+        return model
+
+    options = {"embeddings": embeddings, "draws": [[2], [5, 1], [0, 3]], "device": "cuda"}
+    expected = train(on_gpu(make(), None), **options)
+    model = make()
+    offloader = BlockOffloader(decoder_layers(model), slots)
+    offloader.move(torch.device("cuda"))
+    train(on_gpu(model, offloader), offloader, **options).assert_equals(expected)
