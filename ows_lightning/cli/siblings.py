@@ -8,6 +8,7 @@ the process (abstract Unix sockets), and a thread waits for the end of a connect
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import select
 import socket
@@ -17,8 +18,8 @@ import time
 
 from ows_lightning.errors import RunError
 
-PATIENCE = 40.0  # seconds within which the others must have been started
-GRACE = 30.0  # seconds for this process to end by itself, as it does where it waits in a collective
+PATIENCE = 40.0  # seconds that the others may have started later than this one
+GRACE = 25.0  # seconds for this process to end by itself, as it does where it waits in a collective
 _RUN = "OWS_RUN"  # names the run in the environment of processes that this one starts
 _SHARED = (
     "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "GROUP_RANK", "NODE_RANK",
@@ -40,7 +41,7 @@ def watch() -> None:
 
 
 def expect(number: int) -> None:
-    """Lets this process end if not all processes of this machine have been started within `PATIENCE`.
+    """Lets this process end if not all processes of this machine are there `PATIENCE` after this one.
 
     Args:
         number: How many they are, with this one, which may start the others after this call.
@@ -67,13 +68,12 @@ def end_early() -> None:
     """Tells the others that this process ends before its time, and ends it for good should its libraries not let it."""
     if _watch is not None:
         _watch.leave(b"")
-        end = threading.Timer(GRACE, os._exit, [1])
-        end.daemon = True
-        end.start()
+        # By a thread of C: communication that is destroyed waits for its threads, and holds Python up meanwhile.
+        faulthandler.dump_traceback_later(GRACE, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (until the end)
 
 
 def _ended(rank: int) -> str:
-    return f"another process of this run (local rank {rank}) has ended"
+    return f"another process of this run (local rank {rank}) has ended or never began"
 
 
 class _Watch:
@@ -91,7 +91,8 @@ class _Watch:
         self._run, self._rank = run, rank
         self._links: dict[int, socket.socket] = {}  # by the rank of the other
         self._met = {rank}
-        self._missed: tuple[float, int] | None = None  # when to have met how many
+        self._number = 0  # how many they are, once it is known
+        self._late = time.monotonic() + PATIENCE
         self._gone: int | None = None
         self._left = threading.Event()
         self._lock = threading.Lock()
@@ -109,7 +110,7 @@ class _Watch:
         return f"\0ows-lightning/{os.getuid()}/{self._run}/{rank}"
 
     def expect(self, number: int) -> None:
-        self._missed = (time.monotonic() + PATIENCE, number)
+        self._number = number
 
     def leave(self, word: bytes) -> int | None:
         """Takes leave with a last word; returns who has ended before."""
@@ -136,7 +137,7 @@ class _Watch:
         if self._gone is None:
             return
         os.write(2, f"{_ended(self._gone)}, its own output says why; this one ends, too\n".encode())
-        if not self._left.wait(GRACE):
+        if not self._left.wait(GRACE if self._gone in self._met else 0):
             os.write(2, f"error: {_ended(self._gone)}, and this one waited for it\n".encode())
             os._exit(1)
 
@@ -164,9 +165,9 @@ class _Watch:
                     return rank
                 link.close()
                 del self._links[rank]
-        if self._missed is not None and time.monotonic() > self._missed[0]:
-            return next((rank for rank in range(self._missed[1]) if rank not in self._met), None)
-        return None
+        if time.monotonic() < self._late:
+            return None
+        return next((rank for rank in range(self._number) if rank not in self._met), None)
 
     def _meet(self, rank: int, link: socket.socket) -> None:
         self._met.add(rank)
