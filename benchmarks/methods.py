@@ -18,7 +18,7 @@ from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
 from ows_lightning.sampling.distributions import sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks
-from ows_lightning.streaming.window import Window
+from ows_lightning.streaming.offloader import BlockOffloader
 
 LR = 1e-4
 
@@ -119,14 +119,14 @@ def ours_frozen(model: PreTrainedModel, setting: Setting) -> Training:
 
 
 def ours_host(model: PreTrainedModel, setting: Setting) -> Training:
-    """The same with frozen blocks in host memory, from where they pass through a window of two."""
+    """The same with frozen blocks in host memory, from where they pass through a offloader of two."""
     training = ours_frozen(model, setting)
-    window, draw = Window(decoder_layers(model)), training.draw
-    window.move(model.device)
+    offloader, draw = BlockOffloader(decoder_layers(model)), training.draw
+    offloader.move(model.device)
 
     def draw_and_settle() -> None:
         draw()
-        window.settle([training.optimizer])
+        offloader.apply_draw([training.optimizer])
 
     return replace(training, draw=draw_and_settle)
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning.checkpoints.settings import check_settings, lasting_settings
+from ows_lightning.checkpoints.fixed_settings import check_settings, lasting_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
-from ows_lightning.distributed.loading import empty_model, load_into_shards
+from ows_lightning.distributed.sharded_model import empty_model, load_into_shards
 from ows_lightning.errors import UsageError
-from ows_lightning.metrics.held_out import HeldOutSteps
+from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
@@ -29,13 +29,13 @@ from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.schedule import warmup_and_decay
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
-from ows_lightning.step import LeaveGradients, Step, StepFigures
+from ows_lightning.sampling.trainer import LeaveGradients, require_layerwise
+from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.loading import load
-from ows_lightning.streaming.requirements import check_window, require_waiting
-from ows_lightning.streaming.window import Window, window_for
+from ows_lightning.streaming.mapped_model import load
+from ows_lightning.streaming.offloader import BlockOffloader, offloader_for
+from ows_lightning.streaming.options import check_offloading, check_window_blocks
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -45,7 +45,7 @@ def default_optimizer(params: Any) -> Optimizer:
     return GaLoreAdamW(params, lr=3e-4)
 
 
-class CausalLMModule(HeldOutSteps):
+class CausalLMModule(EvaluationModule):
     """Fine-tunes a causal LM: loss over the target tokens of each optimizer step, projected AdamW, warm-up and decay.
 
     The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches and
@@ -116,11 +116,11 @@ class CausalLMModule(HeldOutSteps):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
         pretrained.check_recomputation(gradient_checkpointing)
-        check_window(window_blocks)
+        check_window_blocks(window_blocks)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
-        self.window: Window | None = None  # that frozen blocks pass through
+        self.offloader: BlockOffloader | None = None  # that frozen blocks pass through
         self.last_step: StepFigures | None = None  # of the latest optimizer step
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -183,7 +183,7 @@ class CausalLMModule(HeldOutSteps):
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
-            require_waiting(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+            check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
             self._step = Step(self.trainer.world_size)
             self.last_step = None
 
@@ -200,7 +200,7 @@ class CausalLMModule(HeldOutSteps):
         pretrained.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
             pretrained.compile_blocks(self.language_model)
-        self.window = None if self.device_mesh else window_for(decoder_layers(self), self.hparams, disk)
+        self.offloader = None if self.device_mesh else offloader_for(decoder_layers(self), self.hparams, disk)
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
         """Makes the model with its weights, blocks on a disk, or ``empty``: with weights on the meta device, to be filled."""
@@ -253,8 +253,8 @@ class CausalLMModule(HeldOutSteps):
         """Seeds dropout by batch and rank: a resumed run draws what the uninterrupted one would have drawn."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         torch.manual_seed(hash((seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)))
-        if self.window is not None:
-            self.window.settle(self.trainer.optimizers)  # blocks may have been drawn just now
+        if self.offloader is not None:
+            self.offloader.apply_draw(self.trainer.optimizers)  # blocks may have been drawn just now
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; ``configure_gradient_clipping`` makes its gradient that of the step's mean."""

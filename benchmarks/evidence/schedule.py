@@ -6,10 +6,11 @@ import math
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
+from threading import Event
 
 from tqdm import tqdm
 
@@ -45,6 +46,10 @@ def choose_rate(rates: Sequence[float], loss: Callable[[float], float]) -> float
     raise RuntimeError(f"the best rate {best:g} lies at an edge of {sorted(losses)}")
 
 
+class Stopped(Exception):
+    """No further run is to be made."""
+
+
 @dataclass
 class Schedule:
     """Makes a study's runs and writes them down.
@@ -58,6 +63,8 @@ class Schedule:
         work: Folder of the runs.
         jobs: Runs at a time.
         threads: Threads of each.
+        alone: Whether nothing else ran on the machine, so that seconds are written down.
+        stopping: Set, from outside, to make no further run; those in progress end, and are written down.
     """
 
     study: Study
@@ -68,21 +75,27 @@ class Schedule:
     work: Path
     jobs: int
     threads: int
+    alone: bool = False
+    stopping: Event = field(default_factory=Event)
 
     def run(self) -> None:
-        """Makes all runs that are missing."""
-        methods, seeds = len(self.study.methods), len(self.study.seeds)
-        tuning = len(self.study.tune_on) or methods
-        expected = len(self.tasks) * (tuning * len(self.study.rates) * len(self.study.tune_seeds) + methods * seeds)
+        """Makes all runs that are missing, or those until ``stopping`` is set."""
+        order = self.study.order()
+        tuning = sum((len(self.study.tune_on) or len(each.methods)) for each in order)
+        expected = tuning * len(self.study.rates) * len(self.study.tune_seeds)
+        expected += sum(len(each.methods) * len(each.seeds) for each in order)
         with tqdm(total=expected, unit="run", smoothing=0.1) as self.bar, ThreadPoolExecutor(self.jobs) as pool:
-            for task in self.tasks:
-                rates = self._rates(task, pool)
-                seeds_first = list(product(self.study.seeds, self.study.methods))
-                list(pool.map(partial(self._count, task, rates), seeds_first))
+            try:
+                for each in order:
+                    methods = [self.study.method(name) for name in each.methods]
+                    (task,) = each.tasks
+                    rates = self._rates(task, methods, pool)
+                    list(pool.map(partial(self._count, task, rates), product(each.seeds, methods)))
+            except Stopped:
+                pass
 
-    def _rates(self, task: str, pool: ThreadPoolExecutor) -> dict[str, float]:
+    def _rates(self, task: str, methods: Sequence[Method], pool: ThreadPoolExecutor) -> dict[str, float]:
         """The rate of each method."""
-        methods = self.study.methods
         if self.study.tune_on:
             rate = choose_rate(self.study.rates, partial(self._shared_loss, task, pool))
             return {method.name: rate for method in methods}
@@ -115,10 +128,13 @@ class Schedule:
         if self.counted.find(task=task, method=method.name, seed=seed) is None:
             run = self._new(task, method, rate, seed)
             known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}
-            self.counted.add({**known, **run.test_figures()})
+            figures = run.test_figures()
+            self.counted.add({**known, **figures, "time_s": figures["time_s"] if self.alone else None})
         self.bar.update()
 
     def _new(self, task: str, method: Method, rate: float, seed: int) -> Run:
+        if self.stopping.is_set():
+            raise Stopped
         files, steps = self.tasks[task]
         folder = self.work / self.study.name / f"{task}-{method.name}-{rate:g}-{seed}"
         return Run(self.study, files, method, rate, seed, steps, self.model, folder, self.threads)

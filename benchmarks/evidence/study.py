@@ -24,6 +24,15 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Runs that are made before those of the next round: methods on tasks, the seeds by turns."""
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Study:
     """A study.
 
@@ -32,7 +41,8 @@ class Study:
         question: What it asks.
         model: The model that all runs start from.
         precision: The Trainer's.
-        tasks: Task -> target tokens of a run: the budget, equal for all methods.
+        tasks: Task -> target tokens of a run: the budget, equal for all methods. A task ``NAME@STEPS`` is NAME for that many
+            optimizer steps, and has a budget of its own, so that it has rates of its own, too.
         batch_size: Rows in an optimizer step.
         methods: What is compared.
         reference: The method that the others are compared with.
@@ -41,16 +51,19 @@ class Study:
         tune_on: The methods that choose one rate for all; empty where each method has its own.
         seeds: Seeds of the runs that count, on the test split; none of them is in ``tune_seeds``.
         settings: Keys that are set in all runs.
-        held_out_rows: Rows of the validation and of the test split.
+        evaluation_rows: Rows of the validation and of the test split.
         exact_match_rows: How many of the test rows are answered in generated text, where the task is scored so.
         forgetting: Whether the loss on unrelated text is measured after each run.
+        rounds: The order of the runs, so that a study that is stopped has finished what comes first. A task without rounds
+            has one of all methods.
+        shorter: A study of the same tasks in shorter runs, whose rows stand beside these by length; empty for none.
     """
 
     name: str
     question: str
     model: str
     precision: str
-    tasks: dict[str, int]
+    tasks: dict[str, int | None]
     batch_size: int
     methods: tuple[Method, ...]
     reference: str
@@ -59,15 +72,18 @@ class Study:
     seeds: tuple[int, ...]
     tune_on: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    held_out_rows: dict[str, int] = field(default_factory=lambda: {"validation": 128, "test": 256})
+    evaluation_rows: dict[str, int] = field(default_factory=lambda: {"validation": 128, "test": 256})
     exact_match_rows: int = 128
     forgetting: bool = True
+    rounds: tuple[Round, ...] = ()
+    shorter: str = ""
 
     def __post_init__(self) -> None:
         if shared := set(self.seeds) & set(self.tune_seeds):
             raise ValueError(f"{self.name}: seeds {sorted(shared)} choose a rate and count, too; give others")
         names = [method.name for method in self.methods]
-        if missing := {self.reference, *self.tune_on} - set(names):
+        in_rounds = {name for each in self.rounds for name in each.methods}
+        if missing := {self.reference, *self.tune_on, *in_rounds} - set(names):
             raise ValueError(f"{self.name}: no method is called {sorted(missing)[0]!r}; methods: {', '.join(names)}")
         for rates in (self.rates, *(method.rates for method in self.methods if method.rates)):
             if len(rates) < 3 or list(rates) != sorted(set(rates)):
@@ -76,6 +92,15 @@ class Study:
     def method(self, name: str) -> Method:
         """Returns a method by its name."""
         return next(method for method in self.methods if method.name == name)
+
+    def order(self) -> list[Round]:
+        """Returns the rounds, each of one of the study's tasks."""
+        without = self.tasks.keys() - {task for each in self.rounds for task in each.tasks}
+        everything = Round(
+            tuple(task for task in self.tasks if task in without), tuple(m.name for m in self.methods), self.seeds
+        )
+        rounds = (*self.rounds, everything)
+        return [Round((task,), each.methods, each.seeds) for each in rounds for task in each.tasks if task in self.tasks]
 
 
 def load(name: str) -> Study:
@@ -96,7 +121,14 @@ def load(name: str) -> Study:
     content["methods"] = tuple(_methods(content["methods"]))
     for key in ("rates", "tune_seeds", "tune_on", "seeds"):
         content[key] = tuple(content.get(key, ()))
+    content["rounds"] = tuple(_round(described, content["seeds"]) for described in content.get("rounds", ()))
+    if missing := {task for each in content["rounds"] for task in each.tasks} - content["tasks"].keys():
+        raise ValueError(f"{path.stem}: a round has the task {sorted(missing)[0]!r}, which is not among the tasks")
     return Study(name=path.stem, **content)
+
+
+def _round(described: dict[str, list[Any]], seeds: tuple[int, ...]) -> Round:
+    return Round(tuple(described["tasks"]), tuple(described["methods"]), tuple(described.get("seeds", seeds)))
 
 
 def _methods(described: dict[str, dict[str, Any]]) -> list[Method]:

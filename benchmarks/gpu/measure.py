@@ -26,14 +26,14 @@ from benchmarks.models import BatchShape, random_batch
 from benchmarks.worker import MB, memory_of
 from benchmarks.worker import measure as measure_peer
 from ows_lightning.compat import own_parameters
+from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
-from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.streaming.copies import Copies, copies_for
+from ows_lightning.streaming.streams import CopyStream, copy_stream_for
 
 
 def main() -> None:
@@ -179,7 +179,7 @@ class _RandomWeights(CausalLMModule):
         self.copies: _TimedCopies | None = None
 
     def build(self, *_: Any, **__: Any) -> torch.nn.Module:
-        """Makes weights on the device, and brings those home that will wait elsewhere."""
+        """Makes weights on the device, and brings those to the host that are offloaded."""
         waits = self.hparams["frozen_in"] != "device" or self.hparams["frozen_dtype"] is not None
         dtype = DTYPES.get(self._precision, torch.float32)
         with init_empty_weights(include_buffers=False):
@@ -194,10 +194,10 @@ class _RandomWeights(CausalLMModule):
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     def configure_model(self) -> None:
-        """Puts a clock on the window's copies."""
+        """Puts a clock on the offloader's copies."""
         super().configure_model()
-        if self.window is not None and self.copies is None:
-            self.copies = self.window._copies = _TimedCopies(self.where, self.hparams["window_blocks"])
+        if self.offloader is not None and self.copies is None:
+            self.copies = self.offloader._stream = _TimedCopies(self.where, self.hparams["window_blocks"])
 
 
 class _TimedCopies:
@@ -205,15 +205,15 @@ class _TimedCopies:
 
     def __init__(self, device: torch.device, slots: int) -> None:
         self.device, self.slots = device, slots
-        self._copies: Copies | None = None
+        self._stream: CopyStream | None = None
         self._events: list[Any] = []
         self.waits = 0
 
     @property
-    def _inner(self) -> Copies:
-        if self._copies is None:  # at first use, when the slots have their memory
-            self._copies = copies_for(self.device, self.slots)
-        return self._copies
+    def _inner(self) -> CopyStream:
+        if self._stream is None:  # at first use, when the slots have their memory
+            self._stream = copy_stream_for(self.device, self.slots)
+        return self._stream
 
     def issue(self, slot: int, fetch: Any) -> None:
         self._inner.issue(slot, fetch)

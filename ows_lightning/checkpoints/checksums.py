@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ows_lightning.models.mapped_files import let_go
+from ows_lightning.models.mapped_files import drop_page_cache
 
 _COMMENT = b"crc32 %08x"
 _LENGTH = len(_COMMENT % 0)
@@ -43,7 +43,7 @@ class SummedFile:
             self._put(self._end)
             self._put(view[:-2])
             self._end = bytes(view[-2:])
-        let_go()  # of the weight that was written
+        drop_page_cache()  # of the weight that was written
         return len(view)
 
     def flush(self) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.pretrained import load_model, load_tokenizer, stop_at
 from ows_lightning.models.source import DELTA_FILE, check_model_name
 
@@ -161,7 +161,7 @@ def _restored(delta: Path, directory: Path) -> str:
     try:
         check_model_name(base)
     except UsageError as error:
-        mend = f"make the model with `{called(f'apply-delta BASE {delta}')}`, and give that"
+        mend = f"make the model with `{command_line(f'apply-delta BASE {delta}')}`, and give that"
         raise UsageError(f"model: the base of '{delta}', '{base}', is not at hand; {mend}") from error
     apply_delta(base, delta, directory)
     return str(directory)

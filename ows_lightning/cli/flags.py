@@ -7,7 +7,7 @@ import io
 import sys
 from typing import NoReturn, TextIO
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, without abbreviated options, whose errors are UsageErrors."""
 
     def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=called(command), description=description, allow_abbrev=False)
+        super().__init__(prog=command_line(command), description=description, allow_abbrev=False)
         self.command = command
 
     def error(self, message: str) -> NoReturn:

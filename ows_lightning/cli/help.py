@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
-from ows_lightning.errors import called
+from ows_lightning.errors import command_line
 
 DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}
 """Where the command line's default differs from the class's."""
@@ -52,7 +52,7 @@ def page(command: str, what: str) -> str:
     assert spec is not None, "a dependency of this package"
     lightning = Path(str(spec.origin)).parent / "pytorch"
     trainer, ours = lightning / "trainer" / "trainer.py", _HERE / "cli" / "commands.py"
-    own = options(ours, "OWSTrainer", command) or options(trainer, "Trainer", command)
+    own = options(ours, "CommandTrainer", command) or options(trainer, "Trainer", command)
     sections = {
         "model": (_HERE / "module.py", "CausalLMModule"),
         "model.optimizer": (_HERE / "optim" / "galore.py", "GaLoreAdamW"),
@@ -61,10 +61,10 @@ def page(command: str, what: str) -> str:
         "checkpoint": (lightning / "callbacks" / "model_checkpoint.py", "ModelCheckpoint"),
         "trainer": (trainer, "Trainer"),
     }
-    parts = [f"usage: {called(command)} [--config FILE ...] [--KEY VALUE ...]\n\n{what}.", _GENERAL, _lines("", own)]
+    parts = [f"usage: {command_line(command)} [--config FILE ...] [--KEY VALUE ...]\n\n{what}.", _GENERAL, _lines("", own)]
     for key, (file, name) in sections.items():
         parts.append(f"{key}: {name}\n{_lines(f'{key}.', options(file, name, '__init__'))}")
-    return "\n\n".join(part for part in [*parts, _MORE.format(called(command))] if part)
+    return "\n\n".join(part for part in [*parts, _MORE.format(command_line(command))] if part)
 
 
 def options(file: Path, name: str, function: str) -> list[Option]:

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 
 from ows_lightning.cli import siblings
 from ows_lightning.cli.log_filters import be_quiet
-from ows_lightning.errors import UsageError, called, explain, nearest
+from ows_lightning.errors import UsageError, command_line, explain, nearest
 
 log = logging.getLogger(__name__)
 
-OF_A_CONFIG = {
+CONFIG_COMMANDS = {
     "fit": "Train",
     "validate": "Evaluate on the held-out rows: loss, perplexity, exact match",
     "test": "Evaluate on the test rows",
@@ -24,9 +24,9 @@ OF_A_CONFIG = {
     "plan": "Predict the memory that a config needs, and what other methods would",
     "export": "Write a checkpoint's model as a Hugging Face directory",
 }
-"""The commands that take ``--config``; methods of OWSTrainer, which LightningCLI runs."""
+"""The commands that take ``--config``; methods of CommandTrainer, which LightningCLI runs."""
 
-OF_THEIR_OWN = {
+OTHER_COMMANDS = {
     "chat": ("ows_lightning.cli.chat", "Talk to a model, in the terminal or through a pipe"),
     "compare": ("ows_lightning.cli.compare", "Show the answers of the base and the tuned model side by side"),
     "apply-delta": ("ows_lightning.cli.apply_delta", "Make a model from a base and a delta of `export --delta`"),
@@ -62,23 +62,23 @@ def main(args: Any = None) -> None:
 
 def _run(words: Any, args: Any) -> None:
     command = words[0] if isinstance(words, list) and words else None
-    names = (*OF_A_CONFIG, *OF_THEIR_OWN)
+    names = (*CONFIG_COMMANDS, *OTHER_COMMANDS)
     listed = f"; commands: {', '.join(names)}"
     if words == []:
         raise UsageError(f"no command is given{listed}")
     if command in ("-h", "--help"):
         print(usage())
-    elif command in OF_THEIR_OWN or (command in OF_A_CONFIG and {"-h", "--help"} & {*words}):
+    elif command in OTHER_COMMANDS or (command in CONFIG_COMMANDS and {"-h", "--help"} & {*words}):
         try:
-            if command in OF_THEIR_OWN:
-                importlib.import_module(OF_THEIR_OWN[command][0]).run(words[1:])
+            if command in OTHER_COMMANDS:
+                importlib.import_module(OTHER_COMMANDS[command][0]).run(words[1:])
             else:
-                print(importlib.import_module("ows_lightning.cli.help").page(command, OF_A_CONFIG[command]))
+                print(importlib.import_module("ows_lightning.cli.help").page(command, CONFIG_COMMANDS[command]))
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of our output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-    elif command is not None and not command.startswith("-") and command not in OF_A_CONFIG:
+    elif command is not None and not command.startswith("-") and command not in CONFIG_COMMANDS:
         raise UsageError(f"there is no command '{command}'{nearest(command, names) or listed}")
     else:
         if command not in ("plan", None) and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -115,11 +115,11 @@ def _import_without_plots() -> None:
 
 def usage() -> str:
     """Returns the general help: a line for each command."""
-    lines = [f"usage: {called('COMMAND')} [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
-    lines += [f"  {name:<12} {what}" for name, what in OF_A_CONFIG.items()]
+    lines = [f"usage: {command_line('COMMAND')} [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
+    lines += [f"  {name:<12} {what}" for name, what in CONFIG_COMMANDS.items()]
     lines += ["", "Others:"]
-    lines += [f"  {name:<12} {what}" for name, (_, what) in OF_THEIR_OWN.items()]
-    return "\n".join([*lines, "", f"`{called('COMMAND --help')}` lists a command's options."])
+    lines += [f"  {name:<12} {what}" for name, (_, what) in OTHER_COMMANDS.items()]
+    return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 
 def end(error: BaseException) -> NoReturn:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.cli.config_files import BASE
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, called, closest, nearest
+from ows_lightning.errors import UsageError, closest, command_line, nearest
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
@@ -70,10 +70,10 @@ class OneLineParser(LightningArgumentParser):
         """
         if not self.exit_on_error:  # a nested parser, whose error becomes part of the outer one's
             super().error(message, ex)
-        raise UsageError(one_line(message, self)) from ex
+        raise UsageError(first_line(message, self)) from ex
 
 
-def one_line(message: str, parser: argparse.ArgumentParser) -> str:
+def first_line(message: str, parser: argparse.ArgumentParser) -> str:
     """Turns one of jsonargparse's messages, of many lines and nested as the keys are, into one line."""
     keys: list[str] = []
     expected: list[str] = []  # of the innermost key
@@ -140,7 +140,7 @@ def _nearest_key(key: str, known: Iterable[str]) -> str | None:
 
 def _help(parser: argparse.ArgumentParser) -> str:
     _, *command = parser.prog.replace(" [options]", "").split(maxsplit=1)
-    return called(" ".join([*command, "--help"]))
+    return command_line(" ".join([*command, "--help"]))
 
 
 def _wrong_type(key: str, value: str, expected: list[str]) -> str:

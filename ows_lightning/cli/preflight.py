@@ -26,14 +26,14 @@ from torch.optim import Optimizer
 
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, nearest, not_writable
-from ows_lightning.memory.dimensions import find_dimensions
+from ows_lightning.memory.plan_settings import find_dimensions
 from ows_lightning.models.kernels import liger_for
 from ows_lightning.models.lora import lora_config
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
-from ows_lightning.streaming.requirements import require_waiting
+from ows_lightning.streaming.options import check_offloading
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def check_run(
         if command == "fit":
             some_are_frozen = sampling is not None or model.hparams["lora"] is not None
             devices = _number_of_devices(trainer["devices"])
-            require_waiting(model.hparams, some_are_frozen, devices, str(trainer["strategy"]))
+            check_offloading(model.hparams, some_are_frozen, devices, str(trainer["strategy"]))
         if sampling is not None and command == "fit":
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
             _warn_of_scores(sampling, model.hparams["model_name_or_path"])

@@ -1,7 +1,6 @@
 """Predicts what a training step needs: see `plan`."""
 
-from ows_lightning.memory.config_for_card import write_config_for_card
-from ows_lightning.memory.planner import Plan, plan, plan_from_config
-from ows_lightning.memory.plot import plot_plan
+from ows_lightning.memory.cards import write_config_for_card
+from ows_lightning.memory.planner import Plan, plan, plan_from_config, plot_plan
 
 __all__ = ["Plan", "plan", "plan_from_config", "plot_plan", "write_config_for_card"]

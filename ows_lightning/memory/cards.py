@@ -1,11 +1,21 @@
-"""GPUs: what they hold, how fast they compute, and how fast they are fed."""
+"""GPUs: what they hold, how fast they compute and are fed; and what makes a run fit one."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+import shlex
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ows_lightning.errors import UsageError, nearest
+import torch
+import yaml
+
+from ows_lightning.errors import UsageError, command_line, nearest
+from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
+from ows_lightning.memory.prediction import MethodPlan, is_sharded, predict, resident_weights
 
 LINK_SHARE = 0.8
 """Share of its link's rate that a large copy from page-locked memory reaches: usually 25 of PCIe 4.0 x16's 31.5 GB/s."""
@@ -93,3 +103,160 @@ def _parts(name: str) -> tuple[list[str], int | None]:
 
 def _joined(words: list[str], left_out: set[str]) -> str:
     return "".join(word for word in words if word not in left_out)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on the device, torch's own included; for a CPU the machine's, if the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
+    """Returns for how many blocks, from below, recomputation makes a run fit; all of them if nothing does.
+
+    Args:
+        settings: The run; its own ``gradient_checkpointing`` does not matter.
+        budget: Bytes that the device has.
+
+    Raises:
+        UsageError: The model can't be followed, or can't recompute some of its blocks alone.
+    """
+
+    def fits(number: int) -> bool:
+        return predict(replace(settings, gradient_checkpointing=number)).peak_bytes <= budget
+
+    return 0 if fits(0) else bisect_left(range(settings.blocks), True, lo=1, key=fits)
+
+
+Changes = dict[str, Any]
+"""Keys of a config, dotted, and their new values."""
+
+
+def advise(settings: PlanSettings, card: int, predict: Callable[[PlanSettings], MethodPlan] = predict) -> str:
+    """Says in a sentence what would make a run fit a card, or that nothing does; arguments as of `changes_that_fit`."""
+    changes = changes_that_fit(settings, card, predict)
+    if changes is None:
+        *_, (least, _) = _milder(settings)
+        more = "more devices" if is_sharded(settings) else "several devices with the strategy fsdp2"
+        return f"does not fit, takes {predict(_with_batch_size(least, 1)).peak_bytes / 1e9:.1f} GB at the least; use {more}"
+    return f"fits with {sentence(changes)}" if changes else "fits"
+
+
+def changes_that_fit(
+    settings: PlanSettings, card: int, predict: Callable[[PlanSettings], MethodPlan] = predict
+) -> Changes | None:
+    """Returns what would make a run fit a card: the first of `_milder` that does, with the largest batches; None if none does.
+
+    Args:
+        settings: The run.
+        card: The card's size in GB.
+        predict: Predicts a run's memory.
+    """
+    milder = list(_milder(settings))
+    if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
+        return None
+    sizes = [settings.batch_size >> halvings for halvings in range(settings.batch_size.bit_length())]
+
+    def fitting(changed: PlanSettings) -> list[int]:
+        if resident_weights(changed) > card * 1e9:  # a step need not be followed to see that
+            return []
+        return sizes[bisect_left(sizes, True, key=lambda size: predict(_with_batch_size(changed, size)).fits(card)) :]
+
+    best, changes = next((_with_batch_size(changed, size), keys) for changed, keys in milder for size in fitting(changed))
+    if best.batch_size < settings.batch_size:
+        sizes_keys = {"data.batch_size": best.batch_size, "trainer.accumulate_grad_batches": best.accumulate_grad_batches}
+        changes = {**sizes_keys, **changes}
+    return changes
+
+
+def sentence(changes: Changes) -> str:
+    """Words changes as a list of keys and values."""
+    parts = [f"{key} {_yaml(value)}" for key, value in changes.items()]
+    return f"{', '.join(parts[:-1])}{' and ' * (len(parts) > 1)}{parts[-1]}"
+
+
+def _yaml(value: Any) -> str:
+    return (
+        f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
+    """The same rows in a step, in smaller micro-batches."""
+    times = -(-settings.batch_size // size)
+    return replace(settings, batch_size=size, accumulate_grad_batches=settings.accumulate_grad_batches * times)
+
+
+def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
+    """Yields settings that need less and less, each with the keys that differ."""
+    changes: Changes = {}
+    yield settings, {}
+    if settings.recomputed < settings.blocks:
+        settings = replace(settings, gradient_checkpointing=settings.blocks)
+        changes["model.gradient_checkpointing"] = True
+        yield settings, dict(changes)
+    if settings.dtype == torch.float32:
+        settings = replace(settings, precision="bf16-true")
+        changes["trainer.precision"] = "bf16-true"
+        yield settings, dict(changes)
+    method, count = settings.method, settings.method.activated_layers
+    some_are_frozen = count is not None or method.lora is not None
+    if some_are_frozen and settings.frozen_in == "device" and not is_sharded(settings):
+        settings = replace(settings, frozen_in="host")
+        changes["model.frozen_in"] = "host"
+        yield settings, dict(changes)
+    if count is None:
+        return
+    if set(method.always_train) - {"norm"}:
+        method = replace(method, always_train=("norm",))
+        changes["sampling.always_train"] = ["norm"]
+        yield replace(settings, method=method), dict(changes)
+    while (count := count // 2) > 0:
+        fewer = replace(settings, method=replace(method, activated_layers=count))
+        yield fewer, {**changes, "sampling.activated_layers": count}
+
+
+_SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
+
+
+def write_config_for_card(config: Any, card: str, folder: Path) -> str:
+    """Writes a config that differs from the given one by what makes it fit a card.
+
+    Args:
+        config: A parsed config of the command line, see `plan_from_config`.
+        card: The card's name, see `cards.CARDS`.
+        folder: Where the file goes; it is named after the card.
+
+    Returns:
+        What was changed, and how to start the run, in words.
+
+    Raises:
+        UsageError: There is no such card, or nothing makes the run fit it.
+    """
+    chosen, settings = find_card(card, "fit"), settings_from_config(config)
+    changes = changes_that_fit(settings, chosen.memory)
+    if changes is None:
+        raise UsageError(f"fit: on {chosen.name} ({chosen.memory} GB) the run {advise(settings, chosen.memory)}")
+    given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
+    values = {name: _plain(given[name]) for name in _SECTIONS if name in given}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        part = values[section]
+        part.get("init_args", part)[name] = value
+    path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
+    changed = f"with {sentence(changes)}" if changes else "as it is"
+    path.write_text(f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}")
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line(f'fit --config {shlex.quote(str(path))}')}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,7 +1,8 @@
-"""Fake tensors: they have a shape, and a storage that knows its size, but no contents. And operators on them."""
+"""Fake tensors: a shape, a storage that knows its size, no contents. Operators on them, and models of them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ows_lightning.compat import storage_key
-from ows_lightning.models.decoder import causal_lm
+from ows_lightning.models.decoder import causal_lm, decoder_layers
 
 aten = torch.ops.aten
 profiler = torch.ops.profiler
@@ -150,3 +152,34 @@ def _layout(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_layout, value))
     return None if isinstance(value, torch.Generator) else (type(value), value)
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
+    """Returns a causal LM on the meta device, in training mode.
+
+    Args:
+        config: The model's config; it stays as it is.
+        dtype: Dtype of the weights.
+        attention: ``sdpa``, ``eager`` or transformers' own choice.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention).train()
+
+
+def first_blocks(model: nn.Module, count: int) -> nn.Module:
+    """Returns a copy of a causal LM that has only its first blocks.
+
+    Blocks are cut off the model and not out of its config, where each architecture says in its own way what kinds of blocks it
+    has.
+
+    Args:
+        model: The causal LM; it stays as it is.
+        count: Number of blocks to keep.
+    """
+    layers = decoder_layers(model)
+    whole = list(layers)
+    del layers[count:]
+    try:
+        return copy.deepcopy(model)
+    finally:
+        layers.extend(whole[count:])

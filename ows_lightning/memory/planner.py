@@ -1,24 +1,26 @@
-"""``plan``: what a run needs before it is started, and before a GPU is rented."""
+"""``plan``: what a run needs before it is started, and before a GPU is rented; as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.advice import advise
-from ows_lightning.memory.cards import CARDS as KNOWN_CARDS
-from ows_lightning.memory.cards import Card, find_card
-from ows_lightning.memory.compute import Compute, compute
-from ows_lightning.memory.fewest_recomputed import fewest_recomputed
+from ows_lightning.memory.cards import CARDS, Card, advise, fewest_recomputed, find_card
+from ows_lightning.memory.compute import UTILISATION, Compute, Speed, compute, speed
+from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
-from ows_lightning.memory.settings import PlanSettings, settings_from_config
 from ows_lightning.memory.simulated_step import TrainingMethod
-from ows_lightning.memory.speed import UTILISATION, Speed, speed
+from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 
-CARDS = (12, 16, 24, 40, 48, 80)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+MEMORY_SIZES = (12, 16, 24, 40, 48, 80)
 """Sizes of GPUs in GB of 10^9 bytes. A 24 GB card has some 7 % more; CUDA's own context and fragmentation take that."""
 
 
@@ -79,7 +81,7 @@ class Plan:
         lines[0] += [] if self.card is None else ["tokens/s"]
         for name, needs in self.methods.items():
             line = [name, *(f"{needs.bytes[category] / 1e9:.2f}" for category in CATEGORIES), f"{needs.peak_bytes / 1e9:.2f}"]
-            line.append(next((f"{card} GB" for card in CARDS if needs.fits(card)), "none"))
+            line.append(next((f"{card} GB" for card in MEMORY_SIZES if needs.fits(card)), "none"))
             line += [f"{needs.host_bytes / 1e9:.2f}"] * waits + [f"{needs.communicated_bytes / 1e9:.1f}"] * several
             line.append(f"{self.computes[name].flops_per_token / self.parameters:.2f} N")
             if self.card is not None:
@@ -135,11 +137,11 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
             return known[changed]
 
         cards: dict[str, list[str]] = {}
-        for size in CARDS:
+        for size in MEMORY_SIZES:
             if not own.fits(size):
                 cards.setdefault(advise(settings, size, remembered), []).append(str(size))
         advice += [f"{', '.join(sizes)} GB: {words}" for words, sizes in cards.items()]
-        fitting = [f"{known_card.name}" for known_card in KNOWN_CARDS if own.fits(known_card.memory)]
+        fitting = [f"{known_card.name}" for known_card in CARDS if own.fits(known_card.memory)]
         notes.append(f"Fits as it is: {', '.join(fitting) or 'no card'}")
     notes.append(f"Dimensions: {settings.dimensions}")
     parameters = sum(p.numel() for p in settings.meta_model.parameters())
@@ -198,3 +200,61 @@ def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str
         UsageError: A setting can't be planned with.
     """
     return plan(settings_from_config(config), method, card)
+
+
+# Neighbours in a bar differ in lightness, too.
+COLOURS = dict(zip(CATEGORIES, (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "0.6"), strict=True))
+
+
+def plot_plan(plan: Plan, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Stacked bars of each method's peak memory by category, with lines at the usual sizes of cards.
+
+    Args:
+        plan: What methods need.
+        ax: Axes to draw on; new ones by default.
+    """
+    if ax is None:
+        # Not pyplot: it keeps every figure, and picks a window system where there is one.
+        from matplotlib.figure import Figure
+
+        fig = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+        ax = fig.add_subplot()
+    names = list(plan.methods)
+    below = [0.0] * len(names)
+    for category in CATEGORIES:
+        sizes = [method.bytes[category] / 1e9 for method in plan.methods.values()]
+        ax.bar(names, sizes, bottom=below, color=COLOURS[category], label=category.replace("_", " "), width=0.7)
+        below = [low + size for low, size in zip(below, sizes, strict=True)]
+    for name, top in zip(names, below, strict=True):
+        ax.annotate(f"{top:.1f}", (name, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize="small")
+    # Up to the next card's line, if it is not far off: how much is missing is what one wants to see.
+    height = 1.08 * max(below)
+    height = next((1.02 * card for card in MEMORY_SIZES if max(below) <= card < 1.4 * max(below)), height)
+    ax.set_ylim(0, max(height, 1.08 * max(below)))
+    for card in (card for card in MEMORY_SIZES if card < height):
+        ax.axhline(card, color="0.35", linestyle=":", linewidth=1, zorder=0)
+        ax.annotate(
+            f"{card} GB",
+            (1, card),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize="small",
+            color="0.35",
+        )
+    ax.set_title(plan.title, loc="left", fontsize="medium", fontweight="bold", pad=34)
+    ax.set_ylabel("peak memory (GB)")
+    ax.tick_params(labelsize="small")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(
+        fontsize="small",
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(CATEGORIES),
+        frameon=False,
+        columnspacing=1,
+        handlelength=1,
+        borderaxespad=0.2,
+    )
+    return ax.get_figure(root=True), ax  # type: ignore[return-value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,16 +13,150 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.devices import Shards, communicated_bytes, on_each_device
-from ows_lightning.memory.dimensions import first_blocks
-from ows_lightning.memory.fake_tensors import FakeOperators, materialize_
-from ows_lightning.memory.settings import PlanSettings
-from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, follow_steps, kinds
-from ows_lightning.memory.streamed import BlockSizes, device_bytes, host_bytes
+from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, materialize_
+from ows_lightning.memory.plan_settings import PlanSettings
+from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import checkpoint_activations
 from ows_lightning.optim.galore import GaLoreAdamW
+
+_STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a disk
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """A model's blocks in bytes: the number of them, the largest one as it trains and as it waits, and its largest weight."""
+
+    count: int
+    trains: int
+    waits: int
+    weight: int
+
+    @classmethod
+    def of(cls, model: nn.Module, settings: PlanSettings) -> BlockSizes:
+        """Returns those of a causal LM, or of its copy on the meta device."""
+        layers = decoder_layers(model)
+        trains = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+        waits = trains
+        if settings.frozen_dtype == "int8":  # a byte a weight and a float32 scale an output row; the rest as it is
+            waits = max(sum(_int8(p) for p in layer.parameters()) for layer in layers)
+        return cls(len(layers), trains, waits, max(p.nbytes for layer in layers for p in layer.parameters()))
+
+
+def _int8(p: nn.Parameter) -> int:
+    return p.numel() + 4 * (p.numel() // p.size(-1)) if p.dim() > 1 else p.nbytes
+
+
+def waiting_blocks(settings: PlanSettings, method: TrainingMethod, count: int) -> int:
+    """How many of the blocks wait at a time: those that are frozen, and under LoRA all; none for other tools' methods."""
+    if not method.ours or (settings.frozen_in == "device" and settings.frozen_dtype is None):
+        return 0
+    if method.lora is not None:
+        return count
+    return 0 if method.activated_layers is None else max(0, count - method.activated_layers)
+
+
+def device_bytes(weights: int, settings: PlanSettings, method: TrainingMethod, blocks: BlockSizes) -> int:
+    """Turns the weights of a whole model into what of them is on the device.
+
+    Blocks that train, embeddings, head and norm stay as they are; of those that wait there is a window. Blocks in int8 are
+    dequantised into the window, from copies on the device or from memory that the copies pass through one by one.
+    """
+    waiting = waiting_blocks(settings, method, blocks.count)
+    if not waiting:
+        return weights
+    window = min(settings.window_blocks, waiting)
+    held = waiting if settings.frozen_in == "device" else int(settings.frozen_dtype == "int8")
+    return weights - waiting * blocks.trains + window * blocks.trains + held * blocks.waits
+
+
+def resident_weights(settings: PlanSettings) -> int:
+    """Bytes of weights that lie on the device for sure: all, unless some wait elsewhere or are shared between devices."""
+    if settings.frozen_in != "device" or settings.frozen_dtype is not None or settings.devices > 1:
+        return 0
+    return sum(p.nbytes for p in settings.meta_model.parameters())
+
+
+def host_bytes(settings: PlanSettings, method: TrainingMethod, blocks: BlockSizes) -> int:
+    """What waits in host memory: every block's home, in int8 its master and its copy; from a disk, staging buffers alone."""
+    if not waiting_blocks(settings, method, blocks.count):
+        return 0
+    if settings.frozen_in == "disk":
+        return _STAGING * blocks.weight if settings.on_gpu else 0
+    copies = blocks.waits if settings.frozen_dtype == "int8" and settings.frozen_in == "host" else 0
+    return blocks.count * (blocks.trains + copies)
+
+
+def fetched_blocks(draw: Sequence[int], settings: PlanSettings, method: TrainingMethod, count: int) -> int:
+    """How many blocks are fetched in a micro-batch: at the least that is possible, the first after a draw excepted.
+
+    Forward fetches all R that wait, backward the B of them that it reaches. The last of forward's are there when backward
+    begins, and so may be the first of forward's when it ends, as far as the window goes.
+    """
+    if settings.frozen_in == "device":
+        return 0
+    waiting = waiting_blocks(settings, method, count)
+    below = 0 if "embeddings" in method.always_train or method.lora is not None else min(draw)
+    reached = waiting - below
+    window = min(settings.window_blocks, waiting)
+    last = max(reached, window)  # where in the order of waiting blocks the window ends up
+    return waiting + reached - min(window, reached) - max(0, window - (waiting - last))
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A model's units of sharding: the number of its blocks, and the parameters of a block and of all else, the root."""
+
+    blocks: int
+    block: int
+    root: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Shards:
+        """Returns those of a causal LM."""
+        layers = decoder_layers(model)
+        block, whole = (sum(p.numel() for p in module.parameters()) for module in (layers[0], model))
+        return cls(len(layers), block, whole - len(layers) * block)
+
+
+def is_sharded(settings: PlanSettings) -> bool:
+    """Whether each device holds a part of the weights."""
+    return settings.devices > 1 and "fsdp" in (settings.strategy or "")
+
+
+def on_each_device(peak: dict[str, int], settings: PlanSettings, shards: Shards, method: TrainingMethod) -> dict[str, int]:
+    """Turns the peak of one device into that of each of n.
+
+    FSDP2 shards weights, gradients, moments and an elementwise optimizer's temporaries n ways. Beside its shards, a device
+    holds the root's weights, those of two blocks (one at work, one that is fetched meanwhile) and, where full gradients exist,
+    those of two blocks (one being produced, one being reduced). Projectors are replicated; activations are those of the
+    device's own rows. With DDP, every device holds everything.
+    """
+    if not is_sharded(settings):
+        return peak
+    split = {"weights", "gradients", "moments"} | ({"other"} if method.rank is None else set())
+    sizes = {name: -(-size // settings.devices) if name in split else size for name, size in peak.items()}
+    sizes["weights"] += (shards.root + 2 * shards.block) * settings.compute_dtype.itemsize
+    if method.lora is None:
+        sizes["gradients"] += 2 * shards.block * settings.compute_dtype.itemsize
+    return sizes
+
+
+def communicated_bytes(memory: StepMemory, settings: PlanSettings, shards: Shards, method: TrainingMethod) -> int:
+    """Bytes that each of n devices sends in an optimizer step; its share in a ring is (n - 1) / n of the tensors.
+
+    FSDP2: in every micro-batch, the blocks' weights are gathered in forward and again in backward, frozen ones too, and the
+    root's once; gradients of what trains, and only those, are reduced and scattered in float32. DDP: once a step, gradients
+    are reduced and gathered, and of a projected matrix only the projected one.
+    """
+    n = settings.devices
+    if is_sharded(settings):
+        gathered = (2 * shards.blocks * shards.block + shards.root) * settings.compute_dtype.itemsize
+        return settings.accumulate_grad_batches * (gathered + 4 * memory.trained) * (n - 1) // n
+    reduced = memory.consumed if method.ours else memory.trained * settings.dtype.itemsize
+    return 2 * reduced * (n - 1) // n
+
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
@@ -83,7 +217,7 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
     """Predicts what a method needs on each device, from a step of a fake model with all its operators.
 
     A step is followed on a model of few blocks. Blocks of a kind add the same each, so that the peaks of each stage of a step
-    are linear in the number of blocks of each kind (see `kinds`); the rest is extrapolated, exactly. The highest of the
+    are linear in the number of blocks of each kind (see `block_groups`); the rest is extrapolated, exactly. The highest of the
     stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it.
 
     On several devices, see `on_each_device`.
@@ -178,7 +312,7 @@ def _extrapolate(
     follow: Callable[[int, int, int], StepMemory], active: int, frozen: int, recomputed: int, alike: bool
 ) -> StepMemory:
     """Follows small models and goes on linearly, in blocks of each kind."""
-    sizes = kinds(active, frozen, recomputed)
+    sizes = block_groups(active, frozen, recomputed)
     few = {kind: size if size <= _FEW or not alike else 2 for kind, size in sizes.items()}
 
     def of(sizes: dict[str, int]) -> StepMemory:

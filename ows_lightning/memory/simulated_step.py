@@ -115,7 +115,7 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
     with tracker:
         tracker.label("weights", [*model.parameters(), *model.buffers()])
         optimizer = method.optimizer(_param_groups(model, method))
-        spans = _block_spans(kinds(active, count - active, recomputing_blocks(model)))
+        spans = _block_spans(block_groups(active, count - active, recomputing_blocks(model)))
         _watch_stages(model, optimizer, tracker, spans)
 
         in_blocks, others = may_train(model), outside_blocks(model, method.always_train)
@@ -199,7 +199,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def kinds(active: int, frozen: int, recomputed: int) -> dict[str, int]:
+def block_groups(active: int, frozen: int, recomputed: int) -> dict[str, int]:
     """Returns how many blocks of each kind there are above the lowest one, from below.
 
     Args:
@@ -212,14 +212,14 @@ def kinds(active: int, frozen: int, recomputed: int) -> dict[str, int]:
     return {"frozen": some, "frozen, kept": frozen - some, "active": more, "active, kept": active - 1 - more}
 
 
-def _block_spans(kinds: dict[str, int]) -> list[str]:
+def _block_spans(groups: dict[str, int]) -> list[str]:
     """Names each block by where it is among its like, which are alike in number whatever the depth.
 
-    The lowest block and each of the `kinds` above it are a group. Memory rises or falls evenly
+    The lowest block and each of the `block_groups` above it are a group. Memory rises or falls evenly
     within a group, so that its highest point is at an end: blocks in between need not be told apart.
     """
     names = ["lowest"]
-    for kind, size in kinds.items():
+    for kind, size in groups.items():
         if size:
             names += [f"{kind}, first", *[BETWEEN] * (size - 2), f"{kind}, last"][-size:]
     return names

@@ -94,16 +94,16 @@ def _is_pretrained(module: nn.Module) -> TypeGuard[Any]:
     return all(hasattr(type(module), name) for name in ("get_output_embeddings", "get_decoder"))
 
 
-def at_hand(block: nn.Module) -> contextlib.AbstractContextManager[None]:
+def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which a block's weights are on the device where the block computes, wherever they wait else."""
-    window = getattr(block, "window", None)
-    return contextlib.nullcontext() if window is None else window.hold(block)
+    offloader = getattr(block, "offloader", None)
+    return contextlib.nullcontext() if offloader is None else offloader.resident(block)
 
 
-def at_rest(block: nn.Module) -> None:
+def end_pass(block: nn.Module) -> None:
     """Makes a block's parameters its own weights, wherever they wait, also where a pass was interrupted."""
-    if (window := getattr(block, "window", None)) is not None:
-        window.rest()
+    if (offloader := getattr(block, "offloader", None)) is not None:
+        offloader.end_pass()
 
 
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

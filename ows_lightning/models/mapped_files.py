@@ -32,14 +32,14 @@ def weights_are_mapped() -> bool:
     return bool(_maps)
 
 
-def let_go() -> None:
+def drop_page_cache() -> None:
     """Lets go of all pages that were looked at; whoever reads many weights calls it after each."""
     for memory in list(_maps) if not _keeping else ():
         memory.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
-def pages_kept() -> Iterator[None]:
+def keep_page_cache() -> Iterator[None]:
     """Lets go of no page meanwhile: some hold what was written into weights of a file that is not writable."""
     _keeping.append(None)
     try:

@@ -47,8 +47,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
 from ows_lightning.errors import UsageError, closest
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.finite import all_finite
-from ows_lightning.models.mapped_files import let_go
+from ows_lightning.models.large_tensors import all_finite
+from ows_lightning.models.mapped_files import drop_page_cache
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def check_finite(name: str, model: PreTrainedModel) -> None:
     for key, weight in model.named_parameters():
         if not all_finite(weight.detach()):
             broken.append(key)
-        let_go()
+        drop_page_cache()
     if broken:
         raise UsageError(
             f"{MODEL_KEY}: {name!r} has weights that are not finite ({broken[0]}, {len(broken)} tensors in all); give "

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 
 MODEL_KEY = "model.model_name_or_path"
 PACKAGE_SCHEME = "package://"
@@ -146,7 +146,7 @@ def _check_files(name: str, files: Collection[str]) -> None:
     if "adapter_config.json" in files:
         raise UsageError(f"{MODEL_KEY}: {name!r} is a peft adapter; merge it into its base model and give the result")
     if DELTA_FILE in files:
-        raise UsageError(f"{MODEL_KEY}: {name!r} is a delta; `{called(f'apply-delta BASE {name}')}` makes a model of it")
+        raise UsageError(f"{MODEL_KEY}: {name!r} is a delta; `{command_line(f'apply-delta BASE {name}')}` makes a model of it")
     if "config.json" not in files:
         ggufs = sorted(file for file in files if file.endswith(".gguf"))
         mend = f"for a GGUF model give the file's path, .../{ggufs[0]}" if ggufs else "give a model's own directory"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 
 SCORES = "outlier_scores.json"
 HISTORY = "sampling_history.csv"
@@ -166,11 +166,11 @@ def _read_scores(path: Path) -> dict[str, Any] | None:
         ratios, probabilities = scores["outlier_ratios"], scores["probabilities"]
         numbers = [float(number) for number in [*ratios, *probabilities]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: damaged scores ({error!r}); write them again with `{called('score')}`") from error
+        raise UsageError(f"{path}: damaged scores ({error!r}); write them again with `{command_line('score')}`") from error
     if not probabilities or len(ratios) != len(probabilities) or not all(map(math.isfinite, numbers)):
         raise UsageError(
             f"{path}: outlier_ratios and probabilities need one finite number a block each, they have {len(ratios)} "
-            f"and {len(probabilities)}; write them again with `{called('score')}`"
+            f"and {len(probabilities)}; write them again with `{command_line('score')}`"
         )
     return scores
 

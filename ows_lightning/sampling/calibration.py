@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 
 
 def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[str, Tensor]]:
@@ -26,7 +26,9 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
         UsageError: ``loader`` is no DataLoader.
     """
     if not isinstance(loader, DataLoader):
-        raise UsageError(f"sampling.scores: give a file from `{called('score')}`; calibration needs a single train DataLoader")
+        raise UsageError(
+            f"sampling.scores: give a file from `{command_line('score')}`; calibration needs a single train DataLoader"
+        )
     dataset = loader.dataset
     kind: Any = DataLoader
     if isinstance(dataset, IterableDataset):

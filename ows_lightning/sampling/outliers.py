@@ -18,9 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import run_causal_lm
-from ows_lightning.models.decoder import at_hand, causal_lm, decoder_layers
+from ows_lightning.models.decoder import causal_lm, decoder_layers, on_device
 
 _CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums so many ones exactly
 
@@ -59,7 +59,7 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
     _measure_inputs(model, layers, blocks, batches)
     ratios = []
     for index, weights in enumerate(blocks):
-        with at_hand(layers[index]):
+        with on_device(layers[index]):
             ratios.append(_outlier_ratio(index, weights, threshold))
     return torch.tensor(ratios, dtype=torch.float64)
 
@@ -79,7 +79,7 @@ def layer_weight_norms(model: nn.Module) -> Tensor:
     """
     norms = []
     for block in decoder_layers(model):
-        with at_hand(block):
+        with on_device(block):
             each = [torch.linalg.vector_norm(weight.full(), dtype=torch.float32).item() for weight in _block_weights(block)]
         norms.append(math.hypot(*each))
     return torch.tensor(norms, dtype=torch.float64)
@@ -289,7 +289,7 @@ def _texts(
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise UsageError(
-            f"sampling.scores: give a file from `{called('score')}`; calibration needs batches with `input_ids`, not a "
+            f"sampling.scores: give a file from `{command_line('score')}`; calibration needs batches with `input_ids`, not a "
             f"{type(batch).__name__}"
         )
     keys = ("input_ids", "attention_mask", "position_ids")

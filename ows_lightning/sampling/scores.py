@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ows_lightning.errors import UsageError, called
-from ows_lightning.sampling.distributions import OF_OUTLIERS
+from ows_lightning.errors import UsageError, command_line
+from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
@@ -69,11 +69,11 @@ class OutlierScores:
             return replace(scores, outlier_ratios=[float(ratio) for ratio in scores.outlier_ratios])
         except OSError as error:
             raise UsageError(
-                f"sampling.scores: can't read '{path}' ({error.strerror}); `{called('score')}` writes it"
+                f"sampling.scores: can't read '{path}' ({error.strerror}); `{command_line('score')}` writes it"
             ) from error
         except (ValueError, TypeError) as error:
             raise UsageError(
-                f"sampling.scores: '{path}' is no file of outlier scores; `{called('score')}` writes one"
+                f"sampling.scores: '{path}' is no file of outlier scores; `{command_line('score')}` writes one"
             ) from error
 
     def ratios_for(
@@ -86,24 +86,24 @@ class OutlierScores:
                 that ``distribution`` needs.
         """
         asks_for_norms = distribution == "weight_norm"
-        if asks_for_norms or distribution in OF_OUTLIERS:
+        if asks_for_norms or distribution in OUTLIER_DISTRIBUTIONS:
             holds_norms = self.distribution == "weight_norm"
             if holds_norms != asks_for_norms or not any(self.outlier_ratios):
                 what = "norms of weights" if holds_norms else "outlier ratios" if any(self.outlier_ratios) else "no scores"
                 raise UsageError(
-                    f"sampling.scores: holds {what} (its distribution is {self.distribution}), from which "
-                    f"{distribution} can't be computed; run `{called('score')}` with sampling.distribution {distribution}"
+                    f"sampling.scores: holds {what} (its distribution is {self.distribution}), from which {distribution} "
+                    f"can't be computed; run `{command_line('score')}` with sampling.distribution {distribution}"
                 )
         if len(self.outlier_ratios) != num_layers:
             raise UsageError(
                 f"sampling.scores: holds {len(self.outlier_ratios)} blocks of '{self.model}', but the model has {num_layers}; "
-                f"run `{called('score')}` with this model"
+                f"run `{command_line('score')}` with this model"
             )
         for key, value in self.architecture.items():
             if (other := architecture.get(key, value)) != value:
                 raise UsageError(
                     f"sampling.scores: holds those of '{self.model}', whose {key} is {value}, but the model's is {other}; "
-                    f"run `{called('score')}` with this model"
+                    f"run `{command_line('score')}` with this model"
                 )
         return self.outlier_ratios
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ows_lightning.errors import RunError
-from ows_lightning.models.mapped_files import let_go, map_file
-from ows_lightning.models.stored_weights import StoredWeight
-from ows_lightning.streaming.homes import HostHome, copies_in, flat, home_like, nbytes_of, page_locked, starts_of
+from ows_lightning.models.mapped_files import drop_page_cache, map_file
+from ows_lightning.models.safetensors_file import StoredWeight
+from ows_lightning.streaming.offloaded import HostWeights, copy_into, flat, nbytes_of, page_locked, starts_of, tensor_in
 
 
-class FilePart:
+class FileRegion:
     """A part of a file that weights lie in: mapped for those who look at them, read without the mapping for a fetch.
 
     Args:
@@ -47,7 +47,7 @@ class FilePart:
             view, position = view[read:], position + read
 
 
-class DiskHome(HostHome):
+class DiskWeights(HostWeights):
     """A block's weights on the disk; its ``tensors`` are mapped.
 
     Args:
@@ -66,7 +66,7 @@ class DiskHome(HostHome):
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
         for target, (part, offset) in zip(slot, self.places, strict=True):
-            self.disk.send(lambda buffer, part=part, offset=offset: part.read(offset, buffer), flat(target))  # type: ignore[misc]
+            self.disk.read_into(lambda buffer, part=part, offset=offset: part.read(offset, buffer), flat(target))  # type: ignore[misc]
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained into the scratch file."""
@@ -83,17 +83,17 @@ class DiskHome(HostHome):
 
     def written(self) -> None:
         """Frees the pages of the weights that are in memory because they were read."""
-        let_go()
+        drop_page_cache()
 
     def _in_scratch(self) -> bool:
         return all(part.file is self.disk.scratch for part, _ in self.places)
 
     def _move(self, weights: Sequence[Tensor]) -> None:
-        part = self.disk.more_scratch(nbytes_of(weights))
-        self.tensors = copies_in(part.memory, weights)
+        part = self.disk.extend_scratch(nbytes_of(weights))
+        self.tensors = copy_into(part.memory, weights)
         self.places = [(part, start) for start in starts_of(weights)]
-        self.disk.places.update(zip((home.data_ptr() for home in self.tensors), self.places, strict=True))
-        let_go()
+        self.disk.places.update(zip((weight.data_ptr() for weight in self.tensors), self.places, strict=True))
+        drop_page_cache()
 
 
 class Disk:
@@ -107,31 +107,31 @@ class Disk:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = Path(folder or ".")
-        self.places: dict[int, tuple[FilePart, int]] = {}  # by the address of a mapped weight
+        self.places: dict[int, tuple[FileRegion, int]] = {}  # by the address of a mapped weight
         self.scratch: BinaryIO | None = None
-        self._files: dict[Path, FilePart] = {}
+        self._files: dict[Path, FileRegion] = {}
         self._lock = threading.Lock()
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def take(self, stored: StoredWeight, dtype: torch.dtype) -> Tensor:
+    def map_weight(self, stored: StoredWeight, dtype: torch.dtype) -> Tensor:
         """Returns a weight as it lies in a model's own file, or, if its dtype there is another one, in the scratch file."""
         if stored.path not in self._files:
-            self._files[stored.path] = FilePart(stored.path.open("rb"), writable=False)
+            self._files[stored.path] = FileRegion(stored.path.open("rb"), writable=False)
         part, start = self._files[stored.path], stored.start
         assert stored.dtype is not None
-        weight = home_like(torch.empty(stored.shape, dtype=stored.dtype, device="meta"), part.memory, start)
+        weight = tensor_in(torch.empty(stored.shape, dtype=stored.dtype, device="meta"), part.memory, start)
         if stored.dtype != dtype:
-            part, start = self.more_scratch(weight.numel() * dtype.itemsize), 0
-            weight = home_like(torch.empty_like(weight, dtype=dtype, device="meta"), part.memory, 0).copy_(weight)
-            let_go()
+            part, start = self.extend_scratch(weight.numel() * dtype.itemsize), 0
+            weight = tensor_in(torch.empty_like(weight, dtype=dtype, device="meta"), part.memory, 0).copy_(weight)
+            drop_page_cache()
         self.places[weight.data_ptr()] = (part, start)
         return weight
 
-    def home(self, weights: Sequence[Tensor]) -> DiskHome:
-        """Returns a home on the disk."""
-        return DiskHome(self, weights)
+    def offload(self, weights: Sequence[Tensor]) -> DiskWeights:
+        """Returns weights that are offloaded to the disk."""
+        return DiskWeights(self, weights)
 
-    def more_scratch(self, length: int) -> FilePart:
+    def extend_scratch(self, length: int) -> FileRegion:
         """Makes the scratch file longer, and returns the new part.
 
         Raises:
@@ -148,10 +148,10 @@ class Disk:
                 f"model.frozen_in: {str(self.folder)!r} has no room for {length / 1e6:.0f} MB of blocks "
                 f"({error.strerror}); free space there, or set model.frozen_in: host"
             ) from error
-        return FilePart(self.scratch, writable=True, start=start, length=length)
+        return FileRegion(self.scratch, writable=True, start=start, length=length)
 
     @torch.no_grad()
-    def send(self, read: Callable[[Tensor], None], target: Tensor) -> None:
+    def read_into(self, read: Callable[[Tensor], None], target: Tensor) -> None:
         """Reads bytes into a target; for a GPU through one of two page-locked buffers, while the other one is copied."""
         if target.device.type == "cpu":
             read(target)

@@ -1,4 +1,4 @@
-"""Blocks that wait in int8, while their exact weights, the masters, wait further away."""
+"""Blocks that are offloaded in int8, while their exact weights lie further away."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ows_lightning.streaming.homes import HostHome, lay_out, nbytes_of
+from ows_lightning.streaming.offloaded import HostWeights, nbytes_of, views_in
 
 _LARGEST = 127  # symmetric: -128 is left out
 
 
-def pack(weights: Sequence[Tensor]) -> list[Tensor]:
+def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
     """Returns weights in int8 with a float32 scale a row: two tensors for each that has rows, and the others as they are.
 
     A row's largest weight becomes 127, and every weight is off by half a scale at the most.
@@ -20,21 +20,21 @@ def pack(weights: Sequence[Tensor]) -> list[Tensor]:
     Args:
         weights: Tensors of any floating dtype; a row is what the last dimension counts, an output of a linear layer.
     """
-    packed = []
+    quantized = []
     for weight in weights:
         if weight.dim() < 2:
-            packed.append(weight)
+            quantized.append(weight)
             continue
         values = weight.float()
         scale = values.abs().amax(-1, keepdim=True) / _LARGEST
         codes = values / scale.clamp_min(torch.finfo(torch.float32).tiny)
-        packed += [codes.round_().to(torch.int8), scale]
-    return packed
+        quantized += [codes.round_().to(torch.int8), scale]
+    return quantized
 
 
-def unpack(packed: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Writes what `pack` returned into weights, in their dtype."""
-    parts = iter(packed)
+def dequantize(quantized: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Writes what `quantize` returned into weights, in their dtype."""
+    parts = iter(quantized)
     for weight in weights:
         if weight.dim() < 2:
             weight.copy_(next(parts), non_blocking=True)
@@ -42,8 +42,8 @@ def unpack(packed: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
             torch.mul(next(parts), next(parts), out=weight)
 
 
-class Transit:
-    """Memory on the device that int8 copies which wait elsewhere pass through, one at a time: fetches follow each other.
+class StagingBuffer:
+    """Memory on the device that int8 copies from elsewhere pass through, one at a time: fetches follow each other.
 
     Args:
         device: The device.
@@ -58,62 +58,64 @@ class Transit:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.memory.device)
 
 
-class Int8Home(HostHome):
-    """A block's masters, which train and are saved, and their int8 copy, which is fetched.
+class Int8Weights(HostWeights):
+    """A block's exact weights, which train and are saved, and their int8 copy, which is fetched.
 
     Args:
-        masters: Where the exact weights wait.
-        keep: Makes the home of the int8 copy.
-        transit: What a copy passes through that does not wait on the device; None if it does: then it is freed while the
-            block trains.
+        exact: Where the exact weights lie.
+        offload: Offloads the int8 copy.
+        staging: What a copy passes through that does not lie on the device; None if it does: then it is freed while the block
+            trains.
     """
 
-    def __init__(self, masters: HostHome, keep: Callable[[Sequence[Tensor]], HostHome], transit: Transit | None) -> None:
-        self.masters, self.keep, self.transit = masters, keep, transit
-        self.exact = False  # fetch the masters
-        self.copy: HostHome | None = None
-        self.tensors = masters.tensors
+    def __init__(
+        self, exact: HostWeights, offload: Callable[[Sequence[Tensor]], HostWeights], staging: StagingBuffer | None
+    ) -> None:
+        self.exact, self.offload, self.staging = exact, offload, staging
+        self.fetch_exact = False
+        self.copy: HostWeights | None = None
+        self.tensors = exact.tensors
         self.written()
-        if transit is not None and self.copy is not None:
-            transit.reserve(nbytes_of(self.copy.tensors))
+        if staging is not None and self.copy is not None:
+            staging.reserve(nbytes_of(self.copy.tensors))
 
     @torch.no_grad()
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Dequantises the copy into a slot."""
-        if self.exact or self.copy is None:
-            self.masters.fetch(slot)
+        if self.fetch_exact or self.copy is None:
+            self.exact.fetch(slot)
             return
-        packed = self.copy.tensors
-        if self.transit is not None:
-            packed = lay_out(self.transit.memory, packed)
-            self.copy.fetch(packed)
-        unpack(packed, slot)
+        quantized = self.copy.tensors
+        if self.staging is not None:
+            quantized = views_in(self.staging.memory, quantized)
+            self.copy.fetch(quantized)
+        dequantize(quantized, slot)
 
-    def lend(self, own: Sequence[Tensor]) -> None:
-        """Copies the masters to where they train."""
-        if self.transit is None:
+    def load_for_training(self, own: Sequence[Tensor]) -> None:
+        """Copies the exact weights to where they train."""
+        if self.staging is None:
             self.copy = None
-        self.masters.lend(own)
+        self.exact.load_for_training(own)
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained."""
-        self.masters.write_back(trained)
-        self.tensors = self.masters.tensors
-        self._renew(trained)
+        self.exact.write_back(trained)
+        self.tensors = self.exact.tensors
+        self._quantize_again(trained)
 
     def make_writable(self) -> None:
-        """Prepares the masters for other writes."""
-        self.masters.make_writable()
-        self.tensors = self.masters.tensors
+        """Prepares the exact weights for other writes."""
+        self.exact.make_writable()
+        self.tensors = self.exact.tensors
 
     def written(self) -> None:
-        """Makes a new copy of the masters."""
-        self._renew(self.tensors)
-        self.masters.written()
+        """Makes a new copy of the exact weights."""
+        self._quantize_again(self.tensors)
+        self.exact.written()
 
     @torch.no_grad()
-    def _renew(self, weights: Sequence[Tensor]) -> None:
+    def _quantize_again(self, weights: Sequence[Tensor]) -> None:
         if self.copy is None:
-            self.copy = self.keep(pack(weights))
+            self.copy = self.offload(quantize(weights))
         else:
-            self.copy.write_back(pack(weights))
+            self.copy.write_back(quantize(weights))

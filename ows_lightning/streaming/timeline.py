@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Events(Protocol):
-    """What happens to slots; `Window` does it to tensors, a test can write it down."""
+    """What happens to slots; `BlockOffloader` does it to tensors, a test can write it down."""
 
     def issue(self, block: int, slot: int) -> None:
         """Starts to fetch a block into a slot, as soon as what was computed from the slot so far is done."""
@@ -58,7 +58,7 @@ class Timeline:
         self._holds: list[int | None] = [None] * self.slots
         self.bottom = len(self.order)
 
-    def waits(self, block: int) -> bool:
+    def is_offloaded(self, block: int) -> bool:
         """Whether a block is one of the waiting ones."""
         return block in self._rank
 

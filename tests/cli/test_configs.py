@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
-from ows_lightning.memory.dimensions import find_dimensions, meta_model
+from ows_lightning.memory.fake_tensors import meta_model
+from ows_lightning.memory.plan_settings import find_dimensions
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface

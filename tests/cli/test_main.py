@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ows_lightning.cli.main import OF_A_CONFIG, OF_THEIR_OWN, main, usage
+from ows_lightning.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS, main, usage
 
 HEAVY = {"torch", "lightning", "transformers", "datasets", "peft", "matplotlib", "scipy", "pyarrow"}
 MAIN = f"""
@@ -33,7 +33,7 @@ def loaded(*words: str) -> tuple[str, set[str]]:
     return said, {*names.split()}
 
 
-@pytest.mark.parametrize("command", [*OF_A_CONFIG, *OF_THEIR_OWN])
+@pytest.mark.parametrize("command", [*CONFIG_COMMANDS, *OTHER_COMMANDS])
 def test_help_loads_no_library(command: str) -> None:
     said, libraries = loaded(command, "--help")
     assert said.startswith(f"usage: ows-lightning {command}")

@@ -29,7 +29,7 @@ from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60.0  # seconds for a process to end after the other was killed
-STARTED_BY = ("a fork", "a fork", "torchrun", "lightning")
+STARTED_BY = (*["a fork"] * 6, "torchrun", "lightning")
 """A fork has the libraries already; ``main.py`` loads them, started as torchrun would, or one process by the other."""
 
 

@@ -14,10 +14,9 @@ from torch.utils.flop_counter import flop_registry
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.cards import CARDS, find_card
-from ows_lightning.memory.compute import compute
+from ows_lightning.memory.compute import compute, speed
+from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import METHODS
-from ows_lightning.memory.settings import settings_from_config
-from ows_lightning.memory.speed import speed
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling

@@ -20,12 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_config_for_card
-from ows_lightning.memory.advice import advise
-from ows_lightning.memory.dimensions import find_dimensions, meta_model
-from ows_lightning.memory.fake_tensors import FakeOperators, materialize_
-from ows_lightning.memory.fewest_recomputed import fewest_recomputed
+from ows_lightning.memory.cards import advise, fewest_recomputed
+from ows_lightning.memory.fake_tensors import FakeOperators, materialize_, meta_model
+from ows_lightning.memory.plan_settings import find_dimensions, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, _extrapolate, follow, predict
-from ows_lightning.memory.settings import settings_from_config
 from ows_lightning.memory.simulated_step import Workload, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.pretrained import recomputed_blocks

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from ows_lightning.memory import plan_from_config
-from ows_lightning.memory.prediction import predict
-from ows_lightning.memory.settings import settings_from_config
-from ows_lightning.memory.streamed import fetched_blocks
+from ows_lightning.memory.plan_settings import settings_from_config
+from ows_lightning.memory.prediction import fetched_blocks, predict
 from ows_lightning.memory.tracker import HOST
-from ows_lightning.streaming.int8 import Int8Home
+from ows_lightning.streaming.int8 import Int8Weights
 from tests.memory.test_plan import Track, llama_7b, make_config, run_and_track
 
 LLAMA_70B = {"model__model_name_or_path": "meta-llama/Llama-2-70b-hf"}
@@ -68,18 +67,23 @@ def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str,
 
 
 class Device(Track):
-    """Follows a run's memory but for what waits elsewhere: homes, and copies in int8 that are not on the device."""
+    """Follows a run's memory on the device: all but weights that are offloaded elsewhere."""
 
     def label(self, module: Any) -> None:
-        window = module.window
-        window._prepare()
-        elsewhere = {p.data_ptr(): p for block in window.parameters for p in block}
-        copies = [tensor for home in window.homes if isinstance(home, Int8Home) and home.copy for tensor in home.copy.tensors]
-        transit = [home.transit.memory for home in window.homes if isinstance(home, Int8Home) and home.transit]
+        offloader = module.offloader
+        offloader._prepare()
+        elsewhere = {p.data_ptr(): p for block in offloader.parameters for p in block}
+        copies = [
+            tensor
+            for home in offloader.offloaded
+            if isinstance(home, Int8Weights) and home.copy
+            for tensor in home.copy.tensors
+        ]
+        staging = [home.staging.memory for home in offloader.offloaded if isinstance(home, Int8Weights) and home.staging]
         if module.hparams["frozen_in"] != "device":
             elsewhere |= {tensor.data_ptr(): tensor for tensor in copies}
         self.tracker.label(HOST, elsewhere.values())
-        here = [*module.parameters(), *module.buffers(), *window._memory, *copies, *transit]
+        here = [*module.parameters(), *module.buffers(), *offloader._memory, *copies, *staging]
         self.tracker.label("weights", [tensor for tensor in here if tensor.data_ptr() not in elsewhere])
 
 

@@ -1,4 +1,4 @@
-"""Plain training loops over tiny models, with and without a window, whose results are compared to the bit."""
+"""Plain training loops over tiny models, with and without a offloader, whose results are compared to the bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.window import Window
+from ows_lightning.streaming.offloader import BlockOffloader
 from tests.tiny import tiny_batch
 
 DRAWS = [[1], [3], [0, 2]]
@@ -36,11 +36,11 @@ class Run:
         torch.testing.assert_close(self.weights, other.weights, rtol=0, atol=0)
 
 
-class LateCopies:
+class LateStream:
     """A device whose fetches are as late as they may be, and whose slots hold NaN at all other times."""
 
     def __init__(self) -> None:
-        self.window: Any = None
+        self.offloader: Any = None
         self.fetches: dict[int, Callable[[], None]] = {}
         self.fetching = False
 
@@ -57,43 +57,43 @@ class LateCopies:
         self._poison(slot)
 
     def _poison(self, slot: int) -> None:
-        self.window._memory[slot].fill_(255)  # NaN in float32 and in bfloat16
+        self.offloader._memory[slot].fill_(255)  # NaN in float32 and in bfloat16
 
 
-class NoComputeOnHomes(TorchDispatchMode):
+class NoComputeOnOffloaded(TorchDispatchMode):
     """Refuses every operator on a weight in host memory, other than its fetch."""
 
     LOOKS = ("aten::detach", "aten::alias", "aten::_has_compatible_shallow_copy_type")
 
-    def __init__(self, window: Window, copies: LateCopies) -> None:
+    def __init__(self, offloader: BlockOffloader, stream: LateStream) -> None:
         super().__init__()
-        window._prepare()
-        waiting = [home for block in window.timeline.order for home in window.homes[block].tensors]
-        self.homes = {home.untyped_storage().data_ptr() for home in waiting}
-        self.copies = copies
+        offloader._prepare()
+        waiting = [weight for block in offloader.timeline.order for weight in offloader.offloaded[block].tensors]
+        self.offloaded = {weight.untyped_storage().data_ptr() for weight in waiting}
+        self.stream = stream
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.copies.fetching and func.name() not in self.LOOKS:
+        if not self.stream.fetching and func.name() not in self.LOOKS:
             for value in (*args, *(kwargs or {}).values()):
                 for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self.homes:
+                    if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self.offloaded:
                         raise AssertionError(f"{func} on a weight in host memory")
         return func(*args, **(kwargs or {}))
 
 
-def strict_window(
+def strict_offloader(
     model: nn.Module, slots: int = 2, frozen_only: bool = False, disk: Disk | None = None
-) -> tuple[Window, Callable[[], Any]]:
-    """A window on a device that forgives nothing, and the mode to train in."""
-    copies = LateCopies()
-    window = Window(decoder_layers(model), slots=slots, frozen_only=frozen_only, copies=copies, disk=disk)
-    copies.window = window
-    return window, lambda: NoComputeOnHomes(window, copies)
+) -> tuple[BlockOffloader, Callable[[], Any]]:
+    """A offloader on a device that forgives nothing, and the mode to train in."""
+    stream = LateStream()
+    offloader = BlockOffloader(decoder_layers(model), slots=slots, frozen_only=frozen_only, stream=stream, disk=disk)
+    stream.offloader = offloader
+    return offloader, lambda: NoComputeOnOffloaded(offloader, stream)
 
 
 def train(
     model: nn.Module,
-    window: Window | None = None,
+    offloader: BlockOffloader | None = None,
     mode: Callable[[], Any] = contextlib.nullcontext,
     draws: list[list[int]] = DRAWS,
     embeddings: bool = False,
@@ -111,8 +111,8 @@ def train(
     others = [(p, embeddings or part == "norm") for part, parameters in outside.items() for p in parameters]
     for number, active in enumerate(draws):
         activate_blocks(layers, active, others, [optimizer])
-        if window is not None:
-            window.settle([optimizer])
+        if offloader is not None:
+            offloader.apply_draw([optimizer])
         for step in range(steps_per_draw):
             for micro in range(accumulate):
                 optimizer.accumulating = micro + 1 < accumulate

@@ -20,10 +20,10 @@ from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.loading import load
-from ows_lightning.streaming.window import Window
+from ows_lightning.streaming.mapped_model import load
+from ows_lightning.streaming.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
-from tests.streaming.steps import evaluate, strict_window, train
+from tests.streaming.steps import evaluate, strict_offloader, train
 from tests.tiny import ARCHITECTURES, tiny_model
 
 
@@ -65,16 +65,16 @@ def test_training_gives_the_same_bits(architecture: str, tmp_path: Path) -> None
     expected = train(tiny_model(architecture), validate=True)
     disk = Disk(tmp_path)
     model = load(saved(tmp_path, architecture), 0, disk)
-    train(model, *strict_window(model, disk=disk), validate=True).assert_equals(expected)
+    train(model, *strict_offloader(model, disk=disk), validate=True).assert_equals(expected)
 
 
 def test_a_block_stays_in_the_models_own_file_until_it_has_trained(tmp_path: Path) -> None:
     disk = Disk(tmp_path / "run")
     model = load(saved(tmp_path / "model"), 0, disk)
     before = load_file(tmp_path / "model" / "model.safetensors")
-    window = Window(decoder_layers(model), disk=disk)
+    offloader = BlockOffloader(decoder_layers(model), disk=disk)
     assert scratch_bytes(disk) == 0
-    train(model, window, draws=[[1], [2]])
+    train(model, offloader, draws=[[1], [2]])
     one = sum(p.nbytes for p in decoder_layers(model)[0].parameters())
     assert one <= scratch_bytes(disk) < 2 * one  # block 2 still trains
     assert not list((tmp_path / "run").iterdir())  # a killed process leaves none
@@ -85,29 +85,29 @@ def test_a_block_stays_in_the_models_own_file_until_it_has_trained(tmp_path: Pat
 def test_another_dtype_goes_to_the_scratch_file(tmp_path: Path) -> None:
     disk, name = Disk(tmp_path), saved(tmp_path, dtype=torch.bfloat16)
     model = load(name, 0, disk)
-    train(model, Window(decoder_layers(model), disk=disk)).assert_equals(train(load_model(name)))
+    train(model, BlockOffloader(decoder_layers(model), disk=disk)).assert_equals(train(load_model(name)))
     assert scratch_bytes(disk) >= sum(p.nbytes for p in decoder_layers(model).parameters())
 
 
 def test_weights_that_are_loaded_or_exchanged_count(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     model = load(saved(tmp_path), 0, disk)
-    Window(decoder_layers(model), disk=disk)
+    BlockOffloader(decoder_layers(model), disk=disk)
     others = [tiny_model("llama", seed=seed) for seed in (1, 2)]
     model.load_state_dict(others[0].state_dict())
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(others[0])), rtol=0, atol=0)
-    twin = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model)
     with torch.no_grad():  # as weight averaging does with the copy that it made
         for p, q in zip(model.parameters(), others[1].parameters(), strict=True):
             p.data.copy_(q.data)
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(others[1])), rtol=0, atol=0)
-    torch.testing.assert_close(list(evaluate(twin)), list(evaluate(others[0])), rtol=0, atol=0)
+    torch.testing.assert_close(list(evaluate(duplicate)), list(evaluate(others[0])), rtol=0, atol=0)
 
 
 def test_a_copy_that_is_made_first_counts_too(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     model = load(saved(tmp_path), 0, disk)
-    Window(decoder_layers(model), disk=disk)
+    BlockOffloader(decoder_layers(model), disk=disk)
     copy.deepcopy(model)
     other = tiny_model("llama", seed=1)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_a_copy_that_is_made_first_counts_too(tmp_path: Path) -> None:
 def test_what_is_written_is_read_a_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, disk = saved(tmp_path / "model", hidden_size=256, intermediate_size=4096), Disk(tmp_path)
     model = load(name, 0, disk)
-    Window(decoder_layers(model), disk=disk)
+    BlockOffloader(decoder_layers(model), disk=disk)
     largest = max(p.nbytes for p in decoder_layers(model).parameters())
     assert mapped_bytes(Path(name, "model.safetensors")) == 0
     seen: list[int] = []
@@ -142,7 +142,7 @@ def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(RunError, match=r"model.frozen_in: '.*' has no room for \d+ MB of blocks"):
-            Window(decoder_layers(tiny_model("llama", hidden_size=64)), disk=disk)
+            BlockOffloader(decoder_layers(tiny_model("llama", hidden_size=64)), disk=disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -150,7 +150,7 @@ def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:
 def test_a_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     model = load(saved(tmp_path), 0, disk)
-    Window(decoder_layers(model), disk=disk)
+    BlockOffloader(decoder_layers(model), disk=disk)
     os.truncate(tmp_path / "model.safetensors", 20_000)
     with pytest.raises(RunError, match=r"model.safetensors has become shorter"):
         list(evaluate(model))
@@ -169,7 +169,7 @@ def test_what_is_written_into_the_models_own_file_counts(tmp_path: Path) -> None
     name = saved(tmp_path)
     plain, disk = load_model(name, dtype=torch.float32), Disk(tmp_path)
     model = load(name, 0, disk, dtype=torch.float32)
-    Window(decoder_layers(model), disk=disk)
+    BlockOffloader(decoder_layers(model), disk=disk)
     for each in (plain, model):
         decoder_layers(each).requires_grad_(False)
         decoder_layers(each)[0].requires_grad_(True)

@@ -11,21 +11,21 @@ from safetensors.torch import load_file
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.int8 import pack, unpack
-from ows_lightning.streaming.loading import load
-from ows_lightning.streaming.window import Window
+from ows_lightning.streaming.int8 import dequantize, quantize
+from ows_lightning.streaming.mapped_model import load
+from ows_lightning.streaming.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
 from tests.streaming.steps import evaluate, train
 from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
 
 
-def int8_window(model: torch.nn.Module, where: str, folder: Path, **options: object) -> Window:
-    return Window(decoder_layers(model), disk=Disk(folder) if where == "disk" else None, int8_in=where, **options)
+def int8_offloader(model: torch.nn.Module, where: str, folder: Path, **options: object) -> BlockOffloader:
+    return BlockOffloader(decoder_layers(model), disk=Disk(folder) if where == "disk" else None, int8_in=where, **options)
 
 
 def round_to_int8(layer: torch.nn.Module) -> None:
     weights = [p.data for p in layer.parameters()]
-    unpack(pack(weights), weights)
+    dequantize(quantize(weights), weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,18 +33,18 @@ def round_to_int8(layer: torch.nn.Module) -> None:
 def test_a_weight_is_off_by_half_a_step_at_the_most(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = torch.empty_like(weight)
-    unpack(pack([weight]), [found])
+    dequantize(quantize([weight]), [found])
     if len(shape) == 1:
         assert torch.equal(found, weight)
     else:
         largest = weight.float().abs().amax(-1, keepdim=True)
         assert ((found.float() - weight.float()).abs() <= largest * (0.5 / 127 + torch.finfo(dtype).eps)).all()
-        assert sum(part.nbytes for part in pack([weight])) == weight.numel() + 4 * weight[..., 0].numel()
+        assert sum(part.nbytes for part in quantize([weight])) == weight.numel() + 4 * weight[..., 0].numel()
 
 
 def test_a_row_of_zeros_stays_one() -> None:
     found = torch.ones(2, 3)
-    unpack(pack([torch.zeros(2, 3)]), [found])
+    dequantize(quantize([torch.zeros(2, 3)]), [found])
     assert torch.equal(found, torch.zeros(2, 3))
 
 
@@ -53,7 +53,7 @@ def test_the_bits_are_the_same_wherever_copies_wait(architecture: str, tmp_path:
     runs = []
     for where in ("device", "host", "disk"):
         model = tiny_model(architecture)
-        runs.append(train(model, int8_window(model, where, tmp_path), validate=True))
+        runs.append(train(model, int8_offloader(model, where, tmp_path), validate=True))
     runs[1].assert_equals(runs[0])
     runs[2].assert_equals(runs[0])
     assert not torch.equal(runs[0].losses[0], train(tiny_model(architecture)).losses[0])
@@ -70,7 +70,7 @@ def test_computes_as_a_model_whose_frozen_blocks_are_rounded(architecture: str, 
     rounded, model = tiny_model(architecture), tiny_model(architecture)
     for index in (0, 1, 3):
         round_to_int8(decoder_layers(rounded)[index])
-    int8_window(model, "host", tmp_path)
+    int8_offloader(model, "host", tmp_path)
     assert torch.equal(loss(model), loss(rounded))
 
 
@@ -80,25 +80,25 @@ def test_what_is_saved_are_exact_weights(where: str, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     disk = Disk(tmp_path) if where == "disk" else None
     model = load(str(tmp_path), 0, disk)
-    window = Window(decoder_layers(model), disk=disk, int8_in=where)
-    train(model, window, draws=[[1], [2]])
+    offloader = BlockOffloader(decoder_layers(model), disk=disk, int8_in=where)
+    train(model, offloader, draws=[[1], [2]])
     changed = {name.split(".")[2] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"1", "2"} <= changed
     assert not changed & {"0", "3"}
     trained = decoder_layers(model)[2].state_dict()
     trained = {name: value.clone() for name, value in trained.items()}
-    window.go_home()
+    offloader.offload_all()
     torch.testing.assert_close(decoder_layers(model)[2].state_dict(), trained, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
 def test_a_model_is_evaluated_with_its_exact_weights_on_request(where: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    window = int8_window(model, where, tmp_path)
-    train(model, window, draws=[[1], [2]])
+    offloader = int8_offloader(model, where, tmp_path)
+    train(model, offloader, draws=[[1], [2]])
     resident = tiny_model("llama")
     resident.load_state_dict(model.state_dict())
-    with window.exact():
+    with offloader.exact_weights():
         torch.testing.assert_close(list(evaluate(model)), list(evaluate(resident)), rtol=0, atol=0)
     rounded, exact = (torch.stack(list(evaluate(each))[:1]) for each in (model, resident))
     assert not torch.equal(rounded, exact)
@@ -106,7 +106,7 @@ def test_a_model_is_evaluated_with_its_exact_weights_on_request(where: str, tmp_
 
 def test_weights_that_are_loaded_are_copied_into_int8(tmp_path: Path) -> None:
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
-    int8_window(model, "host", tmp_path)
+    int8_offloader(model, "host", tmp_path)
     list(evaluate(model))
     model.load_state_dict(other.state_dict())
     for layer in decoder_layers(other):
@@ -116,17 +116,17 @@ def test_weights_that_are_loaded_are_copied_into_int8(tmp_path: Path) -> None:
 
 def test_a_copy_on_the_device_is_freed_while_its_block_trains(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    window = int8_window(model, "device", tmp_path)
-    train(model, window, draws=[[1]])
-    assert [home.copy is None for home in window.homes] == [False, True, False, False]
+    offloader = int8_offloader(model, "device", tmp_path)
+    train(model, offloader, draws=[[1]])
+    assert [weights.copy is None for weights in offloader.offloaded] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("where", ["device", "host", "disk"])
-def test_an_export_after_an_interrupted_pass_is_made_of_masters(where: str, tmp_path: Path) -> None:
+def test_an_export_after_an_interrupted_pass_is_made_of_exact_weights(where: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     save_huggingface(model, tiny_tokenizer(), tmp_path / "before")
-    int8_window(model, where, tmp_path, frozen_only=True)
+    int8_offloader(model, where, tmp_path, frozen_only=True)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -32,12 +32,12 @@ def micro_batch(timeline: Timeline, blocks: int, lowest: int | None, first_left:
     """Forward and backward over all blocks; gradients reach those from `lowest` on, whose input has a hook if `first_left`."""
     timeline.begin_forward()
     for block in range(blocks):
-        if timeline.waits(block):
+        if timeline.is_offloaded(block):
             timeline.enter_forward(block)
             timeline.leave_forward(block, needed_in_backward=lowest is not None and block >= lowest)
     if lowest is None:
         return
-    entered = [block for block in reversed(range(lowest, blocks)) if timeline.waits(block)]
+    entered = [block for block in reversed(range(lowest, blocks)) if timeline.is_offloaded(block)]
     left = None
     for block in reversed(range(lowest, blocks)):
         if block in entered:

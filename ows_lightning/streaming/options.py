@@ -8,7 +8,7 @@ from typing import Any
 from ows_lightning.errors import UsageError
 
 
-def check_window(window_blocks: int) -> None:
+def check_window_blocks(window_blocks: int) -> None:
     """Checks a window's size.
 
     Raises:
@@ -21,7 +21,7 @@ def check_window(window_blocks: int) -> None:
         )
 
 
-def require_waiting(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:
+def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:
     """Refuses runs in which no block is frozen, or whose weights several devices share.
 
     Args:

@@ -14,8 +14,8 @@ from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import checkpoint_activations
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.window import Window
-from tests.streaming.steps import evaluate, strict_window, train
+from ows_lightning.streaming.offloader import BlockOffloader
+from tests.streaming.steps import evaluate, strict_offloader, train
 from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
 
 
@@ -23,7 +23,7 @@ from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
 def test_every_architecture_trains_to_the_same_bits(architecture: str) -> None:
     expected = train(tiny_model(architecture))
     model = tiny_model(architecture)
-    train(model, *strict_window(model)).assert_equals(expected)
+    train(model, *strict_offloader(model)).assert_equals(expected)
 
 
 @pytest.mark.parametrize("slots", [2, 3])
@@ -40,8 +40,8 @@ def test_every_way_to_train_gives_the_same_bits(slots: int, checkpointing: bool,
     options = {"embeddings": embeddings, "autocast": precision == "mixed", "draws": [[2], [5, 1], [0, 3]]}
     expected = train(make(), **options)
     model = make()
-    window, mode = strict_window(model, slots)
-    train(model, window, mode, **options).assert_equals(expected)
+    offloader, mode = strict_offloader(model, slots)
+    train(model, offloader, mode, **options).assert_equals(expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -54,7 +54,7 @@ def test_dropout_tied_embeddings_and_evaluation_in_between(checkpointing: bool) 
 
     expected = train(make(), validate=True, embeddings=True)
     model = make()
-    train(model, *strict_window(model), validate=True, embeddings=True).assert_equals(expected)
+    train(model, *strict_offloader(model), validate=True, embeddings=True).assert_equals(expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -84,9 +84,9 @@ def test_below_adapters_all_blocks_wait(checkpointing: bool, architecture: str) 
 
     expected = steps(make())
     model = make()
-    window, mode = strict_window(model, frozen_only=True)
+    offloader, mode = strict_offloader(model, frozen_only=True)
     torch.testing.assert_close(steps(model, mode), expected, rtol=0, atol=0)
-    assert window.active == []
+    assert offloader.active == []
 
 
 @pytest.mark.slow
@@ -99,11 +99,11 @@ def test_compiled_blocks_compute_the_same_bits() -> None:
 
     expected = train(make(), draws=[[1], [0]])
     model = make()
-    train(model, Window(decoder_layers(model)), draws=[[1], [0]]).assert_equals(expected)
+    train(model, BlockOffloader(decoder_layers(model)), draws=[[1], [0]]).assert_equals(expected)
 
 
 def assert_same_gradients(backward: Callable[[torch.nn.Module], None]) -> None:
-    """Asserts that a model of which some blocks wait gets the gradients of one without a window."""
+    """Asserts that a model of which some blocks wait gets the gradients of one without a offloader."""
 
     def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
         for index, layer in enumerate(decoder_layers(model)):
@@ -113,7 +113,7 @@ def assert_same_gradients(backward: Callable[[torch.nn.Module], None]) -> None:
 
     expected = gradients(tiny_model("llama"))
     model = tiny_model("llama")
-    strict_window(model)
+    strict_offloader(model)
     torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
 
 
@@ -129,15 +129,15 @@ def test_two_forward_passes_before_their_backward_passes() -> None:
 def test_the_frozen_wait_in_host_memory_and_the_trained_come_home() -> None:
     model = tiny_model("llama")
     first = {name: value.clone() for name, value in model.state_dict().items()}
-    window = Window(decoder_layers(model))
-    homes = [[p.data_ptr() for p in layer.parameters()] for layer in decoder_layers(model)]
-    train(model, window, draws=[[1]])
+    offloader = BlockOffloader(decoder_layers(model))
+    places = [[p.data_ptr() for p in layer.parameters()] for layer in decoder_layers(model)]
+    train(model, offloader, draws=[[1]])
     now = [[p.data_ptr() for p in layer.parameters()] for layer in decoder_layers(model)]
-    assert window.active == [1]
-    assert [here == there for here, there in zip(now, homes, strict=True)] == [True, False, True, True]
+    assert offloader.active == [1]
+    assert [here == there for here, there in zip(now, places, strict=True)] == [True, False, True, True]
     trained = decoder_layers(model)[1].state_dict()
-    window.go_home()
-    assert [p.data_ptr() for p in decoder_layers(model)[1].parameters()] == homes[1]
+    offloader.offload_all()
+    assert [p.data_ptr() for p in decoder_layers(model)[1].parameters()] == places[1]
     torch.testing.assert_close(decoder_layers(model)[1].state_dict(), trained, rtol=0, atol=0)
     for name, value in model.state_dict().items():
         if ".layers." in name and ".layers.1." not in name:
@@ -147,7 +147,7 @@ def test_the_frozen_wait_in_host_memory_and_the_trained_come_home() -> None:
 def test_an_interrupted_pass_leaves_no_slot_in_a_state_dict() -> None:
     model = tiny_model("llama")
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    window, _ = strict_window(model)
+    offloader, _ = strict_offloader(model)
     decoder_layers(model).requires_grad_(False)
     decoder_layers(model)[0].requires_grad_(True)
 
@@ -161,12 +161,12 @@ def test_an_interrupted_pass_leaves_no_slot_in_a_state_dict() -> None:
     torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
     handle.remove()
     model.requires_grad_(True).zero_grad()
-    train(model, window).assert_equals(train(tiny_model("llama")))
+    train(model, offloader).assert_equals(train(tiny_model("llama")))
 
 
 def test_weights_that_are_loaded_or_exchanged_count_at_once() -> None:
     model, other = tiny_model("llama", seed=0), tiny_model("llama", seed=1)
-    Window(decoder_layers(model))
+    BlockOffloader(decoder_layers(model))
     decoder_layers(model).requires_grad_(False)
     expected = [tensor.clone() for tensor in evaluate(other)]
     list(evaluate(model))
@@ -195,7 +195,7 @@ def test_a_move_to_where_it_is_changes_nothing(between: str) -> None:
 
 def test_blocks_that_moved_between_forward_and_backward_are_an_error() -> None:
     model = tiny_model("llama")
-    Window(decoder_layers(model))
+    BlockOffloader(decoder_layers(model))
     layers = decoder_layers(model)
     layers.requires_grad_(False)
     layers[0].requires_grad_(True)
@@ -213,11 +213,11 @@ def test_what_is_written_in_place_counts_at_once(int8_in: str | None) -> None:
         decoder_layers(each).requires_grad_(False)
         decoder_layers(each)[1].requires_grad_(True)
     with torch.no_grad():
-        Window(decoder_layers(model), int8_in=int8_in)
+        BlockOffloader(decoder_layers(model), int8_in=int8_in)
         model(**tiny_batch())
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             p.copy_(q)
-        Window(decoder_layers(other), int8_in=int8_in)
+        BlockOffloader(decoder_layers(other), int8_in=int8_in)
         assert torch.equal(model(**tiny_batch()).logits, other(**tiny_batch()).logits)
     decoder_layers(model)[3].requires_grad_(True)  # a draw, after another write
     with torch.no_grad():
@@ -234,19 +234,19 @@ def test_what_is_written_in_place_counts_at_once(int8_in: str | None) -> None:
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_another_dtype_holds_for_all_blocks(int8_in: str | None, on_disk: bool, tmp_path: Path) -> None:
     model, plain = tiny_model("llama"), tiny_model("llama")
-    window = Window(decoder_layers(model), disk=Disk(tmp_path) if on_disk else None, int8_in=int8_in)
-    train(model, window)
-    train(plain, Window(decoder_layers(plain), int8_in=int8_in))
+    offloader = BlockOffloader(decoder_layers(model), disk=Disk(tmp_path) if on_disk else None, int8_in=int8_in)
+    train(model, offloader)
+    train(plain, BlockOffloader(decoder_layers(plain), int8_in=int8_in))
     for each in (model, plain):
         each.zero_grad()
         each.bfloat16()
     assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.bfloat16}
     if int8_in is None:
-        decoder_layers(plain)[0].window.remove()
+        decoder_layers(plain)[0].offloader.remove()
         plain.bfloat16()
-        train(model, window).assert_equals(train(plain))
+        train(model, offloader).assert_equals(train(plain))
     else:
-        train(model, window).assert_equals(train(plain, decoder_layers(plain)[0].window))
+        train(model, offloader).assert_equals(train(plain, decoder_layers(plain)[0].offloader))
 
 
 @pytest.mark.parametrize("int8_in", [None, "host", "device"])
@@ -254,13 +254,13 @@ def test_another_dtype_holds_for_all_blocks(int8_in: str | None, on_disk: bool, 
 def test_adapters_are_merged_into_weights_that_wait(int8_in: str | None, on_disk: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 
-    def make(window: bool) -> torch.nn.Module:
+    def make(offloader: bool) -> torch.nn.Module:
         torch.manual_seed(0)
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         model = peft.get_peft_model(tiny_model("llama"), config)
-        if window:
+        if offloader:
             disk = Disk(tmp_path) if on_disk else None
-            Window(decoder_layers(model), frozen_only=True, disk=disk, int8_in=int8_in)
+            BlockOffloader(decoder_layers(model), frozen_only=True, disk=disk, int8_in=int8_in)
         return model
 
     plain, model = make(False), make(True)
@@ -286,41 +286,43 @@ def test_adapters_are_merged_into_weights_that_wait(int8_in: str | None, on_disk
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_model_has_a_window_of_its_own(duplicate) -> None:
     model = tiny_model("llama")
-    window = Window(decoder_layers(model))
-    train(model, window, draws=[[2]])
+    offloader = BlockOffloader(decoder_layers(model))
+    train(model, offloader, draws=[[2]])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     other = duplicate(model)
-    theirs = decoder_layers(other)[0].window
-    assert theirs is not window
+    theirs = decoder_layers(other)[0].offloader
+    assert theirs is not offloader
     torch.testing.assert_close(dict(other.state_dict()), before, rtol=0, atol=0)
     run = train(other, theirs, draws=[[3], [1]])
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-    train(model, window, draws=[[3], [1]]).assert_equals(run)
+    train(model, offloader, draws=[[3], [1]]).assert_equals(run)
 
 
 def test_without_its_window_a_model_is_an_ordinary_one() -> None:
     model = tiny_model("llama")
-    window = Window(decoder_layers(model))
-    train(model, window)
+    offloader = BlockOffloader(decoder_layers(model))
+    train(model, offloader)
     ours = copy.deepcopy(model)
-    window.remove()
+    offloader.remove()
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder_layers(model))
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(ours)), rtol=0, atol=0)
 
 
 def test_a_block_is_held_on_the_device_while_it_is_looked_at() -> None:
     model = tiny_model("llama")
-    window = Window(decoder_layers(model))
+    offloader = BlockOffloader(decoder_layers(model))
     block = decoder_layers(model)[3]
-    with window.hold(block):
+    with offloader.resident(block):
         held = block.mlp.up_proj.weight
-        assert held.data_ptr() in range(window._memory[1].data_ptr(), window._memory[1].data_ptr() + window._memory[1].nbytes)
-        assert torch.equal(held, window.homes[3].tensors[[p is held for p in block.parameters()].index(True)])
+        assert held.data_ptr() in range(
+            offloader._memory[1].data_ptr(), offloader._memory[1].data_ptr() + offloader._memory[1].nbytes
+        )
+        assert torch.equal(held, offloader.offloaded[3].tensors[[p is held for p in block.parameters()].index(True)])
 
 
 def test_a_window_of_one_block_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
-        Window(decoder_layers(tiny_model("llama")), slots=1)
+        BlockOffloader(decoder_layers(tiny_model("llama")), slots=1)
 
 
 @pytest.mark.gpu
@@ -335,8 +337,8 @@ def test_on_a_gpu_the_bits_are_those_of_a_resident_model(slots: int, checkpointi
             checkpoint_activations(model)
         return model
 
-    def on_gpu(model: torch.nn.Module, window: Window | None) -> torch.nn.Module:
-        waiting = set() if window is None else {p for weights in window.parameters for p in weights}
+    def on_gpu(model: torch.nn.Module, offloader: BlockOffloader | None) -> torch.nn.Module:
+        waiting = set() if offloader is None else {p for weights in offloader.parameters for p in weights}
         for p in set(model.parameters()) - waiting:
             p.data = p.data.cuda()
         for module in model.modules():
@@ -347,6 +349,6 @@ def test_on_a_gpu_the_bits_are_those_of_a_resident_model(slots: int, checkpointi
     options = {"embeddings": embeddings, "draws": [[2], [5, 1], [0, 3]], "device": "cuda"}
     expected = train(on_gpu(make(), None), **options)
     model = make()
-    window = Window(decoder_layers(model), slots)
-    window.move(torch.device("cuda"))
-    train(on_gpu(model, window), window, **options).assert_equals(expected)
+    offloader = BlockOffloader(decoder_layers(model), slots)
+    offloader.move(torch.device("cuda"))
+    train(on_gpu(model, offloader), offloader, **options).assert_equals(expected)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 
-class Copies(Protocol):
+class CopyStream(Protocol):
     """Orders fetches into slots against computation from them."""
 
     def issue(self, slot: int, fetch: Callable[[], None]) -> None:
@@ -22,7 +22,7 @@ class Copies(Protocol):
         """Marks the end of the computation that reads the slot."""
 
 
-class PlainCopies:
+class CpuStream:
     """On a CPU a fetch is done when it returns."""
 
     def issue(self, slot: int, fetch: Callable[[], None]) -> None:
@@ -36,7 +36,7 @@ class PlainCopies:
         """Has nothing to mark."""
 
 
-class StreamCopies:
+class CudaStream:
     """On a GPU fetches run on a stream of their own; an event each way keeps both streams off each other's slot.
 
     The slots live as long as this object, so their memory needs no ``record_stream``. Hooks of a backward pass run on
@@ -71,32 +71,32 @@ class StreamCopies:
         self.released[slot].record(torch.cuda.current_stream(self.device))
 
 
-class ReadAhead:
+class ReaderThread:
     """Fetches that read a file, in a separate thread: computation goes on, and waits only for the block that it needs next.
 
     Args:
-        copies: How the device orders what the thread fetches.
+        stream: How the device orders what the thread fetches.
     """
 
-    def __init__(self, copies: Copies) -> None:
-        self.copies = copies
+    def __init__(self, stream: CopyStream) -> None:
+        self.stream = stream
         self.thread = ThreadPoolExecutor(1, "fetch")
         self.fetches: dict[int, Future[None]] = {}
 
     def issue(self, slot: int, fetch: Callable[[], None]) -> None:
         """Queues a fetch for the thread."""
-        self.fetches[slot] = self.thread.submit(self.copies.issue, slot, fetch)
+        self.fetches[slot] = self.thread.submit(self.stream.issue, slot, fetch)
 
     def wait(self, slot: int) -> None:
         """Waits until the file is read, and raises the thread's error if there was one."""
         self.fetches[slot].result()
-        self.copies.wait(slot)
+        self.stream.wait(slot)
 
     def release(self, slot: int) -> None:
         """Marks the end of the computation that reads the slot."""
-        self.copies.release(slot)
+        self.stream.release(slot)
 
 
-def copies_for(device: torch.device, slots: int) -> Copies:
+def copy_stream_for(device: torch.device, slots: int) -> CopyStream:
     """Returns the kind of fetches that a device needs."""
-    return StreamCopies(device, slots) if device.type == "cuda" else PlainCopies()
+    return CudaStream(device, slots) if device.type == "cuda" else CpuStream()

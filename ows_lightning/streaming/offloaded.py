@@ -31,7 +31,7 @@ def _ends_of(tensors: Sequence[Tensor]) -> list[int]:
     return list(accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0))
 
 
-def lay_out(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def views_in(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Makes views of a piece of memory that look like tensors: their dtypes, shapes and strides.
 
     Args:
@@ -46,7 +46,7 @@ def lay_out(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def home_like(weight: Tensor, memory: Any, start: int) -> Tensor:
+def tensor_in(weight: Tensor, memory: Any, start: int) -> Tensor:
     """Makes a tensor within memory that has a weight's dtype, shape and strides.
 
     It has its own storage: code that saves models takes views of one storage for tied weights.
@@ -63,10 +63,10 @@ def home_like(weight: Tensor, memory: Any, start: int) -> Tensor:
 
 
 @torch.no_grad()
-def copies_in(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Copies weights into memory that has the buffer protocol, one at a time, to where `starts_of` says."""
+def copy_into(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+    """CopyStream weights into memory that has the buffer protocol, one at a time, to where `starts_of` says."""
     places = zip(weights, starts_of(weights), strict=True)
-    return [home_like(weight, memory, start).copy_(weight) for weight, start in places]
+    return [tensor_in(weight, memory, start).copy_(weight) for weight, start in places]
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-class HostHome:
+class HostWeights:
     """Host memory that a block's weights lie in: a tensor a weight, as it was loaded.
 
     Args:
@@ -86,7 +86,7 @@ class HostHome:
 
     @torch.no_grad()
     def fetch(self, slot: Sequence[Tensor]) -> None:
-        """Copies the weights into a slot."""
+        """CopyStream the weights into a slot."""
         for target, weight in zip(slot, self.tensors, strict=True):
             target.copy_(weight, non_blocking=True)
 
@@ -96,8 +96,8 @@ class HostHome:
         for weight, source in zip(self.tensors, trained, strict=True):
             weight.copy_(source)
 
-    def lend(self, own: Sequence[Tensor]) -> None:
-        """Copies the weights to where they train."""
+    def load_for_training(self, own: Sequence[Tensor]) -> None:
+        """CopyStream the weights to where they train."""
         self.fetch(own)
 
     def make_writable(self) -> None:
@@ -107,7 +107,7 @@ class HostHome:
         """To be called after others have read or written the ``tensors``."""
 
 
-class DeviceHome(HostHome):
+class DeviceWeights(HostWeights):
     """Memory on the device itself, where tensors wait that are smaller than what computes."""
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -136,7 +136,7 @@ def page_locked(nbytes: int) -> Tensor:
     return whole
 
 
-class PinnedHome(HostHome):
+class PinnedWeights(HostWeights):
     """Host memory that a GPU reads by itself, see `page_locked`.
 
     Args:
@@ -145,9 +145,9 @@ class PinnedHome(HostHome):
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._memory = page_locked(nbytes_of(weights))
-        self.tensors = copies_in(self._memory.numpy(), weights)
+        self.tensors = copy_into(self._memory.numpy(), weights)
 
 
-def home_for(weights: Sequence[Tensor], device: torch.device) -> HostHome:
+def host_weights(weights: Sequence[Tensor], device: torch.device) -> HostWeights:
     """The home in host memory that a device can fetch from."""
-    return PinnedHome(weights) if device.type == "cuda" else HostHome(weights)
+    return PinnedWeights(weights) if device.type == "cuda" else HostWeights(weights)

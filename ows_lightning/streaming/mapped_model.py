@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ows_lightning.compat import own_parameters
-from ows_lightning.distributed.loading import empty_model
+from ows_lightning.distributed.sharded_model import empty_model
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import check_finite, check_surplus_blocks, load_model
-from ows_lightning.models.stored_weights import StoredWeight, stored_weights
+from ows_lightning.models.safetensors_file import StoredWeight, stored_weights
 from ows_lightning.streaming.disk import Disk
 
 
@@ -46,7 +46,7 @@ def load(name: str, num_tokens: int, disk: Disk | None, **options: Any) -> PreTr
         return load_model(name, **options)
     check_surplus_blocks(name, model, stored.keys() - tensors.keys())
     in_blocks = set(decoder_layers(model).parameters())
-    made = {p: nn.Parameter((disk.take if p in in_blocks else _read)(stored[key], p.dtype)) for p, key in names.items()}
+    made = {p: nn.Parameter((disk.map_weight if p in in_blocks else _read)(stored[key], p.dtype)) for p, key in names.items()}
     for module in model.modules():
         own_parameters(module).update({key: made[p] for key, p in own_parameters(module).items() if p is not None})
     for key, buffer in buffers.items():

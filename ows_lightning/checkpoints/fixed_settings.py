@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ows_lightning.errors import UsageError, called
+from ows_lightning.errors import UsageError, command_line
 
 MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddings", "lora")
 SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping")
@@ -50,7 +50,7 @@ def check_settings(
         UsageError: Names the keys that differ, with both values; or the checkpoint is none of such a run.
     """
     if saved is None:
-        raise UsageError(f"ckpt_path: the checkpoint is of another program's run; give one that `{called('fit')}` wrote")
+        raise UsageError(f"ckpt_path: the checkpoint is of another program's run; give one that `{command_line('fit')}` wrote")
     keys = {key for key in saved.keys() | now.keys() if resumes or "." not in key}
     different = [key for key in keys if not _same(key, saved.get(key), now.get(key))]
     if different:

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ows_lightning.compat import backward_pass, in_backward, times_written, when_backward_ends
+from ows_lightning.compat import backward_pass_id, in_backward, on_backward_end, version_counter
 from ows_lightning.errors import RunError
-from ows_lightning.models.mapped_files import pages_kept
-from ows_lightning.streaming.copies import Copies, ReadAhead, copies_for
+from ows_lightning.models.mapped_files import keep_page_cache
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.homes import DeviceHome, HostHome, home_for, lay_out, nbytes_of
-from ows_lightning.streaming.int8 import Int8Home, Transit
+from ows_lightning.streaming.int8 import Int8Weights, StagingBuffer
+from ows_lightning.streaming.offloaded import DeviceWeights, HostWeights, host_weights, nbytes_of, views_in
+from ows_lightning.streaming.streams import CopyStream, ReaderThread, copy_stream_for
 from ows_lightning.streaming.timeline import Timeline
 
 
-class Window:
+class BlockOffloader:
     """Lets the frozen decoder blocks of a model wait in host memory, and computes with them on the device.
 
     A block's parameters stay where they are in the model; what changes is their ``data``. It is the block's home in host
@@ -44,7 +44,7 @@ class Window:
         blocks: The decoder blocks, first block first.
         slots: Blocks that the window holds at a time, at least 2: one computes while the next one comes.
         frozen_only: Only parameters that are frozen now wait, and the others stay on the device: the base below adapters.
-        copies: How fetches are ordered against computation; the device's own way if None.
+        stream: How fetches are ordered against computation; the device's own way if None.
         disk: Blocks wait there, and not in host memory.
         int8_in: Where copies of the blocks wait in int8 (``device``, ``host`` or ``disk``), from which they compute while they
             are frozen; None: they compute from their own weights.
@@ -58,7 +58,7 @@ class Window:
         blocks: Iterable[nn.Module],
         slots: int = 2,
         frozen_only: bool = False,
-        copies: Copies | None = None,
+        stream: CopyStream | None = None,
         disk: Disk | None = None,
         int8_in: str | None = None,
     ) -> None:
@@ -67,10 +67,10 @@ class Window:
         self.blocks = list(blocks)
         self.slots = slots
         self.device = torch.device("cpu")
-        self._copies = copies
+        self._stream = stream
         self._disk = disk
         self._int8_in = int8_in
-        self._has_twin = False  # a copy of the model, with which weights may be exchanged
+        self._was_copied = False  # a copy of the model, with which weights may be exchanged
         shared = _in_several_places(self.blocks)
         self.parameters = [
             [p for p in block.parameters() if p.numel() and id(p) not in shared and not (frozen_only and p.requires_grad)]
@@ -87,7 +87,7 @@ class Window:
             ]
             # What moves the model, `to` or a Trainer, leaves the blocks where they wait and moves the window.
             block._apply = partial(self._apply_to_block, index)  # type: ignore[method-assign]
-            block.window = self  # type: ignore[assignment]
+            block.offloader = self  # type: ignore[assignment]
             for adapted in _mergeable(block):
                 for name in ("merge", "unmerge"):
                     setattr(adapted, name, partial(self._write, index, getattr(type(adapted), name), adapted))
@@ -96,24 +96,24 @@ class Window:
             self._prepare()  # what is in memory goes to the disk at once
 
     def _clear(self) -> None:
-        self.homes: list[HostHome] = []
+        self.offloaded: list[HostWeights] = []
         self.timeline = Timeline(self, self.slots)
         self._in_slot: dict[int, list[Tensor]] = {}  # the views of a slot that a waiting block's parameters get
         self._memory: list[Tensor] = []
-        self._ordering: Copies | None = None
-        self._transit: Transit | None = None
+        self._ordering: CopyStream | None = None
+        self._staging: StagingBuffer | None = None
         self._training: bool | None = None
         self._backward = -1
         self._versions: dict[int, list[int]] = {}  # of a waiting block's parameters, when its home was last taken in
         self._arrangement = object()  # of blocks in slots; another one after every change
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies find their weights in their own parameters, and wait in host memory."""
-        self.rest()
-        for index in range(len(self.homes)):
+        """CopyStream find their weights in their own parameters, and wait in host memory."""
+        self.end_pass()
+        for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
-        self._has_twin = True
-        made = {"homes", "timeline", "_in_slot", "_memory", "_ordering", "_transit"}
+        self._was_copied = True
+        made = {"offloaded", "timeline", "_in_slot", "_memory", "_ordering", "_staging"}
         made |= {"_training", "_backward", "_versions", "_arrangement"}
         return {key: value for key, value in vars(self).items() if key not in made} | {"_disk": None}
 
@@ -126,9 +126,9 @@ class Window:
     @property
     def active(self) -> list[int]:
         """The blocks that train, which have memory of their own on the device."""
-        return [index for index in range(len(self.blocks)) if not self.timeline.waits(index)] if self.homes else []
+        return [index for index in range(len(self.blocks)) if not self.timeline.is_offloaded(index)] if self.offloaded else []
 
-    def settle(self, optimizers: Iterable[Optimizer] = ()) -> None:
+    def apply_draw(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Gives the blocks that train now memory of their own on the device, and brings those home that no longer do.
 
         Call it after a draw. Without, the next forward pass that records a gradient does it.
@@ -138,7 +138,7 @@ class Window:
                 the draw was known.
         """
         trains = [index for index, weights in enumerate(self.parameters) if any(p.requires_grad for p in weights)]
-        if not self.homes or trains != self.active:
+        if not self.offloaded or trains != self.active:
             self._arrange(trains)
             self.timeline.fetch_first()
         for optimizer in optimizers:
@@ -148,9 +148,9 @@ class Window:
                     if isinstance(value, Tensor) and key != "step" and value.device != p.device:
                         state[key] = value.to(p.device)
 
-    def go_home(self) -> None:
+    def offload_all(self) -> None:
         """Brings all blocks home, and leaves the slots empty; those that train get their memory again when it is needed."""
-        if self.homes:
+        if self.offloaded:
             self._arrange([])
             self.timeline.forget()
 
@@ -159,16 +159,16 @@ class Window:
         if device == self.device:
             self.timeline.forget()
             return
-        self.go_home()
+        self.offload_all()
         self.device = device
         self._clear()
 
-    def rest(self) -> None:
+    def end_pass(self) -> None:
         """Ends a pass that was interrupted, and takes in what others wrote into waiting weights, which torch counts."""
         self.timeline.finish()
         changed = [index for index, versions in self._versions.items() if versions != _versions_of(self.parameters[index])]
         if changed:
-            with pages_kept():
+            with keep_page_cache():
                 for index in changed:
                     self.make_writable(index)
             for index in changed:
@@ -178,47 +178,47 @@ class Window:
         """Lets others write into a block's home: what slots hold is dropped, and from a model's own file a block moves."""
         self._prepare()
         self.timeline.forget()
-        self.homes[index].make_writable()
-        if self.timeline.waits(index):
-            _point(self.parameters[index], self.homes[index].tensors)
+        self.offloaded[index].make_writable()
+        if self.timeline.is_offloaded(index):
+            _point(self.parameters[index], self.offloaded[index].tensors)
 
     def _write(self, index: int, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls what writes into a block's weights, wherever they are, and takes in what it has written."""
-        self.rest()
+        self.end_pass()
         self.make_writable(index)
         result = write(*args, **kwargs)
         self._written(index)
         return result
 
     def _written(self, index: int) -> None:
-        if self.timeline.waits(index):
-            self.homes[index].written()
+        if self.timeline.is_offloaded(index):
+            self.offloaded[index].written()
             self._versions[index] = _versions_of(self.parameters[index])
 
     @contextmanager
-    def exact(self) -> Iterator[None]:
+    def exact_weights(self) -> Iterator[None]:
         """Computes with the blocks' own weights, also where their copies in int8 wait."""
         self._prepare()
-        copied = [home for home in self.homes if isinstance(home, Int8Home)]
+        copied = [home for home in self.offloaded if isinstance(home, Int8Weights)]
         for home in copied:
-            home.exact = True
+            home.fetch_exact = True
         self.timeline.forget()
         try:
             yield
         finally:
             for home in copied:
-                home.exact = False
+                home.fetch_exact = False
             self.timeline.forget()
 
     @contextmanager
-    def hold(self, block: nn.Module) -> Iterator[None]:
+    def resident(self, block: nn.Module) -> Iterator[None]:
         """Keeps a block on the device while its weights are looked at outside a forward pass."""
         index = self.blocks.index(block)
         self._prepare()
-        if not self.timeline.waits(index):
+        if not self.timeline.is_offloaded(index):
             yield
             return
-        self.rest()
+        self.end_pass()
         self.timeline.obtain(index)
         try:
             yield
@@ -227,71 +227,73 @@ class Window:
 
     def remove(self) -> None:
         """Brings all blocks home and takes the hooks away: the model is an ordinary one in host memory."""
-        self.go_home()
+        self.offload_all()
         for hook in self._hooks:
             hook.remove()
         for block in self.blocks:
-            del block.window, block._apply
+            del block.offloader, block._apply
             for adapted in _mergeable(block):  # some may have come later
                 for name in ("merge", "unmerge"):
                     vars(adapted).pop(name, None)
         self._clear()
 
     def _prepare(self) -> None:
-        if not self.homes:
+        if not self.offloaded:
             self._arrange([])
 
     @torch.no_grad()
     def _arrange(self, active: Sequence[int]) -> None:
         # What is made within inference mode can't be saved for backward.
         with torch.inference_mode(False):
-            self.rest()
+            self.end_pass()
             before = self.active
-            if not self.homes:
-                self._transit = Transit(self.device) if self._int8_in in ("host", "disk") else None
+            if not self.offloaded:
+                self._staging = StagingBuffer(self.device) if self._int8_in in ("host", "disk") else None
                 for weights in self.parameters:
-                    self.homes.append(self._home([p.data for p in weights]))
-                    _point(weights, self.homes[-1].tensors)
+                    self.offloaded.append(self._home([p.data for p in weights]))
+                    _point(weights, self.offloaded[-1].tensors)
             self.timeline.forget()
             for index in set(before) - set(active):  # first, so that their memory can be used again
-                self.homes[index].write_back([p.data for p in self.parameters[index]])
-                _point(self.parameters[index], self.homes[index].tensors)
+                self.offloaded[index].write_back([p.data for p in self.parameters[index]])
+                _point(self.parameters[index], self.offloaded[index].tensors)
             for index in sorted(set(active) - set(before)):
-                own = [torch.empty_like(home, device=self.device) for home in self.homes[index].tensors]
-                self.homes[index].lend(own)
+                own = [torch.empty_like(home, device=self.device) for home in self.offloaded[index].tensors]
+                self.offloaded[index].load_for_training(own)
                 _point(self.parameters[index], own)
             self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate()
             waiting = self.timeline.order
             self._arrangement = object()
             self._versions = {i: _versions_of(self.parameters[i]) for i in waiting}
-            self._in_slot = {i: lay_out(self._memory[self.timeline.slot_of(i)], self.homes[i].tensors) for i in waiting}
+            self._in_slot = {i: views_in(self._memory[self.timeline.slot_of(i)], self.offloaded[i].tensors) for i in waiting}
 
-    def _home(self, weights: Sequence[Tensor]) -> HostHome:
-        in_host = partial(home_for, device=self.device)
-        masters = in_host(weights) if self._disk is None else self._disk.home(weights)
+    def _home(self, weights: Sequence[Tensor]) -> HostWeights:
+        in_host = partial(host_weights, device=self.device)
+        exact_weights = in_host(weights) if self._disk is None else self._disk.offload(weights)
         if self._int8_in is None:
-            return masters
-        keep = partial(DeviceHome, device=self.device) if self._int8_in == "device" else in_host
-        return Int8Home(masters, self._disk.home if self._disk and self._int8_in == "disk" else keep, self._transit)
+            return exact_weights
+        keep = partial(DeviceWeights, device=self.device) if self._int8_in == "device" else in_host
+        return Int8Weights(
+            exact_weights, self._disk.offload if self._disk and self._int8_in == "disk" else keep, self._staging
+        )
 
     def _allocate(self) -> None:
         """Makes the slots, once: they stay for as long as the window is on this device."""
         if self._memory:
             return
-        size = max(nbytes_of(home.tensors) for home in self.homes)
+        size = max(nbytes_of(home.tensors) for home in self.offloaded)
         whole = torch.empty(self.slots * size, dtype=torch.uint8, device=self.device)
         self._memory = list(whole.split(size)) if size else [whole] * self.slots
-        self._ordering = self._copies or copies_for(self.device, self.slots)
+        self._ordering = self._stream or copy_stream_for(self.device, self.slots)
         if self._disk is not None:
-            self._ordering = ReadAhead(self._ordering)
+            self._ordering = ReaderThread(self._ordering)
 
     # ------------------------------------------------------------------ events, as the timeline orders them
 
     def issue(self, block: int, slot: int) -> None:
         """Starts to fetch a block."""
         assert self._ordering is not None
-        self._ordering.issue(slot, partial(self.homes[block].fetch, self._in_slot[block]))
+        self._ordering.issue(slot, partial(self.offloaded[block].fetch, self._in_slot[block]))
 
     def wait(self, block: int, slot: int) -> None:
         """Lets a block's parameters be the slot, once the block is there."""
@@ -302,7 +304,7 @@ class Window:
     def release(self, block: int, slot: int) -> None:
         """Lets a block's parameters be its home again, and the slot be written."""
         assert self._ordering is not None
-        _point(self.parameters[block], self.homes[block].tensors)
+        _point(self.parameters[block], self.offloaded[block].tensors)
         self._ordering.release(slot)
 
     # ------------------------------------------------------------------ hooks
@@ -314,7 +316,7 @@ class Window:
         if index == 0:
             self._begin_forward(block.training)
         self._prepare()
-        if self.timeline.waits(index):
+        if self.timeline.is_offloaded(index):
             self.timeline.enter_forward(index)
             inputs = list(_tensors_with_gradient((args, kwargs)))
             leave = partial(self._leave_backward, index, self._arrangement)
@@ -325,7 +327,7 @@ class Window:
 
     @torch._dynamo.disable
     def _after_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if in_backward() or not self.timeline.waits(index):
+        if in_backward() or not self.timeline.is_offloaded(index):
             return
         outputs = list(_tensors_with_gradient(output))
         for tensor in outputs:
@@ -333,22 +335,22 @@ class Window:
         self.timeline.leave_forward(index, needed_in_backward=bool(outputs))
 
     def _begin_forward(self, training: bool) -> None:
-        self.rest()
+        self.end_pass()
         if torch.is_grad_enabled():
-            self.settle()
+            self.apply_draw()
         self.timeline.begin_forward()
         if self._training is not None and training != self._training:
             self.timeline.forget()  # between training and evaluation, weight averaging exchanges the weights
-            for index in self.timeline.order if self._has_twin else ():
+            for index in self.timeline.order if self._was_copied else ():
                 self._written(index)
         self._training = training
 
     def _enter_backward(self, index: int, arrangement: object, gradient: Tensor) -> None:
         self._require(arrangement)
-        task = backward_pass()
+        task = backward_pass_id()
         if task != self._backward:
             self._backward = task
-            when_backward_ends(self.timeline.end_backward)
+            on_backward_end(self.timeline.end_backward)
         self.timeline.enter_backward(index)
 
     def _leave_backward(self, index: int, arrangement: object, gradient: Any) -> None:
@@ -374,20 +376,20 @@ class Window:
     def _convert(self, index: int, fn: Callable[[Tensor], Tensor]) -> None:
         """Gives a block a home of another dtype."""
         self._prepare()
-        self.go_home()
+        self.offload_all()
         weights = self.parameters[index]
         for p in weights:
             p.data, p.grad = fn(p.data).to("cpu"), None
-        self.homes[index] = self._home([p.data for p in weights])
-        _point(weights, self.homes[index].tensors)
+        self.offloaded[index] = self._home([p.data for p in weights])
+        _point(weights, self.offloaded[index].tensors)
         self._memory = []  # slots are as large as the largest block
         self._arrange([])
 
     def _before_state_dict(self, block: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self.rest()  # a state dict outlives the pass that was interrupted
+        self.end_pass()  # a state dict outlives the pass that was interrupted
 
     def _before_load(self, index: int, block: nn.Module, *_: Any) -> None:
-        self.rest()
+        self.end_pass()
         self.make_writable(index)
 
     def _after_load(self, index: int, block: nn.Module, *_: Any) -> None:
@@ -395,7 +397,7 @@ class Window:
 
 
 def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:
-    return [times_written(parameter) for parameter in parameters]
+    return [version_counter(parameter) for parameter in parameters]
 
 
 def _mergeable(block: nn.Module) -> list[nn.Module]:
@@ -430,7 +432,7 @@ def _in_several_places(blocks: Sequence[nn.Module]) -> set[int]:
     return shared
 
 
-def window_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: Disk | None = None) -> Window | None:
+def offloader_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: Disk | None = None) -> BlockOffloader | None:
     """Returns the window that a module's settings ask for; None where frozen blocks stay on the device as they are.
 
     Args:
@@ -442,4 +444,6 @@ def window_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: D
     if where == "device" and dtype is None:
         return None
     only = settings["lora"] is not None
-    return Window(blocks, settings["window_blocks"], frozen_only=only, disk=disk, int8_in=where if dtype == "int8" else None)
+    return BlockOffloader(
+        blocks, settings["window_blocks"], frozen_only=only, disk=disk, int8_in=where if dtype == "int8" else None
+    )
