@@ -191,8 +191,7 @@ def run(number: int, seed: int, first: int = 0) -> Counter[str]:
             target = drawn.choice([main, main_without_prediction, main_without_prediction])
             end, why = attempt(Path(home), settings, kill, target)
             ends[end] += 1
-            if end != "trained":
-                print(f"draw {index} {end}: {why}", flush=True)
+            print(f"draw {index} {end}{why and ': '}{why}", flush=True)
             if end == "wrong":
                 print(f"  {settings}, {kill}", flush=True)
     return ends
