@@ -124,10 +124,10 @@ def usage() -> str:
 
 def end(error: BaseException) -> NoReturn:
     """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
-    siblings.end_early()
+    line, code = explain(error)
+    siblings.end_early(code)
     if os.environ.get("OWS_DEBUG") == "1":
         raise error
-    line, code = explain(error)
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code) from None
 

@@ -7,6 +7,7 @@ the process (abstract Unix sockets), and a thread waits for the end of a connect
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -29,11 +30,14 @@ _SHARED = (
 _DONE = b"."
 
 _watch: _Watch | None = None
+_code: int | None = None  # to end with at once, after an error
 
 
 def watch() -> None:
     """Begins to watch, where the environment says which one of several processes this is."""
     global _watch
+    atexit.unregister(_end_at_once)
+    atexit.register(_end_at_once)  # before any library registers something, so that this comes last
     rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
     run = os.environ.get(_RUN) or "/".join(os.environ.get(name, "") for name in _SHARED)
     if sys.platform == "linux" and _watch is None and rank.isdigit() and run.strip("/"):
@@ -64,12 +68,32 @@ def leave() -> None:
         raise RunError(f"{_ended(gone)} before this one was through; its own output says why")
 
 
-def end_early() -> None:
-    """Tells the others that this process ends before its time, and ends it for good should its libraries not let it."""
-    if _watch is not None:
-        _watch.leave(b"")
-        # By a thread of C: communication that is destroyed waits for its threads, and holds Python up meanwhile.
-        faulthandler.dump_traceback_later(GRACE, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+def end_early(code: int) -> None:
+    """Tells the others that this process ends before its time, and sees to it that it does.
+
+    Args:
+        code: The exit code.
+    """
+    global _code
+    if _watch is None:
+        return
+    _code = code
+    _watch.leave(b"")
+    # By a thread of C: what waits in C++ may hold Python up. Whatever is collected on the way may wait for the others.
+    faulthandler.dump_traceback_later(GRACE, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+
+
+def _end_at_once() -> None:
+    """Ends this process after an error, without the interpreter's own end.
+
+    That collects process groups which the error's stack trace or a mesh still holds, and waits for gloo's threads, which
+    wait for the interpreter in turn: forever.
+    """
+    if _code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(_code)
 
 
 def _ended(rank: int) -> str:

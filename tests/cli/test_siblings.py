@@ -13,8 +13,8 @@ import pytest
 
 from tests.distributed.launch import free_port
 
-WATCHES = "import ctypes, os, time; from ows_lightning.cli import siblings; siblings.GRACE = 1; siblings.watch(); "
-HANGS = "ctypes.PyDLL(None).sleep(60)"  # in C, where no other thread of Python gets a turn
+WATCHES = "import os, time; from ows_lightning.cli import siblings; siblings.GRACE = 1; siblings.watch(); "
+HANGS = "__import__('ctypes').PyDLL(None).sleep(60)"  # in C, where no other thread of Python gets a turn
 FORKS = "os.fork(); time.sleep(60)"
 
 
@@ -75,8 +75,14 @@ def test_who_was_never_started_is_missed() -> None:
 
 
 def test_a_process_that_can_not_end_is_ended() -> None:
-    pair = Pair(f"siblings.end_early(); {HANGS}", "time.sleep(60)")
+    pair = Pair(f"siblings.end_early(2); {HANGS}", "time.sleep(60)")
     assert pair.end(0)[0] == 1
+
+
+def test_an_error_ends_without_what_the_interpreter_would_wait_for() -> None:
+    """As it would for a process group that a stack trace holds, whose threads wait for the interpreter."""
+    code = f"import sys; sys.held = type('Held', (), {{'__del__': lambda _: {HANGS}}})(); siblings.end_early(2); print('said')"
+    assert Pair(code, "time.sleep(60)").end(0)[0] == 2
 
 
 @pytest.mark.slow
