@@ -329,7 +329,7 @@ class _RandomWeights(CausalLMModule):
         """Puts a clock on the offloader's copies, and sleep where it is asked for."""
         super().configure_model()
         if self.offloader is not None and self.copies is None:
-            self.copies = self.offloader._stream = _TimedCopies(self)
+            self.copies = self.offloader._given_stream = _TimedCopies(self)
 
 
 class _TimedCopies:
@@ -364,8 +364,14 @@ class _TimedCopies:
         if self.asleep == "computation":
             after_sleep(len, self.device)("")
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    def release(self, slot: int) -> None:
+        self._inner.release(slot)
+
+    def after_computation(self) -> None:
+        self._inner.after_computation()
+
+    def synchronize(self) -> None:
+        self._inner.synchronize()
 
     def seconds(self) -> tuple[float, float]:
         """Seconds that computation waited, and that copies took, since the last call; both 0 on a CPU."""
