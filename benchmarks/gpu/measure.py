@@ -186,7 +186,7 @@ class _Run:
         self.peak_mb, self.copies = self.clock.memory.peak(), module.copies
         self.watts = power.mean(since=self.clock.warm_at)
         if asleep is not None:
-            weights = (p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for p in module.parameters())
+            weights = (p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for p in module.parameters())
             self.checksums = [zlib.crc32(weight) for weight in weights]
         module.causal_lm = None
         gc.collect()

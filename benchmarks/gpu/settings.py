@@ -97,13 +97,13 @@ def rows(model: str, directory: str) -> list[Row]:
             config["sampling"]["distribution"] = _lowest_and_highest(small, config["sampling"]["activated_layers"])
         plans.append({"part": "plan", "name": name, "config": config, "limit": 40})
     uniform = {**planned, "sampling__distribution": "uniform", "sampling__interval_steps": 4}
-    waits = {
+    waits: dict[str, dict[str, Any]] = {
         "ours": {}, "ours, accumulated": _ACCUMULATED, "ours, clipped": {"trainer__gradient_clip_val": 1.0},
         "ours, gradient_norm": {"sampling__distribution": "gradient_norm"}, "ours, host": _HOST,
     }  # fmt: skip
     # In eager attention, which adds up in the same order each time; the size of the model makes no difference.
     repeats = {**uniform, "model__attn_implementation": "eager", "data__max_seq_length": 64, "data__batch_size": 2}
-    offloads = {
+    offloads: dict[str, dict[str, Any]] = {
         "host": _HOST, "host, three slots": {**_HOST, "model__window_blocks": 3},
         "int8 on the host": {**_HOST, "model__frozen_dtype": "int8"}, "int8 on the device": {"model__frozen_dtype": "int8"},
     }  # fmt: skip
