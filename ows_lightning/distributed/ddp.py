@@ -54,7 +54,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
-                optimizer.averaged = True
+                optimizer.ddp_averaging = True
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages the gradients of a step that is complete."""
