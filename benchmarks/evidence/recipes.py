@@ -112,7 +112,7 @@ class PolarDirection(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the update rule of projected matrices over; all others keep theirs."""
-        self._rule, galore.projected_adamw_ = galore.projected_adamw_, self._step  # type: ignore[assignment]
+        self._rule, galore.projected_adamw_ = galore.projected_adamw_, self._step
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives it back."""
