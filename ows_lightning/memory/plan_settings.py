@@ -254,7 +254,7 @@ def settings_from_config(config: Any) -> PlanSettings:
         precision={"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
         attention="eager" if attention == "eager" else None,
         strategy=_strategy(trainer("strategy")),
-        devices=_number_of_devices(trainer("devices")) * int(trainer("num_nodes") or 1),
+        devices=max(1, number_of_devices(trainer("devices") or 1)) * int(trainer("num_nodes") or 1),
         on_gpu=on_gpu,
         frozen_in=model("frozen_in", "device"),
         frozen_dtype=model("frozen_dtype"),
@@ -297,8 +297,18 @@ def _strategy(given: Any) -> str | None:
     return None if name == "auto" else "fsdp2" if "modelparallel" in name else name
 
 
-def _number_of_devices(given: Any) -> int:
-    if isinstance(given, (list, tuple)):
-        return len(given)
-    text = str(given)
-    return len([part for part in text.split(",") if part]) if "," in text else int(text) if text.isdigit() else 1
+def number_of_devices(devices: Any) -> int:
+    """Returns how many devices ``trainer.devices`` asks for; 0 for all there are.
+
+    Raises:
+        UsageError: It is no number of devices.
+    """
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part]
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 0
+    if not str(devices).isdigit() or int(devices) < 1:
+        raise UsageError(f"trainer.devices: '{devices}' is no number of devices; give 1 or more, a list of indices, or auto")
+    return int(devices)
