@@ -1,4 +1,4 @@
-"""What settings do to learning: held-out loss of the quickstart over seeds: ``python -m benchmarks.learning``.
+"""What settings do to learning: validation loss of the quickstart over seeds: ``python -m benchmarks.learning``.
 
 Each run is a process of ``main.py fit`` with a folder of its own; a second call goes on where the first one stopped (delete
 a folder to have it run anew). Time is not measured: runs share the machine.
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     def loss(setting: str, seed: int) -> float:
-        return held_out_loss(args.config, setting, seed, args.steps, args.output.absolute(), args.jobs)
+        return validation_loss(args.config, setting, seed, args.steps, args.output.absolute(), args.jobs)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         seeds_first = list(product(range(args.seeds), args.settings))
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\n{table}\n\nWritten to {args.output / 'learning.md'}")
 
 
-def held_out_loss(config: Path, setting: str, seed: int, steps: int, output: Path, jobs: int) -> float:
-    """Returns the held-out loss (nats a target token) at the end of a run, which is made if it is not there."""
+def validation_loss(config: Path, setting: str, seed: int, steps: int, output: Path, jobs: int) -> float:
+    """Returns the validation loss (nats a target token) at the end of a run, which is made if it is not there."""
     folder = output / f"{setting}-steps{steps}-seed{seed}"
     known = _final_loss(folder)
     if known is None:
@@ -84,7 +84,7 @@ def held_out_loss(config: Path, setting: str, seed: int, steps: int, output: Pat
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, **threads})
         known = _final_loss(folder)
-        assert known is not None, f"{folder} has no held-out loss"
+        assert known is not None, f"{folder} has no validation loss"
         for model in folder.glob("version_*/model"):
             shutil.rmtree(model)  # the record alone is of use here
         print(f"{setting}, seed {seed}: {known:.3f}", flush=True)
@@ -92,13 +92,13 @@ def held_out_loss(config: Path, setting: str, seed: int, steps: int, output: Pat
 
 
 def as_table(losses: dict[str, list[float]]) -> str:
-    """Returns held-out losses by setting and seed as a Markdown table, with their differences from the first setting."""
+    """Returns validation losses by setting and seed as a Markdown table, with their differences from the first setting."""
     first = next(iter(losses.values()))
     rows = []
     for setting, values in losses.items():
         differences = [value - other for value, other in zip(values, first, strict=True)]
         rows.append([SETTINGS[setting][0], _spread(values, ".3f"), "" if values is first else _spread(differences, "+.3f")])
-    return markdown(["Setting", f"Held-out loss, {len(first)} seeds", "Minus the first row's, seed by seed"], rows)
+    return markdown(["Setting", f"Validation loss, {len(first)} seeds", "Minus the first row's, seed by seed"], rows)
 
 
 def _spread(values: Sequence[float], form: str) -> str:

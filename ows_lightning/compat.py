@@ -19,15 +19,15 @@ def in_backward() -> bool:
 
     There is no public way to ask. When it is gone: set a flag in a pre-hook of the loss and unset it in ``queue_callback``.
     """
-    return backward_pass() != -1
+    return backward_pass_id() != -1
 
 
-def backward_pass() -> int:
+def backward_pass_id() -> int:
     """The number of the backward pass that runs in this thread, -1 outside of any; see ``in_backward``."""
     return torch._C._current_graph_task_id()
 
 
-def when_backward_ends(callback: Callable[[], None]) -> None:
+def on_backward_end(callback: Callable[[], None]) -> None:
     """Has something called when the backward pass that is running ends. torch's DistributedDataParallel stands on it, too.
 
     When it is gone: a hook on the parameters or inputs that come last.
@@ -35,7 +35,7 @@ def when_backward_ends(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def times_written(tensor: Tensor) -> int:
+def version_counter(tensor: Tensor) -> int:
     """How often a tensor was written in place, as torch counts it; to take other memory (``data``) is no write.
 
     When it is gone: compare checksums, which read all weights.
@@ -43,7 +43,7 @@ def times_written(tensor: Tensor) -> int:
     return tensor._version
 
 
-def hooks_on_gradient(p: Tensor) -> int:
+def num_gradient_hooks(p: Tensor) -> int:
     """How many hooks look at a parameter's gradient, before it is added to ``grad`` or after.
 
     When they are gone: do without the shortcut that must not be taken behind such a hook's back.
@@ -103,12 +103,12 @@ def persistent_buffers(module: nn.Module) -> list[str]:
     return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
 
 
-def attention_of(config: Any) -> str | None:
+def attn_implementation_of(config: Any) -> str | None:
     """The attention that transformers took for a model (``sdpa``, ``eager``, ...). It has no public name."""
     return getattr(config, "_attn_implementation", None)
 
 
-def as_if_made_here(model: Any) -> Any:
+def without_weight_conversions(model: Any) -> Any:
     """The transformers model, sharing all of its weights, and naming them whatever files it came from.
 
     Without that, ``revert_weight_conversion`` gives back the names of those. When it is gone: compare with ``state_dict``.
@@ -123,7 +123,7 @@ def fingerprint(dataset: Any) -> str:
     return str(dataset._fingerprint)
 
 
-def forget_save_at(callback: Any, step: int) -> None:
+def mark_step_saved(callback: Any, step: int) -> None:
     """Tells Lightning's ModelCheckpoint that it has saved a step, so that it does not do so again.
 
     When it is gone: override ``_should_skip_saving_checkpoint``, or look for what it compares with ``global_step``.

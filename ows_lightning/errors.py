@@ -30,7 +30,7 @@ def command_line(command: str) -> str:
 EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}
 """Packages that are not always needed, and this project's extras that bring them."""
 
-_LATE = {
+_LIGHTNING_REFUSALS = {
     r"`val_check_interval` \((\S+)\) must be less than or equal to the number of the training batches \((\d+)\)": (
         "trainer.val_check_interval: {} is more than the {} training batches of an epoch; lower it, or set "
         "trainer.check_val_every_n_epoch: null to count over epochs"
@@ -41,31 +41,31 @@ _LATE = {
 }
 """Settings that Lightning refuses in its own words, and what a user can do about them."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
-    error = _unwrapped(error)
+    error = _original_error(error)
     text = " ".join(_own_text(error).split()) or type(error).__name__
     if isinstance(error, UsageError):
         return text, 2
     if isinstance(error, RunError):
         return text, 1
-    for pattern, line in _LATE.items():
+    for pattern, line in _LIGHTNING_REFUSALS.items():
         if found := re.search(pattern, text):
             return line.format(*found.groups()), 2
-    if isinstance(error, _loaded("lightning.fabric.utilities.exceptions", "MisconfigurationException")):
+    if isinstance(error, _class_if_imported("lightning.fabric.utilities.exceptions", "MisconfigurationException")):
         return text, 2
     if isinstance(error, ModuleNotFoundError):
         return f"{text.rstrip('.')}{_install(text)}", 2
     if is_out_of_memory(error):
         return _out_of_memory(text, getattr(error, "__notes__", ())), 1
-    if isinstance(error, OSError) and error.errno in FULL:
-        named = (inner.filename for inner in _chain(error) if isinstance(inner, OSError) and inner.filename)
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        named = (inner.filename for inner in _causes(error) if isinstance(inner, OSError) and inner.filename)
         where = next((f"'{name}': " for name in named), "")
         return f"{where}{error.strerror}; free space or choose another folder", 1
-    if "gloo/transport" in text or isinstance(error, _loaded("torch.distributed", "DistBackendError")):
+    if "gloo/transport" in text or isinstance(error, _class_if_imported("torch.distributed", "DistBackendError")):
         return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; `--ckpt_path last` goes on from the newest checkpoint", 130
@@ -74,12 +74,12 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory, or the machine's, did not suffice."""
-    return isinstance(error, _loaded("torch", "OutOfMemoryError")) or "can't allocate memory" in str(error)
+    return isinstance(error, _class_if_imported("torch", "OutOfMemoryError")) or "can't allocate memory" in str(error)
 
 
 def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
     """Returns the error of a folder that can't be made or written to, which the key names."""
-    mend = "free space or choose another folder" if error.errno in FULL else "choose another folder"
+    mend = "free space or choose another folder" if error.errno in DISK_FULL else "choose another folder"
     return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {mend}")
 
 
@@ -99,12 +99,12 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return near if near is not None and likeness(near) >= cutoff else None
 
 
-def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
+def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:
     """An exception's class, if its library was imported at all: only then can it have been raised."""
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 
-def _chain(error: BaseException) -> list[BaseException]:
+def _causes(error: BaseException) -> list[BaseException]:
     """An error, and those that it came of."""
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:  # it may be a circle
@@ -112,9 +112,9 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _unwrapped(error: BaseException) -> BaseException:
+def _original_error(error: BaseException) -> BaseException:
     """Returns the original error: jsonargparse wraps errors of classes that it instantiates in long messages."""
-    chain = _chain(error)
+    chain = _causes(error)
     ours = next((inner for inner in chain if isinstance(inner, (UsageError, RunError))), None)
     return ours or (chain[-1] if "Does not validate against" in str(error) else error)
 

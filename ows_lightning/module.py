@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning.checkpoints.settings import check_settings, lasting_settings
+from ows_lightning.checkpoints.fixed_settings import check_settings, lasting_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
-from ows_lightning.distributed.loading import empty_model, load_into_shards
+from ows_lightning.distributed.sharded_model import empty_model, load_into_shards
 from ows_lightning.errors import UsageError
-from ows_lightning.metrics.held_out import HeldOutSteps
+from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
@@ -29,9 +29,9 @@ from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.schedule import warmup_and_decay
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.scores import architecture_of
-from ows_lightning.step import LeaveGradients, Step, StepFigures
+from ows_lightning.sampling.trainer import LeaveGradients, require_layerwise
+from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load
 from ows_lightning.streaming.offloader import BlockOffloader, offloader_for
@@ -45,7 +45,7 @@ def default_optimizer(params: Any) -> Optimizer:
     return GaLoreAdamW(params, lr=3e-4)
 
 
-class CausalLMModule(HeldOutSteps):
+class CausalLMModule(EvaluationModule):
     """Fine-tunes a causal LM: loss over the target tokens of each optimizer step, projected AdamW, warm-up and decay.
 
     The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches and

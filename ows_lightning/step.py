@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -100,25 +99,6 @@ class Step:
             clip_(gradients, norm, limit, algorithm or "norm")
         self._totals = None
         return StepFigures(loss / targets, norm, int(tokens), int(trained_on), skipped)
-
-
-class LeaveGradients(Callback):
-    """Leaves gradients to ``grad`` again when a fit has ended, also by an exception: any code may train the weights then."""
-
-    @classmethod
-    def is_in(cls, trainer: Trainer) -> bool:
-        """Whether a Trainer has it."""
-        return any(isinstance(callback, cls) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The fit has ended."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, GaLoreAdamW):
-                optimizer.project_in_backward(False)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning calls no ``teardown`` after an exception."""
-        self.teardown(trainer, pl_module, "fit")
 
 
 def _consumed(optimizer: Optimizer) -> list[Tensor]:

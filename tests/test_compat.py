@@ -15,7 +15,7 @@ from ows_lightning import compat
 PACKAGE = Path(__file__).parents[1] / "ows_lightning"
 
 OUTSIDE = {
-    "callbacks/curves.py": {  # which rows Lightning's loggers have written, and when it steps
+    "callbacks/metrics_csv.py": {  # which rows Lightning's loggers have written, and when it steps
         "trainer._logger_connector", "loop._batches_that_stepped", "loop._should_accumulate",
     },
     "callbacks/run_checkpoint.py": {"super()._save_checkpoint"},  # overridden where ModelCheckpoint calls it
@@ -24,7 +24,7 @@ OUTSIDE = {
     },
     "cli/lightning_cli.py": {"super()._prepare_subcommand_parser", "super()._run_subcommand"},  # overridden
     "cli/parser.py": {"parser._actions", "argparse._SubParsersAction"},  # what a parser knows, for the nearest right name
-    "distributed/loading.py": {"torch.distributed.tensor._utils"},  # which part of a weight lies here
+    "distributed/sharded_model.py": {"torch.distributed.tensor._utils"},  # which part of a weight lies here
     "integrations/transformers.py": {"p._post_accumulate_grad_hooks"},  # whether backward projects already
     "memory/fake_tensors.py": {  # tensors without contents are torch's own machinery throughout
         "torch._subclasses.fake_tensor", "torch.utils._pytree", "profiler._record_function_exit",
@@ -32,12 +32,11 @@ OUTSIDE = {
         "torch._C._disabled_torch_function_impl", "torch._C._DisableTorchDispatch", "Tensor._make_wrapper_subclass",
         "aten._local_scalar_dense", "aten._grouped_mm",
     },
-    "memory/flops.py": {  # operators by their names
-        "aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention_for_cpu_backward",
-        "aten._grouped_mm",
-    },
     "memory/simulated_step.py": {"galore._hosted", "galore._projected"},  # our own optimizer's
-    "memory/tracker.py": {"torch.utils._python_dispatch", "torch.utils._pytree"},  # documented by torch, but not public
+    "memory/tracker.py": {  # documented by torch, but not public; operators by their names
+        "torch.utils._python_dispatch", "torch.utils._pytree", "aten._scaled_dot_product_flash_attention_for_cpu",
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward", "aten._grouped_mm",
+    },
     "optim/galore.py": {"GaLoreAdamW._consume_in_backward"},  # its own
     "sampling/outliers.py": {"_ConvNd", "config._experts_implementation"},  # set and put back, which no function can do better
     "streaming/offloader.py": {  # `_apply` is overridden where nn.Module calls it; hooks must not be compiled
@@ -81,7 +80,7 @@ def test_a_callback_runs_once_when_backward_ends() -> None:
     ended = []
     x = torch.ones(2, requires_grad=True)
     y = x.sin()
-    y.register_hook(lambda _: compat.when_backward_ends(lambda: ended.append(x.grad is not None)))
+    y.register_hook(lambda _: compat.on_backward_end(lambda: ended.append(x.grad is not None)))
     y.sum().backward()
     assert ended == [True]
 

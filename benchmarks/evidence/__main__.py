@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", help="the Trainer's precision, e.g. bf16-true on a GPU")
     parser.add_argument("--data-root", type=Path, help="folder of NAME_train.jsonl and NAME_test.jsonl, also of your own")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the study, or others")
+    parser.add_argument("--methods", nargs="+", help="only these methods of the study, e.g. those that this machine is to run")
     parser.add_argument("--budget", type=int, help="target tokens of a run, instead of the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="threads of a run; by default the runs share the cores")
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--tasks: {', '.join(sorted(others))} is not in {study.name}; say with --budget for how many target tokens"
         )
     study = replace(study, tasks={**wanted, **dict.fromkeys(sorted(others), args.budget)})
+    if others := set(args.methods or ()) - {method.name for method in study.methods}:
+        parser.error(f"--methods: {', '.join(sorted(others))} is not in {study.name}")
+    if args.methods:
+        rounds = [replace(each, methods=tuple(m for m in each.methods if m in args.methods)) for each in study.order()]
+        study = replace(study, rounds=tuple(rounds))
     counted = ledger.Ledger(args.results / f"{study.name}.csv", ledger.COUNTED)
     if not args.tables:
         run(study, counted, args)
@@ -57,12 +63,15 @@ def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
     work, threads = args.work.absolute(), args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     model = model_directory(study.model, work / "models")
     files = {
-        name: tasks.make(name.partition("@")[0], work / "tasks", study.held_out_rows, args.data_root) for name in study.tasks
+        name: tasks.make(name.partition("@")[0], work / "tasks", study.evaluation_rows, args.data_root) for name in study.tasks
     }
     steps = {name: (task, steps_of(study, name, task, model)) for name, task in files.items()}
     for name, task in files.items():
-        if counted.find(task=name, method="before") is None:
-            counted.add(before(study, name, task, model, work / "before" / name, threads))
+        untrained = [row for row in counted.rows if row["method"] == "before"]
+        if all(row["task"] != name for row in untrained):
+            known = next((row for row in untrained if row["task"].partition("@")[0] == name.partition("@")[0]), None)
+            found = known or before(study, name, task, model, work / "before" / name, threads)
+            counted.add({**found, "task": name})
     tuned = ledger.Ledger(args.results / f"{study.name}_rates.csv", ledger.TUNED)
     schedule = Schedule(study, steps, counted, tuned, model, work, args.jobs, threads, args.alone)
     signal.signal(signal.SIGTERM, lambda *_: schedule.stopping.set())
@@ -71,10 +80,10 @@ def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
 
 def before(study: Study, name: str, task: tasks.Task, model: Path, folder: Path, threads: int) -> dict[str, Any]:
     """The row of the model as it is before any training."""
-    held_out = scored(study, model, task, folder / "test", threads)
+    tested = scored(study, model, task, folder / "test", threads)
     unrelated = evaluate(study, model, tasks.UNRELATED, folder / "unrelated", threads)["val_loss"]
     nothing = {"lr": 0.0, "seed": 0, "steps": 0, "target_tokens": 0, "time_s": 0.0, "flops": 0.0, "peak_mb": None}
-    return {"task": name, "method": "before", **nothing, **held_out, "forgetting": unrelated, "commit": commit()}
+    return {"task": name, "method": "before", **nothing, **tested, "forgetting": unrelated, "commit": commit()}
 
 
 def model_directory(name: str, folder: Path) -> Path:

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace, rows: ledger.Ledger) -> None:
     """Makes the trials; one whose rows are there is left out."""
     directory = model_directory(args.model, args.work.absolute() / "models")
-    task = tasks.make(args.task, args.work.absolute() / "tasks", load("importance").held_out_rows, args.data_root)
+    task = tasks.make(args.task, args.work.absolute() / "tasks", load("importance").evaluation_rows, args.data_root)
     model = load_model(str(directory), torch.float32)
     batches = batches_of(task.train, load_tokenizer(str(directory)), args.batches)
     before = loss_of(model, batches)

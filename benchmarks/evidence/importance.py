@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gains = [before["test_loss"] - _mean(losses[block]) for block in sorted(losses)]
         path = args.results / f"{study.name}_scores_{name}.csv"
         if not path.is_file():
-            task = tasks.make(name, work / "tasks", study.held_out_rows, args.data_root)
+            task = tasks.make(name, work / "tasks", study.evaluation_rows, args.data_root)
             batches = batches_of(task.train, load_tokenizer(str(model)), 4)
             write_scores(path, scores_of(load_model(str(model), torch.float32), batches))
         parts += [f"## {name}", correlations(gains, sorted(losses), read_scores(path)), *reliability(losses)]

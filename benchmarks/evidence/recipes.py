@@ -1,9 +1,11 @@
-"""Changes to the method that the study ``recipe`` tries, as callbacks: what does not help stays out of the package."""
+"""Changes to the method that the studies ``recipe`` and ``length`` try: what does not help stays out of the package."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -76,3 +78,34 @@ class KeptMoments(Callback):
                 if p not in state and p in self._kept:
                     kept = self._kept[p]
                     state[p] = {key: value if key == "step" else value.to(p.device) for key, value in kept.items()}
+
+
+class BalancedDraws(Callback):
+    """Draws blocks with the chances of independent draws, but each as often as can be expected, give or take one.
+
+    A round has as many intervals as it takes to draw every block once on average. In each round the blocks lie in a new random
+    order, block l on a stretch as long as its inclusion probability; a comb with teeth 1 apart takes the blocks that it
+    meets, and moves on by the same part of 1 from interval to interval (systematic sampling). With equal chances that is a
+    deck of cards that is shuffled anew when it is used up.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the draws over."""
+        sampling = LayerwiseSampling.of(trainer)
+        assert sampling is not None
+        sampling.blocks_of = partial(balanced_blocks, sampling)  # type: ignore[method-assign]
+
+
+def balanced_blocks(sampling: LayerwiseSampling, interval: int) -> list[int]:
+    """Returns the blocks of an interval, ascending; they follow from the probabilities, the seed and the interval alone."""
+    assert sampling.probabilities is not None
+    count = sampling.activated_layers
+    chances = inclusion_probabilities(sampling.probabilities, count)
+    intervals = -(-len(chances) // count)
+    round_, place = divmod(interval, intervals)
+    generator = np.random.default_rng([sampling.seed, round_])
+    order = generator.permutation(len(chances))
+    first = generator.random() / intervals
+    ends = np.cumsum(chances[order])
+    comb = (first + place / intervals + np.arange(count)) * ends[-1] / count
+    return sorted(order[np.searchsorted(ends[:-1], comb, side="right")].tolist())

@@ -79,7 +79,7 @@ class Run:
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _fit(self, held_out: Path, exact_match_rows: int) -> None:
+    def _fit(self, evaluated: Path, exact_match_rows: int) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was stopped
         configs = [STUDIES / "base.yaml", *(ROOT / "configs" / f"{name}.yaml" for name in self.method.configs)]
         settings = {
@@ -87,7 +87,7 @@ class Run:
             "model.model_name_or_path": self.model, "model.optimizer.init_args.lr": self.lr,
             "trainer.precision": self.study.precision, "trainer.max_steps": self.steps,
             "trainer.val_check_interval": self.steps, "trainer.default_root_dir": self.folder,
-            "data.dataset": self.task.train, "data.eval_dataset": held_out, "data.batch_size": self.study.batch_size,
+            "data.dataset": self.task.train, "data.eval_dataset": evaluated, "data.batch_size": self.study.batch_size,
             "data.exact_match_rows": exact_match_rows,
             **self.study.settings, **self.method.settings,
         }  # fmt: skip

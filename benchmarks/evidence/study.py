@@ -51,11 +51,12 @@ class Study:
         tune_on: The methods that choose one rate for all; empty where each method has its own.
         seeds: Seeds of the runs that count, on the test split; none of them is in ``tune_seeds``.
         settings: Keys that are set in all runs.
-        held_out_rows: Rows of the validation and of the test split.
+        evaluation_rows: Rows of the validation and of the test split.
         exact_match_rows: How many of the test rows are answered in generated text, where the task is scored so.
         forgetting: Whether the loss on unrelated text is measured after each run.
         rounds: The order of the runs, so that a study that is stopped has finished what comes first. A task without rounds
             has one of all methods.
+        shorter: A study of the same tasks in shorter runs, whose rows stand beside these by length; empty for none.
     """
 
     name: str
@@ -71,10 +72,11 @@ class Study:
     seeds: tuple[int, ...]
     tune_on: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    held_out_rows: dict[str, int] = field(default_factory=lambda: {"validation": 128, "test": 256})
+    evaluation_rows: dict[str, int] = field(default_factory=lambda: {"validation": 128, "test": 256})
     exact_match_rows: int = 128
     forgetting: bool = True
     rounds: tuple[Round, ...] = ()
+    shorter: str = ""
 
     def __post_init__(self) -> None:
         if shared := set(self.seeds) & set(self.tune_seeds):

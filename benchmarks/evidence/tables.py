@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from benchmarks.evidence.ledger import Ledger
+from benchmarks.evidence.ledger import COUNTED, Ledger
 from benchmarks.evidence.study import Study
 from benchmarks.evidence.tasks import MULTIPLE_CHOICE
 from benchmarks.report import markdown
@@ -35,7 +35,12 @@ def write_tables(study: Study, counted: Ledger, folder: Path) -> str:
         parts += [f"## {task}", task_table(values, before, study.reference)]
         if error := metric_error(values, study, task):
             parts.append(error)
-        plot(values, folder / f"{study.name}_{task}.png")
+    rows = counted.rows + (Ledger(folder / f"{study.shorter}.csv", COUNTED).rows if study.shorter else [])
+    for task in dict.fromkeys(name.partition("@")[0] for name in study.tasks):
+        if lengths := of_lengths(rows, task):
+            if len(lengths) > 1:
+                parts += [f"## {task}, by length", length_table(lengths, study.reference)]
+            plot(lengths, folder / f"{study.name}_{task}.png")
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{study.name}.md").write_text(text)
@@ -44,13 +49,53 @@ def write_tables(study: Study, counted: Ledger, folder: Path) -> str:
 
 def of_task(counted: Ledger, task: str) -> tuple[Values, dict[str, float]]:
     """Returns a task's rows by method and seed, and the row of the model before training."""
-    values: Values = {}
-    for row in counted.rows:
-        if row["task"] == task:
-            numbers = {k: float(row[k]) if row[k] else math.nan for k in row if k not in ("task", "method", "commit")}
-            values.setdefault(row["method"], {})[int(row["seed"])] = numbers
+    values = _values(row for row in counted.rows if row["task"] == task)
     before = values.pop("before", {})
     return values, next(iter(before.values()), {})
+
+
+def of_lengths(rows: Sequence[dict[str, str]], task: str) -> dict[int, Values]:
+    """Returns a task's rows by number of steps, method and seed, for tasks named ``TASK`` and ``TASK@STEPS``."""
+    trained = [row for row in rows if row["task"].partition("@")[0] == task and row["method"] != "before"]
+    steps = sorted({int(row["steps"]) for row in trained})
+    return {number: _values(row for row in trained if int(row["steps"]) == number) for number in steps}
+
+
+def _values(rows: Iterable[dict[str, str]]) -> Values:
+    values: Values = {}
+    for row in rows:
+        numbers = {k: float(row[k]) if row[k] else math.nan for k in row if k not in ("task", "method", "commit")}
+        values.setdefault(row["method"], {})[int(row["seed"])] = numbers
+    return values
+
+
+def _mean(lengths: dict[int, Values], name: str, column: str) -> list[float]:
+    """A column's mean over seeds, for each length that a method has."""
+    return [mean(run[column] for run in values[name].values()) for values in lengths.values() if name in values]
+
+
+def length_table(lengths: dict[int, Values], reference: str) -> str:
+    """Mean test loss of each method after each number of steps, and at what the reference's runs cost.
+
+    Between two lengths of a method the loss is interpolated over the logarithm of the cost; beyond them nothing is said.
+    """
+    names = list(dict.fromkeys(name for values in reversed(lengths.values()) for name in values))
+    costs = [cost for cost in ("flops", "time_s") if not all(math.isnan(x) for x in _mean(lengths, reference, cost))]
+    with_reference = {steps: values for steps, values in lengths.items() if reference in values}
+    header = ["Method", *(f"{steps} steps" for steps in lengths)]
+    header += [f"{COSTS[cost]} of {reference} with {steps}" for cost in costs for steps in with_reference]
+    rows = []
+    for name in names:
+        cells = [name]
+        for values in lengths.values():
+            runs = values.get(name, {}).values()
+            cells.append(f"{mean(run['test_loss'] for run in runs):.3f} ({len(runs)} seeds)" if runs else "")
+        for cost in costs:
+            logs, losses = np.log(_mean(lengths, name, cost)), _mean(lengths, name, "test_loss")
+            targets = np.log(_mean(with_reference, reference, cost))
+            cells += [_plain(float(loss)) for loss in np.interp(targets, logs, losses, left=math.nan, right=math.nan)]
+        rows.append([*cells, f"{_mean(lengths, name, 'peak_mb')[-1]:,.0f}"])
+    return markdown([*header, "Peak memory (MB)"], rows)
 
 
 def task_table(values: Values, before: dict[str, float], reference: str) -> str:
@@ -67,7 +112,8 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
         cells = [name, f"{runs[0]['lr']:g}", str(len(runs)), interval([run["test_loss"] for run in runs]), difference]
         cells += [_plain(p_value.get(name, math.nan)) for p_value in p_values]
         cells += [interval([run[column] for run in runs]) for column in ("test_metric", "forgetting")]
-        cells += [f"{mean(run[cost] for run in runs):.3g}" for cost in COSTS]
+        costs = [mean(run[cost] for run in runs) for cost in COSTS]
+        cells += ["" if math.isnan(cost) else f"{cost:.3g}" for cost in costs]
         rows.append(cells)
     if before:
         loss, metric, forgetting = f"{before['test_loss']:.3f}", _plain(before["test_metric"]), f"{before['forgetting']:.3f}"
@@ -80,7 +126,7 @@ def metric_error(values: Values, study: Study, task: str) -> str:
     """Says how exact a run's metric can be: the standard error of a share of that many rows, at the mean of all runs."""
     shares = [run["test_metric"] for runs in values.values() for run in runs.values() if not math.isnan(run["test_metric"])]
     answers = study.exact_match_rows and task.partition("@")[0] not in MULTIPLE_CHOICE
-    rows = study.exact_match_rows if answers else study.held_out_rows["test"]
+    rows = study.exact_match_rows if answers else study.evaluation_rows["test"]
     if not shares or rows < 2:
         return ""
     error = math.sqrt(mean(shares) * (1 - mean(shares)) / (rows - 1))
@@ -139,20 +185,23 @@ def adjusted(p_values: dict[str, float]) -> dict[str, float]:
     return result
 
 
-def plot(values: Values, path: Path) -> None:
-    """Test loss against time, FLOPs and memory, a point a method, bars over the seeds' range."""
+def plot(lengths: dict[int, Values], path: Path) -> None:
+    """Test loss against time, FLOPs and memory, a line a method through its lengths, bars over the seeds' range."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(COSTS), figsize=(12, 4), sharey=True, layout="constrained")
     for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
-        for number, (name, runs) in enumerate(values.items()):
+        for number, name in enumerate(dict.fromkeys(name for values in lengths.values() for name in values)):
             marker = "os^"[number // 10 % 3]  # colours repeat after ten
-            losses = [run["test_loss"] for run in runs.values()]
-            x = mean(run[cost] for run in runs.values())
-            error = [[mean(losses) - min(losses)], [max(losses) - mean(losses)]]
-            axis.errorbar(x, mean(losses), yerr=error, marker=marker, linestyle="", capsize=2, label=name)
+            losses = [[run["test_loss"] for run in values[name].values()] for values in lengths.values() if name in values]
+            means = [mean(runs) for runs in losses]
+            error = [[m - min(runs) for m, runs in zip(means, losses, strict=True)]]
+            error += [[max(runs) - m for m, runs in zip(means, losses, strict=True)]]
+            axis.errorbar(_mean(lengths, name, cost), means, yerr=error, marker=marker, capsize=2, label=name)
         axis.set_xlabel(label)
+        if len(lengths) > 1 and cost != "peak_mb":
+            axis.set_xscale("log")
     axes[0].set_ylabel("Test loss (nats a target token)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)

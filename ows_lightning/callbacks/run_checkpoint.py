@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ows_lightning.checkpoints.files import partial_path, put_in_place
+from ows_lightning.checkpoints.files import partial_path, replace_atomically
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -37,7 +37,7 @@ class RunCheckpoint(ModelCheckpoint):
                 else:
                     partial.unlink(missing_ok=True)
                     os.link(twin, partial)
-                put_in_place(partial, path)
+                replace_atomically(partial, path)
                 linked = True
             except OSError:
                 shutil.rmtree(partial, ignore_errors=True)

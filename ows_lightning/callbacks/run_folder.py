@@ -11,11 +11,11 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from ows_lightning.callbacks.model_card import model_card
-from ows_lightning.errors import FULL, UsageError, not_writable
+from ows_lightning.errors import DISK_FULL, UsageError, not_writable
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
+from ows_lightning.report.model_card import model_card
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 
@@ -69,7 +69,7 @@ class RunFolder(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the folder back, and names it where its disk is full: what can't be written to an open file does not."""
-        if isinstance(exception, OSError) and exception.errno in FULL and not exception.filename:
+        if isinstance(exception, OSError) and exception.errno in DISK_FULL and not exception.filename:
             exception.filename = str(self._folder)
         self.teardown(trainer, pl_module, "fit")
 
@@ -86,7 +86,7 @@ class RunFolder(Callback):
         """Writes ``model/`` and the PNGs into the run's folder."""
         folder = run_folder(trainer)
         if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
-            save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module, folder))
+            save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module.hparams, folder))
         if trainer.is_global_zero:
             _show_in_tensorboard(write_pictures(folder), trainer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shlex
 import time
@@ -13,9 +14,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from ows_lightning.callbacks import rounded_loss
 from ows_lightning.callbacks.run_folder import run_folder
-from ows_lightning.checkpoints.files import one_line
+from ows_lightning.checkpoints.files import first_line
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, command_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
@@ -102,7 +102,7 @@ class RunSummary(Callback):
         seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
         if seconds and trainer.is_global_zero:
             log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
-        if isinstance(pl_module, CausalLMModule) and (found := rounded_loss.losses(trainer, pl_module)) is not None:
+        if isinstance(pl_module, CausalLMModule) and (found := losses_with_int8(trainer, pl_module)) is not None:
             log.info("Held-out loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,7 +170,7 @@ class RunSummary(Callback):
                 recomputing = recomputing_blocks(module.language_model)
                 needs = predict(replace(settings, batch_size=rows, gradient_checkpointing=recomputing))
         except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
-            return f"not predicted ({one_line(error)}), {there}"
+            return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
         if needs.host_bytes:
             self.predicted += f"; {needs.host_bytes / 1e9:.1f} GB of host memory for blocks that wait"
@@ -282,3 +282,35 @@ def _figures(after: dict[str, float], before: dict[str, float] | None = None, ba
             first = [form.format(before[key]) + batches] if before and key in before else []
             parts.append(f"{name} {' -> '.join([*first, form.format(after[key])])}")
     return ", ".join(parts)
+
+
+def losses_with_int8(trainer: Trainer, module: CausalLMModule) -> tuple[float, float] | None:
+    """Returns the validation loss with frozen blocks in int8, and with exact weights; None without int8 or validation rows.
+
+    Args:
+        trainer: Of a run that has trained, and validated before.
+        module: Its module.
+    """
+    if module.offloader is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
+        return None
+    training = module.training
+    module.eval()
+    try:
+        rounded = _validation_loss(trainer, module)
+        with module.offloader.exact_weights():
+            return rounded, _validation_loss(trainer, module)
+    finally:
+        module.train(training)
+
+
+@torch.inference_mode()
+def _validation_loss(trainer: Trainer, module: CausalLMModule) -> float:
+    loaders: Any = trainer.val_dataloaders
+    total = targets = 0.0
+    for loader, limit in zip(loaders if isinstance(loaders, list) else [loaders], trainer.num_val_batches, strict=False):
+        for batch in itertools.islice(loader, None if limit == float("inf") else int(limit)):
+            if "labels" in batch:  # else prompts to be answered
+                with trainer.precision_plugin.forward_context():
+                    parts = module(**trainer.strategy.batch_to_device(batch))
+                total, targets = total + float(parts.total), targets + float(parts.targets)
+    return total / targets if targets else float("nan")

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.callback import LayerwiseSampling
 
 try:
     import resource
@@ -97,3 +99,15 @@ def _peak_memory_mb(device: torch.device) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with the blocks that train at the moment."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """Adds the active blocks to the logged figures."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        if (sampling := LayerwiseSampling.of(trainer)) is not None:
+            items["blocks"] = ",".join(map(str, sampling.active_blocks))
+        return items

@@ -16,19 +16,19 @@ from ows_lightning.checkpoints.checksums import SummedFile, check_sum
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 METADATA = ".metadata"  # torch's name for the list of what is in the shards
-NEEDED = ("state_dict", "loops", "global_step")
+REQUIRED_KEYS = ("state_dict", "loops", "global_step")
 # What torch and pickle raise on a file that is truncated or not a checkpoint.
-UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
+READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
 
 
-class Forbidden(pickle.UnpicklingError):
+class UnsafePickleError(pickle.UnpicklingError):
     """A pickle asks for more than tensors and plain values."""
 
     def __str__(self) -> str:
         return "it holds more than tensors and plain values, which could run code when it is read"
 
 
-def load_file(path: Path, needed: Iterable[str] = NEEDED) -> dict[str, Any]:
+def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, Any]:
     """Reads a file of tensors and plain values after a look at its checksum; the tensors are mapped into memory."""
     summed = check_sum(path)
     try:
@@ -36,7 +36,7 @@ def load_file(path: Path, needed: Iterable[str] = NEEDED) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # the bytes are not a pickle at all
             raise ValueError("it was not written by torch") from error
-        raise Forbidden from error
+        raise UnsafePickleError from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")
     if checkpoint.pop("summed", False) and not summed:
@@ -52,7 +52,7 @@ def write(value: dict[str, Any], path: Path) -> None:
             torch.save({**value, "summed": True}, summed)  # type: ignore[arg-type]  # it needs no more than `write`
             summed.close()
         except RuntimeError as error:
-            raise cause(error) from error
+            raise root_cause(error) from error
         file.flush()
         os.fsync(file.fileno())
 
@@ -62,7 +62,7 @@ def partial_path(path: Any) -> Path:
     return Path(path).with_name(f".{Path(path).name}.partial")
 
 
-def put_in_place(partial: Path, path: Path) -> None:
+def replace_atomically(partial: Path, path: Path) -> None:
     """Gives a finished file or directory its name; what had the name before is there until then, if as ``.NAME.old``."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -85,13 +85,13 @@ def _to_disk(path: Path) -> None:
         os.close(number)
 
 
-def cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """What went wrong on the first process that failed; of a file that torch could not finish, why it could not."""
     if isinstance(error, dcp.CheckpointException):
-        return cause(next(iter(error.failures.values()))[0])
+        return root_cause(next(iter(error.failures.values()))[0])
     return error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """An error's message, or the first line of it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

@@ -13,10 +13,10 @@ from ows_lightning.checkpoints.checksums import check_sums
 from ows_lightning.checkpoints.files import (
     META,
     METADATA,
-    NEEDED,
-    UNREADABLE,
+    READ_ERRORS,
+    REQUIRED_KEYS,
+    first_line,
     load_file,
-    one_line,
 )
 from ows_lightning.checkpoints.shards import read_metadata
 from ows_lightning.errors import UsageError
@@ -45,12 +45,12 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
         try:
             there = get_filesystem(ckpt_path).exists(ckpt_path)
         except Exception as error:  # whatever the file system of that scheme raises
-            raise UsageError(f"ckpt_path: can't reach '{ckpt_path}' ({one_line(error)})") from error
+            raise UsageError(f"ckpt_path: can't reach '{ckpt_path}' ({first_line(error)})") from error
         if not there:
             raise UsageError(f"ckpt_path: no checkpoint '{ckpt_path}'")
         return ckpt_path
     if ckpt_path != "last":
-        read(Path(ckpt_path), inspect)
+        read(Path(ckpt_path), load_without_tensors)
         return Path(ckpt_path)
     return next((path for place in places for folder in _folders(place) if (path := last_good(folder))), None)
 
@@ -65,25 +65,25 @@ def _folders(place: Path) -> Iterator[Path]:
 
 def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
     """Returns the newest checkpoint in a folder that is whole; damaged ones are named in the log."""
-    for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill during `put_in_place`
+    for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill during `replace_atomically`
         there = [path for path in folder.glob(pattern) if path.exists()]  # not links to what is gone
         for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             if path == other_than:
                 continue
             try:
-                inspect(path)
-            except UNREADABLE as error:
-                log.warning("Passed over the damaged checkpoint %s (%s)", path, one_line(error))
+                load_without_tensors(path)
+            except READ_ERRORS as error:
+                log.warning("Passed over the damaged checkpoint %s (%s)", path, first_line(error))
             else:
                 return path
     return None
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def load_without_tensors(path: Path) -> dict[str, Any]:
     """Returns a checkpoint's contents with unloaded tensors, after all checksums were compared."""
     if not path.is_dir():
         return load_file(path)
-    contents = load_file(path / META, needed=NEEDED[1:])
+    contents = load_file(path / META, needed=REQUIRED_KEYS[1:])
     check_sums(path, contents.get("sums", {}))
     for info in read_metadata(path).storage_data.values():
         if (path / info.relative_path).stat().st_size < info.offset + info.length:
@@ -102,12 +102,12 @@ def read(path: Path, how: Callable[[Path], T]) -> T:
     if not path.is_dir() and not path.is_file():
         raise UsageError(f"ckpt_path: '{path}' is a device or a pipe, not a checkpoint; give the path of one, or `last`")
     try:
-        inspect(path)
+        load_without_tensors(path)
         return how(path)
     except UsageError:
         raise
-    except UNREADABLE as error:
-        reason = one_line(error)
+    except READ_ERRORS as error:
+        reason = first_line(error)
         raise UsageError(f"ckpt_path: '{path}' is damaged or no checkpoint of a run ({reason}); {_mend(path)}") from error
 
 

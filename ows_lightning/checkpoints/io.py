@@ -14,11 +14,11 @@ from typing import Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ows_lightning.checkpoints.files import (
-    cause,
+    first_line,
     load_file,
-    one_line,
     partial_path,
-    put_in_place,
+    replace_atomically,
+    root_cause,
     write,
 )
 from ows_lightning.checkpoints.find import last_good, read
@@ -44,9 +44,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
             write(checkpoint, partial)
-            put_in_place(partial, Path(path))
+            replace_atomically(partial, Path(path))
         except (OSError, RuntimeError) as error:
-            raise not_written(path, error) from error
+            raise write_error(path, error) from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -74,14 +74,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
 # ------------------------------------------------------------------ files
 
 
-def not_written(path: Any, error: BaseException) -> BaseException:
+def write_error(path: Any, error: BaseException) -> BaseException:
     """The error of a checkpoint that could not be written; a user's interrupt remains one."""
-    reason = cause(error)
+    reason = root_cause(error)
     if isinstance(reason, KeyboardInterrupt):
         return reason
     before = last_good(Path(path).parent)
     kept = f"'{before}' is still good" if before else "there is no earlier one"
-    return RunError(f"can't write the checkpoint '{path}' ({one_line(reason)}); {kept}; free space on the disk and resume")
+    return RunError(f"can't write the checkpoint '{path}' ({first_line(reason)}); {kept}; free space on the disk and resume")
 
 
 # ------------------------------------------------------------------ shards

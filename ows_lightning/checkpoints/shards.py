@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from ows_lightning.checkpoints.files import (
     META,
     METADATA,
-    NEEDED,
-    Forbidden,
-    cause,
+    REQUIRED_KEYS,
+    UnsafePickleError,
+    first_line,
     load_file,
-    one_line,
+    root_cause,
 )
 from ows_lightning.errors import UsageError
 
@@ -43,7 +43,7 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
 
 def load_shards(path: Path) -> dict[str, Any]:
     """Reads a directory of shards as the dict that a checkpoint in one file would be."""
-    checkpoint = load_file(path / META, needed=NEEDED[1:])
+    checkpoint = load_file(path / META, needed=REQUIRED_KEYS[1:])
     checkpoint["state_dict"] = load_tensors(path, "state_dict.")
     checkpoint["optimizer_states"] = load_optimizers(path, checkpoint["optimizer_states"])
     return checkpoint
@@ -119,7 +119,7 @@ def read_into(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
     except dcp.CheckpointException as error:  # which is no Exception
-        raise ValueError(one_line(cause(error))) from error
+        raise ValueError(first_line(root_cause(error))) from error
 
 
 def _contents(path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
@@ -151,7 +151,7 @@ class _Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(*args, **kwargs)
         except RuntimeError as error:
-            raise cause(error) from error
+            raise root_cause(error) from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -166,7 +166,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
             return PurePath  # where it was written; of any system
-        raise Forbidden
+        raise UnsafePickleError
 
 
 _METADATA_CLASSES = {

@@ -1,4 +1,4 @@
-"""OWSTrainer: Lightning's Trainer with a method for each command that Lightning lacks."""
+"""CommandTrainer: the Trainer with a method for each command that Lightning lacks."""
 
 from __future__ import annotations
 
@@ -10,44 +10,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 
-from ows_lightning.callbacks.model_card import model_card, upload
-from ows_lightning.callbacks.resume import Resume
-from ows_lightning.callbacks.stop_on_nan import StopOnNaN
-from ows_lightning.callbacks.throughput import Throughput
 from ows_lightning.checkpoints.find import read
-from ows_lightning.checkpoints.io import WholeCheckpointIO
 from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.cli.preflight import check_writable
-from ows_lightning.distributed.loading import allocate
+from ows_lightning.distributed.sharded_model import allocate
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import plan_from_config, plot_plan, write_config_for_card
 from ows_lightning.metrics.lm_eval import run_tasks
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.delta import Sizes, write_delta
-from ows_lightning.models.export import replaceable, save_huggingface
+from ows_lightning.models.export import check_replaceable, save_huggingface
 from ows_lightning.module import DTYPES, CausalLMModule
+from ows_lightning.report.model_card import model_card, upload
 from ows_lightning.report.plots import plot_scores
 from ows_lightning.report.run import RunRecord, run_folder_of
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.distributions import OF_OUTLIERS
+from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
 from ows_lightning.sampling.scores import OutlierScores
+from ows_lightning.trainer import OWSTrainer
 
 
-class OWSTrainer(Trainer):
-    """Lightning's Trainer, with a method for each further subcommand, and checkpoints that are written whole or not at all.
-
-    It adds the callbacks that a run of CausalLMModule needs: ``Resume``, ``Throughput`` and ``StopOnNaN``.
-    """
-
-    def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
-        given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
-        ours = [kind() for kind in (Resume, Throughput, StopOnNaN) if not any(isinstance(c, kind) for c in given)]
-        super().__init__(*args, callbacks=[*ours, *given], **kwargs)
-        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user gave a plugin
-            self.strategy.checkpoint_io = WholeCheckpointIO()
+class CommandTrainer(OWSTrainer):
+    """``OWSTrainer`` with a method for each command of this package, and tables of what ``validate`` and ``test`` find."""
 
     def test(
         self,
@@ -116,7 +102,7 @@ class OWSTrainer(Trainer):
         check_writable("output", output)
         sampling = copy.copy(LayerwiseSampling.of(self)) or LayerwiseSampling()
         sampling.scores = None
-        if sampling.distribution not in (*OF_OUTLIERS, "weight_norm"):
+        if sampling.distribution not in (*OUTLIER_DISTRIBUTIONS, "weight_norm"):
             sampling.distribution = "outlier"  # the other distributions need no scores
         self._prepare(model, datamodule)
         datamodule.prepare_data()
@@ -186,7 +172,7 @@ class OWSTrainer(Trainer):
         checkpoint = Path(ckpt_path)
         run = run_folder_of(checkpoint) or checkpoint.absolute().parent
         output = output or run / f"{'delta' if delta else 'model'}-{checkpoint.name.removesuffix('.ckpt')}"
-        target = replaceable(output, model.hparams["model_name_or_path"])
+        target = check_replaceable(output, model.hparams["model_name_or_path"])
         check_writable("output", target.parent)
         model.trainer = self  # the module reads the precision from it
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))

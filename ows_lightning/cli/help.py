@@ -65,7 +65,7 @@ def page(command: str, what: str) -> str:
     assert spec is not None, "a dependency of this package"
     lightning = Path(str(spec.origin)).parent / "pytorch"
     trainer, ours = lightning / "trainer" / "trainer.py", _HERE / "cli" / "commands.py"
-    own = options(ours, "OWSTrainer", command) or options(trainer, "Trainer", command)
+    own = options(ours, "CommandTrainer", command) or options(trainer, "Trainer", command)
     sections = {
         "model": (_HERE / "module.py", "CausalLMModule"),
         "model.optimizer": (_HERE / "optim" / "galore.py", "GaLoreAdamW"),

@@ -19,16 +19,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
 from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
-from ows_lightning.callbacks.curves import Curves
+from ows_lightning.callbacks.metrics_csv import ContinueMetricsCSV
 from ows_lightning.callbacks.predictions import PredictionFile
-from ows_lightning.callbacks.progress_bar import ProgressBar
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
-from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
+from ows_lightning.callbacks.throughput import ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
-from ows_lightning.cli.commands import OWSTrainer
+from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
 from ows_lightning.cli.parser import OneLineParser, import_class
@@ -38,7 +37,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.requirements import require_layerwise
+from ows_lightning.sampling.trainer import require_layerwise
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class OWSCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            trainer_class=OWSTrainer,
+            trainer_class=CommandTrainer,
             parser_class=OneLineParser,
             parser_kwargs={"allow_abbrev": False},
             auto_configure_optimizers=False,  # the module takes its optimizer as a callable: FSDP2 replaces parameters
@@ -72,7 +71,7 @@ class OWSCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Lightning's commands and OWSTrainer's. If one is asked for, only its parser is made, which saves seconds."""
+        """Lightning's commands and CommandTrainer's. If one is asked for, only its parser is made, which saves seconds."""
         ours = {"score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}}
         every = {**LightningCLI.subcommands(), **ours}
         return {self._asked: every[self._asked]} if self._asked in every else every
@@ -161,7 +160,7 @@ class OWSCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             return
         config = self.config.plan
-        OWSTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
+        CommandTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
@@ -174,10 +173,9 @@ class OWSCLI(LightningCLI):
             check_run(self.subcommand, self.model, self.datamodule, sampling, checkpoint, trainer)
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning reports something else
-        callbacks.append(SaveOnSignal())  # before sampling, whose scores take a while
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
-        callbacks += [RunFolder(), Curves(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
+        callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
         if self.subcommand == "predict":
             callbacks.append(PredictionFile())
         if given["enable_checkpointing"] is False:

@@ -23,7 +23,7 @@ CONFIG_COMMANDS = {
     "plan": "Predict the memory that a config needs, and what other methods would",
     "export": "Write a checkpoint's model as a Hugging Face directory",
 }
-"""The commands that take ``--config``; methods of OWSTrainer, which LightningCLI runs."""
+"""The commands that take ``--config``; methods of CommandTrainer, which LightningCLI runs."""
 
 OTHER_COMMANDS = {
     "chat": ("ows_lightning.cli.chat", "Talk to a model, in the terminal or through a pipe"),

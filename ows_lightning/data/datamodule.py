@@ -15,7 +15,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from ows_lightning.compat import attention_of
+from ows_lightning.compat import attn_implementation_of
+from ows_lightning.data.bounds import check_batches, check_settings
 from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.loaders import ResumableLoader, ShardedSampler
@@ -23,7 +24,6 @@ from ows_lightning.data.masking import IGNORED, Encoder, with_chat_template
 from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
 from ows_lightning.data.packing import require_separate_documents
 from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts
-from ows_lightning.data.settings import check_batches, check_settings
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
@@ -355,7 +355,7 @@ class InstructionDataModule(LightningDataModule):
         model: Any = next((m for m in modules if hasattr(m, "generate") and hasattr(m, "config")), None)
         flatten = False
         if self.packing and self.trainer and model is not None:
-            flatten = "flash" in str(attention_of(model.config))
+            flatten = "flash" in str(attn_implementation_of(model.config))
             with self.trainer.precision_plugin.forward_context():
                 require_separate_documents(model, flatten)
         return partial(collate, pad_token_id=self._pad_token_id, flatten=flatten)

@@ -53,7 +53,7 @@ class Splits:
             if getattr(self, key):
                 self.examples_of(key)
         self._check_columns()
-        self._held_out()
+        self._train_and_validation()
         if choices and self.key("test"):
             for entry in self.examples("test"):
                 choices_of(json.loads(entry["example"]), entry["where"])
@@ -141,11 +141,11 @@ class Splits:
         key = self.key(part)
         if key != "dataset":
             return np.arange(len(self.examples_of(str(key))))
-        train, val = self._held_out()
+        train, val = self._train_and_validation()
         return self._mixed(train) if part == "train" else val
 
-    def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """The examples of `dataset` to train on, and those held out."""
+    def _train_and_validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of `dataset` to train on, and those for validation."""
         total = len(self.examples_of("dataset"))
         if self.streaming:
             return np.arange(0), np.arange(total)
@@ -179,14 +179,14 @@ class Splits:
     def _head_of_stream(self) -> datasets.Dataset:
         from datasets import Dataset
 
-        held_out = 0 if self.eval_dataset else int(self.val_size)
-        first = list(self._stream().take(held_out + 1))  # one more, to see whether there are others
-        if len(first) <= held_out:
+        val_rows = 0 if self.eval_dataset else int(self.val_size)
+        first = list(self._stream().take(val_rows + 1))  # one more, to see whether there are others
+        if len(first) <= val_rows:
             raise UsageError(
-                f"data.val_size: {held_out} of {len(first)} rows leaves none to train on; lower it, or set val_size: 0"
+                f"data.val_size: {val_rows} of {len(first)} rows leaves none to train on; lower it, or set val_size: 0"
             )
         features = example_features()
-        columns = {name: [row[name] for row in first[:held_out]] for name in features}
+        columns = {name: [row[name] for row in first[:val_rows]] for name in features}
         return Dataset.from_dict(columns, features=features)
 
     def _stream(self) -> datasets.IterableDataset:

@@ -4,7 +4,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from ows_lightning.distributed.ddp import LayerwiseDDPStrategy
 from ows_lightning.distributed.fsdp2 import FSDP2Strategy
-from ows_lightning.sampling.requirements import require_layerwise
+from ows_lightning.sampling.trainer import require_layerwise
 
 for name, strategy, description in (
     ("fsdp2", FSDP2Strategy, "FSDP2: weights, gradients and optimizer state sharded over all processes"),

@@ -13,22 +13,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.checksums import file_sum
-from ows_lightning.checkpoints.files import META, METADATA, partial_path, put_in_place, write
-from ows_lightning.checkpoints.find import inspect, read
-from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
+from ows_lightning.checkpoints.files import META, METADATA, partial_path, replace_atomically, write
+from ows_lightning.checkpoints.find import load_without_tensors, read
+from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
 from ows_lightning.distributed.shutdown import part_at_exit
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.models.causal_lm import CausalLM
-from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.optim.sharding import take_part
 
 
@@ -111,7 +107,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             write({**rest, "sums": {**sums, METADATA: file_sum(partial / METADATA)}}, partial / META)
             if path.is_file():
                 path.unlink()
-            put_in_place(partial, path)
+            replace_atomically(partial, path)
 
         try:
             self._on_first(path, begin)
@@ -119,7 +115,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             sums = self._sums(partial)
             self._on_first(path, finish)
         except dcp.CheckpointException as error:  # on all processes, if it is one's
-            raise not_written(path, error) from error
+            raise write_error(path, error) from error
         finally:
             if self.global_rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -137,7 +133,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             try:
                 act()
             except (OSError, RuntimeError) as error:
-                message = str(error if isinstance(error, RunError) else not_written(path, error))
+                message = str(error if isinstance(error, RunError) else write_error(path, error))
         if message := self.broadcast(message):
             raise RunError(message)
 
@@ -151,7 +147,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint but for its tensors, which the two following methods read, each process its part."""
         path = Path(self.broadcast(checkpoint_path))
-        return {**read(path, inspect), "path": str(path)}
+        return {**read(path, load_without_tensors), "path": str(path)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Reads this process's part of the weights into the module."""
@@ -196,32 +192,3 @@ def _part(value: Any, weight: Tensor) -> Any:
     if value.shape != weight.shape:
         return value
     return take_part(value, weight.device_mesh, weight.placements)
-
-
-def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
-    """Shards a model's parameters over the processes of a mesh, in place.
-
-    Args:
-        model: A ``CausalLM``, or another module that contains a causal LM and is run by its forward alone. Its parameters are
-            replaced by DTensors.
-        mesh: The processes, one-dimensional.
-        precision: The Trainer's; with ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16 and gradients are
-            added up over the processes in float32.
-    """
-
-    def placement(weight: nn.Parameter) -> Shard | None:
-        """Wide matrices are projected from the left: with their columns sharded, projecting needs no communication."""
-        if weight.dim() == 2 and weight.size(0) < weight.size(1) and weight.size(1) % mesh.size() == 0:
-            return Shard(1)
-        return None  # rows
-
-    policy = MixedPrecisionPolicy()
-    if precision.startswith("bf16"):
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-    # Resharding, too, after a forward pass: parameters that stay gathered would not see that they were frozen.
-    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=True)
-    if isinstance(model, CausalLM):
-        for name in model.forward_methods:
-            register_fsdp_forward_method(model, name)

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
-from ows_lightning.checkpoints.settings import check_settings
+from ows_lightning.checkpoints.fixed_settings import check_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.hooks import remove_hook

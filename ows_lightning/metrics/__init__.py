@@ -1,1 +1,1 @@
-"""What is measured on held-out data."""
+"""Metrics of validation and test data beside the loss."""

@@ -1,7 +1,7 @@
 """A delta: the tensors in which an exported model differs from the model that it was made from.
 
 Its directory holds ``delta.json``, the tensors that differ as ``delta-*.safetensors``, and all other files of the export. A
-tensor that the base has in the same dtype and shape is stored as `packing.pack` makes it, where that is smaller;
+tensor that the base has in the same dtype and shape is stored as `compression.compress` makes it, where that is smaller;
 ``delta.json`` has the SHA-256 of what is stored then. It also has the base's name, the dtype that it is loaded in, a SHA-256
 of all its weights, and the layout of the export: its files, in each of weights the names and SHA-256 of its tensors, and of
 the others (but the model card, which may be edited) theirs. A tensor's SHA-256 is over its name, dtype, shape and bytes; the
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ows_lightning.compat import as_if_made_here
+from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, plain_weights, replace_directory, replaceable
-from ows_lightning.models.packing import pack, unpack
+from ows_lightning.models.compression import compress, decompress
+from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, check_replaceable, replace_directory, weights_without_peft
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -94,7 +94,7 @@ class Delta:
     def read(self, name: str, base: Mapping[str, Tensor]) -> Tensor:
         """Reads one of the tensors that differ, given the base's tensors, which `check_base` has seen."""
         stored = self._stored(name)
-        return unpack(stored, base[name]) if name in self._packed else stored
+        return decompress(stored, base[name]) if name in self._packed else stored
 
     def _stored(self, name: str) -> Tensor:
         with safe_open(self.places[name], "pt") as file:
@@ -143,7 +143,7 @@ def write_delta(
         UsageError: The directory holds something else than a model.
         RunError: The files can't be written.
     """
-    target = replaceable(directory, base)
+    target = check_replaceable(directory, base)
     of_base = dict(_tensors(load_model(base, dtype, None, trust_remote_code)))
     before = {name: _hash(name, tensor) for name, tensor in of_base.items()}
     files: dict[str, dict[str, str]] = {}
@@ -198,7 +198,7 @@ def apply_delta(
         UsageError: It is another base, the delta is none or damaged, or the directory holds something else than a model.
         RunError: The files can't be written.
     """
-    target = replaceable(directory, base, delta)
+    target = check_replaceable(directory, base, delta)
     change = Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
     change.check_base(model)
@@ -238,8 +238,8 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
         head.weight = nn.Parameter(head.weight.clone())
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
-    plain = as_if_made_here(model)
-    for name, weight in _once(model):
+    plain = without_weight_conversions(model)
+    for name, weight in _untied_weights(model):
         pieces = revert_weight_conversion(plain, {name: weight})
         changed = [piece for piece in pieces if piece in change.places]
         # The delta names tensors as files do. Where the model holds several of them as one, this finds each one's elements.
@@ -271,7 +271,7 @@ def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ever = set(trained)
-    weights = {weight.source: weight for weight in plain_weights(base)}  # a tied weight once
+    weights = {weight.source: weight for weight in weights_without_peft(base)}  # a tied weight once
     pairs = [(getattr(weight.module, weight.attribute), weight.adapters) for weight in weights.values()]
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
     changed = [tensor for tensor, _ in pairs if tensor in ever]
@@ -282,7 +282,7 @@ def _smallest(tensor: Tensor, base: Tensor | None) -> Tensor:
     """The tensor itself, or its packed difference from the base's where that is smaller."""
     if base is None or (base.dtype, base.shape) != (tensor.dtype, tensor.shape):
         return tensor
-    return min(pack(tensor, base), tensor, key=_bytes)
+    return min(compress(tensor, base), tensor, key=_bytes)
 
 
 class _Shards:
@@ -331,10 +331,10 @@ def _copy_all_but_weights(source: Path, target: Path) -> None:
             shutil.copy(path, target)
 
 
-def _once(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _untied_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The model's weights, tied ones under their first name."""
     seen = set()
-    for weight in plain_weights(model):
+    for weight in weights_without_peft(model):
         if weight.source not in seen:
             seen.add(weight.source)
             yield weight.name, getattr(weight.module, weight.attribute).detach()
@@ -342,8 +342,8 @@ def _once(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the names, and in the form, that files have them in."""
-    plain = as_if_made_here(model)
-    for name, weight in _once(model):
+    plain = without_weight_conversions(model)
+    for name, weight in _untied_weights(model):
         yield from revert_weight_conversion(plain, {name: weight}).items()
 
 

@@ -29,7 +29,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import end_pass
-from ows_lightning.models.finite import all_finite
+from ows_lightning.models.large_tensors import all_finite
 from ows_lightning.models.mapped_files import drop_page_cache, weights_are_mapped
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
@@ -92,7 +92,7 @@ def save_huggingface(
         UsageError: The directory exists and holds something else than a model.
         RunError: The files can't be written, e.g. because the disk is full, or the weights are no numbers.
     """
-    target = replaceable(directory)
+    target = check_replaceable(directory)
     for block in model.modules():
         end_pass(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
@@ -150,7 +150,7 @@ def _check_finite(model: nn.Module) -> None:
         )
 
 
-def replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
+def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
     """Returns where to write a model or a delta, links followed.
 
     Args:
@@ -212,7 +212,7 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
     """Writes a sharded or peft-wrapped model, or one that lies in files, with one weight of it in memory at any time."""
     weights: dict[tuple[int, ...], _Weight] = {}
-    for weight in plain_weights(model):
+    for weight in weights_without_peft(model):
         weights.setdefault(weight.source, weight)  # a tied weight once, under its first name
     kept_apart = {weight.name for weight in weights.values()} & model.all_tied_weights_keys.keys()
     if writes:
@@ -238,7 +238,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
         names.append(list(layout))
         with SafetensorsFile(path, layout) if writes else contextlib.nullcontext() as file:
             for weight in shard:
-                with _plain(weight) as tensor:
+                with _merged(weight) as tensor:
                     if file is not None:
                         for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items():
                             file.write(name, value)
@@ -260,24 +260,24 @@ def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> 
     (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def plain_weights(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:
+def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:
     """Yields the weights under the names that they have without peft, in the same order on every rank."""
     if hasattr(module, "base_layer"):  # a layer with an adapter; with several, one lies in the other
-        yield from plain_weights(module.base_layer, prefix, (*adapters, module))
+        yield from weights_without_peft(module.base_layer, prefix, (*adapters, module))
     elif hasattr(module, "token_adapter"):  # embeddings with a few trained rows
-        yield from plain_weights(module.token_adapter, prefix)
+        yield from weights_without_peft(module.token_adapter, prefix)
     elif hasattr(module, "modules_to_save"):  # a module that is trained as a whole
         active = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module.original_module
-        yield from plain_weights(active, prefix)
+        yield from weights_without_peft(active, prefix)
     else:
         attributes = [*own_parameters(module), *persistent_buffers(module)]
         yield from (_Weight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
         for name, child in module.named_children():
-            yield from plain_weights(child, f"{prefix}{name}.")
+            yield from weights_without_peft(child, f"{prefix}{name}.")
 
 
 @contextlib.contextmanager
-def _plain(weight: _Weight) -> Iterator[Tensor]:
+def _merged(weight: _Weight) -> Iterator[Tensor]:
     """The weight as one whole tensor with its adapters merged in; all ranks have to enter.
 
     The merge happens in copies that take the parameters' places for as long as it takes.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ows_lightning.models.decoder import below_head
-from ows_lightning.models.row_chunks import rows_at_a_time
+from ows_lightning.models.large_tensors import rows_at_a_time
 
 CHUNK = 1 << 25  # bytes of logits held at a time; below it, speed suffers before memory gains
 

@@ -47,7 +47,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
 from ows_lightning.errors import UsageError, closest
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.finite import all_finite
+from ows_lightning.models.large_tensors import all_finite
 from ows_lightning.models.mapped_files import drop_page_cache
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 

@@ -1,4 +1,4 @@
-"""A safetensors file that is written one tensor at a time: `safetensors.torch.save_file` wants all of them in memory."""
+"""Safetensors files: where in them each weight of a model lies, and one that is written a tensor at a time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from ows_lightning.models.source import locate
 
 _NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -19,6 +23,8 @@ _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}  # that of safeten
 
 class SafetensorsFile:
     """Writes a file, byte for byte as safetensors would: its header at once, then tensors in any order.
+
+    `safetensors.torch.save_file` wants all of them in memory.
 
     Args:
         path: The file.
@@ -54,3 +60,50 @@ class SafetensorsFile:
         """Closes the file."""
         self._file.close()
         assert kind is not None or not self._places, f"{', '.join(self._places)} not written"
+
+
+_TRAINED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class StoredWeight(NamedTuple):
+    """A weight in a file: its name there, first byte, shape, and dtype (None for one that models don't train in)."""
+
+    path: Path
+    key: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether it is of a tensor's shape, and can be mapped."""
+        return self.shape == tensor.shape and self.dtype is not None and self.start % self.dtype.itemsize == 0
+
+
+def stored_weights(name: str) -> dict[str, StoredWeight]:
+    """Returns the weights that a model's safetensors hold, by their names there; none for a model in another format.
+
+    Args:
+        name: Hub name, directory, GGUF file or ``package://PACKAGE/FILE.gguf``.
+    """
+    source = locate(name)
+    if source.gguf_file is not None:
+        return {}
+    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    files = {"model.safetensors"}
+    if index := cached_file(source.path, "model.safetensors.index.json", **options):
+        files = set(json.loads(Path(index).read_text())["weight_map"].values())
+    paths = [cached_file(source.path, file, **options) for file in sorted(files)]
+    return {key: weight for path in paths if path for key, weight in _weights_in(Path(path)).items()}
+
+
+def _weights_in(path: Path) -> dict[str, StoredWeight]:
+    """Reads a file's header: its length in 8 bytes, then JSON; offsets count from its end."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    data = 8 + length
+    return {
+        key: StoredWeight(path, key, data + about["data_offsets"][0], tuple(about["shape"]), _TRAINED.get(about["dtype"]))
+        for key, about in header.items()
+    }

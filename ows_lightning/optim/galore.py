@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.row_chunks import rows_at_a_time
+from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.hooks import hook_gradients, remove_hook
 from ows_lightning.optim.linear import offer_factors, offer_gradients
 from ows_lightning.optim.projection import (

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ows_lightning.compat import hooks_on_gradient
+from ows_lightning.compat import num_gradient_hooks
 
 _in_place: Any = WeakTensorKeyDictionary()  # parameter -> handle of its present hook, and a reference to the owner
 
@@ -60,7 +60,7 @@ def sole_consumer(p: Tensor) -> Any | None:
         p: A parameter, with or without hooks.
     """
     known = _in_place.get(p)
-    return known[1]() if known is not None and hooks_on_gradient(p) == 1 else None
+    return known[1]() if known is not None and num_gradient_hooks(p) == 1 else None
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

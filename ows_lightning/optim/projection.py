@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ows_lightning.compat import foreach_add_, foreach_addcmul_, foreach_div_, foreach_mul, foreach_mul_, foreach_sqrt
-from ows_lightning.models.row_chunks import rows_at_a_time
+from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.rounding import round_stochastically_
 from ows_lightning.optim.subspace import Side
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,7 +11,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 
-PARTS = ("embeddings", "lm_head", "norm")
+Part = Literal["embeddings", "lm_head", "norm"]
+PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model outside its blocks, as ``always_train`` names them."""
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ows_lightning.sampling.clipping import clip_grad_alone, clip_what_is_consumed
 from ows_lightning.sampling.record import SamplingRecord
-from ows_lightning.sampling.requirements import require_layerwise
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
+from ows_lightning.sampling.trainer import patch_clipping, require_layerwise, unpatch_clipping
 
 
 class LayerwiseSampling(BlockSampler, Callback):
@@ -56,7 +55,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         """Starts afresh, and refuses strategies that can't let the trained blocks change."""
         if stage == "fit":
             require_layerwise(trainer.strategy)
-            clip_what_is_consumed(trainer.precision_plugin)
+            patch_clipping(trainer.precision_plugin)
             self.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +91,7 @@ class LayerwiseSampling(BlockSampler, Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unfreezes what this callback froze, and gives Lightning its own clipping back."""
         if stage == "fit":
-            clip_grad_alone(trainer.precision_plugin)
+            unpatch_clipping(trainer.precision_plugin)
             self.release()
 
     def compute_scores(self, model: LightningModule, loader: Any) -> OutlierScores:  # type: ignore[override]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ows_lightning.errors import UsageError, nearest
 
-DISTRIBUTIONS = (
+Distribution = Literal[
     "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
-)  # fmt: skip
-OF_OUTLIERS = ("outlier", "outlier_reverse", "window")
+]  # fmt: skip
+DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
+OUTLIER_DISTRIBUTIONS = ("outlier", "outlier_reverse", "window")
 """The distributions that are computed from outlier ratios."""
-EXPLORED = 0.1
+UNIFORM_SHARE = 0.1
 """Share of ``gradient_norm`` that is uniform, so that no block starves."""
 
 
@@ -64,8 +66,8 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
     if distribution == "gradient_norm":
         seen = scores > 0
         filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
-        return (1 - EXPLORED) * _normalised(filled) + EXPLORED / num_layers
-    if distribution in OF_OUTLIERS:
+        return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / num_layers
+    if distribution in OUTLIER_DISTRIBUTIONS:
         probabilities = _normalised(scores, mend="no weight of any block exceeds the threshold; lower `threshold`")
         if distribution != "outlier_reverse":
             return probabilities

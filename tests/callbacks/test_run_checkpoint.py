@@ -15,9 +15,9 @@ from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from ows_lightning.callbacks.model_card import without_folders
-from ows_lightning.checkpoints.find import find_checkpoint, inspect
+from ows_lightning.checkpoints.find import find_checkpoint, load_without_tensors
 from ows_lightning.cli.main import main
+from ows_lightning.report.model_card import without_folders
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
 
@@ -33,10 +33,10 @@ def test_last_is_the_newest_checkpoint_without_a_copy(strategy: str, ranks: int,
     files = [Path(".")] if last.is_file() else [path.relative_to(last) for path in last.iterdir() if path.is_file()]
     assert files
     assert all((last / file).samefile(newest / file) for file in files)
-    assert inspect(last)["global_step"] == 4
+    assert load_without_tensors(last)["global_step"] == 4
     for file in files:  # as when it is no longer among the best
         (newest / file).unlink()
-    assert inspect(last)["global_step"] == 4
+    assert load_without_tensors(last)["global_step"] == 4
 
 
 def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Arguments, tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Argum
     run(command, tmp_path / "out")
     folder = tmp_path / "runs" / "version_0" / "checkpoints"
     (best,) = folder.glob("epoch=*.ckpt")
-    assert inspect(best)["global_step"] == 1  # of the fewest tokens
-    assert inspect(folder / "last.ckpt")["global_step"] == 4
+    assert load_without_tensors(best)["global_step"] == 1  # of the fewest tokens
+    assert load_without_tensors(folder / "last.ckpt")["global_step"] == 4
 
 
 @pytest.mark.slow

@@ -20,10 +20,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from ows_lightning import CausalLMModule, GaLoreAdamW, InstructionDataModule, LayerwiseSampling
-from ows_lightning.callbacks.curves import Curves
+from ows_lightning import CausalLMModule, GaLoreAdamW, InstructionDataModule, LayerwiseSampling, OWSTrainer
+from ows_lightning.callbacks.metrics_csv import ContinueMetricsCSV
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
-from ows_lightning.cli.commands import OWSTrainer
 from ows_lightning.errors import RunError
 from tests.data.samples import tiny_tokenizer
 from tests.distributed.launch import run
@@ -103,7 +102,7 @@ class Runs:
         trainer = OWSTrainer(
             default_root_dir=self.folder / name,
             logger=CSVLogger(self.folder / name, name="", version=0, flush_logs_every_n_steps=1),
-            callbacks=[SaveOnSignal(), sampling, Curves(), LearningRateMonitor("step"), Terminated(ended_in),
+            callbacks=[SaveOnSignal(), sampling, ContinueMetricsCSV(), LearningRateMonitor("step"), Terminated(ended_in),
                        self.seen, ModelCheckpoint(**saves)],
             accelerator="cpu", devices=self.devices, strategy="auto" if self.devices == 1 else "ddp_layerwise",
             log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ows_lightning.checkpoints.files import partial_path
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
-from ows_lightning.checkpoints.io import WholeCheckpointIO, not_written
-from ows_lightning.checkpoints.settings import check_settings
+from ows_lightning.checkpoints.fixed_settings import check_settings
+from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.errors import RunError, UsageError
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
@@ -451,4 +451,4 @@ def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path: Pa
 
 def test_an_interrupt_of_one_process_while_shards_are_written_is_an_interrupt(tmp_path: Path) -> None:
     interrupted = dcp.CheckpointException("write", {1: (KeyboardInterrupt(), traceback.extract_stack())})
-    assert isinstance(not_written(tmp_path / "last.ckpt", interrupted), KeyboardInterrupt)
+    assert isinstance(write_error(tmp_path / "last.ckpt", interrupted), KeyboardInterrupt)

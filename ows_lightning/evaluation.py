@@ -1,4 +1,4 @@
-"""What a model comes to on held-out data: loss, perplexity, exact match, choices, and its answers."""
+"""Validation, test and prediction: loss, perplexity, exact match, multiple choice, and generated answers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.metrics.choices import ChoiceAccuracy
-from ows_lightning.metrics.known_answers import KnownAnswers
+from ows_lightning.metrics.exact_match import KnownAnswers
 from ows_lightning.models.causal_lm import CausalLM
 
 
-class HeldOutFigures(MetricCollection):
+class EvaluationMetrics(MetricCollection):
     """Mean loss over target tokens, its exponential, and the share of generated answers that equal their reference."""
 
     def __init__(self) -> None:
         super().__init__({"loss": MeanMetric(), "exact_match": MeanMetric()})
 
-    def begin(self) -> None:
-        """Begins anew, in float32 whatever dtype the Trainer's precision gave the metrics with the rest of the module."""
+    def restart(self) -> None:
+        """Resets all, in float32 whatever dtype the Trainer's precision gave the metrics with the rest of the module."""
         with torch.inference_mode(False):  # a state made in inference mode could not be updated by a later fit
             self.reset()
         for metric in self.values():
@@ -38,22 +38,22 @@ class HeldOutFigures(MetricCollection):
         hits = [float(answer.strip() == right.strip()) for answer, right in pairs if right is not None]
         self["exact_match"].update(torch.tensor(hits, dtype=torch.float32, device=self["loss"].device))
 
-    def figures(self, stage: str) -> dict[str, float]:
-        """Returns what was added as figures by their names in logs; all ranks take part."""
+    def compute_by_name(self, stage: str) -> dict[str, float]:
+        """Returns the metrics by their names in logs; all ranks take part."""
         loss = self["loss"].compute()
-        figures = {f"{stage}_loss": loss.item(), f"{stage}_perplexity": loss.exp().item()}
+        values = {f"{stage}_loss": loss.item(), f"{stage}_perplexity": loss.exp().item()}
         if self["exact_match"].update_count > 0:
-            figures[f"{stage}_exact_match"] = self["exact_match"].compute().item()
-        return figures
+            values[f"{stage}_exact_match"] = self["exact_match"].compute().item()
+        return values
 
 
-class HeldOutSteps(LightningModule):
+class EvaluationModule(LightningModule):
     """Validation, test and prediction of a module around a causal LM."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.val_figures, self.test_figures, self.test_choices = HeldOutFigures(), HeldOutFigures(), ChoiceAccuracy()
-        self._known: KnownAnswers | None = None  # of the held-out rows whose loss has been taken
+        self.val_metrics, self.test_metrics, self.test_choices = EvaluationMetrics(), EvaluationMetrics(), ChoiceAccuracy()
+        self._known: KnownAnswers | None = None  # of the rows whose loss has been taken
 
     @property
     def _lm(self) -> CausalLM:
@@ -65,49 +65,49 @@ class HeldOutSteps(LightningModule):
         raise NotImplementedError
 
     def on_validation_epoch_start(self) -> None:
-        """Begins the held-out figures anew."""
-        self.val_figures.begin()
-        self._known = self._knowing(self.trainer.num_val_batches)
+        """Resets the validation metrics."""
+        self.val_metrics.restart()
+        self._known = self._start_known_answers(self.trainer.num_val_batches)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds up the loss of a held-out batch, or compares generated answers where the batch has a ``reference``."""
-        self._evaluate(batch, self.val_figures)
+        """Adds up the loss of a validation batch, or compares generated answers where the batch has a ``reference``."""
+        self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the held-out figures."""
-        self.log_dict(self.val_figures.figures("val"), prog_bar=True)
+        """Logs the validation metrics."""
+        self.log_dict(self.val_metrics.compute_by_name("val"), prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
-        """Begins the figures of the test data anew."""
-        self.test_figures.begin()
+        """Resets the test metrics."""
+        self.test_metrics.restart()
         self.test_choices.reset()
-        self._known = self._knowing(self.trainer.num_test_batches)
+        self._known = self._start_known_answers(self.trainer.num_test_batches)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
         if "right" in batch:
             self.test_choices.update(batch, self.score(batch))
         else:
-            self._evaluate(batch, self.test_figures)
+            self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the figures of the test data."""
-        self.log_dict(self.test_figures.figures("test"), prog_bar=True)
+        """Logs the test metrics."""
+        self.log_dict(self.test_metrics.compute_by_name("test"), prog_bar=True)
         if self.test_choices.update_count > 0:
             self.log_dict({f"test_{name}": value for name, value in self.test_choices.compute().items()})
 
-    def _evaluate(self, batch: dict[str, Any], figures: HeldOutFigures) -> None:
+    def _evaluate(self, batch: dict[str, Any], metrics: EvaluationMetrics) -> None:
         if "reference" in batch:
-            figures.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
+            metrics.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
         elif self._known is None:
             parts = self._lm(**batch)
-            figures.add_loss(parts.loss, parts.targets)
+            metrics.add_loss(parts.loss, parts.targets)
         else:
             parts, likeliest = self._lm.judge(batch)
-            figures.add_loss(parts.loss, parts.targets)
+            metrics.add_loss(parts.loss, parts.targets)
             self._known.add(batch, likeliest)
 
-    def _knowing(self, loaders: Sequence[int | float]) -> KnownAnswers | None:
+    def _start_known_answers(self, loaders: Sequence[int | float]) -> KnownAnswers | None:
         """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""
         if len(loaders) < 2 or self.device_mesh is not None:
             return None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ows_lightning.memory.tracker import MemoryTracker
-from ows_lightning.models.finite import all_finite
+from ows_lightning.models.large_tensors import all_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from ows_lightning.models.packing import pack, unpack
+from ows_lightning.models.compression import compress, decompress
 
 DTYPES = [
     torch.float64,
@@ -40,9 +40,9 @@ def test_every_bit_comes_back(dtype: torch.dtype) -> None:
         base[0, :5] = tensor[1, :5] = torch.tensor(
             [0.0, -0.0, float("inf"), float("nan"), torch.finfo(dtype).max], dtype=dtype
         )
-    assert same_bits(unpack(pack(tensor, base), base), tensor)
-    assert same_bits(unpack(pack(tensor.T, base.T), base.T), tensor.T)
-    assert same_bits(unpack(pack(tensor[0, 0], base[0, 0]), base[0, 0]), tensor[0, 0])
+    assert same_bits(decompress(compress(tensor, base), base), tensor)
+    assert same_bits(decompress(compress(tensor.T, base.T), base.T), tensor.T)
+    assert same_bits(decompress(compress(tensor[0, 0], base[0, 0]), base[0, 0]), tensor[0, 0])
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.75), (torch.bfloat16, 0.45)])
@@ -51,15 +51,15 @@ def test_small_updates_take_little(dtype: torch.dtype, share: float) -> None:
     base = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
     tensor = base + 0.01 * torch.randn(256, 256, generator=torch.Generator().manual_seed(2))
     base, tensor = base.to(dtype), tensor.to(dtype)
-    packed = pack(tensor, base)
+    packed = compress(tensor, base)
     assert packed.nbytes < share * tensor.nbytes
     assert packed.nbytes < 0.8 * len(zlib.compress(tensor.view(torch.uint8).numpy(), 9))
 
 
 def test_damage_is_an_error() -> None:
     base = torch.zeros(64)
-    packed = pack(torch.arange(64.0), base)
+    packed = compress(torch.arange(64.0), base)
     with pytest.raises(zlib.error):
-        unpack(packed[:-3].clone(), base)
+        decompress(packed[:-3].clone(), base)
     with pytest.raises(ValueError, match="reshape"):
-        unpack(packed, base[1:])
+        decompress(packed, base[1:])

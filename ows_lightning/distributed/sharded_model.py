@@ -1,4 +1,4 @@
-"""Loading a model straight into shards: no process holds all weights, or some of them twice."""
+"""A model that is sharded by FSDP2, and loaded straight into its shards: no process holds all weights, or some twice."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ows_lightning.compat import own_parameters
-from ows_lightning.distributed.fsdp2 import shard_model
 from ows_lightning.models.causal_lm import CausalLM
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import load_config
+from ows_lightning.models.safetensors_file import stored_weights
 from ows_lightning.models.source import locate
-from ows_lightning.models.stored_weights import stored_weights
 
 
 def empty_model(
@@ -63,6 +64,35 @@ def allocate(model: nn.Module) -> nn.Module:
                     made[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
                 own_parameters(module)[name] = made[weight]
     return model
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
+    """Shards a model's parameters over the processes of a mesh, in place.
+
+    Args:
+        model: A ``CausalLM``, or another module that contains a causal LM and is run by its forward alone. Its parameters are
+            replaced by DTensors.
+        mesh: The processes, one-dimensional.
+        precision: The Trainer's; with ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16 and gradients are
+            added up over the processes in float32.
+    """
+
+    def placement(weight: nn.Parameter) -> Shard | None:
+        """Wide matrices are projected from the left: with their columns sharded, projecting needs no communication."""
+        if weight.dim() == 2 and weight.size(0) < weight.size(1) and weight.size(1) % mesh.size() == 0:
+            return Shard(1)
+        return None  # rows
+
+    policy = MixedPrecisionPolicy()
+    if precision.startswith("bf16"):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    # Resharding, too, after a forward pass: parameters that stay gathered would not see that they were frozen.
+    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement, reshard_after_forward=True)
+    if isinstance(model, CausalLM):
+        for name in model.forward_methods:
+            register_fsdp_forward_method(model, name)
 
 
 def load_into_shards(

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from ows_lightning.callbacks.run_folder import run_folder
 
 
-class Curves(Callback):
+class ContinueMetricsCSV(Callback):
     """Begins a resumed run's curves with what was logged up to the checkpoint.
 
     Between a step's checkpoint and its row in ``metrics.csv`` a run can be killed: so the checkpoint holds that row.

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.metrics.known_answers import KnownAnswers
+from ows_lightning.metrics.exact_match import KnownAnswers
 from ows_lightning.module import CausalLMModule
 
 ModelDir = Callable[..., Path]

@@ -22,7 +22,7 @@ _BOUNDS = {
 }
 _WEIGHTS = (1e-6, 1e6)  # of the sources of a mixture
 _FEW_ROWS = 256  # up to this size, a batch may be larger than the data
-_MOST_HELD_OUT = 100_000  # rows of a stream, which are held in memory
+_MOST_VALIDATION_ROWS = 100_000  # rows of a stream, which are held in memory
 
 
 def check_settings(data: InstructionDataModule) -> None:
@@ -84,9 +84,9 @@ def _check_streaming(data: InstructionDataModule) -> None:
         raise UsageError(
             "data.val_size: a mixture repeats rows, also those held out of its stream; give an eval_dataset, or 0"
         )
-    if data.val_size > _MOST_HELD_OUT:
+    if data.val_size > _MOST_VALIDATION_ROWS:
         raise UsageError(
-            f"data.val_size: {data.val_size} rows of a stream are more than {_MOST_HELD_OUT}; give an eval_dataset"
+            f"data.val_size: {data.val_size} rows of a stream are more than {_MOST_VALIDATION_ROWS}; give an eval_dataset"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def pack(tensor: Tensor, base: Tensor) -> Tensor:
+def compress(tensor: Tensor, base: Tensor) -> Tensor:
     """Returns the compressed difference of a tensor from its base, as uint8 of shape ``(bytes,)``.
 
     Args:
@@ -31,15 +31,15 @@ def pack(tensor: Tensor, base: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(zlib.compress(planes, 1)), dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, base: Tensor) -> Tensor:
-    """Returns the tensor that `pack` was given, to the bit, in memory of its own.
+def decompress(compressed: Tensor, base: Tensor) -> Tensor:
+    """Returns the tensor that `compress` was given, to the bit, in memory of its own.
 
     Raises:
         zlib.error: The bytes are damaged.
         ValueError: They are of a tensor with another number of bytes.
     """
     before = _integers(base)
-    planes: Any = np.frombuffer(zlib.decompress(packed.numpy().data), np.uint8).reshape(before.itemsize, before.size)
+    planes: Any = np.frombuffer(zlib.decompress(compressed.numpy().data), np.uint8).reshape(before.itemsize, before.size)
     unsigned: Any = np.ascontiguousarray(planes.T).view(f"u{before.itemsize}").reshape(-1)
     difference = (unsigned >> 1) ^ (~(unsigned & 1) + 1)
     return torch.from_numpy(before + difference.view(before.dtype)).view(base.dtype).view(base.shape)

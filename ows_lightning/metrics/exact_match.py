@@ -1,4 +1,4 @@
-"""Greedy answers that the loss of held-out rows has shown already, so that few have to be generated."""
+"""Exact match: the greedy answers that the loss of the same rows has shown already, so that few have to be generated."""
 
 from __future__ import annotations
 

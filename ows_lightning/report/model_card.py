@@ -11,7 +11,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from ows_lightning.errors import RunError
-from ows_lightning.module import CausalLMModule
 from ows_lightning.report.key_figures import key_figures
 from ows_lightning.report.run import RunRecord, is_run_folder
 
@@ -26,14 +25,14 @@ _FIGURES = {
 }
 
 
-def model_card(module: CausalLMModule, run_dir: Path) -> str:
+def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
     """Writes a model card: what was trained, how, and how well.
 
     Args:
-        module: The module.
-        run_dir: The run's folder; where it is none, the card says what the module alone knows.
+        hparams: The settings of the run's CausalLMModule.
+        run_dir: The run's folder; where it is none, the card says what these alone tell.
     """
-    name = str(module.hparams["model_name_or_path"])
+    name = str(hparams["model_name_or_path"])
     local = "://" in name or Path(name).expanduser().exists()
     base = Path(name).name if local else name
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ows_lightning"]}
@@ -43,7 +42,7 @@ def model_card(module: CausalLMModule, run_dir: Path) -> str:
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {Path(base).name}, fine-tuned",
-        f"`{base}`, fine-tuned with {_method(module.hparams, run)} in ows_lightning.",
+        f"`{base}`, fine-tuned with {_method(hparams, run)} in ows_lightning.",
     ]
     return "\n\n".join([*parts, *(_from_run(run) if run else [])]) + "\n"
 

@@ -1,0 +1,36 @@
+"""The Trainer of the command line: runs that resume exactly, stop safely, and whose checkpoints are whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, Trainer
+
+from ows_lightning.callbacks.resume import Resume
+from ows_lightning.callbacks.save_on_signal import SaveOnSignal
+from ows_lightning.callbacks.stop_on_nan import StopOnNaN
+from ows_lightning.callbacks.throughput import Throughput
+from ows_lightning.checkpoints.io import WholeCheckpointIO
+
+
+class OWSTrainer(Trainer):
+    """Lightning's Trainer with what makes a run safe; a plain ``Trainer`` trains the same, but lacks all of this.
+
+    Its checkpoints are written whole or not at all (``WholeCheckpointIO``), and it adds these callbacks, unless one of the
+    kind is given: ``SaveOnSignal`` saves when the process is told to end, ``Resume`` goes on exactly, ``StopOnNaN`` ends a run
+    whose gradients stay NaN or Inf, and ``Throughput`` logs tokens, time and memory.
+
+    Args:
+        *args: Lightning's.
+        callbacks: Further callbacks.
+        **kwargs: Lightning's.
+    """
+
+    def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
+        given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+        kinds = (SaveOnSignal, Resume, Throughput, StopOnNaN)  # signals first: scoring takes a while
+        ours = [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
+        super().__init__(*args, callbacks=[*ours, *given], **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user gave a plugin
+            self.strategy.checkpoint_io = WholeCheckpointIO()
