@@ -47,12 +47,12 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """
     table = scores_table(run)
     _require(table["block"], run, SCORES)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     blocks, probabilities = table["block"], [100 * probability for probability in table["probability"]]
     score = next((name for name in SCORE_LABELS if name in table), None)
     if score:
         legend, label = SCORE_LABELS[score]
-        _label(ax, "Block scores", "decoder block", label)
+        style_axes(ax, "Block scores", "decoder block", label)
         ax.bar(blocks, table[score], color=SKY, label=legend)
         right = ax.twinx()
         right.plot(blocks, probabilities, "o", label="probability (right)", **DOTS)
@@ -66,7 +66,7 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
         handles = [artist for axis in (ax, right) for artist in axis.get_legend_handles_labels()[0]]
         _legend(ax, handles, outside=True)
     else:
-        _label(ax, "Sampling probabilities", "decoder block", "sampling probability (%)")
+        style_axes(ax, "Sampling probabilities", "decoder block", "sampling probability (%)")
         ax.bar(blocks, probabilities, color=SKY)
     _block_axis(ax, len(blocks))
     return fig, ax
@@ -88,7 +88,7 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     from matplotlib.patches import Patch
 
     _require(run.history, run, HISTORY)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
     end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
@@ -112,7 +112,7 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     if run.never_trained:
         label = f"never trained ({len(run.never_trained)} of {run.num_layers})"
         handles.append(Patch(color=ORANGE, alpha=0.45, label=label))
-    _label(ax, "Blocks by interval", "optimizer step", "decoder block", grid=None)
+    style_axes(ax, "Blocks by interval", "optimizer step", "decoder block", grid=False)
     _block_axis(ax, run.num_layers, vertical=True)
     _legend(ax, handles, outside=True)
     return fig, ax
@@ -132,7 +132,7 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
     """
     table = block_frequency_table(run)
     _require(table["block"], run, HISTORY)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     realised = [100 * share for share in table["realised_share"]]
     ax.bar(table["block"], realised, color=SKY, label=f"realised in {len(run.history)} intervals")
     top = max(realised)
@@ -151,7 +151,7 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
         )
         top = max(top, 100 * high.max())
     ax.set_ylim(0, 1.12 * top)
-    _label(ax, "How often each block trained", "decoder block", "share of the intervals (%)")
+    style_axes(ax, "How often each block trained", "decoder block", "share of the intervals (%)")
     _block_axis(ax, run.num_layers)
     _legend(ax, outside=True)
     return fig, ax
@@ -173,7 +173,7 @@ def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes
     runs = as_runs(runs)
     table = loss_table(runs, x)
     _require(table["loss"], runs, METRICS)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     scale, label = _unit(x, max(table[x]))
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         steps, losses = run.series("train_loss", x)
@@ -181,7 +181,7 @@ def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes
         ax.plot(np.multiply(steps, scale), losses, color=style["color"], linewidth=1, alpha=1 if alone else 0.45)
         steps, losses = run.series("val_loss", x)
         ax.plot(np.multiply(steps, scale), losses, markevery=math.ceil(len(losses) / 25) or 1, **style)
-    _label(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")
+    style_axes(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")
     kinds: list[Any] = []
     for split, look in (("train", {"alpha": 0.45, "linewidth": 1}), ("held-out", {**_styles(1)[0], "color": None})):
         if split in table["split"]:
@@ -231,18 +231,19 @@ def _plot_metric(
     runs = as_runs(runs)
     table = metric_table(runs, metric)
     _require(table[metric], runs, METRICS)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         steps, values = run.series(metric)
         ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**style, "linewidth": 1.2})
     ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _label(ax, title, "optimizer step", label)
+    style_axes(ax, title, "optimizer step", label)
     _legend(ax, _run_handles(runs))
     return fig, ax
 
 
-def _axes(ax: Axes | None) -> tuple[Any, Axes]:
+def figure_and_axes(ax: Axes | None) -> tuple[Any, Axes]:
+    """The axes that are given and their figure, or new ones."""
     if ax is not None:
         return ax.get_figure(root=True), ax
     # Not pyplot: it keeps every figure, and picks a window system where there is one.
@@ -258,7 +259,8 @@ def _require(rows: Sequence[Any], runs: RunRecord | Sequence[RunRecord], file: s
         raise UsageError(f"{names}: nothing to draw, {file} is missing or has no such numbers; give a run that has them")
 
 
-def _label(ax: Axes, title: str, x: str, y: str, grid: str | None = "y") -> None:
+def style_axes(ax: Axes, title: str, x: str, y: str, grid: bool = True) -> None:
+    """Writes the title and the names of the axes, and takes away what is no data."""
     ax.set_title(title, loc="left", fontsize="large", fontweight="bold")
     ax.set_xlabel(x)
     ax.set_ylabel(y)
