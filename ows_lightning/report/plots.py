@@ -1,4 +1,8 @@
-"""Pictures of a run in torchmetrics' style: each function takes an optional ``ax`` and returns ``(fig, ax)``."""
+"""Pictures of runs in torchmetrics' style.
+
+Each function takes a run or several, draws on the axes ``ax`` or on new ones, and returns ``(fig, ax)``. Where the runs have
+no data to draw, it raises a UsageError.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +41,6 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Bars of each block's outlier ratio, and dots for its sampling probability on a second axis, both in percent.
 
     Where sampling needed no scores (uniform, say), the bars are the probabilities.
-
-    Args:
-        run: A run with scores.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: The run has no scores.
     """
     table = scores_table(run)
     _require(table["block"], run, SCORES)
@@ -76,13 +73,6 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Heat map of the blocks that trained (y) in each interval, over optimizer steps (x).
 
     Blocks that never trained are shaded over the whole width.
-
-    Args:
-        run: A run with sampled blocks.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: The run sampled no blocks.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -122,13 +112,6 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
     """Share of the intervals in which each block trained, against the share that its probability makes expect.
 
     The whiskers are two standard deviations of the binomial distribution: how far chance alone carries a share.
-
-    Args:
-        run: A run with sampled blocks; without scores the expected shares are left out.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: The run sampled no blocks.
     """
     table = block_frequency_table(run)
     _require(table["block"], run, HISTORY)
@@ -158,15 +141,12 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
 
 
 def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Training loss (thin line) and held-out loss (line with markers) of one run or several.
+    """Training loss (thin line) and validation loss (line with markers) of one run or several.
 
     Args:
         runs: Runs with metrics.
         x: Against optimizer steps, training tokens or time: ``"step"``, ``"tokens"`` or ``"time_s"``.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: No run has logged a loss against this axis.
+        ax: Axes to draw on.
     """
     from matplotlib.lines import Line2D
 
@@ -182,25 +162,17 @@ def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes
         steps, losses = run.series("val_loss", x)
         ax.plot(np.multiply(steps, scale), losses, markevery=math.ceil(len(losses) / 25) or 1, **style)
     style_axes(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")
-    kinds: list[Any] = []
-    for split, look in (("train", {"alpha": 0.45, "linewidth": 1}), ("held-out", {**_styles(1)[0], "color": None})):
-        if split in table["split"]:
-            look = {**look, "color": BLUE if len(runs) == 1 else "0.4"}
-            kinds.append(Line2D([], [], label={"train": "training"}.get(split, split), **look))
-    _legend(ax, [*_run_handles(runs), *kinds])
+    color = BLUE if len(runs) == 1 else "0.4"
+    lines = {
+        "train": Line2D([], [], label="training", alpha=0.45, linewidth=1, color=color),
+        "validation": Line2D([], [], label="validation", **{**_styles(1)[0], "color": color}),
+    }
+    _legend(ax, [*_run_handles(runs), *(line for split, line in lines.items() if split in table["split"])])
     return fig, ax
 
 
 def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """The run's peak memory up to each optimizer step, of one run or several; for one, lines mark where blocks were drawn.
-
-    Args:
-        runs: Runs with metrics.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: No run has logged its memory.
-    """
+    """The run's peak memory up to each optimizer step, of one run or several; for one, lines mark where blocks were drawn."""
     fig, ax = _plot_metric(runs, "peak_memory_mb", "Peak memory so far", "peak memory so far (MB)", ax)
     runs = as_runs(runs)
     if len(runs) == 1 and 0 < len(runs[0].history) <= FEW:
@@ -211,15 +183,7 @@ def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -
 
 
 def plot_throughput(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Tokens per second by optimizer step of one run or several.
-
-    Args:
-        runs: Runs with metrics.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: No run has logged its throughput.
-    """
+    """Tokens per second by optimizer step of one run or several."""
     return _plot_metric(runs, "tokens_per_second", "Throughput", "tokens per second", ax)
 
 
