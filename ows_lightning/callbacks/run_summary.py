@@ -135,7 +135,7 @@ class RunSummary(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Adds the predicted memory to an out-of-memory error."""
         if self.predicted is not None and is_out_of_memory(exception):
-            exception.__notes__ = [self.predicted]  # as add_note, which Python 3.10 lacks
+            exception.__notes__ = [*getattr(exception, "__notes__", ()), self.predicted]  # add_note, which Python 3.10 lacks
 
     def state_dict(self) -> dict[str, Any]:
         """The figures from before the training, and the seconds so far."""
@@ -235,8 +235,7 @@ def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes 
     if sampling is None:
         trained = [p for p in module.parameters() if p.requires_grad]
     else:
-        drawn = {block for _, _, blocks in sampling.history for block in blocks}
-        trained = [*_always(module, sampling), *(p for block in drawn for p in layers[block].parameters())]
+        trained = [*_always(module, sampling), *(p for block in sampling.trained_blocks() for p in layers[block].parameters())]
     try:
         base = load_config(module.hparams["model_name_or_path"], module.hparams["trust_remote_code"])
     except UsageError:  # it is no longer there

@@ -6,19 +6,19 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
-from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, may_train, outside_blocks, unfreeze
+from ows_lightning.optim.sharding import total_norm
+from ows_lightning.sampling.activation import PARTS, Part, Resting, activate_blocks, may_train, outside_blocks, unfreeze
 from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
@@ -62,6 +62,8 @@ class BlockSampler:
         grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with blocks
             of similar depth, so that the lowest active block, which decides a step's time, lies higher on average; 1 is the
             most that is possible.
+        resting_rank: Rank in which the matrices of frozen blocks above the lowest active one train in a random subspace, drawn
+            anew whenever a block begins to rest; needs GaLoreAdamW. 0, the paper's method, leaves them as they are.
 
     Attributes:
         history: (interval, optimizer step, blocks) of every draw so far.
@@ -85,6 +87,7 @@ class BlockSampler:
         always_train: Sequence[Part] = ("embeddings", "lm_head", "norm"),
         seed: int = 0,
         grouping: float = 0.0,
+        resting_rank: int = 0,
     ) -> None:
         at_least_one = {
             "activated_layers": activated_layers,
@@ -101,6 +104,8 @@ class BlockSampler:
             raise UsageError(f"sampling.always_train: unknown {sorted(unknown)}; choose from {', '.join(PARTS)}")
         if not 0 <= grouping <= 1:
             raise UsageError(f"sampling.grouping: {grouping} is not between 0 (independent draws) and 1")
+        if resting_rank < 0:
+            raise UsageError(f"sampling.resting_rank: {resting_rank} must be at least 1, or 0: frozen blocks stay as they are")
         if grouping > 0 and distribution == "window":
             raise UsageError("sampling.grouping: the blocks of a window are neighbours already; leave it out, or take outlier")
         self.activated_layers = activated_layers
@@ -113,6 +118,7 @@ class BlockSampler:
         self.always_train = tuple(always_train)
         self.seed = seed
         self.grouping = grouping
+        self.resting_rank = resting_rank
         self._blocks: list[nn.ParameterList] = []
         self._others: dict[nn.Parameter, bool] = {}
         self.reset()
@@ -122,6 +128,11 @@ class BlockSampler:
         """The blocks that train now, ascending."""
         return self.history[-1][2] if self.history else []
 
+    @property
+    def gradient_norms(self) -> list[float]:
+        """Of each block, for `gradient_norm`: the mean norm of its gradient per weight, 0 where it has not been active yet."""
+        return self._norms.tolist()
+
     # ------------------------------------------------------------------ the life of a run
 
     def reset(self) -> None:
@@ -130,7 +141,7 @@ class BlockSampler:
         self.history: list[tuple[int, int, list[int]]] = []
         self.probabilities: Tensor | None = None
         self.seconds = 0.0
-        self.gradient_norms: list[float] = []  # by block, for `gradient_norm`; 0 where it has not been active yet
+        self._norms = torch.zeros(0)  # `gradient_norms`, on the gradients' device
         self._loaded: dict[str, Any] | None = None  # the settings of a state that was loaded, until `start` goes on from it
 
     def attach(self, model: nn.Module) -> None:
@@ -175,7 +186,13 @@ class BlockSampler:
         return {"interval": float(interval)} if drawn == step else {}  # saved within the step that the draw was for
 
     def _require_held(self, optimizers: Iterable[Optimizer]) -> None:
-        """Refuses optimizers that hold no parameter of some block, which would then never train."""
+        """Refuses optimizers that hold no parameter of some block, which would then never train, or can't let it rest."""
+        for optimizer in optimizers if self.resting_rank else ():
+            if not isinstance(optimizer, Resting):
+                raise UsageError(
+                    f"sampling.resting_rank: {type(optimizer).__name__} can't train frozen blocks at rest; take GaLoreAdamW, "
+                    "or set it to 0"
+                )
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
             raise UsageError(
@@ -189,7 +206,8 @@ class BlockSampler:
         Args:
             step: The optimizer step that comes, from 0.
             optimizers: Those that hold the parameters.
-            compute: Gives the blocks' scores, the same on every rank; called when there are none, or new ones are due.
+            compute: Gives the blocks' scores, the same on every rank; called when there are none, or new ones are due, as they
+                are at every draw by ``gradient_norm``.
 
         Returns:
             Seconds by what they were spent on, and the number of the interval; empty if no draw was due.
@@ -197,17 +215,13 @@ class BlockSampler:
         if self.history and not self.should_draw(step):
             return {}
         figures = {}
-        if self.probabilities is None or (self.rescore_every is not None and len(self.history) % self.rescore_every == 0):
+        new = self.rescore_every is not None and len(self.history) % self.rescore_every == 0
+        if self.probabilities is None or new or self.distribution == "gradient_norm":
             start = time.perf_counter()
             self.outlier_scores = compute()
             self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
             figures["scoring_s"] = time.perf_counter() - start
         start = time.perf_counter()
-        if self.distribution == "gradient_norm" and self.outlier_scores is not None and self.gradient_norms:
-            self.probabilities = sampling_probabilities(self.gradient_norms, "gradient_norm")
-            self.outlier_scores = replace(
-                self.outlier_scores, outlier_ratios=list(self.gradient_norms), probabilities=self.probabilities.tolist()
-            )
         interval = step // self.interval_steps
         self.history.append((interval, step, self.blocks_of(interval)))
         self.activate(optimizers)
@@ -224,31 +238,35 @@ class BlockSampler:
         """Updates the mean gradient norm of each active block, if the draws depend on it.
 
         Call it before every optimizer step, when the gradients are complete. For GaLoreAdamW these are the projected
-        gradients, else ``grad``. Gradients that are not finite are ignored.
+        gradients, else ``grad``. Gradients that are not finite are ignored. No device is waited for: a draw reads the means.
         """
         if self.distribution != "gradient_norm":
             return
-        self.gradient_norms = self.gradient_norms or [0.0] * len(self._blocks)
         projecting = [optimizer for optimizer in optimizers if hasattr(optimizer, "gradient_of")]
         for optimizer in projecting:
             optimizer.gradients()  # type: ignore[attr-defined]
+
+        def gradient_of(p: Tensor) -> Tensor | None:
+            found = (optimizer.gradient_of(p) for optimizer in projecting)
+            return next((gradient for gradient in found if gradient is not None), p.grad)
+
         for index in self.active_blocks:
-            squares, weights = 0.0, 0
-            for p in self._blocks[index]:
-                found = (optimizer.gradient_of(p) for optimizer in projecting)
-                gradient = next((g for g in found if g is not None), p.grad)
-                if gradient is not None:
-                    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-                    squares += float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2
-                weights += p.numel()
-            norm_per_weight = math.sqrt(squares / max(weights, 1))
-            if 0 < norm_per_weight < math.inf:
-                before = self.gradient_norms[index] or norm_per_weight
-                self.gradient_norms[index] = DECAY * before + (1 - DECAY) * norm_per_weight
+            gradients = [gradient for p in self._blocks[index] if (gradient := gradient_of(p)) is not None]
+            if not gradients:
+                continue
+            norm = total_norm(gradients) / math.sqrt(sum(p.numel() for p in self._blocks[index]))
+            if self._norms.numel() == 0:
+                self._norms = norm.new_zeros(len(self._blocks))
+            self._norms = self._norms.to(norm.device)
+            before = self._norms[index]
+            mean = torch.where(before > 0, DECAY * before + (1 - DECAY) * norm, norm)
+            before.copy_(torch.where((norm > 0) & norm.isfinite(), mean, before))
 
     def activate(self, optimizers: Iterable[Optimizer]) -> None:
-        """Lets the active blocks train and freezes the others."""
-        activate_blocks(self._blocks, self.active_blocks, self._others.items(), list(optimizers))
+        """Lets the active blocks train, and freezes the others or lets them rest."""
+        seed = 1_000_003 * self.seed + self.history[-1][0]
+        others = self._others.items()
+        activate_blocks(self._blocks, self.active_blocks, others, list(optimizers), self.resting_rank, seed)
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model."""
@@ -256,8 +274,8 @@ class BlockSampler:
         self._blocks, self._others = [], {}
 
     def warn_of_never_trained(self) -> None:
-        """Warns of the blocks that were never drawn."""
-        never = sorted(set(range(len(self._blocks))) - {block for _, _, blocks in self.history for block in blocks})
+        """Warns of the blocks that were never drawn, and never trained at rest either."""
+        never = sorted(set(range(len(self._blocks))) - self.trained_blocks())
         if never:
             log.warning(
                 "%d of %d blocks never trained in %d intervals: %s. A higher `activated_layers` or a lower `interval_steps` "
@@ -305,7 +323,14 @@ class BlockSampler:
         if self.rescore_every is not None or self.distribution == "gradient_norm" or self._draws_at_other_times():
             return None
         coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
-        return {block for _, _, blocks in self.history for block in blocks}.union(*map(self.blocks_of, coming))
+        return self.trained_blocks(map(self.blocks_of, coming))
+
+    def trained_blocks(self, coming: Iterable[Sequence[int]] = ()) -> set[int]:
+        """Returns the blocks that were drawn so far or will be, and with `resting_rank` those above: they train at rest."""
+        draws = [*(blocks for _, _, blocks in self.history), *coming]
+        if self.resting_rank and draws and self.probabilities is not None:
+            return set(range(min(map(min, draws)), len(self.probabilities)))
+        return {block for blocks in draws for block in blocks}
 
     def _draws_at_other_times(self) -> bool:
         return getattr(self.should_draw, "__func__", None) is not BlockSampler.should_draw
@@ -325,7 +350,7 @@ class BlockSampler:
         threshold, samples = self.threshold, 0
         ratios: Sequence[float] | Tensor = [0.0] * num_layers
         if self.distribution == "gradient_norm":
-            pass  # the scores come from the gradients, and are equal before there are any
+            ratios = self.gradient_norms or ratios  # which are equal before there are any
         elif self.scores is not None:
             known = OutlierScores.load(Path(self.scores))
             ratios = known.ratios_for(num_layers, architecture, self.distribution)
@@ -356,7 +381,7 @@ class BlockSampler:
             "probabilities": self.probabilities,
             "history": [(interval, step, list(blocks)) for interval, step, blocks in self.history],
             "seconds": self.seconds,
-            "gradient_norms": list(self.gradient_norms),
+            "gradient_norms": self.gradient_norms,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -367,4 +392,4 @@ class BlockSampler:
         self.probabilities = state_dict["probabilities"]
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]
         self.seconds = state_dict.get("seconds", 0.0)
-        self.gradient_norms = list(state_dict.get("gradient_norms", []))
+        self._norms = torch.tensor(state_dict.get("gradient_norms", []))
