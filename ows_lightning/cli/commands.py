@@ -177,7 +177,7 @@ class CommandTrainer(OWSTrainer):
         model.trainer = self  # the module reads the precision from it
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
         read(checkpoint, lambda path: load_weights(model, path))
-        card = model_card(model, run)
+        card = model_card(model.hparams, run)
         if delta:
             print(f"Written: {output} ({self._export_delta(model, target, card)})")
         else:

@@ -31,7 +31,7 @@ from ows_lightning.errors import UsageError
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _ALL_PARTS = ("train", "val", "test")
-FEW_ROWS = 256
+_FEW_ROWS = 256
 """Up to so many, a batch may be larger than the data."""
 
 
@@ -151,7 +151,7 @@ class InstructionDataModule(LightningDataModule):
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
         if not self.streaming:
             rows = len(self._splits.examples_of("dataset"))
-            if self.batch_size > max(rows, FEW_ROWS):  # the predicted memory would be wrong
+            if self.batch_size > max(rows, _FEW_ROWS):  # the predicted memory would be wrong
                 raise UsageError(
                     f"data.batch_size: {self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
                 )

@@ -190,11 +190,12 @@ def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
     some_are_frozen = count is not None or method.lora is not None
     changes: Changes = {}
     yield settings, {}
-    for needed, key, value in (
+    milder: tuple[tuple[bool, str, Any], ...] = (
         (settings.recomputed < settings.blocks, "model.gradient_checkpointing", True),
         (settings.dtype == torch.float32, "trainer.precision", "bf16-true"),
         (some_are_frozen and settings.frozen_in == "device" and not settings.is_sharded, "model.frozen_in", "host"),
-    ):
+    )
+    for needed, key, value in milder:
         if needed:
             settings = replace(settings, **{key.partition(".")[2]: value})
             changes[key] = value
