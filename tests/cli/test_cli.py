@@ -53,7 +53,6 @@ def run(command: str, config: Path, *more: str) -> None:
     main([command, "--config", str(config), *more])
 
 
-@pytest.mark.slow
 def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
     config: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,11 +174,11 @@ def test_plan_loads_nothing(config: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_export_of_the_last_checkpoint_is_the_model_of_the_run(config: Path) -> None:
     run("fit", config)
     trained = Path("runs/version_0")
-    run("export", config, "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), "--output", "exported")
-    files = [load_file(folder / "model.safetensors") for folder in (trained / "model", Path("exported"))]
+    run("export", config, "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"))  # beside what else the run left
+    files = [load_file(folder / "model.safetensors") for folder in (trained / "model", trained / "model-last")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    cards = [(folder / "README.md").read_text() for folder in (trained / "model", Path("exported"))]
+    cards = [(folder / "README.md").read_text() for folder in (trained / "model", trained / "model-last")]
     for card in cards:
         assert "| Sampling | outlier, 2 blocks every 2 steps |" in card
         assert "| Optimizer steps | 4 |" in card
@@ -199,7 +198,7 @@ def test_every_command_takes_the_config_that_fit_wrote(config: Path, capsys: pyt
     run("plan", written, "--method", "ows")
     run("export", written, "--ckpt_path", last)
     said = capsys.readouterr().out
-    for result in ("val_loss", "test_loss", "predictions.jsonl", "outlier_scores.json", "peak", "Written: model"):
+    for result in ("val_loss", "test_loss", "predictions.jsonl", "outlier_scores.json", "peak", "model-last"):
         assert result in said
 
 
@@ -314,8 +313,7 @@ def test_start_is_quiet(config: Path) -> None:
 @pytest.mark.slow
 def test_interrupt_is_one_line(config: Path, tmp_path: Path) -> None:
     launch = Launch(["fit", "--config", str(config), "--trainer.max_steps", "100000"], tmp_path / "out")
-    end = time.monotonic() + 60
-    while time.monotonic() < end and not list(tmp_path.glob("runs/version_0/checkpoints/*.ckpt")):
+    while launch.processes[0].is_alive() and not list(tmp_path.glob("runs/version_0/checkpoints/*.ckpt")):
         time.sleep(0.1)
     os.kill(launch.processes[0].pid, signal.SIGINT)  # type: ignore[arg-type]
     assert launch.wait() == [130]

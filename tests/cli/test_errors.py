@@ -338,6 +338,10 @@ CASES = {
         fit("--trainer.devices many"), "trainer.devices", "give 1 or more, a list of indices, or auto"
     ),
     "DDP": Case(fit("--trainer.strategy ddp"), "trainer.strategy", "write strategy: ddp_layerwise"),
+    "another DDP": Case(
+        fit("--trainer.strategy ddp_find_unused_parameters_true"), "trainer.strategy", "write strategy: ddp_layerwise"
+    ),
+    "FSDP": Case(fit("--trainer.strategy fsdp"), "trainer.strategy", "write strategy: fsdp2"),
     "misspelt strategy": Case(fit("--trainer.strategy fspd2"), "trainer.strategy", "did you mean 'fsdp2'?"),
     "unknown strategy": Case(fit("--trainer.strategy magic"), "trainer.strategy", "take auto, ddp_layerwise or fsdp2"),
     "misspelt accelerator": Case(fit("--trainer.accelerator cudda"), "trainer.accelerator", "did you mean 'cuda'?"),
@@ -567,6 +571,20 @@ def test_validation_less_often_than_there_are_batches(
         "trainer.val_check_interval: 100 is more than the 19 training batches of an epoch; lower it, or set "
         "trainer.check_val_every_n_epoch: null to count over epochs"
     )
+    assert code == 2
+
+
+def test_what_shards_can_not_do_names_the_strategy(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        norm = torch.distributed.tensor.distribute_tensor(torch.ones(4, 2), mesh, [torch.distributed.tensor.Shard(0)]).norm()
+        with pytest.raises(RuntimeError) as raised:
+            norm.pow_(2)  # as torch.optim.Adafactor does
+    finally:
+        torch.distributed.destroy_process_group()
+    line, code = explain(raised.value)
+    assert line.startswith("trainer.strategy: fsdp2 shards the weights, and torch can't do `aten.pow_` on shards")
     assert code == 2
 
 
