@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ows_lightning.checkpoints.checksums import SummedFile, check_sum
+from ows_lightning.checkpoints.checksums import SummedFile, check_comment
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 METADATA = ".metadata"  # torch's name for the list of what is in the shards
@@ -30,7 +30,7 @@ class UnsafePickleError(pickle.UnpicklingError):
 
 def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, Any]:
     """Reads a file of tensors and plain values after a look at its checksum; the tensors are mapped into memory."""
-    summed = check_sum(path)
+    summed = check_comment(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -39,20 +39,19 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
         raise UnsafePickleError from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")
-    if checkpoint.pop("summed", False) and not summed:
+    if checkpoint.pop("has_checksum", False) and not summed:
         raise ValueError("its checksum is lost: bytes have changed since it was written")
     return checkpoint
 
 
 def write(value: dict[str, Any], path: Path) -> None:
     """Writes a file of tensors and plain values with its checksum, and waits until it is on the disk."""
-    with path.open("wb") as file:
+    with SummedFile(path) as file:
         try:
-            summed = SummedFile(file)
-            torch.save({**value, "summed": True}, summed)  # type: ignore[arg-type]  # it needs no more than `write`
-            summed.close()
+            torch.save({**value, "has_checksum": True}, file)
         except RuntimeError as error:
             raise root_cause(error) from error
+        file.add_comment()
         file.flush()
         os.fsync(file.fileno())
 
