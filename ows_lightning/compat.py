@@ -1,7 +1,8 @@
-"""The private names of other libraries that this package depends on: why each is needed, and what to do when it is gone.
+"""The private functions and attributes of other libraries that this package calls: why, and what to do when one is gone.
 
-Nothing else in the package uses a name of theirs that begins with an underscore, but for methods that are overridden where a
-base class calls them (``tests/test_compat.py`` lists those). Needs torch alone; other libraries are passed in.
+Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason: where a
+base class calls a method that is overridden, and where a file is about a library's internals as a whole (Lightning's loops,
+torch's fake tensors, argparse's actions). Needs torch alone; others are passed in, or imported when they are used.
 """
 
 from __future__ import annotations
@@ -88,6 +89,16 @@ foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 foreach_sqrt = torch._foreach_sqrt
+
+
+def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of this process's part of a DTensor, and where the part begins in the whole.
+
+    When it is gone: ``to_local().shape``, and offsets summed over the processes before this one.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

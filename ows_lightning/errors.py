@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class UsageError(ValueError):
-    """A setting or an input is wrong: the message names the key or the row, and the mend. Exit code 2."""
+    """A setting or an input is wrong: the message names the key or the row, and how to mend it. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -79,8 +79,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
     """Returns the error of a folder that can't be made or written to, which the key names."""
-    mend = "free space or choose another folder" if error.errno in DISK_FULL else "choose another folder"
-    return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {mend}")
+    hint = "free space or choose another folder" if error.errno in DISK_FULL else "choose another folder"
+    return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -90,13 +90,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
-
-    def likeness(other: str) -> float:
-        return difflib.SequenceMatcher(None, other, name).ratio()
-
-    near = max(sorted(set(known)), key=likeness, default=None)
-    return near if near is not None and likeness(near) >= cutoff else None
+    """Returns the known name that is most like another; None if none is by ``cutoff`` (0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, sorted(set(known)), 1, cutoff)), None)
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:

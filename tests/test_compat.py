@@ -24,7 +24,6 @@ OUTSIDE = {
     },
     "cli/lightning_cli.py": {"super()._prepare_subcommand_parser", "super()._run_subcommand"},  # overridden
     "cli/parser.py": {"parser._actions", "argparse._SubParsersAction"},  # what a parser knows, for the nearest right name
-    "distributed/sharded_model.py": {"torch.distributed.tensor._utils"},  # which part of a weight lies here
     "integrations/transformers.py": {"p._post_accumulate_grad_hooks"},  # whether backward projects already
     "memory/fake_tensors.py": {  # tensors without contents are torch's own machinery throughout
         "torch._subclasses.fake_tensor", "torch.utils._pytree", "profiler._record_function_exit",
@@ -38,7 +37,7 @@ OUTSIDE = {
         "aten._scaled_dot_product_flash_attention_for_cpu_backward", "aten._grouped_mm",
     },
     "optim/galore.py": {"GaLoreAdamW._consume_in_backward"},  # its own
-    "sampling/outliers.py": {"_ConvNd", "config._experts_implementation"},  # set and put back, which no function can do better
+    "sampling/outliers.py": {"config._experts_implementation"},  # set and put back, which no function can do better
     "streaming/offloader.py": {  # `_apply` is overridden where nn.Module calls it; hooks must not be compiled
         "torch._dynamo", "block._apply", "type(block)._apply",
     },

@@ -29,7 +29,7 @@ class UnsafePickleError(pickle.UnpicklingError):
 
 
 def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, Any]:
-    """Reads a file of tensors and plain values after a look at its checksum; the tensors are mapped into memory."""
+    """Reads a file of tensors and plain values, whose checksum is verified first; tensors are memory-mapped."""
     summed = check_comment(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -45,7 +45,7 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
 
 
 def write(value: dict[str, Any], path: Path) -> None:
-    """Writes a file of tensors and plain values with its checksum, and waits until it is on the disk."""
+    """Writes a file of tensors and plain values with its checksum, and flushes it to the disk."""
     with SummedFile(path) as file:
         try:
             torch.save({**value, "has_checksum": True}, file)
@@ -62,21 +62,21 @@ def partial_path(path: Any) -> Path:
 
 
 def replace_atomically(partial: Path, path: Path) -> None:
-    """Gives a finished file or directory its name; what had the name before is there until then, if as ``.NAME.old``."""
+    """Renames a finished file or directory to its final name; a directory that it replaces is ``.NAME.old`` meanwhile."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if partial.is_dir():
         for written in (*partial.iterdir(), partial):
-            _to_disk(written)
+            _fsync(written)
     if path.is_dir():
         path.rename(old)
     partial.replace(path)
     shutil.rmtree(old, ignore_errors=True)
-    _to_disk(path.parent)
+    _fsync(path.parent)
 
 
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
+def _fsync(path: Path) -> None:
+    """Flushes a file, or a directory's entries, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -85,7 +85,7 @@ def _to_disk(path: Path) -> None:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What went wrong on the first process that failed; of a file that torch could not finish, why it could not."""
+    """The error behind one of torch's: that of the first failed process, or the one that kept a file from being finished."""
     if isinstance(error, dcp.CheckpointException):
         return root_cause(next(iter(error.failures.values()))[0])
     return error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error

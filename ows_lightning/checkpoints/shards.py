@@ -1,4 +1,4 @@
-"""Checkpoints in shards: a directory into which each process wrote its part."""
+"""Sharded checkpoints: a directory into which each process wrote its part."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from ows_lightning.checkpoints.files import (
     META,
@@ -24,6 +25,7 @@ from ows_lightning.checkpoints.files import (
     root_cause,
 )
 from ows_lightning.errors import UsageError
+from ows_lightning.optim.sharding import take_part
 
 
 def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,7 +106,16 @@ def load_weights(module: nn.Module, path: Path) -> None:
         read_into(weights, path)
     else:
         for name, weight in weights.items():
-            weight.copy_(whole[name])
+            weight.copy_(local_part(whole[name], weight))
+
+
+def local_part(value: Any, weight: Tensor) -> Any:
+    """This process's part of a tensor that is distributed as a weight is, if it has its shape."""
+    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != weight.shape:
+        return value
+    return take_part(value, weight.device_mesh, weight.placements)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -268,10 +268,10 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     encoder = Encoder(tokenizer, max_seq_length=1 << 20)
     (row,) = encoder.encode({"messages": _ANSWERED}, where="the chat template")
     answer = [label for label in row.labels if label != IGNORED]
-    said = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)
+    last_content = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)
     ends = {tokenizer.convert_tokens_to_ids(end) for end in encoder.ends}
     # Phi-3's ends the turn, and then, after a line break, the conversation.
-    return next((label for label in answer[said + 1 :] if label in ends), answer[-1])
+    return next((label for label in answer[last_content + 1 :] if label in ends), answer[-1])
 
 
 def _is_target(message: Message) -> bool:

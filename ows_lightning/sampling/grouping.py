@@ -1,4 +1,4 @@
-"""Draws by depth: every block is drawn as often as in independent draws, but together with blocks of similar depth.
+"""Grouped draws: each block is drawn as often as in independent draws, but together with blocks of similar depth.
 
 The lowest active block decides the time of a step, since backward runs through all blocks above it. With pi the
 inclusion probabilities of independent draws, a grouped draw takes ``count`` distinct blocks with exactly these
@@ -69,7 +69,7 @@ def grouped_draws(probabilities: tuple[float, ...], count: int, grouping: float)
 
 
 class _Highest:
-    """The draws whose lowest block lies highest: the linear program's m, and the others with its chances given m."""
+    """The draws with the highest mean of the lowest block: m from the linear program, the others by their chances given m."""
 
     def __init__(self, pi: Floats, count: int, depths: Floats) -> None:
         from scipy.optimize import linprog  # imported here: independent draws don't need scipy
