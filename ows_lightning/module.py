@@ -15,12 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ows_lightning.checkpoints.fixed_settings import check_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
-from ows_lightning.distributed.sharded_model import empty_model, load_into_shards
+from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.empty_model import empty_model
 from ows_lightning.models.kernels import Kernels, fuse_
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.positions import exceeded_positions
@@ -33,9 +34,9 @@ from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.sampling.trainer import LeaveGradients, require_layerwise
 from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.mapped_model import load
-from ows_lightning.streaming.offloader import BlockOffloader, offloader_for
-from ows_lightning.streaming.options import check_offloading, check_window_blocks
+from ows_lightning.streaming.mapped_model import load_mapped_model
+from ows_lightning.streaming.offloader import BlockOffloader
+from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for, require_resident
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -68,9 +69,9 @@ class CausalLMModule(EvaluationModule):
         lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.
         warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
         lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
-        frozen_in: Where frozen blocks wait: ``device``, or ``host`` memory or ``disk``, from where they pass through a window.
-        frozen_dtype: ``int8``: frozen blocks compute in int8; their exact weights, which train and are saved, wait elsewhere.
-        window_blocks: Blocks that the window holds, 2 or 3.
+        frozen_in: Where frozen blocks lie: ``device``, or ``host`` memory or ``disk``, from where each is fetched to compute.
+        frozen_dtype: ``int8``: frozen blocks compute in int8; their exact weights, which train and are saved, lie elsewhere.
+        window_blocks: Offloaded blocks that are on the device at a time, 2 or 3.
         max_new_tokens: Length limit of generated answers.
         max_skipped_steps: Stop the run after so many skipped steps (gradients with NaN or Inf) in a row, by ``StopOnNaN``.
         trust_remote_code: Run code that the model's repository brings along.
@@ -120,7 +121,7 @@ class CausalLMModule(EvaluationModule):
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
-        self.offloader: BlockOffloader | None = None  # that frozen blocks pass through
+        self.offloader: BlockOffloader | None = None  # of frozen blocks
         self.last_step: StepFigures | None = None  # of the latest optimizer step
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -182,8 +183,11 @@ class CausalLMModule(EvaluationModule):
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
-            some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
+            sampling = LayerwiseSampling.of(self.trainer)
+            some_are_frozen = self.hparams["lora"] is not None or sampling is not None
             check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+            if sampling is not None and sampling.resting_rank:
+                require_resident(self.hparams)
             self._step = Step(self.trainer.world_size)
             self.last_step = None
 
@@ -207,7 +211,10 @@ class CausalLMModule(EvaluationModule):
         what = self.hparams["model_name_or_path"], len(self.tokenizer)
         options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
         options["dtype"] = DTYPES.get(self._precision, torch.float32)
-        model = empty_model(*what, **options) if empty else load(*what, disk, **options)
+        if empty:
+            model = empty_model(*what, **options)
+        else:
+            model = load_mapped_model(*what, disk, **options) if disk else pretrained.load_model(what[0], **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.stop_at(model, end_of_turn_id(self.tokenizer))
         fuse_(model, self.hparams["kernels"])

@@ -38,9 +38,7 @@ OUTSIDE = {
     },
     "optim/galore.py": {"GaLoreAdamW._consume_in_backward"},  # its own
     "sampling/outliers.py": {"config._experts_implementation"},  # set and put back, which no function can do better
-    "streaming/offloader.py": {  # `_apply` is overridden where nn.Module calls it; hooks must not be compiled
-        "torch._dynamo", "block._apply", "type(block)._apply",
-    },
+    "streaming/adapters.py": {"block._apply", "type(block)._apply"},  # overridden where nn.Module calls it
 }  # fmt: skip
 
 

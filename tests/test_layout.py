@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "ows_lightning"
 FLOORS = [
     ["errors", "compat"],
     ["models"],
-    ["optim"],
+    ["optim", "streaming"],
     ["checkpoints", "metrics", "data", "sampling", "report"],
-    ["distributed", "streaming"],
+    ["distributed"],
     ["step", "evaluation", "module"],
     ["memory"],
     ["callbacks", "integrations"],

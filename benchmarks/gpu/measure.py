@@ -197,7 +197,7 @@ class _RandomWeights(CausalLMModule):
         """Puts a clock on the offloader's copies."""
         super().configure_model()
         if self.offloader is not None and self.copies is None:
-            self.copies = self.offloader._stream = _TimedCopies(self.where, self.hparams["window_blocks"])
+            self.copies = self.offloader._given_stream = _TimedCopies(self.where, self.hparams["window_blocks"])
 
 
 class _TimedCopies:
@@ -226,6 +226,12 @@ class _TimedCopies:
 
     def release(self, slot: int) -> None:
         self._inner.release(slot)
+
+    def after_computation(self) -> None:
+        self._inner.after_computation()
+
+    def synchronize(self) -> None:
+        self._inner.synchronize()
 
     def stalled(self) -> float:
         """Seconds that computation waited since the last call; on a CPU nothing overlaps, so nothing waits."""

@@ -229,8 +229,7 @@ def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes 
     if sampling is None:
         trained = [p for p in module.parameters() if p.requires_grad]
     else:
-        drawn = {block for _, _, blocks in sampling.history for block in blocks}
-        trained = [*_always(module, sampling), *(p for block in drawn for p in layers[block].parameters())]
+        trained = [*_always(module, sampling), *(p for block in sampling.trained_blocks() for p in layers[block].parameters())]
     try:
         base = load_config(module.hparams["model_name_or_path"], module.hparams["trust_remote_code"])
     except UsageError:  # it is no longer there

@@ -9,7 +9,7 @@ from typing import Any
 from ows_lightning.errors import UsageError, command_line
 
 FIXED_MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddings", "lora")
-FIXED_SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping")
+FIXED_SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping", "resting_rank")
 
 
 def fixed_settings(
@@ -68,4 +68,6 @@ def _plain(value: Any) -> Any:
 def _same(key: str, saved: Any, now: Any) -> bool:
     if key == "model.model_name_or_path" and saved and now:
         return Path(saved).name == Path(now).name  # a directory may have been moved
+    if key.endswith("resting_rank"):
+        return (saved or 0) == (now or 0)  # older runs have none
     return bool(saved == now)

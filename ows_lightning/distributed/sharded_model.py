@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ows_lightning.compat import local_shape_and_offset, own_parameters
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.pretrained import load_config
 from ows_lightning.models.safetensors_file import stored_weights
-from ows_lightning.models.source import locate
-
-
-def empty_model(
-    name: str,
-    num_tokens: int,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Builds what ``load_model`` would load, with its weights on the meta device and its buffers in memory.
-
-    Args:
-        name: Hub name, directory, GGUF file or ``package://PACKAGE/FILE.gguf``.
-        num_tokens: Number of tokens that the embeddings need rows for.
-        dtype: Data type of the weights.
-        attn_implementation: See ``load_model``.
-        trust_remote_code: Run Python code that comes with the model.
-    """
-    config = load_config(name, trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
-        if num_tokens > next(model.get_input_embeddings().parameters()).size(0):
-            model.resize_token_embeddings(num_tokens, mean_resizing=False)
-    model.tie_weights()  # accelerate makes a parameter of its own for every place
-    with contextlib.suppress(OSError):  # it has none of its own
-        model.generation_config = GenerationConfig.from_pretrained(locate(name).path)
-    return model.train()
-
-
-def allocate(model: nn.Module) -> nn.Module:
-    """Gives the weights of an ``empty_model`` memory, without values, in place; tied ones stay tied."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, weight in own_parameters(module).items():
-            if weight is not None and weight.is_meta:
-                if weight not in made:
-                    made[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
-                own_parameters(module)[name] = made[weight]
-    return model
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:

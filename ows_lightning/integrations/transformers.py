@@ -111,7 +111,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints keep of this callback: plain values."""
         names = ("activated_layers", "interval_steps", "distribution", "threshold", "calibration_samples", "rescore_every")
-        settings = {name: getattr(self, name) for name in (*names, "seed", "grouping")}
+        settings = {name: getattr(self, name) for name in (*names, "seed", "grouping", "resting_rank")}
         settings |= {"always_train": list(self.always_train), "scores": None if self.scores is None else str(self.scores)}
         run = self.state_dict()
         run["probabilities"] = None if self.probabilities is None else self.probabilities.tolist()

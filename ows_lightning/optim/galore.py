@@ -42,7 +42,7 @@ from ows_lightning.optim.sharding import (
     whole_matrices,
 )
 from ows_lightning.optim.stopwatch import Stopwatch
-from ows_lightning.optim.subspace import Side, leading_singular_vectors
+from ows_lightning.optim.subspace import Side, leading_singular_vectors, random_subspace
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
@@ -96,6 +96,7 @@ class GaLoreAdamW(Optimizer):
     * ``gradients()`` returns what a step consumes, projected gradients where there is a rank; clip those by any rule.
     * A step with a NaN or Inf in any gradient is skipped as a whole: weights, moments and subspaces stay as they were. A
       warning names the weight, ``skipped_steps`` counts.
+    * ``rest()`` lets weights that would be frozen learn a little, in a random subspace of a small rank.
     * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
       ``average_gradients()`` averages what a step consumes: r/n of the bytes of the gradients.
     * All settings are options of the groups, as the learning rate is: a copy, a pickle and a loaded state carry them, and a
@@ -105,7 +106,7 @@ class GaLoreAdamW(Optimizer):
     Args:
         params: Parameters, named parameters or groups, e.g. from ``galore_param_groups``. Keys of a projected group:
             ``rank``, ``update_proj_gap`` (200), ``scale`` (1.0), ``proj_type`` (``std | reverse_std | right | left``),
-            ``subspace`` (``randomized | svd``; with ``svd`` the updates equal those of galore-torch's GaLoreAdamW).
+            ``subspace`` (``randomized | svd | random``; with ``svd`` the updates equal those of galore-torch's GaLoreAdamW).
         lr: Learning rate.
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
@@ -158,6 +159,7 @@ class GaLoreAdamW(Optimizer):
         self._projected: dict[Tensor, Tensor] = {}  # R of the coming step
         self._renewed: dict[Tensor, Tensor] = {}  # projectors that the coming step switches to
         self._hosted: dict[Tensor, Tensor] = {}  # full gradients of a step that renews, in host memory
+        self._random: dict[Tensor, Tensor] = {}  # projectors of resting weights, made again where they are missing
 
     @property
     def accumulating(self) -> bool:
@@ -207,6 +209,7 @@ class GaLoreAdamW(Optimizer):
             super().__setstate__({key: value for key, value in state.items() if key != "in_backward"})
         else:
             self._discard_gradients()
+            self._random.clear()
             old_state, old_groups = self.state, self.param_groups
             super().__setstate__(state)
             # In place: Lightning's wrapper has copied the attributes and shares these objects.
@@ -234,9 +237,46 @@ class GaLoreAdamW(Optimizer):
         saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
         for saved_id, (p, _) in zip(saved_ids, self._parameters(), strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor) and key != "step":
+                if key == "rest":
+                    self.state[p][key] = value.detach().to("cpu", copy=True)
+                elif isinstance(value, Tensor) and key != "step":
                     dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
                     self.state[p][key] = self._place(p, key, value.detach().to(p.device, dtype, copy=True))
+
+    def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
+        """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
+
+        A resting weight keeps one subspace, Q of shape (n, r) on the right side, until it no longer rests, at its group's
+        learning rate and ``scale``, without weight decay::
+
+            R = G Q,    W <- W - lr * scale * Adam(R) Q^T
+
+        Its state is two moments (m x r), a step and ``rest``, the numbers that Q is made from, which is not saved. It begins
+        and ends with no other: a weight that begins to rest loses the state that it trained with, and one that ends its rest
+        (or is frozen) that which it rested with. One that rests already goes on.
+
+        Args:
+            weights: Matrices of shape (..., m, n) with n > rank that require a gradient; those of other optimizers count not.
+            rank: Rank r.
+            seed: Of this rest period; a weight's subspace follows from it and from the weight's place in the groups.
+
+        Raises:
+            ValueError: A weight is no matrix that the rank makes smaller.
+        """
+        resting = {p for p in weights if p in self._places}
+        if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
+            raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
+        for p in self._places:
+            if (p in resting) == self._rests(p):
+                continue
+            self.state.pop(p, None)
+            for left in (self._random, self._projected, self._renewed, self._hosted):
+                left.pop(p, None)
+            if p in resting:
+                self.state[p]["rest"] = torch.tensor([rank, seed])  # sharded checkpoints want tensors
+
+    def _rests(self, p: Tensor) -> bool:
+        return "rest" in self.state.get(p, ())
 
     # ------------------------------------------------------------------ gradients
 
@@ -340,7 +380,8 @@ class GaLoreAdamW(Optimizer):
                 self._consume_gradient(p, renew)
 
     def _consume_in_backward(self, p: Tensor) -> None:
-        if p.grad is not None:  # torch calls hooks also where no gradient came, as after `consume_factors`
+        # torch calls hooks also where no gradient came, as after `consume_factors`.
+        if p.grad is not None and self._side(p, self._places[p][0]) is not None:
             self._consume_gradient(p, renew=not (self.accumulating or self.averaged))
 
     @torch.no_grad()
@@ -384,13 +425,21 @@ class GaLoreAdamW(Optimizer):
         """
         group, _ = self._places[p]
         side, (m, n) = self._side(p, group), p.shape
-        if side is None or group["rank"] * (m + n) > m * n:
+        projector = None if side is None else self._projector_of(p, group)
+        if side is None or projector is None or projector.size(-1) * (m + n) > m * n:
             return False
-        projector = self._projector_of(p, group)
-        if projector is None or not projector.dtype == output_gradient.dtype == inputs.dtype:
+        if not projector.dtype == output_gradient.dtype == inputs.dtype:
             return False
         self._add_projected(p, project_factors(output_gradient, inputs, projector, side))
         return True
+
+    def resting_projector(self, p: Tensor) -> Tensor | None:
+        """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
+        return self._projector_of(p, self._places[p][0]) if self._rests(p) else None
+
+    def consume_projected(self, p: Tensor, projected: Tensor) -> None:
+        """Takes R (m, r) of a weight that rests, within backward; several add up."""
+        self._add_projected(p, projected)
 
     def _add_projected(self, p: Tensor, projected: Tensor) -> None:
         self._projected[p] = projected if p not in self._projected else self._projected[p] + projected
@@ -400,6 +449,12 @@ class GaLoreAdamW(Optimizer):
         if p in self._renewed:
             return self._renewed[p]
         state = self.state.get(p, {})
+        if "rest" in state:
+            if p not in self._random:
+                rank, seed = state["rest"].tolist()
+                basis = random_subspace(p, rank, 1_000_003 * seed + self._places[p][1])
+                self._random[p] = self._place(p, "projector", basis)
+            return self._random[p]
         due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
         return None if due else state["projector"]
 
@@ -473,13 +528,15 @@ class GaLoreAdamW(Optimizer):
         assert side is not None
         if p in self._renewed:
             self._renew(state, self._renewed.pop(p), side, group["moments_at_renewal"])
+        rests = self._rests(p)
+        projector = self._random[p] if rests else state["projector"]
         step = self._count(state, gradient, group)
         exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
         of_moments, of_weight = self._generators(p, step, group)
         direction = adam_direction(local(gradient), exp_avg, exp_avg_sq, step, group["betas"], group["eps"], of_moments)
         lr = _rate(step, group)
-        decay = lr * group["weight_decay"]
-        project_back_(local(p), direction, local(state["projector"]), side, lr * group["scale"], decay, of_weight)
+        decay = 0.0 if rests else lr * group["weight_decay"]
+        project_back_(local(p), direction, local(projector), side, lr * group.get("scale", 1.0), decay, of_weight)
 
     def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
         """AdamW in full rank: small tensors together, large ones in parts, for few kernels and small temporaries."""
@@ -551,6 +608,8 @@ class GaLoreAdamW(Optimizer):
 
     def _side(self, p: Tensor, group: dict[str, Any]) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
+        if self._rests(p):
+            return "right"
         if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0:
             return None
         m, n = p.shape[-2:]
@@ -580,9 +639,9 @@ class GaLoreAdamW(Optimizer):
         for group in groups:
             for p in group["params"]:
                 remove_hook(p)
-            if self._progress.in_backward:
-                projected = (p for p in group["params"] if self._side(p, group) is not None)
-                hook_gradients(projected, self, GaLoreAdamW._consume_in_backward)
+            if self._progress.in_backward:  # all matrices: one that trains in full rank may rest in a lower one
+                matrices = (p for p in group["params"] if p.dim() in (2, 3) and p.numel())
+                hook_gradients(matrices, self, GaLoreAdamW._consume_in_backward)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
@@ -628,7 +687,7 @@ def _check(options: dict[str, Any]) -> None:
         "rank": lambda value: value is None or value >= 1,
         "update_proj_gap": lambda value: value >= 1,
         "proj_type": lambda value: value in ("std", "reverse_std", "right", "left"),
-        "subspace": lambda value: value in ("randomized", "svd"),
+        "subspace": lambda value: value in ("randomized", "svd", "random"),
     }
     hints = {"rank": "must be at least 1 (leave it out to train in full rank)"}
     for name, is_valid in valid.items():

@@ -1,4 +1,7 @@
-"""Linear layers whose gradient is projected without being computed: R = dY^T (X Q), where G = dY^T X never exists."""
+"""Linear layers whose gradient is projected without being computed: R = dY^T (X Q), where G = dY^T X never exists.
+
+Where Q is known before the forward pass, as in a block at rest, X Q (tokens x r) is kept for backward instead of X.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,15 @@ from ows_lightning.optim.hooks import sole_consumer
 
 
 class Consumer(Protocol):
-    """Who may take a weight's gradient as its two factors."""
+    """Who may take a weight's gradient as its two factors, or projected."""
+
+    def resting_projector(self, p: Tensor) -> Tensor | None:
+        """Returns Q (n, r) of a weight that trains at rest: R = dY^T (X Q) is all that is needed of its gradient."""
+        ...
+
+    def consume_projected(self, p: Tensor, projected: Tensor) -> None:
+        """Takes R (m, r) of such a weight."""
+        ...
 
     def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
         """Takes dY (tokens, m) and X (tokens, n) in place of G = dY^T X (m, n); False if G itself is needed."""
@@ -57,7 +68,13 @@ def _casts_or_compiles(input: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
+        consumer: Consumer | None = sole_consumer(weight)
+        projector = None if consumer is None else consumer.resting_projector(weight)
+        if projector is not None and projector.dtype == input.dtype:
+            ctx.resting_with, kept = consumer, input @ projector
+        else:
+            ctx.resting_with, kept = None, input
+        ctx.save_for_backward(kept, weight)
         ctx.parameter = weight  # what is saved comes back as another object, which no optimizer knows
         return F.linear(input, weight, bias)
 
@@ -71,6 +88,8 @@ class _Linear(torch.autograd.Function):
         if of_weight:
             inputs = input.reshape(-1, input.size(-1))
             consumer: Consumer | None = sole_consumer(ctx.parameter)
-            if consumer is None or not consumer.consume_factors(ctx.parameter, rows, inputs):
+            if ctx.resting_with is not None:
+                ctx.resting_with.consume_projected(ctx.parameter, rows.mT @ inputs)
+            elif consumer is None or not consumer.consume_factors(ctx.parameter, rows, inputs):
                 weight_gradient = rows.mT @ inputs
         return gradient @ weight if of_input else None, weight_gradient, rows.sum(0) if of_bias else None

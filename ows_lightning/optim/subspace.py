@@ -1,4 +1,4 @@
-"""The subspace that GaLore projects a gradient onto: its leading singular vectors, exact or randomized."""
+"""The subspace that a gradient is projected onto: its leading singular vectors, exact or randomized, or a random one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Side = Literal["left", "right"]
-Method = Literal["randomized", "svd"]
+Method = Literal["randomized", "svd", "random"]
 
 NOISE = 1e-5  # singular values below this part of the largest are rounding in float32
 OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 4.2) find 5 to 10 enough in most cases
@@ -22,13 +22,16 @@ def leading_singular_vectors(gradient: Tensor, rank: int, side: Side, method: Me
         rank: Number of singular vectors r, smaller than the side's dimension.
         side: ``"left"`` spans the rows' dimension m, ``"right"`` the columns' dimension n.
         method: ``"svd"`` is exact (GaLore, arXiv 2403.03507); ``"randomized"`` is subspace iteration with one power iteration
-            (Halko et al., arXiv 0909.4061, algorithm 4.4): a few matrix products instead of a decomposition.
-        seed: Seeds the random test matrix, so that every process and every resumed run finds the same subspace.
+            (Halko et al., arXiv 0909.4061, algorithm 4.4): a few matrix products instead of a decomposition; ``"random"``
+            takes the shape of the gradient alone, see ``random_subspace``.
+        seed: Seeds the random matrix, so that every process and every resumed run finds the same subspace.
 
     Returns:
         Orthonormal columns of shape (..., m, r) or (..., n, r), in the gradient's dtype.
     """
     dtype = gradient.dtype
+    if method == "random":
+        return random_subspace(gradient if side == "right" else gradient.mT, rank, seed).contiguous()
     if method == "svd":
         # Never of the transposed gradient: moments that are kept depend on the vectors' signs, which are galore-torch's.
         u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
@@ -37,6 +40,23 @@ def leading_singular_vectors(gradient: Tensor, rank: int, side: Side, method: Me
         gradient = gradient.float() if gradient.dtype == torch.float16 else gradient  # whose products would overflow
         vectors = _randomized(gradient if side == "right" else gradient.mT, rank, seed)
     return vectors.to(dtype).contiguous()
+
+
+def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
+    """Returns an orthonormal basis of a random subspace, Q of a Gaussian's QR decomposition: the same wherever it is made.
+
+    Args:
+        matrix: Any tensor of shape (..., m, n), for its shape, dtype and device; all its matrices share the basis.
+        rank: Number of columns r, at most n.
+        seed: Seeds the Gaussian, which is drawn in float32 on the CPU.
+
+    Returns:
+        Orthonormal columns, of shape (..., n, r), in the matrix's dtype.
+    """
+    gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed))
+    exact = torch.promote_types(matrix.dtype, torch.float32)
+    basis = torch.linalg.qr(gaussian.to(matrix.device, exact)).Q.to(matrix.dtype).contiguous()
+    return basis.expand(*matrix.shape[:-2], -1, -1)
 
 
 def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""Freezing: some blocks train, the others cost no gradient and no optimizer state."""
+"""Freezing: some blocks train, the others cost no gradient and no optimizer state, but those that train at rest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -14,6 +14,14 @@ from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 Part = Literal["embeddings", "lm_head", "norm"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model outside its blocks, as ``always_train`` names them."""
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An optimizer in which weights can train at rest."""
+
+    def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
+        """Lets these weights, and no others, train at rest from now on."""
 
 
 _frozen: Any = WeakTensorKeyDictionary()  # the parameters that are frozen here, and not by the user
@@ -45,24 +53,43 @@ def activate_blocks(
     active: Sequence[int],
     others: Iterable[tuple[nn.Parameter, bool]] = (),
     optimizers: Iterable[Optimizer] = (),
+    resting_rank: int = 0,
+    resting_seed: int = 0,
 ) -> None:
-    """Lets some decoder blocks train and freezes the rest.
+    """Lets some decoder blocks train, and freezes the rest or lets it rest.
 
     A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers: moments and
     projectors are freed, so that memory does not grow with the blocks that have ever been active. A parameter that
     several blocks share (Zamba2's attention) trains if any of them is active. Call it between two optimizer steps.
 
+    With a ``resting_rank``, the matrices of the blocks above the lowest active one, which backward passes through anyway,
+    keep ``requires_grad`` and train at rest, see ``GaLoreAdamW.rest``; vectors and the blocks below are frozen.
+
     Args:
         layers: The decoder blocks, see ``decoder_layers``, or lists of the parameters of each that may train.
         active: Indices of the blocks that train from now on.
         others: Parameters outside the blocks, each with whether it trains.
-        optimizers: Optimizers that hold the parameters; they must have been built before anything was frozen.
+        optimizers: Optimizers that hold the parameters; they must have been built before anything was frozen. With a
+            ``resting_rank``, what holds matrices of the blocks has to be GaLoreAdamW.
+        resting_rank: Rank in which blocks train at rest; 0 freezes them.
+        resting_seed: Seeds the subspaces of the matrices that begin to rest now.
     """
     trains = dict(others)
+    first: dict[nn.Parameter, int] = {}  # the lowest block that each is in
     for index, layer in enumerate(layers):
         for p in layer.parameters():
             trains[p] = trains.get(p, False) or index in active
+            first.setdefault(p, index)
+    lowest = min((first[p] for p in first if trains[p]), default=len(first))
+    rests = {
+        p: resting_rank > 0 and not trains[p] and first[p] > lowest and p.dim() in (2, 3) and p.size(-1) > resting_rank
+        for p in first
+    }
+    for optimizer in optimizers:
+        if isinstance(optimizer, Resting):
+            optimizer.rest((p for p in first if rests[p]), resting_rank, resting_seed)
     for p, trainable in trains.items():
+        trainable = trainable or rests.get(p, False)
         if trainable:
             _frozen.pop(p, None)
         elif p.requires_grad:

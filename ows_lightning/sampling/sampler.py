@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
-from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, may_train, outside_blocks, unfreeze
+from ows_lightning.sampling.activation import PARTS, Part, Resting, activate_blocks, may_train, outside_blocks, unfreeze
 from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
@@ -62,6 +62,8 @@ class BlockSampler:
         grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with blocks
             of similar depth, so that the lowest active block, which decides a step's time, lies higher on average; 1 is the
             most that is possible.
+        resting_rank: Rank in which the matrices of frozen blocks above the lowest active one train in a random subspace, drawn
+            anew whenever a block begins to rest; needs GaLoreAdamW. 0, the paper's method, leaves them as they are.
 
     Attributes:
         history: (interval, optimizer step, blocks) of every draw so far.
@@ -85,6 +87,7 @@ class BlockSampler:
         always_train: Sequence[Part] = ("embeddings", "lm_head", "norm"),
         seed: int = 0,
         grouping: float = 0.0,
+        resting_rank: int = 0,
     ) -> None:
         at_least_one = {
             "activated_layers": activated_layers,
@@ -101,6 +104,8 @@ class BlockSampler:
             raise UsageError(f"sampling.always_train: unknown {sorted(unknown)}; choose from {', '.join(PARTS)}")
         if not 0 <= grouping <= 1:
             raise UsageError(f"sampling.grouping: {grouping} is not between 0 (independent draws) and 1")
+        if resting_rank < 0:
+            raise UsageError(f"sampling.resting_rank: {resting_rank} must be at least 1, or 0: frozen blocks stay as they are")
         if grouping > 0 and distribution == "window":
             raise UsageError("sampling.grouping: the blocks of a window are neighbours already; leave it out, or take outlier")
         self.activated_layers = activated_layers
@@ -113,6 +118,7 @@ class BlockSampler:
         self.always_train = tuple(always_train)
         self.seed = seed
         self.grouping = grouping
+        self.resting_rank = resting_rank
         self._blocks: list[nn.ParameterList] = []
         self._others: dict[nn.Parameter, bool] = {}
         self.reset()
@@ -175,7 +181,13 @@ class BlockSampler:
         return {"interval": float(interval)} if drawn == step else {}  # saved within the step that the draw was for
 
     def _require_held(self, optimizers: Iterable[Optimizer]) -> None:
-        """Refuses optimizers that hold no parameter of some block, which would then never train."""
+        """Refuses optimizers that hold no parameter of some block, which would then never train, or can't let it rest."""
+        for optimizer in optimizers if self.resting_rank else ():
+            if not isinstance(optimizer, Resting):
+                raise UsageError(
+                    f"sampling.resting_rank: {type(optimizer).__name__} can't train frozen blocks at rest; take GaLoreAdamW, "
+                    "or set it to 0"
+                )
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
             raise UsageError(
@@ -247,8 +259,10 @@ class BlockSampler:
                 self.gradient_norms[index] = DECAY * before + (1 - DECAY) * norm_per_weight
 
     def activate(self, optimizers: Iterable[Optimizer]) -> None:
-        """Lets the active blocks train and freezes the others."""
-        activate_blocks(self._blocks, self.active_blocks, self._others.items(), list(optimizers))
+        """Lets the active blocks train, and freezes the others or lets them rest."""
+        seed = 1_000_003 * self.seed + self.history[-1][0]
+        others = self._others.items()
+        activate_blocks(self._blocks, self.active_blocks, others, list(optimizers), self.resting_rank, seed)
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model."""
@@ -256,8 +270,8 @@ class BlockSampler:
         self._blocks, self._others = [], {}
 
     def warn_of_never_trained(self) -> None:
-        """Warns of the blocks that were never drawn."""
-        never = sorted(set(range(len(self._blocks))) - {block for _, _, blocks in self.history for block in blocks})
+        """Warns of the blocks that were never drawn, and never trained at rest either."""
+        never = sorted(set(range(len(self._blocks))) - self.trained_blocks())
         if never:
             log.warning(
                 "%d of %d blocks never trained in %d intervals: %s. A higher `activated_layers` or a lower `interval_steps` "
@@ -305,7 +319,14 @@ class BlockSampler:
         if self.rescore_every is not None or self.distribution == "gradient_norm" or self._draws_at_other_times():
             return None
         coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
-        return {block for _, _, blocks in self.history for block in blocks}.union(*map(self.blocks_of, coming))
+        return self.trained_blocks(map(self.blocks_of, coming))
+
+    def trained_blocks(self, coming: Iterable[Sequence[int]] = ()) -> set[int]:
+        """Returns the blocks that were drawn so far or will be, and with `resting_rank` those above: they train at rest."""
+        draws = [*(blocks for _, _, blocks in self.history), *coming]
+        if self.resting_rank and draws and self.probabilities is not None:
+            return set(range(min(map(min, draws)), len(self.probabilities)))
+        return {block for blocks in draws for block in blocks}
 
     def _draws_at_other_times(self) -> bool:
         return getattr(self.should_draw, "__func__", None) is not BlockSampler.should_draw

@@ -74,14 +74,14 @@ class DiskWeights(HostWeights):
             super().write_back(trained)
         else:
             self._move(trained)
-        self.written()
+        self.refresh()
 
     def make_writable(self) -> None:
         """Moves weights that lie in the model's own file into the scratch file; ``tensors`` are others then."""
         if not self._in_scratch():
             self._move(self.tensors)
 
-    def written(self) -> None:
+    def refresh(self) -> None:
         """Frees the pages of the weights that are in memory because they were read."""
         drop_page_cache()
 
@@ -157,10 +157,8 @@ class Disk:
             read(target)
             return
         with self._lock:  # a block may be lent while the next one is fetched
-            if not self._staging or self._staging[0][0].numel() < target.numel():
-                for _, copied in self._staging:
-                    copied.synchronize()
-                self._staging = [(page_locked(target.numel()), torch.cuda.Event()) for _ in range(2)]
+            if not self._staging or self._staging[0][0].numel() < target.numel():  # freed when copies from it have ended
+                self._staging = [(page_locked(target.numel(), target.device), torch.cuda.Event()) for _ in range(2)]
             buffer, copied = self._staging.pop(0)
             copied.synchronize()
             part = buffer[: target.numel()]

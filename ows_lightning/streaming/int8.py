@@ -75,7 +75,7 @@ class Int8Weights(HostWeights):
         self.fetch_exact = False
         self.copy: HostWeights | None = None
         self.tensors = exact.tensors
-        self.written()
+        self.refresh()
         if staging is not None and self.copy is not None:
             staging.reserve(nbytes_of(self.copy.tensors))
 
@@ -108,10 +108,10 @@ class Int8Weights(HostWeights):
         self.exact.make_writable()
         self.tensors = self.exact.tensors
 
-    def written(self) -> None:
+    def refresh(self) -> None:
         """Makes a new copy of the exact weights."""
         self._quantize_again(self.tensors)
-        self.exact.written()
+        self.exact.refresh()
 
     @torch.no_grad()
     def _quantize_again(self, weights: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Loading a model whose blocks wait on the disk: they stay in the model's own files where they can."""
+"""A model whose blocks are offloaded to the disk: they stay in the model's own files where they can."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ows_lightning.compat import own_parameters
-from ows_lightning.distributed.sharded_model import empty_model
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.empty_model import empty_model
 from ows_lightning.models.pretrained import check_finite, check_surplus_blocks, load_model
 from ows_lightning.models.safetensors_file import StoredWeight, stored_weights
 from ows_lightning.streaming.disk import Disk
 
 
-def load(name: str, num_tokens: int, disk: Disk | None, **options: Any) -> PreTrainedModel:
-    """Loads a model into memory, or with its blocks on a disk, mapped from files.
+def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) -> PreTrainedModel:
+    """Loads a model whose blocks are mapped from files.
 
-    On a disk, a block that the model's safetensors hold in the dtype asked for stays there, and one in another dtype is
+    A block that the model's safetensors hold in the dtype asked for stays there, and one in another dtype is
     converted into the scratch file, a weight at a time. Weights that transformers makes from others (of a GGUF file, of
-    experts that it fuses, of added tokens) pass through host memory once, before the window takes them to the disk.
+    experts that it fuses, of added tokens) pass through host memory once, before they are offloaded to the disk.
 
     Args:
         name: The model's name.
         num_tokens: Number of tokens that the embeddings need rows for.
-        disk: Takes the blocks; None for memory.
+        disk: Takes the blocks.
         **options: See ``load_model``.
 
     Raises:
         UsageError: The model has weights that are not finite, or more blocks than its config says.
     """
-    if disk is None:
-        return load_model(name, **options)
     model, stored = empty_model(name, num_tokens, **options), stored_weights(name)
     tied = model.all_tied_weights_keys.keys()
     names = {p: key for key, p in model.named_parameters(remove_duplicate=False) if key not in tied}

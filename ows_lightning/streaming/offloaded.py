@@ -1,4 +1,4 @@
-"""Where a block's weights lie while it does not train."""
+"""Offloaded weights: where those of a block lie while it does not train."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def tensor_in(weight: Tensor, memory: Any, start: int) -> Tensor:
 
 @torch.no_grad()
 def copy_into(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
-    """CopyStream weights into memory that has the buffer protocol, one at a time, to where `starts_of` says."""
+    """Copies weights into memory that has the buffer protocol, one at a time, to where `starts_of` says."""
     places = zip(weights, starts_of(weights), strict=True)
     return [tensor_in(weight, memory, start).copy_(weight) for weight, start in places]
 
@@ -78,7 +78,7 @@ class HostWeights:
     """Host memory that a block's weights lie in: a tensor a weight, as it was loaded.
 
     Args:
-        weights: The block's weights; those in host memory become the home as they are.
+        weights: The block's weights; those in host memory stay as they are.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -86,7 +86,7 @@ class HostWeights:
 
     @torch.no_grad()
     def fetch(self, slot: Sequence[Tensor]) -> None:
-        """CopyStream the weights into a slot."""
+        """Copies the weights into a slot."""
         for target, weight in zip(slot, self.tensors, strict=True):
             target.copy_(weight, non_blocking=True)
 
@@ -97,24 +97,24 @@ class HostWeights:
             weight.copy_(source)
 
     def load_for_training(self, own: Sequence[Tensor]) -> None:
-        """CopyStream the weights to where they train."""
+        """Copies the weights to where they train."""
         self.fetch(own)
 
     def make_writable(self) -> None:
         """Prepares the ``tensors`` for writes other than ``write_back``."""
 
-    def written(self) -> None:
+    def refresh(self) -> None:
         """To be called after others have read or written the ``tensors``."""
 
 
 class DeviceWeights(HostWeights):
-    """Memory on the device itself, where tensors wait that are smaller than what computes."""
+    """Memory on the device itself, for tensors that are smaller than what computes."""
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         self.tensors = [tensor.to(device) for tensor in tensors]
 
 
-def page_locked(nbytes: int) -> Tensor:
+def page_locked(nbytes: int, device: torch.device) -> Tensor:
     """Returns host memory, uint8, that a GPU reads by itself: page-aligned, page-locked, and no larger than it has to be.
 
     torch's own pinned memory comes in powers of two. The memory is a mapping of its own, shared, because that of a process
@@ -132,8 +132,13 @@ def page_locked(nbytes: int) -> Tensor:
             f"model.frozen_in: {len(memory) / 1e6:.0f} MB of host memory could not be page-locked "
             f"(CUDA error {error}); free host memory, or raise the limit that `ulimit -l` shows"
         )
-    weakref.finalize(whole, cudart.cudaHostUnregister, address).atexit = False
+    weakref.finalize(whole, _unlock, address, device).atexit = False
     return whole
+
+
+def _unlock(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may still read the memory, which is freed next
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class PinnedWeights(HostWeights):
@@ -141,13 +146,14 @@ class PinnedWeights(HostWeights):
 
     Args:
         weights: The block's weights, copied one at a time.
+        device: The GPU.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self._memory = page_locked(nbytes_of(weights))
+    def __init__(self, weights: Sequence[Tensor], device: torch.device) -> None:
+        self._memory = page_locked(nbytes_of(weights), device)
         self.tensors = copy_into(self._memory.numpy(), weights)
 
 
 def host_weights(weights: Sequence[Tensor], device: torch.device) -> HostWeights:
-    """The home in host memory that a device can fetch from."""
-    return PinnedWeights(weights) if device.type == "cuda" else HostWeights(weights)
+    """Offloads weights to host memory that a device can fetch from."""
+    return PinnedWeights(weights, device) if device.type == "cuda" else HostWeights(weights)

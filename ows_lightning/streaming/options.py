@@ -1,15 +1,34 @@
-"""What a run needs for frozen blocks to wait outside the device."""
+"""A run's settings for offloading: what they ask for, and what they refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 from ows_lightning.errors import UsageError
+from ows_lightning.streaming.disk import Disk
+from ows_lightning.streaming.offloader import BlockOffloader
+
+
+def offloader_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: Disk | None = None) -> BlockOffloader | None:
+    """Returns the offloader that a module's settings ask for; None where frozen blocks stay on the device as they are.
+
+    Args:
+        blocks: The decoder blocks, first block first.
+        settings: ``frozen_in``, ``frozen_dtype``, ``window_blocks`` and ``lora``, see ``CausalLMModule``.
+        disk: Where the blocks are offloaded to, for ``frozen_in: disk``.
+    """
+    where, dtype = settings["frozen_in"], settings["frozen_dtype"]
+    if where == "device" and dtype is None:
+        return None
+    only, int8_in = settings["lora"] is not None, where if dtype == "int8" else None
+    return BlockOffloader(blocks, settings["window_blocks"], frozen_only=only, disk=disk, int8_in=int8_in)
 
 
 def check_window_blocks(window_blocks: int) -> None:
-    """Checks a window's size.
+    """Checks how many blocks fit on the device at a time.
 
     Raises:
         UsageError: It is too small or too large.
@@ -49,3 +68,17 @@ def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: i
             f"{key} needs frozen blocks, and full fine-tuning trains all of them; sample blocks "
             f"(`sampling`), or set model.lora or {resident}"
         )
+
+
+def require_resident(model: Mapping[str, Any]) -> None:
+    """Refuses runs in which frozen blocks are to train at rest, and wait outside the device.
+
+    Raises:
+        UsageError: With what to use instead.
+    """
+    for key in ("frozen_in", "frozen_dtype"):
+        if model[key] not in ("device", None):
+            raise UsageError(
+                f"sampling.resting_rank: blocks train at rest on the device alone, and model.{key} is {model[key]}; set "
+                "sampling.resting_rank: 0, or leave it out"
+            )

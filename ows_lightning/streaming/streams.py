@@ -1,7 +1,8 @@
-"""How fetches overlap with computation: on a separate stream on a GPU, as plain copies on a CPU."""
+"""How fetches overlap with computation: a stream of their own on a GPU, a thread for files, not at all on a CPU."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -21,6 +22,12 @@ class CopyStream(Protocol):
     def release(self, slot: int) -> None:
         """Marks the end of the computation that reads the slot."""
 
+    def after_computation(self) -> None:
+        """Makes fetches issued from now on see what computation launched so far writes: other weights, and new memory."""
+
+    def synchronize(self) -> None:
+        """Holds the process up until no fetch runs: what they read and write may be written or freed."""
+
 
 class CpuStream:
     """On a CPU a fetch is done when it returns."""
@@ -35,16 +42,22 @@ class CpuStream:
     def release(self, slot: int) -> None:
         """Has nothing to mark."""
 
+    def after_computation(self) -> None:
+        """Is so in any case."""
+
+    def synchronize(self) -> None:
+        """Has nothing to wait for."""
+
 
 class CudaStream:
     """On a GPU fetches run on a stream of their own; an event each way keeps both streams off each other's slot.
 
-    The slots live as long as this object, so their memory needs no ``record_stream``. Hooks of a backward pass run on
-    autograd's thread, whose current stream is that of the forward pass: streams are asked for when used.
+    Hooks of a backward pass run on autograd's thread, whose current stream is that of the forward pass: streams are asked for
+    when used. What a fetch reads and writes lives at least until it has run, also where the model is dropped meanwhile.
 
     Args:
         device: The GPU.
-        slots: Number of slots, whose memory is allocated already.
+        slots: Number of slots.
     """
 
     def __init__(self, device: torch.device, slots: int) -> None:
@@ -52,8 +65,8 @@ class CudaStream:
         self.stream = torch.cuda.Stream(device)
         self.arrived = [torch.cuda.Event() for _ in range(slots)]
         self.released = [torch.cuda.Event() for _ in range(slots)]
-        for slot in range(slots):
-            self.release(slot)  # the slots' memory may still be in use by what it was allocated for before
+        self._running: dict[int, Callable[[], None]] = {}  # by slot; it holds the memory
+        weakref.finalize(self, _synchronize, self.stream, self._running).atexit = False
 
     def issue(self, slot: int, fetch: Callable[[], None]) -> None:
         """Launches the fetch on the copy stream, behind the slot's last release."""
@@ -61,6 +74,7 @@ class CudaStream:
         with torch.cuda.stream(self.stream):
             fetch()
             self.arrived[slot].record(self.stream)
+        self._running[slot] = fetch
 
     def wait(self, slot: int) -> None:
         """Makes the computing stream wait for the fetch; the process goes on."""
@@ -69,6 +83,19 @@ class CudaStream:
     def release(self, slot: int) -> None:
         """Records how far the computing stream is."""
         self.released[slot].record(torch.cuda.current_stream(self.device))
+
+    def after_computation(self) -> None:
+        """Makes the copy stream wait for the computing stream; the process goes on."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def synchronize(self) -> None:
+        """Waits for the copy stream."""
+        _synchronize(self.stream, self._running)
+
+
+def _synchronize(stream: torch.cuda.Stream, running: dict[int, Callable[[], None]]) -> None:
+    stream.synchronize()
+    running.clear()
 
 
 class ReaderThread:
@@ -95,6 +122,16 @@ class ReaderThread:
     def release(self, slot: int) -> None:
         """Marks the end of the computation that reads the slot."""
         self.stream.release(slot)
+
+    def after_computation(self) -> None:
+        """Leaves it to the device."""
+        self.stream.after_computation()
+
+    def synchronize(self) -> None:
+        """Waits for the thread, whose fetches come one after the other, and for the device."""
+        for fetch in self.fetches.values():
+            fetch.exception()  # waits
+        self.stream.synchronize()
 
 
 def copy_stream_for(device: torch.device, slots: int) -> CopyStream:

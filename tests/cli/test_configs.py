@@ -105,7 +105,17 @@ def test_method_fits_the_code_over_a_large_model(method: Path) -> None:
 
 
 def test_no_config_is_left_out() -> None:
-    assert {path.stem for path in METHODS} == {"full", "lora", "galore", "lisa", "lisa_d", "ows_full_rank", "ows", "ows_paper"}
+    assert {path.stem for path in METHODS} == {
+        "full",
+        "lora",
+        "galore",
+        "lisa",
+        "lisa_d",
+        "ows_full_rank",
+        "ows",
+        "ows_paper",
+        "ows_resting",
+    }
     assert {path.stem for path in STRATEGIES} == {"fsdp2", "ddp_layerwise", "host", "disk"}
     assert set(CONFIGS.rglob("*.yaml")) == {CONFIGS / "base.yaml", *MODELS, *METHODS, *STRATEGIES}
 

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ows_lightning.distributed.sharded_model import empty_model, load_into_shards
+from ows_lightning.distributed.sharded_model import load_into_shards
+from ows_lightning.models.empty_model import empty_model
 from ows_lightning.models.pretrained import load_model
 from tests.distributed.fixtures import Arguments
 from tests.distributed.launch import Launch, free_port, run

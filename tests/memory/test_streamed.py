@@ -71,7 +71,7 @@ class Device(Track):
 
     def label(self, module: Any) -> None:
         offloader = module.offloader
-        offloader._prepare()
+        offloader.prepare()
         elsewhere = {p.data_ptr(): p for block in offloader.parameters for p in block}
         copies = [
             tensor
@@ -83,7 +83,7 @@ class Device(Track):
         if module.hparams["frozen_in"] != "device":
             elsewhere |= {tensor.data_ptr(): tensor for tensor in copies}
         self.tracker.label(HOST, elsewhere.values())
-        here = [*module.parameters(), *module.buffers(), *offloader._memory, *copies, *staging]
+        here = [*module.parameters(), *module.buffers(), *offloader.slots, *copies, *staging]
         self.tracker.label("weights", [tensor for tensor in here if tensor.data_ptr() not in elsewhere])
 
 

@@ -56,8 +56,14 @@ class LateStream:
     def release(self, slot: int) -> None:
         self._poison(slot)
 
+    def after_computation(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.fetches.clear()  # what is waited for has to be fetched again
+
     def _poison(self, slot: int) -> None:
-        self.offloader._memory[slot].fill_(255)  # NaN in float32 and in bfloat16
+        self.offloader.slots[slot].fill_(255)  # NaN in float32 and in bfloat16
 
 
 class NoComputeOnOffloaded(TorchDispatchMode):
@@ -67,7 +73,7 @@ class NoComputeOnOffloaded(TorchDispatchMode):
 
     def __init__(self, offloader: BlockOffloader, stream: LateStream) -> None:
         super().__init__()
-        offloader._prepare()
+        offloader.prepare()
         waiting = [weight for block in offloader.timeline.order for weight in offloader.offloaded[block].tensors]
         self.offloaded = {weight.untyped_storage().data_ptr() for weight in waiting}
         self.stream = stream

@@ -20,7 +20,7 @@ from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.mapped_model import load
+from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
 from tests.streaming.steps import evaluate, strict_offloader, train
@@ -52,7 +52,7 @@ def mapped_bytes(path: Path) -> int:
 def test_a_model_is_loaded_as_transformers_loads_it(architecture: str, dtypes: str, tmp_path: Path) -> None:
     name = saved(tmp_path, tie_word_embeddings=True) if architecture == "tied" else saved(tmp_path, architecture)
     dtype = torch.float32 if dtypes == "the file's" else torch.bfloat16
-    expected, found = load_model(name, dtype=dtype), load(name, 0, Disk(tmp_path), dtype=dtype)
+    expected, found = load_model(name, dtype=dtype), load_mapped_model(name, 0, Disk(tmp_path), dtype=dtype)
     torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(dict(found.named_buffers()), dict(expected.named_buffers()), rtol=0, atol=0)
     assert [name for name, _ in found.named_parameters()] == [name for name, _ in expected.named_parameters()]
@@ -64,13 +64,13 @@ def test_a_model_is_loaded_as_transformers_loads_it(architecture: str, dtypes: s
 def test_training_gives_the_same_bits(architecture: str, tmp_path: Path) -> None:
     expected = train(tiny_model(architecture), validate=True)
     disk = Disk(tmp_path)
-    model = load(saved(tmp_path, architecture), 0, disk)
+    model = load_mapped_model(saved(tmp_path, architecture), 0, disk)
     train(model, *strict_offloader(model, disk=disk), validate=True).assert_equals(expected)
 
 
 def test_a_block_stays_in_the_models_own_file_until_it_has_trained(tmp_path: Path) -> None:
     disk = Disk(tmp_path / "run")
-    model = load(saved(tmp_path / "model"), 0, disk)
+    model = load_mapped_model(saved(tmp_path / "model"), 0, disk)
     before = load_file(tmp_path / "model" / "model.safetensors")
     offloader = BlockOffloader(decoder_layers(model), disk=disk)
     assert scratch_bytes(disk) == 0
@@ -84,14 +84,14 @@ def test_a_block_stays_in_the_models_own_file_until_it_has_trained(tmp_path: Pat
 
 def test_another_dtype_goes_to_the_scratch_file(tmp_path: Path) -> None:
     disk, name = Disk(tmp_path), saved(tmp_path, dtype=torch.bfloat16)
-    model = load(name, 0, disk)
+    model = load_mapped_model(name, 0, disk)
     train(model, BlockOffloader(decoder_layers(model), disk=disk)).assert_equals(train(load_model(name)))
     assert scratch_bytes(disk) >= sum(p.nbytes for p in decoder_layers(model).parameters())
 
 
 def test_weights_that_are_loaded_or_exchanged_count(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
-    model = load(saved(tmp_path), 0, disk)
+    model = load_mapped_model(saved(tmp_path), 0, disk)
     BlockOffloader(decoder_layers(model), disk=disk)
     others = [tiny_model("llama", seed=seed) for seed in (1, 2)]
     model.load_state_dict(others[0].state_dict())
@@ -106,7 +106,7 @@ def test_weights_that_are_loaded_or_exchanged_count(tmp_path: Path) -> None:
 
 def test_a_copy_that_is_made_first_counts_too(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
-    model = load(saved(tmp_path), 0, disk)
+    model = load_mapped_model(saved(tmp_path), 0, disk)
     BlockOffloader(decoder_layers(model), disk=disk)
     copy.deepcopy(model)
     other = tiny_model("llama", seed=1)
@@ -118,7 +118,7 @@ def test_a_copy_that_is_made_first_counts_too(tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_a_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, disk = saved(tmp_path / "model", hidden_size=256, intermediate_size=4096), Disk(tmp_path)
-    model = load(name, 0, disk)
+    model = load_mapped_model(name, 0, disk)
     BlockOffloader(decoder_layers(model), disk=disk)
     largest = max(p.nbytes for p in decoder_layers(model).parameters())
     assert mapped_bytes(Path(name, "model.safetensors")) == 0
@@ -149,7 +149,7 @@ def test_a_full_disk_is_an_error_and_no_signal(tmp_path: Path) -> None:
 
 def test_a_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
-    model = load(saved(tmp_path), 0, disk)
+    model = load_mapped_model(saved(tmp_path), 0, disk)
     BlockOffloader(decoder_layers(model), disk=disk)
     os.truncate(tmp_path / "model.safetensors", 20_000)
     with pytest.raises(RunError, match=r"model.safetensors has become shorter"):
@@ -162,13 +162,13 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         decoder_layers(model)[2].mlp.up_proj.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"not finite \(model.layers.2.mlp.up_proj.weight"):
-        load(str(tmp_path), 0, Disk(tmp_path))
+        load_mapped_model(str(tmp_path), 0, Disk(tmp_path))
 
 
 def test_what_is_written_into_the_models_own_file_counts(tmp_path: Path) -> None:
     name = saved(tmp_path)
     plain, disk = load_model(name, dtype=torch.float32), Disk(tmp_path)
-    model = load(name, 0, disk, dtype=torch.float32)
+    model = load_mapped_model(name, 0, disk, dtype=torch.float32)
     BlockOffloader(decoder_layers(model), disk=disk)
     for each in (plain, model):
         decoder_layers(each).requires_grad_(False)

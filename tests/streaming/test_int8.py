@@ -12,7 +12,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.int8 import dequantize, quantize
-from ows_lightning.streaming.mapped_model import load
+from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
 from tests.streaming.steps import evaluate, train
@@ -79,7 +79,7 @@ def test_what_is_saved_are_exact_weights(where: str, tmp_path: Path) -> None:
     before = tiny_model("llama").state_dict()
     tiny_model("llama").save_pretrained(tmp_path)
     disk = Disk(tmp_path) if where == "disk" else None
-    model = load(str(tmp_path), 0, disk)
+    model = load_mapped_model(str(tmp_path), 0, disk) if disk else tiny_model("llama")
     offloader = BlockOffloader(decoder_layers(model), disk=disk, int8_in=where)
     train(model, offloader, draws=[[1], [2]])
     changed = {name.split(".")[2] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}

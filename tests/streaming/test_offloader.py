@@ -315,7 +315,7 @@ def test_a_block_is_held_on_the_device_while_it_is_looked_at() -> None:
     with offloader.resident(block):
         held = block.mlp.up_proj.weight
         assert held.data_ptr() in range(
-            offloader._memory[1].data_ptr(), offloader._memory[1].data_ptr() + offloader._memory[1].nbytes
+            offloader.slots[1].data_ptr(), offloader.slots[1].data_ptr() + offloader.slots[1].nbytes
         )
         assert torch.equal(held, offloader.offloaded[3].tensors[[p is held for p in block.parameters()].index(True)])
 

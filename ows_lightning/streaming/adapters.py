@@ -1,0 +1,91 @@
+"""What else reaches into a model's blocks, and has to find whole weights there: state dicts, ``to``, and peft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from ows_lightning.streaming.offloader import BlockOffloader
+
+
+def add_adapters(offloader: BlockOffloader) -> list[RemovableHandle]:
+    """Lets others find whole weights in an offloader's blocks, and the offloader see what they write.
+
+    * A state dict outlives the pass that was interrupted, and what is loaded counts at once.
+    * What moves the model, ``to`` or a Trainer, leaves the blocks where they are offloaded and moves the offloader.
+    * peft merges adapters into a weight's ``data``, which torch does not count as a write.
+
+    Returns:
+        Handles for `remove_adapters`.
+    """
+    handles: list[RemovableHandle] = []
+    for index, block in enumerate(offloader.blocks):
+        handles += [
+            block.register_state_dict_pre_hook(partial(_before_state_dict, offloader)),
+            block.register_load_state_dict_pre_hook(partial(_before_load, offloader, index)),
+            block.register_load_state_dict_post_hook(partial(_after_load, offloader, index)),
+        ]
+        block._apply = partial(_apply_to_block, offloader, index)  # type: ignore[method-assign]
+        block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `end_pass`
+        for adapted in _mergeable(block):
+            for name in ("merge", "unmerge"):
+                setattr(adapted, name, partial(_write, offloader, index, getattr(type(adapted), name), adapted))
+    return handles
+
+
+def remove_adapters(offloader: BlockOffloader, handles: list[RemovableHandle]) -> None:
+    """Takes them away."""
+    for handle in handles:
+        handle.remove()
+    for block in offloader.blocks:
+        del block.offloader, block._apply
+        for adapted in _mergeable(block):  # some may have come later
+            for name in ("merge", "unmerge"):
+                vars(adapted).pop(name, None)
+
+
+def _before_state_dict(offloader: BlockOffloader, block: nn.Module, prefix: str, keep_vars: bool) -> None:
+    offloader.end_pass()
+
+
+def _before_load(offloader: BlockOffloader, index: int, block: nn.Module, *_: Any) -> None:
+    offloader.end_pass()
+    offloader.make_writable(index)
+
+
+def _after_load(offloader: BlockOffloader, index: int, block: nn.Module, *_: Any) -> None:
+    offloader.refresh(index)
+
+
+def _write(offloader: BlockOffloader, index: int, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls what writes into a block's weights, wherever they are."""
+    offloader.end_pass()
+    offloader.make_writable(index)
+    result = write(*args, **kwargs)
+    offloader.refresh(index)
+    return result
+
+
+def _apply_to_block(offloader: BlockOffloader, index: int, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Takes the place of a block's ``_apply``, through which ``to``, ``half`` and the like pass."""
+    offloader.move(fn(torch.empty(0, device=offloader.device)).device)
+    block, parameters = offloader.blocks[index], offloader.parameters[index]
+    if any(fn(torch.empty(0, dtype=p.dtype)).dtype != p.dtype for p in parameters):
+        offloader.offload_all()
+        for p in parameters:
+            p.grad = None
+        with torch.no_grad():
+            offloader.replace(index, [fn(p.data).to("cpu") for p in parameters])
+    ids = {id(p) for p in parameters}
+    return type(block)._apply(block, lambda tensor: tensor if id(tensor) in ids else fn(tensor), recurse)
+
+
+def _mergeable(block: nn.Module) -> list[nn.Module]:
+    """The layers of peft that merge adapters into their weights."""
+    return [module for module in block.modules() if hasattr(type(module), "merge") and hasattr(type(module), "unmerge")]

@@ -1,0 +1,110 @@
+"""Hooks on blocks, which tell the offloader what computes: forward passes, backward passes, recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ows_lightning.compat import backward_pass_id, in_backward, on_backward_end
+from ows_lightning.errors import RunError
+
+if TYPE_CHECKING:
+    from ows_lightning.streaming.offloader import BlockOffloader
+
+
+class ComputeHooks:
+    """The events of `Timeline`, from hooks on an offloader's blocks.
+
+    * forward pre-hook and hook: *enter* and *leave forward*;
+    * tensor hooks on a block's output and on its inputs: *enter* and *leave backward*. The first fires before checkpointing
+      recomputes the block. Inputs that need no gradient have no hook; their block is left when backward ends.
+
+    Args:
+        offloader: What the events go to.
+    """
+
+    def __init__(self, offloader: BlockOffloader) -> None:
+        self.offloader = offloader
+        self._training: bool | None = None
+        self._backward = -1
+        self._handles = []
+        for index, block in enumerate(offloader.blocks):
+            self._handles += [
+                block.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True),
+                block.register_forward_hook(partial(self._after_forward, index)),
+            ]
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def _before_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_backward():  # recomputation: the hook on the output has brought the block
+            return
+        if index == 0:
+            self._begin_forward(block.training)
+        self.offloader.prepare()
+        timeline = self.offloader.timeline
+        if timeline.is_offloaded(index):
+            timeline.enter_forward(index)
+            inputs = list(_tensors_with_gradient((args, kwargs)))
+            leave = partial(self._leave_backward, index, self.offloader.arrangement)
+            if len(inputs) == 1:
+                inputs[0].register_hook(leave)
+            elif inputs:
+                torch.autograd.graph.register_multi_grad_hook(inputs, leave)
+
+    @torch.compiler.disable
+    def _after_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        timeline = self.offloader.timeline
+        if in_backward() or not timeline.is_offloaded(index):
+            return
+        outputs = list(_tensors_with_gradient(output))
+        for tensor in outputs:
+            tensor.register_hook(partial(self._enter_backward, index, self.offloader.arrangement))
+        timeline.leave_forward(index, needed_in_backward=bool(outputs))
+
+    def _begin_forward(self, training: bool) -> None:
+        self.offloader.end_pass()
+        if torch.is_grad_enabled():
+            self.offloader.apply_draw()
+        self.offloader.timeline.begin_forward()
+        if self._training is not None and training != self._training:
+            self.offloader.weights_may_be_exchanged()
+        self._training = training
+
+    def _enter_backward(self, index: int, arrangement: object, gradient: Tensor) -> None:
+        self._check_unchanged(arrangement)
+        running = backward_pass_id()
+        if running != self._backward:
+            self._backward = running
+            on_backward_end(self.offloader.timeline.end_backward)
+        self.offloader.timeline.enter_backward(index)
+
+    def _leave_backward(self, index: int, arrangement: object, gradient: Any) -> None:
+        self._check_unchanged(arrangement)
+        self.offloader.timeline.leave_backward(index)
+
+    def _check_unchanged(self, arrangement: object) -> None:
+        if arrangement is not self.offloader.arrangement:
+            raise RunError(
+                "model.frozen_in: other blocks train in backward than did in forward, so that frozen ones have moved; change "
+                "`requires_grad` and the device between two steps"
+            )
+
+
+def _tensors_with_gradient(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        if values.requires_grad:
+            yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors_with_gradient(value)
+    elif isinstance(values, dict):
+        yield from _tensors_with_gradient(list(values.values()))
