@@ -29,7 +29,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
 from ows_lightning.models.compression import compress, decompress
-from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, check_replaceable, replacing, weights_without_peft
+from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, check_replaceable, replacing, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -242,7 +242,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     plain = without_weight_conversions(model)
-    for name, weight in _untied_weights(model):
+    for name, weight in ((weight.name, weight.tensor.detach()) for weight in untied_weights(model)):
         pieces = revert_weight_conversion(plain, {name: weight})
         changed = [piece for piece in pieces if piece in change.places]
         # The delta names tensors as files do. Where the model holds several of them as one, this finds each one's elements.
@@ -274,8 +274,7 @@ def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ever = set(trained)
-    weights = {weight.source: weight for weight in weights_without_peft(base)}  # a tied weight once
-    pairs = [(getattr(weight.module, weight.attribute), weight.adapters) for weight in weights.values()]
+    pairs = [(weight.tensor, weight.adapters) for weight in untied_weights(base)]
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
     changed = [tensor for tensor, _ in pairs if tensor in ever]
     return Sizes(sum(tensor.nbytes for tensor in changed), sum(tensor.nbytes for tensor, _ in pairs))
@@ -313,20 +312,11 @@ def _copy_all_but_weights(source: Path, target: Path) -> None:
             shutil.copy(path, target)
 
 
-def _untied_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights, tied ones under their first name."""
-    seen = set()
-    for weight in weights_without_peft(model):
-        if weight.source not in seen:
-            seen.add(weight.source)
-            yield weight.name, getattr(weight.module, weight.attribute).detach()
-
-
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the names and in the form of its files."""
     plain = without_weight_conversions(model)
-    for name, weight in _untied_weights(model):
-        yield from revert_weight_conversion(plain, {name: weight}).items()
+    for weight in untied_weights(model):
+        yield from revert_weight_conversion(plain, {weight.name: weight.tensor.detach()}).items()
 
 
 def _names(path: Path) -> list[str]:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +96,8 @@ def save_huggingface(
     for block in model.modules():
         end_pass(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
-    base: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment,operator]
+    is_peft = hasattr(model, "get_base_model")
+    base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[assignment,operator]
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost one stays gathered after a forward pass
@@ -110,7 +110,7 @@ def save_huggingface(
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
-        if sharded or _is_peft(model) or weights_are_mapped():
+        if sharded or is_peft or weights_are_mapped():
             _save_one_by_one(base, partial, writes)
         elif writes:
             base.save_pretrained(partial, max_shard_size=SHARD_BYTES)
@@ -208,10 +208,8 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 
 def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
     """Writes a sharded or peft-wrapped model, or one that lies in files, with one weight of it in memory at any time."""
-    weights: dict[tuple[int, ...], _Weight] = {}
-    for weight in weights_without_peft(model):
-        weights.setdefault(weight.source, weight)  # a tied weight once, under its first name
-    kept_apart = {weight.name for weight in weights.values()} & model.all_tied_weights_keys.keys()
+    weights = untied_weights(model)
+    kept_apart = {weight.name for weight in weights} & model.all_tied_weights_keys.keys()
     if writes:
         model.save_pretrained(directory, state_dict={})  # all but the weights
         (directory / _WEIGHTS).unlink(missing_ok=True)
@@ -221,7 +219,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
 
     # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor.
     layout: dict[str, Tensor] = {}
-    for weight in weights.values():
+    for weight in weights:
         empty = torch.empty(weight.tensor.shape, dtype=weight.tensor.dtype, device="meta")
         layout |= revert_weight_conversion(model, {weight.name: empty})
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
@@ -230,7 +228,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
             file: stack.enter_context(SafetensorsFile(directory / file, {name: layout[name] for name in names}))
             for file, names in (split.filename_to_tensors.items() if writes else ())
         }
-        for weight in weights.values():
+        for weight in weights:
             with _merged(weight) as tensor:
                 for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items() if writes else ():
                     files[split.tensor_to_filename[name]].write(name, value)
@@ -254,6 +252,14 @@ def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...
         yield from (_Weight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
         for name, child in module.named_children():
             yield from weights_without_peft(child, f"{prefix}{name}.")
+
+
+def untied_weights(model: nn.Module) -> list[_Weight]:
+    """Returns the weights as ``weights_without_peft`` does, but a tied one once, under its first name."""
+    weights: dict[tuple[int, ...], _Weight] = {}
+    for weight in weights_without_peft(model):
+        weights.setdefault(weight.source, weight)
+    return list(weights.values())
 
 
 @contextlib.contextmanager
@@ -286,9 +292,3 @@ def _merged(weight: _Weight) -> Iterator[Tensor]:
 
 def _gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_peft(model: nn.Module) -> bool:
-    """Whether peft is around the model; peft is not imported for that."""
-    peft = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)

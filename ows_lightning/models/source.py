@@ -26,6 +26,18 @@ PACKAGE_SCHEME = "package://"
 DELTA_FILE = "delta.json"
 """What makes a directory a delta, see ``models/delta.py``."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ERRORS: dict[type[Exception], str] = {  # from special to general
+    GatedRepoError: "{name!r} is gated; accept its terms at https://huggingface.co/{name} and run 'hf auth login'",
+    RepositoryNotFoundError: (
+        "{name!r} is neither a directory here nor a model on the hub; check the spelling, and for a private model run "
+        "'hf auth login'"
+    ),
+    OfflineModeIsEnabled: (
+        "no such directory {name!r}, and HF_HUB_OFFLINE is set so that the hub can't be asked; unset it or give a local "
+        "directory"
+    ),
+    Exception: "no such directory {name!r}, and the hub can't be reached; check the network or give a directory",
+}
 
 
 class Source(NamedTuple):
@@ -118,24 +130,9 @@ def _check_hub(name: str) -> None:
         return  # an earlier download does without the network
     try:
         siblings = HfApi().model_info(name, timeout=10).siblings or []
-    except GatedRepoError as error:
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} is gated; accept its terms at https://huggingface.co/{name} and run 'hf auth login'"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} is neither a directory here nor a model on the hub; check the spelling, "
-            "and for a private model run 'hf auth login'"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise UsageError(
-            f"{MODEL_KEY}: no such directory {name!r}, and HF_HUB_OFFLINE is set so that the hub can't be asked; "
-            "unset it or give a local directory"
-        ) from error
     except (OSError, HTTPError) as error:
-        raise UsageError(
-            f"{MODEL_KEY}: no such directory {name!r}, and the hub can't be reached; check the network or give a directory"
-        ) from error
+        reason = next(reason for kind, reason in _HUB_ERRORS.items() if isinstance(error, kind))
+        raise UsageError(f"{MODEL_KEY}: {reason.format(name=name)}") from error
     _check_files(name, {sibling.rfilename for sibling in siblings})
 
 
