@@ -44,7 +44,7 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
     return checkpoint
 
 
-def write(value: dict[str, Any], path: Path) -> None:
+def save_file(value: dict[str, Any], path: Path) -> None:
     """Writes a file of tensors and plain values with its checksum, and flushes it to the disk."""
     with SummedFile(path) as file:
         try:

@@ -50,7 +50,7 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
             raise UsageError(f"ckpt_path: no checkpoint '{ckpt_path}'")
         return ckpt_path
     if ckpt_path != "last":
-        read(Path(ckpt_path), load_without_tensors)
+        read_checkpoint(Path(ckpt_path), load_without_tensors)
         return Path(ckpt_path)
     return next((path for place in places for folder in _checkpoint_folders(place) if (path := last_good(folder))), None)
 
@@ -91,7 +91,7 @@ def load_without_tensors(path: Path) -> dict[str, Any]:
     return contents
 
 
-def read(path: Path, how: Callable[[Path], T]) -> T:
+def read_checkpoint(path: Path, how: Callable[[Path], T]) -> T:
     """Reads a checkpoint by a function; any fault becomes one line that names the last good checkpoint beside it."""
     if not path.exists():
         raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_hint(path)}")

@@ -19,9 +19,9 @@ from ows_lightning.checkpoints.files import (
     partial_path,
     replace_atomically,
     root_cause,
-    write,
+    save_file,
 )
-from ows_lightning.checkpoints.find import last_good, read
+from ows_lightning.checkpoints.find import last_good, read_checkpoint
 from ows_lightning.checkpoints.shards import load_shards
 from ows_lightning.errors import RunError
 
@@ -43,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         partial = partial_path(path)
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            write(checkpoint, partial)
+            save_file(checkpoint, partial)
             replace_atomically(partial, Path(path))
         except (OSError, RuntimeError) as error:
             raise write_error(path, error) from error
@@ -59,7 +59,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)
-        return read(Path(path), lambda path: load_shards(path) if path.is_dir() else load_file(path))
+        return read_checkpoint(Path(path), lambda path: load_shards(path) if path.is_dir() else load_file(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint; a directory is renamed first, so that no half of it looks like a checkpoint."""

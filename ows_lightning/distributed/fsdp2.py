@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.checksums import file_sum
-from ows_lightning.checkpoints.files import META, METADATA, partial_path, replace_atomically, write
-from ows_lightning.checkpoints.find import load_without_tensors, read
+from ows_lightning.checkpoints.files import META, METADATA, partial_path, replace_atomically, save_file
+from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
 from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, local_part, save_tensors, split
 from ows_lightning.distributed.shutdown import part_at_exit
@@ -103,7 +103,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             partial.mkdir(parents=True)
 
         def finish() -> None:
-            write({**rest, "sums": {**sums, METADATA: file_sum(partial / METADATA)}}, partial / META)
+            save_file({**rest, "sums": {**sums, METADATA: file_sum(partial / METADATA)}}, partial / META)
             if path.is_file():
                 path.unlink()
             replace_atomically(partial, path)
@@ -146,13 +146,13 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint but for its tensors, which the two following methods read, each process its part."""
         path = Path(self.broadcast(checkpoint_path))
-        return {**read(path, load_without_tensors), "path": str(path)}
+        return {**read_checkpoint(path, load_without_tensors), "path": str(path)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Reads this process's part of the weights into the module."""
         assert self.lightning_module is not None
         module = self.lightning_module
-        read(Path(checkpoint["path"]), lambda path: load_weights(module, path))
+        read_checkpoint(Path(checkpoint["path"]), lambda path: load_weights(module, path))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Reads this process's part of the optimizers' state."""
@@ -166,7 +166,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return torch.empty(saved.size, dtype=saved.properties.dtype)  # of low rank: the optimizer takes its part
 
         if "state_dict" not in checkpoint:
-            states = read(
+            states = read_checkpoint(
                 Path(checkpoint["path"]),
                 lambda path: load_optimizers(path, checkpoint["optimizer_states"], empty),
             )
