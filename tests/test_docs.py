@@ -223,8 +223,9 @@ def execute(words: list[str]) -> None:
 PLANNED: set[str] = set()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+@pytest.mark.parametrize(
+    "document", [DOCUMENTS[0], *(pytest.param(document, marks=pytest.mark.slow) for document in DOCUMENTS[1:])], ids=name
+)
 def test_commands(document: Path, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_named_files(document)
     for line, words in commands(document):

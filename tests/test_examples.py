@@ -64,7 +64,7 @@ def test_the_notebook(project: Path) -> None:
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if cell.source.startswith("flags = []"))
     cell.source = f"flags = {TINY!r}"
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(project)}}).execute()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(project)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "interval 0, from step 0: blocks" in printed
 

@@ -12,7 +12,7 @@ HEAVY = ("lightning", "transformers", "datasets", "matplotlib")
 
 def printed(code: str) -> str:
     """What a new interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.strip()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600).stdout.strip()
 
 
 def test_the_optimizer_needs_torch_alone() -> None:

@@ -42,6 +42,11 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 ARCHITECTURES = list(_ARCHITECTURES)
 """Every architecture that `tiny_model` builds, by transformers' model type."""
+KINDS = ["llama", "gpt2", "falcon", "gemma2", "qwen3_moe"]
+"""One of each kind: plain blocks, Conv1D and tied embeddings, fused attention, norms around each part, stacks of experts.
+
+All of transformers' model types are in `tests/models/test_architectures.py`.
+"""
 
 
 def tiny_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:

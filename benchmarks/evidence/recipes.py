@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,28 @@ class KeptMoments(Callback):
                 if p not in state and p in self._kept:
                     kept = self._kept[p]
                     state[p] = {key: value if key == "step" else value.to(p.device) for key, value in kept.items()}
+
+
+class KeptRest(Callback):
+    """Lets a block that rests again go on with the subspaces and moments of its first rest, instead of new ones."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Tensor, dict[str, Any]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sees what a draw ends and begins."""
+        sampling = LayerwiseSampling.of(trainer)
+        assert sampling is not None
+        sampling.activate = partial(self._activate, sampling.activate)  # type: ignore[method-assign]
+
+    def _activate(self, activate: Callable[[list[Optimizer]], None], optimizers: Iterable[Optimizer]) -> None:
+        optimizers = list(optimizers)
+        for optimizer in optimizers:
+            self._kept.update({p: state for p, state in optimizer.state.items() if "rest" in state})
+        activate(optimizers)
+        for optimizer in optimizers:
+            begins = [p for p, state in optimizer.state.items() if state.keys() == {"rest"} and p in self._kept]
+            optimizer.state.update({p: self._kept[p] for p in begins})
 
 
 class BalancedDraws(Callback):

@@ -130,7 +130,7 @@ class RunSummary(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Adds the predicted memory to an out-of-memory error."""
         if self.predicted is not None and is_out_of_memory(exception):
-            exception.__notes__ = [self.predicted]  # as add_note, which Python 3.10 lacks
+            exception.__notes__ = [*getattr(exception, "__notes__", ()), self.predicted]  # add_note, which Python 3.10 lacks
 
     def state_dict(self) -> dict[str, Any]:
         """The figures from before the training, and the seconds so far."""

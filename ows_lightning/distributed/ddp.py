@@ -23,7 +23,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
     torch's DistributedDataParallel fixes the set of trained parameters when it wraps a model, and averages full gradients.
     Here the model stays unwrapped: when a step's last backward pass is through, the gradients are averaged, projected ones
     where the optimizer is GaLoreAdamW (r/n of the bytes). In a step that renews a subspace the full gradient is averaged
-    before the subspace is taken, one matrix at a time, so that all processes find the same one.
+    before the subspace is taken, one matrix at a time, and all processes take the one that rank 0 finds.
     """
 
     averages_changing_blocks = True  # what `require_layerwise` asks of a DDP strategy

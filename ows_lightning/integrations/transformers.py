@@ -12,12 +12,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
@@ -34,6 +35,7 @@ from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 
 _fitted: WeakSet[Optimizer] = WeakSet()  # the optimizers of ``use_galore``
+_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # on the models that they train now
 
 
 class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
@@ -137,8 +139,9 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 class _GaLore(TrainerCallback):
     """Has an optimizer of ``use_galore`` project within backward while its Trainer trains, and with its own settings."""
 
-    def __init__(self, optimizer: GaLoreAdamW) -> None:
+    def __init__(self, optimizer: GaLoreAdamW, model: nn.Module) -> None:
         self.optimizer = optimizer
+        self.model = model
         self.given = [_settings(group) for group in optimizer.param_groups]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -148,10 +151,13 @@ class _GaLore(TrainerCallback):
                 check_settings({name: group.get(name) for name in given}, given, named="use_galore")
             _require_state(self.optimizer)
         self.optimizer.project_in_backward(model=kwargs["model"])
+        _unhook(self.model)  # a run that ended by an exception has left its own
+        _hooks[self.model] = self.model.register_forward_pre_hook(partial(_say_whether_more_comes, ref(self.optimizer)))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leaves gradients to ``grad`` again: another Trainer may train the model then."""
         self.optimizer.project_in_backward(False)
+        _unhook(self.model)
 
 
 def use_galore(
@@ -215,11 +221,15 @@ def use_galore(
         return _clip(optimizer, max_norm)
 
     trainer.accelerator.clip_grad_norm_ = clip
-    model.register_forward_pre_hook(partial(_say_whether_more_comes, ref(optimizer)))
-    trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer))  # it refuses before any other has frozen blocks
+    trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer, model))  # it refuses before any other has frozen blocks
     trainer.optimizer = optimizer
     _fitted.add(optimizer)
     return optimizer
+
+
+def _unhook(model: nn.Module) -> None:
+    if (hook := _hooks.pop(model, None)) is not None:
+        hook.remove()
 
 
 def _say_whether_more_comes(optimizer: Callable[[], GaLoreAdamW | None], *_: Any) -> None:

@@ -355,10 +355,10 @@ class GaLoreAdamW(Optimizer):
             if there and not here:
                 p.grad = torch.zeros_like(p)
         self._consume_gradients(renew=False)
-        for p in list(self._hosted):
+        for p in [p for p in self._places if p in self._hosted]:  # in an order that is the same on all processes
             p.grad = self._hosted.pop(p).to(p.device, non_blocking=True)
             average_([p.grad], process_group)
-            self._consume_gradient(p)
+            self._consume_gradient(p, processes=process_group or dist.group.WORLD)
         average_(self._gradients_of(p for p, _ in self._parameters()), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -385,8 +385,11 @@ class GaLoreAdamW(Optimizer):
             self._consume_gradient(p, renew=not (self.accumulating or self.averaged))
 
     @torch.no_grad()
-    def _consume_gradient(self, p: Tensor, renew: bool = True) -> None:
-        """Projects ``p.grad``, or moves it to host memory if a new subspace is due and ``renew`` is False."""
+    def _consume_gradient(self, p: Tensor, renew: bool = True, processes: dist.ProcessGroup | None = None) -> None:
+        """Projects ``p.grad``, or moves it to host memory if a new subspace is due and ``renew`` is False.
+
+        Processes that have averaged it take the new subspace of the first one of their group.
+        """
         group, index = self._places[p]
         side = self._side(p, group)
         assert side is not None
@@ -401,11 +404,11 @@ class GaLoreAdamW(Optimizer):
             with self._progress.renewals.measure(p.device):
                 matrices = whole_matrices(gradient)
                 # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
-                finite = torch.linalg.vector_norm(matrices).isfinite()
+                finite = total_norm([matrices]).isfinite()
                 torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
                 seed = index + int(self.state[p].get("step", 0))
                 vectors = leading_singular_vectors(matrices, group["rank"], side, group["subspace"], seed=seed)
-                projector = self._renewed[p] = place_projector(vectors, p, side)
+                projector = self._renewed[p] = place_projector(vectors, p, side, processes)
         projected = project(local(gradient), local(projector), side)
         if finite is not None:
             projected *= torch.where(finite, 1.0, float("nan"))

@@ -90,16 +90,19 @@ def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
     return _from_local(part, weight, placements, shape).redistribute(placements=projected_placements(weight, side))
 
 
-def place_projector(projector: Tensor, weight: Tensor, side: Side) -> Tensor:
+def place_projector(projector: Tensor, weight: Tensor, side: Side, group: dist.ProcessGroup | None = None) -> Tensor:
     """Distributes the projector of the matrices that this process has whole (see ``whole_matrices``); rank 0's counts.
 
-    ``projector`` has the shape (..., n, r) for the right side, (..., m, r) for the left, and is overwritten by rank 0's.
+    ``projector`` has the shape (..., n, r) for the right side, (..., m, r) for the left, and is overwritten by rank 0's: all
+    ranks have computed the same, but not bit by bit. ``group`` has the processes that hold a whole weight each; None is one.
     """
     if not is_sharded(weight):
+        if group is not None:
+            dist.broadcast(projector, group=group, group_src=0)
         return projector
     placements = [p if _is_batch(p, weight) else torch.distributed.tensor.Replicate() for p in weight.placements]
     for dim, placement in enumerate(placements):
-        if placement.is_replicate():  # all ranks computed the same, but not bit by bit
+        if placement.is_replicate():
             dist.broadcast(projector, group=weight.device_mesh.get_group(dim), group_src=0)
     tensor = _from_local(projector, weight, placements, (*weight.shape[:-2], *projector.shape[-2:]))
     return tensor.redistribute(placements=projector_placements(weight, side))
@@ -114,14 +117,27 @@ def take_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement])
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The joint 2-norm of tensors of any shapes, a scalar that is equal on all processes; one number is communicated."""
+    """The joint 2-norm of tensors of any shapes and dtypes, a scalar equal on all processes; one number is communicated.
+
+    It is float32 also where the tensors are in half precision, whose squares overflow; float64 where one of them is.
+    """
     tensors = list(tensors)
+    if not tensors:
+        return torch.zeros(())
+    of_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        of_dtype.setdefault(tensor.dtype, []).append(tensor)
+    tensors = [tensor for group in of_dtype.values() for tensor in group]
+    norms = [
+        norm.to(tensors[0].device)
+        for dtype, group in of_dtype.items()
+        for norm in foreach_norm([local(t) for t in group], 2, torch.promote_types(dtype, torch.float32))
+    ]
     mesh = next((t.device_mesh for t in tensors if is_sharded(t)), None)
     if mesh is None:
-        return torch.nn.utils.get_total_norm(tensors)
-    norms = torch.stack([norm.float() for norm in foreach_norm([local(t) for t in tensors])])
-    copies = [mesh.size() if not is_sharded(t) else _copies(t) for t in tensors]
-    square = (norms.square() / norms.new_tensor(copies)).sum()
+        return torch.linalg.vector_norm(torch.stack(norms))
+    squares = [norm.square() / (_copies(t) if is_sharded(t) else mesh.size()) for norm, t in zip(norms, tensors, strict=True)]
+    square = torch.stack(squares).sum()
     for dim in range(mesh.ndim):
         dist.all_reduce(square, group=mesh.get_group(dim))
     return square.sqrt()

@@ -6,18 +6,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
+from ows_lightning.optim.sharding import total_norm
 from ows_lightning.sampling.activation import PARTS, Part, Resting, activate_blocks, may_train, outside_blocks, unfreeze
 from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
@@ -128,6 +128,11 @@ class BlockSampler:
         """The blocks that train now, ascending."""
         return self.history[-1][2] if self.history else []
 
+    @property
+    def gradient_norms(self) -> list[float]:
+        """Of each block, for `gradient_norm`: the mean norm of its gradient per weight, 0 where it has not been active yet."""
+        return self._norms.tolist()
+
     # ------------------------------------------------------------------ the life of a run
 
     def reset(self) -> None:
@@ -136,7 +141,7 @@ class BlockSampler:
         self.history: list[tuple[int, int, list[int]]] = []
         self.probabilities: Tensor | None = None
         self.seconds = 0.0
-        self.gradient_norms: list[float] = []  # by block, for `gradient_norm`; 0 where it has not been active yet
+        self._norms = torch.zeros(0)  # `gradient_norms`, on the gradients' device
         self._loaded: dict[str, Any] | None = None  # the settings of a state that was loaded, until `start` goes on from it
 
     def attach(self, model: nn.Module) -> None:
@@ -201,7 +206,8 @@ class BlockSampler:
         Args:
             step: The optimizer step that comes, from 0.
             optimizers: Those that hold the parameters.
-            compute: Gives the blocks' scores, the same on every rank; called when there are none, or new ones are due.
+            compute: Gives the blocks' scores, the same on every rank; called when there are none, or new ones are due, as they
+                are at every draw by ``gradient_norm``.
 
         Returns:
             Seconds by what they were spent on, and the number of the interval; empty if no draw was due.
@@ -209,17 +215,13 @@ class BlockSampler:
         if self.history and not self.should_draw(step):
             return {}
         figures = {}
-        if self.probabilities is None or (self.rescore_every is not None and len(self.history) % self.rescore_every == 0):
+        new = self.rescore_every is not None and len(self.history) % self.rescore_every == 0
+        if self.probabilities is None or new or self.distribution == "gradient_norm":
             start = time.perf_counter()
             self.outlier_scores = compute()
             self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
             figures["scoring_s"] = time.perf_counter() - start
         start = time.perf_counter()
-        if self.distribution == "gradient_norm" and self.outlier_scores is not None and self.gradient_norms:
-            self.probabilities = sampling_probabilities(self.gradient_norms, "gradient_norm")
-            self.outlier_scores = replace(
-                self.outlier_scores, outlier_ratios=list(self.gradient_norms), probabilities=self.probabilities.tolist()
-            )
         interval = step // self.interval_steps
         self.history.append((interval, step, self.blocks_of(interval)))
         self.activate(optimizers)
@@ -236,27 +238,29 @@ class BlockSampler:
         """Updates the mean gradient norm of each active block, if the draws depend on it.
 
         Call it before every optimizer step, when the gradients are complete. For GaLoreAdamW these are the projected
-        gradients, else ``grad``. Gradients that are not finite are ignored.
+        gradients, else ``grad``. Gradients that are not finite are ignored. No device is waited for: a draw reads the means.
         """
         if self.distribution != "gradient_norm":
             return
-        self.gradient_norms = self.gradient_norms or [0.0] * len(self._blocks)
         projecting = [optimizer for optimizer in optimizers if hasattr(optimizer, "gradient_of")]
         for optimizer in projecting:
             optimizer.gradients()  # type: ignore[attr-defined]
+
+        def gradient_of(p: Tensor) -> Tensor | None:
+            found = (optimizer.gradient_of(p) for optimizer in projecting)
+            return next((gradient for gradient in found if gradient is not None), p.grad)
+
         for index in self.active_blocks:
-            squares, weights = 0.0, 0
-            for p in self._blocks[index]:
-                found = (optimizer.gradient_of(p) for optimizer in projecting)
-                gradient = next((g for g in found if g is not None), p.grad)
-                if gradient is not None:
-                    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-                    squares += float(norm.full_tensor() if isinstance(norm, DTensor) else norm) ** 2
-                weights += p.numel()
-            norm_per_weight = math.sqrt(squares / max(weights, 1))
-            if 0 < norm_per_weight < math.inf:
-                before = self.gradient_norms[index] or norm_per_weight
-                self.gradient_norms[index] = DECAY * before + (1 - DECAY) * norm_per_weight
+            gradients = [gradient for p in self._blocks[index] if (gradient := gradient_of(p)) is not None]
+            if not gradients:
+                continue
+            norm = total_norm(gradients) / math.sqrt(sum(p.numel() for p in self._blocks[index]))
+            if self._norms.numel() == 0:
+                self._norms = norm.new_zeros(len(self._blocks))
+            self._norms = self._norms.to(norm.device)
+            before = self._norms[index]
+            mean = torch.where(before > 0, DECAY * before + (1 - DECAY) * norm, norm)
+            before.copy_(torch.where((norm > 0) & norm.isfinite(), mean, before))
 
     def activate(self, optimizers: Iterable[Optimizer]) -> None:
         """Lets the active blocks train, and freezes the others or lets them rest."""
@@ -346,7 +350,7 @@ class BlockSampler:
         threshold, samples = self.threshold, 0
         ratios: Sequence[float] | Tensor = [0.0] * num_layers
         if self.distribution == "gradient_norm":
-            pass  # the scores come from the gradients, and are equal before there are any
+            ratios = self.gradient_norms or ratios  # which are equal before there are any
         elif self.scores is not None:
             known = OutlierScores.load(Path(self.scores))
             ratios = known.ratios_for(num_layers, architecture, self.distribution)
@@ -377,7 +381,7 @@ class BlockSampler:
             "probabilities": self.probabilities,
             "history": [(interval, step, list(blocks)) for interval, step, blocks in self.history],
             "seconds": self.seconds,
-            "gradient_norms": list(self.gradient_norms),
+            "gradient_norms": self.gradient_norms,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -388,4 +392,4 @@ class BlockSampler:
         self.probabilities = state_dict["probabilities"]
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]
         self.seconds = state_dict.get("seconds", 0.0)
-        self.gradient_norms = list(state_dict.get("gradient_norms", []))
+        self._norms = torch.tensor(state_dict.get("gradient_norms", []))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from benchmarks.evidence.recipes import BalancedDraws, KeptMoments, RateByInclusion, balanced_blocks
+from benchmarks.evidence.recipes import BalancedDraws, KeptMoments, KeptRest, RateByInclusion, balanced_blocks
 from ows_lightning import LayerwiseSampling
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.inclusion import inclusion_probabilities
@@ -16,11 +16,11 @@ from tests.sampling.test_callback import LAYERS, Projected, fit
 
 
 def trained(
-    tmp_path: Path, distribution: str | list[float], steps: int, *callbacks: Callback
+    tmp_path: Path, distribution: str | list[float], steps: int, *callbacks: Callback, resting_rank: int = 0
 ) -> tuple[Projected, LayerwiseSampling]:
     torch.manual_seed(0)
     module = Projected()
-    sampling = LayerwiseSampling(activated_layers=2, interval_steps=2, distribution=distribution)
+    sampling = LayerwiseSampling(activated_layers=2, interval_steps=2, distribution=distribution, resting_rank=resting_rank)
     fit(module, sampling, tmp_path, *callbacks, max_steps=steps)
     return module, sampling
 
@@ -84,3 +84,21 @@ def test_balanced_draws_take_each_block_as_often_as_expected(weights: list[float
 def test_balanced_draws_are_those_of_the_run(tmp_path: Path) -> None:
     _, sampling = trained(tmp_path, "uniform", 6, BalancedDraws())
     assert sorted(block for _, _, blocks in sampling.history for block in blocks) == list(range(LAYERS))
+
+
+def test_a_block_that_rests_again_goes_on_where_it_was(tmp_path: Path) -> None:
+    steps: list[tuple[int, float, list[int]]] = []
+
+    class Counted(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            state = trainer.optimizers[0].state
+            for block, layer in enumerate(decoder_layers(pl_module)):
+                if "rest" in (of_weight := state.get(layer.self_attn.q_proj.weight, {})):
+                    steps.append((block, float(of_weight["step"]), of_weight["rest"].tolist()))
+
+    trained(tmp_path, "uniform", 12, Counted(), KeptRest(), resting_rank=2)
+    for block in {block for block, _, _ in steps}:
+        of_block = [(step, subspace) for other, step, subspace in steps if other == block]
+        assert [step for step, _ in of_block] == [float(i + 1) for i in range(len(of_block))]
+        assert all(subspace == of_block[0][1] for _, subspace in of_block)
+    assert max(step for _, step, _ in steps) > 4  # rests of two steps each were joined

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
@@ -44,3 +45,12 @@ def test_a_prediction_that_fails_is_a_line_and_the_run_goes_on(
     assert trainer.global_step == 1
     (line,) = [line for line in caplog.text.splitlines() if line.startswith("Memory")]
     assert "not predicted (" in line
+
+
+def test_the_prediction_is_added_to_what_others_have_noted_on_an_error() -> None:
+    error = torch.OutOfMemoryError()
+    error.__notes__ = ["of another"]
+    summary = RunSummary({})
+    summary.predicted = "predicted"
+    summary.on_exception(Trainer(accelerator="cpu", logger=False), CausalLMModule("any"), error)
+    assert error.__notes__ == ["of another", "predicted"]

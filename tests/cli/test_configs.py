@@ -20,8 +20,6 @@ from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.plan_settings import find_dimensions
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.export import save_huggingface
-from ows_lightning.models.pretrained import load_model, load_tokenizer
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.run import RunRecord
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -162,15 +160,18 @@ def assert_complete(run: Path, method: Path, steps: int) -> None:
     assert torch.isfinite(model(**inputs).logits).all()
 
 
-def over(method: Path, model: Path, output: Path, *overrides: str) -> list[str]:
+def over(method: Path, model: Path | str, output: Path, *overrides: str) -> list[str]:
     """The arguments of a fit of a few steps with a method over the quickstart's settings."""
     arguments = ["fit", "--config", "configs/quickstart.yaml", "--config", str(method)]
     arguments += [f"--model.model_name_or_path={model}", f"--trainer.default_root_dir={output}", *overrides]
     return [*arguments, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS, ids=names)
+@pytest.mark.parametrize(
+    "method",
+    [method if method.stem == "ows" else pytest.param(method, marks=pytest.mark.slow) for method in METHODS],
+    ids=names,
+)
 def test_method_trains(method: Path, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path) -> None:
     if method.stem == "lora":
         pytest.importorskip("peft")
@@ -185,25 +186,13 @@ def test_method_trains(method: Path, model_dir: Callable[..., Path], rows_file: 
     assert_complete(tmp_path / "runs" / "version_0", method, steps=4)
 
 
-@pytest.fixture(scope="session")
-def smollm2_dir(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's model as a directory, which loads faster than GGUF."""
-    directory = tmp_path_factory.mktemp("smollm2") / "model"
-    save_huggingface(load_model(smollm2, torch.float32), load_tokenizer(smollm2), directory)
-    return directory
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS, ids=names)
-def test_method_trains_the_quickstart_model(method: Path, smollm2_dir: Path, tmp_path: Path) -> None:
-    if method.stem == "lora":
-        pytest.importorskip("peft")
+def test_a_method_trains_the_quickstart_model(smollm2: str, tmp_path: Path) -> None:
+    method = CONFIGS / "methods" / "ows.yaml"
     overrides = [
         "--data.dataset=examples/family_relationships/test.jsonl", "--data.eval_dataset=null", "--data.val_size=2",
         "--data.batch_size=2", "--data.exact_match_rows=2", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
-        "--checkpoint.every_n_train_steps=2",
+        "--checkpoint.every_n_train_steps=2", "--sampling.calibration_samples=2",
     ]  # fmt: skip
-    if yaml.safe_load(method.read_text())["sampling"]:
-        overrides += ["--sampling.calibration_samples=2"]
-    main(over(method, smollm2_dir, tmp_path / "runs", *overrides))
+    main(over(method, smollm2, tmp_path / "runs", *overrides))
     assert_complete(tmp_path / "runs" / "version_0", method, steps=2)

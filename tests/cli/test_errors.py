@@ -338,6 +338,10 @@ CASES = {
         fit("--trainer.devices many"), "trainer.devices", "give 1 or more, a list of indices, or auto"
     ),
     "DDP": Case(fit("--trainer.strategy ddp"), "trainer.strategy", "write strategy: ddp_layerwise"),
+    "another DDP": Case(
+        fit("--trainer.strategy ddp_find_unused_parameters_true"), "trainer.strategy", "write strategy: ddp_layerwise"
+    ),
+    "FSDP": Case(fit("--trainer.strategy fsdp"), "trainer.strategy", "write strategy: fsdp2"),
     "misspelt strategy": Case(fit("--trainer.strategy fspd2"), "trainer.strategy", "did you mean 'fsdp2'?"),
     "unknown strategy": Case(fit("--trainer.strategy magic"), "trainer.strategy", "take auto, ddp_layerwise or fsdp2"),
     "misspelt accelerator": Case(fit("--trainer.accelerator cudda"), "trainer.accelerator", "did you mean 'cuda'?"),

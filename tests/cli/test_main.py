@@ -27,7 +27,7 @@ DATA = "--data.dataset=y"
 
 def loaded(*words: str) -> tuple[str, set[str]]:
     """What a command prints in a new interpreter, and the heavy libraries that it loaded."""
-    ended = subprocess.run([sys.executable, "-c", MAIN, *words], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", MAIN, *words], capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     said, _, names = ended.stdout.rpartition("loaded:")
     return said, {*names.split()}

@@ -278,8 +278,10 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("run", "settings"), RUNS)
-@pytest.mark.parametrize("every", ["every_n_train_steps", "every_n_epochs"])
+@pytest.mark.parametrize(
+    ("run", "settings", "every"),
+    [*((*case, "every_n_train_steps") for case in RUNS), *((*case, "every_n_epochs") for case in RUNS[:2])],
+)
 def test_a_resumed_run_sees_the_remaining_batches(
     jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: dict[str, Any], settings: dict[str, Any], every: str
 ) -> None:
@@ -289,7 +291,7 @@ def test_a_resumed_run_sees_the_remaining_batches(
     whole = fit(make(file, tokenizer=None, **settings), callbacks=[checkpoints], **run).seen
     saved = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
     assert saved
-    for checkpoint in saved[:: max(1, len(saved) // 5)]:
+    for checkpoint in saved[:: max(1, len(saved) // 3)]:
         step = int(checkpoint.stem.removeprefix("step="))
         rest = fit(make(file, tokenizer=None, **settings), ckpt_path=checkpoint, **run).seen
         assert rest == [batch for batch in whole if batch[0] >= step], checkpoint.name

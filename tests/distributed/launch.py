@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import socket
@@ -103,7 +104,7 @@ class Launch:
             process.start()
             self.processes.append(process)
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
+    def wait(self, timeout: float = 600) -> list[int | None]:
         """Waits for all processes, and returns their exit codes; those that are still there then are killed (None)."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -126,7 +127,7 @@ class Launch:
 
 
 def run(
-    arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 120, target: Target = main_without_prediction
+    arguments: Sequence[str], folder: Path, ranks: int = 1, timeout: float = 600, target: Target = main_without_prediction
 ) -> str:
     """Runs the command line to its end, which has to be a good one, and returns what it printed."""
     launch = Launch(arguments, folder, ranks, target=target)
@@ -136,7 +137,9 @@ def run(
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """A port that nothing listens on, below those that the system hands out by itself: it stays free until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port

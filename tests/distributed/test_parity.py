@@ -43,35 +43,29 @@ def assert_equal(one: Result, other: Result) -> None:
         assert (other.weights[name] - weight).norm() <= WEIGHTS * weight.norm(), name
 
 
+STEPS = "--trainer.max_steps=24"  # three draws
 # An uneven width, which 2 and 4 ranks can't divide: some matrices then lie with the projected dimension sharded.
 CASES: dict[str, tuple[list[str], dict[str, object]]] = {
-    "plain": ([], {}),
-    "uneven-tied": ([], {"intermediate_size": 67, "hidden_size": 36, "num_attention_heads": 6, "tie_word_embeddings": True}),
-    "accumulated-checkpointed": (
-        ["--trainer.accumulate_grad_batches=2", "--model.gradient_checkpointing=true", "--model.project_embeddings=true"],
-        {},
+    "plain": ([STEPS], {}),
+    "uneven-tied": (
+        [
+            STEPS,
+            "--trainer.accumulate_grad_batches=2",
+            "--model.gradient_checkpointing=true",
+            "--model.project_embeddings=true",
+        ],
+        {"intermediate_size": 67, "hidden_size": 36, "num_attention_heads": 6, "tie_word_embeddings": True},
     ),
-    "experts": ([], {"architecture": "qwen3_moe"}),  # stacks of experts, which transformers fuses when it loads them
+    "experts": ([STEPS], {"architecture": "qwen3_moe"}),  # stacks of experts, which transformers fuses when it loads them
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case if case == "plain" else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_two_processes_equal_one(case: str, arguments: Arguments, tmp_path: Path) -> None:
     more, shape = CASES[case]
     one = result(tmp_path / "one", arguments, *more, **shape)
     for strategy in ("fsdp2", "ddp_layerwise"):
         assert_equal(one, result(tmp_path / strategy, arguments, *more, ranks=2, strategy=strategy, **shape))
-
-
-@pytest.mark.slow
-def test_adapters_and_gguf_like_loading_are_the_same_on_all_processes(arguments: Arguments, tmp_path: Path) -> None:
-    lora = ["--model.rank=null", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"]
-    lora += ["--model.lora={r: 4, lora_alpha: 8, target_modules: all-linear}", "--sampling=null", "--trainer.max_steps=10"]
-    one = result(tmp_path / "one", arguments, *lora)
-    two = result(tmp_path / "two", arguments, *lora, ranks=2, strategy="fsdp2")
-    torch.testing.assert_close(torch.tensor(two.losses[0]), torch.tensor(one.losses[0]), rtol=LOSS, atol=LOSS)
-    assert two.losses[-1] < two.losses[0]
 
 
 @pytest.mark.slow
@@ -83,8 +77,8 @@ def test_an_ordinary_step_communicates_no_more_than_it_must(strategy: str, argum
     trained = [shape for name, shape in shapes.items() if f"causal_lm.model.{name}" not in two.ranks[0]["frozen"]]
     renewing, ordinary = two.ranks[0]["sent"][0], two.ranks[0]["sent"][1]
     if strategy == "fsdp2":
-        # The step's loss and targets, its norm, and whether it is finite; what is frozen reduces no gradient.
-        assert ordinary["allreduce"] <= 5
+        # The step's loss and targets, its norm, whether it is finite, and a signal; what is frozen reduces no gradient.
+        assert ordinary["allreduce"] <= 6
         assert "broadcast" not in ordinary
         assert ordinary["reduce_scatter"] == sum(math.prod(shape) for shape in trained)
         assert renewing["allgather"] > ordinary["allgather"]
@@ -92,7 +86,7 @@ def test_an_ordinary_step_communicates_no_more_than_it_must(strategy: str, argum
         projected = sum(max(shape) * 8 if len(shape) == 2 else shape[0] for shape in trained)
         flags = len(shapes)  # of each parameter, whether it has a gradient anywhere
         assert ordinary.keys() == {"allreduce"}
-        assert projected + flags <= ordinary["allreduce"] <= projected + flags + 5
+        assert projected + flags <= ordinary["allreduce"] <= projected + flags + 6
         assert renewing["allreduce"] - ordinary["allreduce"] == sum(math.prod(s) for s in trained if len(s) == 2)
 
 
@@ -108,9 +102,8 @@ def test_optimizer_state_is_sharded_like_the_weights(arguments: Arguments, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["plain", "uneven-tied"])
-def test_four_processes_equal_one(case: str, arguments: Arguments, tmp_path: Path) -> None:
-    more, shape = CASES[case]
+def test_four_processes_equal_one(arguments: Arguments, tmp_path: Path) -> None:
+    more, shape = CASES["uneven-tied"]
     one = result(tmp_path / "one", arguments, *more, **shape)
     for strategy in ("fsdp2", "ddp_layerwise"):
         assert_equal(one, result(tmp_path / strategy, arguments, *more, ranks=4, strategy=strategy, **shape))

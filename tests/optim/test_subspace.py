@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import Tensor
@@ -54,14 +52,3 @@ def test_is_the_same_for_the_same_seed_alone() -> None:
     one, again, other = (leading_singular_vectors(gradient, 4, "right", "randomized", seed) for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
-
-
-@pytest.mark.slow
-def test_a_renewal_costs_a_twentieth_of_the_decomposition() -> None:
-    gradient = torch.randn(4096, 11008)
-    start = time.perf_counter()
-    leading_singular_vectors(gradient, 128, "left", "randomized")
-    randomized = time.perf_counter() - start
-    start = time.perf_counter()
-    torch.linalg.svd(gradient, full_matrices=False)
-    assert randomized <= (time.perf_counter() - start) / 20

@@ -169,7 +169,7 @@ def test_opens_in_a_browser(tmp_path, make_run):
         ],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     pixels = (imread(screenshot)[..., :3] * 255).round().astype(int)
     # All the pictures are on the page, one below the other: bars and lines in the colours that were drawn.

@@ -37,7 +37,7 @@ def served(tmp_path, make_run):
 
 
 def get(port: int, path: str = "/") -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=600) as answer:
         return answer.read().decode()
 
 
@@ -68,7 +68,7 @@ def test_the_server_reads_alone_and_shows_the_page_alone(served):
             get(port, path)
     before = {path: path.read_bytes() for path in run.iterdir()}
     for method in ("POST", "PUT", "DELETE"):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         connection.request(method, "/", body="x")
         assert connection.getresponse().status == 501
         connection.close()
@@ -76,7 +76,7 @@ def test_the_server_reads_alone_and_shows_the_page_alone(served):
 
 
 def test_a_site_whose_name_leads_here_reads_nothing(served):
-    connection = http.client.HTTPConnection("127.0.0.1", served[2], timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", served[2], timeout=600)
     connection.request("GET", "/", headers={"Host": f"elsewhere.example:{served[2]}"})
     assert connection.getresponse().status == 403
     connection.close()
@@ -107,7 +107,7 @@ def test_it_stops_with_the_run(tmp_path, make_run):
         assert "http://127.0.0.1:" in process.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(4)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     assert (process.returncode, out) == (0, "The run has ended.\n")
 
 
@@ -116,7 +116,7 @@ def test_it_stops_at_ctrl_c(tmp_path, make_run):
     process = start(make_run(tmp_path / "run", steps=100))
     assert "http://127.0.0.1:" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=600)
     assert (process.returncode, out) == (0, "Stopped.\n")
 
 
@@ -126,5 +126,5 @@ def test_a_browser_shows_it(served, tmp_path):
     _, _, port = served
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--dump-dom", f"http://127.0.0.1:{port}/"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
     assert shown.count("<img") == 8

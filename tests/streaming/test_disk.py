@@ -24,7 +24,7 @@ from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
 from tests.streaming.steps import evaluate, strict_offloader, train
-from tests.tiny import ARCHITECTURES, tiny_model
+from tests.tiny import KINDS, tiny_model
 
 
 def saved(folder: Path, architecture: str = "llama", **overrides: object) -> str:
@@ -48,7 +48,7 @@ def mapped_bytes(path: Path) -> int:
 
 
 @pytest.mark.parametrize("dtypes", ["the file's", "another"])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "tied"])
+@pytest.mark.parametrize("architecture", [*KINDS, "tied"])
 def test_a_model_is_loaded_as_transformers_loads_it(architecture: str, dtypes: str, tmp_path: Path) -> None:
     name = saved(tmp_path, tie_word_embeddings=True) if architecture == "tied" else saved(tmp_path, architecture)
     dtype = torch.float32 if dtypes == "the file's" else torch.bfloat16

@@ -6,9 +6,6 @@ import csv
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from safetensors.torch import load_file
 
 from ows_lightning.cli.main import main
 from ows_lightning.streaming.timeline import Timeline
+from tests.distributed.launch import Launch
 
 SETTINGS = [
     "--config=configs/quickstart.yaml", "--data.eval_dataset=null", "--data.val_size=4", "--data.batch_size=2",
@@ -80,8 +78,7 @@ def assert_identical(one: Any, other: Any, where: str = "") -> None:
         assert one == other, where
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [v if v == "mixed" else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
 def test_host_and_disk_leave_what_device_leaves(
     variant: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,20 +97,6 @@ def test_host_and_disk_leave_what_device_leaves(
         assert_identical(outcome(fit(tmp_path / mode, *common, f"--model.frozen_in={mode}")), expected, mode)
         assert set(fetched) == set(range(5))
         fetched.clear()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [("device", "host"), ("host", "disk"), ("disk", "device")])
-def test_a_run_goes_on_in_the_other_mode(
-    before: str, after: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
-) -> None:
-    common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}"]
-    expected = outcome(fit(tmp_path / "whole", *common))
-    first = fit(tmp_path / "parts", *common, f"--model.frozen_in={before}")
-    middle = next((first / "checkpoints").glob("*step=2.ckpt"))
-    second = outcome(fit(tmp_path / "parts", *common, f"--model.frozen_in={after}", f"--ckpt_path={middle}"))
-    assert_identical(second["model"], expected["model"])
-    assert second["sampling_history.csv"] == expected["sampling_history.csv"]
 
 
 def test_a_block_that_was_never_drawn_is_the_base_models(
@@ -175,23 +158,17 @@ def test_what_can_not_work_is_refused_with_a_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [("host", "disk"), ("disk", "device")])
+@pytest.mark.parametrize(("before", "after"), [("device", "host"), ("host", "disk"), ("disk", "device")])
 def test_a_killed_run_goes_on_in_the_other_mode(
     before: str, after: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:
-    steps = "--trainer.max_steps=40"  # enough for the kill to come in time
-    common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}", steps]
+    common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}"]
     common += ["--trainer.val_check_interval=null", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
     runs = tmp_path / "parts"
-    arguments = [*SETTINGS, *common, f"--trainer.default_root_dir={runs}", f"--model.frozen_in={before}"]
-    process = subprocess.Popen([sys.executable, "main.py", "fit", *arguments], stdout=subprocess.DEVNULL)
-    try:
-        while not list(runs.glob("version_0/checkpoints/*step=4.ckpt")):
-            assert process.poll() is None
-            time.sleep(0.05)
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill = ["--trainer.callbacks+=tests.cli.fuzz.Kill", "--trainer.callbacks.moment=on_train_batch_start"]
+    kill += ["--trainer.callbacks.step=3", f"--model.frozen_in={before}", f"--trainer.default_root_dir={runs}"]
+    launch = Launch(["fit", *SETTINGS, *common, *kill], tmp_path / "output")
+    assert launch.wait() == [-signal.SIGKILL], launch.output
     left = [path for path in (runs / "version_0").rglob("*") if path.is_file() and path.parent.name != "checkpoints"]
     assert all(path.stat().st_size < 30_000 for path in left), "a block has more"
     second = outcome(fit(runs, *common, f"--model.frozen_in={after}", "--ckpt_path=last"))

@@ -16,7 +16,7 @@ from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
 from tests.streaming.steps import evaluate, train
-from tests.tiny import ARCHITECTURES, tiny_batch, tiny_model
+from tests.tiny import KINDS, tiny_batch, tiny_model
 
 
 def int8_offloader(model: torch.nn.Module, where: str, folder: Path, **options: object) -> BlockOffloader:
@@ -59,7 +59,7 @@ def test_the_bits_are_the_same_wherever_copies_wait(architecture: str, tmp_path:
     assert not torch.equal(runs[0].losses[0], train(tiny_model(architecture)).losses[0])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_computes_as_a_model_whose_frozen_blocks_are_rounded(architecture: str, tmp_path: Path) -> None:
     def loss(model: torch.nn.Module) -> torch.Tensor:
         for index, layer in enumerate(decoder_layers(model)):

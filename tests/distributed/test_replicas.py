@@ -1,0 +1,109 @@
+"""Whole weights on several processes: the same on all of them, also where their arithmetic is not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling import sampler
+from tests.distributed.fixtures import Arguments
+from tests.distributed.launch import main_without_prediction, run
+
+RANKS = 2
+
+
+def everywhere(tensor: Tensor) -> list[Tensor]:
+    """A tensor as each process has it."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.detach())
+    return parts
+
+
+def with_a_flipped_column(arguments: list[str]) -> None:
+    """Rank 1's decomposition has another sign in one column, as that of another card might."""
+    dist.init_process_group("gloo")
+    exact = torch.linalg.svd
+
+    def flipped(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vh = (t.clone() for t in exact(*args, **kwargs))
+        u[..., 0] *= -1
+        vh[..., 0, :] *= -1
+        return u, s, vh
+
+    if dist.get_rank() == 1:
+        torch.linalg.svd = flipped  # type: ignore[assignment]
+    for in_backward in (False, True):
+        weights = [nn.Parameter(torch.rand(shape, generator=torch.Generator().manual_seed(0))) for shape in ((8, 6), (6, 8))]
+        optimizer = GaLoreAdamW([{"params": weights, "rank": 2, "update_proj_gap": 2, "subspace": "svd"}], lr=0.1)
+        optimizer.project_in_backward(in_backward)
+        optimizer.averaged = True
+        before = [w.detach().clone() for w in weights]
+        for step in range(4):
+            inputs = torch.rand(5, 6, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+            (inputs @ weights[1] @ weights[0]).square().mean().backward()
+            optimizer.average_gradients()
+            optimizer.step()
+            optimizer.zero_grad()
+        for weight, old in zip(weights, before, strict=True):
+            assert not torch.equal(weight, old)
+            assert torch.equal(*everywhere(weight)), f"in backward: {in_backward}"
+            assert torch.equal(*everywhere(optimizer.state[weight]["projector"]))
+    dist.destroy_process_group()
+
+
+def test_replicas_take_the_first_ones_subspaces(tmp_path: Path) -> None:
+    run([], tmp_path, RANKS, target=with_a_flipped_column)
+
+
+def with_a_gradient_missing(arguments: list[str]) -> None:
+    """An expert of rank 1 sees no token in a step that finds subspaces; on rank 0 its gradient is not the last to come."""
+    dist.init_process_group("gloo")
+    weights = [nn.Parameter(torch.full((8, 8), value)) for value in (1.0, 2.0, 3.0)]
+    optimizer = GaLoreAdamW([{"params": weights, "rank": 2}], lr=0.1)
+    optimizer.project_in_backward()
+    optimizer.averaged = True
+    used = weights if dist.get_rank() == 0 else [weights[0], weights[2]]
+    inputs, loss = torch.eye(8) + dist.get_rank(), torch.zeros(())
+    for weight in used:
+        loss = loss + (inputs @ weight).square().sum() * weight[0, 0].detach()
+    loss.backward()
+    optimizer.average_gradients()
+    for index, gradient in enumerate(optimizer.gradients()):
+        mean = (
+            sum(2 * x.T @ x @ weights[index] * (index + 1) for x in (torch.eye(8), torch.eye(8) + 1)[: 1 + (index != 1)]) / 2
+        )
+        torch.testing.assert_close(gradient.norm(), mean.detach().norm(), msg=f"weight {index}")
+    optimizer.step()
+    for weight in weights:
+        assert torch.equal(*everywhere(weight))
+    dist.destroy_process_group()
+
+
+def test_gradients_are_averaged_with_those_of_the_same_weight(tmp_path: Path) -> None:
+    run([], tmp_path, RANKS, target=with_a_gradient_missing)
+
+
+def with_other_norms(arguments: list[str]) -> None:
+    """Rank 1's norms of the blocks' gradients are not rank 0's."""
+    exact, calls = sampler.total_norm, itertools.count()
+    if os.environ["RANK"] == "1":
+        sampler.total_norm = lambda tensors: exact(tensors) * 1000 ** (next(calls) % 2)
+    main_without_prediction(arguments)
+
+
+@pytest.mark.slow
+def test_replicas_take_the_first_ones_probabilities(arguments: Arguments, tmp_path: Path) -> None:
+    more = ["--sampling.distribution=gradient_norm", "--sampling.interval_steps=1", "--trainer.max_steps=12"]
+    more += ["--trainer.callbacks+=tests.distributed.probe.Probe", f"--trainer.callbacks.folder={tmp_path / 'probe'}"]
+    run(arguments(*more, ranks=2, strategy="ddp_layerwise"), tmp_path, RANKS, target=with_other_norms)
+    ranks = [json.loads((tmp_path / "probe" / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    assert ranks[0]["frozen"] == ranks[1]["frozen"]
