@@ -44,12 +44,12 @@ def version_counter(tensor: Tensor) -> int:
     return tensor._version
 
 
-def num_gradient_hooks(p: Tensor) -> int:
-    """The number of hooks on a parameter's gradient, before or after it is added to ``grad``.
+def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
+    """The hooks on a parameter's gradient, before or after it is added to ``grad``.
 
-    When they are gone: do without the shortcut that must not be taken behind such a hook's back.
+    When they are gone: keep a registry of one's own hooks, and do without the shortcut that must not be taken behind others'.
     """
-    return len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ())
+    return [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from ows_lightning.checkpoints.files import (
     META,
@@ -25,7 +24,7 @@ from ows_lightning.checkpoints.files import (
     root_cause,
 )
 from ows_lightning.errors import UsageError
-from ows_lightning.optim.sharding import take_part
+from ows_lightning.optim.galore import add_saved_updates_
 
 
 def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,7 +97,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if path.is_dir():
         shapes = {name: info.size for name, info in _contents(path, prefix).items()}
     else:
-        whole = {prefix + name: weight for name, weight in load_file(path)["state_dict"].items()}
+        checkpoint = load_file(path)
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            add_saved_updates_(checkpoint["state_dict"], optimizer)
+        whole = {prefix + name: weight for name, weight in checkpoint["state_dict"].items()}
         shapes = {name: weight.shape for name, weight in whole.items()}
     if different := sorted(shapes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):
         raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0][0].removeprefix(prefix)}")
@@ -106,16 +108,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         read_into(weights, path)
     else:
         for name, weight in weights.items():
-            weight.copy_(local_part(whole[name], weight))
-
-
-def local_part(value: Any, weight: Tensor) -> Any:
-    """This process's part of a tensor that is distributed as a weight is, if it has its shape."""
-    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
-        return value
-    if value.shape != weight.shape:
-        return value
-    return take_part(value, weight.device_mesh, weight.placements)
+            weight.copy_(whole[name])
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -28,6 +28,7 @@ from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.callbacks.throughput import ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
+from ows_lightning.cli import siblings
 from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
@@ -161,6 +162,9 @@ class OWSCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "plan":
+            launcher = self.trainer.strategy.launcher
+            if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
+                siblings.expect(self.trainer.num_devices)
             super()._run_subcommand(subcommand)
             return
         config = self.config.plan

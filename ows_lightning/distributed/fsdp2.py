@@ -22,9 +22,10 @@ from ows_lightning.checkpoints.checksums import file_sum
 from ows_lightning.checkpoints.files import META, METADATA, partial_path, replace_atomically, save_file
 from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
 from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
-from ows_lightning.checkpoints.shards import load_optimizers, load_weights, local_part, save_tensors, split
-from ows_lightning.distributed.shutdown import part_at_exit
-from ows_lightning.errors import RunError
+from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
+from ows_lightning.distributed.process_group import leave_at_exit
+from ows_lightning.errors import RunError, UsageError
+from ows_lightning.optim.sharding import take_part
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -58,7 +59,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Starts the processes' communication."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        part_at_exit()
+        leave_at_exit()
 
     # ------------------------------------------------------------------ saving
 
@@ -151,8 +152,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Reads this process's part of the weights into the module."""
         assert self.lightning_module is not None
-        module = self.lightning_module
-        read_checkpoint(Path(checkpoint["path"]), lambda path: load_weights(module, path))
+        module, path = self.lightning_module, Path(checkpoint["path"])
+        if "state_dict" not in checkpoint:
+            read_checkpoint(path, lambda path: load_weights(module, path))
+            return
+        state = module.state_dict()
+        saved = checkpoint["state_dict"]
+        if strict and (different := sorted(state.keys() ^ saved.keys())):
+            raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0]}")
+        for name in state.keys() & saved.keys():
+            state[name].copy_(_local_part(saved[name], state[name]))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Reads this process's part of the optimizers' state."""
@@ -172,5 +181,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         for weights, optimizer, state in zip(places, self.optimizers, states, strict=True):
             for number, values in state["state"].items():
-                state["state"][number] = {key: local_part(value, weights[number]) for key, value in values.items()}
+                state["state"][number] = {key: _local_part(value, weights[number]) for key, value in values.items()}
             optimizer.load_state_dict(state)
+
+
+def _local_part(value: Any, weight: Tensor) -> Any:
+    """This process's part of a tensor that is distributed as a weight is, if it has its shape."""
+    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != weight.shape:
+        return value
+    return take_part(value, weight.device_mesh, weight.placements)

@@ -241,14 +241,14 @@ def _watched_gradients(
     def begin(p: Tensor) -> None:
         nonlocal before
         before, tracker.category = tracker.category, "other"
-        tracker.label("gradients", [p.grad, galore._hosted.get(p) if galore else None])
+        tracker.label("gradients", [p.grad, galore.offloaded_gradients.get(p) if galore else None])
 
     def end(p: Tensor) -> None:
         tracker.category = before
         if galore is not None:
-            tracker.label("gradients", [galore._projected.get(p)])
+            tracker.label("gradients", [galore.projected_gradients.get(p)])
             if host_memory:
-                tracker.label(HOST, [galore._hosted.get(p)])
+                tracker.label(HOST, [galore.offloaded_gradients.get(p)])
 
     parameters = _trainable(model)
     if method.factored and not (renews or method.renews_with_state):
@@ -273,7 +273,7 @@ def _watch_stages(model: nn.Module, optimizer: Optimizer, tracker: MemoryTracker
 
     def stage(name: str, category: str = "activations") -> None:
         if galore is not None:
-            tracker.label("gradients", galore._projected.values())
+            tracker.label("gradients", galore.projected_gradients.values())
         tracker.begin_span((tracker.span[0], name))
         tracker.category = category
 
