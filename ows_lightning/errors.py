@@ -94,8 +94,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name that is most like another; None if none is by ``cutoff`` (0 to 1)."""
-    return next(iter(difflib.get_close_matches(name, sorted(set(known)), 1, cutoff)), None)
+    """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, other, name).ratio()
+
+    near = max(sorted(set(known)), key=likeness, default=None)
+    return near if near is not None and likeness(near) >= cutoff else None
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:

@@ -73,7 +73,7 @@ class LeaveGradients(Callback):
         return any(isinstance(callback, cls) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Turns it off."""
+        """Leaves them so at the end of a fit."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
                 optimizer.project_in_backward(False)
