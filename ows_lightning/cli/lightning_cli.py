@@ -32,9 +32,8 @@ from ows_lightning.cli import siblings
 from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
-from ows_lightning.cli.numbers import check_numbers, check_rate
 from ows_lightning.cli.parser import OneLineParser, import_class
-from ows_lightning.cli.preflight import check_plan, check_run
+from ows_lightning.cli.preflight import check_numbers, check_plan, check_run
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -124,9 +123,7 @@ class OWSCLI(LightningCLI):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
         if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-        check_numbers(config)
-        if self.config.get("subcommand") == "fit":
-            check_rate(config)
+        check_numbers(config, trains=self.config.get("subcommand") == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
