@@ -43,12 +43,12 @@ def version_counter(tensor: Tensor) -> int:
     return tensor._version
 
 
-def num_gradient_hooks(p: Tensor) -> int:
-    """How many hooks look at a parameter's gradient, before it is added to ``grad`` or after.
+def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
+    """The hooks that look at a parameter's gradient, before it is added to ``grad`` or after.
 
-    When they are gone: do without the shortcut that must not be taken behind such a hook's back.
+    When they are gone: keep a registry of one's own hooks, and do without the shortcut that must not be taken behind others'.
     """
-    return len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ())
+    return [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -37,9 +37,13 @@ _LIGHTNING_REFUSALS = {
     ),
     r"`mode` can be min, max but got (.+)": "checkpoint.mode: '{}' is neither min nor max; give one of them",
     r"Combination of parameters (.+) should be mutually exclusive": "checkpoint: {}; give one, and null for the others",
+    r"Sharding propagation failed for (aten\.\w+)": (
+        "trainer.strategy: fsdp2 shards the weights, and torch can't do `{}` on shards, which something asks for; take "
+        "another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
+    ),
     r'ckpt_path="(\w+)"\)` is set but': "ckpt_path: there is no '{}' checkpoint to find; give the path of one, or `last`",
 }
-"""Settings that Lightning refuses in its own words, and what a user can do about them."""
+"""Settings that Lightning or torch refuses in its own words, and what a user can do about them."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

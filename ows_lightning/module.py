@@ -25,7 +25,7 @@ from ows_lightning.models.empty_model import empty_model
 from ows_lightning.models.kernels import Kernels, fuse_
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.positions import exceeded_positions
-from ows_lightning.optim.galore import GaLoreAdamW, ProjType
+from ows_lightning.optim.galore import GaLoreAdamW, ProjType, add_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.schedule import warmup_and_decay
 from ows_lightning.optim.subspace import Method
@@ -36,7 +36,7 @@ from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
-from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for, require_resident
+from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -183,11 +183,8 @@ class CausalLMModule(EvaluationModule):
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
-            sampling = LayerwiseSampling.of(self.trainer)
-            some_are_frozen = self.hparams["lora"] is not None or sampling is not None
+            some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
-            if sampling is not None and sampling.resting_rank:
-                require_resident(self.hparams)
             self._step = Step(self.trainer.world_size)
             self.last_step = None
 
@@ -230,6 +227,8 @@ class CausalLMModule(EvaluationModule):
         if isinstance(optimizer, GaLoreAdamW):
             require_layerwise(self.trainer.strategy)
             optimizer.project_in_backward(model=self.model)
+            if self.offloader is not None:
+                self.offloader.rest_with(optimizer)
         self._check_projection(optimizer)
         steps = self.trainer.estimated_stepping_batches
         scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
@@ -301,6 +300,8 @@ class CausalLMModule(EvaluationModule):
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
         if self._trainer is not None:
             check_settings(checkpoint.get("settings"), self._lasting_settings(), resumes=self.trainer.training)
+            for optimizer in () if self.trainer.training else checkpoint.get("optimizer_states", ()):
+                add_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
 
     def _lasting_settings(self) -> dict[str, Any]:
         architecture = architecture_of(self.language_model.config)

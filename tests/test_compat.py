@@ -32,12 +32,12 @@ OUTSIDE = {
         "torch._C._disabled_torch_function_impl", "torch._C._DisableTorchDispatch", "Tensor._make_wrapper_subclass",
         "aten._local_scalar_dense", "aten._grouped_mm",
     },
-    "memory/simulated_step.py": {"galore._hosted", "galore._projected"},  # our own optimizer's
     "memory/tracker.py": {  # documented by torch, but not public; operators by their names
         "torch.utils._python_dispatch", "torch.utils._pytree", "aten._scaled_dot_product_flash_attention_for_cpu",
         "aten._scaled_dot_product_flash_attention_for_cpu_backward", "aten._grouped_mm",
     },
-    "optim/galore.py": {"GaLoreAdamW._consume_in_backward"},  # its own
+    "optim/galore.py": {"super()._begin"},  # its own
+    "optim/gradient_capture.py": {"GradientCapture._project_in_backward"},  # its own
     "sampling/outliers.py": {"_ConvNd", "config._experts_implementation"},  # set and put back, which no function can do better
     "streaming/adapters.py": {"block._apply", "type(block)._apply"},  # overridden where nn.Module calls it
 }  # fmt: skip

@@ -80,13 +80,9 @@ class Schedule:
 
     def run(self) -> None:
         """Makes all runs that are missing, or those until ``stopping`` is set."""
-        order = self.study.order()
-        tuning = sum((len(self.study.tune_on) or len(each.methods)) for each in order)
-        expected = tuning * len(self.study.rates) * len(self.study.tune_seeds)
-        expected += sum(len(each.methods) * len(each.seeds) for each in order)
-        with tqdm(total=expected, unit="run", smoothing=0.1) as self.bar, ThreadPoolExecutor(self.jobs) as pool:
+        with tqdm(unit="run") as self.bar, ThreadPoolExecutor(self.jobs) as pool:
             try:
-                for each in order:
+                for each in self.study.order():
                     methods = [self.study.method(name) for name in each.methods]
                     (task,) = each.tasks
                     rates = self._rates(task, methods, pool)
@@ -99,6 +95,9 @@ class Schedule:
         if self.study.tune_on:
             rate = choose_rate(self.study.rates, partial(self._shared_loss, task, pool))
             return {method.name: rate for method in methods}
+        # The grids first, all their runs at once; what a grid is widened by then waits for nobody.
+        grids = [(rate, method) for method in methods for rate in method.rates or self.study.rates]
+        list(pool.map(lambda each: self._validation_loss(task, each[1], each[0]), grids))
         return dict(zip((m.name for m in methods), pool.map(partial(self._rate, task), methods), strict=True))
 
     def _rate(self, task: str, method: Method) -> float:
@@ -118,8 +117,8 @@ class Schedule:
                 run = self._new(task, method, rate, seed)
                 known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}
                 row = self.tuned.add({**known, "validation_loss": run.validation_loss()})
+                self.bar.update()
             losses.append(float(row["validation_loss"]))
-            self.bar.update()
         return sum(losses) / len(losses)
 
     def _count(self, task: str, rates: dict[str, float], which: tuple[int, Method]) -> None:
@@ -130,7 +129,7 @@ class Schedule:
             known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}
             figures = run.test_figures()
             self.counted.add({**known, **figures, "time_s": figures["time_s"] if self.alone else None})
-        self.bar.update()
+            self.bar.update()
 
     def _new(self, task: str, method: Method, rate: float, seed: int) -> Run:
         if self.stopping.is_set():

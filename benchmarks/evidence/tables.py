@@ -37,10 +37,13 @@ def write_tables(study: Study, counted: Ledger, folder: Path) -> str:
             parts.append(error)
     rows = counted.rows + (Ledger(folder / f"{study.shorter}.csv", COUNTED).rows if study.shorter else [])
     for task in dict.fromkeys(name.partition("@")[0] for name in study.tasks):
-        if lengths := of_lengths(rows, task):
+        if of_lengths(counted.rows, task):
+            lengths = of_lengths(rows, task)
             if len(lengths) > 1:
                 parts += [f"## {task}, by length", length_table(lengths, study.reference)]
-            plot(lengths, folder / f"{study.name}_{task}.png")
+            picture = f"{study.name}_{task}.png"
+            plot(lengths, folder / picture)
+            parts.append(f"![Test loss on {task} against time, FLOPs and memory]({picture})")
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{study.name}.md").write_text(text)

@@ -24,6 +24,7 @@ from ows_lightning.checkpoints.files import (
     root_cause,
 )
 from ows_lightning.errors import UsageError
+from ows_lightning.optim.galore import add_saved_updates_
 
 
 def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,7 +97,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if path.is_dir():
         shapes = {name: info.size for name, info in _contents(path, prefix).items()}
     else:
-        whole = {prefix + name: weight for name, weight in load_file(path)["state_dict"].items()}
+        checkpoint = load_file(path)
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            add_saved_updates_(checkpoint["state_dict"], optimizer)
+        whole = {prefix + name: weight for name, weight in checkpoint["state_dict"].items()}
         shapes = {name: weight.shape for name, weight in whole.items()}
     if different := sorted(shapes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):
         raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0][0].removeprefix(prefix)}")

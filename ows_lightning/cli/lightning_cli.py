@@ -27,12 +27,12 @@ from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.callbacks.throughput import ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
+from ows_lightning.cli import siblings
 from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
-from ows_lightning.cli.numbers import check_numbers, check_rate
 from ows_lightning.cli.parser import OneLineParser, import_class
-from ows_lightning.cli.preflight import check_plan, check_run
+from ows_lightning.cli.preflight import check_numbers, check_plan, check_run
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -122,9 +122,7 @@ class OWSCLI(LightningCLI):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
         if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-        check_numbers(config)
-        if self.config.get("subcommand") == "fit":
-            check_rate(config)
+        check_numbers(config, trains=self.config.get("subcommand") == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
@@ -160,6 +158,9 @@ class OWSCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "plan":
+            launcher = self.trainer.strategy.launcher
+            if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
+                siblings.expect(self.trainer.num_devices)
             super()._run_subcommand(subcommand)
             return
         config = self.config.plan

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
+from ows_lightning.cli import siblings
 from ows_lightning.cli.log_filters import be_quiet
 from ows_lightning.errors import UsageError, command_line, explain, nearest
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_COMMANDS = {
     "fit": "Train",
-    "validate": "Evaluate on the held-out rows: loss, perplexity, exact match",
+    "validate": "Evaluate on the validation rows: loss, perplexity, exact match",
     "test": "Evaluate on the test rows",
     "predict": "Write the model's answers to rows",
     "score": "Compute the blocks' outlier scores alone",
@@ -82,14 +83,17 @@ def _run(words: Any, args: Any) -> None:
     else:
         if command not in ("plan", None) and os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
+        if command != "plan":
+            siblings.watch()
         if command == "plan":
             _import_without_plots()
         from ows_lightning.cli.lightning_cli import OWSCLI
-        from ows_lightning.distributed.shutdown import part
+        from ows_lightning.distributed.process_group import leave_process_group
 
         logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
         OWSCLI(args)
-        part()
+        leave_process_group()
+        siblings.leave()
 
 
 def _import_without_plots() -> None:
@@ -120,9 +124,10 @@ def usage() -> str:
 
 def end(error: BaseException) -> NoReturn:
     """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
+    line, code = explain(error)
+    siblings.end_early(code)
     if os.environ.get("OWS_DEBUG") == "1":
         raise error
-    line, code = explain(error)
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code) from None
 

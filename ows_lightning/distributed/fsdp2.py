@@ -23,7 +23,7 @@ from ows_lightning.checkpoints.files import META, METADATA, partial_path, replac
 from ows_lightning.checkpoints.find import load_without_tensors, read
 from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
-from ows_lightning.distributed.shutdown import part_at_exit
+from ows_lightning.distributed.process_group import leave_at_exit
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.optim.sharding import take_part
 
@@ -59,7 +59,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Starts the processes' communication."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        part_at_exit()
+        leave_at_exit()
 
     # ------------------------------------------------------------------ saving
 

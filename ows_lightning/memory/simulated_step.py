@@ -58,6 +58,10 @@ class TrainingMethod:
     lora: dict[str, Any] | None = field(default=None, hash=False)
     distribution: str | None = None
 
+    def active_blocks(self, count: int) -> int:
+        """How many of a model's blocks train at a time."""
+        return count if self.activated_layers is None else min(self.activated_layers, count)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -110,7 +114,7 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
         tracker: A new one; it runs the operators of a fake model.
     """
     count = len(decoder_layers(model))
-    active = count if method.activated_layers is None else min(method.activated_layers, count)
+    active = method.active_blocks(count)
     blocks, consumed = [0, *range(count - active + 1, count)], 0
     with tracker:
         tracker.label("weights", [*model.parameters(), *model.buffers()])
@@ -241,14 +245,14 @@ def _watched_gradients(
     def begin(p: Tensor) -> None:
         nonlocal before
         before, tracker.category = tracker.category, "other"
-        tracker.label("gradients", [p.grad, galore._hosted.get(p) if galore else None])
+        tracker.label("gradients", [p.grad, galore.offloaded_gradients.get(p) if galore else None])
 
     def end(p: Tensor) -> None:
         tracker.category = before
         if galore is not None:
-            tracker.label("gradients", [galore._projected.get(p)])
+            tracker.label("gradients", [galore.projected_gradients.get(p)])
             if host_memory:
-                tracker.label(HOST, [galore._hosted.get(p)])
+                tracker.label(HOST, [galore.offloaded_gradients.get(p)])
 
     parameters = _trainable(model)
     if method.factored and not (renews or method.renews_with_state):
@@ -273,7 +277,7 @@ def _watch_stages(model: nn.Module, optimizer: Optimizer, tracker: MemoryTracker
 
     def stage(name: str, category: str = "activations") -> None:
         if galore is not None:
-            tracker.label("gradients", galore._projected.values())
+            tracker.label("gradients", galore.projected_gradients.values())
         tracker.begin_span((tracker.span[0], name))
         tracker.category = category
 

@@ -8,38 +8,39 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ows_lightning.compat import num_gradient_hooks
+from ows_lightning.compat import gradient_hooks
 
-_in_place: Any = WeakTensorKeyDictionary()  # parameter -> handle of its present hook, and a reference to the owner
+
+class _Hook:
+    """What torch calls when a parameter's gradient has added up; it does not keep its owner alive."""
+
+    def __init__(self, p: Tensor, owner: Any, consume: Callable[[Any, Tensor], None]) -> None:
+        self.owner, self.consume = weakref.ref(owner), consume
+        self.handle: RemovableHandle = p.register_post_accumulate_grad_hook(self)
+
+    def __call__(self, p: Tensor) -> None:
+        if (alive := self.owner()) is not None:
+            self.consume(alive, p)
 
 
 def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[Any, Tensor], None]) -> None:
     """Calls ``consume(owner, p)`` within backward, as soon as the gradient of a parameter p has added up.
 
-    The hook does not keep ``owner`` alive, and is removed with it. It replaces the hook of another owner.
+    The hook is removed with ``owner``. It replaces the hook of another owner.
 
     Args:
         parameters: Leaf tensors of any shape; those that are frozen now are hooked for when they train.
         owner: Any object that can be referenced weakly.
         consume: Called with the owner and the parameter; it may set ``p.grad`` to None.
     """
-    reference = weakref.ref(owner)
-
-    def hook(p: Tensor) -> None:
-        if (alive := reference()) is not None:
-            consume(alive, p)
-
     handles = []
     for p in parameters:
         remove_hook(p)
         trains = p.requires_grad
         p.requires_grad_(True)  # torch refuses to hook a frozen weight, whose hook would hold all the same
-        handle = p.register_post_accumulate_grad_hook(hook)
-        _in_place[p] = handle, reference
+        handles.append(_Hook(p, owner, consume).handle)
         p.requires_grad_(trains)
-        handles.append(handle)
     weakref.finalize(owner, _remove, handles).atexit = False
 
 
@@ -49,8 +50,9 @@ def remove_hook(p: Tensor) -> None:
     Args:
         p: A parameter, with or without a hook.
     """
-    if (known := _in_place.pop(p, None)) is not None:
-        known[0].remove()
+    for hook in gradient_hooks(p):
+        if isinstance(hook, _Hook):
+            hook.handle.remove()
 
 
 def sole_consumer(p: Tensor) -> Any | None:
@@ -59,8 +61,8 @@ def sole_consumer(p: Tensor) -> Any | None:
     Args:
         p: A parameter, with or without hooks.
     """
-    known = _in_place.get(p)
-    return known[1]() if known is not None and num_gradient_hooks(p) == 1 else None
+    hooks = gradient_hooks(p)
+    return hooks[0].owner() if len(hooks) == 1 and isinstance(hooks[0], _Hook) else None
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

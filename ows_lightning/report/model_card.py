@@ -11,15 +11,15 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from ows_lightning.errors import RunError
-from ows_lightning.report.key_figures import key_figures
 from ows_lightning.report.run import RunRecord, is_run_folder
+from ows_lightning.report.tables import key_figures
 
 _FIGURES = {
     "steps": ("Optimizer steps", "{:.0f}"),
     "tokens": ("Tokens", "{:,.0f}"),
-    "final_val_loss": ("Held-out loss (nats)", "{:.4f}"),
-    "best_val_loss": ("Best held-out loss (nats)", "{:.4f}"),
-    "val_exact_match": ("Held-out exact match", "{:.1%}"),
+    "final_val_loss": ("Validation loss (nats)", "{:.4f}"),
+    "best_val_loss": ("Best validation loss (nats)", "{:.4f}"),
+    "val_exact_match": ("Validation exact match", "{:.1%}"),
     "peak_memory_mb": ("Peak memory (MB)", "{:,.0f}"),
     "time_s": ("Time (s)", "{:,.0f}"),
 }

@@ -65,7 +65,7 @@ def unpatch_clipping(precision: Precision) -> None:
 
 
 class LeaveGradients(Callback):
-    """Leaves gradients to ``grad`` again when a fit has ended, also by an exception: any code may train the weights then."""
+    """Leaves gradients to ``grad``, and weights whole, when a fit has ended, also by an exception: any code may train them."""
 
     @classmethod
     def is_in(cls, trainer: Trainer) -> bool:
@@ -77,6 +77,7 @@ class LeaveGradients(Callback):
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
                 optimizer.project_in_backward(False)
+                optimizer.take_in_updates()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception."""

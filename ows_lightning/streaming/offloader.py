@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.compat import version_counter
 from ows_lightning.models.mapped_files import keep_page_cache
+from ows_lightning.optim.projected_adamw import add_update_
 from ows_lightning.streaming.adapters import add_adapters, remove_adapters
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.hooks import ComputeHooks
@@ -20,6 +22,19 @@ from ows_lightning.streaming.int8 import Int8Weights, StagingBuffer
 from ows_lightning.streaming.offloaded import DeviceWeights, HostWeights, host_weights, nbytes_of, views_in
 from ows_lightning.streaming.streams import CopyStream, ReaderThread, copy_stream_for
 from ows_lightning.streaming.timeline import Timeline
+
+
+class RestingOptimizer(Protocol):
+    """An optimizer in which offloaded weights train at rest, as GaLoreAdamW: it keeps what they learn beside them."""
+
+    def keep_updates_at_rest(self, weights: Iterable[Tensor], fold: Callable[[Sequence[Tensor]], None]) -> None:
+        """Has ``fold`` called with weights whose rest ends."""
+
+    def rests(self, p: Tensor) -> bool:
+        """Whether a parameter trains at rest."""
+
+    def update_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
+        """B (..., m, r) and Q (..., n, r) of a weight that computes as W + B Q^T."""
 
 
 class BlockOffloader:
@@ -33,6 +48,8 @@ class BlockOffloader:
 
     Weights are offloaded and slots allocated at first use, for the device that ``move`` named last. Deep copies and pickles of
     the model are independent of it.
+
+    With `rest_with`, frozen blocks that train at rest stay offloaded, and slots hold W + B Q^T of them.
 
     With copies in int8, what a frozen block computes with is not its own weight to the bit; what trains and is saved is.
 
@@ -68,6 +85,7 @@ class BlockOffloader:
         self._given_stream = stream
         self._disk = disk
         self._int8_in = int8_in
+        self._optimizer: Callable[[], RestingOptimizer | None] = _none
         shared = _in_several_blocks(self.blocks)
         self.parameters = [
             [p for p in block.parameters() if p.numel() and id(p) not in shared and not (frozen_only and p.requires_grad)]
@@ -88,6 +106,7 @@ class BlockOffloader:
         self._stream: CopyStream | None = None
         self._staging: StagingBuffer | None = None
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
+        self._added: dict[int, list[Any]] = {}  # which updates of a resting block a slot's contents have in them
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies find their weights in their own parameters, and are offloaded to host memory."""
@@ -95,8 +114,9 @@ class BlockOffloader:
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self.was_copied = True
-        made_at_use = ("offloaded", "timeline", "arrangement", "slots", "_views", "_stream", "_staging", "_versions")
-        return {key: value for key, value in vars(self).items() if key not in made_at_use} | {"_disk": None}
+        made_at_use = ("offloaded", "timeline", "arrangement", "slots", "_views", "_stream", "_staging", "_versions", "_added")
+        kept = {key: value for key, value in vars(self).items() if key not in made_at_use}
+        return kept | {"_disk": None, "_optimizer": _none}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -118,16 +138,16 @@ class BlockOffloader:
             optimizers: Their state of blocks that train moves to the device; it may come from a checkpoint, loaded before
                 the draw was known.
         """
-        trains = [index for index, weights in enumerate(self.parameters) if any(p.requires_grad for p in weights)]
+        trains = [i for i, weights in enumerate(self.parameters) if any(map(self._needs_own_memory, weights))]
         if not self.offloaded or trains != self.active:
             self._arrange(trains)
             self.timeline.fetch_first()
         for optimizer in optimizers:
-            for p in (p for index in trains for p in self.parameters[index]):
+            for p in (p for weights in self.parameters for p in weights):
                 state = optimizer.state.get(p, {})
                 for key, value in state.items():
-                    if isinstance(value, Tensor) and key != "step" and value.device != p.device:
-                        state[key] = value.to(p.device)
+                    if isinstance(value, Tensor) and key not in ("step", "rest") and value.device != self.device:
+                        state[key] = value.to(self.device)
 
     def offload_all(self) -> None:
         """Offloads all blocks, and leaves the slots empty; those that train get their memory again when it is needed."""
@@ -184,6 +204,55 @@ class BlockOffloader:
         self._hooks.remove()
         remove_adapters(self, self._adapters)
         self._clear()
+
+    # ------------------------------------------------------------------ blocks that train at rest
+
+    def rest_with(self, optimizer: RestingOptimizer) -> None:
+        """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
+        self._optimizer = ref(optimizer)
+        optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.fold)
+
+    @torch.no_grad()
+    def fold(self, weights: Sequence[Tensor]) -> None:
+        """Writes what weights have learned at rest into them, W + B Q^T, where they are offloaded."""
+        ids = {id(p) for p in weights}
+        self.prepare()
+        self.end_pass()
+        self._stop_fetches()
+        for index in range(len(self.blocks)):
+            updates = [(p, update) for p, update in self._updates_of(index) if id(p) in ids]
+            if not updates:
+                continue
+            self._load_for_training(index)
+            for p, (update, projector) in updates:
+                add_update_(p.data, update, projector)
+            self._retire(index)
+        self._started_stream.after_computation()  # which has written offloaded weights
+
+    def _needs_own_memory(self, p: nn.Parameter) -> bool:
+        """Whether a parameter trains, and not at rest."""
+        optimizer = self._optimizer()
+        return p.requires_grad and not (optimizer is not None and optimizer.rests(p))
+
+    def _updates_of(self, block: int) -> list[tuple[nn.Parameter, tuple[Tensor, Tensor]]]:
+        if (optimizer := self._optimizer()) is None:
+            return []
+        return [(p, found) for p in self.parameters[block] if (found := optimizer.update_of(p)) is not None]
+
+    @torch.no_grad()
+    def _add_updates(self, block: int, slot: int) -> None:
+        """Adds what a block has learned at rest to the weights in its slot, once for every fetch."""
+        updates = self._updates_of(block)
+        added = [(block, id(update), version_counter(update)) for _, (update, _) in updates]
+        before = self._added.get(slot, [])
+        if added == before:
+            return
+        if before:  # of an earlier step: the weights themselves are needed again
+            self.issue(block, slot)
+            self._started_stream.wait(slot)
+        for p, (update, projector) in updates:
+            add_update_(p.data, update, projector)
+        self._added[slot] = added
 
     # ------------------------------------------------------------------ when others write into offloaded weights
 
@@ -314,18 +383,24 @@ class BlockOffloader:
     # ------------------------------------------------------------------ events, as the timeline orders them
 
     def issue(self, block: int, slot: int) -> None:
-        """Starts to fetch a block: when ``fetch`` is done, the contents of the slot are complete."""
+        """Starts to fetch a block: when ``fetch`` is done, the weights in the slot are complete."""
+        self._added.pop(slot, None)
         self._started_stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
 
     def wait(self, block: int, slot: int) -> None:
         """Lets a block's parameters be the slot, once the block has arrived."""
         self._started_stream.wait(slot)
         _set_data(self.parameters[block], self._views[block])
+        self._add_updates(block, slot)
 
     def release(self, block: int, slot: int) -> None:
         """Lets a block's parameters be its offloaded weights again, and the slot be written."""
         _set_data(self.parameters[block], self.offloaded[block].tensors)
         self._started_stream.release(slot)
+
+
+def _none() -> None:
+    """Stands for an optimizer that is not there."""
 
 
 def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:

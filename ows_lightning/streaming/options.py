@@ -68,17 +68,3 @@ def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: i
             f"{key} needs frozen blocks, and full fine-tuning trains all of them; sample blocks "
             f"(`sampling`), or set model.lora or {resident}"
         )
-
-
-def require_resident(model: Mapping[str, Any]) -> None:
-    """Refuses runs in which frozen blocks are to train at rest, and wait outside the device.
-
-    Raises:
-        UsageError: With what to use instead.
-    """
-    for key in ("frozen_in", "frozen_dtype"):
-        if model[key] not in ("device", None):
-            raise UsageError(
-                f"sampling.resting_rank: blocks train at rest on the device alone, and model.{key} is {model[key]}; set "
-                "sampling.resting_rank: 0, or leave it out"
-            )

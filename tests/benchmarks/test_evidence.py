@@ -68,8 +68,9 @@ def test_rounds_are_made_in_their_order_and_only_of_the_tasks_that_are_asked_for
     order = study.order()
     assert order[0].tasks == ("spell_backward@128",)
     made = {(task, method, seed) for each in order for task in each.tasks for method in each.methods for seed in each.seeds}
-    methods = {method.name for method in study.methods}
+    candidates = [each for each in order if each.tasks == ("spell_backward@128",)][-1].methods
     for task in study.tasks:
+        methods = {method.name for method in study.methods} - set(candidates if task.endswith("@384") else ())
         seeds = {0, 1, 2} if task.endswith("@384") else {0, 1, 2, 3, 4}
         assert {(method, seed) for name, method, seed in made if name == task} == set(itertools.product(methods, seeds))
     one = replace(study, tasks={"family_relationships@384": None})

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +196,7 @@ and reloaded to logits equal to the bit.
 
 ## Refused before anything trains, {refused} types
 
-| model type | what the user reads |
+| model types (KIND) | what the user reads after `model.model_name_or_path: `; MODEL is its path, CLASS its class |
 |---|---|
 {reasons}
 """
@@ -206,17 +208,29 @@ def page() -> str:
     for kind in model_types():
         with tempfile.TemporaryDirectory() as folder:
             outcomes[kind] = try_out(kind, Path(folder))
-    rows = {
-        outcome: [f"| {kind} | {reason} |" for kind, (found, reason) in outcomes.items() if found == outcome]
-        for outcome in ("trains", "refused")
-    }
+    trained = [kind for kind, (outcome, _) in outcomes.items() if outcome == "trains"]
+    refused: dict[str, list[str]] = {}
+    for kind, (outcome, reason) in outcomes.items():
+        if outcome == "refused":
+            refused.setdefault(generalised(kind, reason), []).append(kind)
     return _TEXT.format(
         version=transformers.__version__,
-        trained=len(rows["trains"]),
-        names=", ".join(f"`{kind}`" for kind, (found, _) in outcomes.items() if found == "trains"),
-        refused=len(rows["refused"]),
-        reasons="\n".join(rows["refused"]),
+        trained=len(trained),
+        names=names(trained),
+        refused=sum(map(len, refused.values())),
+        reasons="\n".join(f"| {names(kinds)} | {reason} |" for reason, kinds in refused.items()),
     )
+
+
+def names(kinds: Iterable[str]) -> str:
+    """Lists model types for the page."""
+    return ", ".join(f"`{kind}`" for kind in kinds)
+
+
+def generalised(kind: str, reason: str) -> str:
+    """A reason as the page has it: without the key, and with CLASS and KIND for what differs by model type."""
+    reason = re.sub(r"\b\w+(ForCausalLM|LMHeadModel)\b", "CLASS", reason.removeprefix("model.model_name_or_path: "))
+    return re.sub(rf"\b{re.escape(kind)}(?=_text_model\b|\))", "KIND", reason)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import load_model
+from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import random_subspace
+from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
 from tests.tiny import tiny_batch, tiny_model
 
@@ -242,3 +249,91 @@ def test_the_subspace_is_orthonormal_and_another_for_every_seed() -> None:
     torch.testing.assert_close(one.mT @ one, torch.eye(4).double().expand(2, 4, 4))
     assert torch.equal(one, random_subspace(weight, 4, 0))
     assert (one.mT @ other).abs().max() < 0.9
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after five steps, in the middle of an interval."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 5 and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def fit(
+    directory: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, trainer: Any = None, **settings: Any
+) -> CausalLMModule:
+    """Trains a module for eight steps, with resting blocks and a new draw every two."""
+    settings = {"rank": 8, "optimizer": lambda params: GaLoreAdamW(params, lr=LR), "warmup_steps": 0, **settings}
+    sampling = LayerwiseSampling(1, INTERVAL, "uniform", always_train=("norm",), resting_rank=RANK)
+    rows = [{name: values[0] for name, values in tiny_batch(1).items()}] * 32  # a plain loader begins anew on resuming
+    module = CausalLMModule(str(directory), **settings)
+    Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[sampling, *callbacks], default_root_dir=folder, gradient_clip_val=0.5,
+        **{"max_steps": 8, **(trainer or {})},
+    ).fit(module, DataLoader(rows, batch_size=2), ckpt_path=ckpt_path)  # fmt: skip
+    return module
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_a_run_of_the_trainer_is_resumed_bit_by_bit(precision: str, model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"trainer": {"precision": precision, "accumulate_grad_batches": 2}}
+    whole = fit(model_dir(), tmp_path, SaveAt(tmp_path / "at5.ckpt"), **settings)
+    resumed = fit(model_dir(), tmp_path, ckpt_path=tmp_path / "at5.ckpt", **settings)
+    assert equal(whole.model, resumed.model)
+    assert not equal(whole.model, fit(model_dir(), tmp_path, trainer={**settings["trainer"], "max_steps": 1}).model)
+
+
+OFFLOADED: list[dict[str, Any]] = [
+    {"frozen_in": "host"},
+    {"frozen_in": "disk"},
+    {"frozen_in": "host", "gradient_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("settings", OFFLOADED, ids=str)
+def test_offloaded_blocks_rest_as_those_on_the_device_do(
+    settings: dict, model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    start, on_device = load_model(str(model_dir())), fit(model_dir(), tmp_path)
+    offloaded = fit(model_dir(), tmp_path, **settings)
+    moved = max((p - q).abs().max() for p, q in zip(on_device.model.parameters(), start.parameters(), strict=True))
+    assert moved > 0.01
+    for p, q in zip(on_device.model.parameters(), offloaded.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-4)  # of updates of 0.01 each, whose signs rounding may decide
+
+
+@pytest.mark.parametrize("settings", [{"frozen_in": "host"}, {"frozen_dtype": "int8"}], ids=str)
+def test_a_run_with_offloaded_blocks_is_resumed_bit_by_bit_and_evaluated_with_what_they_learned(
+    settings: dict, model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    seen = Seen()
+    whole = fit(model_dir(), tmp_path, SaveAt(tmp_path / "at5.ckpt"), seen, **settings)
+    resumed = fit(model_dir(), tmp_path, ckpt_path=tmp_path / "at5.ckpt", **settings)
+    assert equal(whole.model, resumed.model)
+    saved = torch.load(tmp_path / "at5.ckpt", weights_only=True)
+    assert any("update" in state for state in saved["optimizer_states"][0]["state"].values())
+    # Whoever evaluates or exports the checkpoint gets the weights that the run computed with.
+    exported = CausalLMModule(str(model_dir()))
+    exported.configure_model()
+    load_weights(exported, tmp_path / "at5.ckpt")
+    tolerance = 0.1 if "frozen_dtype" in settings else 1e-4
+    assert float(exported(**tiny_batch(1)).loss) == pytest.approx(seen.losses[5], abs=tolerance)
+    figures = Trainer(accelerator="cpu", logger=False).validate(
+        exported, DataLoader([{name: values[0] for name, values in tiny_batch(1).items()}]), tmp_path / "at5.ckpt"
+    )
+    assert figures[0]["val_loss"] == pytest.approx(seen.losses[5], abs=tolerance)
+
+
+class Seen(Callback):
+    """The loss after each step, of what the module computes then."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.losses[trainer.global_step] = float(pl_module(**tiny_batch(1)).loss)

@@ -1,0 +1,294 @@
+"""What an optimizer step consumes: the gradients of matrices, projected within backward if asked, and all others."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.optim.hooks import hook_gradients, remove_hook
+from ows_lightning.optim.linear import offer_factors, offer_gradients
+from ows_lightning.optim.projected_adamw import project, project_factors
+from ows_lightning.optim.sharding import (
+    agree,
+    average_,
+    clip_,
+    local,
+    place_projected,
+    place_projector,
+    total_norm,
+    whole_matrices,
+)
+from ows_lightning.optim.stopwatch import Stopwatch
+from ows_lightning.optim.subspace import Side
+
+
+@dataclass
+class _Progress:
+    """State that changes in training. Lightning's wrapper copies the optimizer's attributes: it shares this object."""
+
+    in_backward: bool = False
+    accumulating: bool = False
+    ddp_averaging: bool = False
+    skipped_steps: int = 0
+    renewals: Stopwatch = field(default_factory=Stopwatch)
+    offering: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
+
+
+class GradientCapture(Optimizer):
+    """An optimizer that keeps of its matrices' gradients what its next step consumes: R = G Q, in place of ``grad``.
+
+    Which matrices are projected, and by which projector, a subclass says: ``_side``, ``_projector`` and ``_new_projector``.
+
+    Attributes:
+        projected_gradients: R of the coming step, by weight.
+        offloaded_gradients: Full gradients, in host memory, of a step that renews their subspaces.
+    """
+
+    def _begin(self) -> None:
+        """Makes the attributes that are not saved, before torch's own. They are only changed in place, see ``_Progress``."""
+        self._progress = _Progress()
+        self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
+        self.projected_gradients: dict[Tensor, Tensor] = {}
+        self.offloaded_gradients: dict[Tensor, Tensor] = {}
+        self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
+
+    def _side(self, p: Tensor) -> Side | None:
+        """Which side of a matrix is projected; None where it trains in full rank."""
+        raise NotImplementedError
+
+    def _projector(self, p: Tensor) -> Tensor | None:
+        """The projector of the coming step, for either side; None if it has to be found."""
+        raise NotImplementedError
+
+    def _new_projector(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor:
+        """Finds a projector from a gradient of shape (..., m, n)."""
+        raise NotImplementedError
+
+    def resting_projector(self, p: Tensor) -> Tensor | None:
+        """Q (n, r) of a weight (m, n) that trains at rest; None of any other."""
+        return None
+
+    @property
+    def accumulating(self) -> bool:
+        """Set it True while backward runs for a micro-batch that is not the last of its step."""
+        return self._progress.accumulating
+
+    @accumulating.setter
+    def accumulating(self, value: bool) -> None:
+        self._progress.accumulating = value
+
+    @property
+    def ddp_averaging(self) -> bool:
+        """Set it True once where ``average_gradients()`` comes before every step: no backward pass takes a subspace then."""
+        return self._progress.ddp_averaging
+
+    @ddp_averaging.setter
+    def ddp_averaging(self, value: bool) -> None:
+        self._progress.ddp_averaging = value
+
+    @property
+    def renewal_s(self) -> float:
+        """Seconds spent on finding subspaces so far. On a GPU, reading it waits for those that are being found."""
+        return self._progress.renewals.seconds
+
+    def project_in_backward(self, enabled: bool = True, model: nn.Module | None = None) -> None:
+        """From now on a projected matrix's gradient is projected within backward, and freed at once.
+
+        Several backward passes before a step add up their projected gradients, as ``grad`` would add up full ones. The
+        subspace is found from the whole step's gradient if ``accumulating`` is True during all backward passes but the last:
+        in a step that renews a subspace, the full gradient then adds up in host memory (never on the accelerator). Where
+        ``accumulating`` is left False, the subspace comes from the step's first backward pass.
+
+        A weight's gradient goes to the newest optimizer that holds it, and to ``grad`` again once that one is deleted. A
+        loss scaler (``torch.amp.GradScaler``) would find no gradient to unscale: its step is refused.
+
+        With ``model``, the linear layers of its blocks hand over their gradients as factors, and R = dY^T (X Q) is all that
+        is computed of them, but where a subspace is renewed or a hook of yours looks at the gradient. These layers
+        are ``ProjectedLinear`` until projection in backward ends; ``torch.autograd.grad`` does not know their weights.
+
+        Args:
+            enabled: False leaves the gradients of later backward passes to ``grad`` again.
+            model: A module that contains the causal LM whose weights this optimizer holds.
+        """
+        self._progress.in_backward = enabled
+        self._own(self.param_groups)
+        if not enabled:
+            offer_gradients(self._progress.offering)
+            self._progress.offering.clear()
+        elif model is not None:
+            self._progress.offering.update(offer_factors(decoder_layers(model).modules()))
+
+    # ------------------------------------------------------------------ what a step consumes
+
+    def gradients(self) -> list[Tensor]:
+        """Returns what the next step consumes, to be scaled or clipped in place: R of projected matrices, else ``grad``.
+
+        Their joint 2-norm is this optimizer's gradient norm: that of the gradients' parts within the subspaces, which is at
+        most that of the full gradients. Call it after the step's last backward pass.
+
+        Returns:
+            For each parameter with a gradient, in the groups' order: R, of shape (..., m, r) or (..., r, n), of a projected
+            matrix, else ``grad``, of the parameter's shape.
+        """
+        self._project_all()
+        return self._gradients_of(self._places)
+
+    def gradient_of(self, p: Tensor) -> Tensor | None:
+        """What the next step consumes of one parameter, of a shape as in ``gradients()``, which has to be called before."""
+        return self.projected_gradients.get(p, p.grad)
+
+    @torch.no_grad()
+    def clip_gradients(self, value: float, algorithm: str = "norm") -> Tensor:
+        """Clips, in place, what the next step consumes.
+
+        Args:
+            value: Limit of the joint 2-norm, or of each element's absolute value.
+            algorithm: ``norm`` or ``value``, as Lightning's ``gradient_clip_algorithm``.
+
+        Returns:
+            The joint 2-norm before, a scalar on the gradients' device (0 where nothing has a gradient).
+        """
+        gradients = self.gradients()
+        norm = total_norm(gradients)
+        clip_(gradients, norm, value, algorithm)
+        return norm
+
+    @torch.no_grad()
+    def average_gradients(self, process_group: dist.ProcessGroup | None = None) -> None:
+        """Averages over processes, each with all weights, what the next step consumes; call it before ``gradients()``.
+
+        With ``project_in_backward()``, set ``ddp_averaging`` before training: the full gradients of a step that renews
+        subspaces wait in host memory then, and are averaged here, one at a time, before a subspace is taken.
+        """
+        self._project_all(renew=False)
+        # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
+        waiting = (self.projected_gradients, self.offloaded_gradients)
+        has_gradient = [p.grad is not None or any(p in some for some in waiting) for p in self._places]
+        anywhere = agree(has_gradient, next(iter(self._places)).device, process_group)
+        for p, here, there in zip(self._places, has_gradient, anywhere, strict=True):
+            if there and not here:
+                p.grad = torch.zeros_like(p)
+        self._project_all(renew=False)
+        for p in [p for p in self._places if p in self.offloaded_gradients]:  # in one order on all processes
+            p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
+            average_([p.grad], process_group)
+            self._project(p, processes=process_group or dist.group.WORLD)
+        average_(self._gradients_of(self._places), process_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops all gradients, also projected ones."""
+        super().zero_grad(set_to_none)
+        self._discard_gradients()
+
+    def _discard_gradients(self, p: Tensor | None = None) -> None:
+        """Drops what waits for a step, of one parameter or of all."""
+        for waiting in (self.projected_gradients, self.offloaded_gradients, self._new_projectors):
+            waiting.pop(p, None) if p is not None else waiting.clear()
+
+    # ------------------------------------------------------------------ projection
+
+    def _project_all(self, renew: bool = True) -> None:
+        """Projects ``grad`` and what waits in host memory, where without ``renew`` gradients wait that need a new subspace."""
+        for p in self._places:
+            if not p.requires_grad:  # frozen since backward; its ``grad`` is None then, too
+                self._discard_gradients(p)
+            if (p.grad is not None or (renew and p in self.offloaded_gradients)) and self._side(p) is not None:
+                self._project(p, renew)
+
+    def _project_in_backward(self, p: Tensor) -> None:
+        # torch calls hooks also where no gradient came, as after `consume_factors`.
+        if p.grad is not None and self._side(p) is not None:
+            self._project(p, renew=not (self.accumulating or self.ddp_averaging))
+
+    @torch.no_grad()
+    def _project(self, p: Tensor, renew: bool = True, processes: dist.ProcessGroup | None = None) -> None:
+        """Projects ``p.grad``, or moves it to host memory if a new subspace is due and ``renew`` is False.
+
+        Processes that have averaged it take the new subspace of the first one of their group.
+        """
+        side = self._side(p)
+        assert side is not None
+        gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
+        finite = None
+        if (projector := self._projector(p)) is None:
+            if p in self.offloaded_gradients:
+                local(gradient).add_(self.offloaded_gradients.pop(p).to(p.device, non_blocking=True))
+            if not renew:
+                self.offloaded_gradients[p] = _to_host(local(gradient))
+                return
+            with self._progress.renewals.measure(p.device):
+                matrices = whole_matrices(gradient)
+                # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
+                finite = total_norm([matrices]).isfinite()
+                torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
+                found = self._new_projector(p, matrices, side)
+                projector = self._new_projectors[p] = place_projector(found, p, side, processes)
+        projected = project(local(gradient), local(projector), side)
+        if finite is not None:
+            projected *= torch.where(finite, 1.0, float("nan"))
+        self.consume_projected(p, place_projected(projected, p, side))
+
+    @torch.no_grad()
+    def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
+        """Takes a linear layer's gradient as its factors, within backward; see ``project_in_backward``.
+
+        Args:
+            p: The layer's weight, of shape (m, n).
+            output_gradient: dY, of shape (tokens, m).
+            inputs: X, of shape (tokens, n).
+
+        Returns:
+            False where the gradient itself is needed: a subspace has to be found, or the factors are no shorter.
+        """
+        side, (m, n) = self._side(p), p.shape
+        projector = None if side is None else self._projector(p)
+        if side is None or projector is None or projector.size(-1) * (m + n) > m * n:
+            return False
+        if not projector.dtype == output_gradient.dtype == inputs.dtype:
+            return False
+        self.consume_projected(p, project_factors(output_gradient, inputs, projector, side))
+        return True
+
+    def consume_projected(self, p: Tensor, projected: Tensor) -> None:
+        """Takes R, of the shape that ``gradients()`` returns, of a weight whose projector is known; several add up."""
+        before = self.projected_gradients.get(p)
+        self.projected_gradients[p] = projected if before is None else before + projected
+
+    # ------------------------------------------------------------------ parameters
+
+    def _find_places(self) -> None:
+        self._places.clear()
+        parameters = ((p, group) for group in self.param_groups for p in group["params"])
+        self._places.update({p: (group, index) for index, (p, group) in enumerate(parameters)})
+
+    def _own(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Takes over these groups' gradients from any other optimizer."""
+        for group in groups:
+            for p in group["params"]:
+                remove_hook(p)
+            if self._progress.in_backward:  # all matrices: one that trains in full rank may rest in a lower one
+                matrices = (p for p in group["params"] if p.dim() in (2, 3) and p.numel())
+                hook_gradients(matrices, self, GradientCapture._project_in_backward)
+
+    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.param_groups:
+            names = group.get("param_names") or [f"parameter {self._places[p][1]} {tuple(p.shape)}" for p in group["params"]]
+            yield from zip(names, group["params"], strict=True)
+
+    def _gradients_of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        return [gradient for p in parameters if (gradient := self.gradient_of(p)) is not None]
+
+
+def _to_host(gradient: Tensor) -> Tensor:
+    """Copies a gradient of any shape to host memory; from a GPU to pinned memory, without waiting for it."""
+    if not gradient.is_cuda:
+        return gradient.to("cpu")
+    return torch.empty_like(gradient, device="cpu", pin_memory=True).copy_(gradient, non_blocking=True)

@@ -1,0 +1,157 @@
+"""The update rule of projected AdamW: project, Adam, project back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ows_lightning.compat import foreach_add_, foreach_addcmul_, foreach_div_, foreach_mul, foreach_mul_, foreach_sqrt
+from ows_lightning.models.large_tensors import rows_at_a_time
+from ows_lightning.optim.subspace import Side
+
+
+def project(gradient: Tensor, projector: Tensor, side: Side) -> Tensor:
+    """R = G Q (right) or R = P^T G (left): GaLore, arXiv 2403.03507, equation 5.
+
+    Args:
+        gradient: G, of shape (..., m, n).
+        projector: Q, of shape (..., n, r), or P, of shape (..., m, r); of the gradient's dtype.
+        side: Which of the two it is.
+
+    Returns:
+        R, of shape (..., m, r) or (..., r, n).
+    """
+    return gradient @ projector if side == "right" else projector.mT @ gradient
+
+
+def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, side: Side) -> Tensor:
+    """R = dY^T (X Q) (right) or R = (dY P)^T X (left): ``project`` of a linear layer's G = dY^T X, without G.
+
+    It takes r (m + n) products a token instead of m n, and m n r more.
+
+    Args:
+        output_gradient: dY, of shape (tokens, m).
+        inputs: X, of shape (tokens, n), of the same dtype.
+        projector: Q, of shape (n, r), or P, of shape (m, r); of the same dtype.
+        side: Which of the two it is.
+
+    Returns:
+        R, of shape (m, r) or (r, n).
+    """
+    if side == "right":
+        return output_gradient.mT @ (inputs @ projector)
+    return (output_gradient @ projector).mT @ inputs
+
+
+def projected_adamw_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    projectors: Sequence[Tensor] | None,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    side: Side | None = None,
+    scale: float = 1.0,
+    weight_decay: float = 0.0,
+    generator: torch.Generator | None = None,
+    round_weights: bool = False,
+) -> None:
+    """One step of AdamW for one weight or many, each W (m x n) projected by its Q, or in full rank; all is changed in place.
+
+    ::
+
+        M <- b1 M + (1 - b1) R,    V <- b2 V + (1 - b2) R^2
+        D = sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps)
+        W <- (1 - lr decay) (W - lr scale D Q^T)       right;  W - lr scale P D left;  W - lr scale D in full rank
+
+    Many give the same bits as one at a time.
+
+    Args:
+        weights: The W, of any shapes; of shape (m, n) or (b, m, n) where they are projected.
+        gradients: R of each, see ``project``, or G in full rank; their values stay.
+        projectors: Q or P of each; None: in full rank.
+        exp_avgs: M of each, of its gradient's shape; float32 or wider, or bfloat16 with a generator.
+        exp_avg_sqs: V of each, of the same shape and dtype.
+        steps: t of each, from 1.
+        lr: Learning rate.
+        betas: b1 and b2.
+        eps: Added to the roots of the second moments.
+        side: Of the projectors.
+        scale: Factor of the update.
+        weight_decay: Decoupled weight decay; it acts after the step, as in galore-torch.
+        generator: Moments in bfloat16 are updated in float32 and rounded stochastically: rounded to nearest, a second moment
+            would never decay.
+        round_weights: Weights in bfloat16, too, rounded by the generator.
+    """
+    (beta1, beta2), rate, kept = betas, lr * scale, 1 - lr * weight_decay
+    rounds_moments = exp_avgs[0].dtype == torch.bfloat16
+    m, v = ([t.float() for t in moments] if rounds_moments else list(moments) for moments in (exp_avgs, exp_avg_sqs))
+    r = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, m, strict=True)]
+    foreach_mul_(m, beta1)
+    foreach_add_(m, r, alpha=1 - beta1)
+    foreach_mul_(v, beta2)
+    foreach_addcmul_(v, r, r, value=1 - beta2)
+    roots = foreach_sqrt(v)
+    foreach_add_(roots, eps)
+    d = list(foreach_mul(m, [math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]))
+    foreach_div_(d, roots)
+    if rounds_moments:
+        for stored, exact in zip((*exp_avgs, *exp_avg_sqs), (*m, *v), strict=True):
+            round_stochastically_(stored, exact, generator)
+    if projectors is not None:
+        for weight, direction, projector in zip(weights, d, projectors, strict=True):
+            tall, wide = (direction, projector.mT) if side == "right" else (projector, direction)
+            _add_product_(weight, tall, wide, kept, -rate * kept, generator if round_weights else None)
+        return
+    w = [weight.float() for weight in weights] if round_weights else list(weights)
+    foreach_add_(w, [direction.to(weight.dtype) for direction, weight in zip(d, w, strict=True)], alpha=-rate)
+    foreach_mul_(w, kept)
+    if round_weights:
+        for stored, exact in zip(weights, w, strict=True):
+            round_stochastically_(stored, exact, generator)
+
+
+def _add_product_(
+    weight: Tensor, tall: Tensor, wide: Tensor, beta: float, alpha: float, generator: torch.Generator | None
+) -> None:
+    """W <- beta W + alpha T U; with a generator, formed in float32 and rounded stochastically to the weight's bfloat16."""
+    dtype = weight.dtype if generator is None else torch.float32
+    tall, wide = tall.to(dtype), wide.to(dtype)
+    # One fused product and sum: the update never exists as a matrix of the weight's size.
+    if generator is None:
+        accumulate = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
+        accumulate(tall, wide, beta=beta, alpha=alpha)
+        return
+    rows = rows_at_a_time(weight.size(-1), weight.device)
+    for part, of_tall in zip(weight.split(rows, dim=-2), tall.split(rows, dim=-2), strict=True):
+        exact = part.float().mul_(beta).add_(of_tall @ wide, alpha=alpha)
+        round_stochastically_(part, exact, generator)
+
+
+def add_update_(weight: Tensor, update: Tensor, projector: Tensor) -> None:
+    """W <- W + B Q^T: takes in what a weight has learned at rest, in its own dtype.
+
+    Args:
+        weight: W, of shape (m, n) or (b, m, n), changed in place.
+        update: B, of shape (..., m, r).
+        projector: Q, of shape (..., n, r).
+    """
+    _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, None)
+
+
+def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
+    """Writes float32 ``value`` into bfloat16 ``target``, rounded up or down at random so that E[target] = value.
+
+    Small updates survive on average instead of being rounded away. Both have the same shape, whatever it is; the generator is
+    on their device. Source: Zamirai et al., "Revisiting BFloat16 Training" (arXiv 2010.06192).
+    """
+    # bfloat16 is float32 without its last 16 bits: noise below the cut carries over with just the right probability.
+    noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
+    target.copy_((value.view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32))
