@@ -85,7 +85,9 @@ def find_card(name: str, key: str = "card") -> Card:
     wanted, memory = _parts(name)
     found: list[Card] = []
     for left_out in (_MAKERS, _MAKERS | _FORMS):  # the form first: it tells an H100 PCIe from the others
-        found = found or [card for card in CARDS if _joined(_parts(card.name)[0], _MAKERS) == _joined(wanted, left_out)]
+        found = found or [
+            card for card in CARDS if _name_without(_parts(card.name)[0], _MAKERS) == _name_without(wanted, left_out)
+        ]
     fitting = [card for card in found if memory in (None, card.memory)]
     if len(fitting) == 1:
         return fitting[0]
@@ -103,7 +105,7 @@ def _parts(name: str) -> tuple[list[str], int | None]:
     return re.findall(r"[a-z0-9]+", rest), memory and int(memory[1])
 
 
-def _joined(words: list[str], left_out: set[str]) -> str:
+def _name_without(words: list[str], left_out: set[str]) -> str:
     return "".join(word for word in words if word not in left_out)
 
 
@@ -141,15 +143,15 @@ def advise(settings: PlanSettings, card: int) -> str:
     """Says in a sentence what would make a run fit a card of so many GB, or that nothing does."""
     changes = changes_that_fit(settings, card)
     if changes is None:
-        *_, (least, _) = _milder(settings)
+        *_, (least, _) = _cheaper_settings(settings)
         more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
         return f"does not fit, takes {predict(_with_batch_size(least, 1)).peak_bytes / 1e9:.1f} GB at the least; use {more}"
     return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
 def changes_that_fit(settings: PlanSettings, card: int) -> Changes | None:
-    """Returns what makes a run fit a card of so many GB: of `_milder`, the first that does, with the largest batches."""
-    milder = list(_milder(settings))
+    """Returns what makes a run fit a card of so many GB: the mildest change, with the largest batches."""
+    milder = list(_cheaper_settings(settings))
     if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
         return None
     sizes = [settings.batch_size >> halvings for halvings in range(settings.batch_size.bit_length())]
@@ -184,7 +186,7 @@ def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
     return replace(settings, batch_size=size, accumulate_grad_batches=settings.accumulate_grad_batches * times)
 
 
-def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
+def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
     """Yields settings that need less and less, each with the keys that differ."""
     method, count = settings.method, settings.method.activated_layers
     some_are_frozen = count is not None or method.lora is not None

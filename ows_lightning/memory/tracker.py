@@ -164,6 +164,6 @@ class MemoryTracker(TorchDispatchMode):
         if self._bytes > self._peak:
             self._peak, self._rising = self._bytes, True
 
-    def _keep(self) -> None:
+    def _snapshot(self) -> None:
         """Notes what is alive at the peak so far: at its end, since a copy at every allocation would take long."""
         self._at_peak, self._rising = list(self._alive.values()), False

@@ -33,7 +33,7 @@ UNKNOWN = "n/a"
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPicture:
     """A picture on the page: its PNG file, its caption, and its text for those who can't see it."""
 
     png: Path
@@ -46,7 +46,7 @@ class Section:
     """A heading with pictures or a table of texts under it, and optionally a run's settings as text."""
 
     title: str
-    pictures: Sequence[Shown] = ()
+    pictures: Sequence[ShownPicture] = ()
     settings: str | None = None
     table: Mapping[str, Sequence[str]] | None = None
 
@@ -72,14 +72,14 @@ def render(
         "base64": lambda content: base64.b64encode(content).decode(),
         "transpose": lambda columns: zip(*columns, strict=True),
     }
-    rows = [{label: _shown(key, run, len(figures) == 1) for key, label in LABELS.items()} for run in figures]
+    rows = [{label: _formatted(key, run, len(figures) == 1) for key, label in LABELS.items()} for run in figures]
     labels = [label for label in LABELS.values() if any(row[label] != UNKNOWN for row in rows)]
     values = {"title": title, "figures": rows, "labels": labels, "sections": sections, "refresh": refresh, "note": note}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(values, policy=POLICY)
 
 
-def _shown(key: str, row: dict[str, Any], every_block: bool) -> str:
+def _formatted(key: str, row: dict[str, Any], every_block: bool) -> str:
     """A key figure as a reader wants it, with its unit; ``every_block`` names the blocks and not only their number."""
     value = row[key]
     if value is None:

@@ -11,14 +11,14 @@ from typing import Any
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report import plots, tables
-from ows_lightning.report.html import Section, Shown, render
+from ows_lightning.report.html import Section, ShownPicture, render
 from ows_lightning.report.run import CONFIG, RunRecord, is_run_folder
 from ows_lightning.report.tables import key_figures, key_figures_table
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and the table behind it; both are made from one run, those of ``COMPARED`` also from several."""
+    """A picture and the table behind it; both are made from one run, those of ``COMPARISONS`` also from several."""
 
     name: str
     caption: str
@@ -26,7 +26,7 @@ class Picture:
     table: Callable[[Any], tables.Table]
 
 
-COMPARED = (
+COMPARISONS = (
     Picture("loss", "Loss by optimizer step.", plots.plot_loss, tables.loss_table),
     Picture(
         "loss_by_tokens",
@@ -53,7 +53,7 @@ COMPARED = (
         partial(tables.metric_table, metric="tokens_per_second"),
     ),
 )
-OF_ONE_RUN = (
+PICTURES_OF_ONE_RUN = (
     Picture(
         "outlier_scores",
         "Score of each block, and the probability with which it is drawn.",
@@ -86,7 +86,7 @@ def write_pictures(run_dir: str | Path) -> list[Path]:
     if not is_run_folder(Path(run_dir)):
         return []
     run = RunRecord.read(run_dir)
-    pictures = (_draw(picture, run, run.path / f"{picture.name}.png") for picture in (*OF_ONE_RUN, *COMPARED))
+    pictures = (_draw(picture, run, run.path / f"{picture.name}.png") for picture in (*PICTURES_OF_ONE_RUN, *COMPARISONS))
     return [png for png in pictures if png]
 
 
@@ -104,7 +104,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | 
     Raises:
         UsageError: A run is missing, damaged or has no figures yet, or the output folder can't be written.
     """
-    records = _distinct([RunRecord.read(run) for run in runs])
+    records = _unique_runs([RunRecord.read(run) for run in runs])
     if not records:
         raise UsageError("report: no run given; give one or more run folders")
     output = Path(output)
@@ -119,11 +119,11 @@ def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> P
     several = len(runs) > 1
     subject = runs if several else runs[0]
     names = ", ".join(run.name for run in runs)
-    sections = [Section("Comparison" if several else "Training", _pictures(COMPARED, subject, output, names))]
+    sections = [Section("Comparison" if several else "Training", _pictures(COMPARISONS, subject, output, names))]
     for number, run in enumerate(runs, start=1):
         prefix = f"{number}-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', run.name)}-" if several else ""
         settings = (run.path / CONFIG).read_text(encoding="utf-8") if run.config else None
-        pictures = _pictures(OF_ONE_RUN, run, output, run.name, prefix)
+        pictures = _pictures(PICTURES_OF_ONE_RUN, run, output, run.name, prefix)
         sections.append(Section(run.name if several else "Blocks", pictures, settings))
         sections += [Section(f"{title}, {run.name}" if several else title, table=texts) for title, texts in run.texts.items()]
     if not any(section.pictures or section.table for section in sections):
@@ -140,13 +140,13 @@ def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> P
     return path
 
 
-def _pictures(pictures: Sequence[Picture], subject: Any, output: Path, names: str, prefix: str = "") -> list[Shown]:
+def _pictures(pictures: Sequence[Picture], subject: Any, output: Path, names: str, prefix: str = "") -> list[ShownPicture]:
     shown = []
     for picture in pictures:
         png = _draw(picture, subject, output / f"{prefix}{picture.name}.png")
         if png:
             tables.write_csv(picture.table(subject), png.with_suffix(".csv"))
-            shown.append(Shown(png, picture.caption, f"{names}: {picture.caption}"))
+            shown.append(ShownPicture(png, picture.caption, f"{names}: {picture.caption}"))
     return shown
 
 
@@ -159,7 +159,7 @@ def _draw(picture: Picture, subject: Any, path: Path) -> Path | None:
     return path
 
 
-def _distinct(runs: list[RunRecord]) -> list[RunRecord]:
+def _unique_runs(runs: list[RunRecord]) -> list[RunRecord]:
     """Runs once each, by names that tell them apart: where folders are called the same, their parents' names lead."""
     runs = list({run.path.resolve(): run for run in runs}.values())
     depth = 1
