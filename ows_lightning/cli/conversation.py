@@ -49,7 +49,7 @@ class Conversation:
         """
         self.turns.append({"role": "user", "content": text})
         try:
-            ids = self._ids()
+            ids = self._encode_turns()
         except UsageError:
             self.turns.pop()  # it has no answer
             raise

@@ -26,47 +26,27 @@ class Picture:
     table: Callable[[Any], tables.Table]
 
 
+def _loss(name: str, by: str, x: tables.XAxis) -> Picture:
+    return Picture(name, f"Loss by {by}.", partial(plots.plot_loss, x=x), partial(tables.loss_table, x=x))
+
+
+def _metric(name: str, what: str, plot: Callable[[Any], Any], metric: str) -> Picture:
+    return Picture(name, f"{what} optimizer step.", plot, partial(tables.metric_table, metric=metric))
+
+
 COMPARISONS = (
-    Picture("loss", "Loss by optimizer step.", plots.plot_loss, tables.loss_table),
-    Picture(
-        "loss_by_tokens",
-        "Loss by training tokens seen.",
-        partial(plots.plot_loss, x="tokens"),
-        partial(tables.loss_table, x="tokens"),
-    ),
-    Picture(
-        "loss_by_time",
-        "Loss by time since the start.",
-        partial(plots.plot_loss, x="time_s"),
-        partial(tables.loss_table, x="time_s"),
-    ),
-    Picture(
-        "memory",
-        "Most memory held up to each optimizer step.",
-        plots.plot_memory,
-        partial(tables.metric_table, metric="peak_memory_mb"),
-    ),
-    Picture(
-        "throughput",
-        "Tokens per second by optimizer step.",
-        plots.plot_throughput,
-        partial(tables.metric_table, metric="tokens_per_second"),
-    ),
+    _loss("loss", "optimizer step", "step"),
+    _loss("loss_by_tokens", "training tokens seen", "tokens"),
+    _loss("loss_by_time", "time since the start", "time_s"),
+    _metric("memory", "Most memory held up to each", plots.plot_memory, "peak_memory_mb"),
+    _metric("throughput", "Tokens per second by", plots.plot_throughput, "tokens_per_second"),
 )
+_SCORES = "Score of each block, and the probability with which it is drawn."
+_FREQUENCY = "Share of the intervals in which each block trained, and the share that its probability makes expect."
 PICTURES_OF_ONE_RUN = (
-    Picture(
-        "outlier_scores",
-        "Score of each block, and the probability with which it is drawn.",
-        plots.plot_scores,
-        tables.scores_table,
-    ),
+    Picture("outlier_scores", _SCORES, plots.plot_scores, tables.scores_table),
     Picture("sampling_history", "Blocks that trained in each interval.", plots.plot_blocks, tables.blocks_table),
-    Picture(
-        "block_frequency",
-        "Share of the intervals in which each block trained, and the share that its probability makes expect.",
-        plots.plot_block_frequency,
-        tables.block_frequency_table,
-    ),
+    Picture("block_frequency", _FREQUENCY, plots.plot_block_frequency, tables.block_frequency_table),
 )
 
 
