@@ -130,10 +130,3 @@ def exit_with(error: BaseException) -> NoReturn:
         raise error
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-def __getattr__(name: str) -> Any:
-    """Imports OWSCLI on first use: it loads all training libraries."""
-    if name != "OWSCLI":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("ows_lightning.cli.lightning_cli").OWSCLI

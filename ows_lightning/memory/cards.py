@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -40,32 +41,10 @@ class Card(NamedTuple):
     source: str
 
 
-_CORES = "SMs x 512 FLOPs x boost clock (GeForce, float32 sums; NVIDIA's Ampere GA102 and Ada whitepapers)"
-CARDS = (
-    Card("RTX 3060", 12, 31.5, 25.5, f"28 {_CORES}, 1.777 GHz"),
-    Card("RTX 4070", 12, 31.5, 58.3, f"46 {_CORES}, 2.475 GHz"),
-    Card("RTX 4060 Ti 16GB", 16, 15.8, 44.1, f"34 {_CORES}, 2.535 GHz; 8 lanes"),
-    Card("RTX 5070 Ti", 16, 63.0, 87.9, f"70 {_CORES}, 2.452 GHz"),
-    Card("RTX 5080", 16, 63.0, 112.6, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
-    Card("RTX 4080", 16, 31.5, 97.5, "NVIDIA Ada GPU architecture whitepaper, appendix"),
-    Card("RTX 3090", 24, 31.5, 71.0, "NVIDIA Ampere GA102 whitepaper, table 3"),
-    Card("RTX 4090", 24, 31.5, 165.2, "NVIDIA Ada GPU architecture whitepaper, appendix"),
-    Card("L4", 24, 31.5, 121.0, "NVIDIA L4 data sheet, half of the rate with sparsity"),
-    Card("A10", 24, 31.5, 125.0, "NVIDIA A10 data sheet"),
-    Card("RTX 5090", 32, 63.0, 209.5, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
-    Card("A100 40GB", 40, 31.5, 312.0, "NVIDIA A100 data sheet"),
-    Card("RTX A6000", 48, 31.5, 154.8, "NVIDIA RTX A6000 data sheet, half of the rate with sparsity"),
-    Card("RTX 6000 Ada", 48, 31.5, 364.2, "NVIDIA RTX 6000 Ada data sheet, a quarter of the FP8 rate with sparsity"),
-    Card("L40S", 48, 31.5, 362.0, "NVIDIA L40S data sheet"),
-    Card("A100 80GB", 80, 31.5, 312.0, "NVIDIA A100 data sheet"),
-    Card("H100", 80, 63.0, 989.4, "NVIDIA H100 data sheet, SXM, half of the rate with sparsity"),
-    Card("H100 PCIe", 80, 63.0, 756.5, "NVIDIA H100 data sheet, PCIe, half of the rate with sparsity"),
-    Card("H100 NVL", 94, 63.0, 835.5, "NVIDIA H100 data sheet, NVL, half of the rate with sparsity"),
-    Card("H200", 141, 63.0, 989.4, "NVIDIA H200 data sheet, half of the rate with sparsity"),
-    Card("B200", 180, 63.0, 2250.0, "NVIDIA HGX B200 data sheet, half of the rate with sparsity"),
-)
+with Path(__file__).with_name("cards.csv").open(newline="", encoding="utf-8") as file:
+    _, *rows = csv.reader(file)
+CARDS = tuple(Card(name, int(memory), float(link), float(tflops), source) for name, memory, link, tflops, source in rows)
 """By memory. A card's nominal GB are counted as 10^9 bytes: CUDA's context and fragmentation take the 7 % that it has more."""
-
 
 _SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
 _MAKERS = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}

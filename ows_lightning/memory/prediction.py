@@ -17,6 +17,7 @@ from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.lora import lora_config
 from ows_lightning.models.pretrained import checkpoint_activations
 from ows_lightning.optim.galore import GaLoreAdamW
 
@@ -176,7 +177,10 @@ def simulate(
         model = first_blocks(settings.meta_model, active + frozen)
         checkpoint_activations(model, recomputed)  # type: ignore[arg-type]
         if method.lora is not None:
-            model = _add_lora(model, method.lora)
+            config = lora_config(method.lora)  # says so where peft is missing
+            from peft import get_peft_model
+
+            model = get_peft_model(model, config, low_cpu_mem_usage=True)
         tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(abridged=rows is None))
         with tracker:
             materialize_(model)
@@ -184,14 +188,6 @@ def simulate(
 
     # A card's advice asks for the same step with frozen blocks here and there.
     return settings.cached((settings.dtype, settings.attention, method, work, active + frozen, recomputed, rows), simulated)
-
-
-def _add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UsageError('lora: needs peft; pip install "ows_lightning[lora]"') from error
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), low_cpu_mem_usage=True)
 
 
 # ------------------------------------------------------------------------------ what lies where
