@@ -106,6 +106,24 @@ def write_csv(table: Table, path: Path) -> None:
 
 # ------------------------------------------------------------------------------ what to compare runs by
 
+LABELS = {
+    "run": "Run",
+    "model": "Model",
+    "sampling": "Sampling",
+    "optimizer": "Optimizer",
+    "steps": "Optimizer steps",
+    "final_val_loss": "Final validation loss",
+    "best_val_loss": "Best validation loss",
+    "val_exact_match": "Validation exact match",
+    "tokens": "Training tokens",
+    "time_s": "Time (h:mm:ss)",
+    "median_tokens_per_second": "Tokens/s, median",
+    "peak_memory_mb": "Peak memory",
+    "blocks_never_trained": "Blocks never trained",
+}
+
+UNKNOWN = "n/a"
+
 
 def key_figures(run: RunRecord) -> dict[str, Any]:
     """Raw key figures, ``None`` where the run has not recorded one; loss in nats, time in seconds, memory in MB."""
@@ -171,3 +189,25 @@ def _find_key(section: Any, key: str) -> Any:
     if section.get(key) is not None:
         return section[key]
     return next((value for value in (_find_key(part, key) for part in section.values()) if value is not None), None)
+
+
+def formatted(key: str, row: dict[str, Any], every_block: bool = True) -> str:
+    """A key figure as a reader wants it, with its unit; ``every_block`` names the blocks and not only their number."""
+    value = row[key]
+    if value is None:
+        return UNKNOWN
+    if key == "blocks_never_trained":
+        blocks = value.split()
+        return f"{len(blocks)} of {row['num_layers']}" + (f": {', '.join(blocks)}" if blocks and every_block else "")
+    if key == "model":
+        return "/".join(value.split("/")[-2:])
+    if key in ("final_val_loss", "best_val_loss"):
+        return f"{value:.4f}"
+    if key == "val_exact_match":
+        return f"{100 * value:.1f} %"
+    if key == "time_s":
+        minutes, seconds = divmod(round(value), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    if key == "peak_memory_mb":
+        return f"{value:,.0f} MB"
+    return value if isinstance(value, str) else f"{value:,.0f}"

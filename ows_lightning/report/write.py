@@ -51,14 +51,7 @@ PICTURES_OF_ONE_RUN = (
 
 
 def write_pictures(run_dir: str | Path) -> list[Path]:
-    """Draw a run into its own folder as PNG files; what it has no data for (scores of full fine-tuning) is left out.
-
-    Args:
-        run_dir: The run's folder.
-
-    Returns:
-        The files written: ``outlier_scores.png``, ``sampling_history.png``, ``block_frequency.png``, ``loss.png``,
-        ``loss_by_tokens.png``, ``loss_by_time.png``, ``memory.png``, ``throughput.png``, or those of them with data.
+    """Draw a run into its own folder, and return the PNG files; what it has no data for (scores, say) is left out.
 
     Raises:
         UsageError: One of the folder's files is damaged.
