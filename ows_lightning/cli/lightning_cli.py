@@ -24,6 +24,7 @@ from ows_lightning.callbacks.predictions import PredictionFile
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.callbacks.throughput import ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
@@ -177,6 +178,8 @@ class OWSCLI(LightningCLI):
             check_run(self.subcommand, self.model, self.datamodule, sampling, checkpoint, trainer)
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning reports something else
+        # After the user's, which may log; before sampling, whose scores take a while.
+        callbacks.append(SaveOnSignal())
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
         callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
