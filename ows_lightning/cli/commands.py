@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from ows_lightning.checkpoints.find import read
+from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.cli.preflight import check_writable
 from ows_lightning.errors import UsageError
@@ -176,7 +176,7 @@ class CommandTrainer(OWSTrainer):
         check_writable("output", target.parent)
         model.trainer = self  # the module reads the precision from it
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
-        read(checkpoint, lambda path: load_weights(model, path))
+        read_checkpoint(checkpoint, lambda path: load_weights(model, path))
         card = model_card(model.hparams, run)
         if delta:
             print(f"Written: {output} ({self._export_delta(model, target, card)})")

@@ -24,6 +24,7 @@ from ows_lightning.callbacks.predictions import PredictionFile
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.callbacks.throughput import ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
@@ -177,6 +178,8 @@ class OWSCLI(LightningCLI):
             check_run(self.subcommand, self.model, self.datamodule, sampling, checkpoint, trainer)
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning reports something else
+        # After the user's, which may log; before sampling, whose scores take a while.
+        callbacks.append(SaveOnSignal())
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
         callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
@@ -188,7 +191,7 @@ class OWSCLI(LightningCLI):
             callbacks.append(ProgressBar())
         kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
         if given["logger"] is not False:
-            kwargs["logger"] = with_csv(given["logger"], kwargs["default_root_dir"])
+            kwargs["logger"] = with_csv_logger(given["logger"], kwargs["default_root_dir"])
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
         if given["logger"] is not False:
@@ -232,7 +235,7 @@ def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
     return {"class_path": path, "init_args": {"optimizer": optimizer}}
 
 
-def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
+def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
     """Puts a CSV logger before the configured ones: its folder is the run's, and pictures are drawn from its file.
 
     Args:

@@ -274,8 +274,8 @@ class InstructionDataModule(LightningDataModule):
 
     def _require_rows(self, part: str, what_for: str) -> None:
         if self._splits.key(part) is None:
-            key, mend = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
-            raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {mend} or a val_size")
+            key, hint = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
+            raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {hint} or a val_size")
 
     @cached_property
     def _splits(self) -> Splits:
