@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
-from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for
+from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for, offloads
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -194,7 +195,9 @@ class CausalLMModule(EvaluationModule):
             return
         disk = Disk(self.trainer.log_dir if self._trainer else None) if self.hparams["frozen_in"] == "disk" else None
         if self.device_mesh is None:
-            self.causal_lm = CausalLM(self.build(disk=disk))
+            # Lightning's context has transformers load straight onto a GPU, which the whole model may not fit.
+            with torch.device("cpu") if offloads(self.hparams) else contextlib.nullcontext():
+                self.causal_lm = CausalLM(self.build(disk=disk))
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             self.causal_lm = load_into_shards(self.build, self.hparams["model_name_or_path"], mesh, device, self._precision)

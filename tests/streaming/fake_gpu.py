@@ -220,6 +220,13 @@ class FakeGpu:
             self.failures.append(error)
             raise
 
+    @contextlib.contextmanager
+    def offloaded_read(self) -> Iterator[None]:
+        """Lets the host compute with offloaded blocks, as an export does that looks for NaN."""
+        self.may_read_offloaded, before = True, self.may_read_offloaded
+        yield
+        self.may_read_offloaded = before
+
     def is_locked(self, address: int, nbytes: int) -> bool:
         return any(start <= address and address + nbytes <= start + size for start, size in self.locked.items())
 
@@ -242,9 +249,14 @@ class FakeGpu:
             self.finish()
 
     def _patch_cuda(self, patch: pytest.MonkeyPatch) -> None:
-        def new_stream(device: torch.device) -> Stream:
-            self.streams.append(Stream(self, "copy stream"))
-            return self.streams[-1]
+        class NewStream(Stream):
+            def __init__(stream, device: torch.device) -> None:
+                super().__init__(self, "copy stream")
+                self.streams.append(stream)
+
+        class NewEvent(Event):
+            def __init__(event, **_: Any) -> None:
+                super().__init__(self)
 
         @contextlib.contextmanager
         def on_stream(stream: Stream) -> Iterator[None]:
@@ -259,8 +271,8 @@ class FakeGpu:
                 stream.synchronize()
 
         for name, double in (
-            ("Stream", new_stream),
-            ("Event", lambda **_: Event(self)),
+            ("Stream", NewStream),
+            ("Event", NewEvent),
             ("current_stream", lambda device=None: self.current),
             ("stream", on_stream),
             ("synchronize", synchronize),
@@ -309,9 +321,8 @@ class FakeGpu:
                     memory_of(tensor).offloaded = index not in active
 
         def quantize(original: Any, weights: Int8Weights, values: Any) -> None:
-            self.may_read_offloaded, before = True, self.may_read_offloaded
-            original(weights, values)
-            self.may_read_offloaded = before
+            with self.offloaded_read():
+                original(weights, values)
 
         def fetch_file(original: Any, weights: DiskWeights, slot: Any) -> None:
             for tensor in weights.tensors:
@@ -482,7 +493,8 @@ class _Operators(TorchDispatchMode):
             storage = weakref.ref(tensor.untyped_storage())
 
             def on_gpu() -> Tensor:
-                assert (here := storage()) is not None, "memory on the GPU was freed while a copy may run"
+                here = storage()
+                assert here is not None, "memory on the GPU was freed while a copy may run"
                 return torch.empty(0, dtype=dtype).set_(here, offset, size, stride)
 
             return on_gpu

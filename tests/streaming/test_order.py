@@ -1,7 +1,7 @@
 """Whole runs on a GPU that is not there: every copy as late, or as early, as events allow, and both sides kept apart.
 
-Each run gives the bits of a run without offloading on the CPU. That the double would see a fault is shown by `MUTANTS`: each single
-wait, release, record and synchronisation of the package is removed, one at a time, and a run fails.
+Each run gives the bits of a run without offloading on the CPU. That the double would see a fault is shown by `MUTANTS`: each
+single wait, release, record and synchronisation of the package is removed, one at a time, and a run fails.
 """
 
 from __future__ import annotations
