@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class UsageError(ValueError):
-    """A setting or an input is wrong: the message names the key or the row, and the mend. Exit code 2."""
+    """A setting or an input is wrong: the message names the key or the row, and how to mend it. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -37,9 +37,13 @@ _LIGHTNING_REFUSALS = {
     ),
     r"`mode` can be min, max but got (.+)": "checkpoint.mode: '{}' is neither min nor max; give one of them",
     r"Combination of parameters (.+) should be mutually exclusive": "checkpoint: {}; give one, and null for the others",
+    r"Sharding propagation failed for (aten\.\w+)": (
+        "trainer.strategy: fsdp2 shards the weights, and torch can't do `{}` on shards, which something asks for; take "
+        "another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
+    ),
     r'ckpt_path="(\w+)"\)` is set but': "ckpt_path: there is no '{}' checkpoint to find; give the path of one, or `last`",
 }
-"""Settings that Lightning refuses in its own words, and what a user can do about them."""
+"""Settings that Lightning or torch refuses in its own words, and what a user can do about them."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -79,8 +83,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
     """Returns the error of a folder that can't be made or written to, which the key names."""
-    mend = "free space or choose another folder" if error.errno in DISK_FULL else "choose another folder"
-    return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {mend}")
+    hint = "free space or choose another folder" if error.errno in DISK_FULL else "choose another folder"
+    return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

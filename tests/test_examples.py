@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 from tests.data.samples import tiny_tokenizer
@@ -67,6 +68,25 @@ def test_the_notebook(project: Path) -> None:
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(project)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "interval 0, from step 0: blocks" in printed
+
+
+@pytest.mark.slow
+def test_the_notebook_for_a_gpu(tmp_path: Path) -> None:
+    notebook = nbformat.read(EXAMPLES / "gpu_check.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("flags = []", 'flags = ["--device=cpu", "--parts=loss head", "--only=whole"]')
+        cell.source = cell.source.replace('Path("runs/gpu")', f"Path({str(tmp_path)!r})")
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    shown = [
+        output.data.get("text/markdown", "")
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "data" in output
+    ]
+    assert "these figures mean nothing" in shown[0]
+    assert "Loss head" in shown[0]
+    template = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "gpu.yml").read_text())
+    assert f"template *{template['name']}*" in notebook.cells[-1].source
 
 
 def test_the_slurm_script_names_files_that_are_there() -> None:

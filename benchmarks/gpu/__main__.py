@@ -1,8 +1,9 @@
 """What a card does: ``python -m benchmarks.gpu``, offline and within ten minutes.
 
-It measures step times of Llama-2-7B's shape with random weights, peak memory beside ``plan``'s, the stall of the compute
-stream where frozen blocks wait on the host, and the loss head's alternatives; it runs the tests marked ``gpu``; and it writes
-``gpu.md`` and ``gpu.json``. What no longer fits into its time is left out, and the report says so.
+It measures step times and power of Llama-2-7B's shape with random weights, how much of the copies hides behind computation
+where frozen blocks wait on the host, how often the process waits for the device, whether weights stay the same to the bit
+where copies or computation are slow, peak memory beside ``plan``'s, and the loss head's alternatives; it runs the tests marked
+``gpu``; and it writes ``gpu.md`` and ``gpu.json``. What no longer fits into its time is left out, and the report says so.
 
 Beside torch, transformers and lightning it needs `PACKAGES`. ``--device cpu`` is a dry run on a model of a few kilobytes: it
 goes the same ways, and its figures mean nothing.
@@ -45,6 +46,7 @@ PACKAGES = {
 }
 """What it imports beside torch, transformers and lightning, and under which name to bring that along. Without peft
 or galore-torch, and without pytest and datasets, the rows that need them say so."""
+PARTS = ("step", "waits", "adversarial", "plan", "tests", "loss head")
 LEAST = 15.0  # seconds below which no further row is begun
 
 
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run on a tiny model")
     parser.add_argument("--minutes", type=float, default=9.5, help="what the whole may take")
-    parser.add_argument("--parts", nargs="+", choices=("step", "plan", "tests", "loss head"), help="all by default")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="all by default")
     parser.add_argument("--only", help="rows with this in their name")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="directory of gpu.md and gpu.json")
     args = parser.parse_args(arguments)

@@ -9,10 +9,16 @@ import argparse
 import contextlib
 import gc
 import json
+import subprocess
 import sys
+import threading
 import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import init_empty_weights
@@ -21,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import loss_head
-from benchmarks.gpu.settings import WARM_UP, Row
+from benchmarks.gpu.settings import ASLEEP, WARM_UP, Row
 from benchmarks.models import BatchShape, random_batch
 from benchmarks.worker import MB, memory_of
 from benchmarks.worker import measure as measure_peer
@@ -33,6 +39,7 @@ from ows_lightning.models.lora import add_lora
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.streaming import int8
 from ows_lightning.streaming.streams import CopyStream, copy_stream_for
 
 
@@ -81,11 +88,13 @@ def step(row: Row, device: torch.device) -> dict[str, Any]:
         seconds, peak = found["seconds"], max(found["interval_peak_mb"])
         return {**_times(seconds, shape.tokens), "peak_mb": peak}
     interval, config = row["config"]["sampling"]["interval_steps"], row["config"]
-    run = _Run(config, device, steps=WARM_UP + interval * row["draws"])
+    run = _Run(config, device, WARM_UP + interval * row["draws"], seconds=row["limit"] / 2)
     tokens = config["data"]["batch_size"] * config["data"]["max_seq_length"] * config["trainer"]["accumulate_grad_batches"]
-    figures = {**_times(run.seconds[WARM_UP:], tokens), "peak_mb": run.peak_mb}
+    seconds, stalled, copied = (each[WARM_UP:] for each in (run.clock.seconds, run.clock.stalls, run.clock.copying))
+    figures = {**_times(seconds, tokens), "peak_mb": run.peak_mb, "watts": run.watts}
     if run.copies is not None:
-        figures |= {"stall": sum(run.stalls[WARM_UP:]) / sum(run.seconds[WARM_UP:]), "waits": run.copies.waits}
+        figures |= {"stall": sum(stalled) / sum(seconds), "waits": run.copies.waits}
+        figures["hidden"] = 1 - sum(stalled) / sum(copied) if sum(copied) else None
     return figures
 
 
@@ -100,7 +109,22 @@ def head(row: Row, device: torch.device) -> dict[str, Any]:
     return {"head": row["head"], "ms": float(milliseconds), "peak_mb": float(peak)}
 
 
-PARTS = {"plan": plan, "step": step, "loss head": head}
+def waits(row: Row, device: torch.device) -> dict[str, Any]:
+    """How often the process waits for the device in a micro-batch, a step, and a step with a draw; never for a CPU."""
+    interval = row["config"]["sampling"]["interval_steps"]
+    counted = _CountedWaits(device, interval)
+    _Run(row["config"], device, WARM_UP + 3 * interval, callbacks=[counted])
+    return {kind: max(counts, default=None) for kind, counts in counted.counts.items()}
+
+
+def adversarial(row: Row, device: torch.device) -> dict[str, Any]:
+    """Whether a run ends with the same weights, to the bit, where one side of the streams sleeps before it does its part."""
+    first, *others = (_Run(row["config"], device, steps=9, asleep=asleep).checksums for asleep in ("nothing", *ASLEEP))
+    return {asleep: weights == first for asleep, weights in zip(ASLEEP, others, strict=True)}
+
+
+PARTS = {"plan": plan, "step": step, "loss head": head, "waits": waits, "adversarial": adversarial}
+SLEEP = 20_000_000  # cycles: more than 10 ms
 
 
 def _times(seconds: list[float], tokens: int) -> dict[str, Any]:
@@ -119,61 +143,169 @@ def _times(seconds: list[float], tokens: int) -> dict[str, Any]:
 
 
 class _Run:
-    """A run of a config, with random weights and tokens."""
+    """A run of a config, with random weights and tokens, the same ones each time.
 
-    def __init__(self, config: dict[str, Any], device: torch.device, steps: int) -> None:
+    Args:
+        config: As the command line parses it.
+        device: Where it runs.
+        steps: Optimizer steps.
+        seconds: No further interval is begun after these: a slow card has fewer draws, not none.
+        asleep: What sleeps, one of `ASLEEP`; the weights' checksums are taken.
+        callbacks: Further ones.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        device: torch.device,
+        steps: int,
+        seconds: float = 1e9,
+        asleep: str | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        torch.manual_seed(0)
         arguments, optimizer = dict(config["model"]), config["model"]["optimizer"]
         kind = GaLoreAdamW if optimizer["class_path"] == "GaLoreAdamW" else torch.optim.AdamW
         arguments["optimizer"] = lambda groups: kind(groups, **optimizer["init_args"])
-        module = _RandomWeights(device, **arguments)
+        module = _RandomWeights(device, asleep, **arguments)
         data, trainer = config["data"], config["trainer"]
         batch = random_batch(BatchShape(data["batch_size"], data["max_seq_length"]), module.vocab_size, seed=0)
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][0, -1] = 0  # padding somewhere, as in plan
-        clock = _Clock(module)
+        self.clock = _Clock(module, seconds)
         sampling = [LayerwiseSampling(**config["sampling"])] if config["sampling"] is not None else []
-        Trainer(
+        runs = Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_steps=steps, **trainer,
-            callbacks=[clock, *sampling], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=arguments["model_name_or_path"],
-        ).fit(module, DataLoader([batch] * steps * trainer["accumulate_grad_batches"], batch_size=None))  # fmt: skip
-        self.seconds, self.stalls, self.peak_mb, self.copies = clock.seconds, clock.stalls, clock.memory.peak(), module.copies
+            callbacks=[self.clock, *callbacks, *sampling], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            default_root_dir=arguments["model_name_or_path"],
+        )  # fmt: skip
+        pack = after_sleep(int8.quantize, device) if asleep == "packing" else int8.quantize
+        with _Power(device) as power, mock.patch.object(int8, "quantize", pack):
+            runs.fit(module, DataLoader([batch] * steps * trainer["accumulate_grad_batches"], batch_size=None))
+        self.peak_mb, self.copies = self.clock.memory.peak(), module.copies
+        self.watts = power.mean(since=self.clock.warm_at)
+        if asleep is not None:
+            weights = (p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for p in module.parameters())
+            self.checksums = [zlib.crc32(weight) for weight in weights]
         module.causal_lm = None
         gc.collect()
+
+
+def after_sleep(act: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Lets the device sleep on the stream that is current before something is launched there; a CPU has nothing to let."""
+
+    def slowly(*args: Any) -> Any:
+        if device.type == "cuda":
+            torch.cuda._sleep(SLEEP)
+        return act(*args)
+
+    return slowly
 
 
 class _Clock(Callback):
     """Times optimizer steps, and sets the peak of memory back when training begins."""
 
-    def __init__(self, module: _RandomWeights) -> None:
-        self.module = module
+    def __init__(self, module: _RandomWeights, limit: float) -> None:
+        self.module, self.limit = module, limit
         self.memory = memory_of(module.where)
         self.seconds: list[float] = []
         self.stalls: list[float] = []
+        self.copying: list[float] = []
+        self.warm_at = float("inf")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.memory.release()
         self.memory.reset_peak()
         self._begin()
+        self._began = self._start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step > len(self.seconds):
             self.memory.synchronize()
             self.seconds.append(time.perf_counter() - self._start)
-            self.stalls.append(self.module.copies.stalled() if self.module.copies is not None else 0.0)
+            stalled, copied = self.module.copies.seconds() if self.module.copies is not None else (0.0, 0.0)
+            self.stalls.append(stalled)
+            self.copying.append(copied)
             self._begin()
+            if len(self.seconds) == WARM_UP:
+                self.warm_at = self._start
+            whole = len(self.seconds) > WARM_UP and len(self.seconds) % WARM_UP == 0  # an interval has as many steps
+            trainer.should_stop |= whole and self._start - self._began > self.limit
 
     def _begin(self) -> None:
         self.memory.synchronize()
         self._start = time.perf_counter()
 
 
+class _CountedWaits(Callback):
+    """Counts how often the process waits for the device, where torch's debug mode sees it.
+
+    Attributes:
+        counts: By what a batch is: ``micro-batch`` (no step ends it), ``step``, or ``draw`` (the first step of an interval).
+    """
+
+    def __init__(self, device: torch.device, interval: int) -> None:
+        self.device, self.interval = device, interval
+        self.counts: dict[str, list[int]] = {"micro-batch": [], "step": [], "draw": []}
+        self._seen = contextlib.ExitStack()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._step = trainer.global_step
+        self._messages = self._seen.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("always")
+        if self.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        self._seen.close()
+        kind = "step" if self._step % self.interval else "draw"
+        kind = "micro-batch" if trainer.global_step == self._step else kind
+        if self._step >= WARM_UP:
+            self.counts[kind].append(sum("synchronizing CUDA operation" in str(each.message) for each in self._messages))
+
+
+class _Power:
+    """Reads the card's power every fifth of a second, if the driver tells it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.readings: list[tuple[float, float]] = []  # when (`perf_counter`), watts
+        self._process: subprocess.Popen[str] | None = None
+        if device.type == "cuda":
+            card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            query = ["nvidia-smi", "-i", card, "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "200"]
+            with contextlib.suppress(OSError):
+                self._process = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def __enter__(self) -> _Power:
+        if self._process is not None:
+            threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # such as "[N/A]"
+                self.readings.append((time.perf_counter(), float(line)))
+
+    def mean(self, since: float) -> float | None:
+        """The mean in watts from some time on, None if nothing was told."""
+        watts = [watts for when, watts in self.readings if when >= since]
+        return sum(watts) / len(watts) if watts else None
+
+
 class _RandomWeights(CausalLMModule):
     """CausalLMModule without a file of weights and without a tokenizer."""
 
-    def __init__(self, device: torch.device, **arguments: Any) -> None:
+    def __init__(self, device: torch.device, asleep: str | None, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.where = device
+        self.where, self.asleep = device, asleep
         self.config = AutoConfig.from_pretrained(arguments["model_name_or_path"])
         self.vocab_size = self.config.vocab_size
         self.copies: _TimedCopies | None = None
@@ -194,19 +326,20 @@ class _RandomWeights(CausalLMModule):
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     def configure_model(self) -> None:
-        """Puts a clock on the offloader's copies."""
+        """Puts a clock on the offloader's copies, and sleep where it is asked for."""
         super().configure_model()
         if self.offloader is not None and self.copies is None:
-            self.copies = self.offloader._given_stream = _TimedCopies(self.where, self.hparams["window_blocks"])
+            self.copies = self.offloader._given_stream = _TimedCopies(self)
 
 
 class _TimedCopies:
-    """The device's own copies, and for how long the stream that computes waits for them."""
+    """The device's own copies, how long they take, and for how long the stream that computes waits for them."""
 
-    def __init__(self, device: torch.device, slots: int) -> None:
-        self.device, self.slots = device, slots
+    def __init__(self, module: _RandomWeights) -> None:
+        self.device, self.slots, self.asleep = module.where, module.hparams["window_blocks"], module.asleep
         self._stream: CopyStream | None = None
-        self._events: list[Any] = []
+        self._waited: list[Any] = []
+        self._copied: list[Any] = []
         self.waits = 0
 
     @property
@@ -215,14 +348,21 @@ class _TimedCopies:
             self._stream = copy_stream_for(self.device, self.slots)
         return self._stream
 
-    def issue(self, slot: int, fetch: Any) -> None:
-        self._inner.issue(slot, fetch)
+    def issue(self, slot: int, fetch: Callable[[], None]) -> None:
+        def timed() -> None:
+            before = self._mark()
+            fetch()
+            self._copied.append((before, self._mark()))
+
+        self._inner.issue(slot, after_sleep(timed, self.device) if self.asleep == "fetch" else timed)
 
     def wait(self, slot: int) -> None:
         self.waits += 1
         before = self._mark()
         self._inner.wait(slot)
-        self._events.append((before, self._mark()))
+        self._waited.append((before, self._mark()))
+        if self.asleep == "computation":
+            after_sleep(len, self.device)("")
 
     def release(self, slot: int) -> None:
         self._inner.release(slot)
@@ -233,13 +373,14 @@ class _TimedCopies:
     def synchronize(self) -> None:
         self._inner.synchronize()
 
-    def stalled(self) -> float:
-        """Seconds that computation waited since the last call; on a CPU nothing overlaps, so nothing waits."""
-        events, self._events = self._events, []
+    def seconds(self) -> tuple[float, float]:
+        """Seconds that computation waited, and that copies took, since the last call; both 0 on a CPU."""
+        waited, self._waited, copied, self._copied = self._waited, [], self._copied, []
         if self.device.type != "cuda":
-            return 0.0
+            return 0.0, 0.0
         torch.cuda.synchronize(self.device)
-        return sum(before.elapsed_time(after) for before, after in events) / 1000
+        stalled, copying = (sum(a.elapsed_time(b) for a, b in events) / 1000 for events in (waited, copied))
+        return stalled, copying
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":

@@ -5,19 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.gpu.settings import ASLEEP
 from benchmarks.loss_head import IMPLEMENTATIONS
 from benchmarks.report import markdown
 
 Found = dict[str, Any]
 
+
+def _given(figure: float | None, form: str) -> str:
+    return "" if figure is None else format(figure, form)
+
+
 _COLUMNS: dict[str, tuple[str, list[str], Callable[[Found], list[str]]]] = {
     "step": (
         "Step times",
-        ["Method", "Tokens/s", "Mean step (s)", "Median", "Worst", "Steps", "Peak (GB)", "Compute waits for fetches"],
+        ["Method", "Tokens/s", "Mean step (s)", "Median", "Worst", "Steps", "Peak (GB)", "Power (W)",
+         "Compute waits for fetches", "Of the copying, hidden"],
         lambda row: [
             f"{row['tokens_per_second']:,.0f}", f"{row['mean_s']:.3f}", f"{row['median_s']:.3f}", f"{row['worst_s']:.3f}",
-            str(row["steps"]), f"{row['peak_mb'] / 1000:.2f}", f"{row['stall']:.1%}" if "stall" in row else "",
+            str(row["steps"]), f"{row['peak_mb'] / 1000:.2f}", _given(row.get("watts"), ".0f"),
+            _given(row.get("stall"), ".1%"), _given(row.get("hidden"), ".0%"),
         ],
+    ),
+    "waits": (
+        "How often the process waits for the device",
+        ["Setting", "In a micro-batch", "In a step", "In a step with a draw"],
+        lambda row: [_given(row[kind], "d") for kind in ("micro-batch", "step", "draw")],
+    ),
+    "adversarial": (
+        "The same weights, to the bit, while one side of the streams sleeps",
+        ["Setting", *(f"{asleep} sleeps" for asleep in ASLEEP)],
+        lambda row: ["yes" if row[asleep] else "**no**" for asleep in ASLEEP],
     ),
     "plan": (
         "Peak memory beside what `plan` predicts",

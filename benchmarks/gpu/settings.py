@@ -11,6 +11,8 @@ Row = dict[str, Any]
 
 PUBLISHED = list(WORKLOADS["llama2-7b-random"].outlier_ratios or ())
 WARM_UP = 2  # optimizer steps; the first of them has the first draw
+ASLEEP = ("nothing", "fetch", "computation", "packing")
+"""What sleeps in an adversarial run: a fetch before it copies, a block before it computes, the packing of int8 before it."""
 
 _OURS = {"class_path": "GaLoreAdamW", "init_args": {"lr": 1e-4}}
 _ADAMW: dict[str, Any] = {
@@ -56,7 +58,7 @@ def rows(model: str, directory: str) -> list[Row]:
         directory: Where the configs of the models with random weights are.
     """
     dry = model == "tiny"
-    small = f"{directory}/{'tiny' if dry else 'llama-1b'}"
+    small = "tiny" if dry else "llama-1b"
     length, batch = (16, 2) if dry else (512, 8)
     workload = WORKLOADS[model]
     common = {"sampling__distribution": list(workload.outlier_ratios or ()), "model__gradient_checkpointing": True}
@@ -90,17 +92,35 @@ def rows(model: str, directory: str) -> list[Row]:
     ]  # fmt: skip
     plans: list[Row] = []
     for name, changes in PLANNED.items():
-        config = _config(small, 8 if dry else 128, **{**planned, **changes})
+        config = _config(f"{directory}/{small}", 8 if dry else 128, **{**planned, **changes})
         if config["sampling"] is not None:
             config["sampling"]["distribution"] = _lowest_and_highest(small, config["sampling"]["activated_layers"])
         plans.append({"part": "plan", "name": name, "config": config, "limit": 40})
+    uniform = {**planned, "sampling__distribution": "uniform", "sampling__interval_steps": 4}
+    waits: dict[str, dict[str, Any]] = {
+        "ours": {}, "ours, accumulated": _ACCUMULATED, "ours, clipped": {"trainer__gradient_clip_val": 1.0},
+        "ours, gradient_norm": {"sampling__distribution": "gradient_norm"}, "ours, host": _HOST,
+    }  # fmt: skip
+    # In eager attention, which adds up in the same order each time; the size of the model makes no difference.
+    repeats = {**uniform, "model__attn_implementation": "eager", "data__max_seq_length": 64, "data__batch_size": 2}
+    offloads: dict[str, dict[str, Any]] = {
+        "host": _HOST, "host, three slots": {**_HOST, "model__window_blocks": 3},
+        "int8 on the host": {**_HOST, "model__frozen_dtype": "int8"}, "int8 on the device": {"model__frozen_dtype": "int8"},
+    }  # fmt: skip
+    checks: list[Row] = [
+        {"part": part, "name": name, "config": _config(f"{directory}/{of}", 8, **{**common, **changes}), "limit": limit}
+        for part, of, common, settings, limit in (
+            ("waits", small, uniform, waits, 40), ("adversarial", "tiny", repeats, offloads, 60)
+        )
+        for name, changes in settings.items()
+    ]  # fmt: skip
     sizes = (64, 32, 128) if dry else (8192, 4096, 32000)
     heads: list[Row] = [
         {"part": "loss head", "name": name, "head": head, "sizes": sizes, "limit": 30}
         for head in ("frozen", "trains")
         for name in ("ours", "whole", "checkpointed", "torch", "liger")
     ]
-    return [*steps, *plans, {"part": "tests", "name": "pytest -m gpu", "limit": 90}, *heads, *more]
+    return [*steps, *checks, *plans, {"part": "tests", "name": "pytest -m gpu", "limit": 90}, *heads, *more]
 
 
 def _config(name: str, rank: int, **changes: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 
-from ows_lightning.cli.flags import Parser
+from ows_lightning.cli.help import CommandParser
 from ows_lightning.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parents[1]
@@ -29,11 +29,11 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Lays the file's bases, and then the file, over what was given so far."""
-        for path in lineage(str(values)):
+        for path in config_and_bases(str(values)):
             super().__call__(parser, namespace, str(path), option_string)
 
 
-def lineage(name: str) -> list[Path]:
+def config_and_bases(name: str) -> list[Path]:
     """Returns a config file and its bases, the lowest first.
 
     Args:
@@ -100,7 +100,7 @@ def shipped_data(name: Any) -> Any:
 
 def run(words: list[str]) -> None:
     """``configs``: the shipped files, each with its first line, which says what it is for."""
-    Parser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
+    CommandParser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
     for name, path in shipped_configs():
         print(f"{name:<26} {path.read_text().splitlines()[0].removeprefix('# ')}")
 

@@ -24,15 +24,16 @@ from ows_lightning.callbacks.predictions import PredictionFile
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.callbacks.throughput import ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
+from ows_lightning.cli import siblings
 from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
-from ows_lightning.cli.numbers import check_numbers, check_rate
 from ows_lightning.cli.parser import OneLineParser, import_class
-from ows_lightning.cli.preflight import check_plan, check_run
+from ows_lightning.cli.preflight import check_numbers, check_plan, check_run
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -122,9 +123,7 @@ class OWSCLI(LightningCLI):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
         if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-        check_numbers(config)
-        if self.config.get("subcommand") == "fit":
-            check_rate(config)
+        check_numbers(config, trains=self.config.get("subcommand") == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
@@ -160,6 +159,9 @@ class OWSCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "plan":
+            launcher = self.trainer.strategy.launcher
+            if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
+                siblings.expect(self.trainer.num_devices)
             super()._run_subcommand(subcommand)
             return
         config = self.config.plan
@@ -176,6 +178,8 @@ class OWSCLI(LightningCLI):
             check_run(self.subcommand, self.model, self.datamodule, sampling, checkpoint, trainer)
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning reports something else
+        # After the user's, which may log; before sampling, whose scores take a while.
+        callbacks.append(SaveOnSignal())
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
         callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
@@ -187,7 +191,7 @@ class OWSCLI(LightningCLI):
             callbacks.append(ProgressBar())
         kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
         if given["logger"] is not False:
-            kwargs["logger"] = with_csv(given["logger"], kwargs["default_root_dir"])
+            kwargs["logger"] = with_csv_logger(given["logger"], kwargs["default_root_dir"])
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
         if given["logger"] is not False:
@@ -231,7 +235,7 @@ def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
     return {"class_path": path, "init_args": {"optimizer": optimizer}}
 
 
-def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
+def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
     """Puts a CSV logger before the configured ones: its folder is the run's, and pictures are drawn from its file.
 
     Args:

@@ -9,14 +9,15 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from ows_lightning.cli.log_filters import be_quiet
+from ows_lightning.cli import siblings
+from ows_lightning.cli.log_filters import filter_messages
 from ows_lightning.errors import UsageError, command_line, explain, nearest
 
 log = logging.getLogger(__name__)
 
 CONFIG_COMMANDS = {
     "fit": "Train",
-    "validate": "Evaluate on the held-out rows: loss, perplexity, exact match",
+    "validate": "Evaluate on the validation rows: loss, perplexity, exact match",
     "test": "Evaluate on the test rows",
     "predict": "Write the model's answers to rows",
     "score": "Compute the blocks' outlier scores alone",
@@ -44,19 +45,19 @@ def main(args: Any = None) -> None:
     words = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
-    be_quiet()
+    filter_messages()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
         _run(words, args)
     except Exception as error:
-        end(error)
+        exit_with(error)
     except KeyboardInterrupt as error:
-        end(error)
+        exit_with(error)
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
-        end(error.__context__)
+        exit_with(error.__context__)
 
 
 def _run(words: Any, args: Any) -> None:
@@ -82,14 +83,17 @@ def _run(words: Any, args: Any) -> None:
     else:
         if command not in ("plan", None) and os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
+        if command != "plan":
+            siblings.watch()
         if command == "plan":
             _import_without_plots()
         from ows_lightning.cli.lightning_cli import OWSCLI
-        from ows_lightning.distributed.shutdown import part
+        from ows_lightning.distributed.process_group import leave_process_group
 
         logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
         OWSCLI(args)
-        part()
+        leave_process_group()
+        siblings.leave()
 
 
 def _import_without_plots() -> None:
@@ -118,17 +122,11 @@ def usage() -> str:
     return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 
-def end(error: BaseException) -> NoReturn:
+def exit_with(error: BaseException) -> NoReturn:
     """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
+    line, code = explain(error)
+    siblings.end_early(code)
     if os.environ.get("OWS_DEBUG") == "1":
         raise error
-    line, code = explain(error)
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-def __getattr__(name: str) -> Any:
-    """Imports OWSCLI on first use: it loads all training libraries."""
-    if name != "OWSCLI":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("ows_lightning.cli.lightning_cli").OWSCLI

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import shlex
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import yaml
 
 from ows_lightning.errors import UsageError, command_line, nearest
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
-from ows_lightning.memory.prediction import MethodPlan, is_sharded, predict, resident_weights
+from ows_lightning.memory.prediction import predict
 
 LINK_SHARE = 0.8
 """Share of its link's rate that a large copy from page-locked memory reaches: usually 25 of PCIe 4.0 x16's 31.5 GB/s."""
@@ -39,33 +41,12 @@ class Card(NamedTuple):
     source: str
 
 
-_CORES = "SMs x 512 FLOPs x boost clock (GeForce, float32 sums; NVIDIA's Ampere GA102 and Ada whitepapers)"
-CARDS = (
-    Card("RTX 3060", 12, 31.5, 25.5, f"28 {_CORES}, 1.777 GHz"),
-    Card("RTX 4070", 12, 31.5, 58.3, f"46 {_CORES}, 2.475 GHz"),
-    Card("RTX 4060 Ti 16GB", 16, 15.8, 44.1, f"34 {_CORES}, 2.535 GHz; 8 lanes"),
-    Card("RTX 5070 Ti", 16, 63.0, 87.9, f"70 {_CORES}, 2.452 GHz"),
-    Card("RTX 5080", 16, 63.0, 112.6, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
-    Card("RTX 4080", 16, 31.5, 97.5, "NVIDIA Ada GPU architecture whitepaper, appendix"),
-    Card("RTX 3090", 24, 31.5, 71.0, "NVIDIA Ampere GA102 whitepaper, table 3"),
-    Card("RTX 4090", 24, 31.5, 165.2, "NVIDIA Ada GPU architecture whitepaper, appendix"),
-    Card("L4", 24, 31.5, 121.0, "NVIDIA L4 data sheet, half of the rate with sparsity"),
-    Card("A10", 24, 31.5, 125.0, "NVIDIA A10 data sheet"),
-    Card("RTX 5090", 32, 63.0, 209.5, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
-    Card("A100 40GB", 40, 31.5, 312.0, "NVIDIA A100 data sheet"),
-    Card("RTX A6000", 48, 31.5, 154.8, "NVIDIA RTX A6000 data sheet, half of the rate with sparsity"),
-    Card("RTX 6000 Ada", 48, 31.5, 364.2, "NVIDIA RTX 6000 Ada data sheet, a quarter of the FP8 rate with sparsity"),
-    Card("L40S", 48, 31.5, 362.0, "NVIDIA L40S data sheet"),
-    Card("A100 80GB", 80, 31.5, 312.0, "NVIDIA A100 data sheet"),
-    Card("H100", 80, 63.0, 989.4, "NVIDIA H100 data sheet, SXM, half of the rate with sparsity"),
-    Card("H100 PCIe", 80, 63.0, 756.5, "NVIDIA H100 data sheet, PCIe, half of the rate with sparsity"),
-    Card("H100 NVL", 94, 63.0, 835.5, "NVIDIA H100 data sheet, NVL, half of the rate with sparsity"),
-    Card("H200", 141, 63.0, 989.4, "NVIDIA H200 data sheet, half of the rate with sparsity"),
-    Card("B200", 180, 63.0, 2250.0, "NVIDIA HGX B200 data sheet, half of the rate with sparsity"),
-)
+with Path(__file__).with_name("cards.csv").open(newline="", encoding="utf-8") as file:
+    _, *rows = csv.reader(file)
+CARDS = tuple(Card(name, int(memory), float(link), float(tflops), source) for name, memory, link, tflops, source in rows)
 """By memory. A card's nominal GB are counted as 10^9 bytes: CUDA's context and fragmentation take the 7 % that it has more."""
 
-
+_SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
 _MAKERS = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}
 _FORMS = {"sxm", "sxm2", "sxm4", "sxm5", "pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e"}
 
@@ -83,7 +64,9 @@ def find_card(name: str, key: str = "card") -> Card:
     wanted, memory = _parts(name)
     found: list[Card] = []
     for left_out in (_MAKERS, _MAKERS | _FORMS):  # the form first: it tells an H100 PCIe from the others
-        found = found or [card for card in CARDS if _joined(_parts(card.name)[0], _MAKERS) == _joined(wanted, left_out)]
+        found = found or [
+            card for card in CARDS if _name_without(_parts(card.name)[0], _MAKERS) == _name_without(wanted, left_out)
+        ]
     fitting = [card for card in found if memory in (None, card.memory)]
     if len(fitting) == 1:
         return fitting[0]
@@ -101,7 +84,7 @@ def _parts(name: str) -> tuple[list[str], int | None]:
     return re.findall(r"[a-z0-9]+", rest), memory and int(memory[1])
 
 
-def _joined(words: list[str], left_out: set[str]) -> str:
+def _name_without(words: list[str], left_out: set[str]) -> str:
     return "".join(word for word in words if word not in left_out)
 
 
@@ -116,12 +99,14 @@ def available_bytes(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
-    """Returns for how many blocks, from below, recomputation makes a run fit; all of them if nothing does.
+# ------------------------------------------------------------------------------ what makes a run fit
 
-    Args:
-        settings: The run; its own ``gradient_checkpointing`` does not matter.
-        budget: Bytes that the device has.
+Changes = dict[str, Any]
+"""Keys of a config, dotted, and their new values."""
+
+
+def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
+    """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does.
 
     Raises:
         UsageError: The model can't be followed, or can't recompute some of its blocks alone.
@@ -133,37 +118,25 @@ def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
     return 0 if fits(0) else bisect_left(range(settings.blocks), True, lo=1, key=fits)
 
 
-Changes = dict[str, Any]
-"""Keys of a config, dotted, and their new values."""
-
-
-def advise(settings: PlanSettings, card: int, predict: Callable[[PlanSettings], MethodPlan] = predict) -> str:
-    """Says in a sentence what would make a run fit a card, or that nothing does; arguments as of `changes_that_fit`."""
-    changes = changes_that_fit(settings, card, predict)
+def advise(settings: PlanSettings, card: int) -> str:
+    """Says in a sentence what would make a run fit a card of so many GB, or that nothing does."""
+    changes = changes_that_fit(settings, card)
     if changes is None:
-        *_, (least, _) = _milder(settings)
-        more = "more devices" if is_sharded(settings) else "several devices with the strategy fsdp2"
+        *_, (least, _) = _cheaper_settings(settings)
+        more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
         return f"does not fit, takes {predict(_with_batch_size(least, 1)).peak_bytes / 1e9:.1f} GB at the least; use {more}"
-    return f"fits with {sentence(changes)}" if changes else "fits"
+    return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
-def changes_that_fit(
-    settings: PlanSettings, card: int, predict: Callable[[PlanSettings], MethodPlan] = predict
-) -> Changes | None:
-    """Returns what would make a run fit a card: the first of `_milder` that does, with the largest batches; None if none does.
-
-    Args:
-        settings: The run.
-        card: The card's size in GB.
-        predict: Predicts a run's memory.
-    """
-    milder = list(_milder(settings))
+def changes_that_fit(settings: PlanSettings, card: int) -> Changes | None:
+    """Returns what makes a run fit a card of so many GB: the mildest change, with the largest batches."""
+    milder = list(_cheaper_settings(settings))
     if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
         return None
     sizes = [settings.batch_size >> halvings for halvings in range(settings.batch_size.bit_length())]
 
     def fitting(changed: PlanSettings) -> list[int]:
-        if resident_weights(changed) > card * 1e9:  # a step need not be followed to see that
+        if _resident_bytes(changed) > card * 1e9:  # a step need not be followed to see that
             return []
         return sizes[bisect_left(sizes, True, key=lambda size: predict(_with_batch_size(changed, size)).fits(card)) :]
 
@@ -174,16 +147,16 @@ def changes_that_fit(
     return changes
 
 
-def sentence(changes: Changes) -> str:
-    """Words changes as a list of keys and values."""
-    parts = [f"{key} {_yaml(value)}" for key, value in changes.items()]
+def _resident_bytes(settings: PlanSettings) -> int:
+    """Bytes of weights that lie on the device for sure: all, unless some are offloaded or shared between devices."""
+    if settings.frozen_in != "device" or settings.frozen_dtype is not None or settings.devices > 1:
+        return 0
+    return sum(p.nbytes for p in settings.meta_model.parameters())
+
+
+def _in_words(changes: Changes) -> str:
+    parts = [f"{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
     return f"{', '.join(parts[:-1])}{' and ' * (len(parts) > 1)}{parts[-1]}"
-
-
-def _yaml(value: Any) -> str:
-    return (
-        f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
-    )
 
 
 def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
@@ -192,24 +165,22 @@ def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
     return replace(settings, batch_size=size, accumulate_grad_batches=settings.accumulate_grad_batches * times)
 
 
-def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
+def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
     """Yields settings that need less and less, each with the keys that differ."""
-    changes: Changes = {}
-    yield settings, {}
-    if settings.recomputed < settings.blocks:
-        settings = replace(settings, gradient_checkpointing=settings.blocks)
-        changes["model.gradient_checkpointing"] = True
-        yield settings, dict(changes)
-    if settings.dtype == torch.float32:
-        settings = replace(settings, precision="bf16-true")
-        changes["trainer.precision"] = "bf16-true"
-        yield settings, dict(changes)
     method, count = settings.method, settings.method.activated_layers
     some_are_frozen = count is not None or method.lora is not None
-    if some_are_frozen and settings.frozen_in == "device" and not is_sharded(settings):
-        settings = replace(settings, frozen_in="host")
-        changes["model.frozen_in"] = "host"
-        yield settings, dict(changes)
+    changes: Changes = {}
+    yield settings, {}
+    milder: tuple[tuple[bool, str, Any], ...] = (
+        (settings.recomputed < settings.blocks, "model.gradient_checkpointing", True),
+        (settings.dtype == torch.float32, "trainer.precision", "bf16-true"),
+        (some_are_frozen and settings.frozen_in == "device" and not settings.is_sharded, "model.frozen_in", "host"),
+    )
+    for needed, key, value in milder:
+        if needed:
+            settings = replace(settings, **{key.partition(".")[2]: value})
+            changes[key] = value
+            yield settings, dict(changes)
     if count is None:
         return
     if set(method.always_train) - {"norm"}:
@@ -221,15 +192,12 @@ def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
         yield fewer, {**changes, "sampling.activated_layers": count}
 
 
-_SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
-
-
 def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     """Writes a config that differs from the given one by what makes it fit a card.
 
     Args:
         config: A parsed config of the command line, see `plan_from_config`.
-        card: The card's name, see `cards.CARDS`.
+        card: The card's name, see `CARDS`.
         folder: Where the file goes; it is named after the card.
 
     Returns:
@@ -243,20 +211,12 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     if changes is None:
         raise UsageError(f"fit: on {chosen.name} ({chosen.memory} GB) the run {advise(settings, chosen.memory)}")
     given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
-    values = {name: _plain(given[name]) for name in _SECTIONS if name in given}
+    values = json.loads(json.dumps({name: given[name] for name in _SECTIONS if name in given}, default=str))  # plain values
     for key, value in changes.items():
         section, name = key.split(".")
-        part = values[section]
-        part.get("init_args", part)[name] = value
+        values[section].get("init_args", values[section])[name] = value
     path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
-    changed = f"with {sentence(changes)}" if changes else "as it is"
+    changed = f"with {_in_words(changes)}" if changes else "as it is"
     path.write_text(f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}")
-    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line(f'fit --config {shlex.quote(str(path))}')}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    command = command_line(f"fit --config {shlex.quote(str(path))}")
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command}"

@@ -39,7 +39,7 @@ class TrainingMethod:
         ours: This package's step (chunked loss, projection within backward) instead of the usual one: the model's own loss
             with the logits of the whole batch, and all gradients at once.
         factored: Gradients of linear layers are projected as factors, see ``project_in_backward``.
-        states_kept: Optimizer states of blocks that are frozen again stay.
+        keeps_states: Optimizer states of blocks that are frozen again stay.
         renews_with_state: A subspace lives shorter than a block is active.
         lora: Settings of peft's LoraConfig.
         resting_rank: Rank in which frozen blocks above the lowest active one train.
@@ -55,12 +55,16 @@ class TrainingMethod:
     project_embeddings: bool = False
     ours: bool = False
     factored: bool = False
-    states_kept: bool = False
+    keeps_states: bool = False
     renews_with_state: bool = False
     lora: dict[str, Any] | None = field(default=None, hash=False)
     resting_rank: int = 0
     resting_updates_kept: bool = False
     distribution: str | None = None
+
+    def active_blocks(self, count: int) -> int:
+        """How many of a model's blocks train at a time."""
+        return count if self.activated_layers is None else min(self.activated_layers, count)
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class StepMemory:
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
 
-def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
+def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
     """Takes a method's worst optimizer steps under a tracker.
 
     They are the first one after a draw, which finds subspaces, and an ordinary one. Of all draws, the one that costs
@@ -114,7 +118,7 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
         tracker: A new one; it runs the operators of a fake model.
     """
     count = len(decoder_layers(model))
-    active = count if method.activated_layers is None else min(method.activated_layers, count)
+    active = method.active_blocks(count)
     blocks, consumed = [0, *range(count - active + 1, count)], 0
     with tracker:
         tracker.label("weights", [*model.parameters(), *model.buffers()])
@@ -126,7 +130,7 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
-                optimizers = [] if method.states_kept else [optimizer]
+                optimizers = [] if method.keeps_states else [optimizer]
                 activate_blocks(in_blocks, blocks, others.items(), optimizers, method.resting_rank)
 
         def take_empty_step(parameters: Iterable[nn.Parameter]) -> None:
@@ -138,12 +142,12 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
         if method.resting_updates_kept and isinstance(optimizer, GaLoreAdamW):
             optimizer.keep_updates_at_rest(decoder_layers(model).parameters(), fold=lambda weights: None)
         # What has a state before the step that is measured: what trains always, every block if states are kept, or at rest.
-        draw(range(count) if method.states_kept else ())
+        draw(range(count) if method.keeps_states else ())
         take_empty_step(_trainable(model))
         draw(blocks)
         take_empty_step(p for p in _trainable(model) if _rests(optimizer, p))
         _label_states(optimizer, tracker)
-        everything_has_state = method.states_kept or method.activated_layers is None
+        everything_has_state = method.keeps_states or method.activated_layers is None
         for renews in (True,) if everything_has_state and method.rank is None else (True, False):
             for group in optimizer.param_groups:
                 if "update_proj_gap" in group:

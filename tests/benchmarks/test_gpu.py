@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.measure import attempt
+from benchmarks.gpu.measure import _Power, attempt
 from benchmarks.gpu.report import as_markdown
-from benchmarks.gpu.settings import MODELS, rows
+from benchmarks.gpu.settings import ASLEEP, MODELS, rows
 
 CPU = torch.device("cpu")
 
@@ -28,10 +28,40 @@ def test_a_row_of_each_kind(tiny):
     assert resident["tokens_per_second"] == pytest.approx(2 * 2 * 16 / resident["mean_s"])
     assert waiting["waits"] > 0
     assert "stall" not in resident
+    assert waiting["hidden"] is None  # on a CPU nothing runs beside anything
+    assert waiting["watts"] is None
     assert attempt(tiny["step", "full AdamW"], CPU)["steps"] == 4
     needs = attempt(tiny["plan", "ours, host, checkpointing, accumulated"], CPU)
     assert needs["predicted_mb"] > 0 < needs["host_mb"]
     assert attempt(tiny["loss head", "checkpointed"], CPU)["ms"] > 0
+
+
+@pytest.mark.slow
+def test_waits_are_counted_by_what_a_batch_does(tiny):
+    accumulated, whole = (attempt(tiny["waits", f"ours{name}"], CPU) for name in (", accumulated", ""))
+    assert [accumulated[kind] for kind in ("micro-batch", "step", "draw")] == [0, 0, 0]
+    assert [whole[kind] for kind in ("micro-batch", "step", "draw")] == [None, 0, 0]
+
+
+@pytest.mark.slow
+def test_slow_copies_change_no_bit(tiny):
+    about = {**gpu.machine("cpu"), "model": "tiny", "dry_run": True}
+    for name in ("host, three slots", "int8 on the device"):
+        found = attempt(tiny["adversarial", name], CPU)
+        assert {found[asleep] for asleep in ASLEEP} == {True}
+        assert "yes" in as_markdown(about, [tiny["adversarial", name] | found])
+
+
+@pytest.mark.slow
+def test_a_slow_card_has_fewer_draws_not_none(tiny):
+    assert attempt({**tiny["step", "ours"], "draws": 10**4, "limit": 2}, CPU)["steps"] % 2 == 0
+
+
+def test_power_is_the_mean_since_the_warm_up():
+    power = _Power(CPU)
+    power._read(["100.0\n", "[N/A]\n", "200.0\n"])
+    assert power.mean(since=0) == 150
+    assert power.mean(since=float("inf")) is None
 
 
 def test_what_fails_is_a_row(tiny):

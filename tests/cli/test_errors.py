@@ -574,6 +574,20 @@ def test_validation_less_often_than_there_are_batches(
     assert code == 2
 
 
+def test_what_shards_can_not_do_names_the_strategy(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        norm = torch.distributed.tensor.distribute_tensor(torch.ones(4, 2), mesh, [torch.distributed.tensor.Shard(0)]).norm()
+        with pytest.raises(RuntimeError) as raised:
+            norm.pow_(2)  # as torch.optim.Adafactor does
+    finally:
+        torch.distributed.destroy_process_group()
+    line, code = explain(raised.value)
+    assert line.startswith("trainer.strategy: fsdp2 shards the weights, and torch can't do `aten.pow_` on shards")
+    assert code == 2
+
+
 def test_offline(typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line, code = typed(fit("--model.model_name_or_path nobody/nothing"))

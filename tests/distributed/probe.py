@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,41 @@ class Signalled(Callback):
     def _send(self, trainer: Trainer) -> None:
         if trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+MOMENTS = (
+    "setup", "on_fit_start", "on_sanity_check_start", "on_validation_start", "on_validation_end", "on_train_start",
+    "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad",
+    "on_train_batch_end", "on_save_checkpoint", "on_train_end", "on_fit_end", "teardown",
+)  # fmt: skip
+"""Hooks of a callback in which a process may be killed."""
+
+
+KILLED = "killed here"
+
+
+class Kill(Callback):
+    """Sends SIGKILL to its own process, which says so.
+
+    Args:
+        moment: In which hook.
+        step: After how many optimizer steps; None after any number.
+        rank: Which process, or None for each.
+        delay: Seconds from there.
+    """
+
+    def __init__(self, moment: str, step: int | None = None, rank: int | None = None, delay: float = 0) -> None:
+        def kill(trainer: Trainer, *more: Any, **named: Any) -> None:
+            if step in (None, trainer.global_step) and rank in (None, trainer.global_rank):
+                timer = threading.Timer(delay, end)
+                timer.daemon = True
+                timer.start() if delay else end()
+
+        def end() -> None:
+            os.write(1, f"{KILLED}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(self, moment, kill)
 
 
 class _Traffic(TorchDispatchMode):

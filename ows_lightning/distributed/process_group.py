@@ -1,4 +1,4 @@
-"""How processes that trained together leave their group at the end."""
+"""How a process leaves the group that it trained in."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch.distributed as dist
 _PATIENCE = timedelta(seconds=30)
 
 
-def part_at_exit() -> None:
+def leave_at_exit() -> None:
     """Lets this process leave its group, if it is in one still, before the interpreter ends: gloo's threads must end first."""
-    atexit.unregister(part)
-    atexit.register(part, False)
+    atexit.unregister(leave_process_group)
+    atexit.register(leave_process_group, False)
 
 
-def part(together: bool = True) -> None:
+def leave_process_group(together: bool = True) -> None:
     """Leaves the process group, so that its threads have ended before the process does; does nothing without one.
 
     Args:

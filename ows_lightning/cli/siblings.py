@@ -1,0 +1,198 @@
+"""Ends this process when another one of its run on this machine has ended before its time, wherever this one waits for it.
+
+A collective notices that a process is gone; a rendezvous, torch's store and a computation don't, for up to half an hour.
+So the processes that a launcher starts connect to each other before they load any library, by names that Linux forgets with
+the process (abstract Unix sockets), and a thread waits for the end of a connection. Other systems have no such names.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import select
+import socket
+import sys
+import threading
+import time
+
+from ows_lightning.errors import RunError
+
+PATIENCE = 40.0  # seconds that the others may have started later than this one
+GRACE = 25.0  # seconds for this process to end by itself, as it does where it waits in a collective
+_RUN = "OWS_RUN"  # names the run in the environment of processes that this one starts
+_SHARED = (
+    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "GROUP_RANK", "NODE_RANK",
+    "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID",
+)  # fmt: skip
+"""What the processes of one run on one machine have in common, and those of other runs have not."""
+_DONE = b"."
+
+_watch: _Watch | None = None
+_code: int | None = None  # to end with at once, after an error
+
+
+def watch() -> None:
+    """Begins to watch, where the environment says which one of several processes this is."""
+    global _watch
+    atexit.unregister(_end_at_once)
+    atexit.register(_end_at_once)  # before any library registers something, so that this comes last
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
+    run = os.environ.get(_RUN) or "/".join(os.environ.get(name, "") for name in _SHARED)
+    if sys.platform == "linux" and _watch is None and rank.isdigit() and run.strip("/"):
+        _watch = _Watch(run, int(rank))
+
+
+def expect(number: int) -> None:
+    """Lets this process end if not all processes of this machine are there `PATIENCE` after this one.
+
+    Args:
+        number: How many they are, with this one, which may start the others after this call.
+    """
+    global _watch
+    if sys.platform == "linux" and _watch is None and number > 1:
+        os.environ[_RUN] = str(os.getpid())
+        _watch = _Watch(os.environ[_RUN], 0)
+    if _watch is not None:
+        _watch.expect(number)
+
+
+def leave() -> None:
+    """Ends the watch, so that the others don't mind the end of this process.
+
+    Raises:
+        RunError: One of them has ended before its time.
+    """
+    if _watch is not None and (gone := _watch.leave(_DONE)) is not None:
+        raise RunError(f"{_ended(gone)} before this one was through; its own output says why")
+
+
+def end_early(code: int) -> None:
+    """Tells the others that this process ends before its time, and sees to it that it does.
+
+    Args:
+        code: The exit code.
+    """
+    global _code
+    if _watch is None:
+        return
+    _code = code
+    _watch.leave(b"")
+    # By a thread of C: what waits in C++ may hold Python up. Whatever is collected on the way may wait for the others.
+    faulthandler.dump_traceback_later(GRACE, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (until the end)
+
+
+def _end_at_once() -> None:
+    """Ends this process after an error, without the interpreter's own end.
+
+    That collects process groups which the error's stack trace or a mesh still holds, and waits for gloo's threads, which
+    wait for the interpreter in turn: forever.
+    """
+    if _code is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(_code)
+
+
+def _ended(rank: int) -> str:
+    return f"another process of this run (local rank {rank}) has ended or never began"
+
+
+class _Watch:
+    """Connections to the other processes of this machine, and the thread that watches them.
+
+    Each process connects to those of lower rank, and says its own; before it ends in good order it says so. An end without
+    that is one before its time.
+
+    Args:
+        run: Names the run.
+        rank: This process's local rank.
+    """
+
+    def __init__(self, run: str, rank: int) -> None:
+        self._run, self._rank = run, rank
+        self._links: dict[int, socket.socket] = {}  # by the rank of the other
+        self._met = {rank}
+        self._number = 0  # how many they are, once it is known
+        self._late = time.monotonic() + PATIENCE
+        self._gone: int | None = None
+        self._left = threading.Event()
+        self._lock = threading.Lock()
+        self._listener = socket.socket(socket.AF_UNIX)
+        try:
+            self._listener.bind(self._name(rank))
+        except OSError:  # another run has this one's port
+            self._left.set()
+            return
+        self._listener.listen(64)
+        os.register_at_fork(after_in_child=self._close)  # a worker that outlives its process would keep the links
+        threading.Thread(target=self._wait, name="siblings", daemon=True).start()
+
+    def _name(self, rank: int) -> str:
+        return f"\0ows-lightning/{os.getuid()}/{self._run}/{rank}"
+
+    def expect(self, number: int) -> None:
+        self._number = number
+
+    def leave(self, word: bytes) -> int | None:
+        """Takes leave with a last word; returns who has ended before."""
+        with self._lock:
+            if not self._left.is_set() and self._gone is None:
+                self._gone = self._look()
+            self._left.set()
+            for link in self._links.values():
+                with contextlib.suppress(OSError):
+                    link.send(word)
+            self._close()
+        return self._gone
+
+    def _close(self) -> None:
+        for link in (*self._links.values(), self._listener):
+            link.close()
+
+    def _wait(self) -> None:
+        while not self._left.is_set() and self._gone is None:
+            with self._lock:
+                if not self._left.is_set():
+                    self._gone = self._look()
+            self._left.wait(0.5)
+        if self._gone is None:
+            return
+        os.write(2, f"{_ended(self._gone)}, its own output says why; this one ends, too\n".encode())
+        if not self._left.wait(GRACE if self._gone in self._met else 0):
+            os.write(2, f"error: {_ended(self._gone)}, and this one waited for it\n".encode())
+            os._exit(1)
+
+    def _look(self) -> int | None:
+        """Meets who has come, and returns who has ended before its time or has not come."""
+        for rank in range(self._rank):
+            if rank not in self._met:
+                link = socket.socket(socket.AF_UNIX)
+                try:
+                    link.connect(self._name(rank))
+                    link.send(bytes([self._rank]))
+                    self._meet(rank, link)
+                except OSError:  # not yet
+                    link.close()
+        while select.select([self._listener], [], [], 0)[0]:
+            link, _ = self._listener.accept()
+            if word := link.recv(1):
+                self._meet(word[0], link)
+        for rank, link in [*self._links.items()]:
+            if select.select([link], [], [], 0)[0]:
+                word = b""
+                with contextlib.suppress(OSError):  # it ended before it had read what was sent
+                    word = link.recv(1)
+                if word != _DONE:
+                    return rank
+                link.close()
+                del self._links[rank]
+        if time.monotonic() < self._late:
+            return None
+        return next((rank for rank in range(self._number) if rank not in self._met), None)
+
+    def _meet(self, rank: int, link: socket.socket) -> None:
+        self._met.add(rank)
+        self._links[rank] = link

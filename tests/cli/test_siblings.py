@@ -1,0 +1,95 @@
+"""Processes of a run notice each other's end, wherever they wait."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import free_port
+
+WATCHES = "import os, time; from ows_lightning.cli import siblings; siblings.GRACE = 1; siblings.watch(); "
+HANGS = "__import__('ctypes').PyDLL(None).sleep(60)"  # in C, where no other thread of Python gets a turn
+FORKS = "os.fork(); time.sleep(60)"
+
+
+class Pair:
+    """Two processes that run some code each, once both watch."""
+
+    def __init__(self, *codes: str) -> None:
+        run = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.processes = []
+        for rank, code in enumerate(codes):
+            meets = WATCHES + f"print(flush=True); time.sleep(1); {code}"
+            environment = {**os.environ, **run, "LOCAL_RANK": str(rank)}
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            self.processes.append(subprocess.Popen([sys.executable, "-c", meets], env=environment, **streams))  # type: ignore[call-overload]
+        for process in self.processes:
+            process.stdout.readline()  # it watches
+        time.sleep(1)
+
+    def end(self, rank: int) -> tuple[int, str]:
+        """Returns how a process ended, and what it said."""
+        try:
+            _, said = self.processes[rank].communicate(timeout=20)
+            return self.processes[rank].returncode, said
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("code", ["time.sleep(60)", FORKS])
+def test_a_process_ends_when_its_sibling_was_killed(victim: int, code: str) -> None:
+    """A worker that the killed one forked lives on, and does not hide its end."""
+    codes = ["time.sleep(60)"] * 2
+    codes[victim] = code
+    pair = Pair(*codes)
+    pair.processes[victim].kill()
+    end, said = pair.end(1 - victim)
+    assert end == 1
+    assert f"another process of this run (local rank {victim}) has ended" in said
+
+
+def test_a_good_end_is_none_to_mind() -> None:
+    pair = Pair("time.sleep(3); siblings.leave()", "siblings.leave()")
+    assert pair.end(0) == (0, "")
+
+
+def test_an_end_in_a_collective_is_left_to_it() -> None:
+    """Where the main thread notices by itself, its own error and exit code stand."""
+    pair = Pair("siblings.GRACE = 60; time.sleep(1.5); raise SystemExit(3)", "raise SystemExit(2)")
+    assert pair.end(0)[0] == 3
+
+
+def test_who_was_never_started_is_missed() -> None:
+    pair = Pair("siblings.expect(2); time.sleep(60)".replace("siblings.", "siblings._watch._late = 0; siblings.", 1))
+    end, said = pair.end(0)
+    assert end == 1
+    assert "local rank 1" in said
+
+
+def test_a_process_that_can_not_end_is_ended() -> None:
+    pair = Pair(f"siblings.end_early(2); {HANGS}", "time.sleep(60)")
+    assert pair.end(0)[0] == 1
+
+
+def test_an_error_ends_without_what_the_interpreter_would_wait_for() -> None:
+    """As it would for a process group that a stack trace holds, whose threads wait for the interpreter."""
+    code = f"import sys; sys.held = type('Held', (), {{'__del__': lambda _: {HANGS}}})(); siblings.end_early(2); print('said')"
+    assert Pair(code, "time.sleep(60)").end(0)[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_any_moment_of_a_run(seed: int, tmp_path: Path) -> None:
+    """``python -m tests.distributed.many_ends 60 --kill`` does more of it."""
+    from tests.distributed.many_ends import kill, prepare
+
+    prepare(tmp_path)
+    assert not kill(tmp_path, random.Random(f"{os.environ.get('OWS_TEST_SEED', 0)}-{seed}")).startswith("wrong")
