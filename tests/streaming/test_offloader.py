@@ -12,7 +12,7 @@ import torch
 
 from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.pretrained import checkpoint_activations
+from ows_lightning.models.recomputation import checkpoint_activations
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.offloader import BlockOffloader
 from tests.streaming.steps import evaluate, strict_offloader, train
