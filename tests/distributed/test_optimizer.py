@@ -46,9 +46,9 @@ def compare_with_whole_weights(arguments: list[str]) -> None:
                     optimizer.step()
             what = f"{renewal} {proj_type} {shape} {placement}"
             assert torch.allclose(sharded.full_tensor(), whole, rtol=1e-4, atol=1e-5), what
-            states = [optimizer.state[p] for optimizer, p in zip(optimizers, (whole, sharded), strict=True)]
             if renewal == "reset":  # a setting that rest does not know
                 rest_alike(whole, sharded, optimizers, what)
+            states = [optimizer.state[p] for optimizer, p in zip(optimizers, (whole, sharded), strict=True)]
             # A state that was saved whole loads into shards, each process taking its part.
             fresh = optimizer_of([sharded], proj_type=proj_type)
             fresh.load_state_dict(optimizers[0].state_dict())
