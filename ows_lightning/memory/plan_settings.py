@@ -22,14 +22,8 @@ from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.positions import exceeded_positions
-from ows_lightning.models.pretrained import (
-    Recomputation,
-    check_recomputation,
-    check_trainable,
-    load_config,
-    loading,
-    recomputed_blocks,
-)
+from ows_lightning.models.pretrained import check_trainable, load_config, loading
+from ows_lightning.models.recomputation import Recomputation, check_recomputation, recomputed_blocks
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS

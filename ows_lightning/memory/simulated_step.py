@@ -16,7 +16,7 @@ from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import below_head, causal_lm, decoder_layers
 from ows_lightning.models.loss import next_token_loss
-from ows_lightning.models.pretrained import recomputing_blocks
+from ows_lightning.models.recomputation import recomputing_blocks
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
