@@ -57,9 +57,9 @@ def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: i
     Raises:
         UsageError: With what to use instead.
     """
-    frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]
-    if frozen_in == "device" and frozen_dtype is None:
+    if not offloads(model):
         return
+    frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]
     key = f"model.frozen_in: {frozen_in}" if frozen_in != "device" else f"model.frozen_dtype: {frozen_dtype}"
     resident = "model.frozen_in: device" if frozen_dtype is None else "model.frozen_in: device without model.frozen_dtype"
     if devices > 1 or strategy == "fsdp2":

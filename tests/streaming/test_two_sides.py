@@ -65,14 +65,15 @@ def fit(model: Path, folder: Path, gpu: FakeGpu | None = None, resume: Path | No
     return left | {"weights": saved["state_dict"], "states": saved["optimizer_states"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
         {"frozen_in": "host"},
-        pytest.param({"frozen_in": "disk"}, marks=pytest.mark.slow),
-        pytest.param({"frozen_in": "device", "frozen_dtype": "int8"}, marks=pytest.mark.slow),
-        pytest.param({"frozen_in": "host", "frozen_dtype": "int8"}, marks=pytest.mark.slow),
-        pytest.param({"frozen_in": "disk", "frozen_dtype": "int8"}, marks=pytest.mark.slow),
+        {"frozen_in": "disk"},
+        {"frozen_in": "device", "frozen_dtype": "int8"},
+        {"frozen_in": "host", "frozen_dtype": "int8"},
+        {"frozen_in": "disk", "frozen_dtype": "int8"},
     ],
     ids=str,
 )
