@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -38,6 +39,9 @@ from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
 from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for
+
+# Of the hook below, which suits any data module; Lightning says so at every start.
+warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 

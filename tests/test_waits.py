@@ -67,7 +67,8 @@ class Waits(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
-            return DEVICE if self.sides.on_device(args[0]) else HOST
+            real = func(*args, **kwargs)
+            return real if real.type == "meta" else DEVICE if self.sides.on_device(args[0]) else HOST
         if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return self.sides.on_device(args[0])
         if func == Tensor.backward:  # as it does itself, but that hooks are seen

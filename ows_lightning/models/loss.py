@@ -20,9 +20,7 @@ CHUNK = 1 << 25  # bytes of logits that a CPU holds at a time; below it, speed s
 GPU_ROWS, GPU_CHUNK = 1024, 1 << 28
 
 
-def next_token_loss(
-    model: PreTrainedModel, batch: dict[str, Tensor], as_on: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], as_on: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Returns the summed cross entropy of a batch, and over how many target tokens.
 
     Only positions that have a target reach the LM head, and those in chunks.
@@ -62,22 +60,20 @@ def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tupl
     return total, likeliest
 
 
-def seen_on_host(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def seen_on_host(batch: dict[str, Any]) -> dict[str, Any]:
     """Returns a batch in host memory with what a device would have to be waited for.
-
-    That is ``targets_at``, where its targets stand in all rows put behind one another. A mask of ones, or positions that are
-    those of any row, are left out: what there is of them needs no second look.
 
     Args:
         batch: As of `next_token_loss`.
+
+    Returns:
+        The batch, and ``targets_at``, where its targets stand in all rows put behind one another, int64; ``padded``, whether a
+        mask hides anything; and ``packed``, whether positions are other than those of any row.
     """
-    labels = batch["labels"]
-    seen = {**batch, "targets_at": _positions_of_targets(labels)}
-    if "attention_mask" in batch and batch["attention_mask"].all():
-        del seen["attention_mask"]
-    if "position_ids" in batch and (batch["position_ids"] == torch.arange(labels.size(1))).all():
-        del seen["position_ids"]
-    return seen
+    labels, mask, positions = batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
+    padded = mask is not None and not bool(mask.all())
+    packed = positions is not None and not bool((positions == torch.arange(labels.size(1))).all())
+    return {**batch, "targets_at": _positions_of_targets(labels), "padded": padded, "packed": packed}
 
 
 def _positions_of_targets(labels: Tensor) -> Tensor:
@@ -85,14 +81,17 @@ def _positions_of_targets(labels: Tensor) -> Tensor:
     return row * labels.size(1) + column + 1
 
 
-def _before_targets(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _before_targets(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The last hidden states that targets are predicted from, (N, hidden), and these, (N,)."""
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets_at")}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets_at", "padded", "packed")}
     if (at := batch.get("targets_at")) is None:
         at = _positions_of_targets(batch["labels"])  # before the model runs: a GPU is waited for here
         hidden = last_hidden_state(model, inputs)
     else:
-        with _masks_known(padded="attention_mask" in inputs, packed="position_ids" in inputs):
+        for needed, key in (("padded", "attention_mask"), ("packed", "position_ids")):
+            if not batch[needed]:  # without it the model does the same
+                inputs.pop(key, None)
+        with _masks_known(batch["padded"], batch["packed"]):
             hidden = last_hidden_state(model, inputs)
     return hidden.flatten(0, 1)[at - 1], batch["labels"].flatten()[at]
 
