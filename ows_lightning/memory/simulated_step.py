@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import below_head, causal_lm, decoder_layers
 from ows_lightning.models.loss import next_token_loss
-from ows_lightning.models.pretrained import recomputing_blocks
+from ows_lightning.models.recomputation import recomputing_blocks
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
@@ -39,9 +39,11 @@ class TrainingMethod:
         ours: This package's step (chunked loss, projection within backward) instead of the usual one: the model's own loss
             with the logits of the whole batch, and all gradients at once.
         factored: Gradients of linear layers are projected as factors, see ``project_in_backward``.
-        states_kept: Optimizer states of blocks that are frozen again stay.
+        keeps_states: Optimizer states of blocks that are frozen again stay.
         renews_with_state: A subspace lives shorter than a block is active.
         lora: Settings of peft's LoraConfig.
+        resting_rank: Rank in which frozen blocks above the lowest active one train.
+        resting_updates_kept: What they learn is kept beside their weights, which are offloaded.
         distribution: ``uniform``, or None for the config's own.
     """
 
@@ -53,9 +55,11 @@ class TrainingMethod:
     project_embeddings: bool = False
     ours: bool = False
     factored: bool = False
-    states_kept: bool = False
+    keeps_states: bool = False
     renews_with_state: bool = False
     lora: dict[str, Any] | None = field(default=None, hash=False)
+    resting_rank: int = 0
+    resting_updates_kept: bool = False
     distribution: str | None = None
 
     def active_blocks(self, count: int) -> int:
@@ -100,7 +104,7 @@ class StepMemory:
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
 
-def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
+def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
     """Takes a method's worst optimizer steps under a tracker.
 
     They are the first one after a draw, which finds subspaces, and an ordinary one. Of all draws, the one that costs
@@ -126,17 +130,24 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
-                activate_blocks(in_blocks, blocks, others.items(), [] if method.states_kept else [optimizer])
+                optimizers = [] if method.keeps_states else [optimizer]
+                activate_blocks(in_blocks, blocks, others.items(), optimizers, method.resting_rank)
 
-        # What has a state before the step that is measured: what trains always, and every block if states are kept.
-        draw(range(count) if method.states_kept else ())
-        for p in _trainable(model):
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
-        _label_states(optimizer, tracker)
+        def take_empty_step(parameters: Iterable[nn.Parameter]) -> None:
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if method.resting_updates_kept and isinstance(optimizer, GaLoreAdamW):
+            optimizer.keep_updates_at_rest(decoder_layers(model).parameters(), fold=lambda weights: None)
+        # What has a state before the step that is measured: what trains always, every block if states are kept, or at rest.
+        draw(range(count) if method.keeps_states else ())
+        take_empty_step(_trainable(model))
         draw(blocks)
-        everything_has_state = method.states_kept or method.activated_layers is None
+        take_empty_step(p for p in _trainable(model) if _rests(optimizer, p))
+        _label_states(optimizer, tracker)
+        everything_has_state = method.keeps_states or method.activated_layers is None
         for renews in (True,) if everything_has_state and method.rank is None else (True, False):
             for group in optimizer.param_groups:
                 if "update_proj_gap" in group:
@@ -256,10 +267,11 @@ def _watched_gradients(
                 tracker.label(HOST, [galore.offloaded_gradients.get(p)])
 
     parameters = _trainable(model)
-    if method.factored and not (renews or method.renews_with_state):
+    if method.factored:
         # A hook would call for the gradients that linear layers do without in this step.
         factors = {m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)}
-        parameters = [p for p in parameters if p not in factors]
+        whole = renews or method.renews_with_state
+        parameters = [p for p in parameters if p not in factors or (whole and not _rests(optimizer, p))]
     handles = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
     handles += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
     if galore is not None and method.ours:
@@ -299,8 +311,14 @@ def _watch_stages(model: nn.Module, optimizer: Optimizer, tracker: MemoryTracker
     below_head(causal_lm(model)).register_forward_hook(leave_decoder)
 
 
+def _rests(optimizer: Optimizer, p: nn.Parameter) -> bool:
+    return isinstance(optimizer, GaLoreAdamW) and optimizer.rests(p)
+
+
 def _label_states(optimizer: Optimizer, tracker: MemoryTracker) -> None:
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim():
                 tracker.label("projectors" if key == "projector" else "moments", [value])
+    if isinstance(optimizer, GaLoreAdamW):
+        tracker.label("projectors", optimizer.resting_projectors.values())
