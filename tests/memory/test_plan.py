@@ -223,7 +223,7 @@ def test_the_loss_head_holds_the_chunk_of_the_device_that_is_planned_for(
     peaks = []
     for host_memory in (False, True):
         model, work = tiny_model("llama", **SHAPE), Workload(4, LENGTH, host_memory=host_memory)
-        seen = follow_steps(model, settings.method, work, MemoryTracker())
+        seen = simulate_steps(model, settings.method, work, MemoryTracker())
         peaks.append(sum(seen.peaks[False, "loss_head"].values()))
     logits = 4 * (LENGTH - 1) * SHAPE["vocab_size"] * 4
     assert logits <= peaks[1] - peaks[0] <= 2 * logits  # temporaries in float32 are of as many rows here
