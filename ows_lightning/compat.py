@@ -1,7 +1,8 @@
-"""The private names of other libraries that this package depends on: why each is needed, and what to do when it is gone.
+"""The private functions and attributes of other libraries that this package calls: why, and what to do when one is gone.
 
-Nothing else in the package uses a name of theirs that begins with an underscore, but for methods that are overridden where a
-base class calls them (``tests/test_compat.py`` lists those). Needs torch alone; other libraries are passed in.
+Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason: where a
+base class calls a method that is overridden, and where a file is about a library's internals as a whole (Lightning's loops,
+torch's fake tensors, argparse's actions). Needs torch alone; others are passed in, or imported when they are used.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def backward_pass_id() -> int:
 
 
 def on_backward_end(callback: Callable[[], None]) -> None:
-    """Has something called when the backward pass that is running ends. torch's DistributedDataParallel stands on it, too.
+    """Calls a function when the backward pass that is running ends; torch's DistributedDataParallel does so, too.
 
     When it is gone: a hook on the parameters or inputs that come last.
     """
@@ -36,7 +37,7 @@ def on_backward_end(callback: Callable[[], None]) -> None:
 
 
 def version_counter(tensor: Tensor) -> int:
-    """How often a tensor was written in place, as torch counts it; to take other memory (``data``) is no write.
+    """The number of in-place writes to a tensor, which assigning other memory (``data``) does not change.
 
     When it is gone: compare checksums, which read all weights.
     """
@@ -44,7 +45,7 @@ def version_counter(tensor: Tensor) -> int:
 
 
 def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
-    """The hooks that look at a parameter's gradient, before it is added to ``grad`` or after.
+    """The hooks on a parameter's gradient, before or after it is added to ``grad``.
 
     When they are gone: keep a registry of one's own hooks, and do without the shortcut that must not be taken behind others'.
     """
@@ -52,7 +53,7 @@ def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that two tensors share if they share their memory, also where they have no memory (fake tensors).
+    """A number that is equal for two tensors that share memory; fake tensors, which have none, have one as well.
 
     ``data_ptr`` is 0 for all fake tensors. When it is gone: ``untyped_storage()`` as a key of a WeakKeyDictionary.
     """
@@ -60,7 +61,7 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def allow_recompilation(times: int) -> None:
-    """Lets a compiled function be compiled for so many cases: blocks of one class share their limit, which is 8.
+    """Raises the number of cases that a function is compiled for from 8, a limit that blocks of one class share.
 
     ``torch.compiler`` has no setting for it. When it is gone: look for ``recompile_limit`` under a new name.
     """
@@ -90,8 +91,18 @@ foreach_norm = torch._foreach_norm
 foreach_sqrt = torch._foreach_sqrt
 
 
+def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of this process's part of a DTensor, and where the part begins in the whole.
+
+    When it is gone: ``to_local().shape``, and offsets summed over the processes before this one.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """A module's own parameters by name, to be replaced in place; ``setattr`` would register them anew, in another order.
+    """A module's own parameters by name, to be replaced in place; ``setattr`` would change their order.
 
     When it is gone: ``torch.nn.utils.parametrize`` or ``setattr`` and a look at the order of ``state_dict``.
     """
@@ -104,12 +115,12 @@ def persistent_buffers(module: nn.Module) -> list[str]:
 
 
 def attn_implementation_of(config: Any) -> str | None:
-    """The attention that transformers took for a model (``sdpa``, ``eager``, ...). It has no public name."""
+    """The attention that transformers chose for a model (``sdpa``, ``eager``, ...). It has no public name."""
     return getattr(config, "_attn_implementation", None)
 
 
 def without_weight_conversions(model: Any) -> Any:
-    """The transformers model, sharing all of its weights, and naming them whatever files it came from.
+    """A shallow copy of a transformers model without the weight conversions of the files that it was loaded from.
 
     Without that, ``revert_weight_conversion`` gives back the names of those. When it is gone: compare with ``state_dict``.
     """
@@ -119,7 +130,7 @@ def without_weight_conversions(model: Any) -> Any:
 
 
 def fingerprint(dataset: Any) -> str:
-    """What identifies the contents of a data set of ``datasets``, also across processes. When it is gone: hash the rows."""
+    """The hash that ``datasets`` has of a data set's contents, equal in all processes. When it is gone: hash the rows."""
     return str(dataset._fingerprint)
 
 

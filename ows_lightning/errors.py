@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class UsageError(ValueError):
-    """A setting or an input is wrong: the message names the key or the row, and the mend. Exit code 2."""
+    """A setting or an input is wrong: the message names the key or the row, and how to mend it. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -83,8 +83,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
     """Returns the error of a folder that can't be made or written to, which the key names."""
-    mend = "free space or choose another folder" if error.errno in DISK_FULL else "choose another folder"
-    return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {mend}")
+    hint = "free space or choose another folder" if error.errno in DISK_FULL else "choose another folder"
+    return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

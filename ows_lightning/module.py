@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning.checkpoints.fixed_settings import check_settings, lasting_settings
+from ows_lightning.checkpoints.fixed_settings import check_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
@@ -294,15 +294,15 @@ class CausalLMModule(EvaluationModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the settings that have to be the same when the run is resumed."""
-        checkpoint["settings"] = self._lasting_settings()
+        checkpoint["settings"] = self._fixed_settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
         if self._trainer is not None:
-            check_settings(checkpoint.get("settings"), self._lasting_settings(), resumes=self.trainer.training)
+            check_settings(checkpoint.get("settings"), self._fixed_settings(), resumes=self.trainer.training)
             for optimizer in () if self.trainer.training else checkpoint.get("optimizer_states", ()):
                 add_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
 
-    def _lasting_settings(self) -> dict[str, Any]:
+    def _fixed_settings(self) -> dict[str, Any]:
         architecture = architecture_of(self.language_model.config)
-        return lasting_settings(self.hparams, len(decoder_layers(self)), architecture, LayerwiseSampling.of(self.trainer))
+        return fixed_settings(self.hparams, len(decoder_layers(self)), architecture, LayerwiseSampling.of(self.trainer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side, with tiny models
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model

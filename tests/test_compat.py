@@ -23,8 +23,8 @@ OUTSIDE = {
         "_FitLoop", "_Loop", "_TrainingEpochLoop", "_DataFetcher", "self._combined_loader._state_dicts",
     },
     "cli/lightning_cli.py": {"super()._prepare_subcommand_parser", "super()._run_subcommand"},  # overridden
+    "cli/siblings.py": {"os._exit"},  # public in spite of its name
     "cli/parser.py": {"parser._actions", "argparse._SubParsersAction"},  # what a parser knows, for the nearest right name
-    "distributed/sharded_model.py": {"torch.distributed.tensor._utils"},  # which part of a weight lies here
     "integrations/transformers.py": {"p._post_accumulate_grad_hooks"},  # whether backward projects already
     "memory/fake_tensors.py": {  # tensors without contents are torch's own machinery throughout
         "torch._subclasses.fake_tensor", "torch.utils._pytree", "profiler._record_function_exit",
@@ -38,7 +38,7 @@ OUTSIDE = {
     },
     "optim/galore.py": {"super()._begin"},  # its own
     "optim/gradient_capture.py": {"GradientCapture._project_in_backward"},  # its own
-    "sampling/outliers.py": {"_ConvNd", "config._experts_implementation"},  # set and put back, which no function can do better
+    "sampling/outliers.py": {"config._experts_implementation"},  # set and put back, which no function can do better
     "streaming/adapters.py": {"block._apply", "type(block)._apply"},  # overridden where nn.Module calls it
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ows_lightning import LayerwiseSampling
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.optim import galore
 from ows_lightning.sampling.inclusion import inclusion_probabilities
 
 
@@ -101,6 +102,45 @@ class KeptRest(Callback):
         for optimizer in optimizers:
             begins = [p for p, state in optimizer.state.items() if state.keys() == {"rest"} and p in self._kept]
             optimizer.state.update({p: self._kept[p] for p in begins})
+
+
+class PolarDirection(Callback):
+    """Projected matrices move along the polar factor of their first moment instead of Adam's quotient.
+
+    The second moment is not used; a package that took this over would not keep it.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the update rule of projected matrices over; all others keep theirs."""
+        self._rule, galore.projected_adamw_ = galore.projected_adamw_, self._step
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives it back."""
+        galore.projected_adamw_ = self._rule
+
+    def _step(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        projectors: Sequence[Tensor] | None,
+        exp_avgs: Sequence[Tensor],
+        *state: Any,
+        **settings: Any,
+    ) -> None:
+        if projectors is None:
+            self._rule(weights, gradients, projectors, exp_avgs, *state, **settings)
+            return
+        for weight, gradient, projector, moment in zip(weights, gradients, projectors, exp_avgs, strict=True):
+            moment.lerp_(gradient.to(moment.dtype), 1 - settings["betas"][0])
+            direction = polar_factor(moment).to(weight.dtype)
+            update = direction @ projector.mT if settings["side"] == "right" else projector @ direction
+            weight.sub_(update, alpha=settings["lr"] * settings["scale"])
+
+
+def polar_factor(matrix: Tensor) -> Tensor:
+    """Returns U V^T of a matrix U S V^T, with entries of the mean size 0.2, about Adam's (Moonlight, arXiv 2502.16982)."""
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return 0.2 * max(matrix.shape[-2:]) ** 0.5 * (u @ vh)
 
 
 class BalancedDraws(Callback):

@@ -1,4 +1,4 @@
-"""``model.gradient_checkpointing: auto``: as few blocks recompute as the device's memory allows."""
+"""``model.gradient_checkpointing: auto``: recompute as few blocks as fit the device's memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SHARE = 0.9
 
 
 class AutoCheckpointing(Callback):
-    """Decides before training how many blocks recompute, where the module's ``gradient_checkpointing`` is ``auto``.
+    """Chooses the number of recomputed blocks before training, if the module's ``gradient_checkpointing`` is ``auto``.
 
-    Whatever the number is, the run's results are the same, bit by bit: a resumed run may well decide otherwise.
+    The number changes no bit of the results, so a resumed run may choose another.
 
     Args:
         config: The parsed config, from which the memory is predicted.
@@ -35,7 +35,7 @@ class AutoCheckpointing(Callback):
         self.config = config
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the number of blocks, the same on all processes; all of them where it can't be predicted."""
+        """Sets the number on all processes; all blocks if the memory can't be predicted."""
         if not isinstance(pl_module, CausalLMModule) or pl_module.hparams["gradient_checkpointing"] != "auto":
             return
         count = len(decoder_layers(pl_module))
@@ -43,12 +43,8 @@ class AutoCheckpointing(Callback):
         if trainer.is_global_zero:
             try:
                 number, budget = self._fewest(trainer, pl_module)
-                log.info(
-                    "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)",
-                    number,
-                    count,
-                    budget / 1e9,
-                )
+                how = f"{number} of {count} blocks recompute ({budget / 1e9:.1f} GB for the run)"
+                log.info("model.gradient_checkpointing: auto, %s", how)
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
                 log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", first_line(error))
         checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))

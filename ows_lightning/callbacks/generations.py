@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from ows_lightning.callbacks import StepCallback
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data.masking import Encoder, with_chat_template
 from ows_lightning.errors import UsageError
@@ -19,7 +20,7 @@ from ows_lightning.module import CausalLMModule
 log = logging.getLogger(__name__)
 
 
-class ShowGenerations(Callback):
+class ShowGenerations(StepCallback):
     """Logs the answers to fixed prompts, at the start and every so many optimizer steps, also to TensorBoard.
 
     They stand in ``generations.csv`` in the run's folder, too, from which the report has them, unless there is no logger.
@@ -40,21 +41,18 @@ class ShowGenerations(Callback):
             raise UsageError(f"ShowGenerations.every_n_steps: {every_n_steps} must be at least 1")
         self.prompts = list(prompts)
         self.every_n_steps = every_n_steps
-        self._shown = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows what the model answers at first."""
+        super().on_train_start(trainer, pl_module)
         self._show(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows it after each interval."""
-        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._shown:
+        if trainer.global_step % self.every_n_steps == 0:
             self._show(trainer, pl_module)
 
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
-        self._shown = trainer.global_step
         if not isinstance(module, CausalLMModule):
             raise UsageError(f"ShowGenerations: {type(module).__name__} can't generate; use CausalLMModule")
         encoder = Encoder(with_chat_template(module.tokenizer), max_seq_length=1 << 20)

@@ -16,20 +16,20 @@ from ows_lightning.callbacks.run_folder import run_folder
 
 
 class ContinueMetricsCSV(Callback):
-    """Begins a resumed run's curves with what was logged up to the checkpoint.
+    """Copies the rows that were logged up to the checkpoint into the ``metrics.csv`` of a resumed run.
 
-    Between a step's checkpoint and its row in ``metrics.csv`` a run can be killed: so the checkpoint holds that row.
+    A run can be killed between saving a step's checkpoint and logging its row, so the checkpoint holds that row, too.
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the run's folder, how many rows it has logged, and the ended step's row if it is not among them."""
+        """Saves the run's folder, the number of its rows, and this step's row if it is not logged yet."""
         folder = run_folder(trainer)  # asks all ranks
         file = folder / "metrics.csv"
         logged = max(file.read_bytes().count(b"\n") - 1, 0) if file.is_file() else 0
         checkpoint["curves"] = {"folder": str(folder), "logged": logged, "row": _row_to_come(trainer)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Puts what was logged up to the checkpoint into this run's folder, on rank 0."""
+        """Copies the rows, on rank 0."""
         logger = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
         if trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is None or logger is None:
             return
@@ -38,7 +38,7 @@ class ContinueMetricsCSV(Callback):
 
 
 def _row_to_come(trainer: Trainer) -> dict[str, Any] | None:
-    """What Lightning logs of a step after the callbacks have seen its end, if a checkpoint is saved before that."""
+    """Returns the row that Lightning will log for this step after its callbacks have run; None if it is logged already."""
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     batches: Any = loop.batch_progress.current
     before_it = batches.completed < batches.processed
@@ -49,7 +49,7 @@ def _row_to_come(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def _continue_curves(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> None:
-    """Writes the rows up to a checkpoint into a run's ``metrics.csv``; what comes after is logged again.
+    """Writes the rows up to a checkpoint into a run's ``metrics.csv``; the resumed run logs the later ones again.
 
     Args:
         path: The checkpoint.

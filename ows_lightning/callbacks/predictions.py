@@ -21,7 +21,7 @@ class PredictionFile(BasePredictionWriter):
         self._path: Path | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins the file."""
+        """Creates the file."""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
@@ -38,7 +38,7 @@ class PredictionFile(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Adds a batch's rows: ``prompt``, ``reference``, ``generated``, and what else the data has of them."""
+        """Appends a batch's rows: ``prompt``, ``reference``, ``generated``, and the data's other columns."""
         assert self._path is not None
         with self._path.open("a", encoding="utf-8") as file:
             for row in prediction:
@@ -46,5 +46,5 @@ class PredictionFile(BasePredictionWriter):
                 file.write(json.dumps(known, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says where it is."""
+        """Prints its path."""
         print(f"Written: {self._path}")

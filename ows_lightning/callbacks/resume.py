@@ -1,4 +1,4 @@
-"""Resuming a run: loops continue exactly, changed options apply, and no checkpoint is saved twice."""
+"""Resuming a run exactly, with the options that are configured now."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import mark_step_saved
 
 RESUMABLE_TRAINER_ARGUMENTS = ("max_steps", "accumulate_grad_batches")
-"""What of the Trainer's may change in a resumed run, which is said."""
+"""Arguments of the Trainer that a resumed run may change; a change is logged."""
 
 
 class Resume(Callback):
     """Lets a run continue exactly after the checkpoint's step, with the options and number of steps that are configured now.
 
-    Lightning alone would take the options from the checkpoint; what changes is said. And no ModelCheckpoint saves the step
+    Lightning alone would take the options from the checkpoint; changes are logged. And no ModelCheckpoint saves the step
     again at which the run is resumed: it would do so after the first micro-batch, of which a checkpoint keeps no gradients,
     and a run resumed from there would have missed it.
     """
 
     def __init__(self) -> None:
-        self._options: list[dict[str, Any]] = []  # of all optimizers' groups
-        self._options_before: list[dict[str, Any]] | None = None
-        self._before: dict[str, int | None] = {}
+        self._options: list[dict[str, Any]] = []  # of all optimizers' groups, as configured
+        self._saved_options: list[dict[str, Any]] | None = None  # as configured in the run that is resumed
+        self._saved_arguments: dict[str, int | None] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts afresh, and makes the Trainer's loops exact."""
-        self._options, self._options_before, self._before = [], None, {}
+        """Forgets an earlier run, and makes the Trainer's loops exact."""
+        Resume.__init__(self)
         if stage == "fit":
             resume_exactly(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the options as they are configured: the checkpoint is read after this."""
+        """Copies the configured options before the checkpoint overwrites them."""
         kept = ("params", "param_names", "lr", "initial_lr")
         self._options = [
             {**{k: v for k, v in group.items() if k not in kept}, "lr": group.get("initial_lr", group["lr"])}
@@ -44,14 +44,14 @@ class Resume(Callback):
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Applies them where a run is resumed."""
+        """Applies them to a resumed run, and logs what changed."""
         if trainer.ckpt_path is None:
             return
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 mark_step_saved(callback, trainer.global_step)
         changed = self._apply_options(trainer)
-        for name, before in self._before.items():
+        for name, before in self._saved_arguments.items():
             if before not in (None, now := getattr(trainer, name)):
                 changed[name] = f"trainer.{name} from {before} to {now}"
         if changed:
@@ -59,7 +59,7 @@ class Resume(Callback):
 
     def _apply_options(self, trainer: Trainer) -> dict[str, str]:
         changed = {}
-        before = self._options_before or [{}] * len(self._options)
+        before = self._saved_options or [{}] * len(self._options)
         for group, configured, formerly in zip(_groups(trainer), self._options, before, strict=True):
             for key, value in configured.items():
                 place = "initial_lr" if key == "lr" and "initial_lr" in group else key
@@ -77,14 +77,14 @@ class Resume(Callback):
         return changed
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the numbers and the optimizers' options that are configured."""
+        """Saves the configured options and Trainer arguments."""
         checkpoint.update({name: getattr(trainer, name) for name in RESUMABLE_TRAINER_ARGUMENTS})
         checkpoint["configured_options"] = self._options
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes over what they were."""
-        self._before = {name: checkpoint.get(name) for name in RESUMABLE_TRAINER_ARGUMENTS}
-        self._options_before = checkpoint.get("configured_options")
+        """Reads those of the run that is resumed."""
+        self._saved_arguments = {name: checkpoint.get(name) for name in RESUMABLE_TRAINER_ARGUMENTS}
+        self._saved_options = checkpoint.get("configured_options")
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:

@@ -15,28 +15,28 @@ from ows_lightning.checkpoints.files import partial_path, replace_atomically
 class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint whose ``last.ckpt`` is made of hard links to the checkpoint that was just saved, if there is one.
 
-    Hard links outlive their twin, which may be removed when it is no longer among the best, and need no second writing. Where
+    A hard link stays when the checkpoint is removed, being no longer among the best, and needs no second writing. Where
     the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole.
     """
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        twin = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
-        if not (filepath == self.last_model_path != twin and twin and self._link(trainer, Path(twin), Path(filepath))):
+        newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
+        if not (filepath == self.last_model_path != newest and newest and self._link(trainer, Path(newest), Path(filepath))):
             super()._save_checkpoint(trainer, filepath)
         remove_interrupted(trainer, Path(filepath))
 
     @staticmethod
-    def _link(trainer: Trainer, twin: Path, path: Path) -> bool:
+    def _link(trainer: Trainer, newest: Path, path: Path) -> bool:
         """Makes the link on rank 0; returns whether that worked."""
         linked = False
-        if trainer.is_global_zero and twin.exists():
+        if trainer.is_global_zero and newest.exists():
             partial = partial_path(path)
             try:
-                if twin.is_dir():
-                    shutil.copytree(twin, partial, copy_function=os.link)
+                if newest.is_dir():
+                    shutil.copytree(newest, partial, copy_function=os.link)
                 else:
                     partial.unlink(missing_ok=True)
-                    os.link(twin, partial)
+                    os.link(newest, partial)
                 replace_atomically(partial, path)
                 linked = True
             except OSError:

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: a model directory that any tool loads, and pictures."""
+"""The run's folder: locked while the run lasts; in the end it holds the model in Hugging Face's format, and plots."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Returns the folder of a run: its logger's, or ``default_root_dir``. To be called on all ranks: rank 0 tells it."""
+    """Returns the folder of a run: its logger's, or ``default_root_dir``. Call it on all ranks: rank 0 broadcasts it."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class RunFolder(Callback):
-    """Takes the run's folder for this run alone, and at the end of ``fit`` writes the trained model and pictures into it."""
+    """Locks the run's folder, and writes the trained model and plots into it at the end of ``fit``."""
 
     def __init__(self) -> None:
         self._locks: list[FileLock] = []
@@ -54,13 +54,13 @@ class RunFolder(Callback):
             raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
         except OSError as error:  # Timeout is one
             raise not_writable("trainer.default_root_dir", folder, error) from error
-        _clear_away(folder)
+        _remove_leftovers(folder)
         checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
         if checkpoints and "://" not in str(checkpoints) and folder not in Path(checkpoints).absolute().parents:
-            self._take(Path(checkpoints))
+            self._lock_checkpoints(Path(checkpoints))
 
-    def _take(self, checkpoints: Path) -> None:
-        """Clears away in a folder of checkpoints that lies elsewhere, unless another run saves there."""
+    def _lock_checkpoints(self, checkpoints: Path) -> None:
+        """Locks a folder of checkpoints outside the run's folder and removes unfinished ones, unless another run uses it."""
         with contextlib.suppress(Timeout, OSError):
             checkpoints.mkdir(parents=True, exist_ok=True)
             self._locks.append(FileLock(checkpoints / ".lock"))
@@ -68,13 +68,13 @@ class RunFolder(Callback):
             _remove_unfinished(checkpoints)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the folder back, and names it where its disk is full: what can't be written to an open file does not."""
+        """Unlocks the folder; adds its name to the error of a full disk, which names no file."""
         if isinstance(exception, OSError) and exception.errno in DISK_FULL and not exception.filename:
             exception.filename = str(self._folder)
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the folder back, and the sampling callback the one that it had."""
+        """Unlocks the folder, and restores the sampling callback's."""
         if self._sampling is not None:
             sampling, folder = self._sampling
             sampling.folder, self._sampling = folder, None
@@ -83,7 +83,7 @@ class RunFolder(Callback):
         self._locks = []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``model/`` and the PNGs into the run's folder."""
+        """Writes ``model/`` and the plots."""
         folder = run_folder(trainer)
         if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module.hparams, folder))
@@ -91,8 +91,8 @@ class RunFolder(Callback):
             _show_in_tensorboard(write_pictures(folder), trainer)
 
 
-def _clear_away(folder: Path) -> None:
-    """Removes unfinished checkpoints of killed runs, in this run's folder and in its siblings that no run uses."""
+def _remove_leftovers(folder: Path) -> None:
+    """Removes unfinished checkpoints of killed runs from this run's folder and from its unlocked siblings."""
     for checkpoints in (folder / "checkpoints", *folder.parent.glob("version_*/checkpoints")):
         lock = FileLock(checkpoints.parent / ".lock")
         try:

@@ -1,4 +1,4 @@
-"""What a run is about to do, said before it starts, and what it gained, said when it has ended."""
+"""A summary of a run before it starts, and of its results when it has ended."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FIGURES = {"val_loss": ("loss", "{:.3f}"), "val_exact_match": ("exact match", "
 
 
 class RunSummary(Callback):
-    """Logs a summary before the sanity check, and the held-out figures before and after the training at the end.
+    """Logs a summary before the sanity check, and the validation metrics before and after the training at the end.
 
     The figures from before are those of the sanity check: of all validation batches with ``num_sanity_val_steps: -1``, else of
     the first ones, and the log says how many these are.
@@ -54,10 +54,9 @@ class RunSummary(Callback):
         self.predicted: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts afresh."""
+        """Forgets an earlier run."""
         if stage == "fit":
-            self.before, self.batches_before = {}, ""
-            self.seconds_before, self.trained, self.predicted = 0.0, False, None
+            RunSummary.__init__(self, self.config)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the summary."""
@@ -73,7 +72,7 @@ class RunSummary(Callback):
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs which share of the weights trains at some time in the run, where the draws follow from the scores."""
+        """Logs the share of the weights that train at some time, if the draws are known beforehand."""
         sampling = LayerwiseSampling.of(trainer)
         steps = trainer.estimated_stepping_batches
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
@@ -86,17 +85,17 @@ class RunSummary(Callback):
         log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(layers), _share(parameters, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Notes that something trains: a resumed run may have ended before."""
+        """Remembers that something was trained; a resumed run may have had no step left."""
         self.trained = True
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the figures from before the training, those of the first start where the run is resumed."""
-        if not self.before and (figures := _held_out(trainer)):
+        """Keeps the metrics from before the training; a resumed run keeps those of its first start."""
+        if not self.before and (figures := _validation_metrics(trainer)):
             self.before, self.batches_before = figures, _batches_checked(trainer)
             log.info("Before training%s: held-out %s", self.batches_before, _figures(figures))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what the method itself cost: scores, draws and subspaces; and what frozen blocks in int8 made of the loss."""
+        """Logs the time of scores, draws and subspaces, and the loss with int8 blocks beside that of exact weights."""
         sampling, whole = LayerwiseSampling.of(trainer), self._seconds()
         seconds = sampling.seconds if sampling is not None else 0.0
         seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
@@ -106,30 +105,26 @@ class RunSummary(Callback):
             log.info("Held-out loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what was gained, where it is, and how to go on."""
+        """Logs the validation metrics before and after, the run's folder, and the next commands."""
         folder = run_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero:
             return
         if not self.trained:  # a resumed run that had ended
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
-        if after := _held_out(trainer):
+        if after := _validation_metrics(trainer):
             log.info("After training: held-out %s", _figures(after, self.before, self.batches_before))
         if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, LayerwiseSampling.of(trainer))) is not None:
             whole, delta, share = megabytes(sizes.model), megabytes(sizes.delta), sizes.delta / sizes.model
-            log.info(
-                "The model has %s, of which training reached %s (%.0f%%); a delta (export --delta) holds that, compressed",
-                whole,
-                delta,
-                100 * share,
-            )
+            reached = f"training reached {delta} ({100 * share:.0f}%)"
+            log.info("The model has %s, of which %s; a delta (export --delta) holds that, compressed", whole, reached)
         last = getattr(trainer.checkpoint_callback, "last_model_path", "")
         quoted = shlex.quote(str(folder))
+        steps = [f"report {quoted}", f"test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}"][: 1 + bool(last)]
         log.info(
             "%s has the model in model/ (for AutoModelForCausalLM.from_pretrained), checkpoints/, metrics.csv and pictures.\n"
-            "Next: %s%s",
+            "Next: %s",
             folder,
-            command_line(f"report {quoted}"),
-            "\n      " + command_line(f"test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}") if last else "",
+            "\n      ".join(map(command_line, steps)),
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -142,8 +137,8 @@ class RunSummary(Callback):
         return {"before": dict(self.before), "batches_before": self.batches_before, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them over from the run that is resumed."""
-        self.before, self.batches_before = dict(state_dict["before"]), state_dict.get("batches_before", "")
+        """Restores them in a resumed run."""
+        self.before, self.batches_before = state_dict["before"], state_dict.get("batches_before", "")
         self.seconds_before = state_dict.get("seconds", 0.0)
 
     def _seconds(self) -> float:
@@ -159,7 +154,7 @@ class RunSummary(Callback):
         return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
 
     def _memory(self, trainer: Trainer, module: CausalLMModule) -> str:
-        """Returns the predicted memory; where it can't be predicted, a line that says so."""
+        """Returns the predicted memory, or why it can't be predicted."""
         device = module.device
         available = available_bytes(device)
         there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
@@ -188,16 +183,15 @@ def _data(trainer: Trainer) -> dict[str, str]:
     if not isinstance(data, InstructionDataModule):
         return {}
     figures = data.summary()
+    text = "a stream"
     if "rows" in figures:
         text = f"{figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['target_tokens']:,} of them targets"
-    else:
-        text = "a stream"
     text += f"; {figures['validation_rows']:,} rows held out"
     return {"Data": text, "A row": f"{_marked(data.sample_row())}  (trained: what is in «»)"}
 
 
 def _rows(trainer: Trainer) -> int | None:
-    """The number of training rows, where there is one: no batch is larger."""
+    """The number of training rows, if known: no batch is larger."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data.summary().get("rows") if isinstance(data, InstructionDataModule) else None
 
@@ -264,7 +258,7 @@ def _short(count: int) -> str:
     return f"{count / unit:.4g}{letter}"
 
 
-def _held_out(trainer: Trainer) -> dict[str, float]:
+def _validation_metrics(trainer: Trainer) -> dict[str, float]:
     return {name: float(trainer.callback_metrics[name]) for name in _FIGURES if name in trainer.callback_metrics}
 
 

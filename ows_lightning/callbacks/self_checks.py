@@ -1,4 +1,4 @@
-"""What a run finds of its own figures at its end: the three ways in which the paper's method fails (arXiv 2405.18380)."""
+"""Checks at a run's end for the three ways in which the paper's method fails (arXiv 2405.18380)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
 
-LEARNED = 0.95  # a loss that ends above this share of where it began is a poor result
-AS_LISA = 0.9  # and an optimizer's state above this share of LISA's saves nothing
-EVEN = 0.95  # draws among blocks as even as this are LISA's
-STEPS = 20  # fewer tell nothing about learning
-LISAS_BLOCKS = 2
+POOR_LOSS_RATIO = 0.95  # a loss that ends above this share of where it began is a poor result
+LISA_STATE_RATIO = 0.9  # and an optimizer's state above this share of LISA's saves nothing
+UNIFORM_RATIO = 0.95  # draws among blocks as even as this are LISA's
+LEAST_STEPS = 20  # fewer tell nothing about learning
+LISA_BLOCKS = 2
 
 
 class States(NamedTuple):
@@ -40,9 +40,9 @@ class States(NamedTuple):
 
 
 class SelfChecks(Callback):
-    """Logs a line for each failure of the method that a run's own figures show, or one that there is none.
+    """Logs a line for each such failure that the run's metrics show, or one line if there is none.
 
-    Only runs that sample blocks are looked at.
+    Only runs that sample blocks are checked.
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,11 +73,11 @@ def poor_result(losses: Sequence[float], states: States | None) -> str | None:
         losses: A loss a step; fewer than 20 tell nothing.
         states: The optimizer's, where it projects.
     """
-    if len(losses) < STEPS:
+    if len(losses) < LEAST_STEPS:
         return None
     tenth = len(losses) // 10
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    if last <= LEARNED * first:
+    if last <= POOR_LOSS_RATIO * first:
         return None
     text = f"poor result, the training loss went from {first:.3f} to {last:.3f}; try other learning rates"
     if states is not None and states.held > states.lisas / 2:
@@ -87,7 +87,7 @@ def poor_result(losses: Sequence[float], states: States | None) -> str | None:
 
 def memory_as_lisa(states: States | None) -> str | None:
     """Compares the optimizer's state with what LISA would hold."""
-    if states is None or states.held < AS_LISA * states.lisas:
+    if states is None or states.held < LISA_STATE_RATIO * states.lisas:
         return None
     return (
         f"memory as LISA's ({_share(states)}); lower model.rank or sampling.activated_layers, or leave embeddings and head "
@@ -96,10 +96,10 @@ def memory_as_lisa(states: States | None) -> str | None:
 
 
 def no_gain_over_lisa(probabilities: Sequence[float]) -> str | None:
-    """Looks whether blocks are drawn about evenly, as LISA does: the number of equally likely blocks of the same entropy."""
+    """Checks whether blocks are drawn about uniformly, as LISA does, by the exponential of the distribution's entropy."""
     entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
     blocks, count = math.exp(entropy), len(probabilities)
-    if blocks < EVEN * count:
+    if blocks < UNIFORM_RATIO * count:
         return None
     return (
         f"no gain over LISA to expect, outliers tell blocks hardly apart (draws are as even as among {blocks:.1f} of {count} "
@@ -115,7 +115,7 @@ def measure_states(optimizer: Optimizer, module: CausalLMModule) -> States:
     within = {p for layer in layers for p in layer.parameters()}
     block = max(sum(local(p).nbytes for p in layer.parameters()) for layer in layers)  # one that waits elsewhere has none
     others = sum(local(p).nbytes for p in module.parameters() if p not in within)
-    return States(held, 2 * (others + min(LISAS_BLOCKS, len(layers)) * block))
+    return States(held, 2 * (others + min(LISA_BLOCKS, len(layers)) * block))
 
 
 def _share(states: States) -> str:

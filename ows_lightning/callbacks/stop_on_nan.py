@@ -1,45 +1,37 @@
-"""When to give up on a run whose gradients stay NaN or Inf."""
+"""Ending a run whose gradients stay NaN or Inf."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from ows_lightning.callbacks import StepCallback
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.errors import RunError
 from ows_lightning.module import CausalLMModule
 
 
-class StopOnNaN(Callback):
+class StopOnNaN(StepCallback):
     """Ends a run of CausalLMModule after ``model.max_skipped_steps`` skipped steps in a row.
 
     The weights are still those of the last good step then. The error names the last checkpoint; without one, it is saved here.
     """
 
-    def __init__(self) -> None:
-        self._in_a_row, self._step = 0, 0
+    _in_a_row = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts afresh."""
+        """Forgets an earlier run."""
         self._in_a_row = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts from here."""
-        self._step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts, and ends the run.
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts skipped steps, and ends the run.
 
         Raises:
             RunError: On all ranks.
         """
-        if not isinstance(pl_module, CausalLMModule) or trainer.global_step == self._step or pl_module.last_step is None:
+        if not isinstance(pl_module, CausalLMModule) or pl_module.last_step is None:
             return
-        self._step = trainer.global_step
         self._in_a_row = self._in_a_row + 1 if pl_module.last_step.skipped else 0
         if self._in_a_row < pl_module.hparams["max_skipped_steps"]:
             return

@@ -1,4 +1,4 @@
-"""What training costs: tokens, time, memory, and the search for subspaces."""
+"""Tokens a second, time and memory of training, and the progress bar."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from ows_lightning.callbacks import StepCallback
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -20,7 +21,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-class Throughput(Callback):
+class Throughput(StepCallback):
     """Logs what each optimizer step of CausalLMModule costs; a resumed run's figures go on from the checkpoint's.
 
     ``tokens_per_second`` counts the time from each batch's start to its end, so neither validation nor generation, scoring,
@@ -30,24 +31,14 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        sums = ("tokens", "target_tokens", "time_s", "renewal_s")
-        self._before = dict.fromkeys(sums, 0.0)  # sums of the runs that this one resumes
-        self._begin()
-
-    def _begin(self) -> None:
+        self._before: dict[str, float] = {}  # sums of the runs that this one resumes
         self._tokens, self._targets, self._start = 0, 0, time.perf_counter()
         self._seconds, self._batch_start = 0.0, 0.0  # within batches of the step under way
-        self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Starts afresh."""
+        """Forgets an earlier run."""
         if stage == "fit":
-            self._before = dict.fromkeys(self._before, 0.0)
-            self._begin()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts steps from here."""
-        self._step = trainer.global_step
+            Throughput.__init__(self)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the clock."""
@@ -56,11 +47,14 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops the clock, and logs when the optimizer has stepped."""
+        """Stops the clock."""
         self._seconds += time.perf_counter() - self._batch_start
-        if not isinstance(pl_module, CausalLMModule) or trainer.global_step == self._step or pl_module.last_step is None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the step's figures."""
+        if not isinstance(pl_module, CausalLMModule) or pl_module.last_step is None:
             return
-        self._step = trainer.global_step
         self._tokens += pl_module.last_step.tokens
         self._targets += pl_module.last_step.targets
         pl_module.log("tokens_per_second", pl_module.last_step.tokens / self._seconds, prog_bar=True)
@@ -80,16 +74,15 @@ class Throughput(Callback):
             "time_s": time.perf_counter() - self._start,
             "renewal_s": renewals,
         }
-        return {name: value + self._before[name] for name, value in here.items()}
+        return {name: value + self._before.get(name, 0.0) for name, value in here.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the sums so far."""
+        """Saves the sums so far."""
         checkpoint["progress"] = self._sums(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Goes on from the checkpoint's sums."""
-        saved = checkpoint.get("progress", {})
-        self._before = {name: float(saved.get(name, 0.0)) for name in self._before}
+        """Restores the sums of the run that is resumed."""
+        self._before = checkpoint.get("progress", {})
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:

@@ -1,67 +1,57 @@
 """Checksums of checkpoints: any byte that changes after a checkpoint was written is found before anything of it is used.
 
-A file that torch writes is a zip archive; the CRC-32 of all of it stands behind it, as the archive's comment, which torch and
-zip tools pass over. The sums of the other files of a directory of shards are in its ``meta.pt``.
+A file that torch writes is a zip archive, whose own sums leave out headers and padding. So the CRC-32 of all of it is at its
+end, as the archive's comment, which torch and zip tools pass over. The sums of the other files of a directory of shards are in
+its ``meta.pt``.
 """
 
 from __future__ import annotations
 
 import functools
+import io
+import os
 import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ows_lightning.models.mapped_files import drop_page_cache
 
-_COMMENT = b"crc32 %08x"
-_LENGTH = len(_COMMENT % 0)
+_COMMENT = b"sum32 %08x"
+_LENGTH = len(_COMMENT % 0).to_bytes(2, "little")  # the archive's last two bytes, which are 0 without a comment
 _CHUNK = 1 << 22
 
 
-class SummedFile:
-    """What ``torch.save`` writes to, which adds the sum at the end.
+class SummedFile(io.BufferedWriter):
+    """A file for ``torch.save`` to write to, which sums up what is written."""
 
-    Args:
-        file: Open for writing.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
         self._sum = 0
-        self._end = b""  # the last two bytes: in an archive's end, the length of its comment
 
     def write(self, data: Any) -> int:
         """Writes bytes."""
-        view = memoryview(data).cast("B")
-        if len(view) < 2:
-            self._end += bytes(view)
-            self._put(self._end[:-2])
-            self._end = self._end[-2:]
-        else:
-            self._put(self._end)
-            self._put(view[:-2])
-            self._end = bytes(view[-2:])
-        drop_page_cache()  # of the weight that was written
-        return len(view)
-
-    def flush(self) -> None:
-        """Does nothing: the file is flushed by its owner."""
-
-    def close(self) -> None:
-        """Writes the comment with the sum; the file itself stays open."""
-        self._put(_LENGTH.to_bytes(2, "little"))
-        self._file.write(_COMMENT % self._sum)
-
-    def _put(self, data: bytes | memoryview) -> None:
         self._sum = zlib.crc32(data, self._sum)
-        self._file.write(data)
+        written = super().write(data)
+        drop_page_cache()  # of the weight that was written
+        return written
+
+    def add_comment(self) -> None:
+        """Ends the archive with a comment that holds the sum."""
+        self.seek(-2, os.SEEK_END)
+        super().write(_LENGTH + _COMMENT % self._sum)
 
 
 def file_sum(path: Path, length: int | None = None) -> int:
-    """The CRC-32 of a file, or of its first ``length`` bytes."""
-    total, left = 0, path.stat().st_size if length is None else length
+    """The CRC-32 of a file, or of its first ``length`` bytes; read once as long as the file stays as it is."""
+    about = path.stat()
+    return _file_sum(path, about.st_size if length is None else length, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_sum(path: Path, left: int, *_: int) -> int:
+    total = 0
     with path.open("rb") as file:
         while left and (data := file.read(min(_CHUNK, left))):
             total = zlib.crc32(data, total)
@@ -69,25 +59,21 @@ def file_sum(path: Path, length: int | None = None) -> int:
     return total
 
 
-def check_sum(path: Path) -> bool:
-    """Compares a file with the sum at its end; read once as long as the file stays as it is.
+def check_comment(path: Path) -> bool:
+    """Compares an archive with the sum in its comment.
 
     Returns:
-        Whether it has a sum.
+        Whether it has one.
 
     Raises:
         ValueError: The file has changed.
     """
-    about = path.stat()
-    return _check_sum(path, about.st_size, about.st_mtime_ns, about.st_ino)
-
-
-@functools.lru_cache(maxsize=64)
-def _check_sum(path: Path, size: int, *_: int) -> bool:
+    end = path.stat().st_size - len(_LENGTH + _COMMENT % 0)
     with path.open("rb") as file:
-        file.seek(max(size - _LENGTH, 0))
-        found = re.fullmatch(rb"crc32 ([0-9a-f]{8})", file.read())
-    if found and int(found[1], 16) != file_sum(path, size - _LENGTH):
+        file.seek(max(end, 0))
+        length, comment = file.read(2), file.read()
+    found = re.fullmatch(rb"sum32 ([0-9a-f]{8})", comment)
+    if found and (length != _LENGTH or int(found[1], 16) != zlib.crc32(b"\0\0", file_sum(path, end))):
         raise ValueError("its checksum is wrong: bytes have changed since it was written")
     return found is not None
 
@@ -100,11 +86,5 @@ def check_sums(folder: Path, sums: Mapping[str, int]) -> None:
         OSError: One is not there.
     """
     for name, expected in sums.items():
-        about = (folder / name).stat()
-        if _file_sum(folder / name, about.st_size, about.st_mtime_ns, about.st_ino) != expected:
+        if file_sum(folder / name) != expected:
             raise ValueError(f"{name} has another checksum than when it was written")
-
-
-@functools.lru_cache(maxsize=1024)
-def _file_sum(path: Path, *_: int) -> int:
-    return file_sum(path)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ows_lightning.checkpoints.checksums import SummedFile, check_sum
+from ows_lightning.checkpoints.checksums import SummedFile, check_comment
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 METADATA = ".metadata"  # torch's name for the list of what is in the shards
@@ -29,8 +29,8 @@ class UnsafePickleError(pickle.UnpicklingError):
 
 
 def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, Any]:
-    """Reads a file of tensors and plain values after a look at its checksum; the tensors are mapped into memory."""
-    summed = check_sum(path)
+    """Reads a file of tensors and plain values, whose checksum is verified first; tensors are memory-mapped."""
+    summed = check_comment(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -39,20 +39,19 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
         raise UnsafePickleError from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")
-    if checkpoint.pop("summed", False) and not summed:
+    if checkpoint.pop("has_checksum", False) and not summed:
         raise ValueError("its checksum is lost: bytes have changed since it was written")
     return checkpoint
 
 
-def write(value: dict[str, Any], path: Path) -> None:
-    """Writes a file of tensors and plain values with its checksum, and waits until it is on the disk."""
-    with path.open("wb") as file:
+def save_file(value: dict[str, Any], path: Path) -> None:
+    """Writes a file of tensors and plain values with its checksum, and flushes it to the disk."""
+    with SummedFile(path) as file:
         try:
-            summed = SummedFile(file)
-            torch.save({**value, "summed": True}, summed)  # type: ignore[arg-type]  # it needs no more than `write`
-            summed.close()
+            torch.save({**value, "has_checksum": True}, file)
         except RuntimeError as error:
             raise root_cause(error) from error
+        file.add_comment()
         file.flush()
         os.fsync(file.fileno())
 
@@ -63,21 +62,21 @@ def partial_path(path: Any) -> Path:
 
 
 def replace_atomically(partial: Path, path: Path) -> None:
-    """Gives a finished file or directory its name; what had the name before is there until then, if as ``.NAME.old``."""
+    """Renames a finished file or directory to its final name; a directory that it replaces is ``.NAME.old`` meanwhile."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if partial.is_dir():
         for written in (*partial.iterdir(), partial):
-            _to_disk(written)
+            _fsync(written)
     if path.is_dir():
         path.rename(old)
     partial.replace(path)
     shutil.rmtree(old, ignore_errors=True)
-    _to_disk(path.parent)
+    _fsync(path.parent)
 
 
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
+def _fsync(path: Path) -> None:
+    """Flushes a file, or a directory's entries, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -86,7 +85,7 @@ def _to_disk(path: Path) -> None:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What went wrong on the first process that failed; of a file that torch could not finish, why it could not."""
+    """The error behind one of torch's: that of the first failed process, or the one that kept a file from being finished."""
     if isinstance(error, dcp.CheckpointException):
         return root_cause(next(iter(error.failures.values()))[0])
     return error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a user means, and the last good one beside a damaged one."""
+"""Finding the checkpoint that a user means, or the newest undamaged one."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
             raise UsageError(f"ckpt_path: no checkpoint '{ckpt_path}'")
         return ckpt_path
     if ckpt_path != "last":
-        read(Path(ckpt_path), load_without_tensors)
+        read_checkpoint(Path(ckpt_path), load_without_tensors)
         return Path(ckpt_path)
-    return next((path for place in places for folder in _folders(place) if (path := last_good(folder))), None)
+    return next((path for place in places for folder in _checkpoint_folders(place) if (path := last_good(folder))), None)
 
 
-def _folders(place: Path) -> Iterator[Path]:
-    """Yields the folders of checkpoints in a place, the newest run's first."""
+def _checkpoint_folders(place: Path) -> Iterator[Path]:
+    """Yields the folders of checkpoints below a folder, the newest run's first."""
     runs = [run for run in place.glob("version_*") if run.name[8:].isdigit()]
     for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
         yield run / "checkpoints"
@@ -80,7 +80,7 @@ def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
 
 
 def load_without_tensors(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint's contents with unloaded tensors, after all checksums were compared."""
+    """Returns a checkpoint's contents with memory-mapped or no tensors, after all checksums were verified."""
     if not path.is_dir():
         return load_file(path)
     contents = load_file(path / META, needed=REQUIRED_KEYS[1:])
@@ -91,14 +91,14 @@ def load_without_tensors(path: Path) -> dict[str, Any]:
     return contents
 
 
-def read(path: Path, how: Callable[[Path], T]) -> T:
-    """Reads a checkpoint; what is wrong with it becomes one line that names the last good one beside it."""
+def read_checkpoint(path: Path, how: Callable[[Path], T]) -> T:
+    """Reads a checkpoint by a function; any fault becomes one line that names the last good checkpoint beside it."""
     if not path.exists():
-        raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_mend(path)}")
+        raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_hint(path)}")
     if path.is_dir() and not any((path / name).exists() for name in (META, METADATA)):
-        within = next(filter(None, map(last_good, _folders(path))), None)
-        mend = f"the last good one in it is '{within}'" if within else "there is no good one in it"
-        raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {mend}")
+        within = next(filter(None, map(last_good, _checkpoint_folders(path))), None)
+        hint = f"the last good one in it is '{within}'" if within else "there is no good one in it"
+        raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {hint}")
     if not path.is_dir() and not path.is_file():
         raise UsageError(f"ckpt_path: '{path}' is a device or a pipe, not a checkpoint; give the path of one, or `last`")
     try:
@@ -108,9 +108,9 @@ def read(path: Path, how: Callable[[Path], T]) -> T:
         raise
     except READ_ERRORS as error:
         reason = first_line(error)
-        raise UsageError(f"ckpt_path: '{path}' is damaged or no checkpoint of a run ({reason}); {_mend(path)}") from error
+        raise UsageError(f"ckpt_path: '{path}' is damaged or no checkpoint of a run ({reason}); {_hint(path)}") from error
 
 
-def _mend(path: Path) -> str:
+def _hint(path: Path) -> str:
     good = last_good(path.parent, other_than=path) if path.parent.is_dir() else None
     return f"the last good one is '{good}'" if good else "there is no good one beside it"

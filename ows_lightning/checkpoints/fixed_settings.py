@@ -1,4 +1,4 @@
-"""The settings that a run keeps from its first step to its last: saved in its checkpoints, and checked when one is loaded."""
+"""The settings that a resumed run can't change: saved in checkpoints, and checked when one is loaded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from ows_lightning.errors import UsageError, command_line
 
-MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddings", "lora")
-SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping", "resting_rank")
+FIXED_MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddings", "lora")
+FIXED_SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping", "resting_rank")
 
 
-def lasting_settings(
+def fixed_settings(
     hparams: Mapping[str, Any], num_layers: int, architecture: Mapping[str, Any], sampling: object | None
 ) -> dict[str, Any]:
     """Returns the settings that can't change, as plain values by their YAML keys.
@@ -23,7 +23,7 @@ def lasting_settings(
         architecture: See ``architecture_of``.
         sampling: The run's LayerwiseSampling, if it has one.
     """
-    settings: dict[str, Any] = {f"model.{key}": hparams[key] for key in MODEL_KEYS if key in hparams}
+    settings: dict[str, Any] = {f"model.{key}": hparams[key] for key in FIXED_MODEL_KEYS if key in hparams}
     settings |= {"number of blocks": num_layers, **architecture}
     if sampling is not None:
         settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
@@ -32,7 +32,7 @@ def lasting_settings(
 
 def sampling_settings(sampling: object) -> dict[str, Any]:
     """Returns a BlockSampler's settings that can't change, as plain values by their names."""
-    return {key: _plain(getattr(sampling, key)) for key in SAMPLING_KEYS}
+    return {key: _plain(getattr(sampling, key)) for key in FIXED_SAMPLING_KEYS}
 
 
 def check_settings(
@@ -41,7 +41,7 @@ def check_settings(
     """Refuses to resume a run with settings that it can't change, or to evaluate one model with another's weights.
 
     Args:
-        saved: The ``lasting_settings`` in the checkpoint; None if it has none.
+        saved: The ``fixed_settings`` in the checkpoint; None if it has none.
         now: Those of the run that loads it.
         resumes: Whether it goes on training; else the model's dimensions alone have to agree.
         named: What the error begins with.

@@ -19,9 +19,9 @@ from ows_lightning.checkpoints.files import (
     partial_path,
     replace_atomically,
     root_cause,
-    write,
+    save_file,
 )
-from ows_lightning.checkpoints.find import last_good, read
+from ows_lightning.checkpoints.find import last_good, read_checkpoint
 from ows_lightning.checkpoints.shards import load_shards
 from ows_lightning.errors import RunError
 
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints, made safe against kills, full disks and damaged files."""
+    """Lightning's checkpoint IO, made safe against kills, full disks and damaged files."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a file under a temporary name, and gives it its own when it is on the disk.
+        """Writes a file under a temporary name, and renames it when it is on the disk.
 
         Raises:
             RunError: It can't be written; what was at ``path`` is still there.
@@ -43,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         partial = partial_path(path)
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            write(checkpoint, partial)
+            save_file(checkpoint, partial)
             replace_atomically(partial, Path(path))
         except (OSError, RuntimeError) as error:
             raise write_error(path, error) from error
@@ -59,19 +59,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)
-        return read(Path(path), lambda path: load_shards(path) if path.is_dir() else load_file(path))
+        return read_checkpoint(Path(path), lambda path: load_shards(path) if path.is_dir() else load_file(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes a checkpoint; a directory that is half removed never bears a checkpoint's name."""
+        """Removes a checkpoint; a directory is renamed first, so that no half of it looks like a checkpoint."""
         if Path(path).is_dir():
             path = Path(path).rename(partial_path(path))
         super().remove_checkpoint(path)
-
-
-# ------------------------------------------------------------------ finding
-
-
-# ------------------------------------------------------------------ files
 
 
 def write_error(path: Any, error: BaseException) -> BaseException:
@@ -82,6 +76,3 @@ def write_error(path: Any, error: BaseException) -> BaseException:
     before = last_good(Path(path).parent)
     kept = f"'{before}' is still good" if before else "there is no earlier one"
     return RunError(f"can't write the checkpoint '{path}' ({first_line(reason)}); {kept}; free space on the disk and resume")
-
-
-# ------------------------------------------------------------------ shards

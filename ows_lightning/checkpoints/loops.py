@@ -1,4 +1,4 @@
-"""Lightning's training loops, which go on after a restart exactly behind the last optimizer step."""
+"""Lightning's training loops, which resume exactly after the last optimizer step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 def resume_exactly(trainer: Trainer) -> None:
-    """Lets a Trainer's ``fit`` resume exactly; call it before the checkpoint is read. A user's own loops are left alone."""
+    """Makes a Trainer's ``fit`` resume exactly; call it before the checkpoint is read. A user's own loops stay as they are."""
     if type(trainer.fit_loop) is _FitLoop and type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop:
         trainer.fit_loop.__class__ = ExactFitLoop
         trainer.fit_loop.epoch_loop.__class__ = ExactEpochLoop
 
 
 class ExactEpochLoop(_TrainingEpochLoop):
-    """An epoch that a resumed run enters behind its last optimizer step.
+    """The loop over an epoch's batches, which a resumed run enters after its last optimizer step.
 
     Lightning 2.6 leaves out a validation that was due, counts the step twice after others, and loses or repeats an epoch after
     several checkpoints of an epoch's last batch. Here the first turn of a resumed epoch trains nothing and does all that
@@ -35,11 +35,11 @@ class ExactEpochLoop(_TrainingEpochLoop):
 
     @property
     def done(self) -> bool:
-        """Not before what follows the last step is done."""
+        """False until all that follows the last step has been done."""
         return not self.behind_step and super().done
 
     def reset(self) -> None:
-        """Leaves the counters of an epoch that is resumed as they are."""
+        """Keeps the counters of an epoch that is resumed."""
         if not self.behind_step:
             super().reset()
 
@@ -60,7 +60,7 @@ class ExactEpochLoop(_TrainingEpochLoop):
             self.count_steps(done=True)
 
     def rewind(self) -> None:
-        """Makes the counters those of the end of the last optimizer step: checkpoints keep no gradients."""
+        """Sets the counters back to the end of the last optimizer step: checkpoints hold no gradients."""
         batches: Any = self.batch_progress  # Lightning declares less than its counters have
         # A checkpoint of a batch's end has the batch not completed. In mid-step the validation of the last step is long over.
         self._validated = self._unfinished > 0 or batches.current.completed == batches.current.processed
@@ -78,18 +78,18 @@ class ExactEpochLoop(_TrainingEpochLoop):
             batches.is_last_batch = batches.current.processed >= of_epoch
 
     def count_steps(self, done: bool) -> None:
-        """Sets the step that is logged, which counts those whose turn is done."""
+        """Sets the step number that is logged, which counts steps whose turn of the loop has ended."""
         if self.trainer.lightning_module.automatic_optimization:
             self._batches_that_stepped = self.global_step - (not done)
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Adds how many batches are of a step that has only begun."""
+        """Saves the number of batches of an unfinished step."""
         batches: Any = self.batch_progress
         unfinished = batches.current.processed % self.trainer.accumulate_grad_batches if self._should_accumulate() else 0
         return {**super().on_save_checkpoint(), "unfinished": unfinished}
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Takes that number over."""
+        """Reads that number."""
         super().on_load_checkpoint(state_dict)
         self._unfinished = state_dict.get("unfinished", 0)
 
@@ -103,28 +103,28 @@ class ExactFitLoop(_FitLoop):
 
     @property
     def done(self) -> bool:
-        """Not before what follows the last step is done."""
+        """False until all that follows the last step has been done."""
         return not self.epoch_loop.behind_step and super().done
 
     def remember_position(self) -> None:
-        """Keeps where the loaders are at the start of a step of several batches."""
+        """Remembers the loaders' position at the start of a step of several batches."""
         if self.trainer.accumulate_grad_batches > 1 and self._combined_loader is not None:
             self._position = self._combined_loader._state_dicts()
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Saves the loaders' position at the end of the last step."""
+        """Saves the loaders' position as of the end of the last step."""
         state = super().on_save_checkpoint()
         if self._position and self._should_accumulate():
             state["combined_loader"] = self._position
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
-        """Takes over a checkpoint's counters; what they mean is found out when the data is there."""
+        """Loads a checkpoint's counters, which are interpreted when the data is there."""
         super().load_state_dict(state_dict, prefix)
         self._loaded = True
 
     def setup_data(self) -> None:
-        """Makes the loader, and finds out where a resumed run goes on: behind a step, or at the start of an epoch."""
+        """Makes the loader, and finds out where a resumed run continues: after a step, or at the start of an epoch."""
         super().setup_data()
         if not self._loaded:
             return
@@ -149,7 +149,7 @@ class ExactFitLoop(_FitLoop):
         epoch.count_steps(done=not behind_step)
 
     def reset(self) -> None:
-        """Does not begin the epoch again that is resumed."""
+        """Does not restart the epoch that is resumed."""
         super().reset()
         if self.epoch_loop.behind_step:
             self._restart_stage = RestartStage.RESTARTED_MID_EPOCH

@@ -1,4 +1,4 @@
-"""Checkpoints in shards: a directory into which each process wrote its part."""
+"""Sharded checkpoints: a directory into which each process wrote its part."""
 
 from __future__ import annotations
 

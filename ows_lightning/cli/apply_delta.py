@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ows_lightning.cli.flags import Parser
+from ows_lightning.cli.help import CommandParser
 
 
 def run(words: list[str]) -> None:
     """Writes the model, and says how much smaller the delta is."""
-    parser = Parser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
+    parser = CommandParser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
     parser.add_argument("base", metavar="BASE", help="The model that the run started from: hub name, directory or .gguf file")
     parser.add_argument("delta", metavar="DELTA", help="The delta's directory")
     parser.add_argument("--output", type=Path, default=Path("model"), help="The directory to write (default: model)")

@@ -1,11 +1,14 @@
-"""``chat --model DIR``: a conversation in the terminal, or with lines from a pipe, each a message."""
+"""``chat MODEL``: a conversation in the terminal, or with lines from a pipe, each a message."""
 
 from __future__ import annotations
 
+import argparse
+import io
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
 
-from ows_lightning.cli.flags import Parser, add_generation_flags, standard_input
+from ows_lightning.cli.help import CommandParser
 from ows_lightning.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,13 +19,16 @@ _HELP = "/reset forgets the conversation, /system TEXT also sets the system mess
 
 def run(words: list[str]) -> None:
     """Loads the model, and answers each line."""
-    parser = Parser("chat", f"Talk to a model. A line is a message; {_HELP}.")
-    parser.add_argument("--model", required=True, help="A directory, hub name, .gguf file, delta, run's folder or checkpoint")
+    parser = CommandParser("chat", f"Talk to a model. A line is a message; {_HELP}.")
+    parser.add_argument("path", nargs="?", metavar="MODEL", help="The same as --model")
+    parser.add_argument("--model", help="A directory, hub name, .gguf file, delta, run's folder or checkpoint")
     add_generation_flags(parser)
     given = parser.parse_args(words)
+    if (given.path is None) == (given.model is None):
+        parser.error("give one model, as MODEL or as --model MODEL")
     from ows_lightning.cli.conversation import load
 
-    conversation = load(given.model, given)
+    conversation = load(given.model or given.path, given)
     lines = standard_input()
     typed = lines.isatty()
     if typed:
@@ -52,3 +58,39 @@ def _answer(conversation: Conversation, message: str) -> None:
             conversation.ask(message, stream=True)
         except UsageError as error:  # of this message; the next one may be shorter
             print(f"error: {error}", file=sys.stderr)
+
+
+def standard_input() -> TextIO:
+    """Returns standard input, as UTF-8 in any locale, with replacement characters for other bytes; empty if it is closed."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    return sys.stdin or io.StringIO()
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags for loading a model to talk to, and for generating its answers; `compare` has them, too."""
+    flag = parser.add_argument
+    flag("--max_new_tokens", type=_at_least(1, int), default=256, help="Most tokens of an answer (default: 256)")
+    flag("--temperature", type=_at_least(0, float), default=0.0, help="0, the default, always takes the likeliest token")
+    flag("--top_p", type=_share, default=1.0, help="Draw from the likeliest tokens that make this share (default: all)")
+    flag("--top_k", type=_at_least(0, int), default=0, help="Draw from this many likeliest tokens (default: all)")
+    flag("--seed", type=_at_least(0, int), default=0, help="Seed of the draws (default: 0)")
+    flag("--system", help="The system message")
+    flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
+    dtypes = ("float32", "bfloat16", "float16")
+    flag("--dtype", choices=dtypes, help="Of the weights; bfloat16 on a GPU, else float32")
+
+
+def _at_least(least: int, kind: Callable[[str], float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not least <= (value := kind(text)) < 2**63:
+            raise argparse.ArgumentTypeError(f"{value} is out of range; it must be a number of at least {least}")
+        return value
+
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0 < (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0 and at most 1")
+    return value

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from ows_lightning.checkpoints.find import read
+from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.cli.preflight import check_writable
 from ows_lightning.errors import UsageError
@@ -25,7 +25,7 @@ from ows_lightning.models.export import check_replaceable, save_huggingface
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.report.model_card import model_card, upload
 from ows_lightning.report.plots import plot_scores
-from ows_lightning.report.run import RunRecord
+from ows_lightning.report.run import RunRecord, run_folder_of
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
 from ows_lightning.sampling.scores import OutlierScores
@@ -153,7 +153,7 @@ class CommandTrainer(OWSTrainer):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | Path,
-        output: Path = Path("model"),
+        output: Path | None = None,
         push_to_hub: str | None = None,
         delta: bool = False,
     ) -> None:
@@ -163,18 +163,21 @@ class CommandTrainer(OWSTrainer):
             model: The module that the checkpoint was saved from.
             datamodule: Not needed.
             ckpt_path: The checkpoint.
-            output: The directory to write.
+            output: The directory to write; by default ``model-NAME`` in the run's folder, NAME being the checkpoint's.
             push_to_hub: Upload the directory to the hub under this name, ``owner/name``, too.
             delta: Write only the tensors that differ from the base model; `apply-delta` makes the model of both.
         """
         if not isinstance(model, CausalLMModule):
             raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
+        checkpoint = Path(ckpt_path)
+        run = run_folder_of(checkpoint) or checkpoint.absolute().parent
+        output = output or run / f"{'delta' if delta else 'model'}-{checkpoint.name.removesuffix('.ckpt')}"
         target = check_replaceable(output, model.hparams["model_name_or_path"])
         check_writable("output", target.parent)
         model.trainer = self  # the module reads the precision from it
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
-        read(Path(ckpt_path), lambda path: load_weights(model, path))
-        card = model_card(model.hparams, Path(ckpt_path).absolute().parent.parent)
+        read_checkpoint(checkpoint, lambda path: load_weights(model, path))
+        card = model_card(model.hparams, run)
         if delta:
             print(f"Written: {output} ({self._export_delta(model, target, card)})")
         else:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from ows_lightning.cli.flags import Parser, add_generation_flags, standard_input
+from ows_lightning.cli.chat import add_generation_flags, standard_input
+from ows_lightning.cli.help import CommandParser
 from ows_lightning.errors import UsageError, not_writable
 
 
 def run(words: list[str]) -> None:
     """Asks both models, prints a table, and writes it where the run's report looks for it."""
-    parser = Parser("compare", "Ask the base model and the tuned one the same, and show the answers side by side.")
+    parser = CommandParser("compare", "Ask the base model and the tuned one the same, and show the answers side by side.")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="Questions; by default the lines of standard input")
     parser.add_argument("--model", required=True, help="The tuned model: a directory, a run's folder or a checkpoint in it")
     parser.add_argument("--base", help="The base model; by default the one that the run of --model started from")
@@ -23,8 +24,9 @@ def run(words: list[str]) -> None:
     add_generation_flags(parser)
     given = parser.parse_args(words)
     from ows_lightning.cli.conversation import load
+    from ows_lightning.report.run import run_folder_of
 
-    run_folder = _run_folder(Path(given.model))
+    run_folder = run_folder_of(Path(given.model))
     base = given.base or _base(run_folder)
     prompts = given.prompts or [line.strip() for line in standard_input() if line.strip()]
     if not prompts:
@@ -48,14 +50,6 @@ def run(words: list[str]) -> None:
         except OSError as error:
             raise not_writable("output", output, error) from error
         print(f"Written: {output / 'comparison.csv'}")
-
-
-def _run_folder(model: Path) -> Path | None:
-    """The run's folder that a model's directory, a checkpoint or the folder itself belongs to."""
-    for folder in (model, model.absolute().parent, model.absolute().parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder
-    return None
 
 
 def _base(run_folder: Path | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 
-from ows_lightning.cli.flags import Parser
+from ows_lightning.cli.help import CommandParser
 from ows_lightning.errors import UsageError, nearest
 
 _PACKAGE = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ def shipped_data(name: Any) -> Any:
 
 def run(words: list[str]) -> None:
     """``configs``: the shipped files, each with its first line, which says what it is for."""
-    Parser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
+    CommandParser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
     for name, path in shipped_configs():
         print(f"{name:<26} {path.read_text().splitlines()[0].removeprefix('# ')}")
 

@@ -80,39 +80,16 @@ class Conversation:
             print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
 
 
-def generation(given: argparse.Namespace) -> dict[str, Any]:
-    """Returns the flags as arguments of ``generate``.
-
-    Raises:
-        UsageError: One is out of range.
-    """
-    if given.max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens: {given.max_new_tokens} must be at least 1")
-    if not 0 <= given.temperature < float("inf"):
-        raise UsageError(f"temperature: {given.temperature} must be a number of at least 0")
-    if not 0 < given.top_p <= 1:
-        raise UsageError(f"top_p: {given.top_p} must be above 0 and at most 1")
-    if given.top_k < 0:
-        raise UsageError(f"top_k: {given.top_k} must be at least 0")
-    if not 0 <= given.seed < 2**63:
-        raise UsageError(f"seed: {given.seed} is out of range; give a whole number of at least 0")
-    torch.manual_seed(given.seed)
-    drawn = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
-    sampling: dict[str, Any] = {"do_sample": True, **drawn} if given.temperature else {"do_sample": False}
-    return {"max_new_tokens": given.max_new_tokens, **sampling}
-
-
 def load(name: str, given: argparse.Namespace) -> Conversation:
     """Loads a model to talk to.
 
     Args:
         name: What ``model.model_name_or_path`` takes, a run's folder, a checkpoint in one, or a delta.
-        given: The flags of `flags.add_generation_flags`.
+        given: The flags of `add_generation_flags`.
 
     Raises:
         UsageError: There is no such model, or the device is not there.
     """
-    arguments = generation(given)
     asked = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)
@@ -126,9 +103,13 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
         model = load_model(directory, dtype).eval().to(device)
     stop_at(model, end_of_turn_id(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if not given.temperature:
+    torch.manual_seed(given.seed)
+    if given.temperature:
+        sampling = {"do_sample": True, "temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
+    else:
+        sampling = {"do_sample": False}
         model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
-    return Conversation(model, tokenizer, given.system, **arguments)
+    return Conversation(model, tokenizer, given.system, max_new_tokens=given.max_new_tokens, **sampling)
 
 
 def _directory(name: str, folder: Path) -> str:

@@ -1,18 +1,19 @@
-"""``COMMAND --help`` of the commands that take a config, read from the sources, since imports would take seconds."""
+"""``COMMAND --help``: read from the sources of commands that take a config, since imports take seconds; else argparse's."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import shutil
 import textwrap
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import docstring_parser
 
-from ows_lightning.errors import command_line
+from ows_lightning.errors import UsageError, command_line
 
 DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}
 """Where the command line's default differs from the class's."""
@@ -30,6 +31,18 @@ _MORE = """\
 Another model or optimizer is named by its class: --model my_package.MyModule, --model.optimizer torch.optim.AdamW.
 Its arguments follow: --model.optimizer.lr 1e-4; in YAML they stand below class_path and init_args.
 `{} --model.help CLASS` lists them."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's, for the commands that take no config: no abbreviated options, and errors are UsageErrors."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=command_line(command), description=description, allow_abbrev=False)
+        self.command = command
+
+    def error(self, message: str) -> NoReturn:
+        """Raises argparse's message as a UsageError."""
+        raise UsageError(f"{self.command}: {message}; `{self.prog} --help` lists the options")
 
 
 class Option(NamedTuple):

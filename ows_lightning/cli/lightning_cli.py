@@ -24,6 +24,7 @@ from ows_lightning.callbacks.predictions import PredictionFile
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.callbacks.throughput import ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
@@ -31,9 +32,8 @@ from ows_lightning.cli import siblings
 from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
-from ows_lightning.cli.numbers import check_numbers, check_rate
 from ows_lightning.cli.parser import OneLineParser, import_class
-from ows_lightning.cli.preflight import check_plan, check_run
+from ows_lightning.cli.preflight import check_numbers, check_plan, check_run
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -123,9 +123,7 @@ class OWSCLI(LightningCLI):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
         if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-        check_numbers(config)
-        if self.config.get("subcommand") == "fit":
-            check_rate(config)
+        check_numbers(config, trains=self.config.get("subcommand") == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
@@ -180,6 +178,8 @@ class OWSCLI(LightningCLI):
             check_run(self.subcommand, self.model, self.datamodule, sampling, checkpoint, trainer)
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning reports something else
+        # After the user's, which may log; before sampling, whose scores take a while.
+        callbacks.append(SaveOnSignal())
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
         callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_COMMANDS = {
     "fit": "Train",
-    "validate": "Evaluate on the held-out rows: loss, perplexity, exact match",
+    "validate": "Evaluate on the validation rows: loss, perplexity, exact match",
     "test": "Evaluate on the test rows",
     "predict": "Write the model's answers to rows",
     "score": "Compute the blocks' outlier scores alone",

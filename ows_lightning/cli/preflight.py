@@ -1,11 +1,12 @@
-"""Checks of a run's settings, before its weights are loaded and its devices used."""
+"""Checks of a command's settings before weights are loaded and devices used: one line names the setting and the mend."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -14,19 +15,14 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.plugins.environments import (
-    LSFEnvironment,
-    MPIEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.pytorch.plugins.environments import LSFEnvironment, MPIEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, nearest, not_writable
-from ows_lightning.memory.plan_settings import find_dimensions
+from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
 from ows_lightning.models.kernels import liger_for
 from ows_lightning.models.lora import lora_config
 from ows_lightning.module import CausalLMModule
@@ -43,9 +39,72 @@ LOGGED = (
 )  # fmt: skip
 """The figures that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
 
+_LEAST = {
+    **dict.fromkeys(("max_steps", "max_epochs", "num_sanity_val_steps", "save_top_k"), -1),
+    **dict.fromkeys(("log_every_n_steps", "accumulate_grad_batches", "num_nodes"), 1),
+    **dict.fromkeys(
+        (
+            "eps", "weight_decay", "momentum", "dampening", "seed", "num_workers", "gradient_clip_val", "overfit_batches",
+            "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "min_steps",
+            "min_epochs", "reload_dataloaders_every_n_epochs", "every_n_train_steps",
+        ),
+        0,
+    ),
+}  # fmt: skip
+"""The least value of a number, by the last word of its key. What has a class of ours for its owner is checked there."""
+
+_MORE = "give a number above 0, or leave it out"
+_NOT_ZERO = {
+    "fit": {
+        **dict.fromkeys(("max_steps", "max_epochs", "limit_train_batches"), f"trains nothing; {_MORE}"),
+        "val_check_interval": "is no interval; to validate never, set trainer.limit_val_batches: 0",
+        "check_val_every_n_epoch": "is no interval; null counts trainer.val_check_interval alone",
+    },
+    "validate": {"limit_val_batches": f"leaves nothing to validate; {_MORE}"},
+    "test": {"limit_test_batches": f"leaves nothing to test; {_MORE}"},
+    "predict": {"limit_predict_batches": f"leaves nothing to predict; {_MORE}"},
+}
+"""By command: the Trainer's arguments with which 0 makes it useless, and what 0 does."""
+
 _LAUNCHERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
 
-_BATCHES = {"validate": "limit_val_batches", "test": "limit_test_batches", "predict": "limit_predict_batches"}
+
+def check_numbers(config: Mapping[str, Any], trains: bool) -> None:
+    """Checks all numbers of a command's parsed config, those of optimizers and callbacks included.
+
+    Args:
+        config: The config of one command.
+        trains: Whether the command trains, so that a learning rate of 0 is a mistake.
+
+    Raises:
+        UsageError: One is not finite, beyond 64 bits, or out of its range; names its key.
+    """
+    for key, value in numbers(config):
+        name = key.rpartition(".")[2]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{key}: {value} is not finite; give a number, or leave the key out")
+        if not -(2**63) <= value < 2**63:
+            raise UsageError(f"{key}: {value:.3g} is beyond 64 bits; give a smaller number")
+        if value < _LEAST.get(name, -math.inf):
+            raise UsageError(f"{key}: {value} is out of range; it must be at least {_LEAST[name]}")
+        if name == "betas" and not 0 <= value < 1:
+            raise UsageError(f"{key}: {value} is out of range; both must be at least 0 and below 1")
+        if trains and key.startswith("model.") and name in ("lr", "learning_rate") and value <= 0:
+            raise UsageError(f"{key}: {value} must be above 0; with it nothing would train")
+
+
+def numbers(config: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """Yields the key and the value of every number, keys as a user writes them: without ``init_args``."""
+    if hasattr(config, "as_dict"):
+        config = config.as_dict()
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from numbers(value, key if name in ("init_args", "dict_kwargs") else f"{key}.{name}".lstrip("."))
+    elif isinstance(config, Sequence) and not isinstance(config, (str, bytes)):
+        for value in config:
+            yield from numbers(value, key)
+    elif isinstance(config, (int, float)) and not isinstance(config, bool):
+        yield key, config
 
 
 def check_run(
@@ -56,131 +115,41 @@ def check_run(
     checkpoint: ModelCheckpoint,
     trainer: Mapping[str, Any],
 ) -> None:
-    """Checks what a command is about to use; the first thing that is wrong ends it.
-
-    Args:
-        command: ``fit``, ``score``, ...
-        model: The module, without its weights.
-        data: The data module.
-        sampling: The sampling callback.
-        checkpoint: The checkpoint callback.
-        trainer: The Trainer's arguments, its callbacks as a list.
+    """Checks what a command is about to use: the module without its weights, the Trainer's arguments, the first rows.
 
     Raises:
         UsageError: Names the setting or the row, and the mend.
     """
+    for key, what in _NOT_ZERO.get(command, {}).items():
+        if trainer[key] == 0:
+            raise UsageError(f"trainer.{key}: 0 {what}")
     if command == "fit":
-        check_precision(model, str(trainer["precision"]))
-        check_training(trainer)
-        if isinstance(model, CausalLMModule):
-            check_step(model.check_optimizer())
-    if command in _BATCHES and trainer[_BATCHES[command]] == 0:
-        key = _BATCHES[command]
-        raise UsageError(f"trainer.{key}: with 0 there is nothing to {command}; give a number above 0, or leave it out")
+        _check_training(model, trainer)
     check_devices(trainer, torch.cuda.device_count())
-    if command in ("fit", "validate", "test", "predict"):
+    if command in _NOT_ZERO:  # those that write into a run's folder
         _check_machines(trainer)
         check_writable("trainer.default_root_dir", Path(trainer["default_root_dir"] or "runs"))
     if command == "fit":
         check_checkpoint(checkpoint)
         _check_monitors(model, data, checkpoint, trainer["callbacks"])
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer["callbacks"]):
-            raise UsageError(
-                "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
-                "average nothing; take WeightAveraging or EMAWeightAveraging"
-            )
     if isinstance(model, CausalLMModule):
         config = model.check()
         if model.hparams["kernels"] is not None:
             liger_for(config)
         if command == "fit":
             some_are_frozen = sampling is not None or model.hparams["lora"] is not None
-            devices = _number_of_devices(trainer["devices"])
-            check_offloading(model.hparams, some_are_frozen, devices, str(trainer["strategy"]))
-        if sampling is not None and command == "fit":
-            sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
-            _warn_of_scores(sampling, model.hparams["model_name_or_path"])
+            devices, strategy = number_of_devices(trainer["devices"]), str(trainer["strategy"])
+            check_offloading(model.hparams, some_are_frozen, devices, strategy)
+            if sampling is not None:
+                sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
+                _warn_of_scores(sampling, model.hparams["model_name_or_path"])
     if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
         data.check()
 
 
-def check_training(trainer: Mapping[str, Any]) -> None:
-    """Refuses settings with which nothing would train.
-
-    Args:
-        trainer: The Trainer's arguments.
-    """
-    for key in ("max_steps", "max_epochs", "limit_train_batches"):
-        if trainer[key] == 0:
-            raise UsageError(f"trainer.{key}: with 0 nothing is trained; give a number above 0, or leave it out")
-    if (limit := trainer["max_time"]) is not None and not any(str(digit) in "123456789" for digit in str(limit)):
-        raise UsageError(f"trainer.max_time: within {limit} nothing is trained; give a longer time, or leave it out")
-    if trainer["barebones"]:
-        raise UsageError(
-            "trainer.barebones: it takes away checkpoints, logs and callbacks, sampling included; leave it out, and switch "
-            "off what you don't want by trainer.logger, trainer.enable_checkpointing and trainer.enable_progress_bar"
-        )
-    if trainer["val_check_interval"] == 0:
-        raise UsageError("trainer.val_check_interval: 0 is no interval; to validate never, set trainer.limit_val_batches: 0")
-    if trainer["check_val_every_n_epoch"] == 0:
-        raise UsageError("trainer.check_val_every_n_epoch: 0 must be at least 1; null counts trainer.val_check_interval alone")
-
-
-def check_step(optimizer: Optimizer) -> None:
-    """Lets an optimizer take a step on two small weights, which one for other uses can't.
-
-    Raises:
-        UsageError: It fails, as SparseAdam does on dense gradients.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    try:
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    except Exception as error:  # a user's optimizer may raise anything
-        name = type(optimizer).__name__
-        raise UsageError(f"model.optimizer: {name} can't train this model ({error}); take AdamW or GaLoreAdamW") from error
-
-
-def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
-    """Checks strategy, accelerator, devices and precision against the machine.
-
-    Args:
-        trainer: The Trainer's arguments.
-        gpus: Number of CUDA devices.
-    """
-    _check_hardware(trainer)
-    accelerator, precision = trainer["accelerator"], str(trainer["precision"])
-    if accelerator in ("gpu", "cuda") and not gpus and not (accelerator == "gpu" and torch.backends.mps.is_available()):
-        raise UsageError(
-            f"trainer.accelerator: {accelerator}, but torch sees no GPU; set trainer.accelerator: cpu, or mend the driver"
-        )
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not torch.backends.mps.is_available())
-    if on_cpu and precision in ("16", "16-mixed", "16-true"):
-        raise UsageError(f"trainer.precision: {precision} needs a GPU; set trainer.precision: bf16-true or bf16-mixed")
-    if on_cpu and precision.startswith("bf16") and not cpu_has_bfloat16():
-        log.warning(
-            "trainer.precision: %s is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster", precision
-        )
-    cores = os.cpu_count() or 1
-    wanted, there = _number_of_devices(trainer["devices"]), 8 * cores if on_cpu else gpus  # a few processes may share a core
-    if wanted > there > 0:
-        what = f"{cores} CPU cores" if on_cpu else f"{gpus} GPUs"
-        raise UsageError(f"trainer.devices: {wanted} are more than the {what} of this machine")
-
-
 def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, trainer: Mapping[str, Any]) -> None:
-    """Checks what a plan is made of as `check_run` does, but for what depends on this machine; the data may be elsewhere.
-
-    Args:
-        model: The module, without its weights.
-        sampling: The sampling callback.
-        trainer: The Trainer's arguments.
-
-    Raises:
-        UsageError: Names the setting, and the mend.
-    """
-    _check_hardware(trainer)
+    """Checks what a plan is made of as `check_run` does, but for what depends on this machine; the data may be elsewhere."""
+    _check_names(trainer)
     if isinstance(model, CausalLMModule):
         model.check_optimizer()
         if model.hparams["lora"] is not None:
@@ -190,24 +159,61 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
 
 
-def _check_hardware(trainer: Mapping[str, Any]) -> None:
-    for key in ("accumulate_grad_batches", "num_nodes"):
-        if trainer[key] < 1:
-            raise UsageError(f"trainer.{key}: {trainer[key]} must be at least 1")
-    _number_of_devices(trainer["devices"])
-    _check_name("strategy", trainer["strategy"], StrategyRegistry.available_strategies(), "auto, ddp_layerwise or fsdp2")
-    _check_name("accelerator", trainer["accelerator"], [*AcceleratorRegistry.available_accelerators(), "gpu"], "auto")
-
-
-def _check_machines(trainer: Mapping[str, Any]) -> None:
-    """Refuses several machines of which nothing says where they are: this one would wait for the others, silently."""
-    if trainer["num_nodes"] == 1:
-        return
-    if not (trainer["plugins"] or "MASTER_ADDR" in os.environ or any(launcher.detect() for launcher in _LAUNCHERS)):
+def _check_training(model: LightningModule, trainer: Mapping[str, Any]) -> None:
+    """Refuses settings with which a fit would train nothing, or something else than is meant."""
+    if (limit := trainer["max_time"]) is not None and not any(str(digit) in "123456789" for digit in str(limit)):
+        raise UsageError(f"trainer.max_time: within {limit} nothing is trained; give a longer time, or leave it out")
+    if trainer["barebones"]:
         raise UsageError(
-            f"trainer.num_nodes: {trainer['num_nodes']}, but nothing says where the other machines are; start the processes "
-            "of each by torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+            "trainer.barebones: it takes away checkpoints, logs and callbacks, sampling included; leave it out, and switch "
+            "off what you don't want by trainer.logger, trainer.enable_checkpointing and trainer.enable_progress_bar"
         )
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer["callbacks"]):
+        raise UsageError(
+            "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
+            "average nothing; take WeightAveraging or EMAWeightAveraging"
+        )
+    if isinstance(model, CausalLMModule):
+        optimizer = model.check_optimizer()
+        if isinstance(optimizer, GaLoreAdamW) and str(trainer["precision"]) in ("16", "16-mixed"):
+            raise UsageError(
+                "trainer.precision: 16-mixed scales the loss, and what GaLoreAdamW projects in backward is never unscaled; "
+                "set trainer.precision: bf16-mixed"
+            )
+        _try_step(optimizer)
+
+
+def _try_step(optimizer: Optimizer) -> None:
+    """Takes a step on two small weights, which optimizers for other uses can't: SparseAdam refuses dense gradients."""
+    try:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except Exception as error:  # a user's optimizer may raise anything
+        name = type(optimizer).__name__
+        raise UsageError(f"model.optimizer: {name} can't train this model ({error}); take AdamW or GaLoreAdamW") from error
+
+
+def check_devices(trainer: Mapping[str, Any], gpus: int) -> None:
+    """Checks strategy, accelerator, devices and precision against the machine, which has so many GPUs."""
+    _check_names(trainer)
+    accelerator, precision = trainer["accelerator"], str(trainer["precision"])
+    mps = torch.backends.mps.is_available()
+    if accelerator in ("gpu", "cuda") and not gpus and not (accelerator == "gpu" and mps):
+        raise UsageError(
+            f"trainer.accelerator: {accelerator}, but torch sees no GPU; set trainer.accelerator: cpu, or mend the driver"
+        )
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not mps)
+    if on_cpu and precision in ("16", "16-mixed", "16-true"):
+        raise UsageError(f"trainer.precision: {precision} needs a GPU; set trainer.precision: bf16-true or bf16-mixed")
+    if on_cpu and precision.startswith("bf16") and not cpu_has_bfloat16():
+        what = "is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster"
+        log.warning("trainer.precision: %s %s", precision, what)
+    cores = os.cpu_count() or 1
+    wanted, there = number_of_devices(trainer["devices"]), 8 * cores if on_cpu else gpus  # a few processes may share a core
+    if wanted > there > 0:
+        what = f"{cores} CPU cores" if on_cpu else f"{gpus} GPUs"
+        raise UsageError(f"trainer.devices: {wanted} are more than the {what} of this machine")
 
 
 def cpu_has_bfloat16() -> bool:
@@ -215,30 +221,30 @@ def cpu_has_bfloat16() -> bool:
     return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
-def _check_name(key: str, given: Any, known: Sequence[str], usual: str) -> None:
-    if isinstance(given, str) and given not in ("auto", *known):
-        raise UsageError(f"trainer.{key}: there is no '{given}'{nearest(given, known) or f'; take {usual}'}")
+def _check_names(trainer: Mapping[str, Any]) -> None:
+    number_of_devices(trainer["devices"])
+    accelerators = [*AcceleratorRegistry.available_accelerators(), "gpu"]
+    for key, known, usual in (
+        ("strategy", StrategyRegistry.available_strategies(), "auto, ddp_layerwise or fsdp2"),
+        ("accelerator", accelerators, "auto"),
+    ):
+        given = trainer[key]
+        if isinstance(given, str) and given not in ("auto", *known):
+            raise UsageError(f"trainer.{key}: there is no '{given}'{nearest(given, known) or f'; take {usual}'}")
 
 
-def _number_of_devices(devices: Any) -> int:
-    """The number of devices that are asked for; 0 for all."""
-    if isinstance(devices, str) and "," in devices:
-        devices = [part for part in devices.split(",") if part]
-    if isinstance(devices, (list, tuple)):
-        return len(devices)
-    if devices == "auto" or str(devices) == "-1":
-        return 0
-    if not str(devices).isdigit() or int(devices) < 1:
-        raise UsageError(f"trainer.devices: '{devices}' is no number of devices; give 1 or more, a list of indices, or auto")
-    return int(devices)
+def _check_machines(trainer: Mapping[str, Any]) -> None:
+    """Refuses several machines of which nothing says where they are: this one would wait for the others, silently."""
+    known = trainer["plugins"] or "MASTER_ADDR" in os.environ or any(launcher.detect() for launcher in _LAUNCHERS)
+    if trainer["num_nodes"] > 1 and not known:
+        raise UsageError(
+            f"trainer.num_nodes: {trainer['num_nodes']}, but nothing says where the other machines are; start the processes "
+            "of each by torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Checks that a folder can be written to.
-
-    Raises:
-        UsageError: It can't be made or written to.
-    """
+    """Checks that a folder, which the key names, can be made and written to; raises a UsageError if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -248,68 +254,49 @@ def check_writable(key: str, folder: Path) -> None:
 
 
 def check_checkpoint(checkpoint: ModelCheckpoint) -> None:
-    """Checks the names of checkpoints, and that their folder can be written to.
-
-    Raises:
-        UsageError: A name is wrong, or the folder can't be written to.
-    """
+    """Checks the names of checkpoints, and that their folder can be written to; raises a UsageError if not."""
     if checkpoint.dirpath and "://" not in str(checkpoint.dirpath):
         check_writable("checkpoint.dirpath", Path(checkpoint.dirpath))
-    filename = checkpoint.filename or ""
-    if ".." in Path(filename).parts or Path(filename).is_absolute():
-        raise UsageError(f"checkpoint.filename: '{checkpoint.filename}' leaves its folder; set checkpoint.dirpath for another")
+    name = checkpoint.filename or ""
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise UsageError(f"checkpoint.filename: '{name}' leaves its folder; set checkpoint.dirpath for another")
     try:
-        words = [word or "" for text, name, *_ in Formatter().parse(filename) for word in (text, name)]
-        words = words if checkpoint.auto_insert_metric_name else words[::2]  # the names of figures are inserted, too
-        if not checkpoint.save_last and any("/" in word for word in words):
-            raise UsageError(
-                f"checkpoint.filename: '{filename}' makes folders, in which `--ckpt_path last` does not look; set "
-                "checkpoint.save_last: link, or write '-' for '/'"
-            )
+        texts, fields, *_ = zip(*Formatter().parse(name), strict=True) if name else ((), ())
         checkpoint.format_checkpoint_name({})
-    except UsageError:
-        raise
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise UsageError(
-            f"checkpoint.filename: '{checkpoint.filename}' is no format of a name ({error}); write figures as {{val_loss:.2f}}"
+            f"checkpoint.filename: '{name}' is no format of a name ({error}); write figures as {{val_loss:.2f}}"
         ) from error
-
-
-def check_precision(model: LightningModule, precision: str) -> None:
-    """Refuses loss scaling together with gradients that the scaler never sees."""
-    if precision not in ("16", "16-mixed") or not isinstance(model, CausalLMModule):
-        return
-    if isinstance(model.check_optimizer(), GaLoreAdamW):
+    inserted = filter(None, fields) if checkpoint.auto_insert_metric_name else ()  # the names of figures, beside their values
+    if not checkpoint.save_last and any("/" in word for word in (*texts, *inserted)):
         raise UsageError(
-            "trainer.precision: 16-mixed scales the loss, and what GaLoreAdamW projects in backward is never unscaled; "
-            "set trainer.precision: bf16-mixed"
+            f"checkpoint.filename: '{name}' makes folders, in which `--ckpt_path last` does not look; set "
+            "checkpoint.save_last: link, or write '-' for '/'"
         )
 
 
 def _check_monitors(
     model: LightningModule, data: LightningDataModule, checkpoint: ModelCheckpoint, callbacks: list[Callback]
 ) -> None:
-    """Refuses to monitor, or to name files by, figures that are never logged (only if all that logs is ours)."""
-    alone = type(model) is CausalLMModule and all(
-        type(callback).__module__.startswith(("lightning.", "ows_lightning.")) for callback in callbacks
-    )
+    """Refuses to monitor, or to name files by, figures that are never logged (as far as all that logs is known)."""
+    modules = [type(part).__module__ for part in (model, *callbacks)]
+    known = all(module.startswith(("lightning.", "ows_lightning.")) for module in modules)
     figures = [("checkpoint.monitor", checkpoint.monitor)]
     figures += [(f"trainer.callbacks.{type(one).__name__}.monitor", getattr(one, "monitor", None)) for one in callbacks]
     fields = {field for _, field, _, _ in Formatter().parse(checkpoint.filename or "")} - {"epoch", "step"}
     figures += [("checkpoint.filename", field) for field in sorted(filter(None, fields))]
-    names = ", ".join(LOGGED)
     for key, figure in figures:
-        if alone and figure and figure not in LOGGED and not figure.startswith("lr-"):
-            raise UsageError(f"{key}: no figure '{figure}' is logged{nearest(figure, LOGGED) or f'; choose from {names}'}")
-        if figure and figure.startswith("val_") and isinstance(data, InstructionDataModule):
-            _check_held_out(key, figure, data)
-
-
-def _check_held_out(key: str, figure: str, data: InstructionDataModule) -> None:
-    if not (data.eval_dataset or data.val_size):
-        raise UsageError(f"{key}: {figure} needs held-out rows; set data.val_size or data.eval_dataset, or monitor train_loss")
-    if figure == "val_exact_match" and not data.exact_match_rows:
-        raise UsageError(f"{key}: {figure} needs answers to compare; set data.exact_match_rows, or monitor val_loss")
+        if known and figure and figure not in LOGGED and not figure.startswith("lr-"):
+            mend = nearest(figure, LOGGED) or f"; choose from {', '.join(LOGGED)}"
+            raise UsageError(f"{key}: no figure '{figure}' is logged{mend}")
+        if not (figure and figure.startswith("val_") and isinstance(data, InstructionDataModule)):
+            continue
+        if not (data.eval_dataset or data.val_size):
+            mend = "set data.val_size or data.eval_dataset, or monitor train_loss"
+            raise UsageError(f"{key}: {figure} needs validation rows; {mend}")
+        if figure == "val_exact_match" and not data.exact_match_rows:
+            mend = "set data.exact_match_rows, or monitor val_loss"
+            raise UsageError(f"{key}: {figure} needs answers to compare; {mend}")
 
 
 def _warn_of_scores(sampling: LayerwiseSampling, model: str) -> None:

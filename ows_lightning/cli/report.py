@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ows_lightning.cli.flags import Parser
+from ows_lightning.cli.help import CommandParser
 
 
 def run(words: list[str]) -> None:
     """Draws runs, or serves the page of one that is running."""
-    parser = Parser("report", "Draw one run or compare several, from their folders alone.")
+    parser = CommandParser("report", "Draw one run or compare several, from their folders alone.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="A folder that `fit` or `score` wrote")
     parser.add_argument("--output", type=Path, help="Where to write; by default the folder of a single run, or `report`")
     parser.add_argument("--watch", metavar="RUN", help="Serve this run's page on 127.0.0.1 until the run ends or Ctrl-C")

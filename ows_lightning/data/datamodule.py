@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.compat import attn_implementation_of
-from ows_lightning.data.bounds import check_batches, check_settings
+from ows_lightning.data.bounds import check_bounds
 from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.loaders import ResumableLoader, ShardedSampler
@@ -31,6 +31,8 @@ from ows_lightning.errors import UsageError
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _ALL_PARTS = ("train", "val", "test")
+_FEW_ROWS = 256
+"""Up to so many, a batch may be larger than the data."""
 
 
 class InstructionDataModule(LightningDataModule):
@@ -136,7 +138,7 @@ class InstructionDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.num_workers = num_workers
         self.seed = seed
-        check_settings(self)
+        check_bounds(vars(self))
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
 
@@ -148,7 +150,11 @@ class InstructionDataModule(LightningDataModule):
         """
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
         if not self.streaming:
-            check_batches(self, len(self._splits.examples_of("dataset")))
+            rows = len(self._splits.examples_of("dataset"))
+            if self.batch_size > max(rows, _FEW_ROWS):  # the predicted memory would be wrong
+                raise UsageError(
+                    f"data.batch_size: {self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
+                )
 
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
@@ -268,8 +274,8 @@ class InstructionDataModule(LightningDataModule):
 
     def _require_rows(self, part: str, what_for: str) -> None:
         if self._splits.key(part) is None:
-            key, mend = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
-            raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {mend} or a val_size")
+            key, hint = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
+            raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {hint} or a val_size")
 
     @cached_property
     def _splits(self) -> Splits:

@@ -51,17 +51,9 @@ def token_features() -> datasets.Features:
     """
     from datasets import Features, List, Value
 
-    return Features(
-        {
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "length": Value("int32"),
-            "targets": Value("int32"),
-            "truncated": Value("bool"),
-            "row": Value("int64"),
-            "unshown": List(Value("string")),
-        }
-    )
+    ids = {name: List(Value("int32")) for name in ("input_ids", "labels")}
+    numbers = {"length": Value("int32"), "targets": Value("int32"), "truncated": Value("bool"), "row": Value("int64")}
+    return Features({**ids, **numbers, "unshown": List(Value("string"))})
 
 
 def read_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
@@ -103,7 +95,7 @@ def stream_examples(source: Source, data_format: str | None, columns: Mapping[st
         return datasets.IterableDataset.from_generator(_examples, features=features, gen_kwargs=arguments)
     rows = sources.open_dataset(source, streaming=True)
     names = rows.column_names or list(next(iter(rows)))
-    return rows.map(_numbered_example, with_indices=True, fn_kwargs=arguments, remove_columns=names, features=features)
+    return rows.map(_stream_row, with_indices=True, fn_kwargs=arguments, remove_columns=names, features=features)
 
 
 def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
@@ -166,22 +158,18 @@ def _cores() -> int:
 
 
 def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    answered = _is_answered(source)
     for where, row in sources.read_rows(source):
-        renamed = formats.rename(row, columns, where)
-        data_format = data_format or formats.recognise(renamed, where, answered)
-        yield {
-            **entry_of(renamed, data_format, where, answered),
-            "renamed": [name for name in columns.values() if name in row],
-        }
+        if data_format is None:  # the first row tells it for all
+            data_format = formats.recognise(formats.rename(row, columns, where), where, _is_answered(source))
+        yield _table_row(row, where, source, data_format, columns)
 
 
-def _numbered_example(
-    row: Row, index: int, source: Source, data_format: str | None, columns: Mapping[str, str]
-) -> dict[str, Any]:
-    where, answered = f"{source.name} row {index + 1}", _is_answered(source)
-    row = sources.plain(dict(row))
-    renamed = formats.rename(row, columns, where)
+def _stream_row(row: Row, index: int, source: Source, data_format: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
+    return _table_row(sources.plain(dict(row)), f"{source.name} row {index + 1}", source, data_format, columns)
+
+
+def _table_row(row: Row, where: str, source: Source, data_format: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
+    renamed, answered = formats.rename(row, columns, where), _is_answered(source)
     entry = entry_of(renamed, data_format or formats.recognise(renamed, where, answered), where, answered)
     return {**entry, "renamed": [name for name in columns.values() if name in row]}
 

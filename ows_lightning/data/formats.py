@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ows_lightning.errors import UsageError, nearest
@@ -102,10 +103,6 @@ def _from_messages(row: Row, where: str, column: str = "messages") -> Example:
     return {"messages": _with_system(row, messages, where)}
 
 
-def _from_sharegpt(row: Row, where: str) -> Example:
-    return _from_messages(row, where, column="conversations")
-
-
 def _from_alpaca(row: Row, where: str) -> Example:
     question = _text(row, "instruction", where)
     context = _text(row, "input", where, optional=True)
@@ -131,7 +128,7 @@ def _from_text(row: Row, where: str) -> Example:
 #: answer column that is missing, as in test sets.
 FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Example]]] = {
     "messages": ((("messages",),), _from_messages),
-    "sharegpt": ((("conversations",),), _from_sharegpt),
+    "sharegpt": ((("conversations",),), partial(_from_messages, column="conversations")),
     "alpaca": ((("instruction",), ("output", "answer")), _from_alpaca),
     "prompt_completion": ((("prompt",), ("completion", "answer")), _from_prompt_completion),
     "text": ((("text",),), _from_text),

@@ -57,9 +57,8 @@ class ShardedSampler(DistributedSampler):
 
     def _grouped(self, order: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
         starts = range(0, len(order), 50 * size)
-        order = np.concatenate(
-            [o[np.argsort(-self.lengths[o], kind="stable")] for o in (order[s : s + 50 * size] for s in starts)]
-        )
+        parts = (order[start : start + 50 * size] for start in starts)
+        order = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
         whole, rest = np.split(order, [len(order) // size * size])
         return np.append(random.permutation(whole.reshape(-1, size)).ravel(), rest)
 
@@ -122,7 +121,6 @@ class ResumableLoader(DataLoader[Any]):
         """Number of an epoch's batches before the position; None if unknown."""
         if not isinstance(self.sampler, ShardedSampler) or self.batch_size is None:
             return None
-        rest = (
-            (len(self.sampler) - self._position[1]) if self._position[1] else 0
-        )  # the end of an epoch is the start of the next
+        # The end of an epoch is the start of the next.
+        rest = len(self.sampler) - self._position[1] if self._position[1] else 0
         return len(self) - -(-rest // self.batch_size)

@@ -80,7 +80,7 @@ class Encoder:
         if "text" in example:
             rows = [self._plain_text(example["text"])]
         else:
-            messages, tools = self._used(example), example.get("tools")
+            messages, tools = self._relevant_messages(example), example.get("tools")
             shown = self._template.without_empty_turns(messages, tools)
             try:
                 rows = self._conversation(shown, tools, where)
@@ -92,7 +92,7 @@ class Encoder:
 
     def unshown(self, example: Example) -> list[str]:
         """What the chat template leaves out of an example, in words."""
-        return [] if "text" in example else self._template.unshown(self._used(example), example.get("tools"))
+        return [] if "text" in example else self._template.unshown(self._relevant_messages(example), example.get("tools"))
 
     def encode_prompt(self, example: Example, where: str) -> tuple[str, list[int]]:
         """The rendered prompt of an example and its token ids; the start is cut when it is longer than `max_seq_length`."""
@@ -106,7 +106,7 @@ class Encoder:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
 
-    def _used(self, example: Example) -> list[Message]:
+    def _relevant_messages(self, example: Example) -> list[Message]:
         """The messages that are trained or stand before those that are, in the form that the chat template wants."""
         messages = example["messages"]
         if not self.train_on_prompt:
@@ -132,13 +132,13 @@ class Encoder:
                 span = self._answer_span(text, messages, i, tools, where)
                 if span is None:
                     alone.append(i)
-                elif self._says_something(text[slice(*span)]):  # false if the template leaves out tool calls
+                elif self._has_content(text[slice(*span)]):  # false if the template leaves out tool calls
                     spans.append(span)
         if turns[-1] == len(messages) - 1:
             if turns[-1] in alone and (merged := merged_system(messages)):
                 # Mistral's templates show a system message only if a question comes last.
                 return self._conversation(merged, tools, where)
-            text, spans = self._ended(text, spans)
+            text, spans = self._with_end_tokens(text, spans)
         rows = [self._encode_text(text, spans)]
         if not self.train_on_prompt:
             if turns[-1] in alone:
@@ -166,7 +166,7 @@ class Encoder:
         answer = self._render(messages[: i + 1], tools, where)
         if not text.startswith(answer):
             answer = self._without_eos(answer)  # some templates (Phi-3) end every conversation with one
-        if not text.startswith(answer) or not answer.rstrip().endswith(self.ends):
+        if not text.startswith(answer) or not answer.rstrip().endswith(self.end_tokens):
             return None
         return (start, len(answer)) if start < len(answer) else None
 
@@ -176,13 +176,13 @@ class Encoder:
         other = [*messages[:i], {"role": "assistant", "content": content}]
         return _common_prefix(self._render(other, tools, where), text)
 
-    def _ended(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+    def _with_end_tokens(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Leave white space after the end-of-turn token out of the targets, and add a token where the template has none."""
         trimmed = []
         for start, end in spans:
             stop = len(text[:end].rstrip())
-            trimmed.append((start, stop if text[:stop].endswith(self.ends) else end))
-        if not text.rstrip().endswith(self.ends):
+            trimmed.append((start, stop if text[:stop].endswith(self.end_tokens) else end))
+        if not text.rstrip().endswith(self.end_tokens):
             text += self.tokenizer.eos_token
             if trimmed and trimmed[-1][1] == len(text) - len(self.tokenizer.eos_token):
                 trimmed[-1] = (trimmed[-1][0], len(text))
@@ -195,12 +195,12 @@ class Encoder:
         for start, end in spans:  # a token that holds the last character of the prompt and the first of the answer is a target
             is_answer |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         ids = encoding.input_ids
-        keep = self._kept(ids, is_answer)
+        keep = self._kept_positions(ids, is_answer)
         target = np.ones_like(is_answer) if self.train_on_prompt else is_answer
         labels = [ids[k] if target[k] else IGNORED for k in keep]
         return Encoded([ids[k] for k in keep], [IGNORED, *labels[1:]], truncated=len(keep) < len(ids))
 
-    def _kept(self, ids: list[int], is_answer: np.ndarray) -> list[int]:
+    def _kept_positions(self, ids: list[int], is_answer: np.ndarray) -> list[int]:
         """The positions to keep: the last answer and as much of the prompt before it as fits, at least a token."""
         positions = list(range(len(ids)))
         if len(ids) <= self.max_seq_length or not is_answer.any():
@@ -221,7 +221,7 @@ class Encoder:
         return ChatTemplate(self.tokenizer)
 
     @cached_property
-    def ends(self) -> tuple[str, ...]:
+    def end_tokens(self) -> tuple[str, ...]:
         """Tokens that may end an answer: the special ones, and any other added one that the template puts behind an answer."""
         behind = self._render(_ANSWERED, None, "the chat template").rpartition("!")[2]
         added = self.tokenizer.added_tokens_decoder.values()
@@ -230,11 +230,11 @@ class Encoder:
             *(str(token) for token in added if token.special or (str(token).strip() and str(token) in behind)),
         )
 
-    def _says_something(self, answer: str) -> bool:
+    def _has_content(self, answer: str) -> bool:
         """Whether an answer has tokens besides those that end it."""
         answer = answer.strip()
-        while answer.endswith(self.ends):
-            answer = answer.removesuffix(next(t for t in self.ends if answer.endswith(t))).rstrip()
+        while answer.endswith(self.end_tokens):
+            answer = answer.removesuffix(next(t for t in self.end_tokens if answer.endswith(t))).rstrip()
         return bool(answer)
 
     def _without_eos(self, text: str) -> str:
@@ -268,10 +268,10 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     encoder = Encoder(tokenizer, max_seq_length=1 << 20)
     (row,) = encoder.encode({"messages": _ANSWERED}, where="the chat template")
     answer = [label for label in row.labels if label != IGNORED]
-    said = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)
-    ends = {tokenizer.convert_tokens_to_ids(end) for end in encoder.ends}
+    last_content = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in encoder.end_tokens}
     # Phi-3's ends the turn, and then, after a line break, the conversation.
-    return next((label for label in answer[said + 1 :] if label in ends), answer[-1])
+    return next((label for label in answer[last_content + 1 :] if label in ends), answer[-1])
 
 
 def _is_target(message: Message) -> bool:

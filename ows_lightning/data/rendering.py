@@ -21,6 +21,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ows_lightning.data.formats import Message
 from ows_lightning.errors import UsageError
 
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
 _THINKING = re.compile(r"(</?think>)")
 _MARK = "qz{}zq"  # letters and digits, which no template escapes
 _ROLES = {
@@ -46,15 +49,7 @@ class ChatTemplate:
         """
         try:
             return self._apply(messages, tools, add_generation_prompt)
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except _TEMPLATE_ERRORS as error:
             if merged := merged_system(messages):  # Gemma and old Mistral have no system message
                 return self.render(merged, tools, where, add_generation_prompt)
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -96,11 +91,8 @@ class ChatTemplate:
 
     def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool) -> str:
         if all(message["content"] is not None for message in messages):
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            options: dict[str, Any] = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         # apply_chat_template hides a content of None, which R1's template tests for.
         names: dict[str, Any] = {**self.tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
         template = self.tokenizer.get_chat_template(tools=tools)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -32,7 +31,8 @@ class Rows(Dataset[Item]):
         self.documents = documents
         self.rows = rows
         self.packed = packed
-        self.lengths = [int(sum(n)) for n in _take(documents.with_format("numpy")["length"][:], rows)]
+        lengths = documents.with_format("numpy")["length"][:]
+        self.lengths = [int(lengths[list(row)].sum()) for row in rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,17 +100,17 @@ def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> 
     if packed and flatten:
         return {name: torch.tensor([[x for item in items for x in item[name]]]) for name in items[0]}
     length = max(len(item["input_ids"]) for item in items)
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids" if packed else "attention_mask": []}
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids" if packed else "attention_mask": []}
     for item in items:
         size = len(item["input_ids"])
         padding = length - size
-        batch["input_ids"].append(item["input_ids"] + [pad_token_id] * padding)
-        batch["labels"].append(item["labels"] + [IGNORED] * padding)
+        rows["input_ids"].append(item["input_ids"] + [pad_token_id] * padding)
+        rows["labels"].append(item["labels"] + [IGNORED] * padding)
         if packed:
-            batch["position_ids"].append(item["position_ids"] + list(range(padding)))
+            rows["position_ids"].append(item["position_ids"] + list(range(padding)))
         else:
-            batch["attention_mask"].append([1] * size + [0] * padding)
-    return {name: torch.tensor(rows) for name, rows in batch.items()}
+            rows["attention_mask"].append([1] * size + [0] * padding)
+    return {name: torch.tensor(values) for name, values in rows.items()}
 
 
 def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
@@ -127,7 +127,3 @@ def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[
     batch["attention_mask"] = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
     batch["row"] = torch.tensor(batch["row"])
     return batch
-
-
-def _take(values: np.ndarray, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-    return (values[list(row)] for row in rows)

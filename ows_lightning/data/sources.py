@@ -8,12 +8,13 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -98,8 +99,8 @@ def _resolve(source: Source, path: Path) -> Source:
         return replace(source, files=_files_of_split(path, source))
     if "://" in name:
         hub = re.fullmatch(r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?", name)
-        mend = f"give its name, '{hub[1]}'" if hub else "download the file and give its path"
-        raise source.error(f"'{name}' is an address, from which no rows are read; {mend}")
+        hint = f"give its name, '{hub[1]}'" if hub else "download the file and give its path"
+        raise source.error(f"'{name}' is an address, from which no rows are read; {hint}")
     if path.exists():
         raise source.error(f"'{name}' is a device or a pipe, not a file; save its rows as a {_KINDS} file")
     if path.is_symlink():
@@ -184,11 +185,12 @@ def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
         names = [str(p.relative_to(directory)) for p in files if splits[p] is None or not chosen]
         if chosen is None:
             raise source.error(
-                f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {_few(names)})"
+                f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {first_names(names)})"
             )
         if names:
             rank_zero_warn(
-                f"data.{source.key}: '{source.name}' has files of splits, so those that name none are left out: {_few(names)}"
+                f"data.{source.key}: '{source.name}' has files of splits, so those that name none are left out: "
+                f"{first_names(names)}"
             )
         files = [p for p in files if splits[p] == chosen]
     else:
@@ -213,8 +215,9 @@ def _choose(source: Source, there: Collection[str]) -> str | None:
     return names[wanted] if wanted is not None else None
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+def first_names(names: Collection[str]) -> str:
+    """Returns the first ten names, for a message."""
+    return ", ".join(itertools.islice(names, 10)) + (", ..." if len(names) > 10 else "")
 
 
 def plain(row: Row) -> Row:
@@ -347,11 +350,5 @@ def _read_parquet(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
         raise source.error(f"{file.name} is not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
-_READERS = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
+_READERS = {".json": _read_json, ".parquet": _read_parquet}
+_READERS |= dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl) | dict.fromkeys((".csv", ".tsv"), _read_csv)

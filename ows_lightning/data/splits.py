@@ -15,7 +15,7 @@ from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.packing import pack
 from ows_lightning.data.rows import Rows
-from ows_lightning.data.sources import resolve
+from ows_lightning.data.sources import first_names, resolve
 from ows_lightning.data.stream import BLOCK
 from ows_lightning.errors import UsageError
 
@@ -230,7 +230,7 @@ class Splits:
 
     def _named(self, key: str, rows: Sequence[int]) -> str:
         """The names of the rows, of many the first ones."""
-        return ", ".join(self.examples_of(key)[rows[:10]]["where"]) + (", ..." if len(rows) > 10 else "")
+        return first_names(self.examples_of(key)[rows[:11]]["where"])
 
 
 def _names(sources: str | Sequence[str] | Mapping[str, float]) -> list[str]:

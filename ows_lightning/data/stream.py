@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.packing import pack
 from ows_lightning.data.rows import Item, as_item
+from ows_lightning.data.sources import first_names
 from ows_lightning.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
         for what, wheres in unshown.items():
             rank_zero_warn(
                 f"data.dataset: {len(wheres)} of the first {BLOCK} rows lose {what}, which the chat template does not show: "
-                f"{_few(wheres)}"
+                f"{first_names(wheres)}"
             )
         if dropped and number == 0:
-            named = _few(dropped)
+            named = first_names(dropped)
             if not documents:
                 raise UsageError(f"data.dataset: none of the first {len(dropped)} rows has an answer to train on: {named}")
             rank_zero_warn(f"data.dataset: of the first {BLOCK} rows those without an answer are left out: {named}")
@@ -138,7 +139,3 @@ def collate_with_state(
 ) -> tuple[dict[str, Tensor], State]:
     """Collate rows, and keep the position after the last one."""
     return collate([item for item, _ in rows]), rows[-1][1]
-
-
-def _few(names: dict[str, None]) -> str:
-    return ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")

@@ -4,7 +4,6 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from ows_lightning.distributed.ddp import LayerwiseDDPStrategy
 from ows_lightning.distributed.fsdp2 import FSDP2Strategy
-from ows_lightning.sampling.trainer import require_layerwise
 
 for name, strategy, description in (
     ("fsdp2", FSDP2Strategy, "FSDP2: weights, gradients and optimizer state sharded over all processes"),
@@ -13,4 +12,4 @@ for name, strategy, description in (
     if name not in StrategyRegistry:
         StrategyRegistry.register(name, strategy, description=description)
 
-__all__ = ["FSDP2Strategy", "LayerwiseDDPStrategy", "require_layerwise"]
+__all__ = ["FSDP2Strategy", "LayerwiseDDPStrategy"]

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.checksums import file_sum
-from ows_lightning.checkpoints.files import META, METADATA, partial_path, replace_atomically, write
-from ows_lightning.checkpoints.find import load_without_tensors, read
+from ows_lightning.checkpoints.files import META, METADATA, partial_path, replace_atomically, save_file
+from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
 from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
 from ows_lightning.distributed.process_group import leave_at_exit
@@ -93,7 +93,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             self._save_shards(checkpoint, path)
         else:
-            self._on_first(path, lambda: WholeCheckpointIO().save_checkpoint(checkpoint, path))
+            self._on_rank_zero(path, lambda: WholeCheckpointIO().save_checkpoint(checkpoint, path))
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
         partial = partial_path(path)
@@ -104,16 +104,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             partial.mkdir(parents=True)
 
         def finish() -> None:
-            write({**rest, "sums": {**sums, METADATA: file_sum(partial / METADATA)}}, partial / META)
+            save_file({**rest, "sums": {**sums, METADATA: file_sum(partial / METADATA)}}, partial / META)
             if path.is_file():
                 path.unlink()
             replace_atomically(partial, path)
 
         try:
-            self._on_first(path, begin)
+            self._on_rank_zero(path, begin)
             save_tensors(tensors, partial)
             sums = self._sums(partial)
-            self._on_first(path, finish)
+            self._on_rank_zero(path, finish)
         except dcp.CheckpointException as error:  # on all processes, if it is one's
             raise write_error(path, error) from error
         finally:
@@ -126,7 +126,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         dist.all_gather_object(sums, {file.name: file_sum(file) for file in folder.glob(f"__{self.global_rank}_*")})
         return {name: value for own in sums for name, value in own.items()}
 
-    def _on_first(self, path: Path, act: Callable[[], None]) -> None:
+    def _on_rank_zero(self, path: Path, act: Callable[[], None]) -> None:
         """Does on rank 0 what belongs to the writing of a checkpoint; if it fails there, it has failed everywhere."""
         message = None
         if self.global_rank == 0:
@@ -147,21 +147,21 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint but for its tensors, which the two following methods read, each process its part."""
         path = Path(self.broadcast(checkpoint_path))
-        return {**read(path, load_without_tensors), "path": str(path)}
+        return {**read_checkpoint(path, load_without_tensors), "path": str(path)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Reads this process's part of the weights into the module."""
         assert self.lightning_module is not None
         module, path = self.lightning_module, Path(checkpoint["path"])
         if "state_dict" not in checkpoint:
-            read(path, lambda path: load_weights(module, path))
+            read_checkpoint(path, lambda path: load_weights(module, path))
             return
         state = module.state_dict()
         saved = checkpoint["state_dict"]
         if strict and (different := sorted(state.keys() ^ saved.keys())):
             raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0]}")
         for name in state.keys() & saved.keys():
-            state[name].copy_(_part(saved[name], state[name]))
+            state[name].copy_(_local_part(saved[name], state[name]))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Reads this process's part of the optimizers' state."""
@@ -175,17 +175,17 @@ class FSDP2Strategy(ModelParallelStrategy):
             return torch.empty(saved.size, dtype=saved.properties.dtype)  # of low rank: the optimizer takes its part
 
         if "state_dict" not in checkpoint:
-            states = read(
+            states = read_checkpoint(
                 Path(checkpoint["path"]),
                 lambda path: load_optimizers(path, checkpoint["optimizer_states"], empty),
             )
         for weights, optimizer, state in zip(places, self.optimizers, states, strict=True):
             for number, values in state["state"].items():
-                state["state"][number] = {key: _part(value, weights[number]) for key, value in values.items()}
+                state["state"][number] = {key: _local_part(value, weights[number]) for key, value in values.items()}
             optimizer.load_state_dict(state)
 
 
-def _part(value: Any, weight: Tensor) -> Any:
+def _local_part(value: Any, weight: Tensor) -> Any:
     """This process's part of a tensor that is distributed as a weight is, if it has its shape."""
     if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value

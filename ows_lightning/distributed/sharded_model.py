@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ows_lightning.compat import own_parameters
+from ows_lightning.compat import local_shape_and_offset, own_parameters
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.safetensors_file import stored_weights
@@ -64,7 +63,7 @@ def load_into_shards(
         device: This process's device.
         precision: The Trainer's, see ``shard_model``.
     """
-    model = _without_weights(build(True))
+    model = _to_meta(build(True))
     files = stored_weights(name)
     tensors = {**dict(model.named_parameters()), **_persistent_buffers(model)}
     straight = all(key in files and files[key].shape == tensor.shape for key, tensor in tensors.items())
@@ -82,25 +81,25 @@ def load_into_shards(
             buffer.copy_(buffers[key])
         for key, tensor in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items():
             if straight:
-                _read_part(tensor, files[key].path, key)
+                _read_local_part(tensor, files[key].path, key)
             else:
-                _hand_out(tensor, whole.pop(key, None), mesh)
+                _broadcast_weight(tensor, whole.pop(key, None), mesh)
     return causal_lm
 
 
-def _read_part(tensor: Tensor, path: Path, key: str) -> None:
+def _read_local_part(tensor: Tensor, path: Path, key: str) -> None:
     """Reads this process's part of a weight, and nothing else of the file."""
     with safe_open(path, "pt") as file:
         if not isinstance(tensor, DTensor):
             tensor.copy_(file.get_tensor(key))
             return
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        shape, offset = local_shape_and_offset(tensor)
         if 0 not in shape:
             part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
             tensor.to_local().copy_(file.get_slice(key)[part])
 
 
-def _hand_out(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) -> None:
+def _broadcast_weight(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) -> None:
     """Fills a weight on all processes from rank 0's whole one."""
     full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if whole is not None:
@@ -117,7 +116,7 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {key: buffers[key] for key in model.state_dict() if key in buffers}  # in an order that is the same on all ranks
 
 
-def _without_weights(model: nn.Module) -> nn.Module:
+def _to_meta(model: nn.Module) -> nn.Module:
     """Moves the parameters that are still in memory, such as those of adapters, to the meta device."""
     for module in model.modules():
         for name, parameter in own_parameters(module).items():

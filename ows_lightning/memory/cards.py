@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import yaml
 
 from ows_lightning.errors import UsageError, command_line, nearest
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
-from ows_lightning.memory.prediction import MethodPlan, is_sharded, predict, resident_weights
+from ows_lightning.memory.prediction import predict
 
 LINK_SHARE = 0.8
 """Share of its link's rate that a large copy from page-locked memory reaches: usually 25 of PCIe 4.0 x16's 31.5 GB/s."""
@@ -66,6 +67,7 @@ CARDS = (
 """By memory. A card's nominal GB are counted as 10^9 bytes: CUDA's context and fragmentation take the 7 % that it has more."""
 
 
+_SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
 _MAKERS = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}
 _FORMS = {"sxm", "sxm2", "sxm4", "sxm5", "pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e"}
 
@@ -116,12 +118,14 @@ def available_bytes(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
-    """Returns for how many blocks, from below, recomputation makes a run fit; all of them if nothing does.
+# ------------------------------------------------------------------------------ what makes a run fit
 
-    Args:
-        settings: The run; its own ``gradient_checkpointing`` does not matter.
-        budget: Bytes that the device has.
+Changes = dict[str, Any]
+"""Keys of a config, dotted, and their new values."""
+
+
+def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
+    """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does.
 
     Raises:
         UsageError: The model can't be followed, or can't recompute some of its blocks alone.
@@ -133,37 +137,25 @@ def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
     return 0 if fits(0) else bisect_left(range(settings.blocks), True, lo=1, key=fits)
 
 
-Changes = dict[str, Any]
-"""Keys of a config, dotted, and their new values."""
-
-
-def advise(settings: PlanSettings, card: int, predict: Callable[[PlanSettings], MethodPlan] = predict) -> str:
-    """Says in a sentence what would make a run fit a card, or that nothing does; arguments as of `changes_that_fit`."""
-    changes = changes_that_fit(settings, card, predict)
+def advise(settings: PlanSettings, card: int) -> str:
+    """Says in a sentence what would make a run fit a card of so many GB, or that nothing does."""
+    changes = changes_that_fit(settings, card)
     if changes is None:
         *_, (least, _) = _milder(settings)
-        more = "more devices" if is_sharded(settings) else "several devices with the strategy fsdp2"
+        more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
         return f"does not fit, takes {predict(_with_batch_size(least, 1)).peak_bytes / 1e9:.1f} GB at the least; use {more}"
-    return f"fits with {sentence(changes)}" if changes else "fits"
+    return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
-def changes_that_fit(
-    settings: PlanSettings, card: int, predict: Callable[[PlanSettings], MethodPlan] = predict
-) -> Changes | None:
-    """Returns what would make a run fit a card: the first of `_milder` that does, with the largest batches; None if none does.
-
-    Args:
-        settings: The run.
-        card: The card's size in GB.
-        predict: Predicts a run's memory.
-    """
+def changes_that_fit(settings: PlanSettings, card: int) -> Changes | None:
+    """Returns what makes a run fit a card of so many GB: of `_milder`, the first that does, with the largest batches."""
     milder = list(_milder(settings))
     if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
         return None
     sizes = [settings.batch_size >> halvings for halvings in range(settings.batch_size.bit_length())]
 
     def fitting(changed: PlanSettings) -> list[int]:
-        if resident_weights(changed) > card * 1e9:  # a step need not be followed to see that
+        if _resident_bytes(changed) > card * 1e9:  # a step need not be followed to see that
             return []
         return sizes[bisect_left(sizes, True, key=lambda size: predict(_with_batch_size(changed, size)).fits(card)) :]
 
@@ -174,16 +166,16 @@ def changes_that_fit(
     return changes
 
 
-def sentence(changes: Changes) -> str:
-    """Words changes as a list of keys and values."""
-    parts = [f"{key} {_yaml(value)}" for key, value in changes.items()]
+def _resident_bytes(settings: PlanSettings) -> int:
+    """Bytes of weights that lie on the device for sure: all, unless some are offloaded or shared between devices."""
+    if settings.frozen_in != "device" or settings.frozen_dtype is not None or settings.devices > 1:
+        return 0
+    return sum(p.nbytes for p in settings.meta_model.parameters())
+
+
+def _in_words(changes: Changes) -> str:
+    parts = [f"{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
     return f"{', '.join(parts[:-1])}{' and ' * (len(parts) > 1)}{parts[-1]}"
-
-
-def _yaml(value: Any) -> str:
-    return (
-        f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
-    )
 
 
 def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
@@ -194,22 +186,20 @@ def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
 
 def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
     """Yields settings that need less and less, each with the keys that differ."""
-    changes: Changes = {}
-    yield settings, {}
-    if settings.recomputed < settings.blocks:
-        settings = replace(settings, gradient_checkpointing=settings.blocks)
-        changes["model.gradient_checkpointing"] = True
-        yield settings, dict(changes)
-    if settings.dtype == torch.float32:
-        settings = replace(settings, precision="bf16-true")
-        changes["trainer.precision"] = "bf16-true"
-        yield settings, dict(changes)
     method, count = settings.method, settings.method.activated_layers
     some_are_frozen = count is not None or method.lora is not None
-    if some_are_frozen and settings.frozen_in == "device" and not is_sharded(settings):
-        settings = replace(settings, frozen_in="host")
-        changes["model.frozen_in"] = "host"
-        yield settings, dict(changes)
+    changes: Changes = {}
+    yield settings, {}
+    milder: tuple[tuple[bool, str, Any], ...] = (
+        (settings.recomputed < settings.blocks, "model.gradient_checkpointing", True),
+        (settings.dtype == torch.float32, "trainer.precision", "bf16-true"),
+        (some_are_frozen and settings.frozen_in == "device" and not settings.is_sharded, "model.frozen_in", "host"),
+    )
+    for needed, key, value in milder:
+        if needed:
+            settings = replace(settings, **{key.partition(".")[2]: value})
+            changes[key] = value
+            yield settings, dict(changes)
     if count is None:
         return
     if set(method.always_train) - {"norm"}:
@@ -221,15 +211,12 @@ def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
         yield fewer, {**changes, "sampling.activated_layers": count}
 
 
-_SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
-
-
 def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     """Writes a config that differs from the given one by what makes it fit a card.
 
     Args:
         config: A parsed config of the command line, see `plan_from_config`.
-        card: The card's name, see `cards.CARDS`.
+        card: The card's name, see `CARDS`.
         folder: Where the file goes; it is named after the card.
 
     Returns:
@@ -243,20 +230,12 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     if changes is None:
         raise UsageError(f"fit: on {chosen.name} ({chosen.memory} GB) the run {advise(settings, chosen.memory)}")
     given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
-    values = {name: _plain(given[name]) for name in _SECTIONS if name in given}
+    values = json.loads(json.dumps({name: given[name] for name in _SECTIONS if name in given}, default=str))  # plain values
     for key, value in changes.items():
         section, name = key.split(".")
-        part = values[section]
-        part.get("init_args", part)[name] = value
+        values[section].get("init_args", values[section])[name] = value
     path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
-    changed = f"with {sentence(changes)}" if changes else "as it is"
+    changed = f"with {_in_words(changes)}" if changes else "as it is"
     path.write_text(f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}")
-    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line(f'fit --config {shlex.quote(str(path))}')}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    command = command_line(f"fit --config {shlex.quote(str(path))}")
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command}"

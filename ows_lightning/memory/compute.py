@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
-from ows_lightning.memory.prediction import BlockSizes, alike, fetched_blocks, follow
+from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, follow
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.distributions import sampling_probabilities
@@ -36,14 +36,12 @@ class Compute:
         block_forward: FLOPs a token of a block's forward pass.
         draws: The blocks that train, in each of the draws that the expectation is taken over.
         probabilities: Where the draws' probabilities come from, in words.
-        blocks: The model's blocks in bytes.
     """
 
     flops_per_token: float
     block_forward: float
     draws: Sequence[Sequence[int]]
     probabilities: str
-    blocks: BlockSizes
 
 
 @dataclass(frozen=True)
@@ -92,18 +90,15 @@ def compute(
         UsageError: The model can't be followed, or the file of scores is another model's.
     """
     method = method or settings.method
-    model = settings.meta_model
-    blocks = BlockSizes.of(model, settings)
-    count = blocks.count
+    count, recomputed = settings.blocks, settings.recomputed
     draws, origin = (drawn, "the run's") if drawn else _draws(settings, method, count)
-    first = settings.recomputed
-    flops = _of_batch(model, settings, method, recompute=first == count)
-    recomputing = _of_batch(model, settings, method, recompute=True) if 0 < first < count else flops
+    flops = _of_batch(settings, method, recompute=recomputed == count)
+    recomputing = _of_batch(settings, method, recompute=True) if 0 < recomputed < count else flops
     embeddings_train = "embeddings" in method.always_train and method.lora is None
 
     def backward(blocks: Sequence[int]) -> float:
         def of(index: int) -> float:
-            does = recomputing if index < first else flops
+            does = recomputing if index < recomputed else flops
             return does.lowest if index == lowest else does.active if index in trained else does.frozen
 
         lowest, trained = min(blocks), set(blocks)
@@ -118,36 +113,35 @@ def compute(
     if method is settings.method and settings.scored_rows:
         share = settings.scored_rows * settings.max_seq_length / (settings.step_tokens * (settings.max_steps or 1))
         per_token += share * count * block_forward
-    return Compute(per_token, block_forward, draws, origin, blocks)
+    return Compute(per_token, block_forward, draws, origin)
 
 
-def _of_batch(model: nn.Module, settings: PlanSettings, method: TrainingMethod, recompute: bool) -> _Flops:
+def _of_batch(settings: PlanSettings, method: TrainingMethod, recompute: bool) -> _Flops:
     """Counts those of a micro-batch, where all blocks recompute their activations or none."""
-    one = _count(model, settings, method, recompute, rows=1)
+    one = _count(settings, method, recompute, rows=1)
     # Gradients are projected once a micro-batch, however many rows it has; all else is proportional to the rows.
-    two = one.times(2) if method.rank is None else _count(model, settings, method, recompute, rows=2)
+    two = one.times(2) if method.rank is None else _count(settings, method, recompute, rows=2)
     return _Flops.between(one, two, settings.batch_size)
 
 
-def _count(model: nn.Module, settings: PlanSettings, method: TrainingMethod, recompute: bool, rows: int) -> _Flops:
+def _count(settings: PlanSettings, method: TrainingMethod, recompute: bool, rows: int) -> _Flops:
     method = replace(method, renews_with_state=False)  # which stands for the worst step, as memory asks for
 
     def followed(active: int, frozen: int) -> StepMemory:
-        return follow(model, settings, method, active, frozen, (active + frozen) * recompute, rows)
+        return follow(settings, method, active, frozen, (active + frozen) * recompute, rows)
 
-    layers = decoder_layers(model)
-    count = len(layers)
-    if not alike(layers):  # of several kinds: the mean over all blocks
-        active = _stages(followed(count, 0).flops)
+    count = settings.blocks
+    if not alike(decoder_layers(settings.meta_model)):  # of several kinds: the mean over all blocks
+        active = _Stages(followed(count, 0).flops)
         lowest = above = active("backward") / count
         frozen = 0.0
         if method.activated_layers is not None and count > 1:
-            frozen = (_stages(followed(1, count - 1).flops)("backward") - lowest) / (count - 1)
+            frozen = (_Stages(followed(1, count - 1).flops)("backward") - lowest) / (count - 1)
         blocks = trained = count
     else:
         trained = min(count, 3 if method.activated_layers is None else min(method.activated_layers, 2))
         blocks = trained + (method.activated_layers is not None and count > trained)
-        active = _stages(followed(trained, blocks - trained).flops)
+        active = _Stages(followed(trained, blocks - trained).flops)
         lowest, frozen = active("backward lowest"), active("backward frozen")
         above = active("backward active") / max(1, trained - 1)
     return _Flops(
@@ -157,23 +151,21 @@ def _count(model: nn.Module, settings: PlanSettings, method: TrainingMethod, rec
         active=above,
         frozen=frozen,
         update=active("step") / trained,
-        renewal=active("", renewals=True) / trained,
+        renewal=(active("", renews=True) - active("", renews=False)) / trained if len(active.steps) > 1 else 0.0,
     )
 
 
-class _stages:
+class _Stages:
     """Sums of what was counted, over the stages of a step whose names begin alike."""
 
     def __init__(self, flops: dict[tuple[Any, ...], int]) -> None:
-        self.flops = flops
-        self.ordinary = not any(span and span[0] is False for span in flops)  # there may be steps of one kind alone
+        self.flops = {span: value for span, value in flops.items() if len(span) == 2}
+        self.steps = {span[0] for span in self.flops}  # whether it renews subspaces; there may be steps of one kind alone
 
-    def __call__(self, beginning: str, renewals: bool = False) -> float:
-        sums = {True: 0.0, False: 0.0}
-        for span, value in self.flops.items():
-            if len(span) == 2 and span[1].startswith(beginning):
-                sums[span[0]] += value
-        return (sums[True] - sums[False] if not self.ordinary else 0.0) if renewals else sums[self.ordinary]
+    def __call__(self, beginning: str, renews: bool | None = None) -> float:
+        """Of an ordinary step, or of one that renews subspaces or does not."""
+        renews = False not in self.steps if renews is None else renews
+        return sum(value for (step, stage), value in self.flops.items() if step is renews and stage.startswith(beginning))
 
 
 def _renewals(settings: PlanSettings, method: TrainingMethod, draws: Sequence[Sequence[int]]) -> float:
@@ -197,7 +189,7 @@ def _draws(settings: PlanSettings, method: TrainingMethod, count: int) -> tuple[
         probabilities, origin = sampling_probabilities([1.0] * count, "uniform"), "uniform"
     else:
         probabilities, origin = _probabilities(settings, count)
-    number = min(method.activated_layers, count)
+    number = method.active_blocks(count)
     if method is settings.method:
         sampler = BlockSampler(**{**settings.sampling, "activated_layers": number, "scores": None})
         sampler.probabilities = probabilities
@@ -266,9 +258,9 @@ def speed(settings: PlanSettings, method: TrainingMethod, does: Compute, card: C
         card: Where.
     """
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
-    blocks = does.blocks
-    fetches = sum(fetched_blocks(draw, settings, method, blocks.count) for draw in does.draws) / len(does.draws)
-    fetched = int(fetches * blocks.waits) * settings.accumulate_grad_batches
+    block = ModelSizes.of(settings).offloaded
+    fetches = sum(fetched_blocks(draw, settings, method, settings.blocks) for draw in does.draws) / len(does.draws)
+    fetched = int(fetches * block) * settings.accumulate_grad_batches
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches
     computing, fetching = tokens * does.flops_per_token / rate, fetched / link
     return Speed(
@@ -277,5 +269,5 @@ def speed(settings: PlanSettings, method: TrainingMethod, does: Compute, card: C
         compute_seconds=computing,
         fetched_bytes=fetched,
         fetch_seconds=fetching,
-        hides_from_tokens=-int(-blocks.waits / link * rate // does.block_forward) if fetched else 0,
+        hides_from_tokens=-int(-block / link * rate // does.block_forward) if fetched else 0,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -34,6 +34,7 @@ from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS
 
+T = TypeVar("T")
 _FOLDER = Path(__file__).parent / "models"
 SHIPPED = {
     "meta-llama/Llama-2-7b-hf": "Llama-2-7b",
@@ -53,12 +54,7 @@ SHIPPED = {
 
 
 class Dimensions(NamedTuple):
-    """A model's dimensions.
-
-    Attributes:
-        config: The config of transformers.
-        source: Where it was found, in words.
-    """
+    """A model's dimensions: the config of transformers, and where it was found, in words."""
 
     config: PretrainedConfig
     source: str
@@ -80,18 +76,13 @@ def find_dimensions(name: str, trust_remote_code: bool = False) -> Dimensions:
     directory = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
     if directory.is_dir():
         return Dimensions(_read(name, directory, trust_remote_code), str(directory / "config.json"))
-    if name in SHIPPED:
-        if isinstance(cached := _cached(name), Path):
-            return Dimensions(_read(name, cached.parent, trust_remote_code), str(cached))
-        return Dimensions(_read(name, _FOLDER / SHIPPED[name], False), f"shipped with ows_lightning for {name}")
-    return Dimensions(
-        load_config(name, trust_remote_code), name if "://" in name or directory.is_file() else f"the hub, {name}"
-    )
-
-
-def _cached(name: str) -> Path | None:
-    path = None if "://" in name else try_to_load_from_cache(name, "config.json")
-    return Path(path) if isinstance(path, str) else None
+    if name not in SHIPPED:
+        source = name if "://" in name or directory.is_file() else f"the hub, {name}"
+        return Dimensions(load_config(name, trust_remote_code), source)
+    cached = None if "://" in name else try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Dimensions(_read(name, Path(cached).parent, trust_remote_code), cached)
+    return Dimensions(_read(name, _FOLDER / SHIPPED[name], False), f"shipped with ows_lightning for {name}")
 
 
 def _read(name: str, directory: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -149,16 +140,20 @@ class PlanSettings:
     interval_steps: int = 50
     update_proj_gap: int = 200
     max_steps: int | None = None
-    _models: dict[Any, nn.Module] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
+    _remembered: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
+
+    def remembered(self, key: Any, make: Callable[[], T]) -> T:
+        """Returns what was made under a key, by these settings or others that `replace` made of them; makes it at first."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        return self._remembered[key]
 
     @property
     def meta_model(self) -> nn.Module:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
-        key = self.dtype, self.attention
-        if key not in self._models:
-            with loading(self.name):
-                self._models[key] = meta_model(self.model, *key)
-        return self._models[key]
+        with loading(self.name):
+            key = self.dtype, self.attention
+            return self.remembered(key, lambda: meta_model(self.model, *key))
 
     @cached_property
     def blocks(self) -> int:
@@ -190,6 +185,11 @@ class PlanSettings:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return DTYPES.get(self.precision, torch.float32)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each device holds a part of the weights."""
+        return self.devices > 1 and "fsdp" in (self.strategy or "")
 
     @property
     def step_tokens(self) -> int:
@@ -254,7 +254,7 @@ def settings_from_config(config: Any) -> PlanSettings:
         precision={"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
         attention="eager" if attention == "eager" else None,
         strategy=_strategy(trainer("strategy")),
-        devices=_number_of_devices(trainer("devices")) * int(trainer("num_nodes") or 1),
+        devices=max(1, number_of_devices(trainer("devices") or 1)) * int(trainer("num_nodes") or 1),
         on_gpu=on_gpu,
         frozen_in=model("frozen_in", "device"),
         frozen_dtype=model("frozen_dtype"),
@@ -297,8 +297,18 @@ def _strategy(given: Any) -> str | None:
     return None if name == "auto" else "fsdp2" if "modelparallel" in name else name
 
 
-def _number_of_devices(given: Any) -> int:
-    if isinstance(given, (list, tuple)):
-        return len(given)
-    text = str(given)
-    return len([part for part in text.split(",") if part]) if "," in text else int(text) if text.isdigit() else 1
+def number_of_devices(devices: Any) -> int:
+    """Returns how many devices ``trainer.devices`` asks for; 0 for all there are.
+
+    Raises:
+        UsageError: It is no number of devices.
+    """
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part]
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 0
+    if not str(devices).isdigit() or int(devices) < 1:
+        raise UsageError(f"trainer.devices: '{devices}' is no number of devices; give 1 or more, a list of indices, or auto")
+    return int(devices)

@@ -13,7 +13,7 @@ from ows_lightning.memory.compute import UTILISATION, Compute, Speed, compute, s
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
 from ows_lightning.memory.simulated_step import TrainingMethod
-from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,33 +68,27 @@ class Plan:
             "probabilities": does.probabilities,
         }
         if self.card is not None:
-            fast = self.speeds[name]
-            figures |= {"card": self.card.name, "fits": needs.fits(self.card.memory), **vars(fast)}
+            figures |= {"card": self.card.name, "fits": needs.fits(self.card.memory), **vars(self.speeds[name])}
         return figures
 
     def to_table(self) -> str:
         """Returns a table as text, in GB (10^9 bytes), and the advice below it."""
-        several = any(needs.communicated_bytes for needs in self.methods.values())
-        waits = any(needs.host_bytes for needs in self.methods.values())
-        lines = [["GB", *(name.replace("_", " ") for name in CATEGORIES), "peak", "fits"]]
-        lines[0] += ["host"] * waits + ["sent a step"] * several + ["FLOPs/token"]
-        lines[0] += [] if self.card is None else ["tokens/s"]
-        for name, needs in self.methods.items():
-            line = [name, *(f"{needs.bytes[category] / 1e9:.2f}" for category in CATEGORIES), f"{needs.peak_bytes / 1e9:.2f}"]
-            line.append(next((f"{card} GB" for card in MEMORY_SIZES if needs.fits(card)), "none"))
-            line += [f"{needs.host_bytes / 1e9:.2f}"] * waits + [f"{needs.communicated_bytes / 1e9:.1f}"] * several
-            line.append(f"{self.computes[name].flops_per_token / self.parameters:.2f} N")
-            if self.card is not None:
-                line.append(f"{self.speeds[name].tokens_per_second:,.0f}" if needs.fits(self.card.memory) else "-")
-            lines.append(line)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = [
-            "  ".join(
-                [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-            )
-            for line in lines
-        ]
-        return "\n".join([self.title, *rows, *self.advice, *self.notes])
+        needs, does = list(self.methods.values()), [self.computes[name] for name in self.methods]
+        columns = {name.replace("_", " "): [f"{n.bytes[name] / 1e9:.2f}" for n in needs] for name in CATEGORIES}
+        columns["peak"] = [f"{n.peak_bytes / 1e9:.2f}" for n in needs]
+        columns["fits"] = [next((f"{card} GB" for card in MEMORY_SIZES if n.fits(card)), "none") for n in needs]
+        if any(n.host_bytes for n in needs):
+            columns["host"] = [f"{n.host_bytes / 1e9:.2f}" for n in needs]
+        if any(n.communicated_bytes for n in needs):
+            columns["sent a step"] = [f"{n.communicated_bytes / 1e9:.1f}" for n in needs]
+        columns["FLOPs/token"] = [f"{d.flops_per_token / self.parameters:.2f} N" for d in does]
+        if (card := self.card) is not None:
+            speeds = [f"{self.speeds[name].tokens_per_second:,.0f}" for name in self.methods]
+            columns["tokens/s"] = [speed if n.fits(card.memory) else "-" for n, speed in zip(needs, speeds, strict=True)]
+        cells = [[text.rjust(max(map(len, (name, *texts)))) for text in (name, *texts)] for name, texts in columns.items()]
+        names = ["GB", *self.methods]
+        first = [name.ljust(max(map(len, names))) for name in names]
+        return "\n".join([self.title, *map("  ".join, zip(first, *cells, strict=True)), *self.advice, *self.notes])
 
 
 def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str | None = None) -> Plan:
@@ -114,48 +108,42 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     advice, notes = [], []
     runs: dict[str, PlanSettings] = {}
     plans: dict[str, MethodPlan] = {}
-    kinds = {name: METHODS[name](settings) for name in methods or METHODS}
-    for name, kind in kinds.items():
+    trained = {name: METHODS[name](settings) for name in methods or METHODS}
+    for name, method in trained.items():
         try:
-            runs[name] = _resolved(settings, kind, chosen)
-            plans[name] = predict(runs[name], kind)
+            runs[name] = _resolved(settings, method, chosen)
+            plans[name] = predict(runs[name], method)
         except UsageError as error:
             if methods or name == "ows":
                 raise
             advice.append(f"{name} is left out: {error}")  # nobody asked for it, and another tool may refuse the model
-    kinds = {name: kinds[name] for name in plans}
     if settings.gradient_checkpointing == "auto":
         notes.append(_recomputing({name: runs[name] for name in plans}, chosen))
     settings = runs.get("ows", settings)
-    computes = {name: compute(runs[name], kind) for name, kind in kinds.items()}
+    computes = {name: compute(runs[name], trained[name]) for name in plans}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
-        known = {settings: own}
-
-        def remembered(changed: PlanSettings) -> MethodPlan:
-            if changed not in known:
-                known[changed] = predict(changed)
-            return known[changed]
-
-        cards: dict[str, list[str]] = {}
+        sizes: dict[str, list[str]] = {}
         for size in MEMORY_SIZES:
             if not own.fits(size):
-                cards.setdefault(advise(settings, size, remembered), []).append(str(size))
-        advice += [f"{', '.join(sizes)} GB: {words}" for words, sizes in cards.items()]
-        fitting = [f"{known_card.name}" for known_card in CARDS if own.fits(known_card.memory)]
+                sizes.setdefault(advise(settings, size), []).append(str(size))
+        advice += [f"{', '.join(cards)} GB: {words}" for words, cards in sizes.items()]
+        fitting = [card.name for card in CARDS if own.fits(card.memory)]
         notes.append(f"Fits as it is: {', '.join(fitting) or 'no card'}")
     notes.append(f"Dimensions: {settings.dimensions}")
     parameters = sum(p.numel() for p in settings.meta_model.parameters())
-    notes.append(
-        f"FLOPs a token: in expectation over draws ({'; '.join(_origins(computes))}), N = {parameters / 1e9:.3g}e9 weights"
-    )
+    origins: dict[str, list[str]] = {}
+    for name, does in computes.items():
+        origins.setdefault(does.probabilities, []).append(name)
+    draws = "; ".join(f"{', '.join(names)}: {origin}" for origin, names in origins.items())
+    notes.append(f"FLOPs a token: in expectation over draws ({draws}), N = {parameters / 1e9:.3g}e9 weights")
     speeds = {}
     if chosen is not None:
-        speeds = {name: speed(runs[name], kinds[name], computes[name], chosen) for name in plans}
+        speeds = {name: speed(runs[name], trained[name], computes[name], chosen) for name in plans}
         notes.append(
             f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {chosen.tflops:g} TFLOPS dense bfloat16 "
             f"({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
         )
-        notes += [f"{name}: bound by {fast.words()}" for name, fast in speeds.items() if name == "ows"]
+        notes += [f"ows: bound by {speeds['ows'].words()}"] * ("ows" in speeds)
     return Plan(settings.title, plans, computes, advice, notes, parameters, chosen, speeds)
 
 
@@ -164,12 +152,10 @@ def _resolved(settings: PlanSettings, method: TrainingMethod, card: Card | None)
     if settings.gradient_checkpointing != "auto":
         return settings
     number = settings.blocks
-    if card is not None:
-        budget = card.memory * 1e9
-        if method.ours:
-            number = fewest_recomputed(settings, budget)
-        elif predict(replace(settings, gradient_checkpointing=0), method).fits(card.memory):
-            number = 0
+    if card is not None and method.ours:
+        number = fewest_recomputed(settings, card.memory * 1e9)
+    elif card is not None and predict(replace(settings, gradient_checkpointing=0), method).fits(card.memory):
+        number = 0
     return replace(settings, gradient_checkpointing=number)
 
 
@@ -181,18 +167,11 @@ def _recomputing(runs: dict[str, PlanSettings], card: Card | None) -> str:
     return f"model.gradient_checkpointing: auto on {card.name}, blocks of {blocks} that recompute: {numbers}"
 
 
-def _origins(computes: dict[str, Compute]) -> list[str]:
-    by_origin: dict[str, list[str]] = {}
-    for name, does in computes.items():
-        by_origin.setdefault(does.probabilities, []).append(name)
-    return [f"{', '.join(names)}: {origin}" for origin, names in by_origin.items()]
-
-
 def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str | None = None) -> Plan:
-    """Plans what a parsed config of the command line describes.
+    """Plans what a parsed config of the command line describes: its keys ``model``, ``data``, ``trainer`` and ``sampling``.
 
     Args:
-        config: A jsonargparse Namespace or a dict with the keys ``model``, ``data``, ``trainer`` and ``sampling``.
+        config: A jsonargparse Namespace or a dict.
         method: Names of methods; all by default.
         card: The name of a card, for speeds.
 
@@ -213,12 +192,7 @@ def plot_plan(plan: Plan, ax: Axes | None = None) -> tuple[Figure, Axes]:
         plan: What methods need.
         ax: Axes to draw on; new ones by default.
     """
-    if ax is None:
-        # Not pyplot: it keeps every figure, and picks a window system where there is one.
-        from matplotlib.figure import Figure
-
-        fig = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-        ax = fig.add_subplot()
+    fig, ax = figure_and_axes(ax)
     names = list(plan.methods)
     below = [0.0] * len(names)
     for category in CATEGORIES:
@@ -229,32 +203,14 @@ def plot_plan(plan: Plan, ax: Axes | None = None) -> tuple[Figure, Axes]:
         ax.annotate(f"{top:.1f}", (name, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize="small")
     # Up to the next card's line, if it is not far off: how much is missing is what one wants to see.
     height = 1.08 * max(below)
-    height = next((1.02 * card for card in MEMORY_SIZES if max(below) <= card < 1.4 * max(below)), height)
-    ax.set_ylim(0, max(height, 1.08 * max(below)))
+    height = max(height, next((1.02 * card for card in MEMORY_SIZES if max(below) <= card < 1.4 * max(below)), 0.0))
+    ax.set_ylim(0, height)
     for card in (card for card in MEMORY_SIZES if card < height):
         ax.axhline(card, color="0.35", linestyle=":", linewidth=1, zorder=0)
-        ax.annotate(
-            f"{card} GB",
-            (1, card),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-            color="0.35",
-        )
+        place = ax.get_yaxis_transform()  # x in shares of the axes, y in GB
+        ax.text(1.01, card, f"{card} GB", transform=place, va="center", fontsize="small", color="0.35")
+    style_axes(ax, plan.title, "", "peak memory (GB)", grid=False)
     ax.set_title(plan.title, loc="left", fontsize="medium", fontweight="bold", pad=34)
-    ax.set_ylabel("peak memory (GB)")
-    ax.tick_params(labelsize="small")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(
-        fontsize="small",
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(CATEGORIES),
-        frameon=False,
-        columnspacing=1,
-        handlelength=1,
-        borderaxespad=0.2,
-    )
-    return ax.get_figure(root=True), ax  # type: ignore[return-value]
+    above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(CATEGORIES), "frameon": False}
+    ax.legend(fontsize="small", columnspacing=1, handlelength=1, borderaxespad=0.2, **above)
+    return fig, ax

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,148 +20,11 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import checkpoint_activations
 from ows_lightning.optim.galore import GaLoreAdamW
 
-_STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a disk
-
-
-@dataclass(frozen=True)
-class BlockSizes:
-    """A model's blocks in bytes: the number of them, the largest one as it trains and as it waits, and its largest weight."""
-
-    count: int
-    trains: int
-    waits: int
-    weight: int
-
-    @classmethod
-    def of(cls, model: nn.Module, settings: PlanSettings) -> BlockSizes:
-        """Returns those of a causal LM, or of its copy on the meta device."""
-        layers = decoder_layers(model)
-        trains = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
-        waits = trains
-        if settings.frozen_dtype == "int8":  # a byte a weight and a float32 scale an output row; the rest as it is
-            waits = max(sum(_int8(p) for p in layer.parameters()) for layer in layers)
-        return cls(len(layers), trains, waits, max(p.nbytes for layer in layers for p in layer.parameters()))
-
-
-def _int8(p: nn.Parameter) -> int:
-    return p.numel() + 4 * (p.numel() // p.size(-1)) if p.dim() > 1 else p.nbytes
-
-
-def waiting_blocks(settings: PlanSettings, method: TrainingMethod, count: int) -> int:
-    """How many of the blocks wait at a time: those that are frozen, and under LoRA all; none for other tools' methods."""
-    if not method.ours or (settings.frozen_in == "device" and settings.frozen_dtype is None):
-        return 0
-    if method.lora is not None:
-        return count
-    return 0 if method.activated_layers is None else max(0, count - method.activated_layers)
-
-
-def device_bytes(weights: int, settings: PlanSettings, method: TrainingMethod, blocks: BlockSizes) -> int:
-    """Turns the weights of a whole model into what of them is on the device.
-
-    Blocks that train, embeddings, head and norm stay as they are; of those that wait there is a window. Blocks in int8 are
-    dequantised into the window, from copies on the device or from memory that the copies pass through one by one.
-    """
-    waiting = waiting_blocks(settings, method, blocks.count)
-    if not waiting:
-        return weights
-    window = min(settings.window_blocks, waiting)
-    held = waiting if settings.frozen_in == "device" else int(settings.frozen_dtype == "int8")
-    return weights - waiting * blocks.trains + window * blocks.trains + held * blocks.waits
-
-
-def resident_weights(settings: PlanSettings) -> int:
-    """Bytes of weights that lie on the device for sure: all, unless some wait elsewhere or are shared between devices."""
-    if settings.frozen_in != "device" or settings.frozen_dtype is not None or settings.devices > 1:
-        return 0
-    return sum(p.nbytes for p in settings.meta_model.parameters())
-
-
-def host_bytes(settings: PlanSettings, method: TrainingMethod, blocks: BlockSizes) -> int:
-    """What waits in host memory: every block's home, in int8 its master and its copy; from a disk, staging buffers alone."""
-    if not waiting_blocks(settings, method, blocks.count):
-        return 0
-    if settings.frozen_in == "disk":
-        return _STAGING * blocks.weight if settings.on_gpu else 0
-    copies = blocks.waits if settings.frozen_dtype == "int8" and settings.frozen_in == "host" else 0
-    return blocks.count * (blocks.trains + copies)
-
-
-def fetched_blocks(draw: Sequence[int], settings: PlanSettings, method: TrainingMethod, count: int) -> int:
-    """How many blocks are fetched in a micro-batch: at the least that is possible, the first after a draw excepted.
-
-    Forward fetches all R that wait, backward the B of them that it reaches. The last of forward's are there when backward
-    begins, and so may be the first of forward's when it ends, as far as the window goes.
-    """
-    if settings.frozen_in == "device":
-        return 0
-    waiting = waiting_blocks(settings, method, count)
-    below = 0 if "embeddings" in method.always_train or method.lora is not None else min(draw)
-    reached = waiting - below
-    window = min(settings.window_blocks, waiting)
-    last = max(reached, window)  # where in the order of waiting blocks the window ends up
-    return waiting + reached - min(window, reached) - max(0, window - (waiting - last))
-
-
-@dataclass(frozen=True)
-class Shards:
-    """A model's units of sharding: the number of its blocks, and the parameters of a block and of all else, the root."""
-
-    blocks: int
-    block: int
-    root: int
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Shards:
-        """Returns those of a causal LM."""
-        layers = decoder_layers(model)
-        block, whole = (sum(p.numel() for p in module.parameters()) for module in (layers[0], model))
-        return cls(len(layers), block, whole - len(layers) * block)
-
-
-def is_sharded(settings: PlanSettings) -> bool:
-    """Whether each device holds a part of the weights."""
-    return settings.devices > 1 and "fsdp" in (settings.strategy or "")
-
-
-def on_each_device(peak: dict[str, int], settings: PlanSettings, shards: Shards, method: TrainingMethod) -> dict[str, int]:
-    """Turns the peak of one device into that of each of n.
-
-    FSDP2 shards weights, gradients, moments and an elementwise optimizer's temporaries n ways. Beside its shards, a device
-    holds the root's weights, those of two blocks (one at work, one that is fetched meanwhile) and, where full gradients exist,
-    those of two blocks (one being produced, one being reduced). Projectors are replicated; activations are those of the
-    device's own rows. With DDP, every device holds everything.
-    """
-    if not is_sharded(settings):
-        return peak
-    split = {"weights", "gradients", "moments"} | ({"other"} if method.rank is None else set())
-    sizes = {name: -(-size // settings.devices) if name in split else size for name, size in peak.items()}
-    sizes["weights"] += (shards.root + 2 * shards.block) * settings.compute_dtype.itemsize
-    if method.lora is None:
-        sizes["gradients"] += 2 * shards.block * settings.compute_dtype.itemsize
-    return sizes
-
-
-def communicated_bytes(memory: StepMemory, settings: PlanSettings, shards: Shards, method: TrainingMethod) -> int:
-    """Bytes that each of n devices sends in an optimizer step; its share in a ring is (n - 1) / n of the tensors.
-
-    FSDP2: in every micro-batch, the blocks' weights are gathered in forward and again in backward, frozen ones too, and the
-    root's once; gradients of what trains, and only those, are reduced and scattered in float32. DDP: once a step, gradients
-    are reduced and gathered, and of a projected matrix only the projected one.
-    """
-    n = settings.devices
-    if is_sharded(settings):
-        gathered = (2 * shards.blocks * shards.block + shards.root) * settings.compute_dtype.itemsize
-        return settings.accumulate_grad_batches * (gathered + 4 * memory.trained) * (n - 1) // n
-    reduced = memory.consumed if method.ours else memory.trained * settings.dtype.itemsize
-    return 2 * reduced * (n - 1) // n
-
-
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
 _CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
-_FEW = 3  # blocks of a kind that are followed one by one; more are extrapolated
-_followed: WeakKeyDictionary[nn.Module, dict[Any, StepMemory]] = WeakKeyDictionary()  # by the whole model
+_FEW = 3  # blocks of a group that are followed one by one; more are extrapolated
+_STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a disk
 
 
 @dataclass(frozen=True)
@@ -216,11 +78,7 @@ blocks that are frozen again. Batches, precision and checkpointing are the confi
 def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> MethodPlan:
     """Predicts what a method needs on each device, from a step of a fake model with all its operators.
 
-    A step is followed on a model of few blocks. Blocks of a kind add the same each, so that the peaks of each stage of a step
-    are linear in the number of blocks of each kind (see `block_groups`); the rest is extrapolated, exactly. The highest of the
-    stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it.
-
-    On several devices, see `on_each_device`.
+    The highest of a step's stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it.
 
     Args:
         settings: The model and what it is trained on.
@@ -230,43 +88,75 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
         UsageError: The model has operators that can't be followed without data.
     """
     method = method or settings.method
-    model = settings.meta_model
-    layers = decoder_layers(model)
-    active = len(layers) if method.activated_layers is None else min(method.activated_layers, len(layers))
     try:
-        followed = partial(follow, model, settings, method)
-        memory = _extrapolate(followed, active, len(layers) - active, settings.recomputed, alike(layers))
+        memory = extrapolate(settings, method, alike(decoder_layers(settings.meta_model)))
     except UsageError:
         raise
     except Exception as error:  # what a model's code raises when its tensors have no contents
         raise UsageError(
             f"model.model_name_or_path: can't follow a {settings.model.model_type} model in {settings.precision} ({error})"
         ) from error
-    shards = Shards.of(model)
-    blocks = BlockSizes.of(model, settings)
+    sizes = ModelSizes.of(settings)
     for peak in memory.peaks.values():
-        peak["weights"] = device_bytes(peak["weights"], settings, method, blocks)
-    peaks = [on_each_device(peak, settings, shards, method) for peak in memory.peaks.values()]
-    highest = max(peaks, key=lambda sizes: sum(sizes.values()))
-    return MethodPlan(highest, communicated_bytes(memory, settings, shards, method), host_bytes(settings, method, blocks))
+        peak["weights"] = _device_weights(peak["weights"], settings, method, sizes)
+    peaks = [on_each_device(peak, settings, sizes, method) for peak in memory.peaks.values()]
+    highest = max(peaks, key=lambda peak: sum(peak.values()))
+    return MethodPlan(highest, communicated_bytes(memory, settings, sizes, method), _host_bytes(settings, method, sizes))
+
+
+# ------------------------------------------------------------------------------ a step of a model of few blocks
+
+
+def extrapolate(settings: PlanSettings, method: TrainingMethod, alike: bool) -> StepMemory:
+    """Follows steps of models of few blocks, and goes on linearly.
+
+    Blocks of a group (see `block_groups`) add the same each, so that the peaks of each stage of a step are linear in the
+    number of blocks of each group: it is exact.
+
+    Args:
+        settings: The model and what it is trained on.
+        method: How it trains.
+        alike: Whether all blocks have the same weights; if not, all are followed.
+    """
+    active = method.active_blocks(settings.blocks)
+    groups = block_groups(active, settings.blocks - active, settings.recomputed)
+    few = {name: size if size <= _FEW or not alike else 2 for name, size in groups.items()}
+
+    def of(groups: dict[str, int]) -> StepMemory:
+        frozen, frozen_kept, active, active_kept = groups.values()
+        recomputed = min(settings.recomputed, 1 + frozen + active)
+        return follow(settings, method, 1 + active + active_kept, frozen + frozen_kept, recomputed)
+
+    base = of(few)
+    steps = [(size - few[name], of({**few, name: few[name] + 1})) for name, size in groups.items() if size > few[name]]
+
+    def extended(value: Callable[[StepMemory], int]) -> int:
+        return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)
+
+    def at(span: tuple[Any, ...], category: str, memory: StepMemory) -> int:
+        return memory.peaks[span].get(category, 0)
+
+    return StepMemory(
+        {span: {name: extended(partial(at, span, name)) for name in CATEGORIES} for span in base.peaks},
+        extended(lambda memory: memory.trained),
+        extended(lambda memory: memory.consumed),
+    )
+
+
+def alike(layers: nn.ModuleList) -> bool:
+    """Whether all blocks have the same weights by name and shape."""
+    return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
 
 
 def follow(
-    model: nn.Module,
-    settings: PlanSettings,
-    method: TrainingMethod,
-    active: int,
-    frozen: int,
-    recomputed: int,
-    rows: int | None = None,
+    settings: PlanSettings, method: TrainingMethod, active: int, frozen: int, recomputed: int, rows: int | None = None
 ) -> StepMemory:
-    """Follows a step of a fake copy of a meta model.
+    """Follows a step of a fake model with the first blocks of the settings' one; a step is followed once.
 
     Args:
-        model: The whole model.
         settings: What it is trained on.
         method: How it trains.
-        active: How many of the copy's blocks train.
+        active: How many of its blocks train.
         frozen: How many more it has.
         recomputed: How many of them, from below, recompute their activations.
         rows: Rows of a micro-batch, of which every chunk is followed, as counting asks for; None: those of the settings, and
@@ -281,18 +171,19 @@ def follow(
         settings.autocast,
         host_memory=settings.on_gpu,
     )
-    known = _followed.setdefault(model, {})
-    key = method, work, active + frozen, recomputed, rows is None
-    if key not in known:  # a card's advice asks for the same step with frozen blocks here and there
-        few = first_blocks(model, active + frozen)
-        checkpoint_activations(few, recomputed)  # type: ignore[arg-type]
+
+    def followed() -> StepMemory:
+        model = first_blocks(settings.meta_model, active + frozen)
+        checkpoint_activations(model, recomputed)  # type: ignore[arg-type]
         if method.lora is not None:
-            few = _add_lora(few, method.lora)
+            model = _add_lora(model, method.lora)
         tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(abridged=rows is None))
         with tracker:
-            materialize_(few)
-        known[key] = follow_steps(few, method, work, tracker)
-    return known[key]
+            materialize_(model)
+        return follow_steps(model, method, work, tracker)
+
+    # A card's advice asks for the same step with frozen blocks here and there.
+    return settings.remembered((settings.dtype, settings.attention, method, work, active + frozen, recomputed, rows), followed)
 
 
 def _add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
@@ -303,33 +194,120 @@ def _add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), low_cpu_mem_usage=True)
 
 
-def alike(layers: nn.ModuleList) -> bool:
-    """Whether all blocks have the same weights by name and shape."""
-    return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
+# ------------------------------------------------------------------------------ what lies where
 
 
-def _extrapolate(
-    follow: Callable[[int, int, int], StepMemory], active: int, frozen: int, recomputed: int, alike: bool
-) -> StepMemory:
-    """Follows small models and goes on linearly, in blocks of each kind."""
-    sizes = block_groups(active, frozen, recomputed)
-    few = {kind: size if size <= _FEW or not alike else 2 for kind, size in sizes.items()}
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model.
 
-    def of(sizes: dict[str, int]) -> StepMemory:
-        frozen, frozen_kept, active, active_kept = sizes.values()
-        return follow(1 + active + active_kept, frozen + frozen_kept, min(recomputed, 1 + frozen + active))
+    Attributes:
+        blocks: The number of its blocks.
+        block: Parameters of a block.
+        root: Parameters of all else.
+        on_device: Bytes of the largest block as it trains.
+        offloaded: Bytes of the largest block while it is offloaded, or in int8.
+        largest_weight: Bytes of the largest weight of a block.
+    """
 
-    base = of(few)
-    steps = [(size - few[kind], of({**few, kind: few[kind] + 1})) for kind, size in sizes.items() if size > few[kind]]
+    blocks: int
+    block: int
+    root: int
+    on_device: int
+    offloaded: int
+    largest_weight: int
 
-    def extended(value: Callable[[StepMemory], int]) -> int:
-        return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)
+    @classmethod
+    def of(cls, settings: PlanSettings) -> ModelSizes:
+        """Returns those of the settings' model."""
+        layers = [list(layer.parameters()) for layer in decoder_layers(settings.meta_model)]
+        block = sum(p.numel() for p in layers[0])
+        root = sum(p.numel() for p in settings.meta_model.parameters()) - len(layers) * block
+        on_device = offloaded = max(sum(p.nbytes for p in layer) for layer in layers)
+        if settings.frozen_dtype == "int8":  # a byte a weight and a float32 scale an output row; the rest as it is
+            offloaded = max(sum(_int8(p) for p in layer) for layer in layers)
+        return cls(len(layers), block, root, on_device, offloaded, max(p.nbytes for layer in layers for p in layer))
 
-    def at(span: tuple[Any, ...], category: str, memory: StepMemory) -> int:
-        return memory.peaks[span].get(category, 0)
 
-    return StepMemory(
-        {span: {name: extended(partial(at, span, name)) for name in CATEGORIES} for span in base.peaks},
-        extended(lambda memory: memory.trained),
-        extended(lambda memory: memory.consumed),
-    )
+def _int8(p: nn.Parameter) -> int:
+    return p.numel() + 4 * (p.numel() // p.size(-1)) if p.dim() > 1 else p.nbytes
+
+
+def _offloaded_blocks(settings: PlanSettings, method: TrainingMethod, count: int) -> int:
+    """How many blocks are offloaded or in int8: those that are frozen, under LoRA all; none for other tools' methods."""
+    if not method.ours or (settings.frozen_in == "device" and settings.frozen_dtype is None):
+        return 0
+    return count if method.lora is not None else count - method.active_blocks(count)
+
+
+def _device_weights(weights: int, settings: PlanSettings, method: TrainingMethod, sizes: ModelSizes) -> int:
+    """Turns the bytes of a whole model's weights into those on the device.
+
+    Blocks that train, embeddings, head and norm stay as they are; for those that are offloaded there are slots. Blocks in int8
+    are dequantised into the slots, from copies on the device or from memory that the copies pass through one by one.
+    """
+    offloaded = _offloaded_blocks(settings, method, sizes.blocks)
+    if not offloaded:
+        return weights
+    slots = min(settings.window_blocks, offloaded)
+    copies = offloaded if settings.frozen_in == "device" else int(settings.frozen_dtype == "int8")
+    return weights + (slots - offloaded) * sizes.on_device + copies * sizes.offloaded
+
+
+def _host_bytes(settings: PlanSettings, method: TrainingMethod, sizes: ModelSizes) -> int:
+    """What host memory holds: every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone."""
+    if not _offloaded_blocks(settings, method, sizes.blocks):
+        return 0
+    if settings.frozen_in == "disk":
+        return _STAGING * sizes.largest_weight if settings.on_gpu else 0
+    copies = sizes.offloaded if settings.frozen_dtype == "int8" and settings.frozen_in == "host" else 0
+    return sizes.blocks * (sizes.on_device + copies)
+
+
+def fetched_blocks(draw: Sequence[int], settings: PlanSettings, method: TrainingMethod, count: int) -> int:
+    """How many blocks are fetched in a micro-batch: at the least that is possible, the first after a draw excepted.
+
+    Forward fetches all R that are offloaded, backward the B of them that it reaches. The last of forward's are there when
+    backward begins, and so may be the first of forward's when it ends, as far as there are slots.
+    """
+    if settings.frozen_in == "device":
+        return 0
+    offloaded = _offloaded_blocks(settings, method, count)
+    below = 0 if "embeddings" in method.always_train or method.lora is not None else min(draw)
+    reached = offloaded - below
+    slots = min(settings.window_blocks, offloaded)
+    last = max(reached, slots)  # where in the order of offloaded blocks the slots end up
+    return offloaded + reached - min(slots, reached) - max(0, slots - (offloaded - last))
+
+
+def on_each_device(peak: dict[str, int], settings: PlanSettings, sizes: ModelSizes, method: TrainingMethod) -> dict[str, int]:
+    """Turns the peak of one device into that of each of n.
+
+    FSDP2 shards weights, gradients, moments and an elementwise optimizer's temporaries n ways. Beside its shards, a device
+    holds the root's weights, those of two blocks (one at work, one that is fetched meanwhile) and, where full gradients exist,
+    those of two blocks (one being produced, one being reduced). Projectors are replicated; activations are those of the
+    device's own rows. With DDP, every device holds everything.
+    """
+    if not settings.is_sharded:
+        return peak
+    sharded = {"weights", "gradients", "moments"} | ({"other"} if method.rank is None else set())
+    each = {name: -(-size // settings.devices) if name in sharded else size for name, size in peak.items()}
+    each["weights"] += (sizes.root + 2 * sizes.block) * settings.compute_dtype.itemsize
+    if method.lora is None:
+        each["gradients"] += 2 * sizes.block * settings.compute_dtype.itemsize
+    return each
+
+
+def communicated_bytes(memory: StepMemory, settings: PlanSettings, sizes: ModelSizes, method: TrainingMethod) -> int:
+    """Bytes that each of n devices sends in an optimizer step; its share in a ring is (n - 1) / n of the tensors.
+
+    FSDP2: in every micro-batch, the blocks' weights are gathered in forward and again in backward, frozen ones too, and the
+    root's once; gradients of what trains, and only those, are reduced and scattered in float32. DDP: once a step, gradients
+    are reduced and gathered, and of a projected matrix only the projected one.
+    """
+    n = settings.devices
+    if settings.is_sharded:
+        gathered = (2 * sizes.blocks * sizes.block + sizes.root) * settings.compute_dtype.itemsize
+        return settings.accumulate_grad_batches * (gathered + 4 * memory.trained) * (n - 1) // n
+    reduced = memory.consumed if method.ours else memory.trained * settings.dtype.itemsize
+    return 2 * reduced * (n - 1) // n

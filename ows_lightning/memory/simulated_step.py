@@ -58,6 +58,10 @@ class TrainingMethod:
     lora: dict[str, Any] | None = field(default=None, hash=False)
     distribution: str | None = None
 
+    def active_blocks(self, count: int) -> int:
+        """How many of a model's blocks train at a time."""
+        return count if self.activated_layers is None else min(self.activated_layers, count)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -110,7 +114,7 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
         tracker: A new one; it runs the operators of a fake model.
     """
     count = len(decoder_layers(model))
-    active = count if method.activated_layers is None else min(method.activated_layers, count)
+    active = method.active_blocks(count)
     blocks, consumed = [0, *range(count - active + 1, count)], 0
     with tracker:
         tracker.label("weights", [*model.parameters(), *model.buffers()])

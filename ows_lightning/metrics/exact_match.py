@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-_HARMLESS = {
+_NEUTRAL_SETTINGS = {
     *("bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length"),
     *("max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
 }
@@ -33,7 +33,7 @@ class KnownAnswers:
     @classmethod
     def of(cls, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> KnownAnswers | None:
         """For a model's settings of generation; None where these change greedy answers, as a penalty for repetition does."""
-        if {name for name, value in generation.to_diff_dict().items() if value not in (None, False)} - _HARMLESS:
+        if {name for name, value in generation.to_diff_dict().items() if value not in (None, False)} - _NEUTRAL_SETTINGS:
             return None
         stops = generation.eos_token_id
         return cls(tokenizer, set(stops) if isinstance(stops, list) else {stops} - {None}, limit)
@@ -84,12 +84,12 @@ class KnownAnswers:
         text = str(self._tokenizer.decode(beginning, skip_special_tokens=True))
         ended = len(beginning) == self._limit or beginning[-1] in self._stops
         # Half a character, or a space that is cleaned up later, tells nothing.
-        return text if ended or not _dense(right).startswith(_dense(text.rstrip("\ufffd"))) else None
+        return text if ended or not _without_spaces(right).startswith(_without_spaces(text.rstrip("\ufffd"))) else None
 
 
 def _key(prompt: Tensor) -> bytes:
     return bytes(prompt.numpy().tobytes())
 
 
-def _dense(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())

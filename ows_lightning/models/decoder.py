@@ -95,13 +95,13 @@ def _is_pretrained(module: nn.Module) -> TypeGuard[Any]:
 
 
 def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which a block's weights are on the device where the block computes, wherever they wait else."""
+    """Returns a context in which a block's weights are on the device where it computes, also if the block is offloaded."""
     offloader = getattr(block, "offloader", None)
     return contextlib.nullcontext() if offloader is None else offloader.resident(block)
 
 
 def end_pass(block: nn.Module) -> None:
-    """Makes a block's parameters its own weights, wherever they wait, also where a pass was interrupted."""
+    """Makes an offloaded block's parameters its own weights again, also after an interrupted forward or backward pass."""
     if (offloader := getattr(block, "offloader", None)) is not None:
         offloader.end_pass()
 

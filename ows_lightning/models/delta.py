@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +27,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import without_weight_conversions
-from ows_lightning.errors import RunError, UsageError
+from ows_lightning.errors import UsageError
 from ows_lightning.models.compression import compress, decompress
-from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, check_replaceable, replace_directory, weights_without_peft
+from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, check_replaceable, replacing, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
 log = logging.getLogger(__name__)
+
+_METADATA = {"format": "pt"}  # without which transformers does not read a safetensors file
 
 
 class Sizes(NamedTuple):
@@ -54,7 +55,7 @@ def megabytes(count: int) -> str:
 
 
 class Delta:
-    """A delta's directory, checked: all is there, and every tensor is as it was written.
+    """A delta's directory, which is checked to be complete and unchanged.
 
     Args:
         directory: The directory.
@@ -115,9 +116,9 @@ class Delta:
 
     def sizes(self, model: Mapping[str, Tensor]) -> Sizes:
         """Returns the sizes of the delta and of the restored model, given the base's tensors."""
-        stored = {name: _bytes(self._stored(name)) for name in self.places}
+        stored = {name: self._stored(name).nbytes for name in self.places}
         whole = {name: count for name, count in stored.items() if name not in self._packed}
-        return Sizes(sum(stored.values()), sum(whole[name] if name in whole else _bytes(model[name]) for name in self.hashes))
+        return Sizes(sum(stored.values()), sum(whole[name] if name in whole else model[name].nbytes for name in self.hashes))
 
 
 def write_delta(
@@ -127,7 +128,7 @@ def write_delta(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
 ) -> Sizes:
-    """Writes what of an exported model differs from its base. One of the two is in memory, a tensor of the other at a time.
+    """Writes the tensors in which an export differs from its base. The base is in memory, the export a tensor at a time.
 
     Args:
         export: A directory that `save_huggingface` wrote.
@@ -149,7 +150,8 @@ def write_delta(
     files: dict[str, dict[str, str]] = {}
     packed: dict[str, str] = {}
     model_bytes = delta_bytes = tensors = 0
-    with _replacing(target, export, "delta") as partial:
+    with replacing(target, "delta") as partial:
+        _copy_all_but_weights(export, partial)
         others = {path.name: _file_hash(path) for path in sorted(partial.iterdir()) if path.name != "README.md"}
         shards = _Shards(partial)
         for path in sorted(export.glob("*.safetensors")):
@@ -158,13 +160,13 @@ def write_delta(
                 for name in file.keys():  # noqa: SIM118  (it is no mapping)
                     tensor = file.get_tensor(name)
                     value = files[path.name][name] = _hash(name, tensor)
-                    model_bytes += _bytes(tensor)
+                    model_bytes += tensor.nbytes
                     if value != before.get(name):
                         stored = _smallest(tensor, of_base.get(name))
                         if stored is not tensor:
                             packed[name] = _hash(name, stored)
                         shards.add(name, stored)
-                        delta_bytes += _bytes(stored)
+                        delta_bytes += stored.nbytes
                         tensors += 1
         shards.flush()
         about = {
@@ -183,7 +185,7 @@ def write_delta(
 def apply_delta(
     base: str, delta: str | os.PathLike[str], directory: str | os.PathLike[str], trust_remote_code: bool = False
 ) -> Sizes:
-    """Writes the model that a delta was made of: the same files, with the same bytes, as `save_huggingface` wrote.
+    """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote.
 
     Args:
         base: What `load_model` takes.
@@ -203,16 +205,17 @@ def apply_delta(
     model = load_model(base, change.dtype, None, trust_remote_code)
     change.check_base(model)
     of_base = dict(_tensors(model))
-    with _replacing(target, change.directory, "model") as partial:
+    with replacing(target, "model") as partial:
+        _copy_all_but_weights(change.directory, partial)
         for file, names in change.files.items():
             tensors = {name: change.read(name, of_base) if name in change.places else of_base[name].clone() for name in names}
-            _save(tensors, partial / file)
+            save_file(tensors, partial / file, _METADATA)
     return change.sizes(of_base)
 
 
 @torch.no_grad()
 def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
-    """Makes a base model, in place, the one that a delta was made of, bit for bit.
+    """Applies a delta to its base model, in place, bit for bit.
 
     Embeddings get the delta's rows, and a head that was trained apart from them is parted. On an error the model is as before.
 
@@ -239,7 +242,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     plain = without_weight_conversions(model)
-    for name, weight in _untied_weights(model):
+    for name, weight in ((weight.name, weight.tensor.detach()) for weight in untied_weights(model)):
         pieces = revert_weight_conversion(plain, {name: weight})
         changed = [piece for piece in pieces if piece in change.places]
         # The delta names tensors as files do. Where the model holds several of them as one, this finds each one's elements.
@@ -258,12 +261,12 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
 
 
 def name_without_folders(name: str) -> str:
-    """A model's name as others may know it: of a local directory or file, the last part."""
+    """A model's name without the folders of this machine: of a local directory or file, the last part."""
     return Path(name).expanduser().absolute().name if Path(name).expanduser().exists() else name
 
 
 def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
-    """The most that a delta can take, from what was trained: nothing is compared or loaded.
+    """The largest size that a delta can have, given what was trained; nothing is compared or loaded.
 
     Args:
         model: A causal LM, or a peft model around one; a matrix with an adapter counts as trained.
@@ -271,18 +274,17 @@ def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ever = set(trained)
-    weights = {weight.source: weight for weight in weights_without_peft(base)}  # a tied weight once
-    pairs = [(getattr(weight.module, weight.attribute), weight.adapters) for weight in weights.values()]
+    pairs = [(weight.tensor, weight.adapters) for weight in untied_weights(base)]
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
     changed = [tensor for tensor, _ in pairs if tensor in ever]
-    return Sizes(sum(map(_bytes, changed)), sum(_bytes(tensor) for tensor, _ in pairs))
+    return Sizes(sum(tensor.nbytes for tensor in changed), sum(tensor.nbytes for tensor, _ in pairs))
 
 
 def _smallest(tensor: Tensor, base: Tensor | None) -> Tensor:
     """The tensor itself, or its packed difference from the base's where that is smaller."""
     if base is None or (base.dtype, base.shape) != (tensor.dtype, tensor.shape):
         return tensor
-    return min(compress(tensor, base), tensor, key=_bytes)
+    return min(compress(tensor, base), tensor, key=lambda one: one.nbytes)
 
 
 class _Shards:
@@ -293,67 +295,33 @@ class _Shards:
         self._pending: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if self._pending and sum(map(_bytes, self._pending.values())) + _bytes(tensor) > SHARD_BYTES:
+        if self._pending and sum(other.nbytes for other in self._pending.values()) + tensor.nbytes > SHARD_BYTES:
             self.flush()
         self._pending[name] = tensor
 
     def flush(self) -> None:
         self.count += 1
-        _save(self._pending, self.directory / f"delta-{self.count:05d}.safetensors")
+        save_file(self._pending, self.directory / f"delta-{self.count:05d}.safetensors", _METADATA)
         self._pending.clear()
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod((path.parent / "config.json").stat().st_mode)  # safetensors gives it to its owner alone
-
-
-@contextmanager
-def _replacing(target: Path, source: Path, what: str) -> Iterator[Path]:
-    """Gives a folder with the files of a source but its weights, which in the end replaces the target, or is gone."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        _copy_all_but_weights(source, partial)
-        yield partial
-        replace_directory(target, partial)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"can't write the {what} to {str(target)!r} ({error}); free space or choose another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _copy_all_but_weights(source: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
     for path in source.iterdir():
         wanted = any(map(path.match, MODEL_FILES)) and path.suffix != ".safetensors" and path.name != DELTA_FILE
         if wanted and path.is_file():  # the hub's cache has links to files
             shutil.copy(path, target)
 
 
-def _untied_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights, tied ones under their first name."""
-    seen = set()
-    for weight in weights_without_peft(model):
-        if weight.source not in seen:
-            seen.add(weight.source)
-            yield weight.name, getattr(weight.module, weight.attribute).detach()
-
-
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors under the names, and in the form, that files have them in."""
+    """The model's tensors under the names and in the form of its files."""
     plain = without_weight_conversions(model)
-    for name, weight in _untied_weights(model):
-        yield from revert_weight_conversion(plain, {name: weight}).items()
+    for weight in untied_weights(model):
+        yield from revert_weight_conversion(plain, {weight.name: weight.tensor.detach()}).items()
 
 
 def _names(path: Path) -> list[str]:
     with safe_open(path, "pt") as file:
         return list(file.keys())
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _hash(name: str, tensor: Tensor) -> str:

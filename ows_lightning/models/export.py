@@ -7,12 +7,12 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
@@ -29,8 +29,8 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import end_pass
-from ows_lightning.models.large_tensors import all_finite
 from ows_lightning.models.mapped_files import drop_page_cache, weights_are_mapped
+from ows_lightning.models.pretrained import not_finite
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
 
@@ -96,62 +96,44 @@ def save_huggingface(
     for block in model.modules():
         end_pass(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
-    base: PreTrainedModel = model.get_base_model() if _is_peft(model) else model  # type: ignore[assignment,operator]
+    is_peft = hasattr(model, "get_base_model")
+    base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[assignment,operator]
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost one stays gathered after a forward pass
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     writes = not distributed.is_initialized() or distributed.get_rank() == 0
-    partial = target.with_name(f".{target.name}.partial")
-    try:
+    with replacing(target, "model") if writes else contextlib.nullcontext(target) as partial:
         if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
             tokenizer.save_pretrained(partial)
             _copy_processor(base, partial)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
-        if sharded or _is_peft(model) or weights_are_mapped():
+        if sharded or is_peft or weights_are_mapped():
             _save_one_by_one(base, partial, writes)
         elif writes:
             base.save_pretrained(partial, max_shard_size=SHARD_BYTES)
-        if writes:
-            for file in partial.glob("*.safetensors"):  # safetensors gives them to their owner alone
-                file.chmod((partial / "config.json").stat().st_mode)
-            replace_directory(target, partial)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"can't write the model to {str(directory)!r} ({error}); free space or choose another") from error
-    finally:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
     if sharded:
         distributed.barrier()
 
 
 def _check_finite(model: nn.Module) -> None:
     """Refuses weights with NaN or Inf, on all ranks if one holds such a part."""
-    parts = {
-        name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters() if p.is_floating_point()
-    }
-    broken = []
-    for name, part in parts.items():
-        if not all_finite(part):
-            broken.append(name)
-        drop_page_cache()
+    broken = not_finite(model)
     if any(isinstance(p, DTensor) for p in model.parameters()):
         everywhere: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everywhere, broken)
-        broken = [name for name in parts if any(name in rank for rank in everywhere)]
+        broken = list(dict.fromkeys(name for rank in everywhere for name in rank))
     if broken:
         raise RunError(
-            f"the model is not written: {len(broken)} of its {len(parts)} weights hold NaN or Inf ({broken[0]}); "
-            "export an earlier checkpoint, and train with a lower learning rate"
+            f"the model is not written: {len(broken)} of its {len(list(model.parameters()))} weights hold NaN or Inf "
+            f"({broken[0]}); export an earlier checkpoint, and train with a lower learning rate"
         )
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
-    """Returns where to write a model or a delta, links followed.
+    """Returns the directory to write a model or a delta to, with links resolved.
 
     Args:
         directory: What is written, or replaced.
@@ -176,18 +158,33 @@ def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.Path
     return target
 
 
-def replace_directory(target: Path, partial: Path) -> None:
-    """Puts the finished directory in the target's place, so that there's a whole one at any time."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def replacing(target: Path, what: str) -> Iterator[Path]:
+    """Yields an empty folder that replaces the target in the end, or is removed after an error.
+
+    Raises:
+        RunError: The files can't be written.
+    """
+    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.glob("*.safetensors"):  # safetensors gives them to their owner alone
+            file.chmod((partial / "config.json").stat().st_mode)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"can't write the {what} to {str(target)!r} ({error}); free space or choose another") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
-    """Brings along what tells how a vision-language model wants its images, which no training changes."""
+    """Copies the image processor's files of a vision-language model, which training does not change."""
     if type(model.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return
     for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME):
@@ -211,10 +208,8 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 
 def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
     """Writes a sharded or peft-wrapped model, or one that lies in files, with one weight of it in memory at any time."""
-    weights: dict[tuple[int, ...], _Weight] = {}
-    for weight in weights_without_peft(model):
-        weights.setdefault(weight.source, weight)  # a tied weight once, under its first name
-    kept_apart = {weight.name for weight in weights.values()} & model.all_tied_weights_keys.keys()
+    weights = untied_weights(model)
+    kept_apart = {weight.name for weight in weights} & model.all_tied_weights_keys.keys()
     if writes:
         model.save_pretrained(directory, state_dict={})  # all but the weights
         (directory / _WEIGHTS).unlink(missing_ok=True)
@@ -222,42 +217,25 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
             path = directory / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
 
-    shards: list[list[_Weight]] = [[]]
-    for weight in weights.values():
-        if shards[-1] and sum(other.tensor.nbytes for other in shards[-1]) + weight.tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(weight)
-    names: list[list[str]] = []
-    for shard in shards:
-        # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor.
-        layout: dict[str, Tensor] = {}
-        for weight in shard:
-            empty = torch.empty(weight.tensor.shape, dtype=weight.tensor.dtype, device="meta")
-            layout |= revert_weight_conversion(model, {weight.name: empty})
-        path = directory / f"shard-{len(names)}"
-        names.append(list(layout))
-        with SafetensorsFile(path, layout) if writes else contextlib.nullcontext() as file:
-            for weight in shard:
-                with _merged(weight) as tensor:
-                    if file is not None:
-                        for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items():
-                            file.write(name, value)
-                drop_page_cache()
-    if writes:
-        _name_shards(directory, names, sum(weight.tensor.nbytes for weight in weights.values()))
-
-
-def _name_shards(directory: Path, shards: list[list[str]], total_bytes: int) -> None:
-    """Gives the shards their final names, which say how many there are, and writes the index."""
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / _WEIGHTS)
-        return
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, file in enumerate(files):
-        (directory / f"shard-{i}").rename(directory / file)
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor.
+    layout: dict[str, Tensor] = {}
+    for weight in weights:
+        empty = torch.empty(weight.tensor.shape, dtype=weight.tensor.dtype, device="meta")
+        layout |= revert_weight_conversion(model, {weight.name: empty})
+    split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
+    with contextlib.ExitStack() as stack:
+        files = {
+            file: stack.enter_context(SafetensorsFile(directory / file, {name: layout[name] for name in names}))
+            for file, names in (split.filename_to_tensors.items() if writes else ())
+        }
+        for weight in weights:
+            with _merged(weight) as tensor:
+                for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items() if writes else ():
+                    files[split.tensor_to_filename[name]].write(name, value)
+            drop_page_cache()
+    if writes and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:
@@ -274,6 +252,14 @@ def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...
         yield from (_Weight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
         for name, child in module.named_children():
             yield from weights_without_peft(child, f"{prefix}{name}.")
+
+
+def untied_weights(model: nn.Module) -> list[_Weight]:
+    """Returns the weights as ``weights_without_peft`` does, but a tied one once, under its first name."""
+    weights: dict[tuple[int, ...], _Weight] = {}
+    for weight in weights_without_peft(model):
+        weights.setdefault(weight.source, weight)
+    return list(weights.values())
 
 
 @contextlib.contextmanager
@@ -306,9 +292,3 @@ def _merged(weight: _Weight) -> Iterator[Tensor]:
 
 def _gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_peft(model: nn.Module) -> bool:
-    """Whether peft is around the model; peft is not imported for that."""
-    peft = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)

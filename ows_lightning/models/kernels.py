@@ -20,7 +20,7 @@ Kernels = Literal["liger"]
 
 
 def liger_for(config: PretrainedConfig) -> Callable[..., None]:
-    """Returns what puts liger-kernel's kernels into models of a config's architecture.
+    """Returns liger-kernel's function that patches models of a config's architecture.
 
     Raises:
         UsageError: It is not installed, has none for the architecture, or there is no device that they run on.
@@ -38,7 +38,7 @@ def liger_for(config: PretrainedConfig) -> Callable[..., None]:
 
 
 def fuse_(model: PreTrainedModel, kernels: Kernels | None) -> None:
-    """Puts fused RMSNorm, SwiGLU or GeGLU, and RoPE in the place of a model's own; its loss and its weights stay.
+    """Replaces a model's RMSNorm, SwiGLU or GeGLU, and RoPE by fused kernels; its loss and its weights stay.
 
     RoPE is a function of the architecture: its other models in this process compute it so from then on, too.
 

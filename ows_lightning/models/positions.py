@@ -1,4 +1,4 @@
-"""How long a row may be for a model whose positions stand in a table; others go on without end."""
+"""The longest row of a model whose positions are a table of limited length."""
 
 from __future__ import annotations
 

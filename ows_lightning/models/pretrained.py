@@ -26,11 +26,10 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import (
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -172,7 +171,7 @@ def load_model(
 
 
 def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
-    """Refuses, with a UsageError, weights that have no place in the model, though another block has one of the same name."""
+    """Raises a UsageError if the files have weights for more blocks than the model."""
     forms = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
     surplus = sorted(key for key in unexpected if "#" in (form := re.sub(r"\.\d+\.", ".#.", key)) and form in forms)
     if surplus:
@@ -182,14 +181,19 @@ def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable
         )
 
 
-def check_finite(name: str, model: PreTrainedModel) -> None:
-    """Refuses, with a UsageError, weights that are not finite."""
+def not_finite(model: nn.Module) -> list[str]:
+    """Returns the names of a model's weights that hold NaN or Inf; of sharded ones, this process's parts are looked at."""
     broken = []
-    for key, weight in model.named_parameters():
-        if not all_finite(weight.detach()):
-            broken.append(key)
+    for name, weight in model.named_parameters():
+        if not all_finite((weight.to_local() if isinstance(weight, DTensor) else weight).detach()):
+            broken.append(name)
         drop_page_cache()
-    if broken:
+    return broken
+
+
+def check_finite(name: str, model: PreTrainedModel) -> None:
+    """Raises a UsageError if weights are not finite."""
+    if broken := not_finite(model):
         raise UsageError(
             f"{MODEL_KEY}: {name!r} has weights that are not finite ({broken[0]}, {len(broken)} tensors in all); give "
             "the model as it was before"
@@ -208,7 +212,7 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def stop_at(model: PreTrainedModel, token: int) -> None:
-    """Ends generation at a token, too, here and where the exported model is used."""
+    """Adds a token that ends generation, also in the exported model."""
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     if token not in stops:
@@ -238,7 +242,7 @@ def recomputing_blocks(model: nn.Module) -> int:
 
 
 def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True) -> None:
-    """Lets backward recompute activations of the first blocks, though not those of frozen blocks below the active ones.
+    """Turns on activation checkpointing of the first blocks; frozen blocks below the active ones are not recomputed.
 
     The first ones, for these are the last that backward comes to: what the others kept is gone by then. And where the lowest
     active block is a high one, few or none of them recompute. It may be called again, with another number.
@@ -292,7 +296,7 @@ def _gguf_config(source: Source, modified: float) -> PretrainedConfig:
 
 
 def check_trainable(name: str, config: PretrainedConfig) -> None:
-    """Refuses what is no decoder-only causal LM with weights that can be trained; see ``load_config``."""
+    """Raises a UsageError unless a config is that of a decoder-only causal LM whose weights can be trained."""
     kind = config.model_type
     if config.is_encoder_decoder:
         raise UsageError(f"{MODEL_KEY}: {name!r} is an encoder-decoder ({kind}); give a decoder-only causal LM")
@@ -341,7 +345,7 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
             )
     except (ImportError, ValueError) as error:
         raise UsageError(
-            f"model.attn_implementation: {attention!r} can't be used here: {_one_line(error)}; "
+            f"model.attn_implementation: {attention!r} can't be used here: {_shortened(error)}; "
             "leave it out for transformers' own choice"
         ) from error
 
@@ -357,7 +361,7 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 @contextmanager
 def loading(name: str, what: str = "") -> Iterator[None]:
-    """Turns what transformers raises over a model's files into one line.
+    """Turns transformers' errors about a model's files into a UsageError of one line.
 
     Args:
         name: The model's name, for the line.
@@ -390,13 +394,13 @@ def _readable(name: str, error: Exception, what: str = "") -> UsageError:
     if "instantiate the backend tokenizer" in text:
         return _no_tokenizer(name)
     if isinstance(error, ImportError):
-        return UsageError(f"{MODEL_KEY}: {what}{name!r} needs a package that is not installed: {_one_line(error)}")
-    return UsageError(f"{MODEL_KEY}: can't load {what}{name!r} ({_one_line(error)}); check that its files are whole")
+        return UsageError(f"{MODEL_KEY}: {what}{name!r} needs a package that is not installed: {_shortened(error)}")
+    return UsageError(f"{MODEL_KEY}: can't load {what}{name!r} ({_shortened(error)}); check that its files are whole")
 
 
 def _no_tokenizer(name: str) -> UsageError:
     return UsageError(f"{MODEL_KEY}: {name!r} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
 
 
-def _one_line(error: Exception) -> str:
+def _shortened(error: Exception) -> str:
     return textwrap.shorten(str(error), width=240, placeholder=" ...").rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Safetensors files: where in them each weight of a model lies, and one that is written a tensor at a time."""
+"""Safetensors files: where each weight of a model is stored, and a file that is written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class StoredWeight(NamedTuple):
 
 
 def stored_weights(name: str) -> dict[str, StoredWeight]:
-    """Returns the weights that a model's safetensors hold, by their names there; none for a model in another format.
+    """Returns the weights in a model's safetensors files by their names; none for a model in another format.
 
     Args:
         name: Hub name, directory, GGUF file or ``package://PACKAGE/FILE.gguf``.

@@ -26,6 +26,18 @@ PACKAGE_SCHEME = "package://"
 DELTA_FILE = "delta.json"
 """What makes a directory a delta, see ``models/delta.py``."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ERRORS: dict[type[Exception], str] = {  # from special to general
+    GatedRepoError: "{name!r} is gated; accept its terms at https://huggingface.co/{name} and run 'hf auth login'",
+    RepositoryNotFoundError: (
+        "{name!r} is neither a directory here nor a model on the hub; check the spelling, and for a private model run "
+        "'hf auth login'"
+    ),
+    OfflineModeIsEnabled: (
+        "no such directory {name!r}, and HF_HUB_OFFLINE is set so that the hub can't be asked; unset it or give a local "
+        "directory"
+    ),
+    Exception: "no such directory {name!r}, and the hub can't be reached; check the network or give a directory",
+}
 
 
 class Source(NamedTuple):
@@ -37,14 +49,12 @@ class Source(NamedTuple):
     @property
     def arguments(self) -> dict[str, Any]:
         """What `from_pretrained` of a config or a tokenizer needs to know."""
-        return {
-            "pretrained_model_name_or_path": self.path,
-            **({} if self.gguf_file is None else {"gguf_file": self.gguf_file}),
-        }
+        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"pretrained_model_name_or_path": self.path, **gguf}
 
 
 def check_model_name(name: str) -> None:
-    """Checks within a moment that there is a model of this name in a format that can be trained.
+    """Checks quickly that there is a model of this name in a format that can be trained.
 
     Nothing is loaded. A hub name that was never downloaded costs one request.
 
@@ -66,7 +76,7 @@ def check_model_name(name: str) -> None:
 
 
 def locate(name: str) -> Source:
-    """Finds out which of the four kinds of name it is; a GGUF file's existence is checked, nothing else."""
+    """Returns what a model's name stands for; only a GGUF file has to exist."""
     if not name:
         raise UsageError(f"{MODEL_KEY}: no model is named; give a hub name, a directory or a .gguf file")
     if name.startswith(PACKAGE_SCHEME):
@@ -120,24 +130,9 @@ def _check_hub(name: str) -> None:
         return  # an earlier download does without the network
     try:
         siblings = HfApi().model_info(name, timeout=10).siblings or []
-    except GatedRepoError as error:
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} is gated; accept its terms at https://huggingface.co/{name} and run 'hf auth login'"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} is neither a directory here nor a model on the hub; check the spelling, "
-            "and for a private model run 'hf auth login'"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise UsageError(
-            f"{MODEL_KEY}: no such directory {name!r}, and HF_HUB_OFFLINE is set so that the hub can't be asked; "
-            "unset it or give a local directory"
-        ) from error
     except (OSError, HTTPError) as error:
-        raise UsageError(
-            f"{MODEL_KEY}: no such directory {name!r}, and the hub can't be reached; check the network or give a directory"
-        ) from error
+        reason = next(reason for kind, reason in _HUB_ERRORS.items() if isinstance(error, kind))
+        raise UsageError(f"{MODEL_KEY}: {reason.format(name=name)}") from error
     _check_files(name, {sibling.rfilename for sibling in siblings})
 
 
@@ -149,8 +144,8 @@ def _check_files(name: str, files: Collection[str]) -> None:
         raise UsageError(f"{MODEL_KEY}: {name!r} is a delta; `{command_line(f'apply-delta BASE {name}')}` makes a model of it")
     if "config.json" not in files:
         ggufs = sorted(file for file in files if file.endswith(".gguf"))
-        mend = f"for a GGUF model give the file's path, .../{ggufs[0]}" if ggufs else "give a model's own directory"
-        raise UsageError(f"{MODEL_KEY}: {name!r} has no config.json; {mend}")
+        hint = f"for a GGUF model give the file's path, .../{ggufs[0]}" if ggufs else "give a model's own directory"
+        raise UsageError(f"{MODEL_KEY}: {name!r} has no config.json; {hint}")
     if not any(file.endswith(".safetensors") for file in files):
         pickles = sorted(file for file in files if file.endswith(_PICKLES))
         if pickles:

@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError, HTTPError
 
+from ows_lightning.checkpoints.files import first_line
 from ows_lightning.errors import RunError
-from ows_lightning.report.key_figures import key_figures
 from ows_lightning.report.run import RunRecord, is_run_folder
+from ows_lightning.report.tables import key_figures
 
 _FIGURES = {
     "steps": ("Optimizer steps", "{:.0f}"),
     "tokens": ("Tokens", "{:,.0f}"),
-    "final_val_loss": ("Held-out loss (nats)", "{:.4f}"),
-    "best_val_loss": ("Best held-out loss (nats)", "{:.4f}"),
-    "val_exact_match": ("Held-out exact match", "{:.1%}"),
+    "final_val_loss": ("Validation loss (nats)", "{:.4f}"),
+    "best_val_loss": ("Best validation loss (nats)", "{:.4f}"),
+    "val_exact_match": ("Validation exact match", "{:.1%}"),
     "peak_memory_mb": ("Peak memory (MB)", "{:,.0f}"),
     "time_s": ("Time (s)", "{:,.0f}"),
 }
@@ -35,12 +36,12 @@ def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
     name = str(hparams["model_name_or_path"])
     local = "://" in name or Path(name).expanduser().exists()
     base = Path(name).name if local else name
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ows_lightning"]}
-    if not local:
-        header["base_model"] = base
+    header = ModelCardData(
+        base_model=None if local else name, library_name="transformers", pipeline_tag="text-generation", tags=["ows_lightning"]
+    )
     run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None
     parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"---\n{header}\n---",
         f"# {Path(base).name}, fine-tuned",
         f"`{base}`, fine-tuned with {_method(hparams, run)} in ows_lightning.",
     ]
@@ -104,8 +105,7 @@ def upload(directory: Path, name: str) -> str:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(folder_path=directory, repo_id=name)
     except (OSError, HTTPError, HFValidationError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
-            f"push_to_hub: can't upload to '{name}' ({reason}); run 'hf auth login'; the model is in '{directory}'"
+            f"push_to_hub: can't upload to '{name}' ({first_line(error)}); run 'hf auth login'; the model is in '{directory}'"
         ) from error
     return str(url)

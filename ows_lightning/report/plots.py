@@ -1,4 +1,8 @@
-"""Pictures of a run in torchmetrics' style: each function takes an optional ``ax`` and returns ``(fig, ax)``."""
+"""Pictures of runs in torchmetrics' style.
+
+Each function takes a run or several, draws on the axes ``ax`` or on new ones, and returns ``(fig, ax)``. Where the runs have
+no data to draw, it raises a UsageError.
+"""
 
 from __future__ import annotations
 
@@ -37,22 +41,15 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Bars of each block's outlier ratio, and dots for its sampling probability on a second axis, both in percent.
 
     Where sampling needed no scores (uniform, say), the bars are the probabilities.
-
-    Args:
-        run: A run with scores.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: The run has no scores.
     """
     table = scores_table(run)
     _require(table["block"], run, SCORES)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     blocks, probabilities = table["block"], [100 * probability for probability in table["probability"]]
     score = next((name for name in SCORE_LABELS if name in table), None)
     if score:
         legend, label = SCORE_LABELS[score]
-        _label(ax, "Block scores", "decoder block", label)
+        style_axes(ax, "Block scores", "decoder block", label)
         ax.bar(blocks, table[score], color=SKY, label=legend)
         right = ax.twinx()
         right.plot(blocks, probabilities, "o", label="probability (right)", **DOTS)
@@ -66,7 +63,7 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
         handles = [artist for axis in (ax, right) for artist in axis.get_legend_handles_labels()[0]]
         _legend(ax, handles, outside=True)
     else:
-        _label(ax, "Sampling probabilities", "decoder block", "sampling probability (%)")
+        style_axes(ax, "Sampling probabilities", "decoder block", "sampling probability (%)")
         ax.bar(blocks, probabilities, color=SKY)
     _block_axis(ax, len(blocks))
     return fig, ax
@@ -76,19 +73,12 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Heat map of the blocks that trained (y) in each interval, over optimizer steps (x).
 
     Blocks that never trained are shaded over the whole width.
-
-    Args:
-        run: A run with sampled blocks.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: The run sampled no blocks.
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     _require(run.history, run, HISTORY)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
     end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
@@ -112,7 +102,7 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     if run.never_trained:
         label = f"never trained ({len(run.never_trained)} of {run.num_layers})"
         handles.append(Patch(color=ORANGE, alpha=0.45, label=label))
-    _label(ax, "Blocks by interval", "optimizer step", "decoder block", grid=None)
+    style_axes(ax, "Blocks by interval", "optimizer step", "decoder block", grid=False)
     _block_axis(ax, run.num_layers, vertical=True)
     _legend(ax, handles, outside=True)
     return fig, ax
@@ -122,17 +112,10 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
     """Share of the intervals in which each block trained, against the share that its probability makes expect.
 
     The whiskers are two standard deviations of the binomial distribution: how far chance alone carries a share.
-
-    Args:
-        run: A run with sampled blocks; without scores the expected shares are left out.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: The run sampled no blocks.
     """
     table = block_frequency_table(run)
     _require(table["block"], run, HISTORY)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     realised = [100 * share for share in table["realised_share"]]
     ax.bar(table["block"], realised, color=SKY, label=f"realised in {len(run.history)} intervals")
     top = max(realised)
@@ -151,29 +134,26 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
         )
         top = max(top, 100 * high.max())
     ax.set_ylim(0, 1.12 * top)
-    _label(ax, "How often each block trained", "decoder block", "share of the intervals (%)")
+    style_axes(ax, "How often each block trained", "decoder block", "share of the intervals (%)")
     _block_axis(ax, run.num_layers)
     _legend(ax, outside=True)
     return fig, ax
 
 
 def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Training loss (thin line) and held-out loss (line with markers) of one run or several.
+    """Training loss (thin line) and validation loss (line with markers) of one run or several.
 
     Args:
         runs: Runs with metrics.
         x: Against optimizer steps, training tokens or time: ``"step"``, ``"tokens"`` or ``"time_s"``.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: No run has logged a loss against this axis.
+        ax: Axes to draw on.
     """
     from matplotlib.lines import Line2D
 
     runs = as_runs(runs)
     table = loss_table(runs, x)
     _require(table["loss"], runs, METRICS)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     scale, label = _unit(x, max(table[x]))
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         steps, losses = run.series("train_loss", x)
@@ -181,26 +161,18 @@ def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes
         ax.plot(np.multiply(steps, scale), losses, color=style["color"], linewidth=1, alpha=1 if alone else 0.45)
         steps, losses = run.series("val_loss", x)
         ax.plot(np.multiply(steps, scale), losses, markevery=math.ceil(len(losses) / 25) or 1, **style)
-    _label(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")
-    kinds: list[Any] = []
-    for split, look in (("train", {"alpha": 0.45, "linewidth": 1}), ("held-out", {**_styles(1)[0], "color": None})):
-        if split in table["split"]:
-            look = {**look, "color": BLUE if len(runs) == 1 else "0.4"}
-            kinds.append(Line2D([], [], label={"train": "training"}.get(split, split), **look))
-    _legend(ax, [*_run_handles(runs), *kinds])
+    style_axes(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")
+    color = BLUE if len(runs) == 1 else "0.4"
+    lines = {
+        "train": Line2D([], [], label="training", alpha=0.45, linewidth=1, color=color),
+        "validation": Line2D([], [], label="validation", **{**_styles(1)[0], "color": color}),
+    }
+    _legend(ax, [*_run_handles(runs), *(line for split, line in lines.items() if split in table["split"])])
     return fig, ax
 
 
 def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """The run's peak memory up to each optimizer step, of one run or several; for one, lines mark where blocks were drawn.
-
-    Args:
-        runs: Runs with metrics.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: No run has logged its memory.
-    """
+    """The run's peak memory up to each optimizer step, of one run or several; for one, lines mark where blocks were drawn."""
     fig, ax = _plot_metric(runs, "peak_memory_mb", "Peak memory so far", "peak memory so far (MB)", ax)
     runs = as_runs(runs)
     if len(runs) == 1 and 0 < len(runs[0].history) <= FEW:
@@ -211,15 +183,7 @@ def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -
 
 
 def plot_throughput(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Tokens per second by optimizer step of one run or several.
-
-    Args:
-        runs: Runs with metrics.
-        ax: Axes to draw on; new ones by default.
-
-    Raises:
-        UsageError: No run has logged its throughput.
-    """
+    """Tokens per second by optimizer step of one run or several."""
     return _plot_metric(runs, "tokens_per_second", "Throughput", "tokens per second", ax)
 
 
@@ -231,18 +195,19 @@ def _plot_metric(
     runs = as_runs(runs)
     table = metric_table(runs, metric)
     _require(table[metric], runs, METRICS)
-    fig, ax = _axes(ax)
+    fig, ax = figure_and_axes(ax)
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         steps, values = run.series(metric)
         ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**style, "linewidth": 1.2})
     ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    _label(ax, title, "optimizer step", label)
+    style_axes(ax, title, "optimizer step", label)
     _legend(ax, _run_handles(runs))
     return fig, ax
 
 
-def _axes(ax: Axes | None) -> tuple[Any, Axes]:
+def figure_and_axes(ax: Axes | None) -> tuple[Any, Axes]:
+    """The axes that are given and their figure, or new ones."""
     if ax is not None:
         return ax.get_figure(root=True), ax
     # Not pyplot: it keeps every figure, and picks a window system where there is one.
@@ -258,7 +223,8 @@ def _require(rows: Sequence[Any], runs: RunRecord | Sequence[RunRecord], file: s
         raise UsageError(f"{names}: nothing to draw, {file} is missing or has no such numbers; give a run that has them")
 
 
-def _label(ax: Axes, title: str, x: str, y: str, grid: str | None = "y") -> None:
+def style_axes(ax: Axes, title: str, x: str, y: str, grid: bool = True) -> None:
+    """Writes the title and the names of the axes, and takes away what is no data."""
     ax.set_title(title, loc="left", fontsize="large", fontweight="bold")
     ax.set_xlabel(x)
     ax.set_ylabel(y)

@@ -143,6 +143,12 @@ def find_run_folder(path: Path) -> Path:
     return max(versions, key=lambda folder: _version(folder) or 0)
 
 
+def run_folder_of(model: Path) -> Path | None:
+    """The run's folder that a checkpoint or a model's directory lies in, or that the path is; None if it is of no run."""
+    parents = model.parents if len(model.parents) > 2 else model.absolute().parents
+    return next((folder for folder in (model, *parents[:2]) if (folder / CONFIG).is_file()), None)
+
+
 def is_run_folder(path: Path) -> bool:
     """Whether the folder holds any of the files from which a report is made."""
     return any((path / name).is_file() for name in (SCORES, HISTORY, METRICS))

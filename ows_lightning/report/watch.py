@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -61,7 +60,7 @@ class Page:
             return self._html if self._drawn else self._note(str(error))
 
     def _note(self, text: str) -> str:
-        return render(f"Run {self.run}", [], [], refresh=REFRESH).replace("</main>", f"<p>{escape(text)}</p>\n</main>")
+        return render(f"Run {self.run}", refresh=REFRESH, note=text)
 
     def _files(self) -> set[tuple[str, int, int]]:
         """The files of the run that a report is made from, with size and time of the last change."""

@@ -12,8 +12,8 @@ from typing import Any
 from ows_lightning.errors import UsageError
 from ows_lightning.report import plots, tables
 from ows_lightning.report.html import Section, Shown, render
-from ows_lightning.report.key_figures import key_figures, key_figures_table
 from ows_lightning.report.run import CONFIG, RunRecord, is_run_folder
+from ows_lightning.report.tables import key_figures, key_figures_table
 
 
 @dataclass(frozen=True)

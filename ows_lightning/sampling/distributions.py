@@ -62,29 +62,29 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
     if distribution == "decreasing":
         return _normalised(torch.arange(num_layers, 0, -1, dtype=torch.float64))
     if distribution == "weight_norm":
-        return _normalised(scores, mend="the weights of the model are all zero; load a trained model")
+        return _normalised(scores, hint="the weights of the model are all zero; load a trained model")
     if distribution == "gradient_norm":
         seen = scores > 0
         filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
         return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / num_layers
     if distribution in OUTLIER_DISTRIBUTIONS:
-        probabilities = _normalised(scores, mend="no weight of any block exceeds the threshold; lower `threshold`")
+        probabilities = _normalised(scores, hint="no weight of any block exceeds the threshold; lower `threshold`")
         if distribution != "outlier_reverse":
             return probabilities
         rank = torch.argsort(probabilities, stable=True)
         reverse = torch.empty_like(probabilities)
         reverse[rank] = probabilities[rank.flip(0)]
         return reverse
-    mend = nearest(distribution, DISTRIBUTIONS) or f"; give {', '.join(DISTRIBUTIONS)} or a list of weights"
-    raise UsageError(f"distribution: unknown '{distribution}'{mend}")
+    hint = nearest(distribution, DISTRIBUTIONS) or f"; give {', '.join(DISTRIBUTIONS)} or a list of weights"
+    raise UsageError(f"distribution: unknown '{distribution}'{hint}")
 
 
-def _normalised(scores: Tensor, key: str = "scores", mend: str = "") -> Tensor:
-    """Divides scores by their sum; a UsageError under `key` if one is negative or not finite, with `mend` if all are zero."""
+def _normalised(scores: Tensor, key: str = "scores", hint: str = "") -> Tensor:
+    """Divides scores by their sum; a UsageError under `key` if one is negative or not finite, with `hint` if all are zero."""
     bad = (~scores.isfinite() | (scores < 0)).nonzero().flatten().tolist()
     if bad:
         raise UsageError(f"{key}: block {bad[0]} has {scores[bad[0]].item()}; give finite numbers of at least 0")
     total = scores.sum()
     if total == 0:
-        raise UsageError(f"{key}: all {len(scores)} are zero, {mend}")
+        raise UsageError(f"{key}: all {len(scores)} are zero, {hint}")
     return scores / total

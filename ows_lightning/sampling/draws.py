@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ows_lightning.errors import UsageError
-from ows_lightning.sampling.grouping import grouped_draws
+from ows_lightning.sampling.grouping import grouped_draws, independent_draw
 from ows_lightning.sampling.inclusion import window_probabilities
 
 
@@ -44,7 +44,7 @@ def draw_blocks(
         raise UsageError(f"grouping: {grouping} is not between 0 and 1")
     if grouping > 0:
         return grouped_draws(tuple(probabilities.tolist()), count, grouping).draw(generator)
-    return sorted(torch.multinomial(probabilities, count, replacement=False, generator=generator).tolist())
+    return independent_draw(probabilities, count, generator)
 
 
 def draw_window(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> list[int]:

@@ -34,7 +34,7 @@ def inclusion_probabilities(probabilities: Sequence[float] | Tensor, count: int)
     if count >= possible.sum():
         return possible.astype(np.float64)
     p = p[possible] / p.sum()
-    log_t = _times(p)
+    log_t = _log_times(p)
     clock = np.outer(p, np.exp(log_t))
     rung = -np.expm1(-clock)
     others = np.zeros((count, *rung.shape))  # [k, l, t]: chance that exactly k blocks other than l have rung by t
@@ -68,7 +68,7 @@ def lowest_block_probabilities(probabilities: Sequence[float] | Tensor, count: i
     """
     p = np.asarray(probabilities, dtype=np.float64)
     p = p / p.sum()
-    log_t = _times(p[p > 0])
+    log_t = _log_times(p[p > 0])
     times = np.exp(log_t)
     fewer = np.zeros((count, len(times)))  # [k, t]: chance that exactly k of the blocks above j have rung by t
     fewer[0] = 1
@@ -102,6 +102,6 @@ def window_inclusion(probabilities: Sequence[float] | Tensor, count: int) -> Flo
     return np.convolve(window_probabilities(probabilities, count), np.ones(count))
 
 
-def _times(p: Floats) -> Floats:
+def _log_times(p: Floats) -> Floats:
     """A logarithmic grid, on which the integrands are smooth and vanish at both ends: equal steps converge fastest."""
     return np.linspace(np.log(1e-12), np.log(50 / p.min()), 800)

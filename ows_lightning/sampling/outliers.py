@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
@@ -137,7 +136,7 @@ def _block_weights(block: nn.Module) -> list[_Weight]:
     for module in _without_adapters(block):
         if isinstance(module, (nn.Linear, Conv1D)):
             weights.append(_Weight(module, "weight", transposed=isinstance(module, Conv1D)))
-        elif not isinstance(module, (nn.Embedding, _ConvNd)):
+        elif not isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
                     weights.append(_Weight(module, name))
@@ -196,7 +195,7 @@ class _InputRecorder(TorchFunctionMode):
 
     @contextmanager
     def watching(self, layers: nn.ModuleList, blocks: list[list[_Weight]]) -> Iterator[None]:
-        """Hooks into the blocks, whose weights are `blocks`, for as long as the context is open."""
+        """Records the inputs of the blocks, whose weights are `blocks`, while the context is open."""
         handles = []
         for block, weights in zip(layers, blocks, strict=True):
             bare = [weight for weight in weights if weight.is_bare]
@@ -309,7 +308,7 @@ def _texts(
 
 @contextmanager
 def _evaluation_mode(model: nn.Module, blocks: list[list[_Weight]]) -> Iterator[None]:
-    """Switches dropout off and transformers' experts to plain matrix products; restores both afterwards."""
+    """Turns dropout off and has transformers' experts use plain matrix products; restores both afterwards."""
     modes = {module: module.training for module in model.modules()}
     owners = [weight.owner for weights in blocks for weight in weights if weight.is_bare]
     configs: list[Any] = [owner.config for owner in owners if hasattr(owner, "config")]

@@ -15,7 +15,7 @@ from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
-    """Returns what two models must share for the scores of one to hold for the other, by the config's keys.
+    """Returns the config's values that two models must share for one to use the other's scores.
 
     A model and its fine-tuned or exported copies share it, whatever their names and vocabularies.
 
@@ -79,7 +79,7 @@ class OutlierScores:
     def ratios_for(
         self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
     ) -> Sequence[float]:
-        """Returns the outlier ratios for a model with ``num_layers`` blocks and an `architecture_of` its own.
+        """Returns the outlier ratios, after a check that they suit a model.
 
         Raises:
             UsageError: The scores are of a model with another number of blocks, of another architecture, or not of the kind

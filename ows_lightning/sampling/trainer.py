@@ -1,4 +1,4 @@
-"""What sampled and projected training asks of a Trainer: a strategy that suits it, its clipping, and an end of the fit."""
+"""What sampled and projected training needs of a Trainer: a strategy, gradient clipping, and cleaning up after a fit."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class LeaveGradients(Callback):
 
     @classmethod
     def is_in(cls, trainer: Trainer) -> bool:
-        """Whether a Trainer has it."""
+        """Whether a Trainer has this callback."""
         return any(isinstance(callback, cls) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The fit has ended."""
+        """Leaves them so at the end of a fit."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
                 optimizer.project_in_backward(False)

@@ -8,9 +8,19 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from benchmarks.evidence.recipes import BalancedDraws, KeptMoments, KeptRest, RateByInclusion, balanced_blocks
+from benchmarks.evidence.recipes import (
+    BalancedDraws,
+    KeptMoments,
+    KeptRest,
+    PolarDirection,
+    RateByInclusion,
+    balanced_blocks,
+    polar_factor,
+)
 from ows_lightning import LayerwiseSampling
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.optim import galore
+from ows_lightning.optim.projected_adamw import projected_adamw_
 from ows_lightning.sampling.inclusion import inclusion_probabilities
 from tests.sampling.test_callback import LAYERS, Projected, fit
 
@@ -102,3 +112,22 @@ def test_a_block_that_rests_again_goes_on_where_it_was(tmp_path: Path) -> None:
         assert [step for step, _ in of_block] == [float(i + 1) for i in range(len(of_block))]
         assert all(subspace == of_block[0][1] for _, subspace in of_block)
     assert max(step for _, step, _ in steps) > 4  # rests of two steps each were joined
+
+
+def test_the_polar_factor_turns_all_directions_alike() -> None:
+    for shape in ((12, 4), (4, 12)):
+        factor = polar_factor(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        smaller = factor.mT @ factor if shape[0] > shape[1] else factor @ factor.mT
+        torch.testing.assert_close(smaller, 0.2**2 * 12 * torch.eye(4))
+        assert factor.square().mean().sqrt() == pytest.approx(0.2)
+
+
+def test_projected_weights_move_by_polar_factors_and_vectors_by_adam(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = Projected()
+    polar, sampling = trained(tmp_path, "uniform", 1, PolarDirection())
+    for block in sampling.active_blocks:
+        start, end = (decoder_layers(module)[block].self_attn.q_proj.weight for module in (before, polar))
+        moved = torch.linalg.svdvals(end - start)[:4]  # rank 4
+        torch.testing.assert_close(moved, torch.full((4,), 1e-2 * 0.2 * max(4, len(start)) ** 0.5), rtol=1e-3, atol=0)
+    assert galore.projected_adamw_ is projected_adamw_  # given back

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ows_lightning.cli.chat import add_generation_flags
 from ows_lightning.cli.conversation import load
-from ows_lightning.cli.flags import add_generation_flags
 from ows_lightning.cli.main import main
 from tests.cli.test_cli import config, run  # noqa: F401
 
@@ -28,7 +28,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def chat(model: Path, *lines: str, flags: str = "") -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         capsys.readouterr()
-        main(["chat", "--model", str(model), "--max_new_tokens", "4", *flags.split()])
+        main(["chat", str(model), "--max_new_tokens", "4", *flags.split()])
         return capsys.readouterr().out
 
     return chat
@@ -137,7 +137,8 @@ def test_compare_shows_both_and_the_report_too(config: Path, capsys: pytest.Capt
     ("arguments", "error"),
     [
         ("chat", "--model"),
-        ("chat --model nothing.ckpt", "model: no such checkpoint"),
+        ("chat x --model y", "give one model, as MODEL or as --model MODEL"),
+        ("chat nothing.ckpt", "model: no such checkpoint"),
         ("chat --model x --temperature nan", "temperature: nan"),
         ("chat --model x --top_p 2", "top_p: 2.0"),
         ("chat --model x --max_new_tokens 0", "max_new_tokens: 0"),

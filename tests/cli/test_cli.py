@@ -174,11 +174,11 @@ def test_plan_loads_nothing(config: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_export_of_the_last_checkpoint_is_the_model_of_the_run(config: Path) -> None:
     run("fit", config)
     trained = Path("runs/version_0")
-    run("export", config, "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), "--output", "exported")
-    files = [load_file(folder / "model.safetensors") for folder in (trained / "model", Path("exported"))]
+    run("export", config, "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"))  # beside what else the run left
+    files = [load_file(folder / "model.safetensors") for folder in (trained / "model", trained / "model-last")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    cards = [(folder / "README.md").read_text() for folder in (trained / "model", Path("exported"))]
+    cards = [(folder / "README.md").read_text() for folder in (trained / "model", trained / "model-last")]
     for card in cards:
         assert "| Sampling | outlier, 2 blocks every 2 steps |" in card
         assert "| Optimizer steps | 4 |" in card
@@ -198,7 +198,7 @@ def test_every_command_takes_the_config_that_fit_wrote(config: Path, capsys: pyt
     run("plan", written, "--method", "ows")
     run("export", written, "--ckpt_path", last)
     said = capsys.readouterr().out
-    for result in ("val_loss", "test_loss", "predictions.jsonl", "outlier_scores.json", "peak", "Written: model"):
+    for result in ("val_loss", "test_loss", "predictions.jsonl", "outlier_scores.json", "peak", "model-last"):
         assert result in said
 
 

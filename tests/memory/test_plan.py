@@ -6,7 +6,6 @@ import copy
 import json
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_
 from ows_lightning.memory.cards import advise, fewest_recomputed
 from ows_lightning.memory.fake_tensors import FakeOperators, materialize_, meta_model
 from ows_lightning.memory.plan_settings import find_dimensions, settings_from_config
-from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, _extrapolate, follow, predict
+from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict
 from ows_lightning.memory.simulated_step import Workload, follow_steps
 from ows_lightning.memory.tracker import MemoryTracker
-from ows_lightning.models.pretrained import recomputed_blocks
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -258,17 +256,14 @@ class Counted:
     ],
 )
 def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: int, batch_size: int) -> None:
-    config = make_config(directory, model__gradient_checkpointing=checkpointing, data__batch_size=batch_size)
-    settings = settings_from_config(config)
+    changes = {"model__gradient_checkpointing": checkpointing, "data__batch_size": batch_size}
+    settings = settings_from_config(make_config(directory, **changes, sampling__activated_layers=6))
     shape = copy.deepcopy(settings.model)
     shape.num_hidden_layers = 10
-    model = meta_model(shape, settings.dtype)
-    total, active = 10, {"ows": 6, "lisa": 2}.get(method, 10)
+    deeper = replace(settings, model=shape, _remembered={})
 
     def peak(alike: bool) -> int:
-        how = METHODS[method](settings)
-        recomputed = recomputed_blocks(checkpointing, total)
-        memory = _extrapolate(partial(follow, model, settings, how), active, total - active, recomputed, alike)
+        memory = extrapolate(deeper, METHODS[method](settings), alike)
         return max(sum(sizes.values()) for sizes in memory.peaks.values())
 
     assert peak(alike=True) == pytest.approx(peak(alike=False), rel=1e-3)
@@ -331,14 +326,15 @@ def test_says_what_would_make_it_fit() -> None:
     assert predict(settings).fits(16)
 
 
-def test_advice_changes_what_harms_least_first(directory: Path) -> None:
+def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_from_config(make_config(directory, sampling__always_train=["embeddings", "norm"]))
 
     def predict_by_rule(changed: Any) -> MethodPlan:
         fits = changed.gradient_checkpointing and changed.precision == "bf16-true" and changed.batch_size <= 2
         return MethodPlan({"weights": 10**9 if fits else 10**11})
 
-    assert advise(settings, 12, predict_by_rule) == (
+    monkeypatch.setattr("ows_lightning.memory.cards.predict", predict_by_rule)
+    assert advise(settings, 12) == (
         "fits with data.batch_size 2, trainer.accumulate_grad_batches 2, model.gradient_checkpointing true "
         "and trainer.precision bf16-true"
     )

@@ -27,14 +27,6 @@ def documented(head: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
 
 
-def test_the_table_of_cards_is_that_of_the_peaks() -> None:
-    peaks = documented("| model |")
-    for card, cells in documented("| card |").items():
-        for model, cell in cells.items():
-            fitting = [where for where, peak in peaks[model].items() if float(peak) <= float(card.removesuffix(" GB"))]
-            assert cell == (fitting[0] if fitting else "-"), (card, model)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "changes", "limit"),

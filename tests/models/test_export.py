@@ -281,8 +281,10 @@ def save_sharded(arguments: list[str]) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "kind"), [("llama", "tied"), ("mixtral", "experts"), ("llama", "lora")])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("llama", "tied"), ("mixtral", "experts"), pytest.param("llama", "lora", marks=pytest.mark.slow)],
+)
 def test_a_sharded_model_is_gathered(architecture: str, kind: str, tmp_path: Path, reload: Callable) -> None:
     run([str(tmp_path), architecture, kind], tmp_path / "output", ranks=2, target=save_sharded)
     model = reload(tmp_path / "model")

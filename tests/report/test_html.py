@@ -114,9 +114,9 @@ def test_csv_files_hold_the_run_s_numbers(tmp_path, make_run):
     for name, x in (("loss", "step"), ("loss_by_tokens", "tokens"), ("loss_by_time", "time_s")):
         loss = read_columns(report / f"{name}.csv")
         train = [float(y) for y, split in zip(loss["loss"], loss["split"], strict=True) if split == "train"]
-        held_out = [float(y) for y, split in zip(loss["loss"], loss["split"], strict=True) if split == "held-out"]
+        validation = [float(y) for y, split in zip(loss["loss"], loss["split"], strict=True) if split == "validation"]
         assert train == [float(cell) for cell in logged["train_loss"] if cell]
-        assert held_out == [float(cell) for cell in logged["val_loss"] if cell]
+        assert validation == [float(cell) for cell in logged["val_loss"] if cell]
         at = [float(cell) for cell, y in zip(logged[x], logged["train_loss"], strict=True) if y]
         assert [float(cell) for cell in loss[x]][: len(train)] == at
     for name, column in (("memory", "peak_memory_mb"), ("throughput", "tokens_per_second")):

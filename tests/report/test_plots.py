@@ -88,10 +88,10 @@ def test_loss_of_several_runs(run, tmp_path, make_run, x, label):
     other = RunRecord.read(make_run(tmp_path / "full", sampled=False, seed=1))
     _, ax = plots.plot_loss([run, other], x=x)
     assert label in ax.get_xlabel()
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ows", "full", "training", "held-out"]
-    train, held_out, *_ = ax.lines
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ows", "full", "training", "validation"]
+    train, validation, *_ = ax.lines
     assert list(train.get_ydata()) == run.series("train_loss")[1]
-    assert list(held_out.get_ydata()) == run.series("val_loss")[1]
+    assert list(validation.get_ydata()) == run.series("val_loss")[1]
     assert len({line.get_color() for line in ax.lines}) == 2
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord
-from ows_lightning.report.key_figures import key_figures
+from ows_lightning.report.tables import key_figures
 
 
 def test_reads_what_a_run_left(tmp_path, make_run):

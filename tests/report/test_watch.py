@@ -99,7 +99,6 @@ def start(run: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.slow
 def test_it_stops_with_the_run(tmp_path, make_run):
     run = make_run(tmp_path / "run", steps=100)
     with FileLock(run / ".lock"):
@@ -111,7 +110,6 @@ def test_it_stops_with_the_run(tmp_path, make_run):
     assert (process.returncode, out) == (0, "The run has ended.\n")
 
 
-@pytest.mark.slow
 def test_it_stops_at_ctrl_c(tmp_path, make_run):
     process = start(make_run(tmp_path / "run", steps=100))
     assert "http://127.0.0.1:" in process.stdout.readline()

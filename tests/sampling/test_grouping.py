@@ -85,19 +85,15 @@ def test_no_draws_with_the_same_probabilities_have_a_higher_lowest_block() -> No
         assert mean_lowest(probabilities, count, 1.0) == pytest.approx(-best.fun, abs=1e-7)
 
 
-def test_between_the_draws_have_the_most_entropy() -> None:
-    # Of all draws with its probabilities and mean, that of maximum entropy has log P(S) = sum of log w, + beta min S.
-    probabilities, count = sampling_probabilities([3.0, 8.0, 1.0, 2.0, 0.5]), 2
-    draws = GroupedDraws(probabilities, count, 0.5)
-    generator = torch.Generator().manual_seed(1)
-    sets = list(combinations(range(5), count))
-    counts = dict.fromkeys(sets, 0)
-    for _ in range(30_000):
-        counts[tuple(draws.draw(generator))] += 1
-    design = np.array([[*(float(block in chosen) for block in range(5)), min(chosen)] for chosen in sets])
-    observed = np.log([counts[chosen] for chosen in sets])
-    fitted = design @ np.linalg.lstsq(design, observed, rcond=None)[0]
-    assert np.abs(fitted - observed).max() < 0.15
+def test_between_a_draw_is_the_limit_with_the_chance_of_the_grouping_else_an_independent_one() -> None:
+    probabilities = sampling_probabilities(LLAMA_2_7B)
+    for seed in range(30):
+        uniform = float(torch.rand((), dtype=torch.float64, generator=(generator := torch.Generator().manual_seed(seed))))
+        state = generator.get_state()
+        grouping = 1.0 if uniform < 0.4 else 0.0
+        expected = draw_blocks(probabilities, 5, generator, grouping)
+        assert draw_blocks(probabilities, 5, torch.Generator().manual_seed(seed), 0.4) == expected
+        assert not torch.equal(generator.get_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
-from ows_lightning.cli.numbers import numbers
+from ows_lightning.cli.preflight import numbers
 
 GIVEN = [
     "fit", "--model.model_name_or_path=nothing", "--data.dataset=nothing.jsonl", "--sampling.threshold=13.0",

@@ -1,0 +1,47 @@
+"""OWSTrainer: what a run has with it and not with Lightning's Trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
+
+from ows_lightning import CausalLMModule, OWSTrainer
+from ows_lightning.callbacks.resume import Resume
+from ows_lightning.checkpoints.find import find_checkpoint
+from ows_lightning.errors import RunError
+from tests.data.samples import tiny_tokenizer
+from tests.tiny import tiny_batch, tiny_model
+
+
+class Terminate(Callback):
+    """Tells the process to end in the second step."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_told_to_end_saves_itself(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    trainer = OWSTrainer(
+        accelerator="cpu", max_steps=4, default_root_dir=tmp_path, logger=False, callbacks=Terminate(),
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(RunError, match="stopped by SIGTERM after step 2; resume with --ckpt_path"):
+        trainer.fit(CausalLMModule(str(tmp_path), rank=4), DataLoader([tiny_batch()] * 4, batch_size=None))
+    found = find_checkpoint("last", tmp_path)
+    assert found is not None
+    assert Path(found).name == "interrupted-step=2.ckpt"
+
+
+def test_a_callback_that_is_given_is_not_added_again() -> None:
+    given = Resume()
+    trainer = OWSTrainer(accelerator="cpu", callbacks=[given], logger=False, enable_checkpointing=False)
+    assert [callback for callback in trainer.callbacks if isinstance(callback, Resume)] == [given]  # type: ignore[attr-defined]
