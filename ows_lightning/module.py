@@ -18,7 +18,7 @@ from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
-from ows_lightning.models import pretrained
+from ows_lightning.models import pretrained, recomputation
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.empty_model import empty_model
@@ -85,7 +85,7 @@ class CausalLMModule(EvaluationModule):
         self,
         model_name_or_path: str,
         attn_implementation: str | None = None,
-        gradient_checkpointing: pretrained.Recomputation = False,
+        gradient_checkpointing: recomputation.Recomputation = False,
         compile: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
@@ -116,7 +116,7 @@ class CausalLMModule(EvaluationModule):
         ):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
-        pretrained.check_recomputation(gradient_checkpointing)
+        recomputation.check_recomputation(gradient_checkpointing)
         check_window_blocks(window_blocks)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
@@ -198,9 +198,9 @@ class CausalLMModule(EvaluationModule):
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             self.causal_lm = load_into_shards(self.build, self.hparams["model_name_or_path"], mesh, device, self._precision)
-        pretrained.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
+        recomputation.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
-            pretrained.compile_blocks(self.language_model)
+            recomputation.compile_blocks(self.language_model)
         self.offloader = None if self.device_mesh else offloader_for(decoder_layers(self), self.hparams, disk)
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:

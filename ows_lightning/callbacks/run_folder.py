@@ -28,7 +28,7 @@ class RunFolder(Callback):
     """Locks the run's folder, and writes the trained model and plots into it at the end of ``fit``."""
 
     def __init__(self) -> None:
-        self._locks: list[FileLock] = []
+        self._locks = contextlib.ExitStack()
         self._sampling: tuple[LayerwiseSampling, Path | None] | None = None  # and the folder that it had before
         self._folder: Path | None = None
 
@@ -47,25 +47,24 @@ class RunFolder(Callback):
         if not trainer.is_global_zero:
             return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._locks = [FileLock(folder / ".lock")]
-            self._locks[0].acquire(timeout=0)
+            self._lock(folder)
         except Timeout as error:
             raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
         except OSError as error:  # Timeout is one
             raise not_writable("trainer.default_root_dir", folder, error) from error
-        _remove_leftovers(folder)
-        checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
-        if checkpoints and "://" not in str(checkpoints) and folder not in Path(checkpoints).absolute().parents:
-            self._lock_checkpoints(Path(checkpoints))
+        _remove_unfinished(folder / "checkpoints")
+        for checkpoints in set(folder.parent.glob("version_*/checkpoints")) - {folder / "checkpoints"}:  # of killed runs
+            with contextlib.suppress(Timeout, OSError), FileLock(checkpoints.parent / ".lock").acquire(timeout=0):
+                _remove_unfinished(checkpoints)
+        elsewhere = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if elsewhere and "://" not in str(elsewhere) and folder not in Path(elsewhere).absolute().parents:
+            with contextlib.suppress(Timeout, OSError):
+                self._lock(Path(elsewhere))
+                _remove_unfinished(Path(elsewhere))
 
-    def _lock_checkpoints(self, checkpoints: Path) -> None:
-        """Locks a folder of checkpoints outside the run's folder and removes unfinished ones, unless another run uses it."""
-        with contextlib.suppress(Timeout, OSError):
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            self._locks.append(FileLock(checkpoints / ".lock"))
-            self._locks[-1].acquire(timeout=0)
-            _remove_unfinished(checkpoints)
+    def _lock(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._locks.enter_context(FileLock(folder / ".lock").acquire(timeout=0))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unlocks the folder; adds its name to the error of a full disk, which names no file."""
@@ -78,9 +77,7 @@ class RunFolder(Callback):
         if self._sampling is not None:
             sampling, folder = self._sampling
             sampling.folder, self._sampling = folder, None
-        for lock in self._locks:
-            lock.release()
-        self._locks = []
+        self._locks.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the plots."""
@@ -91,23 +88,11 @@ class RunFolder(Callback):
             _show_in_tensorboard(write_pictures(folder), trainer)
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Removes unfinished checkpoints of killed runs from this run's folder and from its unlocked siblings."""
-    for checkpoints in (folder / "checkpoints", *folder.parent.glob("version_*/checkpoints")):
-        lock = FileLock(checkpoints.parent / ".lock")
-        try:
-            if checkpoints.parent != folder:
-                lock.acquire(timeout=0)
-            _remove_unfinished(checkpoints)
-        except (Timeout, OSError):
-            continue  # a run still uses it, or it belongs to another user
-        finally:
-            lock.release()
-
-
 def _remove_unfinished(checkpoints: Path) -> None:
+    """Removes what killed runs left of checkpoints that they were writing."""
     for path in checkpoints.glob(".*.ckpt.partial"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with contextlib.suppress(OSError):  # it belongs to another user
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _show_in_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:

@@ -23,7 +23,8 @@ from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.delta import Sizes, megabytes, trained_bytes
-from ows_lightning.models.pretrained import load_config, recomputing_blocks
+from ows_lightning.models.pretrained import load_config
+from ows_lightning.models.recomputation import recomputing_blocks
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import outside_blocks

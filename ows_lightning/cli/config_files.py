@@ -29,11 +29,11 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Lays the file's bases, and then the file, over what was given so far."""
-        for path in lineage(str(values)):
+        for path in config_and_bases(str(values)):
             super().__call__(parser, namespace, str(path), option_string)
 
 
-def lineage(name: str) -> list[Path]:
+def config_and_bases(name: str) -> list[Path]:
     """Returns a config file and its bases, the lowest first.
 
     Args:

@@ -49,7 +49,7 @@ class Conversation:
         """
         self.turns.append({"role": "user", "content": text})
         try:
-            ids = self._ids()
+            ids = self._encode_turns()
         except UsageError:
             self.turns.pop()  # it has no answer
             raise
@@ -61,7 +61,7 @@ class Conversation:
         self.turns.append({"role": "assistant", "content": answer})
         return answer
 
-    def _ids(self) -> torch.Tensor:
+    def _encode_turns(self) -> torch.Tensor:
         """The turns as token ids (1, L); the oldest are left out if the model has too few positions."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -98,7 +98,7 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
         raise UsageError(f"device: '{asked}' can't be used ({str(error).splitlines()[0]}); give cpu or cuda") from error
     dtype = getattr(torch, given.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     with tempfile.TemporaryDirectory() as folder:
-        directory = _directory(name, Path(folder))
+        directory = _model_directory(name, Path(folder))
         tokenizer = with_chat_template(load_tokenizer(directory))
         model = load_model(directory, dtype).eval().to(device)
     stop_at(model, end_of_turn_id(tokenizer))
@@ -112,13 +112,13 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
     return Conversation(model, tokenizer, given.system, max_new_tokens=given.max_new_tokens, **sampling)
 
 
-def _directory(name: str, folder: Path) -> str:
+def _model_directory(name: str, folder: Path) -> str:
     """The path of a model for `load_model`; a checkpoint or a delta is turned into a model in a folder first."""
     path = Path(name).expanduser()
     if (path / "model" / "config.json").is_file():
         return str(path / "model")
     if (path / DELTA_FILE).is_file():
-        return _restored(path, folder / "model")
+        return _restore_delta(path, folder / "model")
     if path.suffix != ".ckpt":
         return name
     config = path.absolute().parent.parent / "config.yaml"
@@ -134,7 +134,7 @@ def _directory(name: str, folder: Path) -> str:
     return str(folder / "model")
 
 
-def _restored(delta: Path, directory: Path) -> str:
+def _restore_delta(delta: Path, directory: Path) -> str:
     """The directory of a delta's model, made with the base that the delta names."""
     from ows_lightning.models.delta import Delta, apply_delta
 

@@ -6,7 +6,6 @@ import argparse
 import ast
 import shutil
 import textwrap
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -88,19 +87,13 @@ def options(file: Path, name: str, function: str) -> list[Option]:
         name: The class.
         function: The method; the class's docstring may describe its arguments, too.
     """
-    kind = next(node for node in ast.parse(file.read_text(encoding="utf-8")).body if _is(node, ast.ClassDef, name))
-    assert isinstance(kind, ast.ClassDef)
-    method = next((node for node in kind.body if _is(node, ast.FunctionDef, function)), None)
-    return list(_options(file, kind, method)) if isinstance(method, ast.FunctionDef) else []
-
-
-def _is(node: ast.AST, kind: type, name: str) -> bool:
-    return isinstance(node, kind) and getattr(node, "name", None) == name
-
-
-def _options(file: Path, kind: ast.ClassDef, method: ast.FunctionDef) -> Iterator[Option]:
-    described = {}
-    for node in (kind, method):
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    owner = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+    methods = (node for node in owner.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    if (method := next(methods, None)) is None:
+        return []
+    found, described = [], {}
+    for node in (owner, method):
         for entry in docstring_parser.parse(ast.get_docstring(node) or "").params:
             described[entry.arg_name] = " ".join((entry.description or "").split())
     ours = file.is_relative_to(_HERE)  # Lightning's documentation has the rest
@@ -111,7 +104,8 @@ def _options(file: Path, kind: ast.ClassDef, method: ast.FunctionDef) -> Iterato
             type_ = "" if argument.annotation is None else ast.unparse(argument.annotation)
             shown = "" if default is None else ast.unparse(default)
             what = described.get(argument.arg, "")
-            yield Option(argument.arg, type_, shown, what if ours else what.split(". ")[0])
+            found.append(Option(argument.arg, type_, shown, what if ours else what.split(". ")[0]))
+    return found
 
 
 def _lines(prefix: str, found: list[Option]) -> str:

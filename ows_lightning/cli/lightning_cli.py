@@ -191,7 +191,7 @@ class OWSCLI(LightningCLI):
             callbacks.append(ProgressBar())
         kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
         if given["logger"] is not False:
-            kwargs["logger"] = with_csv(given["logger"], kwargs["default_root_dir"])
+            kwargs["logger"] = with_csv_logger(given["logger"], kwargs["default_root_dir"])
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
         if given["logger"] is not False:
@@ -235,7 +235,7 @@ def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
     return {"class_path": path, "init_args": {"optimizer": optimizer}}
 
 
-def with_csv(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
+def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
     """Puts a CSV logger before the configured ones: its folder is the run's, and pictures are drawn from its file.
 
     Args:

@@ -20,7 +20,7 @@ _LOGS = {
 }
 
 
-def be_quiet() -> None:
+def filter_messages() -> None:
     """Filters these messages, and no others."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")

@@ -10,7 +10,7 @@ import sys
 from typing import Any, NoReturn
 
 from ows_lightning.cli import siblings
-from ows_lightning.cli.log_filters import be_quiet
+from ows_lightning.cli.log_filters import filter_messages
 from ows_lightning.errors import UsageError, command_line, explain, nearest
 
 log = logging.getLogger(__name__)
@@ -45,19 +45,19 @@ def main(args: Any = None) -> None:
     words = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
-    be_quiet()
+    filter_messages()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
         _run(words, args)
     except Exception as error:
-        end(error)
+        exit_with(error)
     except KeyboardInterrupt as error:
-        end(error)
+        exit_with(error)
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
-        end(error.__context__)
+        exit_with(error.__context__)
 
 
 def _run(words: Any, args: Any) -> None:
@@ -122,7 +122,7 @@ def usage() -> str:
     return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 
-def end(error: BaseException) -> NoReturn:
+def exit_with(error: BaseException) -> NoReturn:
     """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
     line, code = explain(error)
     siblings.end_early(code)
@@ -130,10 +130,3 @@ def end(error: BaseException) -> NoReturn:
         raise error
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-def __getattr__(name: str) -> Any:
-    """Imports OWSCLI on first use: it loads all training libraries."""
-    if name != "OWSCLI":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("ows_lightning.cli.lightning_cli").OWSCLI

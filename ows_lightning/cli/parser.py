@@ -70,10 +70,10 @@ class OneLineParser(LightningArgumentParser):
         """
         if not self.exit_on_error:  # a nested parser, whose error becomes part of the outer one's
             super().error(message, ex)
-        raise UsageError(first_line(message, self)) from ex
+        raise UsageError(explain_parser_message(message, self)) from ex
 
 
-def first_line(message: str, parser: argparse.ArgumentParser) -> str:
+def explain_parser_message(message: str, parser: argparse.ArgumentParser) -> str:
     """Turns one of jsonargparse's messages, of many lines and nested as the keys are, into one line."""
     keys: list[str] = []
     expected: list[str] = []  # of the innermost key

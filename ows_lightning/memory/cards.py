@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -40,32 +41,10 @@ class Card(NamedTuple):
     source: str
 
 
-_CORES = "SMs x 512 FLOPs x boost clock (GeForce, float32 sums; NVIDIA's Ampere GA102 and Ada whitepapers)"
-CARDS = (
-    Card("RTX 3060", 12, 31.5, 25.5, f"28 {_CORES}, 1.777 GHz"),
-    Card("RTX 4070", 12, 31.5, 58.3, f"46 {_CORES}, 2.475 GHz"),
-    Card("RTX 4060 Ti 16GB", 16, 15.8, 44.1, f"34 {_CORES}, 2.535 GHz; 8 lanes"),
-    Card("RTX 5070 Ti", 16, 63.0, 87.9, f"70 {_CORES}, 2.452 GHz"),
-    Card("RTX 5080", 16, 63.0, 112.6, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
-    Card("RTX 4080", 16, 31.5, 97.5, "NVIDIA Ada GPU architecture whitepaper, appendix"),
-    Card("RTX 3090", 24, 31.5, 71.0, "NVIDIA Ampere GA102 whitepaper, table 3"),
-    Card("RTX 4090", 24, 31.5, 165.2, "NVIDIA Ada GPU architecture whitepaper, appendix"),
-    Card("L4", 24, 31.5, 121.0, "NVIDIA L4 data sheet, half of the rate with sparsity"),
-    Card("A10", 24, 31.5, 125.0, "NVIDIA A10 data sheet"),
-    Card("RTX 5090", 32, 63.0, 209.5, "NVIDIA RTX Blackwell GPU architecture whitepaper"),
-    Card("A100 40GB", 40, 31.5, 312.0, "NVIDIA A100 data sheet"),
-    Card("RTX A6000", 48, 31.5, 154.8, "NVIDIA RTX A6000 data sheet, half of the rate with sparsity"),
-    Card("RTX 6000 Ada", 48, 31.5, 364.2, "NVIDIA RTX 6000 Ada data sheet, a quarter of the FP8 rate with sparsity"),
-    Card("L40S", 48, 31.5, 362.0, "NVIDIA L40S data sheet"),
-    Card("A100 80GB", 80, 31.5, 312.0, "NVIDIA A100 data sheet"),
-    Card("H100", 80, 63.0, 989.4, "NVIDIA H100 data sheet, SXM, half of the rate with sparsity"),
-    Card("H100 PCIe", 80, 63.0, 756.5, "NVIDIA H100 data sheet, PCIe, half of the rate with sparsity"),
-    Card("H100 NVL", 94, 63.0, 835.5, "NVIDIA H100 data sheet, NVL, half of the rate with sparsity"),
-    Card("H200", 141, 63.0, 989.4, "NVIDIA H200 data sheet, half of the rate with sparsity"),
-    Card("B200", 180, 63.0, 2250.0, "NVIDIA HGX B200 data sheet, half of the rate with sparsity"),
-)
+with Path(__file__).with_name("cards.csv").open(newline="", encoding="utf-8") as file:
+    _, *rows = csv.reader(file)
+CARDS = tuple(Card(name, int(memory), float(link), float(tflops), source) for name, memory, link, tflops, source in rows)
 """By memory. A card's nominal GB are counted as 10^9 bytes: CUDA's context and fragmentation take the 7 % that it has more."""
-
 
 _SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
 _MAKERS = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}
@@ -85,7 +64,9 @@ def find_card(name: str, key: str = "card") -> Card:
     wanted, memory = _parts(name)
     found: list[Card] = []
     for left_out in (_MAKERS, _MAKERS | _FORMS):  # the form first: it tells an H100 PCIe from the others
-        found = found or [card for card in CARDS if _joined(_parts(card.name)[0], _MAKERS) == _joined(wanted, left_out)]
+        found = found or [
+            card for card in CARDS if _name_without(_parts(card.name)[0], _MAKERS) == _name_without(wanted, left_out)
+        ]
     fitting = [card for card in found if memory in (None, card.memory)]
     if len(fitting) == 1:
         return fitting[0]
@@ -103,7 +84,7 @@ def _parts(name: str) -> tuple[list[str], int | None]:
     return re.findall(r"[a-z0-9]+", rest), memory and int(memory[1])
 
 
-def _joined(words: list[str], left_out: set[str]) -> str:
+def _name_without(words: list[str], left_out: set[str]) -> str:
     return "".join(word for word in words if word not in left_out)
 
 
@@ -141,15 +122,15 @@ def advise(settings: PlanSettings, card: int) -> str:
     """Says in a sentence what would make a run fit a card of so many GB, or that nothing does."""
     changes = changes_that_fit(settings, card)
     if changes is None:
-        *_, (least, _) = _milder(settings)
+        *_, (least, _) = _cheaper_settings(settings)
         more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
         return f"does not fit, takes {predict(_with_batch_size(least, 1)).peak_bytes / 1e9:.1f} GB at the least; use {more}"
     return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
 def changes_that_fit(settings: PlanSettings, card: int) -> Changes | None:
-    """Returns what makes a run fit a card of so many GB: of `_milder`, the first that does, with the largest batches."""
-    milder = list(_milder(settings))
+    """Returns what makes a run fit a card of so many GB: the mildest change, with the largest batches."""
+    milder = list(_cheaper_settings(settings))
     if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
         return None
     sizes = [settings.batch_size >> halvings for halvings in range(settings.batch_size.bit_length())]
@@ -184,7 +165,7 @@ def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
     return replace(settings, batch_size=size, accumulate_grad_batches=settings.accumulate_grad_batches * times)
 
 
-def _milder(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
+def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
     """Yields settings that need less and less, each with the keys that differ."""
     method, count = settings.method, settings.method.activated_layers
     some_are_frozen = count is not None or method.lora is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
-from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, follow
+from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.distributions import sampling_probabilities
@@ -61,12 +61,12 @@ class _Flops:
     renewal: float
     whole: float = 0.0
 
-    def times(self, rows: int) -> _Flops:
+    def scaled(self, rows: int) -> _Flops:
         """What so many rows take where nothing is done once a micro-batch; updates are done once a step."""
         return replace(self, **{name: rows * value for name, value in vars(self).items() if name not in ("update", "renewal")})
 
     @classmethod
-    def between(cls, one: _Flops, two: _Flops, rows: int) -> _Flops:
+    def from_one_and_two_rows(cls, one: _Flops, two: _Flops, rows: int) -> _Flops:
         """What so many rows take, from what one and two rows take: a share is for each row, and a share for each batch."""
         flops = cls(*(a + (rows - 1) * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
         row = two.renewal - one.renewal
@@ -91,9 +91,9 @@ def compute(
     """
     method = method or settings.method
     count, recomputed = settings.blocks, settings.recomputed
-    draws, origin = (drawn, "the run's") if drawn else _draws(settings, method, count)
-    flops = _of_batch(settings, method, recompute=recomputed == count)
-    recomputing = _of_batch(settings, method, recompute=True) if 0 < recomputed < count else flops
+    draws, origin = (drawn, "the run's") if drawn else _simulated_draws(settings, method, count)
+    flops = _micro_batch_flops(settings, method, recompute=recomputed == count)
+    recomputing = _micro_batch_flops(settings, method, recompute=True) if 0 < recomputed < count else flops
     embeddings_train = "embeddings" in method.always_train and method.lora is None
 
     def backward(blocks: Sequence[int]) -> float:
@@ -116,32 +116,32 @@ def compute(
     return Compute(per_token, block_forward, draws, origin)
 
 
-def _of_batch(settings: PlanSettings, method: TrainingMethod, recompute: bool) -> _Flops:
+def _micro_batch_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool) -> _Flops:
     """Counts those of a micro-batch, where all blocks recompute their activations or none."""
-    one = _count(settings, method, recompute, rows=1)
+    one = _count_flops(settings, method, recompute, rows=1)
     # Gradients are projected once a micro-batch, however many rows it has; all else is proportional to the rows.
-    two = one.times(2) if method.rank is None else _count(settings, method, recompute, rows=2)
-    return _Flops.between(one, two, settings.batch_size)
+    two = one.scaled(2) if method.rank is None else _count_flops(settings, method, recompute, rows=2)
+    return _Flops.from_one_and_two_rows(one, two, settings.batch_size)
 
 
-def _count(settings: PlanSettings, method: TrainingMethod, recompute: bool, rows: int) -> _Flops:
+def _count_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool, rows: int) -> _Flops:
     method = replace(method, renews_with_state=False)  # which stands for the worst step, as memory asks for
 
-    def followed(active: int, frozen: int) -> StepMemory:
-        return follow(settings, method, active, frozen, (active + frozen) * recompute, rows)
+    def simulated(active: int, frozen: int) -> StepMemory:
+        return simulate(settings, method, active, frozen, (active + frozen) * recompute, rows)
 
     count = settings.blocks
     if not alike(decoder_layers(settings.meta_model)):  # of several kinds: the mean over all blocks
-        active = _Stages(followed(count, 0).flops)
+        active = _StageSums(simulated(count, 0).flops)
         lowest = above = active("backward") / count
         frozen = 0.0
         if method.activated_layers is not None and count > 1:
-            frozen = (_Stages(followed(1, count - 1).flops)("backward") - lowest) / (count - 1)
+            frozen = (_StageSums(simulated(1, count - 1).flops)("backward") - lowest) / (count - 1)
         blocks = trained = count
     else:
         trained = min(count, 3 if method.activated_layers is None else min(method.activated_layers, 2))
         blocks = trained + (method.activated_layers is not None and count > trained)
-        active = _Stages(followed(trained, blocks - trained).flops)
+        active = _StageSums(simulated(trained, blocks - trained).flops)
         lowest, frozen = active("backward lowest"), active("backward frozen")
         above = active("backward active") / max(1, trained - 1)
     return _Flops(
@@ -155,7 +155,7 @@ def _count(settings: PlanSettings, method: TrainingMethod, recompute: bool, rows
     )
 
 
-class _Stages:
+class _StageSums:
     """Sums of what was counted, over the stages of a step whose names begin alike."""
 
     def __init__(self, flops: dict[tuple[Any, ...], int]) -> None:
@@ -173,7 +173,7 @@ def _renewals(settings: PlanSettings, method: TrainingMethod, draws: Sequence[Se
     if method.rank is None:
         return 0.0
     gap, interval = settings.update_proj_gap, settings.interval_steps
-    if method.activated_layers is None or method.states_kept:
+    if method.activated_layers is None or method.keeps_states:
         return 1 / gap
     found, ages = 0, dict[int, int]()
     for blocks in draws:
@@ -182,7 +182,7 @@ def _renewals(settings: PlanSettings, method: TrainingMethod, draws: Sequence[Se
     return found / (interval * sum(map(len, draws)))
 
 
-def _draws(settings: PlanSettings, method: TrainingMethod, count: int) -> tuple[list[list[int]], str]:
+def _simulated_draws(settings: PlanSettings, method: TrainingMethod, count: int) -> tuple[list[list[int]], str]:
     if method.activated_layers is None:
         return [list(range(count))], "every block trains"
     if method.distribution == "uniform":
@@ -248,26 +248,26 @@ class Speed:
         )
 
 
-def speed(settings: PlanSettings, method: TrainingMethod, does: Compute, card: Card) -> Speed:
+def speed(settings: PlanSettings, method: TrainingMethod, computes: Compute, card: Card) -> Speed:
     """Estimates a method's speed: the longer of what its FLOPs take at `UTILISATION`, and what its fetches take.
 
     Args:
         settings: The model and what it is trained on.
         method: How it trains.
-        does: What it computes.
+        computes: What it computes.
         card: Where.
     """
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
     block = ModelSizes.of(settings).offloaded
-    fetches = sum(fetched_blocks(draw, settings, method, settings.blocks) for draw in does.draws) / len(does.draws)
+    fetches = sum(fetched_blocks(draw, settings, method, settings.blocks) for draw in computes.draws) / len(computes.draws)
     fetched = int(fetches * block) * settings.accumulate_grad_batches
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches
-    computing, fetching = tokens * does.flops_per_token / rate, fetched / link
+    computing, fetching = tokens * computes.flops_per_token / rate, fetched / link
     return Speed(
         tokens_per_second=tokens / max(computing, fetching),
         bound_by="compute" if computing >= fetching else "link",
         compute_seconds=computing,
         fetched_bytes=fetched,
         fetch_seconds=fetching,
-        hides_from_tokens=-int(-block / link * rate // does.block_forward) if fetched else 0,
+        hides_from_tokens=-int(-block / link * rate // computes.block_forward) if fetched else 0,
     )

@@ -36,7 +36,7 @@ class FakeOperators:
 
     def __init__(self, abridged: bool = True) -> None:
         self._abridged = abridged
-        self._oracle = FakeTensorMode()
+        self._fake_mode = FakeTensorMode()
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Returns what an operator does. What depends on values gets the worst answer: a mask selects all, a number is 1."""
@@ -58,26 +58,26 @@ class FakeOperators:
         given = (*args, *kwargs.values())
         key = func, tuple(kwargs), _layout(given)
         if key not in self._results:
-            self._results[key] = self._ask(func, args, kwargs)
-        return _make(self._results[key], given)
+            self._results[key] = self._infer(func, args, kwargs)
+        return _materialize(self._results[key], given)
 
-    def _ask(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Returns an operator's result with an `_Outline` in each tensor's place."""
+    def _infer(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Returns an operator's result with an `_TensorSpec` in each tensor's place."""
 
         def stand_in(tensor: Tensor) -> Tensor:
             whole = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device="meta")
             part = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-            return FakeTensor(self._oracle, part, tensor.device)
+            return FakeTensor(self._fake_mode, part, tensor.device)
 
         args, kwargs = tree_map_only(Tensor, stand_in, (args, kwargs))
-        with self._oracle:
+        with self._fake_mode:
             if func is aten._grouped_mm.default:  # experts; torch tells its layout in bfloat16 alone
                 result = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
             else:
                 result = func(*args, **kwargs)
         # What is lifted is a real tensor, of which a fake one is to be made.
         given = () if func is aten.lift_fresh.default else (*args, *kwargs.values())
-        return tree_map_only(Tensor, partial(_Outline.of, given=given), result)
+        return tree_map_only(Tensor, partial(_TensorSpec.of, given=given), result)
 
 
 def materialize_(model: nn.Module) -> None:
@@ -102,7 +102,7 @@ class _Fake(FakeTensor):
 
 
 @dataclass(frozen=True, slots=True)
-class _Outline:
+class _TensorSpec:
     """A tensor that an operator returns: a new one, one on the storage of a given one, or that one ``itself``."""
 
     shape: torch.Size
@@ -114,7 +114,7 @@ class _Outline:
     itself: bool
 
     @classmethod
-    def of(cls, tensor: Tensor, given: Sequence[Any]) -> _Outline:
+    def of(cls, tensor: Tensor, given: Sequence[Any]) -> _TensorSpec:
         storage = storage_key(tensor)
         shares = (i for i, x in enumerate(given) if isinstance(x, Tensor) and storage_key(x) == storage)
         source = next(shares, None)
@@ -135,10 +135,10 @@ class _Outline:
         return Tensor._make_wrapper_subclass(_Fake, self.shape, strides=self.stride, dtype=self.dtype, device=self.device)
 
 
-def _make(result: Any, given: Sequence[Any]) -> Any:
-    if isinstance(result, _Outline):
+def _materialize(result: Any, given: Sequence[Any]) -> Any:
+    if isinstance(result, _TensorSpec):
         return result.make(given)
-    return [_make(part, given) for part in result] if isinstance(result, (list, tuple)) else result
+    return [_materialize(part, given) for part in result] if isinstance(result, (list, tuple)) else result
 
 
 def _chunks(tensor: Tensor, size: int, dim: int = 0) -> int:

@@ -22,14 +22,8 @@ from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.positions import exceeded_positions
-from ows_lightning.models.pretrained import (
-    Recomputation,
-    check_recomputation,
-    check_trainable,
-    load_config,
-    loading,
-    recomputed_blocks,
-)
+from ows_lightning.models.pretrained import check_trainable, load_config, loading
+from ows_lightning.models.recomputation import Recomputation, check_recomputation, recomputed_blocks
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS
@@ -140,20 +134,20 @@ class PlanSettings:
     interval_steps: int = 50
     update_proj_gap: int = 200
     max_steps: int | None = None
-    _remembered: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
+    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
 
-    def remembered(self, key: Any, make: Callable[[], T]) -> T:
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
         """Returns what was made under a key, by these settings or others that `replace` made of them; makes it at first."""
-        if key not in self._remembered:
-            self._remembered[key] = make()
-        return self._remembered[key]
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     @property
     def meta_model(self) -> nn.Module:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
         with loading(self.name):
             key = self.dtype, self.attention
-            return self.remembered(key, lambda: meta_model(self.model, *key))
+            return self.cached(key, lambda: meta_model(self.model, *key))
 
     @cached_property
     def blocks(self) -> int:
@@ -217,9 +211,9 @@ class PlanSettings:
 
 def settings_from_config(config: Any) -> PlanSettings:
     """Returns what memory depends on in a parsed config, see `plan_from_config`."""
-    model, data, trainer = (partial(_value, config, part) for part in ("model", "data", "trainer"))
-    sampling = partial(_value, config, "sampling")
-    sampled = _value(config, "sampling") is not None
+    model, data, trainer = (partial(_config_value, config, part) for part in ("model", "data", "trainer"))
+    sampling = partial(_config_value, config, "sampling")
+    sampled = _config_value(config, "sampling") is not None
     precision, accelerator = str(trainer("precision") or "32-true"), trainer("accelerator")
     attention, on_gpu = model("attn_implementation"), accelerator not in ("cpu", "mps")
     method = TrainingMethod(
@@ -259,14 +253,14 @@ def settings_from_config(config: Any) -> PlanSettings:
         frozen_in=model("frozen_in", "device"),
         frozen_dtype=model("frozen_dtype"),
         window_blocks=model("window_blocks", 2),
-        sampling=dict(_value(config, "sampling") or {}),
+        sampling=dict(_config_value(config, "sampling") or {}),
         interval_steps=sampling("interval_steps", 50),
         update_proj_gap=model("update_proj_gap", 200),
         max_steps=steps if (steps := trainer("max_steps") or -1) > 0 else None,
     )
 
 
-def _value(config: Any, part: str, key: str | None = None, default: Any = None) -> Any:
+def _config_value(config: Any, part: str, key: str | None = None, default: Any = None) -> Any:
     """A part of a config, or a key of the class that the part configures; the default where there is no such key."""
     config = config.as_dict() if hasattr(config, "as_dict") else config
     values = config.get(part)

@@ -111,14 +111,14 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     trained = {name: METHODS[name](settings) for name in methods or METHODS}
     for name, method in trained.items():
         try:
-            runs[name] = _resolved(settings, method, chosen)
+            runs[name] = _with_number_of_recomputed(settings, method, chosen)
             plans[name] = predict(runs[name], method)
         except UsageError as error:
             if methods or name == "ows":
                 raise
             advice.append(f"{name} is left out: {error}")  # nobody asked for it, and another tool may refuse the model
     if settings.gradient_checkpointing == "auto":
-        notes.append(_recomputing({name: runs[name] for name in plans}, chosen))
+        notes.append(_note_on_recomputed({name: runs[name] for name in plans}, chosen))
     settings = runs.get("ows", settings)
     computes = {name: compute(runs[name], trained[name]) for name in plans}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
@@ -147,7 +147,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     return Plan(settings.title, plans, computes, advice, notes, parameters, chosen, speeds)
 
 
-def _resolved(settings: PlanSettings, method: TrainingMethod, card: Card | None) -> PlanSettings:
+def _with_number_of_recomputed(settings: PlanSettings, method: TrainingMethod, card: Card | None) -> PlanSettings:
     """``auto`` as a number of blocks: the fewest for us, all or none for other tools, which know nothing between."""
     if settings.gradient_checkpointing != "auto":
         return settings
@@ -159,7 +159,7 @@ def _resolved(settings: PlanSettings, method: TrainingMethod, card: Card | None)
     return replace(settings, gradient_checkpointing=number)
 
 
-def _recomputing(runs: dict[str, PlanSettings], card: Card | None) -> str:
+def _note_on_recomputed(runs: dict[str, PlanSettings], card: Card | None) -> str:
     if card is None:
         return "model.gradient_checkpointing: auto stands for true; --card says how many blocks recompute on that card"
     numbers = ", ".join(f"{name} {run.recomputed}" for name, run in runs.items())

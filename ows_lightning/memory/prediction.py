@@ -14,16 +14,17 @@ from torch.optim import AdamW, Optimizer
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, materialize_
 from ows_lightning.memory.plan_settings import PlanSettings
-from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, follow_steps
+from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.pretrained import checkpoint_activations
+from ows_lightning.models.lora import lora_config
+from ows_lightning.models.recomputation import checkpoint_activations
 from ows_lightning.optim.galore import GaLoreAdamW
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
 _CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
-_FEW = 3  # blocks of a group that are followed one by one; more are extrapolated
+_FEW = 3  # blocks of a group that are simulated one by one; more are extrapolated
 _STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a disk
 
 
@@ -65,9 +66,9 @@ METHODS: dict[str, Callable[[PlanSettings], TrainingMethod]] = {
     "full": lambda settings: TrainingMethod(_adamw(settings)),
     "lora": lambda settings: TrainingMethod(_adamw(settings), lora={"r": 16, "target_modules": "all-linear"}),
     "galore": lambda settings: TrainingMethod(_galore(settings), rank=settings.method.rank or 128, subspace="svd"),
-    "lisa": lambda settings: TrainingMethod(_adamw(settings), activated_layers=2, states_kept=True, distribution="uniform"),
+    "lisa": lambda settings: TrainingMethod(_adamw(settings), activated_layers=2, keeps_states=True, distribution="uniform"),
     "ows_published": lambda settings: TrainingMethod(
-        _galore(settings), activated_layers=5, rank=settings.method.rank or 128, subspace="svd", states_kept=True
+        _galore(settings), activated_layers=5, rank=settings.method.rank or 128, subspace="svd", keeps_states=True
     ),
 }
 """``ows`` is the config's own method in this package. The others are what one would use instead, as their own tools run them:
@@ -108,7 +109,7 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
 
 
 def extrapolate(settings: PlanSettings, method: TrainingMethod, alike: bool) -> StepMemory:
-    """Follows steps of models of few blocks, and goes on linearly.
+    """Simulates steps of models of few blocks, and goes on linearly.
 
     Blocks of a group (see `block_groups`) add the same each, so that the peaks of each stage of a step are linear in the
     number of blocks of each group: it is exact.
@@ -116,7 +117,7 @@ def extrapolate(settings: PlanSettings, method: TrainingMethod, alike: bool) -> 
     Args:
         settings: The model and what it is trained on.
         method: How it trains.
-        alike: Whether all blocks have the same weights; if not, all are followed.
+        alike: Whether all blocks have the same weights; if not, all are simulated.
     """
     active = method.active_blocks(settings.blocks)
     groups = block_groups(active, settings.blocks - active, settings.recomputed)
@@ -125,7 +126,7 @@ def extrapolate(settings: PlanSettings, method: TrainingMethod, alike: bool) -> 
     def of(groups: dict[str, int]) -> StepMemory:
         frozen, frozen_kept, active, active_kept = groups.values()
         recomputed = min(settings.recomputed, 1 + frozen + active)
-        return follow(settings, method, 1 + active + active_kept, frozen + frozen_kept, recomputed)
+        return simulate(settings, method, 1 + active + active_kept, frozen + frozen_kept, recomputed)
 
     base = of(few)
     steps = [(size - few[name], of({**few, name: few[name] + 1})) for name, size in groups.items() if size > few[name]]
@@ -148,10 +149,10 @@ def alike(layers: nn.ModuleList) -> bool:
     return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
 
 
-def follow(
+def simulate(
     settings: PlanSettings, method: TrainingMethod, active: int, frozen: int, recomputed: int, rows: int | None = None
 ) -> StepMemory:
-    """Follows a step of a fake model with the first blocks of the settings' one; a step is followed once.
+    """Simulates a step of a fake model with the first blocks of the settings' one, once for all that ask for it.
 
     Args:
         settings: What it is trained on.
@@ -172,26 +173,21 @@ def follow(
         host_memory=settings.on_gpu,
     )
 
-    def followed() -> StepMemory:
+    def simulated() -> StepMemory:
         model = first_blocks(settings.meta_model, active + frozen)
         checkpoint_activations(model, recomputed)  # type: ignore[arg-type]
         if method.lora is not None:
-            model = _add_lora(model, method.lora)
+            config = lora_config(method.lora)  # says so where peft is missing
+            from peft import get_peft_model
+
+            model = get_peft_model(model, config, low_cpu_mem_usage=True)
         tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(abridged=rows is None))
         with tracker:
             materialize_(model)
-        return follow_steps(model, method, work, tracker)
+        return simulate_steps(model, method, work, tracker)
 
     # A card's advice asks for the same step with frozen blocks here and there.
-    return settings.remembered((settings.dtype, settings.attention, method, work, active + frozen, recomputed, rows), followed)
-
-
-def _add_lora(model: nn.Module, lora: dict[str, Any]) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UsageError('lora: needs peft; pip install "ows_lightning[lora]"') from error
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora), low_cpu_mem_usage=True)
+    return settings.cached((settings.dtype, settings.attention, method, work, active + frozen, recomputed, rows), simulated)
 
 
 # ------------------------------------------------------------------------------ what lies where

@@ -16,7 +16,7 @@ from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import below_head, causal_lm, decoder_layers
 from ows_lightning.models.loss import next_token_loss
-from ows_lightning.models.pretrained import recomputing_blocks
+from ows_lightning.models.recomputation import recomputing_blocks
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
@@ -39,7 +39,7 @@ class TrainingMethod:
         ours: This package's step (chunked loss, projection within backward) instead of the usual one: the model's own loss
             with the logits of the whole batch, and all gradients at once.
         factored: Gradients of linear layers are projected as factors, see ``project_in_backward``.
-        states_kept: Optimizer states of blocks that are frozen again stay.
+        keeps_states: Optimizer states of blocks that are frozen again stay.
         renews_with_state: A subspace lives shorter than a block is active.
         lora: Settings of peft's LoraConfig.
         distribution: ``uniform``, or None for the config's own.
@@ -53,7 +53,7 @@ class TrainingMethod:
     project_embeddings: bool = False
     ours: bool = False
     factored: bool = False
-    states_kept: bool = False
+    keeps_states: bool = False
     renews_with_state: bool = False
     lora: dict[str, Any] | None = field(default=None, hash=False)
     distribution: str | None = None
@@ -100,7 +100,7 @@ class StepMemory:
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
 
-def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
+def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
     """Takes a method's worst optimizer steps under a tracker.
 
     They are the first one after a draw, which finds subspaces, and an ordinary one. Of all draws, the one that costs
@@ -126,17 +126,17 @@ def follow_steps(model: nn.Module, method: TrainingMethod, work: Workload, track
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
-                activate_blocks(in_blocks, blocks, others.items(), [] if method.states_kept else [optimizer])
+                activate_blocks(in_blocks, blocks, others.items(), [] if method.keeps_states else [optimizer])
 
         # What has a state before the step that is measured: what trains always, and every block if states are kept.
-        draw(range(count) if method.states_kept else ())
+        draw(range(count) if method.keeps_states else ())
         for p in _trainable(model):
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad()
         _label_states(optimizer, tracker)
         draw(blocks)
-        everything_has_state = method.states_kept or method.activated_layers is None
+        everything_has_state = method.keeps_states or method.activated_layers is None
         for renews in (True,) if everything_has_state and method.rank is None else (True, False):
             for group in optimizer.param_groups:
                 if "update_proj_gap" in group:

@@ -122,7 +122,7 @@ class MemoryTracker(TorchDispatchMode):
     def begin_span(self, span: tuple[Any, ...]) -> None:
         """Ends the current span. A span that was there before goes on: it keeps the higher peak."""
         if self._rising:
-            self._keep()
+            self._snapshot()
         if self.span not in self._peaks or self._peak > self._peaks[self.span][0]:
             self._peaks[self.span] = self._peak, self._at_peak
         self.span = span
@@ -159,11 +159,11 @@ class MemoryTracker(TorchDispatchMode):
 
     def _count(self, size: int) -> None:
         if size < 0 and self._rising:
-            self._keep()
+            self._snapshot()
         self._bytes += size
         if self._bytes > self._peak:
             self._peak, self._rising = self._bytes, True
 
-    def _keep(self) -> None:
+    def _snapshot(self) -> None:
         """Notes what is alive at the peak so far: at its end, since a copy at every allocation would take long."""
         self._at_peak, self._rising = list(self._alive.values()), False

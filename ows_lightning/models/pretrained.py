@@ -22,7 +22,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -43,9 +43,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
 from ows_lightning.errors import UsageError, closest
-from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.large_tensors import all_finite
 from ows_lightning.models.mapped_files import drop_page_cache
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
@@ -217,76 +215,6 @@ def stop_at(model: PreTrainedModel, token: int) -> None:
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     if token not in stops:
         model.generation_config.eos_token_id = [*stops, token]
-
-
-Recomputation = bool | int | Literal["auto"]
-"""Which blocks recompute their activations in backward: all, none, or the first N. ``auto`` is all until a prediction of the
-memory has said how many."""
-
-
-def check_recomputation(setting: Recomputation) -> None:
-    """Raises a UsageError if the value is not one of the possible settings."""
-    if setting != "auto" and not (isinstance(setting, int) and setting >= 0):
-        raise UsageError(f"model.gradient_checkpointing: {setting} must be true, false, auto, or a number of blocks from 0 on")
-
-
-def recomputed_blocks(setting: Recomputation, count: int) -> int:
-    """Returns how many of a model's blocks a setting lets recompute."""
-    return count if setting is True or setting == "auto" else min(int(setting), count)
-
-
-def recomputing_blocks(model: nn.Module) -> int:
-    """Returns how many blocks of a model, or of peft's around one, recompute their activations as it is."""
-    whole = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return sum(getattr(layer, "gradient_checkpointing", whole) for layer in decoder_layers(model))
-
-
-def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True) -> None:
-    """Turns on activation checkpointing of the first blocks; frozen blocks below the active ones are not recomputed.
-
-    The first ones, for these are the last that backward comes to: what the others kept is gone by then. And where the lowest
-    active block is a high one, few or none of them recompute. It may be called again, with another number.
-
-    Args:
-        model: The model.
-        setting: How many of its blocks.
-
-    Raises:
-        UsageError: The model's class can't, or not for some blocks alone.
-    """
-    layers = decoder_layers(model)
-    number = recomputed_blocks(setting, len(layers))
-    if number:
-        _enable_checkpointing(model)
-    if 0 < number < len(layers) and not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
-        raise UsageError(
-            f"model.gradient_checkpointing: {type(model).__name__} recomputes all blocks or none; set it to true or false"
-        )
-    for part in layers[number:] if number else [model]:
-        for module in part.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.gradient_checkpointing = False  # type: ignore[assignment]
-
-
-def _enable_checkpointing(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise UsageError(
-            f"model.gradient_checkpointing: {type(model).__name__} has none in transformers {transformers.__version__}; "
-            "set it to false"
-        )
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
-    enable({"use_reentrant": False})
-    # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
-    model.disable_input_require_grads()
-
-
-def compile_blocks(model: PreTrainedModel) -> None:
-    """Compiles each decoder block with ``torch.compile``."""
-    # The blocks share their cases: frozen or not, with a gradient from below or not, lengths that are fixed or change.
-    allow_recompilation(32)
-    keep_recomputation_out_of_inference_graphs()
-    for layer in decoder_layers(model):
-        layer.compile()
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,30 +10,14 @@ from typing import Any
 
 from jinja2 import Environment
 
+from ows_lightning.report.tables import LABELS, UNKNOWN, formatted
+
 # The page may load nothing at all: its pictures are in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-LABELS = {
-    "run": "Run",
-    "model": "Model",
-    "sampling": "Sampling",
-    "optimizer": "Optimizer",
-    "steps": "Steps",
-    "final_val_loss": "Final validation loss",
-    "best_val_loss": "Best validation loss",
-    "val_exact_match": "Validation exact match",
-    "tokens": "Training tokens",
-    "time_s": "Time (h:mm:ss)",
-    "median_tokens_per_second": "Tokens/s, median",
-    "peak_memory_mb": "Peak memory",
-    "blocks_never_trained": "Blocks never trained",
-}
-
-UNKNOWN = "n/a"
-
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPicture:
     """A picture on the page: its PNG file, its caption, and its text for those who can't see it."""
 
     png: Path
@@ -46,7 +30,7 @@ class Section:
     """A heading with pictures or a table of texts under it, and optionally a run's settings as text."""
 
     title: str
-    pictures: Sequence[Shown] = ()
+    pictures: Sequence[ShownPicture] = ()
     settings: str | None = None
     table: Mapping[str, Sequence[str]] | None = None
 
@@ -72,30 +56,8 @@ def render(
         "base64": lambda content: base64.b64encode(content).decode(),
         "transpose": lambda columns: zip(*columns, strict=True),
     }
-    rows = [{label: _shown(key, run, len(figures) == 1) for key, label in LABELS.items()} for run in figures]
+    rows = [{label: formatted(key, run, len(figures) == 1) for key, label in LABELS.items()} for run in figures]
     labels = [label for label in LABELS.values() if any(row[label] != UNKNOWN for row in rows)]
     values = {"title": title, "figures": rows, "labels": labels, "sections": sections, "refresh": refresh, "note": note}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(values, policy=POLICY)
-
-
-def _shown(key: str, row: dict[str, Any], every_block: bool) -> str:
-    """A key figure as a reader wants it, with its unit; ``every_block`` names the blocks and not only their number."""
-    value = row[key]
-    if value is None:
-        return UNKNOWN
-    if key == "blocks_never_trained":
-        blocks = value.split()
-        return f"{len(blocks)} of {row['num_layers']}" + (f": {', '.join(blocks)}" if blocks and every_block else "")
-    if key == "model":
-        return "/".join(value.split("/")[-2:])
-    if key in ("final_val_loss", "best_val_loss"):
-        return f"{value:.4f}"
-    if key == "val_exact_match":
-        return f"{100 * value:.1f} %"
-    if key == "time_s":
-        minutes, seconds = divmod(round(value), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-    if key == "peak_memory_mb":
-        return f"{value:,.0f} MB"
-    return value if isinstance(value, str) else f"{value:,.0f}"

@@ -13,17 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from ows_lightning.checkpoints.files import first_line
 from ows_lightning.errors import RunError
 from ows_lightning.report.run import RunRecord, is_run_folder
-from ows_lightning.report.tables import key_figures
-
-_FIGURES = {
-    "steps": ("Optimizer steps", "{:.0f}"),
-    "tokens": ("Tokens", "{:,.0f}"),
-    "final_val_loss": ("Validation loss (nats)", "{:.4f}"),
-    "best_val_loss": ("Best validation loss (nats)", "{:.4f}"),
-    "val_exact_match": ("Validation exact match", "{:.1%}"),
-    "peak_memory_mb": ("Peak memory (MB)", "{:,.0f}"),
-    "time_s": ("Time (s)", "{:,.0f}"),
-}
+from ows_lightning.report.tables import LABELS, formatted, key_figures
 
 
 def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
@@ -78,8 +68,8 @@ def without_folders(value: Any) -> Any:
 
 def _from_run(run: RunRecord) -> list[str]:
     figures = key_figures(run)
-    rows = [f"| Sampling | {figures['sampling']} |", f"| Optimizer | {figures['optimizer']} |"]
-    rows += [f"| {name} | {form.format(figures[key])} |" for key, (name, form) in _FIGURES.items() if figures[key] is not None]
+    shown = {key: label for key, label in LABELS.items() if key not in ("run", "model") and figures[key] is not None}
+    rows = [f"| {label} | {formatted(key, figures)} |" for key, label in shown.items()]
     parts = ["\n".join(["| | |", "|---|---|", *rows])]
     if run.config:
         settings = without_folders({key: run.config[key] for key in ("model", "data", "sampling") if key in run.config})

@@ -68,7 +68,7 @@ class RunRecord:
         folder = find_run_folder(Path(path))
         try:
             run = cls(
-                name=_name(folder),
+                name=_run_name(folder),
                 path=folder,
                 scores=_read_scores(folder / SCORES),
                 history=_read_history(folder / HISTORY),
@@ -134,13 +134,13 @@ def find_run_folder(path: Path) -> Path:
         raise UsageError(f"{path}: no such folder; give the folder that `fit` or `score` wrote")
     if is_run_folder(path):
         return path
-    versions = [folder for folder in path.glob("version_*") if is_run_folder(folder) and _version(folder) is not None]
+    versions = [folder for folder in path.glob("version_*") if is_run_folder(folder) and _version_number(folder) is not None]
     if not versions:
         raise UsageError(
             f"{path}: not a run folder, it has no {METRICS}, {HISTORY} or {SCORES}; give the folder that `fit` or "
             "`score` wrote"
         )
-    return max(versions, key=lambda folder: _version(folder) or 0)
+    return max(versions, key=lambda folder: _version_number(folder) or 0)
 
 
 def run_folder_of(model: Path) -> Path | None:
@@ -154,14 +154,14 @@ def is_run_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in (SCORES, HISTORY, METRICS))
 
 
-def _version(folder: Path) -> int | None:
+def _version_number(folder: Path) -> int | None:
     match = re.fullmatch(r"version_(\d+)", folder.name)
     return int(match[1]) if match else None
 
 
-def _name(folder: Path) -> str:
+def _run_name(folder: Path) -> str:
     folder = folder.resolve()
-    return folder.name if _version(folder) is None else f"{folder.parent.name}/{folder.name}"
+    return folder.name if _version_number(folder) is None else f"{folder.parent.name}/{folder.name}"
 
 
 def _read_scores(path: Path) -> dict[str, Any] | None:

@@ -106,6 +106,24 @@ def write_csv(table: Table, path: Path) -> None:
 
 # ------------------------------------------------------------------------------ what to compare runs by
 
+LABELS = {
+    "run": "Run",
+    "model": "Model",
+    "sampling": "Sampling",
+    "optimizer": "Optimizer",
+    "steps": "Optimizer steps",
+    "final_val_loss": "Final validation loss",
+    "best_val_loss": "Best validation loss",
+    "val_exact_match": "Validation exact match",
+    "tokens": "Training tokens",
+    "time_s": "Time (h:mm:ss)",
+    "median_tokens_per_second": "Tokens/s, median",
+    "peak_memory_mb": "Peak memory",
+    "blocks_never_trained": "Blocks never trained",
+}
+
+UNKNOWN = "n/a"
+
 
 def key_figures(run: RunRecord) -> dict[str, Any]:
     """Raw key figures, ``None`` where the run has not recorded one; loss in nats, time in seconds, memory in MB."""
@@ -113,7 +131,7 @@ def key_figures(run: RunRecord) -> dict[str, Any]:
     speed = run.series("tokens_per_second")[1]
     return {
         "run": run.name,
-        "model": _find(run.config, "model_name_or_path") or (run.scores or {}).get("model"),
+        "model": _find_key(run.config, "model_name_or_path") or (run.scores or {}).get("model"),
         "sampling": _sampling(run),
         "optimizer": _optimizer(run),
         "steps": run.last_step or None,
@@ -147,23 +165,49 @@ def _sampling(run: RunRecord) -> str | None:
     if not run.history:
         return "none" if run.config and not run.config.get("sampling") else None
     section = (run.config or {}).get("sampling")
-    distribution, blocks, steps = (_find(section, key) for key in ("distribution", "activated_layers", "interval_steps"))
+    distribution, blocks, steps = (_find_key(section, key) for key in ("distribution", "activated_layers", "interval_steps"))
     distribution = "own weights" if isinstance(distribution, list) else distribution
-    grouping = f", grouping {grouping}" if (grouping := _find(section, "grouping")) else ""
+    grouping = f", grouping {grouping}" if (grouping := _find_key(section, "grouping")) else ""
     return f"{distribution}, {blocks} blocks every {steps} steps{grouping}" if section else None
 
 
 def _optimizer(run: RunRecord) -> str | None:
     model = (run.config or {}).get("model")
-    name = str(_find(_find(model, "optimizer"), "class_path") or "").rpartition(".")[2]
-    settings = {"lr": _find(model, "lr"), "rank": _find(model, "rank"), "LoRA r": _find(_find(model, "lora"), "r")}
+    name = str(_find_key(_find_key(model, "optimizer"), "class_path") or "").rpartition(".")[2]
+    settings = {
+        "lr": _find_key(model, "lr"),
+        "rank": _find_key(model, "rank"),
+        "LoRA r": _find_key(_find_key(model, "lora"), "r"),
+    }
     return ", ".join(filter(None, [name, *(f"{key} {value}" for key, value in settings.items() if value)])) or None
 
 
-def _find(section: Any, key: str) -> Any:
+def _find_key(section: Any, key: str) -> Any:
     """The first value of that name, however deep: a class is written with ``init_args`` or without."""
     if not isinstance(section, dict):
         return None
     if section.get(key) is not None:
         return section[key]
-    return next((value for value in (_find(part, key) for part in section.values()) if value is not None), None)
+    return next((value for value in (_find_key(part, key) for part in section.values()) if value is not None), None)
+
+
+def formatted(key: str, row: dict[str, Any], every_block: bool = True) -> str:
+    """A key figure as a reader wants it, with its unit; ``every_block`` names the blocks and not only their number."""
+    value = row[key]
+    if value is None:
+        return UNKNOWN
+    if key == "blocks_never_trained":
+        blocks = value.split()
+        return f"{len(blocks)} of {row['num_layers']}" + (f": {', '.join(blocks)}" if blocks and every_block else "")
+    if key == "model":
+        return "/".join(value.split("/")[-2:])
+    if key in ("final_val_loss", "best_val_loss"):
+        return f"{value:.4f}"
+    if key == "val_exact_match":
+        return f"{100 * value:.1f} %"
+    if key == "time_s":
+        minutes, seconds = divmod(round(value), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    if key == "peak_memory_mb":
+        return f"{value:,.0f} MB"
+    return value if isinstance(value, str) else f"{value:,.0f}"

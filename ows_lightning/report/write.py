@@ -11,14 +11,14 @@ from typing import Any
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report import plots, tables
-from ows_lightning.report.html import Section, Shown, render
+from ows_lightning.report.html import Section, ShownPicture, render
 from ows_lightning.report.run import CONFIG, RunRecord, is_run_folder
 from ows_lightning.report.tables import key_figures, key_figures_table
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and the table behind it; both are made from one run, those of ``COMPARED`` also from several."""
+    """A picture and the table behind it; both are made from one run, those of ``COMPARISONS`` also from several."""
 
     name: str
     caption: str
@@ -26,59 +26,32 @@ class Picture:
     table: Callable[[Any], tables.Table]
 
 
-COMPARED = (
-    Picture("loss", "Loss by optimizer step.", plots.plot_loss, tables.loss_table),
-    Picture(
-        "loss_by_tokens",
-        "Loss by training tokens seen.",
-        partial(plots.plot_loss, x="tokens"),
-        partial(tables.loss_table, x="tokens"),
-    ),
-    Picture(
-        "loss_by_time",
-        "Loss by time since the start.",
-        partial(plots.plot_loss, x="time_s"),
-        partial(tables.loss_table, x="time_s"),
-    ),
-    Picture(
-        "memory",
-        "Most memory held up to each optimizer step.",
-        plots.plot_memory,
-        partial(tables.metric_table, metric="peak_memory_mb"),
-    ),
-    Picture(
-        "throughput",
-        "Tokens per second by optimizer step.",
-        plots.plot_throughput,
-        partial(tables.metric_table, metric="tokens_per_second"),
-    ),
+def _loss(name: str, by: str, x: tables.XAxis) -> Picture:
+    return Picture(name, f"Loss by {by}.", partial(plots.plot_loss, x=x), partial(tables.loss_table, x=x))
+
+
+def _metric(name: str, what: str, plot: Callable[[Any], Any], metric: str) -> Picture:
+    return Picture(name, f"{what} optimizer step.", plot, partial(tables.metric_table, metric=metric))
+
+
+COMPARISONS = (
+    _loss("loss", "optimizer step", "step"),
+    _loss("loss_by_tokens", "training tokens seen", "tokens"),
+    _loss("loss_by_time", "time since the start", "time_s"),
+    _metric("memory", "Most memory held up to each", plots.plot_memory, "peak_memory_mb"),
+    _metric("throughput", "Tokens per second by", plots.plot_throughput, "tokens_per_second"),
 )
-OF_ONE_RUN = (
-    Picture(
-        "outlier_scores",
-        "Score of each block, and the probability with which it is drawn.",
-        plots.plot_scores,
-        tables.scores_table,
-    ),
+_SCORES = "Score of each block, and the probability with which it is drawn."
+_FREQUENCY = "Share of the intervals in which each block trained, and the share that its probability makes expect."
+PICTURES_OF_ONE_RUN = (
+    Picture("outlier_scores", _SCORES, plots.plot_scores, tables.scores_table),
     Picture("sampling_history", "Blocks that trained in each interval.", plots.plot_blocks, tables.blocks_table),
-    Picture(
-        "block_frequency",
-        "Share of the intervals in which each block trained, and the share that its probability makes expect.",
-        plots.plot_block_frequency,
-        tables.block_frequency_table,
-    ),
+    Picture("block_frequency", _FREQUENCY, plots.plot_block_frequency, tables.block_frequency_table),
 )
 
 
 def write_pictures(run_dir: str | Path) -> list[Path]:
-    """Draw a run into its own folder as PNG files; what it has no data for (scores of full fine-tuning) is left out.
-
-    Args:
-        run_dir: The run's folder.
-
-    Returns:
-        The files written: ``outlier_scores.png``, ``sampling_history.png``, ``block_frequency.png``, ``loss.png``,
-        ``loss_by_tokens.png``, ``loss_by_time.png``, ``memory.png``, ``throughput.png``, or those of them with data.
+    """Draw a run into its own folder, and return the PNG files; what it has no data for (scores, say) is left out.
 
     Raises:
         UsageError: One of the folder's files is damaged.
@@ -86,7 +59,7 @@ def write_pictures(run_dir: str | Path) -> list[Path]:
     if not is_run_folder(Path(run_dir)):
         return []
     run = RunRecord.read(run_dir)
-    pictures = (_draw(picture, run, run.path / f"{picture.name}.png") for picture in (*OF_ONE_RUN, *COMPARED))
+    pictures = (_draw(picture, run, run.path / f"{picture.name}.png") for picture in (*PICTURES_OF_ONE_RUN, *COMPARISONS))
     return [png for png in pictures if png]
 
 
@@ -104,7 +77,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | 
     Raises:
         UsageError: A run is missing, damaged or has no figures yet, or the output folder can't be written.
     """
-    records = _distinct([RunRecord.read(run) for run in runs])
+    records = _unique_runs([RunRecord.read(run) for run in runs])
     if not records:
         raise UsageError("report: no run given; give one or more run folders")
     output = Path(output)
@@ -119,11 +92,11 @@ def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> P
     several = len(runs) > 1
     subject = runs if several else runs[0]
     names = ", ".join(run.name for run in runs)
-    sections = [Section("Comparison" if several else "Training", _pictures(COMPARED, subject, output, names))]
+    sections = [Section("Comparison" if several else "Training", _pictures(COMPARISONS, subject, output, names))]
     for number, run in enumerate(runs, start=1):
         prefix = f"{number}-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', run.name)}-" if several else ""
         settings = (run.path / CONFIG).read_text(encoding="utf-8") if run.config else None
-        pictures = _pictures(OF_ONE_RUN, run, output, run.name, prefix)
+        pictures = _pictures(PICTURES_OF_ONE_RUN, run, output, run.name, prefix)
         sections.append(Section(run.name if several else "Blocks", pictures, settings))
         sections += [Section(f"{title}, {run.name}" if several else title, table=texts) for title, texts in run.texts.items()]
     if not any(section.pictures or section.table for section in sections):
@@ -140,13 +113,13 @@ def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> P
     return path
 
 
-def _pictures(pictures: Sequence[Picture], subject: Any, output: Path, names: str, prefix: str = "") -> list[Shown]:
+def _pictures(pictures: Sequence[Picture], subject: Any, output: Path, names: str, prefix: str = "") -> list[ShownPicture]:
     shown = []
     for picture in pictures:
         png = _draw(picture, subject, output / f"{prefix}{picture.name}.png")
         if png:
             tables.write_csv(picture.table(subject), png.with_suffix(".csv"))
-            shown.append(Shown(png, picture.caption, f"{names}: {picture.caption}"))
+            shown.append(ShownPicture(png, picture.caption, f"{names}: {picture.caption}"))
     return shown
 
 
@@ -159,7 +132,7 @@ def _draw(picture: Picture, subject: Any, path: Path) -> Path | None:
     return path
 
 
-def _distinct(runs: list[RunRecord]) -> list[RunRecord]:
+def _unique_runs(runs: list[RunRecord]) -> list[RunRecord]:
     """Runs once each, by names that tell them apart: where folders are called the same, their parents' names lead."""
     runs = list({run.path.resolve(): run for run in runs}.values())
     depth = 1

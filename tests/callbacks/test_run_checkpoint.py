@@ -22,8 +22,7 @@ from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), pytest.param("fsdp2", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), ("fsdp2", 2)])
 def test_last_is_the_newest_checkpoint_without_a_copy(strategy: str, ranks: int, arguments: Arguments, tmp_path: Path) -> None:
     command = arguments("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2", strategy=strategy, ranks=ranks)
     run(command, tmp_path / "out", ranks)
@@ -53,7 +52,6 @@ def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Argum
     assert load_without_tensors(folder / "last.ckpt")["global_step"] == 4
 
 
-@pytest.mark.slow
 def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tmp_path: Path) -> None:
     command = arguments("--trainer.max_steps=40", "--checkpoint.every_n_train_steps=30")
     folder = tmp_path / "runs" / "version_0" / "checkpoints"

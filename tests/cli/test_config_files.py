@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from ows_lightning.cli.config_files import find_config, lineage, shipped_configs
+from ows_lightning.cli.config_files import config_and_bases, find_config, shipped_configs
 from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
 
@@ -47,7 +47,7 @@ def test_a_config_stands_on_another() -> None:
     Path("mine").mkdir()
     Path("mine/first.yaml").write_text("base: llama2_7b\nseed_everything: 1\n")
     Path("mine/second.yaml").write_text("base: first.yaml\nseed_everything: 2\n")
-    assert [path.stem for path in lineage("mine/second.yaml")] == ["base", "llama2_7b", "first", "second"]
+    assert [path.stem for path in config_and_bases("mine/second.yaml")] == ["base", "llama2_7b", "first", "second"]
 
 
 def test_configs_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +74,7 @@ def test_configs_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_file_that_would_be_misread_is_refused(text: str, error: str) -> None:
     Path("mine.yaml").write_text(text)
     with pytest.raises(UsageError, match=error):
-        lineage("mine.yaml")
+        config_and_bases("mine.yaml")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_file_that_would_be_misread_is_refused(text: str, error: str) -> None:
 )
 def test_what_is_no_config_file(name: str, error: str) -> None:
     with pytest.raises(UsageError, match=error):
-        lineage(name)
+        config_and_bases(name)
 
 
 def test_another_optimizer_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def layouts(function: Callable[[Tensor], Any]) -> list[tuple[Any, ...]]:
 )
 def test_returns_what_real_operators_do(function: Callable[[Tensor], Any]) -> None:
     expected = layouts(function)
-    for _ in range(2):  # asked and remembered
+    for _ in range(2):  # asked and cached
         with MemoryTracker(operate=FakeOperators()):
             assert layouts(function) == expected
 

@@ -23,7 +23,7 @@ from ows_lightning.memory.cards import advise, fewest_recomputed
 from ows_lightning.memory.fake_tensors import FakeOperators, materialize_, meta_model
 from ows_lightning.memory.plan_settings import find_dimensions, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict
-from ows_lightning.memory.simulated_step import Workload, follow_steps
+from ows_lightning.memory.simulated_step import Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -169,7 +169,7 @@ def test_follows_other_architectures(architecture: str, precision: str, tmp_path
     model = tiny_model(architecture, dtype=DTYPES.get(precision, torch.float32))
     model.save_pretrained(tmp_path)
     settings = settings_from_config(make_config(tmp_path, model__rank=8, trainer__precision=precision))
-    real = follow_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
+    real = simulate_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
     expected = max(sum(sizes.values()) for sizes in real.peaks.values())
     assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
 
@@ -209,7 +209,7 @@ def test_follows_recurrent_and_hybrid_families(family: str, tmp_path: Path) -> N
     shape.save_pretrained(tmp_path)
     settings = settings_from_config(make_config(tmp_path, model__rank=8, data__max_seq_length=16))
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
-    real = follow_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
+    real = simulate_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
     expected = max(sum(sizes.values()) for sizes in real.peaks.values())
     assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
 
@@ -224,7 +224,7 @@ def test_absurd_batches_take_no_longer_than_others(directory: Path) -> None:
         tracker = MemoryTracker(1, counted)
         with tracker:
             materialize_(model)
-        follow_steps(model, settings.method, Workload(rows, LENGTH), tracker)
+        simulate_steps(model, settings.method, Workload(rows, LENGTH), tracker)
         calls[rows] = counted.count
     assert calls[100_000] < 1.5 * calls[1_000]
 
@@ -260,7 +260,7 @@ def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: int
     settings = settings_from_config(make_config(directory, **changes, sampling__activated_layers=6))
     shape = copy.deepcopy(settings.model)
     shape.num_hidden_layers = 10
-    deeper = replace(settings, model=shape, _remembered={})
+    deeper = replace(settings, model=shape, _cache={})
 
     def peak(alike: bool) -> int:
         memory = extrapolate(deeper, METHODS[method](settings), alike)
@@ -483,7 +483,7 @@ def test_a_step_is_followed_once_wherever_frozen_blocks_wait(directory: Path, mo
     settings = settings_from_config(make_config(directory))
     here = predict(settings)
     with monkeypatch.context() as once:
-        once.setattr("ows_lightning.memory.prediction.follow_steps", lambda *_: pytest.fail("followed again"))
+        once.setattr("ows_lightning.memory.prediction.simulate_steps", lambda *_: pytest.fail("followed again"))
         there = predict(replace(settings, frozen_in="host"))
     assert there.bytes["weights"] < here.bytes["weights"]
     assert there.bytes["activations"] == here.bytes["activations"]

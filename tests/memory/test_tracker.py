@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ows_lightning.memory.simulated_step import TrainingMethod, Workload, follow_steps
+from ows_lightning.memory.simulated_step import TrainingMethod, Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.optim.galore import GaLoreAdamW
 from tests.tiny import tiny_model
@@ -37,7 +37,7 @@ def allocated_peak(prof: profile, folder: Path) -> int:
     [
         OURS,
         TrainingMethod(partial(torch.optim.AdamW, foreach=False)),
-        TrainingMethod(GaLoreAdamW, activated_layers=2, rank=8, subspace="svd", states_kept=True),
+        TrainingMethod(GaLoreAdamW, activated_layers=2, rank=8, subspace="svd", keeps_states=True),
     ],
     ids=["ours", "full", "published"],
 )
@@ -46,7 +46,7 @@ def test_counts_what_torch_allocates(method: TrainingMethod, tmp_path: Path) -> 
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     gc.collect()  # what an earlier profile saw allocated, and this one would see freed, counted below zero
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        peaks = follow_steps(model, method, Workload(batch_size=4, length=64), MemoryTracker()).peaks
+        peaks = simulate_steps(model, method, Workload(batch_size=4, length=64), MemoryTracker()).peaks
     tracked = max(sum(sizes.values()) for sizes in peaks.values())
     assert tracked == pytest.approx(held + allocated_peak(prof, tmp_path), rel=0.02)
 
@@ -90,7 +90,7 @@ def test_host_memory_does_not_count() -> None:
 
 def test_categories_are_what_a_step_is_made_of() -> None:
     model = tiny_model("llama", **SHAPE)
-    peaks = follow_steps(model, OURS, Workload(batch_size=2, length=16), MemoryTracker()).peaks
+    peaks = simulate_steps(model, OURS, Workload(batch_size=2, length=16), MemoryTracker()).peaks
     ordinary_step = peaks[(False, "step")]
     active = [model.model.layers[index] for index in (0, 3)]
     assert ordinary_step["weights"] == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])

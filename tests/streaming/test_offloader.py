@@ -12,7 +12,7 @@ import torch
 
 from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.pretrained import checkpoint_activations
+from ows_lightning.models.recomputation import checkpoint_activations
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.offloader import BlockOffloader
 from tests.streaming.steps import evaluate, strict_offloader, train
@@ -92,7 +92,6 @@ def test_below_adapters_all_blocks_wait(checkpointing: bool, architecture: str) 
     assert offloader.active == []
 
 
-@pytest.mark.slow
 def test_compiled_blocks_compute_the_same_bits() -> None:
     def make() -> torch.nn.Module:
         model = tiny_model("llama", num_hidden_layers=3)
