@@ -475,7 +475,7 @@ def add_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, An
 
 def _seed(rest: int, number: int) -> int:
     """Seed of a weight's subspace at rest, from that of the rest period and the weight's number in the optimizer."""
-    return 1_000_003 * rest + number
+    return (1_000_003 * rest + number) % 2**63
 
 
 def _check(options: dict[str, Any]) -> None:
