@@ -136,6 +136,16 @@ def ours_grouped(model: PreTrainedModel, setting: Setting) -> Training:
     return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0)
 
 
+def ours_resting(model: PreTrainedModel, setting: Setting) -> Training:
+    """The same as `ours_frozen` with `sampling.resting_rank` 16: frozen blocks above the lowest active one learn, too."""
+    return _ours(model, setting, frozen=("embeddings", "lm_head"), resting_rank=16)
+
+
+def ours_grouped_resting(model: PreTrainedModel, setting: Setting) -> Training:
+    """Both."""
+    return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0, resting_rank=16)
+
+
 def ours_whole(model: PreTrainedModel, setting: Setting) -> Training:
     """The same as `ours_grouped` with whole gradients, which are projected as soon as they are there."""
     return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0, factored=False)
@@ -158,6 +168,8 @@ METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] =
     "ours_frozen": ("Ours, embeddings frozen", ours_frozen),
     "ours_host": ("Ours, embeddings frozen, blocks on the host", ours_host),
     "ours_grouped": ("Ours, embeddings frozen, grouping 1", ours_grouped),
+    "ours_resting": ("Ours, embeddings frozen, resting rank 16", ours_resting),
+    "ours_grouped_resting": ("Ours, embeddings frozen, grouping 1, resting rank 16", ours_grouped_resting),
     "ours_whole": ("The same, whole gradients", ours_whole),
     "forward_backward": ("Forward and backward of ours, grouping 0", forward_backward),
 }
@@ -183,6 +195,7 @@ def _ours(
     make_optimizer: Callable[..., Optimizer] = GaLoreAdamW,
     grouping: float = 0.0,
     factored: bool = True,
+    resting_rank: int = 0,
 ) -> Training:
     if model.is_gradient_checkpointing:
         model.disable_input_require_grads()  # as CausalLMModule does
@@ -197,7 +210,7 @@ def _ours(
         total, targets = next_token_loss(model, batch)
         return total / targets
 
-    draw = _draws(model, setting.probabilities, 5, setting, others, [optimizer], grouping)
+    draw = _draws(model, setting.probabilities, 5, setting, others, [optimizer], grouping, resting_rank)
     return Training(model, optimizer, loss, draw)
 
 
@@ -209,11 +222,13 @@ def _draws(
     others: Sequence[tuple[nn.Parameter, bool]] = (),
     optimizers: Sequence[Optimizer] = (),
     grouping: float = 0.0,
+    resting_rank: int = 0,
 ) -> Callable[[], None]:
     layers, generator = decoder_layers(model), torch.Generator().manual_seed(setting.seed)
 
     def draw() -> None:
-        activate_blocks(layers, draw_blocks(probabilities, count, generator, grouping), others, optimizers)
+        blocks = draw_blocks(probabilities, count, generator, grouping)
+        activate_blocks(layers, blocks, others, optimizers, resting_rank, generator.initial_seed())
 
     return draw
 

@@ -69,6 +69,12 @@ TARGETS = (
     Target("time a token, ours frozen / OWS as published", step_s, "ours_frozen", "ows_published", 0.80),
     Target("time a token, ours frozen / full AdamW", step_s, "ours_frozen", "full", 0.55),
     Target("a step, ours frozen / its forward and backward alone", step_s, "ours_frozen", "forward_backward", 1.05),
+    Target("a step, ours resting / ours frozen", step_s, "ours_resting", "ours_frozen", 1.06),
+    Target("a step, ours resting grouped / ours grouped", step_s, "ours_grouped_resting", "ours_grouped", 1.06),
+    Target("peak above start, ours resting / ours frozen", above_start_mb, "ours_resting", "ours_frozen", 1.03),
+    Target(
+        "peak above start, ours resting grouped / ours grouped", above_start_mb, "ours_grouped_resting", "ours_grouped", 1.03
+    ),
     Target("step after a draw / later steps of its interval, ours grouped", after_a_draw, "ours_grouped", None, 1.35),
     Target("step after a draw / later steps of its interval, ours frozen", after_a_draw, "ours_frozen", None, 1.35),
     Target("peak above start, ours frozen / LoRA", above_start_mb, "ours_frozen", "lora", 0.60),

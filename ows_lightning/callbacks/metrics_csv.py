@@ -26,7 +26,7 @@ class ContinueMetricsCSV(Callback):
         folder = run_folder(trainer)  # asks all ranks
         file = folder / "metrics.csv"
         logged = max(file.read_bytes().count(b"\n") - 1, 0) if file.is_file() else 0
-        checkpoint["curves"] = {"folder": str(folder), "logged": logged, "row": _row_to_come(trainer)}
+        checkpoint["curves"] = {"folder": str(folder), "logged": logged, "row": _unlogged_row(trainer)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Copies the rows, on rank 0."""
@@ -34,10 +34,10 @@ class ContinueMetricsCSV(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is None or logger is None:
             return
         if trainer.is_global_zero:
-            _continue_curves(Path(trainer.ckpt_path), logger, checkpoint)
+            _copy_rows(Path(trainer.ckpt_path), logger, checkpoint)
 
 
-def _row_to_come(trainer: Trainer) -> dict[str, Any] | None:
+def _unlogged_row(trainer: Trainer) -> dict[str, Any] | None:
     """Returns the row that Lightning will log for this step after its callbacks have run; None if it is logged already."""
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     batches: Any = loop.batch_progress.current
@@ -48,7 +48,7 @@ def _row_to_come(trainer: Trainer) -> dict[str, Any] | None:
     return {**row, "epoch": trainer.current_epoch, "step": loop._batches_that_stepped}
 
 
-def _continue_curves(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> None:
+def _copy_rows(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> None:
     """Writes the rows up to a checkpoint into a run's ``metrics.csv``; the resumed run logs the later ones again.
 
     Args:

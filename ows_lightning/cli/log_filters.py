@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import partial
 
 _WARNINGS = (
     "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do
@@ -25,12 +26,8 @@ def filter_messages() -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")
     for name, messages in _LOGS.items():
-        logging.getLogger(name).addFilter(_without(messages))
+        logging.getLogger(name).addFilter(partial(_is_wanted, messages))
 
 
-def _without(messages: tuple[str, ...]) -> logging.Filter:
-    class Filter(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            return not any(message in record.getMessage() for message in messages)
-
-    return Filter()
+def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not any(message in record.getMessage() for message in unwanted)

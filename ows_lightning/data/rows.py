@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ows_lightning.data.formats import split_prompt
@@ -99,18 +100,14 @@ def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> 
     packed = "position_ids" in items[0]
     if packed and flatten:
         return {name: torch.tensor([[x for item in items for x in item[name]]]) for name in items[0]}
-    length = max(len(item["input_ids"]) for item in items)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids" if packed else "attention_mask": []}
-    for item in items:
-        size = len(item["input_ids"])
-        padding = length - size
-        rows["input_ids"].append(item["input_ids"] + [pad_token_id] * padding)
-        rows["labels"].append(item["labels"] + [IGNORED] * padding)
-        if packed:
-            rows["position_ids"].append(item["position_ids"] + list(range(padding)))
-        else:
-            rows["attention_mask"].append([1] * size + [0] * padding)
-    return {name: torch.tensor(values) for name, values in rows.items()}
+    ids = [_tensor(item["input_ids"]) for item in items]
+    labels = [_tensor(item["labels"]) for item in items]
+    batch = {"input_ids": pad_sequence(ids, True, pad_token_id), "labels": pad_sequence(labels, True, IGNORED)}
+    if not packed:
+        return batch | {"attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True)}
+    length = batch["input_ids"].size(1)
+    positions = [item["position_ids"] + list(range(length - len(item["position_ids"]))) for item in items]
+    return batch | {"position_ids": _tensor(positions)}
 
 
 def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
@@ -119,11 +116,13 @@ def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[
     Returns:
         ``input_ids`` and ``attention_mask``, int64 (B, L); ``row``, int64 (B,); every other column as a list.
     """
-    length = max(len(item["input_ids"]) for item in items)
-    padding = [length - len(item["input_ids"]) for item in items]
     batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
-    ids = zip(batch["input_ids"], padding, strict=True)
-    batch["input_ids"] = torch.tensor([[pad_token_id] * n + row for row, n in ids])
-    batch["attention_mask"] = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
-    batch["row"] = torch.tensor(batch["row"])
+    ids = [_tensor(row) for row in batch["input_ids"]]
+    batch["input_ids"] = pad_sequence(ids, True, pad_token_id, padding_side="left")
+    batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left")
+    batch["row"] = _tensor(batch["row"])
     return batch
+
+
+def _tensor(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)

@@ -48,6 +48,8 @@ class Compute:
 class _Flops:
     """FLOPs of a micro-batch (the first five) and of an optimizer step, a block each but for the head.
 
+    A frozen block that trains at rest takes ``rest`` more in each micro-batch, and ``rest_update`` in a step.
+
     A step that renews subspaces takes more: ``whole`` in each micro-batch, for gradients that other steps do without, and
     ``renewal`` once.
     """
@@ -60,10 +62,13 @@ class _Flops:
     update: float
     renewal: float
     whole: float = 0.0
+    rest: float = 0.0
+    rest_update: float = 0.0
 
     def scaled(self, rows: int) -> _Flops:
         """What so many rows take where nothing is done once a micro-batch; updates are done once a step."""
-        return replace(self, **{name: rows * value for name, value in vars(self).items() if name not in ("update", "renewal")})
+        once = ("update", "renewal", "rest_update")
+        return replace(self, **{name: rows * value for name, value in vars(self).items() if name not in once})
 
     @classmethod
     def from_one_and_two_rows(cls, one: _Flops, two: _Flops, rows: int) -> _Flops:
@@ -99,14 +104,23 @@ def compute(
     def backward(blocks: Sequence[int]) -> float:
         def of(index: int) -> float:
             does = recomputing if index < recomputed else flops
-            return does.lowest if index == lowest else does.active if index in trained else does.frozen
+            return (
+                does.lowest
+                if index == lowest
+                else does.active
+                if index in trained
+                else does.frozen + does.rest * (index > lowest)
+            )
 
         lowest, trained = min(blocks), set(blocks)
         return sum(of(index) for index in range(0 if embeddings_train else lowest, count))
 
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
+    resting = sum(count - min(blocks) - len(blocks) for blocks in draws) / len(draws) if method.resting_rank else 0.0
+    if resting and method.resting_updates_kept:  # W + B Q^T, in forward and in backward
+        micro_batch += resting * 2 * 2 * method.resting_rank * _matrix_weights(settings, method.resting_rank)
     renewal = flops.renewal + settings.accumulate_grad_batches * flops.whole
-    step = len(draws[0]) * (flops.update + renewal * _renewals(settings, method, draws))
+    step = len(draws[0]) * (flops.update + renewal * _renewals(settings, method, draws)) + resting * flops.rest_update
     tokens = settings.batch_size * settings.max_seq_length
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
@@ -114,6 +128,12 @@ def compute(
         share = settings.scored_rows * settings.max_seq_length / (settings.step_tokens * (settings.max_steps or 1))
         per_token += share * count * block_forward
     return Compute(per_token, block_forward, draws, origin)
+
+
+def _matrix_weights(settings: PlanSettings, rank: int) -> float:
+    """Weights of a block's matrices that a resting rank makes smaller, in the mean over the blocks."""
+    parameters = decoder_layers(settings.meta_model).parameters()
+    return sum(p.numel() for p in parameters if p.dim() in (2, 3) and p.size(-1) > rank) / settings.blocks
 
 
 def _micro_batch_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool) -> _Flops:
@@ -126,8 +146,9 @@ def _micro_batch_flops(settings: PlanSettings, method: TrainingMethod, recompute
 
 def _count_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool, rows: int) -> _Flops:
     method = replace(method, renews_with_state=False)  # which stands for the worst step, as memory asks for
+    resting, method = method, replace(method, resting_rank=0, resting_updates_kept=False)
 
-    def simulated(active: int, frozen: int) -> StepMemory:
+    def simulated(active: int, frozen: int, method: TrainingMethod = method) -> StepMemory:
         return simulate(settings, method, active, frozen, (active + frozen) * recompute, rows)
 
     count = settings.blocks
@@ -144,6 +165,12 @@ def _count_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool
         active = _StageSums(simulated(trained, blocks - trained).flops)
         lowest, frozen = active("backward lowest"), active("backward frozen")
         above = active("backward active") / max(1, trained - 1)
+    rest = rest_update = 0.0
+    simulated_blocks = (1, count - 1) if blocks == count else (trained, blocks - trained)
+    if resting.resting_rank and simulated_blocks[1]:
+        without, rests = (_StageSums(simulated(*simulated_blocks, method=one).flops) for one in (method, resting))
+        rest_update = (rests("step") - without("step")) / simulated_blocks[1]
+        rest = (rests("") - without("")) / simulated_blocks[1] - rest_update
     return _Flops(
         forward=active("forward") / blocks,
         head=active("loss_head"),
@@ -152,6 +179,8 @@ def _count_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool
         frozen=frozen,
         update=active("step") / trained,
         renewal=(active("", renews=True) - active("", renews=False)) / trained if len(active.steps) > 1 else 0.0,
+        rest=rest,
+        rest_update=rest_update,
     )
 
 

@@ -227,6 +227,8 @@ def settings_from_config(config: Any) -> PlanSettings:
         factored=not model("compile", False) and _strategy(trainer("strategy")) != "fsdp2",
         renews_with_state=model("update_proj_gap", 200) < sampling("interval_steps", 50),
         lora=model("lora"),
+        resting_rank=sampling("resting_rank", 0) if sampled else 0,
+        resting_updates_kept=model("frozen_in", "device") != "device" or model("frozen_dtype") is not None,
     )
     name = model("model_name_or_path", "")
     check_recomputation(model("gradient_checkpointing", False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +42,8 @@ class TrainingMethod:
         keeps_states: Optimizer states of blocks that are frozen again stay.
         renews_with_state: A subspace lives shorter than a block is active.
         lora: Settings of peft's LoraConfig.
+        resting_rank: Rank in which frozen blocks above the lowest active one train.
+        resting_updates_kept: What they learn is kept beside their weights, which are offloaded.
         distribution: ``uniform``, or None for the config's own.
     """
 
@@ -56,6 +58,8 @@ class TrainingMethod:
     keeps_states: bool = False
     renews_with_state: bool = False
     lora: dict[str, Any] | None = field(default=None, hash=False)
+    resting_rank: int = 0
+    resting_updates_kept: bool = False
     distribution: str | None = None
 
     def active_blocks(self, count: int) -> int:
@@ -126,16 +130,23 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
-                activate_blocks(in_blocks, blocks, others.items(), [] if method.keeps_states else [optimizer])
+                optimizers = [] if method.keeps_states else [optimizer]
+                activate_blocks(in_blocks, blocks, others.items(), optimizers, method.resting_rank)
 
-        # What has a state before the step that is measured: what trains always, and every block if states are kept.
+        def take_empty_step(parameters: Iterable[nn.Parameter]) -> None:
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if method.resting_updates_kept and isinstance(optimizer, GaLoreAdamW):
+            optimizer.keep_updates_at_rest(decoder_layers(model).parameters(), fold=lambda weights: None)
+        # What has a state before the step that is measured: what trains always, every block if states are kept, or at rest.
         draw(range(count) if method.keeps_states else ())
-        for p in _trainable(model):
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
-        _label_states(optimizer, tracker)
+        take_empty_step(_trainable(model))
         draw(blocks)
+        take_empty_step(p for p in _trainable(model) if _rests(optimizer, p))
+        _label_states(optimizer, tracker)
         everything_has_state = method.keeps_states or method.activated_layers is None
         for renews in (True,) if everything_has_state and method.rank is None else (True, False):
             for group in optimizer.param_groups:
@@ -255,10 +266,11 @@ def _watched_gradients(
                 tracker.label(HOST, [galore.offloaded_gradients.get(p)])
 
     parameters = _trainable(model)
-    if method.factored and not (renews or method.renews_with_state):
+    if method.factored:
         # A hook would call for the gradients that linear layers do without in this step.
         factors = {m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)}
-        parameters = [p for p in parameters if p not in factors]
+        whole = renews or method.renews_with_state
+        parameters = [p for p in parameters if p not in factors or (whole and not _rests(optimizer, p))]
     handles = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
     handles += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
     if galore is not None and method.ours:
@@ -298,8 +310,14 @@ def _watch_stages(model: nn.Module, optimizer: Optimizer, tracker: MemoryTracker
     below_head(causal_lm(model)).register_forward_hook(leave_decoder)
 
 
+def _rests(optimizer: Optimizer, p: nn.Parameter) -> bool:
+    return isinstance(optimizer, GaLoreAdamW) and optimizer.rests(p)
+
+
 def _label_states(optimizer: Optimizer, tracker: MemoryTracker) -> None:
     for state in optimizer.state.values():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.dim():
                 tracker.label("projectors" if key == "projector" else "moments", [value])
+    if isinstance(optimizer, GaLoreAdamW):
+        tracker.label("projectors", optimizer.resting_projectors.values())

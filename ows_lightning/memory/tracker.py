@@ -62,10 +62,6 @@ class _Allocation:
     reference: Any
 
 
-def _operate(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return func(*args, **kwargs)
-
-
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all storages that live at a time, and breaks its peaks down by category.
 
@@ -82,9 +78,9 @@ class MemoryTracker(TorchDispatchMode):
         operate: Runs an operator, given its arguments and keyword arguments.
     """
 
-    def __init__(self, alignment: int = 1, operate: Callable[[Any, Sequence[Any], dict[str, Any]], Any] = _operate) -> None:
+    def __init__(self, alignment: int = 1, operate: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None) -> None:
         super().__init__()
-        self._operate = operate
+        self._operate = operate or (lambda func, args, kwargs: func(*args, **kwargs))
         self.category = "other"
         self._alignment = alignment
         self._alive: dict[int, _Allocation] = {}

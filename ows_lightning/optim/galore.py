@@ -118,7 +118,7 @@ class GaLoreAdamW(GradientCapture):
 
     def _begin(self) -> None:
         super()._begin()
-        self._random: dict[Tensor, Tensor] = {}  # projectors of resting weights, made again where they are missing
+        self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
         self._fold_by: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_at_rest``
 
     @property
@@ -146,7 +146,7 @@ class GaLoreAdamW(GradientCapture):
             super().__setstate__({key: value for key, value in state.items() if key != "in_backward"})
         else:
             self._discard_gradients()
-            self._random.clear()
+            self.resting_projectors.clear()
             old_state, old_groups = self.state, self.param_groups
             super().__setstate__(state)
             # In place: Lightning's wrapper has copied the attributes and shares these objects.
@@ -190,7 +190,7 @@ class GaLoreAdamW(GradientCapture):
 
             R = G Q,    W <- W - lr * scale * Adam(R) Q^T
 
-        Its state is two moments (m x r), a step and ``rest``, the numbers that Q is made from, which is not saved. It begins
+        Its state is two moments (m x r), a step and ``rest``, the seed that Q is made from, which is not saved. It begins
         and ends with no other: a weight that begins to rest loses the state that it trained with, and one that ends its rest
         (or is frozen) that which it rested with. One that rests already goes on.
 
@@ -210,10 +210,10 @@ class GaLoreAdamW(GradientCapture):
             if (p in resting) == self.rests(p):
                 continue
             self.state.pop(p, None)
-            self._random.pop(p, None)
+            self.resting_projectors.pop(p, None)
             self._discard_gradients(p)
             if p in resting:
-                self.state[p]["rest"] = torch.tensor([rank, seed])  # sharded checkpoints want tensors
+                self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
 
     def rests(self, p: Tensor) -> bool:
         """Whether a parameter trains at rest."""
@@ -284,10 +284,9 @@ class GaLoreAdamW(GradientCapture):
             return self._new_projectors[p]
         (group, index), state = self._places[p], self.state.get(p, {})
         if "rest" in state:
-            if p not in self._random:
-                rank, seed = state["rest"].tolist()
-                self._random[p] = self._place(p, "projector", random_subspace(p, rank, _seed(seed, index)))
-            return self._random[p]
+            if p not in self.resting_projectors:
+                self.resting_projectors[p] = self._place(p, "projector", _resting_subspace(p, state["rest"], index))
+            return self.resting_projectors[p]
         due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
         return None if due else state["projector"]
 
@@ -363,7 +362,7 @@ class GaLoreAdamW(GradientCapture):
         assert side is not None
         if p in self._new_projectors:
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
-        projector = self._random[p] if rests else state["projector"]
+        projector = self.resting_projectors[p] if rests else state["projector"]
         step = self._count(state, gradient, group)
         moments = [local(state["exp_avg"])], [local(state["exp_avg_sq"])]
         settings = self._settings(p, step, group)
@@ -469,13 +468,13 @@ def add_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, An
     for number, state in optimizer["state"].items():
         if "update" in state:
             weight = next(weights[key] for key in weights if f".{key}".endswith(f".{names[number]}"))
-            rank, seed = state["rest"].tolist()
-            add_update_(weight, state["update"].to(weight.device), random_subspace(weight, rank, _seed(seed, number)))
+            projector = _resting_subspace(weight, state["rest"], number)
+            add_update_(weight, state["update"].to(weight.device), projector)
 
 
-def _seed(rest: int, number: int) -> int:
-    """Seed of a weight's subspace at rest, from that of the rest period and the weight's number in the optimizer."""
-    return (1_000_003 * rest + number) % 2**63
+def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
+    """Q of a weight at rest, from the seed of the rest period, given once for each column, and its number in the optimizer."""
+    return random_subspace(weight, rest.numel(), (1_000_003 * int(rest[0]) + number) % 2**63)
 
 
 def _check(options: dict[str, Any]) -> None:

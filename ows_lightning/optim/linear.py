@@ -40,10 +40,18 @@ class ProjectedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
-        if self.weight.requires_grad and torch.is_grad_enabled() and not _casts_or_compiles(input):
-            output: Tensor = _Linear.apply(input, self.weight, self.bias)
-            return output
-        return F.linear(input, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if not weight.requires_grad or not torch.is_grad_enabled() or _casts_or_compiles(input):
+            return F.linear(input, weight, bias)
+        consumer: Consumer | None = sole_consumer(weight)
+        projector = None if consumer is None else consumer.resting_projector(weight)
+        output: Tensor
+        if projector is None or projector.dtype != input.dtype:
+            output = _Linear.apply(input, weight, bias)
+        else:
+            kept = _KeepProjected.apply(input.detach() @ projector, weight, consumer)
+            output = _PassGradient.apply(F.linear(input, weight.detach(), bias), kept)
+        return output
 
 
 def offer_factors(modules: Iterable[nn.Module]) -> list[nn.Linear]:
@@ -68,13 +76,7 @@ def _casts_or_compiles(input: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        consumer: Consumer | None = sole_consumer(weight)
-        projector = None if consumer is None else consumer.resting_projector(weight)
-        if projector is not None and projector.dtype == input.dtype:
-            ctx.resting_with, kept = consumer, input @ projector
-        else:
-            ctx.resting_with, kept = None, input
-        ctx.save_for_backward(kept, weight)
+        ctx.save_for_backward(input, weight)
         ctx.parameter = weight  # what is saved comes back as another object, which no optimizer knows
         return F.linear(input, weight, bias)
 
@@ -88,8 +90,41 @@ class _Linear(torch.autograd.Function):
         if of_weight:
             inputs = input.reshape(-1, input.size(-1))
             consumer: Consumer | None = sole_consumer(ctx.parameter)
-            if ctx.resting_with is not None:
-                ctx.resting_with.consume_projected(ctx.parameter, rows.mT @ inputs)
-            elif consumer is None or not consumer.consume_factors(ctx.parameter, rows, inputs):
+            if consumer is None or not consumer.consume_factors(ctx.parameter, rows, inputs):
                 weight_gradient = rows.mT @ inputs
         return gradient @ weight if of_input else None, weight_gradient, rows.sum(0) if of_bias else None
+
+
+class _KeepProjected(torch.autograd.Function):
+    """Keeps X Q for backward, and takes R = dY^T (X Q) there. What it returns stands for Y, without values.
+
+    X Q is kept before Y is computed: a checkpointed block, which is recomputed until all is there that backward needs, stops
+    short of the last Y.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, weight: Tensor, consumer: Consumer) -> Tensor:
+        ctx.save_for_backward(projected)
+        ctx.parameter, ctx.consumer = weight, consumer
+        return projected.new_zeros(()).expand(*projected.shape[:-1], weight.size(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        (projected,) = ctx.saved_tensors
+        rows, inputs = gradient.reshape(-1, gradient.size(-1)), projected.reshape(-1, projected.size(-1))
+        ctx.consumer.consume_projected(ctx.parameter, rows.mT @ inputs)
+        return None, None, None
+
+
+class _PassGradient(torch.autograd.Function):
+    """Returns Y, whose gradient goes to what stands for it, too."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, kept: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient

@@ -50,8 +50,7 @@ def rows(arguments: Arguments, tmp_path: Path) -> Path:
     return write([text if i in (0, 3) else "no" * (1 + i) for i, text in enumerate(said)])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp_layerwise"])
+@pytest.mark.parametrize("strategy", [pytest.param("fsdp2", marks=pytest.mark.slow), "ddp_layerwise"])
 def test_each_row_counts_once(strategy: str, rows: Path, arguments: Arguments, tmp_path: Path) -> None:
     one = figures(evaluate("test", arguments, tmp_path / "one", rows))
     assert one["test_exact_match"] == pytest.approx(2 / ROWS)
@@ -59,7 +58,6 @@ def test_each_row_counts_once(strategy: str, rows: Path, arguments: Arguments, t
     assert two == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_each_row_is_answered_once(rows: Path, arguments: Arguments, tmp_path: Path) -> None:
     one = answers(evaluate("predict", arguments, tmp_path / "one", rows))
     assert len(one) == ROWS

@@ -72,6 +72,27 @@ def test_only_active_blocks_train_and_hold_state(kind: str, galore: bool, tmp_pa
     assert sum(sampling.outlier_scores.outlier_ratios) > 0
 
 
+def test_blocks_above_the_lowest_active_one_train_at_rest(tmp_path: Path) -> None:
+    class WatchesRest(Watcher):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.steps.append(tuple(self.sampling.active_blocks))
+            for index, layer in enumerate(decoder_layers(model)):
+                for name, p in layer.named_parameters():
+                    trains = index in self.steps[-1] or (index > self.steps[-1][0] and p.dim() == 2)
+                    assert torch.equal(p, self.before[f"model.layers.{index}.{name}"]) == (not trains), (index, name)
+
+    watcher = WatchesRest()
+    watcher.sampling = LayerwiseSamplingCallback(
+        activated_layers=1, interval_steps=INTERVAL, distribution="uniform", always_train=["norm"], resting_rank=2
+    )
+    trainer, _ = make_trainer(tmp_path, "sft", True, watcher, sampling=watcher.sampling)
+    trainer.train()
+    assert len(set(watcher.steps)) > 1
+    other, _ = make_trainer(tmp_path / "adamw", "sft", False, sampling=LayerwiseSamplingCallback(resting_rank=2))
+    with pytest.raises(UsageError, match=r"^sampling\.resting_rank: AdamW can't train frozen blocks at rest"):
+        other.train()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_run_that_was_killed_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:

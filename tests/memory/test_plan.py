@@ -129,7 +129,6 @@ def run_and_track(config: dict[str, Any], track: Track | None = None) -> int:
 FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}}}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -240,7 +239,6 @@ class Counted:
         return self.operators(*args)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "checkpointing", "batch_size"),
     [

@@ -153,7 +153,7 @@ def test_its_state_is_two_moments_of_the_resting_rank_and_no_projector() -> None
     for p in matrices(blocks[3]):
         shapes = {key: tuple(value.shape) for key, value in run.optimizer.state[p].items()}
         moment = (p.size(0), RANK)
-        assert shapes == {"rest": (2,), "step": (), "exp_avg": moment, "exp_avg_sq": moment}
+        assert shapes == {"rest": (RANK,), "step": (), "exp_avg": moment, "exp_avg_sq": moment}
         assert int(run.optimizer.state[p]["step"]) == INTERVAL + 1  # it goes on at rest
     assert all("projector" in run.optimizer.state[p] for p in matrices(blocks[2]))
     assert not any(p in run.optimizer.state for p in blocks[1].parameters())
@@ -214,10 +214,10 @@ def test_weight_decay_leaves_a_resting_weight_outside_its_subspace_alone() -> No
     weight = decoder_layers(run.model)[3].mlp.up_proj.weight
     before = weight.detach().clone()
     run.train(INTERVAL)
-    rank, seed = run.optimizer.state[weight]["rest"].tolist()
+    seed = int(run.optimizer.state[weight]["rest"][0])
     held = [p for group in run.optimizer.param_groups for p in group["params"]]
     number = next(number for number, p in enumerate(held) if p is weight)
-    q = random_subspace(weight, rank, 1_000_003 * seed + number)
+    q = random_subspace(weight, RANK, 1_000_003 * seed + number)
     moved = weight.detach() - before
     assert moved.norm() > 0
     torch.testing.assert_close(moved @ q @ q.mT, moved, rtol=1e-4, atol=1e-6)
