@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.empty_model import empty_model
 from ows_lightning.models.kernels import Kernels, fuse_
 from ows_lightning.models.lora import add_lora, lora_config
+from ows_lightning.models.loss import seen_on_host
 from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, add_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
@@ -37,6 +39,9 @@ from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
 from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for
+
+# Of the hook below, which suits any data module; Lightning says so at every start.
+warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -185,7 +190,7 @@ class CausalLMModule(EvaluationModule):
         if stage == "fit":
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
-            self._step = Step(self.trainer.world_size)
+            self.step = Step(self.trainer.world_size)
             self.last_step = None
 
     def configure_model(self) -> None:
@@ -262,6 +267,10 @@ class CausalLMModule(EvaluationModule):
         if self.offloader is not None:
             self.offloader.apply_draw(self.trainer.optimizers)  # blocks may have been drawn just now
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Looks at a training batch while that needs no wait for a device."""
+        return seen_on_host(batch) if self.trainer.training else batch
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; ``configure_gradient_clipping`` makes its gradient that of the step's mean."""
         last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
@@ -270,7 +279,7 @@ class CausalLMModule(EvaluationModule):
             optimizer.accumulating = not last
         parts = self._lm(**batch)
         tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
-        return self._step.add(parts, tokens, last)
+        return self.step.add(parts, tokens, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Makes the gradients of a loss that is not finite NaN, if they are not: on every process the step is skipped then."""
@@ -281,7 +290,7 @@ class CausalLMModule(EvaluationModule):
     ) -> None:
         """Completes the step's gradient, clips what the optimizer consumes, and logs loss and norm."""
         micro_batches = self.trainer.accumulate_grad_batches  # a GradientAccumulationScheduler may have changed it
-        self.last_step = self._step.finish(optimizer, micro_batches, gradient_clip_val, gradient_clip_algorithm)
+        self.last_step = self.step.finish(optimizer, micro_batches, gradient_clip_val, gradient_clip_algorithm)
         self.log("train_loss", self.last_step.loss, prog_bar=True)
         self.log("grad_norm", self.last_step.grad_norm)
 

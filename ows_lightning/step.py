@@ -24,11 +24,12 @@ class StepFigures(NamedTuple):
     """What an optimizer step came to, over all its micro-batches and processes.
 
     Attributes:
-        loss: Mean over all target tokens (nats), float32, a scalar.
-        grad_norm: Norm of what the optimizer consumes, before clipping, float32, a scalar.
+        loss: Mean over all target tokens (nats), float32, a scalar on the host.
+        grad_norm: Norm of what the optimizer consumes, before clipping, float32, a scalar on the host.
         tokens: Number of tokens, targets or not.
         targets: Number of target tokens.
         skipped: Whether the step changes nothing because a gradient held NaN or Inf.
+        notes: Sum of the processes' ``Step.note``.
     """
 
     loss: Tensor
@@ -36,6 +37,7 @@ class StepFigures(NamedTuple):
     tokens: int
     targets: int
     skipped: bool
+    notes: int
 
 
 class Step:
@@ -47,11 +49,15 @@ class Step:
 
     Args:
         processes: Number of processes, over which the strategy averages gradients.
+
+    Attributes:
+        note: What this process has to tell the others with its next step, a small number; they see the sum.
     """
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
-        self._totals: Tensor | None = None  # summed cross entropy, number of target tokens, and of all tokens
+        self.note = 0
+        self._totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, notes
         self._unit: float | Tensor = _UNIT
 
     def add(self, parts: LossParts, tokens: Tensor, last: bool) -> Tensor:
@@ -62,7 +68,8 @@ class Step:
             tokens: Number of its tokens, a scalar.
             last: Whether it is the last of its step.
         """
-        here = torch.stack([parts.total.detach(), parts.targets.to(parts.total.dtype), tokens.to(parts.total.dtype)])
+        counts = [parts.targets, tokens, torch.full_like(tokens, self.note if last else 0)]
+        here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
         first, self._totals = self._totals is None, here if self._totals is None else self._totals + here
         if last and self.processes > 1:
             dist.all_reduce(self._totals)  # strategy.reduce would hold all processes up with a barrier
@@ -82,23 +89,25 @@ class Step:
             algorithm: Lightning's ``norm`` or ``value``.
         """
         assert self._totals is not None
-        loss, trained_on, tokens = self._totals
-        targets = trained_on.clamp(min=1)
+        trained_on = self._totals[1].clamp(min=1)
         gradients = _consumed(optimizer)
         norm = total_norm(gradients)
         if micro_batches > 1:
-            factor = self._unit * micro_batches * self.processes / targets
+            factor = self._unit * micro_batches * self.processes / trained_on
             norm = norm * factor
             foreach_mul_([local(gradient) for gradient in gradients], factor)
-        skipped = not norm.isfinite()
-        if skipped:
-            if not isinstance(optimizer, GaLoreAdamW):  # which skips, and names the weight, by itself
-                log.warning("Step skipped: a gradient holds NaN or Inf")
-                optimizer.zero_grad()
-        elif limit:
+        # Only here does a step wait for the device.
+        loss, grad_norm, targets, tokens, notes = torch.stack([self._totals[0] / trained_on, norm, *self._totals[1:]]).cpu()
+        skipped = not grad_norm.isfinite()
+        if isinstance(optimizer, GaLoreAdamW):  # else it skips, and names the weight, by itself
+            optimizer.known_finite = not skipped
+        elif skipped:
+            log.warning("Step skipped: a gradient holds NaN or Inf")
+            optimizer.zero_grad()
+        if limit and not skipped:
             clip_(gradients, norm, limit, algorithm or "norm")
         self._totals = None
-        return StepFigures(loss / targets, norm, int(tokens), int(trained_on), skipped)
+        return StepFigures(loss, grad_norm, int(tokens), int(targets), skipped, int(notes))
 
 
 def _consumed(optimizer: Optimizer) -> list[Tensor]:

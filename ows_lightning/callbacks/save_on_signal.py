@@ -16,15 +16,18 @@ from ows_lightning.callbacks import StepCallback
 from ows_lightning.callbacks.run_checkpoint import remove_interrupted
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.errors import RunError
+from ows_lightning.module import CausalLMModule
 
 _SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has one of them
+_FACTOR = 1024  # more than there are ranks: their sum tells how many have received which signal
 
 
 class SaveOnSignal(StepCallback):
     """Saves a checkpoint at the end of the optimizer step in which SIGTERM or SIGUSR1 arrived, on any rank, and ends the run.
 
     Lightning's own handler would save within a step. Where SLURM requeues, that handler runs, too, at the step's end.
-    A signal from before the first step, while a validation runs or blocks are scored, waits for the end of that step.
+    A signal from before the first step, while a validation runs or blocks are scored, waits for the end of that step; on
+    several ranks one that arrives in a step's last micro-batch waits for the end of the next step.
     """
 
     def __init__(self) -> None:
@@ -51,13 +54,19 @@ class SaveOnSignal(StepCallback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes a signal for the other processes."""
+        if isinstance(pl_module, CausalLMModule):
+            number = self._received
+            pl_module.step.note = _FACTOR ** _SIGNALS.index(signal.Signals(number)) if number else 0
+
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves and ends the run, if a signal arrived.
 
         Raises:
             RunError: On all ranks.
         """
-        if not (number := self._received_on_any_rank(trainer)):
+        if not (number := self._received_on_any_rank(trainer, pl_module)):
             return
         if number != signal.SIGTERM and callable(requeue := self._previous_handlers.get(signal.Signals(number))):
             requeue(number, None)
@@ -68,10 +77,13 @@ class SaveOnSignal(StepCallback):
         name = signal.Signals(number).name
         raise RunError(f"stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
 
-    def _received_on_any_rank(self, trainer: Trainer) -> int:
+    def _received_on_any_rank(self, trainer: Trainer, pl_module: LightningModule) -> int:
         """The signal that arrived on any rank, or 0; the same on all ranks."""
         if trainer.world_size == 1:
             return self._received
+        if isinstance(pl_module, CausalLMModule):  # the ranks have told one another with the step's loss, without another wait
+            notes = pl_module.last_step.notes if pl_module.last_step else 0
+            return next((n for i, n in enumerate(_SIGNALS) if notes // _FACTOR**i % _FACTOR), 0)
         number = torch.tensor(self._received, device=trainer.strategy.root_device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)  # strategy.reduce would hold all ranks up with a barrier
         return int(number)

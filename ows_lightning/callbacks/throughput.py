@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from ows_lightning.callbacks import StepCallback
@@ -57,14 +57,15 @@ class Throughput(StepCallback):
             return
         self._tokens += pl_module.last_step.tokens
         self._targets += pl_module.last_step.targets
-        pl_module.log("tokens_per_second", pl_module.last_step.tokens / self._seconds, prog_bar=True)
+        # Tensors on the host: for a number, Lightning would wait for the device and put it there.
+        pl_module.log("tokens_per_second", torch.tensor(pl_module.last_step.tokens / self._seconds), prog_bar=True)
         self._seconds = 0.0
         figures = self._sums(trainer)
         if all(not isinstance(optimizer, GaLoreAdamW) for optimizer in trainer.optimizers):
             del figures["renewal_s"]
         if (peak := _peak_memory_mb(pl_module.device)) is not None:
             figures["peak_memory_mb"] = peak
-        pl_module.log_dict(figures)
+        pl_module.log_dict({name: torch.tensor(figure) for name, figure in figures.items()})
 
     def _sums(self, trainer: Trainer) -> dict[str, float]:
         renewals = sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
@@ -83,6 +84,17 @@ class Throughput(StepCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores the sums of the run that is resumed."""
         self._before = checkpoint.get("progress", {})
+
+
+class LearningRates(Callback):
+    """Logs the learning rate of each group, named as by Lightning's LearningRateMonitor, which waits for the device."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Logs the rates of the step that comes, in float64: a CSV file has them as they are written."""
+        name, groups = f"lr-{type(optimizer).__name__}", optimizer.param_groups
+        names = [name] if len(groups) == 1 else [f"{name}/pg{number}" for number in range(1, len(groups) + 1)]
+        rates = [torch.tensor(group["lr"], dtype=torch.float64) for group in groups]
+        pl_module.log_dict(dict(zip(names, rates, strict=True)))
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:

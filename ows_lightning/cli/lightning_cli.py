@@ -13,7 +13,6 @@ from typing import Any
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -26,7 +25,7 @@ from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
-from ows_lightning.callbacks.throughput import ProgressBar
+from ows_lightning.callbacks.throughput import LearningRates, ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.cli import siblings
 from ows_lightning.cli.commands import CommandTrainer
@@ -195,7 +194,7 @@ class OWSCLI(LightningCLI):
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
         if given["logger"] is not False:
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
+            callbacks.append(LearningRates())
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except UsageError:

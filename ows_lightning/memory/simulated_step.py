@@ -175,10 +175,11 @@ def _step(
     tracker.begin_span((renews, "forward"))
     batch = _batch(work, _trainable(model)[0].device)
     tracker.category = "activations"
+    as_on = torch.device("cuda" if work.host_memory else "cpu")
     # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
     mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
     with mixed:
-        loss = next_token_loss(language_model, batch)[0] if method.ours else model(**batch, use_cache=False).loss
+        loss = next_token_loss(language_model, batch, as_on)[0] if method.ours else model(**batch, use_cache=False).loss
     loss.backward()
     del loss, batch
     tracker.category = "other"

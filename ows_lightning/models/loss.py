@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from ows_lightning.models.decoder import below_head
 from ows_lightning.models.large_tensors import rows_at_a_time
 
-CHUNK = 1 << 25  # bytes of logits held at a time; below it, speed suffers before memory gains
+CHUNK = 1 << 25  # bytes of logits that a CPU holds at a time; below it, speed suffers before memory gains
+# For each chunk a GPU reads the head twice, and reads and writes its gradient: 1,024 rows have products enough to hide that.
+GPU_ROWS, GPU_CHUNK = 1024, 1 << 28
 
 
-def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], as_on: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Returns the summed cross entropy of a batch, and over how many target tokens.
 
     Only positions that have a target reach the LM head, and those in chunks.
@@ -25,13 +28,15 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[T
     Args:
         model: A causal LM of transformers.
         batch: ``input_ids`` and ``labels`` of shape (B, L), int64, labels not shifted and -100 where there is no
-            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is.
+            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is. Of `seen_on_host` if
+            no device is to be waited for.
+        as_on: Another device than the batch's, whose chunks to take.
 
     Returns:
         Two scalars: the sum in float32, with a graph, and the number of targets, int64.
     """
     hidden, targets = _before_targets(model, batch)
-    return summed_cross_entropy(model, hidden, targets), torch.full((), targets.numel(), device=targets.device)
+    return summed_cross_entropy(model, hidden, targets, as_on), torch.full((), targets.numel(), device=targets.device)
 
 
 @torch.no_grad()
@@ -55,13 +60,57 @@ def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tupl
     return total, likeliest
 
 
-def _before_targets(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def seen_on_host(batch: dict[str, Any]) -> dict[str, Any]:
+    """Returns a batch in host memory with what a device would have to be waited for.
+
+    Args:
+        batch: As of `next_token_loss`.
+
+    Returns:
+        The batch, and ``targets_at``, where its targets stand in all rows put behind one another, int64; ``padded``, whether a
+        mask hides anything; and ``packed``, whether positions are other than those of any row.
+    """
+    labels, mask, positions = batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
+    padded = mask is not None and not bool(mask.all())
+    packed = positions is not None and not bool((positions == torch.arange(labels.size(1))).all())
+    return {**batch, "targets_at": _positions_of_targets(labels), "padded": padded, "packed": packed}
+
+
+def _positions_of_targets(labels: Tensor) -> Tensor:
+    row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return row * labels.size(1) + column + 1
+
+
+def _before_targets(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The last hidden states that targets are predicted from, (N, hidden), and these, (N,)."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    targets = batch["labels"][:, 1:]
-    at = (targets != -100).nonzero(as_tuple=True)  # before the model runs: a GPU is waited for here
-    targets = targets[at]
-    return last_hidden_state(model, inputs)[:, :-1][at], targets
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets_at", "padded", "packed")}
+    if (at := batch.get("targets_at")) is None:
+        at = _positions_of_targets(batch["labels"])  # before the model runs: a GPU is waited for here
+        hidden = last_hidden_state(model, inputs)
+    else:
+        for needed, key in (("padded", "attention_mask"), ("packed", "position_ids")):
+            if not batch[needed]:  # without it the model does the same
+                inputs.pop(key, None)
+        with _masks_known(batch["padded"], batch["packed"]):
+            hidden = last_hidden_state(model, inputs)
+    return hidden.flatten(0, 1)[at - 1], batch["labels"].flatten()[at]
+
+
+@contextmanager
+def _masks_known(padded: bool, packed: bool) -> Iterator[None]:
+    """Answers for a model what transformers would ask its masks, and wait for: are all ones, is there one document a row?"""
+
+    def documents(position_ids: Tensor) -> Tensor | None:
+        starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+        return starts.cumsum(-1) if packed else None
+
+    answers = {"fast_all": lambda mask: not padded, "find_packed_sequence_indices": documents}
+    asked = {name: getattr(masking_utils, name) for name in answers if hasattr(masking_utils, name)}
+    vars(masking_utils).update((name, answers[name]) for name in asked)
+    try:
+        yield
+    finally:
+        vars(masking_utils).update(asked)
 
 
 def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -104,18 +153,20 @@ def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
     return logits
 
 
-def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor, as_on: torch.device | None = None) -> Tensor:
     """Returns the summed cross entropy of a model's logits, of which a chunk exists at a time; its gradient, too.
 
     Args:
         model: A causal LM of transformers.
         hidden: Last hidden states of shape (N, hidden).
         targets: Shape (N,), int64.
+        as_on: Another device than theirs, whose chunks to take.
 
     Returns:
         A scalar in float32, with a graph.
     """
-    config, head, rows = model.config.get_text_config(), model.get_output_embeddings(), _rows_of_chunk(model, hidden)
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    rows = _rows_of_chunk(model, hidden, as_on)
     if not torch.is_grad_enabled():
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
@@ -124,8 +175,10 @@ def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor
     )
 
 
-def _rows_of_chunk(model: PreTrainedModel, hidden: Tensor) -> int:
-    return max(1, CHUNK // (model.config.get_text_config().vocab_size * hidden.element_size()))
+def _rows_of_chunk(model: PreTrainedModel, hidden: Tensor, as_on: torch.device | None = None) -> int:
+    row = model.config.get_text_config().vocab_size * hidden.element_size()
+    on_cpu = (as_on or hidden.device).type == "cpu"
+    return max(1, CHUNK // row, 0 if on_cpu else min(GPU_ROWS, GPU_CHUNK // row))
 
 
 def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:

@@ -338,13 +338,14 @@ class GaLoreAdamW(GradientCapture):
     def _clip_and_check(self) -> bool:
         """Clips what the step consumes; False, with a warning, if it is not finite. Only here does it wait for the device."""
         gradients = self._gradients_of(self._places)
-        if not gradients:
+        known_finite, self.known_finite = self.known_finite, False
+        clipped = [group for group in self.param_groups if group["max_grad_norm"] is not None]
+        if not gradients or (known_finite and not clipped):
             return True
         norm = total_norm(gradients)
-        for group in self.param_groups:
-            if group["max_grad_norm"] is not None:
-                clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
-        if norm.isfinite():
+        for group in clipped:
+            clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
+        if known_finite or norm.isfinite():
             return True
         names = [
             name for name, p in self._named_parameters() for g in self._gradients_of([p]) if not local(g).isfinite().all()

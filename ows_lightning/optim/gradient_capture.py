@@ -17,12 +17,12 @@ from ows_lightning.optim.hooks import hook_gradients, remove_hook
 from ows_lightning.optim.linear import offer_factors, offer_gradients
 from ows_lightning.optim.projected_adamw import project, project_factors
 from ows_lightning.optim.sharding import (
-    agree,
     average_,
     clip_,
     local,
     place_projected,
     place_projector,
+    set_anywhere,
     total_norm,
     whole_matrices,
 )
@@ -37,6 +37,7 @@ class _Progress:
     in_backward: bool = False
     accumulating: bool = False
     ddp_averaging: bool = False
+    known_finite: bool = False
     skipped_steps: int = 0
     renewals: Stopwatch = field(default_factory=Stopwatch)
     offering: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
@@ -93,6 +94,15 @@ class GradientCapture(Optimizer):
     @ddp_averaging.setter
     def ddp_averaging(self, value: bool) -> None:
         self._progress.ddp_averaging = value
+
+    @property
+    def known_finite(self) -> bool:
+        """Set it True where the norm of ``gradients()`` is known to be finite: the next step does not wait for the device."""
+        return self._progress.known_finite
+
+    @known_finite.setter
+    def known_finite(self, value: bool) -> None:
+        self._progress.known_finite = value
 
     @property
     def renewal_s(self) -> float:
@@ -171,11 +181,10 @@ class GradientCapture(Optimizer):
         self._project_all(renew=False)
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
         waiting = (self.projected_gradients, self.offloaded_gradients)
-        has_gradient = [p.grad is not None or any(p in some for some in waiting) for p in self._places]
-        anywhere = agree(has_gradient, next(iter(self._places)).device, process_group)
-        for p, here, there in zip(self._places, has_gradient, anywhere, strict=True):
-            if there and not here:
-                p.grad = torch.zeros_like(p)
+        trained = [p for p in self._places if p.requires_grad]
+        has_gradient = [p.grad is not None or any(p in some for some in waiting) for p in trained]
+        for p in set_anywhere(trained, has_gradient, process_group):
+            p.grad = torch.zeros_like(p)
         self._project_all(renew=False)
         for p in [p for p in self._places if p in self.offloaded_gradients]:  # in one order on all processes
             p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
@@ -187,6 +196,7 @@ class GradientCapture(Optimizer):
         """Drops all gradients, also projected ones."""
         super().zero_grad(set_to_none)
         self._discard_gradients()
+        self.known_finite = False
 
     def _discard_gradients(self, p: Tensor | None = None) -> None:
         """Drops what waits for a step, of one parameter or of all."""

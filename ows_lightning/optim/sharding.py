@@ -162,11 +162,19 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
         foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
-def agree(flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """For each flag, whether it is set on any process of the group."""
-    anywhere = torch.tensor(flags, dtype=torch.uint8, device=device)
+def set_anywhere(parameters: Sequence[Tensor], here: Sequence[bool], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Returns the parameters, of any shapes, whose flag is set on some process of the group, but not here.
+
+    Where all flags are set here, as with a gradient of every weight, the answer is known and no device is waited for.
+    """
+    if not parameters:
+        return []
+    flags, device = torch.tensor(here, dtype=torch.uint8), parameters[0].device
+    anywhere = torch.ones_like(flags, device=device) if all(here) else flags.to(device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
-    return [bool(flag) for flag in anywhere.tolist()]
+    if all(here):
+        return []
+    return [p for p, own, other in zip(parameters, here, anywhere.tolist(), strict=True) if other and not own]
 
 
 def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:

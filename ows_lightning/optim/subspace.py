@@ -55,7 +55,7 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     """
     gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed))
     exact = torch.promote_types(matrix.dtype, torch.float32)
-    basis = torch.linalg.qr(gaussian.to(matrix.device, exact)).Q.to(matrix.dtype).contiguous()
+    basis = torch.linalg.qr(gaussian.to(matrix.device, exact, non_blocking=True)).Q.to(matrix.dtype).contiguous()
     return basis.expand(*matrix.shape[:-2], -1, -1)
 
 
@@ -69,14 +69,15 @@ def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     columns = _orthonormal(matrix @ rows).to(matrix.dtype)
     # With A ~ C (A^T C)^T and A^T C = Q R, the left singular vectors of R turn Q onto A's right ones, largest first.
     basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())
-    axes, values, _ = torch.linalg.svd(triangle)
-    vectors = basis @ axes[..., :rank]
+    # A small decomposition, by the CPU: a GPU is no faster, and would be waited for here and once more for what is left open.
+    axes, values, _ = torch.linalg.svd(triangle.cpu())
+    vectors = basis @ axes[..., :rank].to(matrix.device, non_blocking=True)
     # Rounding differs with the number of processes and must not decide anything. So directions beyond the gradient's numerical
     # rank come from the generator, and the largest entry of each vector is made positive: moments that are kept depend on it.
     left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
     if left_open.any():
         free = torch.randn(n, rank, generator=generator, device=matrix.device)
-        vectors = _orthonormal(torch.where(left_open, free, vectors))
+        vectors = _orthonormal(torch.where(left_open.to(matrix.device, non_blocking=True), free, vectors))
     return vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
 
 

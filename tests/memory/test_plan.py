@@ -25,6 +25,7 @@ from ows_lightning.memory.plan_settings import find_dimensions, settings_from_co
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict
 from ows_lightning.memory.simulated_step import Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
+from ows_lightning.models import loss
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -211,6 +212,20 @@ def test_follows_recurrent_and_hybrid_families(family: str, tmp_path: Path) -> N
     real = simulate_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
     expected = max(sum(sizes.values()) for sizes in real.peaks.values())
     assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
+
+
+def test_the_loss_head_holds_the_chunk_of_the_device_that_is_planned_for(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 1)  # a CPU's, of one row; a GPU's holds all of these rows
+    settings = settings_from_config(make_config(directory))
+    peaks = []
+    for host_memory in (False, True):
+        model, work = tiny_model("llama", **SHAPE), Workload(4, LENGTH, host_memory=host_memory)
+        seen = simulate_steps(model, settings.method, work, MemoryTracker())
+        peaks.append(sum(seen.peaks[False, "loss_head"].values()))
+    logits = 4 * (LENGTH - 1) * SHAPE["vocab_size"] * 4
+    assert logits <= peaks[1] - peaks[0] <= 2 * logits  # temporaries in float32 are of as many rows here
 
 
 def test_absurd_batches_take_no_longer_than_others(directory: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ows_lightning.models import loss
-from ows_lightning.models.loss import next_token_loss
+from ows_lightning.models.loss import next_token_loss, seen_on_host
 from tests.tiny import KINDS, tiny_batch, tiny_model
 
 
@@ -93,6 +93,42 @@ def test_logits_of_a_whole_batch_never_exist() -> None:
     model.lm_head.register_forward_hook(watch)
     next_token_loss(model, tiny_batch(rows=8, length=32))[0].backward()
     assert 0 < largest * 4 <= loss.CHUNK
+
+
+def test_a_gpus_chunk_has_rows_enough_to_hide_that_the_head_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = tiny_model("llama", vocab_size=20_000, hidden_size=8, max_position_embeddings=2001)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+
+    def chunks(as_on: str) -> list[int]:
+        rows.clear()
+        next_token_loss(model, tiny_batch(1, 2001), torch.device(as_on))[0].backward()
+        return list(rows)
+
+    assert chunks("cpu") == [419, 419, 419, 419, 324]  # 32 MB
+    assert chunks("cuda") == [1024, 976]
+    monkeypatch.setattr(loss, "GPU_CHUNK", 500 * 20_000 * 4)
+    assert chunks("cuda") == [500, 500, 500, 500]
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_what_is_seen_on_the_host_changes_no_bit(architecture: str) -> None:
+    padded, packed = batch_with_prompt(), {k: v for k, v in tiny_batch().items() if k != "attention_mask"}
+    packed["position_ids"] = torch.arange(16).remainder(9).expand(3, -1).clone()
+    padded["attention_mask"][0, 10:], padded["labels"][0, 10:] = 0, -100
+    batches = [tiny_batch(), padded]
+    if architecture in ("llama", "gemma2", "qwen3_moe"):  # with sliding windows, and without
+        batches.append(packed)
+    for batch in batches:
+        one, other = tiny_model(architecture).eval(), tiny_model(architecture).eval()
+        losses = [next_token_loss(one, batch), next_token_loss(other, seen_on_host(batch))]
+        assert torch.equal(losses[0][0], losses[1][0])
+        assert losses[0][1] == losses[1][1]
+        for total, _ in losses:
+            total.backward()
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
 
 
 @pytest.mark.parametrize("tied", [False, True])
