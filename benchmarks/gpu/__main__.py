@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--device: torch finds no GPU; give cpu for a dry run")
     deadline = time.monotonic() + 60 * args.minutes
     output = args.output.absolute()
-    model = "llama2-7b-random" if args.device == "cuda" else "tiny"
+    about = {**machine(args.device), "dry_run": args.device == "cpu"}
+    large = about.get("memory_gb", 0) > 24
+    about["model"] = model = "tiny" if about["dry_run"] else "llama2-7b-random" if large else "llama-1b-random"
     for name, sizes in MODELS.items():
         AutoConfig.for_model("llama", **sizes, tie_word_embeddings=False).save_pretrained(output / "models" / name)
     wanted = [
@@ -71,7 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows(model, str(output / "models"))
         if (not args.parts or row["part"] in args.parts) and (not args.only or args.only in row["name"])
     ]
-    about = {**machine(args.device), "model": model, "dry_run": args.device == "cpu"}
     done: list[dict[str, Any]] = []
     for row, figures in measured(wanted, args.device, deadline):
         done.append({key: row[key] for key in ("part", "name")} | figures)

@@ -9,7 +9,6 @@ from benchmarks.models import WORKLOADS
 Row = dict[str, Any]
 """``part`` and ``name``; ``config`` (as the command line parses it) or ``method``; ``limit``, the seconds that it may take."""
 
-PUBLISHED = list(WORKLOADS["llama2-7b-random"].outlier_ratios or ())
 WARM_UP = 2  # optimizer steps; the first of them has the first draw
 ASLEEP = ("nothing", "fetch", "computation", "packing")
 """What sleeps in an adversarial run: a fetch before it copies, a block before it computes, the packing of int8 before it."""
@@ -54,11 +53,11 @@ def rows(model: str, directory: str) -> list[Row]:
     """Returns all rows in the order of their weight: what comes last is skipped first when time runs out.
 
     Args:
-        model: ``llama2-7b-random``, or ``tiny`` for a dry run; step times are measured on it.
+        model: Whose step times are measured: ``llama2-7b-random``, ``llama-1b-random`` on a small card, ``tiny`` in a dry run.
         directory: Where the configs of the models with random weights are.
     """
     dry = model == "tiny"
-    small = "tiny" if dry else "llama-1b"
+    small = "tiny" if dry else "llama-1b-random"
     length, batch = (16, 2) if dry else (512, 8)
     workload = WORKLOADS[model]
     common = {"sampling__distribution": list(workload.outlier_ratios or ()), "model__gradient_checkpointing": True}
@@ -96,13 +95,14 @@ def rows(model: str, directory: str) -> list[Row]:
         if config["sampling"] is not None:
             config["sampling"]["distribution"] = _lowest_and_highest(small, config["sampling"]["activated_layers"])
         plans.append({"part": "plan", "name": name, "config": config, "limit": 40})
-    uniform = {**planned, "sampling__distribution": "uniform", "sampling__interval_steps": 4}
+    uniform = {"data__max_seq_length": 64, "data__batch_size": 2, "sampling__distribution": "uniform",
+               "sampling__interval_steps": 4}  # fmt: skip
     waits: dict[str, dict[str, Any]] = {
         "ours": {}, "ours, accumulated": _ACCUMULATED, "ours, clipped": {"trainer__gradient_clip_val": 1.0},
         "ours, gradient_norm": {"sampling__distribution": "gradient_norm"}, "ours, host": _HOST,
     }  # fmt: skip
     # In eager attention, which adds up in the same order each time; the size of the model makes no difference.
-    repeats = {**uniform, "model__attn_implementation": "eager", "data__max_seq_length": 64, "data__batch_size": 2}
+    repeats = {**uniform, "model__attn_implementation": "eager"}
     offloads: dict[str, dict[str, Any]] = {
         "host": _HOST, "host, three slots": {**_HOST, "model__window_blocks": 3},
         "int8 on the host": {**_HOST, "model__frozen_dtype": "int8"}, "int8 on the device": {"model__frozen_dtype": "int8"},
@@ -146,15 +146,6 @@ def _lowest_and_highest(model: str, active: int) -> list[float]:
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama2-7b-random": dict(WORKLOADS["llama2-7b-random"].source),  # type: ignore[arg-type]
-    "llama-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    "tiny": dict(WORKLOADS["tiny"].source),  # type: ignore[arg-type]
+    name: dict(workload.source) for name, workload in WORKLOADS.items() if isinstance(workload.source, dict)
 }
 """Dimensions of the Llamas that get random weights."""

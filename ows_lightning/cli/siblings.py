@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import faulthandler
 import os
-import select
 import socket
 import sys
 import threading
@@ -42,6 +41,7 @@ def watch() -> None:
     run = os.environ.get(_RUN) or "/".join(os.environ.get(name, "") for name in _SHARED)
     if sys.platform == "linux" and _watch is None and rank.isdigit() and run.strip("/"):
         _watch = _Watch(run, int(rank))
+        _watch.expect(int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
 
 
 def expect(number: int) -> None:
@@ -64,8 +64,8 @@ def leave() -> None:
     Raises:
         RunError: One of them has ended before its time.
     """
-    if _watch is not None and (gone := _watch.leave(_DONE)) is not None:
-        raise RunError(f"{_ended(gone)} before this one was through; its own output says why")
+    if _watch is not None and (gone := _watch.leave(_DONE)):
+        raise RunError(f"{gone} before this one was through; its own output says why")
 
 
 def end_early(code: int) -> None:
@@ -96,10 +96,6 @@ def _end_at_once() -> None:
         os._exit(_code)
 
 
-def _ended(rank: int) -> str:
-    return f"another process of this run (local rank {rank}) has ended or never began"
-
-
 class _Watch:
     """Connections to the other processes of this machine, and the thread that watches them.
 
@@ -117,7 +113,8 @@ class _Watch:
         self._met = {rank}
         self._number = 0  # how many they are, once it is known
         self._late = time.monotonic() + PATIENCE
-        self._gone: int | None = None
+        self._grace = GRACE
+        self._gone = ""  # what is wrong with whom
         self._left = threading.Event()
         self._lock = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX)
@@ -127,6 +124,7 @@ class _Watch:
             self._left.set()
             return
         self._listener.listen(64)
+        self._listener.setblocking(False)
         os.register_at_fork(after_in_child=self._close)  # a worker that outlives its process would keep the links
         threading.Thread(target=self._wait, name="siblings", daemon=True).start()
 
@@ -136,10 +134,10 @@ class _Watch:
     def expect(self, number: int) -> None:
         self._number = number
 
-    def leave(self, word: bytes) -> int | None:
-        """Takes leave with a last word; returns who has ended before."""
+    def leave(self, word: bytes) -> str:
+        """Takes leave with a last word; returns what is said of one that has ended before, if there is one."""
         with self._lock:
-            if not self._left.is_set() and self._gone is None:
+            if not self._left.is_set() and not self._gone:
                 self._gone = self._look()
             self._left.set()
             for link in self._links.values():
@@ -153,20 +151,20 @@ class _Watch:
             link.close()
 
     def _wait(self) -> None:
-        while not self._left.is_set() and self._gone is None:
+        while not self._left.is_set() and not self._gone:
             with self._lock:
                 if not self._left.is_set():
                     self._gone = self._look()
             self._left.wait(0.5)
-        if self._gone is None:
+        if not self._gone:
             return
-        os.write(2, f"{_ended(self._gone)}, its own output says why; this one ends, too\n".encode())
-        if not self._left.wait(GRACE if self._gone in self._met else 0):
-            os.write(2, f"error: {_ended(self._gone)}, and this one waited for it\n".encode())
+        os.write(2, f"{self._gone}, its own output says why; this one ends, too\n".encode())
+        if not self._left.wait(self._grace):
+            os.write(2, f"error: {self._gone}, and this one waited for it\n".encode())
             os._exit(1)
 
-    def _look(self) -> int | None:
-        """Meets who has come, and returns who has ended before its time or has not come."""
+    def _look(self) -> str:
+        """Meets who has come; returns what is said of one that has ended before its time or has not come, if there is one."""
         for rank in range(self._rank):
             if rank not in self._met:
                 link = socket.socket(socket.AF_UNIX)
@@ -176,23 +174,31 @@ class _Watch:
                     self._meet(rank, link)
                 except OSError:  # not yet
                     link.close()
-        while select.select([self._listener], [], [], 0)[0]:
-            link, _ = self._listener.accept()
-            if word := link.recv(1):
-                self._meet(word[0], link)
+        with contextlib.suppress(BlockingIOError):  # no more have come
+            while True:
+                link, _ = self._listener.accept()
+                link.settimeout(1)
+                with contextlib.suppress(TimeoutError):
+                    if word := link.recv(1):
+                        self._meet(word[0], link)
         for rank, link in [*self._links.items()]:
-            if select.select([link], [], [], 0)[0]:
+            try:
+                word = link.recv(1)
+            except BlockingIOError:  # it is there, and says nothing
+                continue
+            except OSError:  # it ended before it had read what was sent
                 word = b""
-                with contextlib.suppress(OSError):  # it ended before it had read what was sent
-                    word = link.recv(1)
-                if word != _DONE:
-                    return rank
-                link.close()
-                del self._links[rank]
-        if time.monotonic() < self._late:
-            return None
-        return next((rank for rank in range(self._number) if rank not in self._met), None)
+            if word != _DONE:
+                return f"another process of this run (local rank {rank}) has ended"
+            link.close()
+            del self._links[rank]
+        late = [rank for rank in range(self._number) if rank not in self._met] if time.monotonic() > self._late else []
+        if not late:
+            return ""
+        self._grace = 0.0  # nothing has begun yet that this process could end
+        return f"another process of this run (local rank {late[0]}) was not there within {PATIENCE:.0f} s"
 
     def _meet(self, rank: int, link: socket.socket) -> None:
+        link.setblocking(False)
         self._met.add(rank)
         self._links[rank] = link

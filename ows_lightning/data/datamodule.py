@@ -363,7 +363,7 @@ class InstructionDataModule(LightningDataModule):
         if self.packing and self.trainer and model is not None:
             flatten = "flash" in str(attn_implementation_of(model.config))
             with self.trainer.precision_plugin.forward_context():
-                require_separate_documents(model, flatten)
+                require_separate_documents(self.trainer.lightning_module, flatten)
         return partial(collate, pad_token_id=self._pad_token_id, flatten=flatten)
 
     @property

@@ -6,6 +6,8 @@ import torch
 
 from ows_lightning.data.rows import as_item, collate
 from ows_lightning.errors import UsageError
+from ows_lightning.models.causal_lm import run_causal_lm
+from ows_lightning.models.decoder import causal_lm
 
 
 def pack(lengths: list[int], max_length: int) -> list[list[int]]:
@@ -48,7 +50,7 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     in the row.
 
     Args:
-        model: A causal LM of transformers, or one wrapped by peft.
+        model: A causal LM of transformers, or any module that contains one, sharded or not.
         flatten: As for `collate`.
 
     Raises:
@@ -60,10 +62,12 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    logits = model(**{k: v.to(device) for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+    inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+    logits = run_causal_lm(model, **inputs, use_cache=False).logits
     model.train(training)
     first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()
     tolerance = 64 * torch.finfo(logits.dtype).eps * alone.abs().max()
     if any((said[5:8] - alone[:3]).abs().max() > tolerance for said in (first, second)):
-        name = type(getattr(model, "base_model", model)).__name__
+        lm = causal_lm(model)
+        name = type(getattr(lm, "base_model", lm)).__name__
         raise UsageError(f"data.packing: {name} would mix the documents of a row; set data.packing: false")

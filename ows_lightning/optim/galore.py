@@ -475,7 +475,7 @@ def add_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, An
 
 def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
     """Q of a weight at rest, from the seed of the rest period, given once for each column, and its number in the optimizer."""
-    return random_subspace(weight, rest.numel(), 1_000_003 * int(rest[0]) + number)
+    return random_subspace(weight, rest.numel(), (1_000_003 * int(rest[0]) + number) % 2**63)
 
 
 def _check(options: dict[str, Any]) -> None:

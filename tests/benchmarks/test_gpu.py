@@ -73,8 +73,10 @@ def test_what_fails_is_a_row(tiny):
     assert "these figures mean nothing" in table
 
 
-def test_twelve_settings_are_held_against_plan_and_each_home_is_timed(tmp_path):
-    wanted = rows("llama2-7b-random", str(tmp_path))
+@pytest.mark.parametrize("model", ["llama2-7b-random", "llama-1b-random"])
+def test_twelve_settings_are_held_against_plan_and_each_home_is_timed(model, tmp_path):
+    wanted = rows(model, str(tmp_path))
+    assert all(row["limit"] <= 200 for row in wanted)
     assert sum(row["part"] == "plan" for row in wanted) >= 12
     timed = {row["name"] for row in wanted if row["part"] == "step"}
     assert {"ours", "ours, host", "ours, int8 on the host", "full AdamW", "LoRA r=16 (peft)", "LISA, 2 blocks"} <= timed

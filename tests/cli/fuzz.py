@@ -47,13 +47,14 @@ VALUES: dict[str, list[Any]] = {
     "data.max_seq_length": [16, 64],
     "data.val_size": [0, 4, 0.1],
     "data.seed": [0, 2**31],
-    "sampling.activated_layers": [1, 2, 4],
+    "sampling.activated_layers": [1, 2],
     "sampling.interval_steps": [1, 2, 50],
     "sampling.threshold": [0.5, 2.0],
     "sampling.calibration_samples": [1, 8],
     "sampling.always_train": [[], ["norm"], ["embeddings", "lm_head", "norm"]],
     "sampling.rescore_every": [None, 1],
     "sampling.seed": [0, 2**31],
+    "sampling.resting_rank": [0, 2],
     "model.optimizer.lr": [1e-4, 1e-2],
     "model.optimizer.weight_decay": [0.0, 0.1],
     "trainer.accumulate_grad_batches": [1, 2],
@@ -81,13 +82,16 @@ def draw(random: random.Random) -> dict[str, Any]:
             if values:
                 choices.setdefault(f"{owner}.{name}", values)
     drawn = {key: random.choice(values) for key, values in sorted(choices.items()) if random.random() < 0.5}
-    if random.random() < 0.8:
+    if random.random() < 0.9:
         if drawn.get("trainer.strategy") in TWO_PROCESSES:
             drawn = {key: value for key, value in drawn.items() if not key.startswith("model.frozen_")}
+        if any(key.startswith("sampling.") for key in drawn):  # else the default, more than have outliers
+            drawn.setdefault("sampling.activated_layers", 2)
         if drawn.get("model.optimizer") in OTHER_OPTIMIZERS:
             of_ours = ("model.rank", *(f"model.optimizer.{name}" for name in inspect.signature(GaLoreAdamW).parameters))
             shared = ("model.optimizer.lr", "model.optimizer.weight_decay")
             drawn = {key: value for key, value in drawn.items() if key not in of_ours or key in shared} | {"model.rank": None}
+            drawn.pop("sampling.resting_rank", None)
     return drawn
 
 
@@ -188,7 +192,7 @@ def run(number: int, seed: int, first: int = 0) -> Counter[str]:
             settings, kill = draw(drawn), {"moment": drawn.choice(MOMENTS), "step": drawn.choice([1, 2])}
             if processes(settings) == 2:
                 kill["rank"] = drawn.choice([None, 0, 1])
-            target = drawn.choice([main, main_without_prediction, main_without_prediction])
+            target = drawn.choice([main, *[main_without_prediction] * 7])
             end, why = attempt(Path(home), settings, kill, target)
             ends[end] += 1
             print(f"draw {index} {end}{why and ': '}{why}", flush=True)

@@ -71,7 +71,7 @@ def test_who_was_never_started_is_missed() -> None:
     pair = Pair("siblings.expect(2); time.sleep(60)".replace("siblings.", "siblings._watch._late = 0; siblings.", 1))
     end, said = pair.end(0)
     assert end == 1
-    assert "local rank 1" in said
+    assert "another process of this run (local rank 1) was not there within" in said
 
 
 def test_a_process_that_can_not_end_is_ended() -> None:
@@ -86,7 +86,7 @@ def test_an_error_ends_without_what_the_interpreter_would_wait_for() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_moment_of_a_run(seed: int, tmp_path: Path) -> None:
     """``python -m tests.distributed.many_ends 60 --kill`` does more of it."""
     from tests.distributed.many_ends import kill, prepare

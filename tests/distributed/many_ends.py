@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ LIMIT = 60.0  # seconds for a process to end after the other was killed
 STARTED_BY = (*["a fork"] * 6, "torchrun", "lightning")
 """A fork has the libraries already; ``main.py`` loads them, started as torchrun would, or one process by the other."""
 
+WHEN = ("start", *MOMENTS, "teardown")
+"""The moments that are drawn from: the end twice, which is long."""
+
 
 def main() -> int:
     """Runs them, and prints how they ended; returns 1 if one ended otherwise than it should."""
@@ -41,6 +45,7 @@ def main() -> int:
     parser.add_argument("--kill", action="store_true", help="Kill one of the two processes of each run")
     parser.add_argument("--seed", type=int, default=0, help="Draws whom, where and when to kill")
     parser.add_argument("--first", type=int, default=0, help="Number of the first run, which its draw depends on")
+    parser.add_argument("--moments", nargs="+", default=WHEN, help="Draw from these alone")
     given = parser.parse_args()
     ends: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -50,7 +55,7 @@ def main() -> int:
         try:
             for number in range(given.first, given.first + given.runs):
                 if given.kill:
-                    ends[kill(home, random.Random(f"{given.seed}-{number}"), f"run {number}: ")] += 1
+                    ends[kill(home, random.Random(f"{given.seed}-{number}"), given.moments, f"run {number}: ")] += 1
                 else:
                     ends.update(undisturbed(home, number))
         finally:
@@ -81,19 +86,20 @@ def undisturbed(home: Path, number: int) -> list[str]:
     return [f"{'' if code == 0 else 'wrong, '}{strategy}: {code}" for code in codes]
 
 
-def kill(home: Path, draw: random.Random, say: str = "") -> str:
+def kill(home: Path, draw: random.Random, moments: Sequence[str] = WHEN, say: str = "") -> str:
     """Kills one of two processes, and looks at how the other ends.
 
     Args:
         home: The folder that was prepared.
         draw: Draws the settings, the victim and the moment.
+        moments: Out of which.
         say: What the printed line begins with.
 
     Returns:
         ``noticed``; ``was through`` if the process that was left ended well at the same time; or ``wrong`` and why.
     """
     by, strategy, victim = draw.choice(STARTED_BY), draw.choice(["fsdp2", "ddp_layerwise"]), draw.randrange(2)
-    moment, delay = draw.choice(["start", *MOMENTS, "teardown"]), draw.choice([0.0, draw.random(), 3 * draw.random()])
+    moment, delay = draw.choice(moments), draw.choice([0.0, draw.random(), 3 * draw.random()])
     folder = Path(tempfile.mkdtemp(dir=home))
     more: dict[str, Any] = {
         "data.val_size": 4, "sampling.activated_layers": 1, "sampling.interval_steps": 2, "sampling.calibration_samples": 4,

@@ -56,6 +56,7 @@ CASES: dict[str, tuple[list[str], dict[str, object]]] = {
         ],
         {"intermediate_size": 67, "hidden_size": 36, "num_attention_heads": 6, "tie_word_embeddings": True},
     ),
+    "packed": ([STEPS, "--data.packing=true", "--data.max_seq_length=128"], {}),
     "resting": ([STEPS, "--sampling.resting_rank=3", "--trainer.accumulate_grad_batches=2"], {"intermediate_size": 67}),
     "experts": ([STEPS], {"architecture": "qwen3_moe"}),  # stacks of experts, which transformers fuses when it loads them
 }

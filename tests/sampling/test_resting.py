@@ -251,6 +251,17 @@ def test_the_subspace_is_orthonormal_and_another_for_every_seed() -> None:
     assert (one.mT @ other).abs().max() < 0.9
 
 
+def test_any_seed_of_a_run_is_one_of_its_subspaces() -> None:
+    model = tiny_model("llama")
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    optimizer = GaLoreAdamW(weights)
+    optimizer.rest(weights[1:], 2, seed=1_000_003 * (2**32 - 1))  # the largest that seed_everything takes
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(optimizer.rests(p) for p in weights[1:])
+
+
 class SaveAt(Callback):
     """Saves a checkpoint after five steps, in the middle of an interval."""
 
