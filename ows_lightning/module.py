@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
-from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for
+from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for, offloads
 
 # Of the hook below, which suits any data module; Lightning says so at every start.
 warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
@@ -199,7 +200,9 @@ class CausalLMModule(EvaluationModule):
             return
         disk = Disk(self.trainer.log_dir if self._trainer else None) if self.hparams["frozen_in"] == "disk" else None
         if self.device_mesh is None:
-            self.causal_lm = CausalLM(self.build(disk=disk))
+            # Lightning's context has transformers load straight onto a GPU, which the whole model may not fit.
+            with torch.device("cpu") if offloads(self.hparams) else contextlib.nullcontext():
+                self.causal_lm = CausalLM(self.build(disk=disk))
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             self.causal_lm = load_into_shards(self.build, self.hparams["model_name_or_path"], mesh, device, self._precision)

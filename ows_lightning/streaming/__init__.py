@@ -1,1 +1,1 @@
-"""Frozen blocks that wait outside the device, and pass through a small window on it."""
+"""Frozen blocks that are offloaded from the device, and pass through a few slots on it."""

@@ -283,7 +283,6 @@ class BlockOffloader:
         if self.timeline.is_offloaded(index):
             self._stop_fetches()
             self.offloaded[index].refresh()
-            self._started_stream.after_computation()  # which may have written a copy in int8 on the device
             self._versions[index] = _versions_of(self.parameters[index])
 
     def weights_may_be_exchanged(self) -> None:

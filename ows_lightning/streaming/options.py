@@ -12,6 +12,11 @@ from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.offloader import BlockOffloader
 
 
+def offloads(settings: Mapping[str, Any]) -> bool:
+    """Whether a module's settings have its frozen blocks offloaded."""
+    return settings["frozen_in"] != "device" or settings["frozen_dtype"] is not None
+
+
 def offloader_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: Disk | None = None) -> BlockOffloader | None:
     """Returns the offloader that a module's settings ask for; None where frozen blocks stay on the device as they are.
 
@@ -20,9 +25,9 @@ def offloader_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk
         settings: ``frozen_in``, ``frozen_dtype``, ``window_blocks`` and ``lora``, see ``CausalLMModule``.
         disk: Where the blocks are offloaded to, for ``frozen_in: disk``.
     """
-    where, dtype = settings["frozen_in"], settings["frozen_dtype"]
-    if where == "device" and dtype is None:
+    if not offloads(settings):
         return None
+    where, dtype = settings["frozen_in"], settings["frozen_dtype"]
     only, int8_in = settings["lora"] is not None, where if dtype == "int8" else None
     return BlockOffloader(blocks, settings["window_blocks"], frozen_only=only, disk=disk, int8_in=int8_in)
 
@@ -52,9 +57,9 @@ def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: i
     Raises:
         UsageError: With what to use instead.
     """
-    frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]
-    if frozen_in == "device" and frozen_dtype is None:
+    if not offloads(model):
         return
+    frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]
     key = f"model.frozen_in: {frozen_in}" if frozen_in != "device" else f"model.frozen_dtype: {frozen_dtype}"
     resident = "model.frozen_in: device" if frozen_dtype is None else "model.frozen_in: device without model.frozen_dtype"
     if devices > 1 or strategy == "fsdp2":

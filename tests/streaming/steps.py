@@ -108,15 +108,18 @@ def train(
     autocast: bool = False,
     validate: bool = False,
     device: str = "cpu",
+    resting_rank: int = 0,
 ) -> Run:
-    """Trains with redraws, accumulation and projection in backward."""
+    """Trains with redraws, accumulation and projection in backward, and other blocks at rest."""
     run, layers = Run(), decoder_layers(model)
     optimizer = GaLoreAdamW(galore_param_groups(model, rank=4, update_proj_gap=3), lr=1e-2)
     optimizer.project_in_backward()
+    if resting_rank and offloader is not None:
+        offloader.rest_with(optimizer)
     outside = non_block_parameters(model)
     others = [(p, embeddings or part == "norm") for part, parameters in outside.items() for p in parameters]
     for number, active in enumerate(draws):
-        activate_blocks(layers, active, others, [optimizer])
+        activate_blocks(layers, active, others, [optimizer], resting_rank)
         if offloader is not None:
             offloader.apply_draw([optimizer])
         for step in range(steps_per_draw):
@@ -133,6 +136,12 @@ def train(
             optimizer.zero_grad()
             if validate:
                 run.losses += list(evaluate(model, mode))
+    if resting_rank:
+        with torch.no_grad():  # after which blocks are fetched that rest
+            run.losses.append(model(**batch, use_cache=False).loss.cpu())
+        activate_blocks(layers, [], others, [optimizer])  # what was learned at rest is written into the weights
+        with torch.no_grad(), contextlib.nullcontext() if offloader is None else offloader.resident(layers[-1]):
+            run.losses.append(torch.stack([p.sum() for p in layers[-1].parameters()]).cpu())
     run.weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     return run
 

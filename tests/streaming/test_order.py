@@ -1,0 +1,366 @@
+"""Whole runs on a GPU that is not there: every copy as late, or as early, as events allow, and both sides kept apart.
+
+Each run gives the bits of a run without offloading on the CPU. That the double would see a fault is shown by `MUTANTS`: each
+single wait, release, record and synchronisation of the package is removed, one at a time, and a run fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import gc
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import ows_lightning.streaming
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.streaming.disk import Disk
+from ows_lightning.streaming.offloader import BlockOffloader
+from ows_lightning.streaming.streams import CudaStream
+from tests.streaming.fake_gpu import FakeGpu
+from tests.streaming.steps import Run, train
+from tests.tiny import tiny_batch, tiny_model
+
+# Where frozen blocks are, and where copies of them in int8.
+PLACES = {"host": (False, None), "disk": (True, None), "int8": (False, "device"), "int8 host": (False, "host"),
+          "int8 disk": (True, "disk"), "int8 above disk": (True, "device")}  # fmt: skip
+
+
+class Subject(NamedTuple):
+    """A tiny model in training."""
+
+    model: nn.Module
+    offloader: BlockOffloader | None
+    device: str
+
+    def train(self, *draws: list[int]) -> Run:
+        return train(self.model, self.offloader, draws=list(draws), device=self.device)
+
+    def loss(self) -> torch.Tensor:
+        return self.model(**{key: value.to(self.device) for key, value in tiny_batch().items()}, use_cache=False).loss
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
+
+
+def trained(subject: Subject) -> Any:
+    """Draws, micro-batches, projection within backward."""
+    return subject.train([1], [3, 0])
+
+
+def validated(subject: Subject) -> Any:
+    """Between training and training, as in validation, and with a block that is looked at, as in scoring."""
+    losses = [*subject.train([2]).losses]
+    block = decoder_layers(subject.model)[1]
+    with torch.inference_mode(), subject.offloader.resident(block) if subject.offloader else torch.inference_mode():
+        losses.append(sum(p.float().abs().sum() for p in block.parameters()).cpu())
+    subject.model.eval()
+    with torch.inference_mode():
+        losses.append(subject.loss().cpu())
+    subject.model.train()
+    return [losses, subject.train([2])]
+
+
+def loaded(subject: Subject) -> Any:
+    """Another state is loaded while blocks are fetched for the next pass."""
+    subject.train([1])
+    subject.model.load_state_dict(tiny_model("llama", seed=1, num_hidden_layers=4).state_dict())
+    return subject.train([2])
+
+
+def halved(subject: Subject) -> Any:
+    """Other dtypes in between."""
+    subject.train([1])
+    subject.model.bfloat16()
+    first = subject.train([2])
+    subject.model.float()
+    return [first, subject.train([2])]
+
+
+def interrupted(subject: Subject) -> Any:
+    """Passes that end in the middle, forward and backward."""
+    subject.train([1])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    mlp = decoder_layers(subject.model)[2].mlp
+    for register in (mlp.register_forward_pre_hook, mlp.register_full_backward_pre_hook):
+        handle = register(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            subject.loss().backward()
+        handle.remove()
+    state = subject.state()
+    subject.model.zero_grad()
+    return [state, subject.train([2])]
+
+
+def copied(subject: Subject) -> Any:
+    """There is a second model, with which weights may be exchanged between training and evaluation."""
+    first = subject.train([1])
+    other = copy.deepcopy(subject.model)
+    second = subject.train([1])
+    subject.model.eval()
+    with torch.no_grad():
+        loss = subject.loss().cpu()
+    return [first, second, loss, {name: value.cpu().clone() for name, value in other.state_dict().items()}]
+
+
+def moved(subject: Subject) -> Any:
+    """From the device to host memory, and back."""
+    first = subject.train([1])
+    subject.model.to("cpu")
+    state = subject.state()
+    subject.model.to(subject.device)
+    return [first, state, subject.train([2])]
+
+
+def rested(subject: Subject) -> Any:
+    """Offloaded blocks that train at rest, until their rest ends."""
+    return train(subject.model, subject.offloader, draws=[[0]], steps_per_draw=2, device=subject.device, resting_rank=2)
+
+
+RUNS: dict[str, Callable[[Subject], Any]] = {
+    run.__name__: run for run in (trained, validated, loaded, halved, interrupted, copied, moved, rested)
+}
+
+
+def outcome(run: str, place: str | None, folder: Path, device: str) -> Any:
+    """What a run comes to with blocks somewhere, or resident."""
+    model = tiny_model("llama", num_hidden_layers=4)
+    offloader = None
+    if place is not None:
+        on_disk, int8_in = PLACES[place]
+        offloader = BlockOffloader(decoder_layers(model), disk=Disk(folder) if on_disk else None, int8_in=int8_in)
+    model.to(device)
+    return RUNS[run](Subject(model, offloader, device))
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    if isinstance(expected, (Run, dict)):
+        found, expected = (list(vars(x).items() if isinstance(x, Run) else x.items()) for x in (found, expected))
+    if isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
+
+
+EXPECTED: dict[Any, Any] = {}  # by the run and whether blocks are in int8
+
+
+def assert_run(run: str, place: str, late: bool, folder: Path) -> None:
+    """Asserts that a run on the double gives the bits of one on the CPU, without offloading or in int8."""
+    in_int8 = PLACES[place][1] is not None
+    if (run, in_int8) not in EXPECTED:  # at rest, W + B Q^T is rounded as in a slot
+        on_cpu = "int8 host" if in_int8 else "host" if run == "rested" else None
+        EXPECTED[run, in_int8] = outcome(run, on_cpu, folder, "cpu")
+    gpu = FakeGpu(late)
+    with gpu.installed():
+        found = outcome(run, place, folder, "cuda")
+    assert len(gpu.streams) > 1
+    assert_same(found, EXPECTED[run, in_int8])
+
+
+FAST = [("trained", place) for place in PLACES] + [("loaded", "host"), ("halved", "int8"), ("interrupted", "disk")]
+
+
+@pytest.mark.parametrize(
+    ("run", "place"),
+    [pytest.param(r, p, marks=() if (r, p) in FAST else pytest.mark.slow) for r in RUNS for p in PLACES],
+)
+def test_copies_at_the_last_moment_give_the_same_bits(run: str, place: str, tmp_path: Path) -> None:
+    assert_run(run, place, True, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("run", RUNS)
+def test_copies_at_the_first_moment_give_the_same_bits(run: str, place: str, tmp_path: Path) -> None:
+    assert_run(run, place, False, tmp_path)
+
+
+def dropped_while_a_fetch_runs(folder: Path) -> None:
+    """Nothing but the copy stream is left of a model, and then not even that."""
+    with FakeGpu(late=True).installed():
+        model = tiny_model("llama", num_hidden_layers=4)
+        model.offloader = BlockOffloader(decoder_layers(model))
+        model.to("cuda")
+        train(model, model.offloader, draws=[[1]], device="cuda")
+        stream = model.offloader._started_stream
+        del model
+        gc.collect()
+        del stream
+
+
+def computed_before_it_trains(place: str, folder: Path) -> None:
+    """The first blocks that are fetched need more staging memory, one weight after the other."""
+    with FakeGpu(late=True).installed():
+        model = tiny_model("llama", num_hidden_layers=4)
+        on_disk, int8_in = PLACES[place]
+        offloader = BlockOffloader(decoder_layers(model), disk=Disk(folder) if on_disk else None, int8_in=int8_in)
+        model.to("cuda")
+        with torch.no_grad():
+            found = Subject(model, offloader, "cuda").loss().cpu()
+        del model, offloader
+    assert torch.equal(found, tiny_model("llama", num_hidden_layers=4)(**tiny_batch()).loss)
+
+
+def dropped_before_its_stream(folder: Path) -> None:
+    """The memory of a fetch, but for what the fetch itself holds."""
+    with FakeGpu(late=True).installed():
+        stream, memory = CudaStream(torch.device("cuda"), 1), [torch.zeros(2, device="cuda") for _ in range(2)]
+        stream.after_computation()
+        stream.issue(0, partial(torch.Tensor.copy_, *memory))
+        del memory
+        del stream
+
+
+def test_what_a_fetch_uses_lives_until_it_has_run(tmp_path: Path) -> None:
+    dropped_while_a_fetch_runs(tmp_path)
+    dropped_before_its_stream(tmp_path)
+    computed_before_it_trains("disk", tmp_path)
+
+
+# ---------------------------------------------------------------------- what the double sees
+
+ORDERING = {
+    "wait_event", "wait_stream", "record", "synchronize", "wait", "release", "result", "exception", "after_computation",
+    "_stop_fetches", "finalize", "_synchronize",
+}  # fmt: skip
+PACKAGE = Path(ows_lightning.streaming.__file__).parent
+
+
+class Mutant(NamedTuple):
+    """A statement of the package that orders something."""
+
+    file: str
+    function: str
+    statement: str
+    number: int = 0  # among the same statements of the function
+
+
+def statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Simple statements, in order."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt) and not hasattr(child, "body"):
+            yield child
+        elif not isinstance(child, ast.expr):
+            yield from statements(child)
+
+
+def orders(statement: ast.stmt) -> bool:
+    """Whether a statement waits, releases, records, synchronises, or keeps memory for that long."""
+    calls = [node.func for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
+    return bool(names & ORDERING) or ast.unparse(statement) == "self._running[slot] = fetch"
+
+
+def mutants() -> Iterator[Mutant]:
+    for path in sorted(PACKAGE.glob("*.py")):
+        tree = ast.parse(path.read_text())
+        owners = [("", tree), *((node.name + ".", node) for node in tree.body if isinstance(node, ast.ClassDef))]
+        for prefix, owner in owners:
+            for function in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
+                seen: dict[str, int] = {}
+                for statement in filter(orders, statements(function)):
+                    text = ast.unparse(statement)
+                    seen[text] = seen.get(text, -1) + 1
+                    yield Mutant(path.stem, prefix + function.name, text, seen[text])
+
+
+def remove(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
+    """Takes a statement out of the package."""
+    module: ModuleType = import_module(f"ows_lightning.streaming.{mutant.file}")
+    *owner_name, name = mutant.function.split(".")
+    owner: Any = getattr(module, owner_name[0]) if owner_name else module
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(owner, name))))
+    number = mutant.number
+
+    class Remove(ast.NodeTransformer):
+        def generic_visit(self, node: ast.AST) -> ast.AST:
+            nonlocal number
+            node = super().generic_visit(node)
+            if isinstance(node, ast.stmt) and not hasattr(node, "body") and ast.unparse(node) == mutant.statement:
+                number -= 1
+                return ast.Pass() if number == -1 else node
+            return node
+
+    code = ast.fix_missing_locations(Remove().visit(tree))
+    assert number < 0
+    made: dict[str, Any] = {}
+    exec(compile(code, mutant.file, "exec"), vars(module), made)
+    patch.setattr(owner, name, made[name])
+
+
+def _killed_by(run: str, place: str) -> Callable[[Path], None]:
+    return partial(assert_run, run, place, True)
+
+
+# Every mutant, and the run that fails without the statement.
+MUTANTS: dict[Mutant, Callable[[Path], None]] = {
+    Mutant("disk", "Disk.read_into", "copied.synchronize()"): _killed_by("trained", "disk"),
+    Mutant("disk", "Disk.read_into", "copied.record(torch.cuda.current_stream(target.device))"): _killed_by("trained", "disk"),
+    Mutant("offloaded", "page_locked", "weakref.finalize(whole, _unlock, address, device).atexit = False"): (
+        dropped_while_a_fetch_runs
+    ),
+    Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
+    Mutant("offloader", "BlockOffloader.fold", "self._stop_fetches()"): _killed_by("rested", "host"),
+    Mutant("offloader", "BlockOffloader.fold", "self._started_stream.after_computation()"): _killed_by("rested", "int8"),
+    Mutant("offloader", "BlockOffloader._add_updates", "self._started_stream.wait(slot)"): _killed_by("rested", "host"),
+    Mutant("offloader", "BlockOffloader.make_writable", "self._stop_fetches()"): _killed_by("loaded", "host"),
+    Mutant("offloader", "BlockOffloader.refresh", "self._stop_fetches()"): _killed_by("copied", "int8"),
+    Mutant("offloader", "BlockOffloader._arrange", "self._stop_fetches()"): _killed_by("trained", "int8"),
+    Mutant("offloader", "BlockOffloader._arrange", "self._started_stream.after_computation()"): _killed_by("trained", "int8"),
+    Mutant("offloader", "BlockOffloader._stop_fetches", "self._stream.synchronize()"): _killed_by("trained", "int8"),
+    Mutant("offloader", "BlockOffloader.wait", "self._started_stream.wait(slot)"): _killed_by("trained", "host"),
+    Mutant("offloader", "BlockOffloader.release", "self._started_stream.release(slot)"): _killed_by("trained", "host"),
+    Mutant("streams", "_synchronize", "stream.synchronize()"): _killed_by("trained", "int8"),
+    Mutant(
+        "streams", "CudaStream.__init__", "weakref.finalize(self, _synchronize, self.stream, self._running).atexit = False"
+    ): dropped_before_its_stream,
+    Mutant("streams", "CudaStream.issue", "self.stream.wait_event(self.released[slot])"): _killed_by("trained", "host"),
+    Mutant("streams", "CudaStream.issue", "self.arrived[slot].record(self.stream)"): _killed_by("trained", "host"),
+    Mutant("streams", "CudaStream.issue", "self._running[slot] = fetch"): dropped_before_its_stream,
+    Mutant("streams", "CudaStream.wait", "torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])"): (
+        _killed_by("trained", "host")
+    ),
+    Mutant("streams", "CudaStream.release", "self.released[slot].record(torch.cuda.current_stream(self.device))"): (
+        _killed_by("trained", "host")
+    ),
+    Mutant("streams", "CudaStream.after_computation", "self.stream.wait_stream(torch.cuda.current_stream(self.device))"): (
+        _killed_by("trained", "host")
+    ),
+    Mutant("streams", "CudaStream.synchronize", "_synchronize(self.stream, self._running)"): _killed_by("trained", "int8"),
+    Mutant("streams", "ReaderThread.wait", "self.fetches[slot].result()"): _killed_by("trained", "disk"),
+    Mutant("streams", "ReaderThread.wait", "self.stream.wait(slot)"): _killed_by("trained", "disk"),
+    Mutant("streams", "ReaderThread.release", "self.stream.release(slot)"): _killed_by("trained", "disk"),
+    Mutant("streams", "ReaderThread.after_computation", "self.stream.after_computation()"): _killed_by("trained", "disk"),
+    Mutant("streams", "ReaderThread.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
+    Mutant("streams", "ReaderThread.synchronize", "self.stream.synchronize()"): _killed_by("trained", "int8 above disk"),
+    Mutant("timeline", "Timeline.obtain", "self.events.wait(block, self.slot_of(block))"): _killed_by("trained", "host"),
+    Mutant("timeline", "Timeline._release", "self.events.release(block, self.slot_of(block))"): _killed_by("trained", "host"),
+}
+
+
+def test_every_statement_that_orders_something_has_a_run_that_needs_it() -> None:
+    assert set(mutants()) == set(MUTANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.function}: {mutant.statement[:40]}")
+def test_a_run_fails_without(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove(mutant, monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):  # load_state_dict wraps what it meets
+        MUTANTS[mutant](tmp_path)

@@ -1,0 +1,92 @@
+"""Runs by Lightning's Trainer on a GPU that is not there: no operator but a copy takes tensors of both sides.
+
+Scores, draws, validation, checkpoints, a resumed run whose states are loaded before its draw, and export, each to the bit as
+on the CPU without offloading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling
+from ows_lightning.models.export import save_huggingface
+from tests.streaming.fake_gpu import GPU, FakeGpu
+from tests.streaming.test_fit import assert_identical
+from tests.tiny import tiny_batch
+
+STEPS, SAVED = 4, 2
+
+
+class AnyAccelerator(CPUAccelerator):
+    """Takes the GPU that is not there."""
+
+    def setup_device(self, device: torch.device) -> None:
+        """Has nothing to set up."""
+
+
+def fit(model: Path, folder: Path, gpu: FakeGpu | None = None, resume: Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Fits, validates, saves and exports; returns all that it leaves."""
+    module = CausalLMModule(
+        str(model),
+        rank=4,
+        update_proj_gap=3,
+        warmup_steps=0,
+        optimizer=lambda groups: GaLoreAdamW(groups, lr=1e-2),
+        **settings,
+    )
+    sampling = LayerwiseSampling(2, 1, threshold=2.0, calibration_samples=2, always_train=("norm",))
+    checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        strategy=SingleDeviceStrategy(GPU if gpu else "cpu", accelerator=AnyAccelerator()), max_steps=STEPS, logger=False,
+        accumulate_grad_batches=2, gradient_clip_val=0.1, callbacks=[sampling, checkpoint], default_root_dir=folder,
+        val_check_interval=2, enable_progress_bar=False, enable_model_summary=False, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    rows = [{key: value[0] for key, value in tiny_batch(1, seed=seed).items()} for seed in range(16)]
+    trainer.fit(
+        module, DataLoader(rows, batch_size=2), DataLoader(rows[:2], batch_size=2), ckpt_path=resume, weights_only=True
+    )
+    left = {"metrics": dict(trainer.callback_metrics), "probabilities": sampling.probabilities}
+    with gpu.offloaded_read() if gpu else contextlib.nullcontext():
+        save_huggingface(module.model, module.tokenizer, folder / "model")
+    left["model"] = load_file(folder / "model" / "model.safetensors")
+    saved = torch.load(folder / f"step={STEPS}.ckpt", weights_only=True)
+    return left | {"weights": saved["state_dict"], "states": saved["optimizer_states"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"frozen_in": "host"},
+        {"frozen_in": "disk"},
+        {"frozen_in": "device", "frozen_dtype": "int8"},
+        {"frozen_in": "host", "frozen_dtype": "int8"},
+        {"frozen_in": "disk", "frozen_dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_a_whole_run_and_a_resumed_one_keep_both_sides_apart(
+    settings: dict[str, Any], model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = model_dir(num_hidden_layers=4)
+    on_cpu = {"frozen_in": "host", "frozen_dtype": "int8"} if "frozen_dtype" in settings else {}
+    for name, resume in (("whole", None), ("resumed", Path("cpu", "whole", f"step={SAVED}.ckpt"))):
+        expected = fit(model, Path("cpu", name), None, resume, **on_cpu)
+        gpu = FakeGpu(late=True)
+        with gpu.installed():
+            found = fit(model, Path("gpu", name), gpu, resume, **settings)
+        assert_identical(found, expected)
+        assert len(gpu.streams) > 1
