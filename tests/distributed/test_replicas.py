@@ -45,7 +45,7 @@ def with_a_flipped_column(arguments: list[str]) -> None:
         weights = [nn.Parameter(torch.rand(shape, generator=torch.Generator().manual_seed(0))) for shape in ((8, 6), (6, 8))]
         optimizer = GaLoreAdamW([{"params": weights, "rank": 2, "update_proj_gap": 2, "subspace": "svd"}], lr=0.1)
         optimizer.project_in_backward(in_backward)
-        optimizer.averaged = True
+        optimizer.ddp_averaging = True
         before = [w.detach().clone() for w in weights]
         for step in range(4):
             inputs = torch.rand(5, 6, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
@@ -70,7 +70,7 @@ def with_a_gradient_missing(arguments: list[str]) -> None:
     weights = [nn.Parameter(torch.full((8, 8), value)) for value in (1.0, 2.0, 3.0)]
     optimizer = GaLoreAdamW([{"params": weights, "rank": 2}], lr=0.1)
     optimizer.project_in_backward()
-    optimizer.averaged = True
+    optimizer.ddp_averaging = True
     used = weights if dist.get_rank() == 0 else [weights[0], weights[2]]
     inputs, loss = torch.eye(8) + dist.get_rank(), torch.zeros(())
     for weight in used:

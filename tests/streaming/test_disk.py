@@ -131,7 +131,7 @@ def test_what_is_written_is_read_a_weight_at_a_time(tmp_path: Path, monkeypatch:
             return write(file, *args)
 
         monkeypatch.setattr(kind, "write", look)
-    checkpoints.write({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
+    checkpoints.save_file({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
     save_huggingface(model, tiny_tokenizer(), tmp_path / "exported")
     assert largest / 2 < max(seen) < 2 * largest  # the system may map some pages around what is read
     assert mapped_bytes(Path(name, "model.safetensors")) == 0
