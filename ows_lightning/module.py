@@ -31,6 +31,7 @@ from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, add_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.schedule import warmup_and_decay
+from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import architecture_of
@@ -237,6 +238,8 @@ class CausalLMModule(EvaluationModule):
             optimizer.project_in_backward(model=self.model)
             if self.offloader is not None:
                 self.offloader.rest_with(optimizer)
+        else:
+            keep_state_dtypes(optimizer)
         self._check_projection(optimizer)
         steps = self.trainer.estimated_stepping_batches
         scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import below_head, causal_lm, decoder_layers
+from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
 from ows_lightning.models.recomputation import recomputing_blocks
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -252,15 +253,20 @@ def _watched_gradients(
 ) -> Iterator[None]:
     """Tells the tracker which tensors are gradients, and what is computed from them, in a step."""
     galore = optimizer if isinstance(optimizer, GaLoreAdamW) else None
-    before = ""
+    before, arriving = "", None  # rows of an offloaded gradient that are added to the present one
 
     def begin(p: Tensor) -> None:
-        nonlocal before
-        before, tracker.category = tracker.category, "other"
-        tracker.label("gradients", [p.grad, galore.offloaded_gradients.get(p) if galore else None])
+        nonlocal before, arriving
+        before, tracker.category = tracker.category, "gradients"
+        offloaded = galore.offloaded_gradients.get(p) if galore else None
+        if offloaded is not None and host_memory:
+            arriving = torch.empty_like(offloaded[..., : rows_at_a_time(p.size(-1), torch.device("cuda")), :])
+        tracker.label("gradients", [p.grad, None if host_memory else offloaded])
+        tracker.category = "other"
 
     def end(p: Tensor) -> None:
-        tracker.category = before
+        nonlocal arriving
+        tracker.category, arriving = before, None
         if galore is not None:
             tracker.label("gradients", [galore.projected_gradients.get(p)])
             if host_memory:

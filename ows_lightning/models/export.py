@@ -29,7 +29,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import end_pass
-from ows_lightning.models.mapped_files import drop_page_cache, weights_are_mapped
+from ows_lightning.models.mapped_files import any_mapped, drop_page_cache
 from ows_lightning.models.pretrained import not_finite
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
@@ -110,7 +110,7 @@ def save_huggingface(
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
-        if sharded or is_peft or weights_are_mapped():
+        if sharded or is_peft or any_mapped(model.parameters()):
             _save_one_by_one(base, partial, writes)
         elif writes:
             base.save_pretrained(partial, max_shard_size=SHARD_BYTES)
@@ -217,25 +217,30 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
             path = directory / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
 
-    # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor.
-    layout: dict[str, Tensor] = {}
-    for weight in weights:
-        empty = torch.empty(weight.tensor.shape, dtype=weight.tensor.dtype, device="meta")
-        layout |= revert_weight_conversion(model, {weight.name: empty})
+    # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor, or one as several.
+    empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
+    layout = revert_weight_conversion(model, dict(empty))
+    alone = [w for w in weights if _shapes(revert_weight_conversion(model, {w.name: empty[w.name]})) <= _shapes(layout)]
+    joined = [w for w in weights if w not in alone]
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
     with contextlib.ExitStack() as stack:
         files = {
             file: stack.enter_context(SafetensorsFile(directory / file, {name: layout[name] for name in names}))
             for file, names in (split.filename_to_tensors.items() if writes else ())
         }
-        for weight in weights:
-            with _merged(weight) as tensor:
-                for name, value in revert_weight_conversion(model, {weight.name: tensor.detach()}).items() if writes else ():
+        for group in (*([weight] for weight in alone), joined):
+            with contextlib.ExitStack() as merged:
+                tensors = {weight.name: merged.enter_context(_merged(weight)).detach() for weight in group}
+                for name, value in revert_weight_conversion(model, tensors).items() if writes else ():
                     files[split.tensor_to_filename[name]].write(name, value)
             drop_page_cache()
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    return {(name, tensor.shape) for name, tensor in tensors.items()}
 
 
 def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
+
+import torch
+from torch import Tensor
 
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 _keeping: list[None] = []
@@ -27,9 +30,12 @@ def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) ->
     return memory
 
 
-def weights_are_mapped() -> bool:
-    """Whether weights of a model in this process lie in files."""
-    return bool(_maps)
+def any_mapped(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of these tensors, of any shapes, lies in a mapped file."""
+    files = [(torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory)) for memory in _maps]
+    return bool(files) and any(
+        start <= t.data_ptr() < start + size for t in tensors if t.device.type == "cpu" for start, size in files
+    )
 
 
 def drop_page_cache() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.hooks import hook_gradients, remove_hook
 from ows_lightning.optim.linear import offer_factors, offer_gradients
 from ows_lightning.optim.projected_adamw import project, project_factors
@@ -230,7 +231,7 @@ class GradientCapture(Optimizer):
         finite = None
         if (projector := self._projector(p)) is None:
             if p in self.offloaded_gradients:
-                local(gradient).add_(self.offloaded_gradients.pop(p).to(p.device, non_blocking=True))
+                _add_from_host(local(gradient), self.offloaded_gradients.pop(p))
             if not renew:
                 self.offloaded_gradients[p] = _to_host(local(gradient))
                 return
@@ -295,6 +296,13 @@ class GradientCapture(Optimizer):
 
     def _gradients_of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         return [gradient for p in parameters if (gradient := self.gradient_of(p)) is not None]
+
+
+def _add_from_host(gradient: Tensor, offloaded: Tensor) -> None:
+    """Adds what ``_to_host`` took, some rows at a time: the device has no room for a second gradient."""
+    rows = rows_at_a_time(gradient.size(-1), gradient.device)
+    for part, in_host in zip(gradient.split(rows, dim=-2), offloaded.split(rows, dim=-2), strict=True):
+        part.add_(in_host.to(part.device, non_blocking=True))
 
 
 def _to_host(gradient: Tensor) -> Tensor:

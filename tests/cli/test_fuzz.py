@@ -19,4 +19,4 @@ def test_random_settings_train_and_resume() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
     print(done.stdout)
     assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) trained", done.stdout)[1]) >= 10  # type: ignore[index]
+    assert int(re.search(r": (\d+) trained", done.stdout)[1]) >= 10  # type: ignore[index]

@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_in_the_other_mode(
     common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}"]
     common += ["--trainer.val_check_interval=null", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
     runs = tmp_path / "parts"
-    kill = ["--trainer.callbacks+=tests.cli.fuzz.Kill", "--trainer.callbacks.moment=on_train_batch_start"]
+    kill = ["--trainer.callbacks+=tests.distributed.probe.Kill", "--trainer.callbacks.moment=on_train_batch_start"]
     kill += ["--trainer.callbacks.step=3", f"--model.frozen_in={before}", f"--trainer.default_root_dir={runs}"]
     launch = Launch(["fit", *SETTINGS, *common, *kill], tmp_path / "output")
     assert launch.wait() == [-signal.SIGKILL], launch.output
