@@ -220,8 +220,10 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
     # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor, or one as several.
     empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
     layout = revert_weight_conversion(model, dict(empty))
-    alone = [w for w in weights if _shapes(revert_weight_conversion(model, {w.name: empty[w.name]})) <= _shapes(layout)]
-    joined = [w for w in weights if w not in alone]
+    alone, joined, written = [], [], _shapes(layout)
+    for weight in weights:
+        by_itself = revert_weight_conversion(model, {weight.name: empty[weight.name]})
+        (alone if _shapes(by_itself) <= written else joined).append(weight)
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
     with contextlib.ExitStack() as stack:
         files = {
