@@ -220,7 +220,9 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
     # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor, or one as several.
     empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
     layout = revert_weight_conversion(model, dict(empty))
-    alone, joined, written = [], [], _shapes(layout)
+    alone: list[_Weight] = []
+    joined: list[_Weight] = []
+    written = _shapes(layout)
     for weight in weights:
         by_itself = revert_weight_conversion(model, {weight.name: empty[weight.name]})
         (alone if _shapes(by_itself) <= written else joined).append(weight)
