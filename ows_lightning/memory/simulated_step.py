@@ -269,6 +269,9 @@ def _watched_gradients(
         tracker.category, arriving = before, None
         if galore is not None:
             tracker.label("gradients", [galore.projected_gradients.get(p)])
+            if (found := galore.sketches.get(p)) is not None:
+                tracker.label("projectors", [found[0].basis])
+                tracker.label("gradients", [found[1]])
             if host_memory:
                 tracker.label(HOST, [galore.offloaded_gradients.get(p)])
 

@@ -23,7 +23,7 @@ from ows_lightning.optim.sharding import (
     total_norm,
     whole_matrices,
 )
-from ows_lightning.optim.subspace import Side, leading_singular_vectors, random_subspace
+from ows_lightning.optim.subspace import Side, Sketch, find_subspace, random_subspace
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
@@ -280,6 +280,8 @@ class GaLoreAdamW(GradientCapture):
 
     def _projector(self, p: Tensor) -> Tensor | None:
         """The projector of the coming step; None if it has to be found."""
+        if p in self.sketches:
+            self._turn_subspaces()
         if p in self._new_projectors:
             return self._new_projectors[p]
         (group, index), state = self._places[p], self.state.get(p, {})
@@ -290,10 +292,10 @@ class GaLoreAdamW(GradientCapture):
         due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
         return None if due else state["projector"]
 
-    def _new_projector(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor:
+    def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
         group, index = self._places[p]
         seed = index + int(self.state[p].get("step", 0))
-        return leading_singular_vectors(matrices, group["rank"], side, group["subspace"], seed=seed)
+        return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     # ------------------------------------------------------------------ the step
 

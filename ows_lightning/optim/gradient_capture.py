@@ -28,7 +28,7 @@ from ows_lightning.optim.sharding import (
     whole_matrices,
 )
 from ows_lightning.optim.stopwatch import Stopwatch
-from ows_lightning.optim.subspace import Side
+from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
 
 
 @dataclass
@@ -47,11 +47,13 @@ class _Progress:
 class GradientCapture(Optimizer):
     """An optimizer that keeps of its matrices' gradients what its next step consumes: R = G Q, in place of ``grad``.
 
-    Which matrices are projected, and by which projector, a subclass says: ``_side``, ``_projector`` and ``_new_projector``.
+    Which matrices are projected, and by which projector, a subclass says: ``_side``, ``_projector`` and ``_new_subspace``.
 
     Attributes:
         projected_gradients: R of the coming step, by weight.
         offloaded_gradients: Full gradients, in host memory, of a step that renews their subspaces.
+        sketches: Subspaces that are not turned onto singular vectors yet, by weight; the gradient projected onto each; and
+            the processes that share it.
     """
 
     def _begin(self) -> None:
@@ -61,6 +63,7 @@ class GradientCapture(Optimizer):
         self.projected_gradients: dict[Tensor, Tensor] = {}
         self.offloaded_gradients: dict[Tensor, Tensor] = {}
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
+        self.sketches: dict[Tensor, tuple[Sketch, Tensor, dist.ProcessGroup | None]] = {}
 
     def _side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
@@ -70,8 +73,8 @@ class GradientCapture(Optimizer):
         """The projector of the coming step, for either side; None if it has to be found."""
         raise NotImplementedError
 
-    def _new_projector(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor:
-        """Finds a projector from a gradient of shape (..., m, n)."""
+    def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
+        """Finds a projector from a gradient of shape (..., m, n), or a sketch of one."""
         raise NotImplementedError
 
     def resting_projector(self, p: Tensor) -> Tensor | None:
@@ -191,6 +194,7 @@ class GradientCapture(Optimizer):
             p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
             average_([p.grad], process_group)
             self._project(p, processes=process_group or dist.group.WORLD)
+        self._turn_subspaces()
         average_(self._gradients_of(self._places), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -201,7 +205,8 @@ class GradientCapture(Optimizer):
 
     def _discard_gradients(self, p: Tensor | None = None) -> None:
         """Drops what waits for a step, of one parameter or of all."""
-        for waiting in (self.projected_gradients, self.offloaded_gradients, self._new_projectors):
+        waiting: dict[Tensor, Any]
+        for waiting in (self.projected_gradients, self.offloaded_gradients, self._new_projectors, self.sketches):
             waiting.pop(p, None) if p is not None else waiting.clear()
 
     # ------------------------------------------------------------------ projection
@@ -213,6 +218,7 @@ class GradientCapture(Optimizer):
                 self._discard_gradients(p)
             if (p.grad is not None or (renew and p in self.offloaded_gradients)) and self._side(p) is not None:
                 self._project(p, renew)
+        self._turn_subspaces()
 
     def _project_in_backward(self, p: Tensor) -> None:
         # torch calls hooks also where no gradient came, as after `consume_factors`.
@@ -228,24 +234,46 @@ class GradientCapture(Optimizer):
         side = self._side(p)
         assert side is not None
         gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
-        finite = None
-        if (projector := self._projector(p)) is None:
-            if p in self.offloaded_gradients:
-                _add_from_host(local(gradient), self.offloaded_gradients.pop(p))
-            if not renew:
-                self.offloaded_gradients[p] = _to_host(local(gradient))
-                return
-            with self._progress.renewals.measure(p.device):
-                matrices = whole_matrices(gradient)
-                # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
-                finite = total_norm([matrices]).isfinite()
-                torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
-                found = self._new_projector(p, matrices, side)
-                projector = self._new_projectors[p] = place_projector(found, p, side, processes)
-        projected = project(local(gradient), local(projector), side)
-        if finite is not None:
-            projected *= torch.where(finite, 1.0, float("nan"))
-        self.consume_projected(p, place_projected(projected, p, side))
+        if (projector := self._projector(p)) is not None:
+            self.consume_projected(p, place_projected(project(local(gradient), local(projector), side), p, side))
+            return
+        if p in self.offloaded_gradients:
+            _add_from_host(local(gradient), self.offloaded_gradients.pop(p))
+        if not renew:
+            self.offloaded_gradients[p] = _to_host(local(gradient))
+            return
+        with self._progress.renewals.measure(p.device):
+            matrices = whole_matrices(gradient)
+            # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
+            finite = total_norm([matrices]).isfinite()
+            torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
+            found = self._new_subspace(p, matrices, side)
+            projector = place_projector(found.basis if isinstance(found, Sketch) else found, p, side, processes)
+        projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
+        if isinstance(found, Sketch):
+            self.sketches[p] = found, projected, processes
+        else:
+            self._new_projectors[p] = projector
+            self.consume_projected(p, place_projected(projected, p, side))
+
+    @torch.no_grad()
+    def _turn_subspaces(self) -> None:
+        """Turns the new subspaces onto singular vectors, and R with them: G Q = (G B) (B^T Q), for Q is in the span of B.
+
+        It waits for the device, once for all of a step's; G itself is long gone.
+        """
+        if not self.sketches:
+            return
+        waiting = list(self.sketches.items())
+        self.sketches.clear()
+        with self._progress.renewals.measure(waiting[0][0].device):
+            turned = singular_vectors([sketch for _, (sketch, *_) in waiting])
+            for (p, (sketch, projected, processes)), exact in zip(waiting, turned, strict=True):
+                side, vectors = self._side(p), exact.to(projected.dtype)
+                assert side is not None
+                self._new_projectors[p] = place_projector(vectors, p, side, processes)  # rank 0's on all processes
+                turn = sketch.basis.mT @ vectors
+                self.consume_projected(p, place_projected(project(projected, turn, side), p, side))
 
     @torch.no_grad()
     def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:

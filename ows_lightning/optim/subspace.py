@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,24 @@ NOISE = 1e-5  # singular values below this part of the largest are rounding in f
 OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 4.2) find 5 to 10 enough in most cases
 
 
-def leading_singular_vectors(gradient: Tensor, rank: int, side: Side, method: Method, seed: int = 0) -> Tensor:
-    """Returns the top-``rank`` left or right singular vectors of a gradient.
+class Sketch(NamedTuple):
+    """A randomized subspace, whose basis `singular_vectors` turns.
+
+    Attributes:
+        basis: Orthonormal columns of shape (..., n, k), of the gradient's dtype: the leading vectors' span, and some more.
+        triangle: R of the QR decomposition that gave the basis, of shape (..., k, k), whose left singular vectors turn it.
+        rank: Number of vectors asked for.
+        generator: Gives the directions beyond the gradient's numerical rank.
+    """
+
+    basis: Tensor
+    triangle: Tensor
+    rank: int
+    generator: torch.Generator
+
+
+def find_subspace(gradient: Tensor, rank: int, side: Side, method: Method, seed: int = 0) -> Tensor | Sketch:
+    """Finds the top-``rank`` left or right singular vectors of a gradient, or nearly so.
 
     Args:
         gradient: Gradient of shape (..., m, n), any float dtype; leading dimensions are a batch (experts).
@@ -27,19 +44,40 @@ def leading_singular_vectors(gradient: Tensor, rank: int, side: Side, method: Me
         seed: Seeds the random matrix, so that every process and every resumed run finds the same subspace.
 
     Returns:
-        Orthonormal columns of shape (..., m, r) or (..., n, r), in the gradient's dtype.
+        Orthonormal columns of shape (..., m, r) or (..., n, r), in the gradient's dtype; of ``randomized`` a sketch of them,
+        which does not wait for the device.
     """
-    dtype = gradient.dtype
     if method == "random":
         return random_subspace(gradient if side == "right" else gradient.mT, rank, seed).contiguous()
     if method == "svd":
         # Never of the transposed gradient: moments that are kept depend on the vectors' signs, which are galore-torch's.
         u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
-        vectors = vh[..., :rank, :].mT if side == "right" else u[..., :rank]
-    else:
-        gradient = gradient.float() if gradient.dtype == torch.float16 else gradient  # whose products would overflow
-        vectors = _randomized(gradient if side == "right" else gradient.mT, rank, seed)
-    return vectors.to(dtype).contiguous()
+        return (vh[..., :rank, :].mT if side == "right" else u[..., :rank]).to(gradient.dtype).contiguous()
+    exact = gradient.float() if gradient.dtype == torch.float16 else gradient  # whose products would overflow
+    found = _sketch(exact if side == "right" else exact.mT, rank, seed)
+    return found._replace(basis=found.basis.to(gradient.dtype))
+
+
+def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
+    """Turns the bases of sketches: yields orthonormal columns of shape (..., n, r), float32, of each.
+
+    Their small decompositions are the CPU's: a GPU is no faster, and would be waited for in each. Here once for all of them.
+    """
+    triangles = [sketch.triangle for sketch in sketches]
+    together = torch.cat([triangle.flatten().to(triangles[0].device) for triangle in triangles]).cpu()
+    parts = together.split([triangle.numel() for triangle in triangles])
+    for (basis, triangle, rank, generator), part in zip(sketches, parts, strict=True):
+        # With A ~ C (A^T C)^T and A^T C = Q R, the left singular vectors of R turn Q onto A's right ones, largest first.
+        axes, values, _ = torch.linalg.svd(part.view(triangle.shape))
+        vectors = basis.float() @ axes[..., :rank].to(basis.device, non_blocking=True)
+        # Rounding differs with the number of processes and must not decide anything. So directions beyond the gradient's
+        # numerical rank come from the generator, and the largest entry of each vector is made positive: moments that are kept
+        # depend on it.
+        left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
+        if left_open.any():
+            free = torch.randn(basis.size(-2), rank, generator=generator, device=basis.device)
+            vectors = _orthonormal(torch.where(left_open.to(basis.device, non_blocking=True), free, vectors))
+        yield vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
 
 
 def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
@@ -59,7 +97,7 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     return basis.expand(*matrix.shape[:-2], -1, -1)
 
 
-def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
+def _sketch(matrix: Tensor, rank: int, seed: int) -> Sketch:
     m, n = matrix.shape[-2:]
     generator = torch.Generator(matrix.device).manual_seed(seed)
     # The products run in the matrix's own dtype: no float32 copy of it is made.
@@ -67,18 +105,7 @@ def _randomized(matrix: Tensor, rank: int, seed: int) -> Tensor:
     test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
     rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)
     columns = _orthonormal(matrix @ rows).to(matrix.dtype)
-    # With A ~ C (A^T C)^T and A^T C = Q R, the left singular vectors of R turn Q onto A's right ones, largest first.
-    basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())
-    # A small decomposition, by the CPU: a GPU is no faster, and would be waited for here and once more for what is left open.
-    axes, values, _ = torch.linalg.svd(triangle.cpu())
-    vectors = basis @ axes[..., :rank].to(matrix.device, non_blocking=True)
-    # Rounding differs with the number of processes and must not decide anything. So directions beyond the gradient's numerical
-    # rank come from the generator, and the largest entry of each vector is made positive: moments that are kept depend on it.
-    left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
-    if left_open.any():
-        free = torch.randn(n, rank, generator=generator, device=matrix.device)
-        vectors = _orthonormal(torch.where(left_open.to(matrix.device, non_blocking=True), free, vectors))
-    return vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
+    return Sketch(*torch.linalg.qr((matrix.mT @ columns).float()), rank, generator)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

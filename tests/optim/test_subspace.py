@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ows_lightning.optim.subspace import leading_singular_vectors
+from ows_lightning.optim.subspace import Sketch, find_subspace, singular_vectors
 from tests.tiny import tiny_batch, tiny_model
+
+
+def leading_singular_vectors(gradient: Tensor, rank: int, side: str, method: str, seed: int = 0) -> Tensor:
+    found = find_subspace(gradient, rank, side, method, seed)
+    return next(singular_vectors([found])).to(gradient.dtype) if isinstance(found, Sketch) else found
 
 
 def captured(gradient: Tensor, rank: int, side: str, method: str) -> float:
