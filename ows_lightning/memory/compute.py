@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
@@ -118,7 +118,7 @@ def compute(
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
     resting = sum(count - min(blocks) - len(blocks) for blocks in draws) / len(draws) if method.resting_rank else 0.0
     if resting and method.resting_updates_kept:  # W + B Q^T, in forward and in backward
-        micro_batch += resting * 2 * 2 * method.resting_rank * _matrix_weights(settings, method.resting_rank)
+        micro_batch += resting * 2 * 2 * method.resting_rank * _joined_weights(settings, method)
     renewal = flops.renewal + settings.accumulate_grad_batches * flops.whole
     step = len(draws[0]) * (flops.update + renewal * _renewals(settings, method, draws)) + resting * flops.rest_update
     tokens = settings.batch_size * settings.max_seq_length
@@ -130,10 +130,12 @@ def compute(
     return Compute(per_token, block_forward, draws, origin)
 
 
-def _matrix_weights(settings: PlanSettings, rank: int) -> float:
-    """Weights of a block's matrices that a resting rank makes smaller, in the mean over the blocks."""
-    parameters = decoder_layers(settings.meta_model).parameters()
-    return sum(p.numel() for p in parameters if p.dim() in (2, 3) and p.size(-1) > rank) / settings.blocks
+def _joined_weights(settings: PlanSettings, method: TrainingMethod) -> float:
+    """Weights of a block, in the mean over the blocks, that are joined with B Q^T: linear layers add it to their outputs."""
+    blocks = decoder_layers(settings.meta_model)
+    apart = {module.weight for module in blocks.modules() if method.factored and type(module) is nn.Linear}
+    matrices = (p for p in blocks.parameters() if p.dim() in (2, 3) and p.size(-1) > method.resting_rank)
+    return sum(p.numel() for p in matrices if p not in apart) / settings.blocks
 
 
 def _micro_batch_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool) -> _Flops:

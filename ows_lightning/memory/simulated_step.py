@@ -19,6 +19,7 @@ from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
 from ows_lightning.models.recomputation import recomputing_blocks
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.linear import compute_with
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
 from ows_lightning.sampling.activation import PARTS, activate_blocks, may_train, outside_blocks
@@ -285,6 +286,8 @@ def _watched_gradients(
     handles += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
     if galore is not None and method.ours:
         galore.project_in_backward(model=model if method.factored else None)
+        for block in decoder_layers(model):
+            compute_with(block, {p: found for p in block.parameters() if (found := galore.update_of(p)) is not None})
     handles += [p.register_post_accumulate_grad_hook(end) for p in parameters]
     try:
         yield

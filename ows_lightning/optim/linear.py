@@ -5,7 +5,7 @@ Where Q is known before the forward pass, as in a block at rest, X Q (tokens x r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,22 +36,42 @@ class ProjectedLinear(nn.Linear):
     """An ``nn.Linear`` that offers its weight's gradient as factors to the optimizer that projects it within backward.
 
     Where nobody does, it computes what ``nn.Linear`` does, and so it does in mixed precision and in compiled code.
+
+    Attributes:
+        update: B (m, r) and Q (n, r) of a weight that computes as W + B Q^T; None computes with W.
     """
+
+    update: tuple[Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
-        weight, bias = self.weight, self.bias
-        if not weight.requires_grad or not torch.is_grad_enabled() or _casts_or_compiles(input):
-            return F.linear(input, weight, bias)
-        consumer: Consumer | None = sole_consumer(weight)
+        weight, bias, update = self.weight, self.bias, self.update
+        plain = not weight.requires_grad or not torch.is_grad_enabled() or _casts_or_compiles(input)
+        consumer: Consumer | None = None if plain else sole_consumer(weight)
         projector = None if consumer is None else consumer.resting_projector(weight)
         output: Tensor
         if projector is None or projector.dtype != input.dtype:
-            output = _Linear.apply(input, weight, bias)
-        else:
-            kept = _KeepProjected.apply(input.detach() @ projector, weight, consumer)
-            output = _PassGradient.apply(F.linear(input, weight.detach(), bias), kept)
-        return output
+            learned = None if update is None else F.linear(input @ update[1], update[0].to(input.dtype))
+            output = F.linear(input, weight, bias) if plain else _Linear.apply(input, weight, bias)
+            return output if learned is None else output.add_(learned)
+        projected = (input.detach() if update is None else input) @ projector
+        kept = _KeepProjected.apply(projected.detach(), weight, consumer)
+        learned = None if update is None else F.linear(projected, update[0].to(input.dtype))
+        output = F.linear(input, weight.detach(), bias)
+        return _PassGradient.apply(output if learned is None else output.add_(learned), kept)
+
+
+def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> set[Tensor]:
+    """Lets the ProjectedLinear layers of a block compute with W + B Q^T, as Y = X W^T + (X Q) B^T; returns which weights do.
+
+    Args:
+        block: Any module.
+        updates: B and Q, by weight; layers of other weights compute with W from now on.
+    """
+    layers = [module for module in block.modules() if type(module) is ProjectedLinear]
+    for layer in layers:
+        layer.update = updates.get(layer.weight)
+    return {layer.weight for layer in layers if layer.update}
 
 
 def offer_factors(modules: Iterable[nn.Module]) -> list[nn.Linear]:
@@ -98,8 +118,8 @@ class _Linear(torch.autograd.Function):
 class _KeepProjected(torch.autograd.Function):
     """Keeps X Q for backward, and takes R = dY^T (X Q) there. What it returns stands for Y, without values.
 
-    X Q is kept before Y is computed: a checkpointed block, which is recomputed until all is there that backward needs, stops
-    short of the last Y.
+    X Q is kept before X W^T is computed: a checkpointed block, which is recomputed until all is there that backward needs,
+    stops short of the last one.
     """
 
     @staticmethod

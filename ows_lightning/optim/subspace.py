@@ -105,7 +105,8 @@ def _sketch(matrix: Tensor, rank: int, seed: int) -> Sketch:
     test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
     rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)
     columns = _orthonormal(matrix @ rows).to(matrix.dtype)
-    return Sketch(*torch.linalg.qr((matrix.mT @ columns).float()), rank, generator)
+    basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())
+    return Sketch(basis, triangle, rank, generator)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.compat import version_counter
 from ows_lightning.models.mapped_files import keep_page_cache
+from ows_lightning.optim.linear import compute_with
 from ows_lightning.optim.projected_adamw import add_update_
 from ows_lightning.streaming.adapters import add_adapters, remove_adapters
 from ows_lightning.streaming.disk import Disk
@@ -49,7 +50,7 @@ class BlockOffloader:
     Weights are offloaded and slots allocated at first use, for the device that ``move`` named last. Deep copies and pickles of
     the model are independent of it.
 
-    With `rest_with`, frozen blocks that train at rest stay offloaded, and slots hold W + B Q^T of them.
+    With `rest_with`, frozen blocks that train at rest stay offloaded, and compute with W + B Q^T.
 
     With copies in int8, what a frozen block computes with is not its own weight to the bit; what trains and is saved is.
 
@@ -178,6 +179,7 @@ class BlockOffloader:
             return
         self.end_pass()
         self.timeline.obtain(index)
+        self._add_updates(index, self.timeline.slot_of(index), in_layers=False)
         try:
             yield
         finally:
@@ -220,11 +222,11 @@ class BlockOffloader:
         self.end_pass()
         self._stop_fetches()
         for index in range(len(self.blocks)):
-            updates = [(p, update) for p, update in self._updates_of(index) if id(p) in ids]
+            updates = {p: update for p, update in self._updates_of(index).items() if id(p) in ids}
             if not updates:
                 continue
             self._load_for_training(index)
-            for p, (update, projector) in updates:
+            for p, (update, projector) in updates.items():
                 add_update_(p.data, update, projector)
             self._retire(index)
         self._started_stream.after_computation()  # which has written offloaded weights
@@ -234,23 +236,25 @@ class BlockOffloader:
         optimizer = self._optimizer()
         return p.requires_grad and not (optimizer is not None and optimizer.rests(p))
 
-    def _updates_of(self, block: int) -> list[tuple[nn.Parameter, tuple[Tensor, Tensor]]]:
+    def _updates_of(self, block: int) -> dict[Tensor, tuple[Tensor, Tensor]]:
         if (optimizer := self._optimizer()) is None:
-            return []
-        return [(p, found) for p in self.parameters[block] if (found := optimizer.update_of(p)) is not None]
+            return {}
+        return {p: found for p in self.parameters[block] if (found := optimizer.update_of(p)) is not None}
 
     @torch.no_grad()
-    def _add_updates(self, block: int, slot: int) -> None:
-        """Adds what a block has learned at rest to the weights in its slot, once for every fetch."""
-        updates = self._updates_of(block)
-        added = [(block, id(update), version_counter(update)) for _, (update, _) in updates]
+    def _add_updates(self, block: int, slot: int, in_layers: bool = True) -> None:
+        """Adds what a block has learned at rest: in its linear layers, or in its slot, once for every fetch."""
+        found = self._updates_of(block)
+        handed_over = compute_with(self.blocks[block], found if in_layers else {})
+        updates = {p: update for p, update in found.items() if p not in handed_over}
+        added = [(block, id(update), version_counter(update)) for update, _ in updates.values()]
         before = self._added.get(slot, [])
         if added == before:
             return
         if before:  # of an earlier step: the weights themselves are needed again
             self.issue(block, slot)
             self._started_stream.wait(slot)
-        for p, (update, projector) in updates:
+        for p, (update, projector) in updates.items():
             add_update_(p.data, update, projector)
         self._added[slot] = added
 
@@ -394,6 +398,7 @@ class BlockOffloader:
 
     def release(self, block: int, slot: int) -> None:
         """Lets a block's parameters be its offloaded weights again, and the slot be written."""
+        compute_with(self.blocks[block], {})
         _set_data(self.parameters[block], self.offloaded[block].tensors)
         self._started_stream.release(slot)
 

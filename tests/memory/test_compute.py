@@ -86,6 +86,14 @@ ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {}}
             "sampling__distribution": [0.0, 0.0, 1.0, 1.0, 0.0],
             "sampling__always_train": ["embeddings", "lm_head", "norm"],
         },
+        {"sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0], "sampling__resting_rank": 8},
+        {"sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0], "sampling__resting_rank": 8, "model__frozen_in": "host"},
+        {
+            "sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0],
+            "sampling__resting_rank": 8,
+            "model__frozen_in": "host",
+            "model__gradient_checkpointing": True,
+        },
         {"sampling": None},
         {"sampling": None, "model__update_proj_gap": 2},
         {"sampling__distribution": [0.0, 1.0, 0.0, 0.0, 1.0], "sampling__interval_steps": 5, "model__update_proj_gap": 2},
@@ -104,6 +112,9 @@ ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {}}
         "checkpointing of some",
         "accumulation",
         "embeddings",
+        "resting",
+        "resting, host",
+        "resting, host, checkpointing",
         "galore",
         "galore, gap 2",
         "gap 2",
@@ -126,6 +137,18 @@ def test_llama_2_7b_by_its_lowest_block() -> None:
         weights = [float(block in (lowest, 28, 29, 30, 31)) for block in range(32)]
         found.append(compute(settings_from_config(llama_7b(sampling__distribution=weights))).flops_per_token / N)
     assert found == pytest.approx([5.66, 5.22, 4.78, 4.23, 3.90, 2.68], rel=0.005)
+
+
+@pytest.mark.slow
+def test_blocks_at_rest_on_the_host_take_little_more() -> None:
+    changes = {
+        "model__frozen_in": "host",
+        "sampling__activated_layers": 2,
+        "sampling__scores": "configs/scores/llama2_7b.json",
+    }
+    settings = [settings_from_config(llama_7b(1, 16, **changes, sampling__resting_rank=rank)) for rank in (0, 16)]
+    without, resting = (compute(one).flops_per_token / N for one in settings)
+    assert 0.02 < resting - without < 0.04
 
 
 def test_llama_2_7b_by_method() -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.errors import UsageError
-from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers, on_device
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -278,7 +278,8 @@ def fit(
 ) -> CausalLMModule:
     """Trains a module for eight steps, with resting blocks and a new draw every two."""
     settings = {"rank": 8, "optimizer": lambda params: GaLoreAdamW(params, lr=LR), "warmup_steps": 0, **settings}
-    sampling = LayerwiseSampling(1, INTERVAL, "uniform", always_train=("norm",), resting_rank=RANK)
+    distribution = settings.pop("distribution", "uniform")
+    sampling = LayerwiseSampling(1, INTERVAL, distribution, always_train=("norm",), resting_rank=RANK)
     rows = [{name: values[0] for name, values in tiny_batch(1).items()}] * 32  # a plain loader begins anew on resuming
     module = CausalLMModule(str(directory), **settings)
     Trainer(
@@ -298,10 +299,12 @@ def test_a_run_of_the_trainer_is_resumed_bit_by_bit(precision: str, model_dir: C
     assert not equal(whole.model, fit(model_dir(), tmp_path, trainer={**settings["trainer"], "max_steps": 1}).model)
 
 
-OFFLOADED: list[dict[str, Any]] = [
+OFFLOADED: list[Any] = [
     {"frozen_in": "host"},
     {"frozen_in": "disk"},
     {"frozen_in": "host", "gradient_checkpointing": True},
+    {"frozen_in": "host", "distribution": "gradient_norm"},
+    pytest.param({"frozen_in": "host", "compile": True}, marks=pytest.mark.slow),
 ]
 
 
@@ -309,7 +312,8 @@ OFFLOADED: list[dict[str, Any]] = [
 def test_offloaded_blocks_rest_as_those_on_the_device_do(
     settings: dict, model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    start, on_device = load_model(str(model_dir())), fit(model_dir(), tmp_path)
+    common = {key: value for key, value in settings.items() if key in ("distribution", "compile")}
+    start, on_device = load_model(str(model_dir())), fit(model_dir(), tmp_path, **common)
     offloaded = fit(model_dir(), tmp_path, **settings)
     moved = max((p - q).abs().max() for p, q in zip(on_device.model.parameters(), start.parameters(), strict=True))
     assert moved > 0.01
@@ -337,6 +341,32 @@ def test_a_run_with_offloaded_blocks_is_resumed_bit_by_bit_and_evaluated_with_wh
         exported, DataLoader([{name: values[0] for name, values in tiny_batch(1).items()}]), tmp_path / "at5.ckpt"
     )
     assert figures[0]["val_loss"] == pytest.approx(seen.losses[5], abs=tolerance)
+
+
+def test_whoever_looks_at_an_offloaded_block_sees_what_it_has_learned(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    plain, seen, look = load_model(str(model_dir())), Seen(), Look()
+    trained = fit(model_dir(), tmp_path, seen, look, frozen_in="host")
+    plain.load_state_dict({name: look.weights.get(name, p) for name, p in plain.state_dict().items()})
+    assert len(look.weights) == len(trained.model.state_dict())
+    assert float(plain(**tiny_batch(1)).loss) == pytest.approx(seen.losses[5], abs=1e-5)
+    assert seen.losses[6] == pytest.approx(look.later[6], abs=1e-6)  # and computing is none the worse for it
+
+
+class Look(Callback):
+    """Takes all weights after the fifth step, of each block while it is on the device; and losses as ``Seen`` does, later."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self.later: dict[int, float] = {}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 5:
+            self.weights = {name: p.clone() for name, p in pl_module.model.state_dict().items()}
+            for index, block in enumerate(decoder_layers(pl_module)):
+                with on_device(block):
+                    self.weights |= {f"model.layers.{index}.{name}": p.clone() for name, p in block.named_parameters()}
+        self.later[trainer.global_step] = float(pl_module(**tiny_batch(1)).loss)
 
 
 class Seen(Callback):
