@@ -72,8 +72,9 @@ def write_pictures(run_dir: str | Path) -> list[Path]:
     if not is_run_folder(Path(run_dir)):
         return []
     run = RunRecord.read(run_dir)
-    pictures = [*((picture, run) for picture in PICTURES_OF_ONE_RUN), *((picture, [run]) for picture in COMPARISONS)]
-    return [png for picture, subject in pictures if (png := picture.draw(subject, run.path / f"{picture.name}.png"))]
+    shown: list[tuple[Picture, RunRecord | list[RunRecord]]] = [(picture, run) for picture in PICTURES_OF_ONE_RUN]
+    shown += [(picture, [run]) for picture in COMPARISONS]
+    return [png for picture, subject in shown if (png := picture.draw(subject, run.path / f"{picture.name}.png"))]
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | None = None) -> Path:
