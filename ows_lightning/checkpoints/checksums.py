@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ows_lightning.models.mapped_files import drop_page_cache
+from ows_lightning.models.large_tensors import drop_page_cache
 
 _COMMENT = b"sum32 %08x"
 _LENGTH = len(_COMMENT % 0).to_bytes(2, "little")  # the archive's last two bytes, which are 0 without a comment

@@ -29,7 +29,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import end_pass
-from ows_lightning.models.mapped_files import any_mapped, drop_page_cache
+from ows_lightning.models.large_tensors import any_mapped, drop_page_cache
 from ows_lightning.models.pretrained import not_finite
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE

@@ -44,8 +44,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ows_lightning.errors import UsageError, closest
-from ows_lightning.models.large_tensors import all_finite
-from ows_lightning.models.mapped_files import drop_page_cache
+from ows_lightning.models.large_tensors import all_finite, drop_page_cache
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ows_lightning.errors import RunError
-from ows_lightning.models.mapped_files import drop_page_cache, map_file
+from ows_lightning.models.large_tensors import drop_page_cache, map_file
 from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.streaming.offloaded import HostWeights, copy_into, flat, nbytes_of, page_locked, starts_of, tensor_in
 

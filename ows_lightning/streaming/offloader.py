@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.compat import version_counter
-from ows_lightning.models.mapped_files import keep_page_cache
+from ows_lightning.models.large_tensors import keep_page_cache
 from ows_lightning.optim.projected_adamw import add_update_
 from ows_lightning.streaming.adapters import add_adapters, remove_adapters
 from ows_lightning.streaming.disk import Disk
