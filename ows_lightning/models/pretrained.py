@@ -22,6 +22,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -113,9 +114,10 @@ def load_model(
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with loading(name):  # sizes that do not match are reported below, in one line
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **arguments, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
+    model, report = loaded
     for key, saved, expected in sorted(report["mismatched_keys"]):
         sizes = f"shape {tuple(saved)} where its config says {tuple(expected)}"
         raise UsageError(f"{MODEL_KEY}: {name!r} has {key} of {sizes}; its config.json belongs to another model")
