@@ -69,7 +69,7 @@ def _check_streaming(settings: Mapping[str, Any]) -> None:
         raise UsageError(f"data.val_size: {size} of a stream is not known; give a number of rows, or 0")
     if isinstance(settings["dataset"], Mapping):
         mend = "give an eval_dataset, or 0"
-        raise UsageError(f"data.val_size: a mixture repeats rows, also those held out of its stream; {mend}")
+        raise UsageError(f"data.val_size: a mixture repeats rows, also those for validation; {mend}")
     if size > _MOST_VALIDATION_ROWS:
         most = f"more than {_MOST_VALIDATION_ROWS}"
         raise UsageError(f"data.val_size: {size} rows of a stream are {most}; give an eval_dataset")
