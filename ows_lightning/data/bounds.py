@@ -45,4 +45,4 @@ def check_bounds(settings: Mapping[str, Any]) -> None:
             raise UsageError(f"data.val_size: {size} of a stream is not known; give a number of rows, or 0")
         if isinstance(sources, Mapping):
             mend = "give an eval_dataset, or 0"
-            raise UsageError(f"data.val_size: a mixture repeats rows, also those held out of its stream; {mend}")
+            raise UsageError(f"data.val_size: a mixture repeats rows, also those for validation; {mend}")

@@ -102,7 +102,7 @@ class Splits:
         return Rows(documents, [[chosen[i] for i in row] for row in packed], packed=True)
 
     def examples_of(self, key: str) -> datasets.Dataset:
-        """All examples of a setting; of a stream those that are held out."""
+        """All examples of a setting; of a stream those for validation."""
         from datasets import concatenate_datasets
 
         if key not in self._examples:
@@ -122,7 +122,7 @@ class Splits:
         return column(self._tokens[key], "row")[column(self._tokens[key], "length") == 0].tolist()
 
     def endless(self) -> datasets.IterableDataset:
-        """The training examples of a stream, over and over, without those held out."""
+        """The training examples of a stream, over and over, without those for validation."""
         return self._stream().skip(len(self.examples_of("dataset"))).repeat(None)
 
     def _indices(self, part: str) -> np.ndarray:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
-_keeping: list[None] = []
 
 
 def rows_at_a_time(elements: int, device: torch.device) -> int:
@@ -52,15 +50,5 @@ def any_mapped(tensors: Iterable[Tensor]) -> bool:
 
 def drop_page_cache() -> None:
     """Lets go of all pages that were looked at; whoever reads many weights calls it after each."""
-    for memory in list(_maps) if not _keeping else ():
+    for memory in list(_maps):
         memory.madvise(mmap.MADV_DONTNEED)
-
-
-@contextmanager
-def keep_page_cache() -> Iterator[None]:
-    """Lets go of no page meanwhile: some hold what was written into weights of a file that is not writable."""
-    _keeping.append(None)
-    try:
-        yield
-    finally:
-        _keeping.pop()

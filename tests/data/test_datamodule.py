@@ -402,7 +402,7 @@ def test_columns_of_a_stream_are_renamed(jsonl: Write, tmp_path: Path, saved: bo
         ({"columns": {"instructions": "x"}}, "data.columns: 'instructions' is no column of a format; those are answer, "),
         (
             {"streaming": True, "dataset": {"a.jsonl": 1.0, "b.jsonl": 2.0}, "val_size": 4},
-            "data.val_size: a mixture repeats rows, also those held out of its stream; give an eval_dataset, or 0",
+            "data.val_size: a mixture repeats rows, also those for validation; give an eval_dataset, or 0",
         ),
         ({"streaming": True, "val_size": 0.1}, "data.val_size: 0.1 of a stream is not known; give a number of rows, or 0"),
         ({"streaming": True, "group_by_length": True}, "data.group_by_length: the rows of a stream"),
