@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -13,7 +15,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ows_lightning.checkpoints.fixed_settings import check_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
@@ -30,7 +33,6 @@ from ows_lightning.models.loss import seen_on_host
 from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, add_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.optim.schedule import warmup_and_decay
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -45,12 +47,35 @@ from ows_lightning.streaming.options import check_offloading, offloader_for, off
 # Of the hook below, which suits any data module; Lightning says so at every start.
 warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
 
 def default_optimizer(params: Any) -> Optimizer:
     """Returns GaLoreAdamW with a learning rate of 3e-4."""
     return GaLoreAdamW(params, lr=3e-4)
+
+
+def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps: float) -> LambdaLR:
+    """Returns a schedule by optimizer steps: a linear warm-up from 0, then ``cosine`` or ``linear`` to 0, or ``constant``.
+
+    ``warmup_steps`` below 1 are a share of all ``steps``, which may be infinite where nothing depends on them (UsageError).
+    """
+    if math.isinf(steps) and (kind != "constant" or 0 < warmup_steps < 1):
+        raise UsageError(
+            "trainer.max_steps: the schedule needs the number of steps; give max_steps or max_epochs, or set "
+            "model.lr_scheduler_type to constant and model.warmup_steps to a number of steps"
+        )
+    warmup = round(warmup_steps * steps) if 0 < warmup_steps < 1 else int(warmup_steps)
+    if 0 < warmup >= steps:
+        log.warning(
+            "model.warmup_steps: %d are no less than the run's %d steps: the rate never reaches its value", warmup, steps
+        )
+    name = "constant_with_warmup" if kind == "constant" else kind
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=None if math.isinf(steps) else int(steps)
+    )
 
 
 class CausalLMModule(EvaluationModule):

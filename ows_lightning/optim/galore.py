@@ -150,10 +150,9 @@ class GaLoreAdamW(GradientCapture):
             old_state, old_groups = self.state, self.param_groups
             super().__setstate__(state)
             # In place: Lightning's wrapper has copied the attributes and shares these objects.
-            new_state, new_groups = self.state, self.param_groups
             old_state.clear()
-            old_state.update(new_state)
-            old_groups[:] = new_groups
+            old_state.update(self.state)
+            old_groups[:] = self.param_groups
             self.state, self.param_groups = old_state, old_groups
         for group in self.param_groups:  # an older version's state lacks some
             for key, value in self.defaults.items():
@@ -223,20 +222,14 @@ class GaLoreAdamW(GradientCapture):
         """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``update_of``.
 
         It is for weights that are offloaded between two passes, and only read. Their state has one tensor more: B (m x r).
-
-        Args:
-            weights: Parameters of this optimizer, and others.
-            fold: Called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
+        ``fold`` is called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
         """
         self._fold_by.update((p, fold) for p in weights if p in self._places)
 
     def update_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
         """B (..., m, r) and Q (..., n, r) of what a weight has learned at rest, if that is kept beside it."""
-        if "update" not in self.state.get(p, ()):
-            return None
-        projector = self._projector(p)
-        assert projector is not None
-        return self.state[p]["update"], projector
+        projector = self.resting_projector(p)
+        return None if projector is None or "update" not in self.state[p] else (self.state[p]["update"], projector)
 
     @torch.no_grad()
     def take_in_updates(self) -> None:
@@ -260,7 +253,12 @@ class GaLoreAdamW(GradientCapture):
 
     def resting_projector(self, p: Tensor) -> Tensor | None:
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
-        return self._projector(p) if self.rests(p) else None
+        if not self.rests(p):
+            return None
+        if p not in self.resting_projectors:
+            found = _resting_subspace(p, self.state[p]["rest"], self._places[p][1])
+            self.resting_projectors[p] = self._place(p, "projector", found)
+        return self.resting_projectors[p]
 
     # ------------------------------------------------------------------ subspaces
 
@@ -284,11 +282,9 @@ class GaLoreAdamW(GradientCapture):
             self._turn_subspaces()
         if p in self._new_projectors:
             return self._new_projectors[p]
-        (group, index), state = self._places[p], self.state.get(p, {})
-        if "rest" in state:
-            if p not in self.resting_projectors:
-                self.resting_projectors[p] = self._place(p, "projector", _resting_subspace(p, state["rest"], index))
-            return self.resting_projectors[p]
+        if self.rests(p):
+            return self.resting_projector(p)
+        (group, _), state = self._places[p], self.state.get(p, {})
         due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
         return None if due else state["projector"]
 
@@ -349,15 +345,11 @@ class GaLoreAdamW(GradientCapture):
             clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
         if known_finite or norm.isfinite():
             return True
-        names = [
-            name for name, p in self._named_parameters() for g in self._gradients_of([p]) if not local(g).isfinite().all()
-        ]
+        found = ((name, self.gradient_of(p)) for name, p in self._named_parameters())
+        names = [name for name, gradient in found if gradient is not None and not local(gradient).isfinite().all()]
+        where = ", ".join(names) or "another process"
         self._progress.skipped_steps += 1
-        log.warning(
-            "Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)",
-            ", ".join(names) or "another process",
-            self.skipped_steps,
-        )
+        log.warning("Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)", where, self.skipped_steps)
         return False
 
     def _step_projected(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -408,7 +400,7 @@ class GaLoreAdamW(GradientCapture):
             take(batch, settings)
 
     def _settings(self, p: Tensor, step: int, group: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a parameter's update number ``step``, counted from 1; a generator only where it rounds."""
+        """The settings of a parameter's update number ``step``, from 1; a generator only where it rounds."""
         lr = group["lr"] * min(1.0, step / (group["state_warmup_steps"] + 1))
         settings = {"lr": lr, **{key: group[key] for key in ("betas", "eps", "weight_decay")}, "generator": None}
         settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
@@ -461,11 +453,9 @@ class GaLoreAdamW(GradientCapture):
 
 @torch.no_grad()
 def add_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-    """Takes what weights have learned at rest from an optimizer's saved state into the saved weights, in place.
+    """Takes what weights have learned at rest from an optimizer's state dict into that of a model, in place.
 
-    Args:
-        weights: A state dict, whose names may have a prefix before those that the optimizer's groups name.
-        optimizer: The state dict of a GaLoreAdamW with named parameters; of any other optimizer nothing is taken.
+    The model's names may have a prefix before those in the optimizer's groups. Of another optimizer nothing is taken.
     """
     names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
     for number, state in optimizer["state"].items():
@@ -481,11 +471,7 @@ def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Refuses options of a group that are out of their range.
-
-    Raises:
-        ValueError: Names the option.
-    """
+    """Refuses options of a group that are out of their range by a ValueError that names one."""
     valid: dict[str, Callable[[Any], bool]] = {
         "lr": lambda value: value >= 0,
         "betas": lambda value: all(0 <= beta < 1 for beta in value),
@@ -500,7 +486,7 @@ def _check(options: dict[str, Any]) -> None:
         "proj_type": lambda value: value in ("std", "reverse_std", "right", "left"),
         "subspace": lambda value: value in ("randomized", "svd", "random"),
     }
-    hints = {"rank": "must be at least 1 (leave it out to train in full rank)"}
     for name, is_valid in valid.items():
         if name in options and not is_valid(options[name]):
-            raise ValueError(f"{name}: {options[name]!r} {hints.get(name, 'is out of range')}")
+            hint = "must be at least 1 (leave it out to train in full rank)" if name == "rank" else "is out of range"
+            raise ValueError(f"{name}: {options[name]!r} {hint}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +29,6 @@ from ows_lightning.optim.sharding import (
     total_norm,
     whole_matrices,
 )
-from ows_lightning.optim.stopwatch import Stopwatch
 from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
 
 
@@ -40,14 +41,20 @@ class _Progress:
     ddp_averaging: bool = False
     known_finite: bool = False
     skipped_steps: int = 0
-    renewals: Stopwatch = field(default_factory=Stopwatch)
+    renewal_s: float = 0.0
+    spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     offering: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
+
+
+def _progress(name: str, doc: str) -> Any:
+    def get(optimizer: GradientCapture) -> Any:
+        return getattr(optimizer._progress, name)
+
+    return property(get, lambda optimizer, value: setattr(optimizer._progress, name, value), doc=doc)
 
 
 class GradientCapture(Optimizer):
     """An optimizer that keeps of its matrices' gradients what its next step consumes: R = G Q, in place of ``grad``.
-
-    Which matrices are projected, and by which projector, a subclass says: ``_side``, ``_projector`` and ``_new_subspace``.
 
     Attributes:
         projected_gradients: R of the coming step, by weight.
@@ -65,53 +72,46 @@ class GradientCapture(Optimizer):
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
         self.sketches: dict[Tensor, tuple[Sketch, Tensor, dist.ProcessGroup | None]] = {}
 
-    def _side(self, p: Tensor) -> Side | None:
-        """Which side of a matrix is projected; None where it trains in full rank."""
-        raise NotImplementedError
+    # What a subclass has: which side of a matrix is projected, None in full rank; the projector of the coming step, None if it
+    # has to be found; a projector from a gradient (..., m, n), or a sketch of one; Q (n, r) of a weight (m, n) at rest.
+    _side: Callable[[Tensor], Side | None]
+    _projector: Callable[[Tensor], Tensor | None]
+    _new_subspace: Callable[[Tensor, Tensor, Side], Tensor | Sketch]
+    resting_projector: Callable[[Tensor], Tensor | None]
 
-    def _projector(self, p: Tensor) -> Tensor | None:
-        """The projector of the coming step, for either side; None if it has to be found."""
-        raise NotImplementedError
-
-    def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
-        """Finds a projector from a gradient of shape (..., m, n), or a sketch of one."""
-        raise NotImplementedError
-
-    def resting_projector(self, p: Tensor) -> Tensor | None:
-        """Q (n, r) of a weight (m, n) that trains at rest; None of any other."""
-        return None
-
-    @property
-    def accumulating(self) -> bool:
-        """Set it True while backward runs for a micro-batch that is not the last of its step."""
-        return self._progress.accumulating
-
-    @accumulating.setter
-    def accumulating(self, value: bool) -> None:
-        self._progress.accumulating = value
-
-    @property
-    def ddp_averaging(self) -> bool:
-        """Set it True once where ``average_gradients()`` comes before every step: no backward pass takes a subspace then."""
-        return self._progress.ddp_averaging
-
-    @ddp_averaging.setter
-    def ddp_averaging(self, value: bool) -> None:
-        self._progress.ddp_averaging = value
-
-    @property
-    def known_finite(self) -> bool:
-        """Set it True where the norm of ``gradients()`` is known to be finite: the next step does not wait for the device."""
-        return self._progress.known_finite
-
-    @known_finite.setter
-    def known_finite(self, value: bool) -> None:
-        self._progress.known_finite = value
+    accumulating = _progress(
+        "accumulating", "Set it True while backward runs for a micro-batch that is not the last of its step."
+    )
+    ddp_averaging = _progress(
+        "ddp_averaging", "Set it True once where ``average_gradients()`` comes before every step: backward takes no subspace."
+    )
+    known_finite = _progress(
+        "known_finite", "Set it True where the norm of ``gradients()`` is known to be finite: the next step does not wait."
+    )
 
     @property
     def renewal_s(self) -> float:
         """Seconds spent on finding subspaces so far. On a GPU, reading it waits for those that are being found."""
-        return self._progress.renewals.seconds
+        progress = self._progress
+        while progress.spans:
+            begin, end = progress.spans.pop()
+            end.synchronize()
+            progress.renewal_s += begin.elapsed_time(end) / 1000
+        return progress.renewal_s
+
+    @contextmanager
+    def _measured(self, device: torch.device) -> Iterator[None]:
+        """Measures what finds subspaces: by the clock on a CPU, on a GPU by events, which wait for nothing."""
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(torch.cuda.current_stream(device))
+            yield
+            end.record(torch.cuda.current_stream(device))
+            self._progress.spans.append((begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._progress.renewal_s += time.perf_counter() - start
 
     def project_in_backward(self, enabled: bool = True, model: nn.Module | None = None) -> None:
         """From now on a projected matrix's gradient is projected within backward, and freed at once.
@@ -242,7 +242,7 @@ class GradientCapture(Optimizer):
         if not renew:
             self.offloaded_gradients[p] = _to_host(local(gradient))
             return
-        with self._progress.renewals.measure(p.device):
+        with self._measured(p.device):
             matrices = whole_matrices(gradient)
             # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
             finite = total_norm([matrices]).isfinite()
@@ -266,7 +266,7 @@ class GradientCapture(Optimizer):
             return
         waiting = list(self.sketches.items())
         self.sketches.clear()
-        with self._progress.renewals.measure(waiting[0][0].device):
+        with self._measured(waiting[0][0].device):
             turned = singular_vectors([sketch for _, (sketch, *_) in waiting])
             for (p, (sketch, projected, processes)), exact in zip(waiting, turned, strict=True):
                 side, vectors = self._side(p), exact.to(projected.dtype)
@@ -277,15 +277,9 @@ class GradientCapture(Optimizer):
 
     @torch.no_grad()
     def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
-        """Takes a linear layer's gradient as its factors, within backward; see ``project_in_backward``.
+        """Takes the gradient of a linear layer's weight (m, n) as dY (tokens, m) and X (tokens, n), within backward.
 
-        Args:
-            p: The layer's weight, of shape (m, n).
-            output_gradient: dY, of shape (tokens, m).
-            inputs: X, of shape (tokens, n).
-
-        Returns:
-            False where the gradient itself is needed: a subspace has to be found, or the factors are no shorter.
+        Returns False where the gradient itself is needed: a subspace has to be found, or the factors are no shorter.
         """
         side, (m, n) = self._side(p), p.shape
         projector = None if side is None else self._projector(p)

@@ -25,14 +25,9 @@ class _Hook:
 
 
 def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[Any, Tensor], None]) -> None:
-    """Calls ``consume(owner, p)`` within backward, as soon as the gradient of a parameter p has added up.
+    """Calls ``consume(owner, p)`` within backward, as soon as the gradient of p has added up; it may set ``p.grad`` to None.
 
-    The hook is removed with ``owner``. It replaces the hook of another owner.
-
-    Args:
-        parameters: Leaf tensors of any shape; those that are frozen now are hooked for when they train.
-        owner: Any object that can be referenced weakly.
-        consume: Called with the owner and the parameter; it may set ``p.grad`` to None.
+    The hook goes with its owner, and replaces another owner's. A frozen parameter is hooked for when it trains.
     """
     handles = []
     for p in parameters:
@@ -45,22 +40,14 @@ def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[
 
 
 def remove_hook(p: Tensor) -> None:
-    """Removes a parameter's hook, whoever owns it: its gradient stays in ``p.grad`` again.
-
-    Args:
-        p: A parameter, with or without a hook.
-    """
+    """Removes a parameter's hook, if it has one, whoever owns it: its gradient stays in ``p.grad`` again."""
     for hook in gradient_hooks(p):
         if isinstance(hook, _Hook):
             hook.handle.remove()
 
 
 def sole_consumer(p: Tensor) -> Any | None:
-    """Returns whose hook gets a parameter's gradient; None if nobody's does, or if others look at that gradient, too.
-
-    Args:
-        p: A parameter, with or without hooks.
-    """
+    """Returns whose hook gets a parameter's gradient; None if nobody's does, or if others look at that gradient, too."""
     hooks = gradient_hooks(p)
     return hooks[0].owner() if len(hooks) == 1 and isinstance(hooks[0], _Hook) else None
 

@@ -6,7 +6,7 @@ Where Q is known before the forward pass, as in a block at rest, X Q (tokens x r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from ows_lightning.optim.hooks import sole_consumer
 
-
-class Consumer(Protocol):
-    """Who may take a weight's gradient as its two factors, or projected."""
-
-    def resting_projector(self, p: Tensor) -> Tensor | None:
-        """Returns Q (n, r) of a weight that trains at rest: R = dY^T (X Q) is all that is needed of its gradient."""
-        ...
-
-    def consume_projected(self, p: Tensor, projected: Tensor) -> None:
-        """Takes R (m, r) of such a weight."""
-        ...
-
-    def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
-        """Takes dY (tokens, m) and X (tokens, n) in place of G = dY^T X (m, n); False if G itself is needed."""
-        ...
+if TYPE_CHECKING:
+    from ows_lightning.optim.gradient_capture import GradientCapture
 
 
 class ProjectedLinear(nn.Linear):
@@ -47,7 +34,7 @@ class ProjectedLinear(nn.Linear):
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
         weight, bias, update = self.weight, self.bias, self.update
         plain = not weight.requires_grad or not torch.is_grad_enabled() or _casts_or_compiles(input)
-        consumer: Consumer | None = None if plain else sole_consumer(weight)
+        consumer: GradientCapture | None = None if plain else sole_consumer(weight)
         projector = None if consumer is None else consumer.resting_projector(weight)
         output: Tensor
         if projector is None or projector.dtype != input.dtype:
@@ -62,11 +49,9 @@ class ProjectedLinear(nn.Linear):
 
 
 def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> set[Tensor]:
-    """Lets the ProjectedLinear layers of a block compute with W + B Q^T, as Y = X W^T + (X Q) B^T; returns which weights do.
+    """Has a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T for these weights' B and Q, and Y = X W^T for others.
 
-    Args:
-        block: Any module.
-        updates: B and Q, by weight; layers of other weights compute with W from now on.
+    Returns the weights of the former.
     """
     layers = [module for module in block.modules() if type(module) is ProjectedLinear]
     for layer in layers:
@@ -109,7 +94,7 @@ class _Linear(torch.autograd.Function):
         weight_gradient = None
         if of_weight:
             inputs = input.reshape(-1, input.size(-1))
-            consumer: Consumer | None = sole_consumer(ctx.parameter)
+            consumer: GradientCapture | None = sole_consumer(ctx.parameter)
             if consumer is None or not consumer.consume_factors(ctx.parameter, rows, inputs):
                 weight_gradient = rows.mT @ inputs
         return gradient @ weight if of_input else None, weight_gradient, rows.sum(0) if of_bias else None
@@ -123,7 +108,7 @@ class _KeepProjected(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, weight: Tensor, consumer: Consumer) -> Tensor:
+    def forward(ctx: Any, projected: Tensor, weight: Tensor, consumer: GradientCapture) -> Tensor:
         ctx.save_for_backward(projected)
         ctx.parameter, ctx.consumer = weight, consumer
         return projected.new_zeros(()).expand(*projected.shape[:-1], weight.size(0))

@@ -16,13 +16,7 @@ from ows_lightning.optim.subspace import Side
 def project(gradient: Tensor, projector: Tensor, side: Side) -> Tensor:
     """R = G Q (right) or R = P^T G (left): GaLore, arXiv 2403.03507, equation 5.
 
-    Args:
-        gradient: G, of shape (..., m, n).
-        projector: Q, of shape (..., n, r), or P, of shape (..., m, r); of the gradient's dtype.
-        side: Which of the two it is.
-
-    Returns:
-        R, of shape (..., m, r) or (..., r, n).
+    G has the shape (..., m, n), Q (..., n, r), P (..., m, r), R (..., m, r) or (..., r, n), all of one dtype.
     """
     return gradient @ projector if side == "right" else projector.mT @ gradient
 
@@ -30,16 +24,7 @@ def project(gradient: Tensor, projector: Tensor, side: Side) -> Tensor:
 def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, side: Side) -> Tensor:
     """R = dY^T (X Q) (right) or R = (dY P)^T X (left): ``project`` of a linear layer's G = dY^T X, without G.
 
-    It takes r (m + n) products a token instead of m n, and m n r more.
-
-    Args:
-        output_gradient: dY, of shape (tokens, m).
-        inputs: X, of shape (tokens, n), of the same dtype.
-        projector: Q, of shape (n, r), or P, of shape (m, r); of the same dtype.
-        side: Which of the two it is.
-
-    Returns:
-        R, of shape (m, r) or (r, n).
+    It takes r (m + n) products a token instead of m n, and m n r more. dY has the shape (tokens, m), X (tokens, n).
     """
     if side == "right":
         return output_gradient.mT @ (inputs @ projector)
@@ -71,24 +56,12 @@ def projected_adamw_(
         D = sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps)
         W <- (1 - lr decay) (W - lr scale D Q^T)       right;  W - lr scale P D left;  W - lr scale D in full rank
 
+    R are the ``gradients`` (G in full rank), Q or P the ``projectors`` (None: in full rank), M the ``exp_avgs`` and V the
+    ``exp_avg_sqs``, of the shapes of R, and t the ``steps``, from 1. Decay acts after the step, as in galore-torch.
     Many give the same bits as one at a time.
 
-    Args:
-        weights: The W, of any shapes; of shape (m, n) or (b, m, n) where they are projected.
-        gradients: R of each, see ``project``, or G in full rank; their values stay.
-        projectors: Q or P of each; None: in full rank.
-        exp_avgs: M of each, of its gradient's shape; float32 or wider, or bfloat16 with a generator.
-        exp_avg_sqs: V of each, of the same shape and dtype.
-        steps: t of each, from 1.
-        lr: Learning rate.
-        betas: b1 and b2.
-        eps: Added to the roots of the second moments.
-        side: Of the projectors.
-        scale: Factor of the update.
-        weight_decay: Decoupled weight decay; it acts after the step, as in galore-torch.
-        generator: Moments in bfloat16 are updated in float32 and rounded stochastically: rounded to nearest, a second moment
-            would never decay.
-        round_weights: Weights in bfloat16, too, rounded by the generator.
+    Moments are float32 or wider, or bfloat16 with a generator: they are updated in float32 then, and rounded stochastically,
+    for rounded to nearest, a second moment would never decay. With ``round_weights`` so are weights in bfloat16.
     """
     (beta1, beta2), rate, kept = betas, lr * scale, 1 - lr * weight_decay
     rounds_moments = exp_avgs[0].dtype == torch.bfloat16
@@ -136,13 +109,7 @@ def _add_product_(
 
 
 def add_update_(weight: Tensor, update: Tensor, projector: Tensor) -> None:
-    """W <- W + B Q^T: takes in what a weight has learned at rest, in its own dtype.
-
-    Args:
-        weight: W, of shape (m, n) or (b, m, n), changed in place.
-        update: B, of shape (..., m, r).
-        projector: Q, of shape (..., n, r).
-    """
+    """W <- W + B Q^T, in place and in W's dtype, for W (..., m, n), B (..., m, r) and Q (..., n, r)."""
     _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, None)
 
 

@@ -17,6 +17,7 @@ The middle case arises only where a dimension can't be divided evenly. Tensors t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
@@ -54,8 +55,7 @@ def whole_matrices(tensor: Tensor) -> Tensor:
     """
     if not is_sharded(tensor):
         return tensor
-    placements = [p if _is_batch(p, tensor) else torch.distributed.tensor.Replicate() for p in tensor.placements]
-    return tensor.redistribute(placements=placements).to_local()
+    return tensor.redistribute(placements=_whole_placements(tensor)).to_local()
 
 
 def projected_placements(weight: DTensor, side: Side) -> list[Placement]:
@@ -65,22 +65,13 @@ def projected_placements(weight: DTensor, side: Side) -> list[Placement]:
 
 def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
     """Placements of the projector of ``weight``, of shape (..., m, r) for the left side, (..., n, r) for the right."""
-    rows = weight.dim() - 2
-    along_rows = [
-        torch.distributed.tensor.Shard(rows)
-        if p.is_shard(_projected_dim(weight, side))
-        else torch.distributed.tensor.Replicate()
-        for p in weight.placements
-    ]
-    return [p if _is_batch(p, weight) else q for p, q in zip(weight.placements, along_rows, strict=True)]
+    along_rows, dim = torch.distributed.tensor.Shard(weight.dim() - 2), _projected_dim(weight, side)
+    pairs = zip(weight.placements, _whole_placements(weight), strict=True)
+    return [along_rows if p.is_shard(dim) else whole for p, whole in pairs]
 
 
 def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
-    """Joins the processes' products, each of its part of the gradient and of the projector, to the projected gradient.
-
-    ``part`` and the result have the shape (..., m, r) for the right side, (..., r, n) for the left; the result is distributed
-    as ``projected_placements`` says.
-    """
+    """Joins the processes' products, each of its part of the gradient and of the projector, to the projected gradient."""
     if not is_sharded(weight):
         return part
     dim = _projected_dim(weight, side)
@@ -100,7 +91,7 @@ def place_projector(projector: Tensor, weight: Tensor, side: Side, group: dist.P
         if group is not None:
             dist.broadcast(projector, group=group, group_src=0)
         return projector
-    placements = [p if _is_batch(p, weight) else torch.distributed.tensor.Replicate() for p in weight.placements]
+    placements = _whole_placements(weight)
     for dim, placement in enumerate(placements):
         if placement.is_replicate():
             dist.broadcast(projector, group=weight.device_mesh.get_group(dim), group_src=0)
@@ -144,14 +135,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: str = "norm") -> None:
-    """Clips gradients in place.
-
-    Args:
-        gradients: Tensors of any shapes, sharded or not; without any, nothing happens.
-        norm: Their joint 2-norm (or that of these and others which are clipped with them), a scalar.
-        limit: Limit of the joint norm, or of each element's absolute value.
-        algorithm: ``norm`` or ``value``, as Lightning's ``gradient_clip_algorithm``.
-    """
+    """Clips gradients in place: their joint 2-norm, which is given (maybe with others'), or by ``value`` each element."""
     parts = [local(gradient) for gradient in gradients]
     if not parts:
         return
@@ -197,16 +181,14 @@ def _projected_dim(weight: Tensor, side: Side) -> int:
     return weight.dim() - (1 if side == "right" else 2)
 
 
-def _is_batch(placement: Placement, tensor: Tensor) -> bool:
-    return isinstance(placement, torch.distributed.tensor.Shard) and placement.dim < tensor.dim() - 2
+def _whole_placements(tensor: DTensor) -> list[Placement]:
+    """Of the tensor's matrices, each whole: leading dimensions stay distributed."""
+    replicate, Shard = torch.distributed.tensor.Replicate(), torch.distributed.tensor.Shard
+    return [p if isinstance(p, Shard) and p.dim < tensor.dim() - 2 else replicate for p in tensor.placements]
 
 
 def _copies(tensor: DTensor) -> int:
-    copies = 1
-    for dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            copies *= tensor.device_mesh.size(dim)
-    return copies
+    return math.prod(tensor.device_mesh.size(dim) for dim, p in enumerate(tensor.placements) if p.is_replicate())
 
 
 def _from_local(part: Tensor, weight: DTensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:

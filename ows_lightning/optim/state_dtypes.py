@@ -11,11 +11,7 @@ from torch.optim import Optimizer
 def keep_state_dtypes(optimizer: Optimizer) -> None:
     """Lets any optimizer of torch load its state as it was saved, from now on.
 
-    torch casts all of a state but ``step`` to the parameter's dtype when it is loaded. NAdam keeps a product in float32: with
-    bfloat16 weights a resumed run would go on with another one.
-
-    Args:
-        optimizer: An optimizer, whose states lie under the same numbers of parameters when they are saved and loaded.
+    torch casts all of it but ``step`` to the parameter's dtype. With bfloat16 weights, NAdam would go on with another product.
     """
     loading: dict[str, Any] = {}
 

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from ows_lightning.errors import UsageError
-from ows_lightning.optim.schedule import warmup_and_decay
+from ows_lightning.module import warmup_and_decay
 
 
 def rates(schedule: LRScheduler) -> list[float]:
