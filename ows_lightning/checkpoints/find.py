@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ows_lightning.checkpoints.checksums import check_sums
-from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, first_line, load_file
+from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, check_sums, first_line, load_file
 from ows_lightning.checkpoints.shards import read_metadata
 from ows_lightning.errors import UsageError
 

@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from ows_lightning.data.examples import column, example_features, mix, read_examples, stream_examples, tokenise
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
-from ows_lightning.data.packing import pack
-from ows_lightning.data.rows import Rows
+from ows_lightning.data.rows import Rows, pack
 from ows_lightning.data.sources import first_names, resolve
 from ows_lightning.data.stream import BLOCK
 from ows_lightning.errors import UsageError

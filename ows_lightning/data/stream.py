@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ows_lightning.data.masking import Encoder
-from ows_lightning.data.packing import pack
-from ows_lightning.data.rows import Item, as_item
+from ows_lightning.data.rows import Item, as_item, pack
 from ows_lightning.data.sources import first_names
 from ows_lightning.errors import UsageError
 

@@ -12,6 +12,7 @@ Only safetensors and GGUF are read, never a pickle, and no code of a model runs 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -20,12 +21,12 @@ import re
 import struct
 import textwrap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -37,12 +38,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, closest
 from ows_lightning.models.large_tensors import all_finite, drop_page_cache
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
@@ -129,6 +132,43 @@ def load_model(
     if source.gguf_file is not None:
         _forget_quantisation(model)
     return model.train()
+
+
+def empty_model(
+    name: str,
+    num_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Builds what ``load_model`` would load, with its weights on the meta device and its buffers in memory.
+
+    Its embeddings have rows for ``num_tokens``.
+    """
+    config = load_config(name, trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+        if num_tokens > next(model.get_input_embeddings().parameters()).size(0):
+            model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    model.tie_weights()  # accelerate makes a parameter of its own for every place
+    with contextlib.suppress(OSError):  # it has none of its own
+        model.generation_config = GenerationConfig.from_pretrained(locate(name).path)
+    return model.train()
+
+
+def allocate(model: nn.Module) -> nn.Module:
+    """Gives the weights of an ``empty_model`` memory, without values, in place; tied ones stay tied."""
+    made: dict[nn.Parameter | None, nn.Parameter] = {
+        weight: nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+        if weight.is_meta
+    }
+    for module in model.modules():
+        own = own_parameters(module)
+        own.update({name: made.get(weight, weight) for name, weight in own.items()})
+    return model
 
 
 def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
@@ -241,7 +281,7 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
-@contextmanager
+@contextlib.contextmanager
 def loading(name: str, what: str = "") -> Iterator[None]:
     """Turns transformers' long errors about a model's files (``what`` is loaded of it) into a UsageError of one line."""
     try:
