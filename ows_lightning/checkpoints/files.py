@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,10 @@ METADATA = ".metadata"  # torch's name for the list of what is in the shards
 REQUIRED_KEYS = ("state_dict", "loops", "global_step")
 # What torch and pickle raise on a file that is truncated or not a checkpoint.
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
+UNSAFE = "it holds more than tensors and plain values, which could run code when it is read"
 _COMMENT = b"sum32 %08x"
 _LENGTH = len(_COMMENT % 0).to_bytes(2, "little")  # the archive's last two bytes, which are 0 without a comment
 _CHUNK = 1 << 22
-
-
-class UnsafePickleError(pickle.UnpicklingError):
-    """A pickle asks for more than tensors and plain values."""
-
-    def __str__(self) -> str:
-        return "it holds more than tensors and plain values, which could run code when it is read"
 
 
 def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, Any]:
@@ -48,7 +42,7 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # the bytes are not a pickle at all
             raise ValueError("it was not written by torch") from error
-        raise UnsafePickleError from error
+        raise pickle.UnpicklingError(UNSAFE) from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")
     if checkpoint.pop("has_checksum", False) and not summed:
@@ -63,7 +57,8 @@ def save_file(value: dict[str, Any], path: Path) -> None:
             torch.save({**value, "has_checksum": True}, file)
         except RuntimeError as error:
             raise root_cause(error) from error
-        file.add_comment()
+        file.seek(-2, os.SEEK_END)
+        file.write(_LENGTH + _COMMENT % file.sum)
         file.flush()
         os.fsync(file.fileno())
 
@@ -113,19 +108,14 @@ class SummedFile(io.BufferedWriter):
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "w"))
-        self._sum = 0
+        self.sum = 0
 
     def write(self, data: Any) -> int:
         """Writes bytes."""
-        self._sum = zlib.crc32(data, self._sum)
+        self.sum = zlib.crc32(data, self.sum)
         written = super().write(data)
         drop_page_cache()  # of the weight that was written
         return written
-
-    def add_comment(self) -> None:
-        """Ends the archive with a comment that holds the sum."""
-        self.seek(-2, os.SEEK_END)
-        super().write(_LENGTH + _COMMENT % self._sum)
 
 
 def file_sum(path: Path, length: int | None = None) -> int:
@@ -154,10 +144,3 @@ def check_comment(path: Path) -> bool:
     if found and (length != _LENGTH or int(found[1], 16) != zlib.crc32(b"\0\0", file_sum(path, end))):
         raise ValueError("its checksum is wrong: bytes have changed since it was written")
     return found is not None
-
-
-def check_sums(folder: Path, sums: Mapping[str, int]) -> None:
-    """Raises a ValueError if files of a folder have other sums than these, an OSError if one is not there."""
-    for name, expected in sums.items():
-        if file_sum(folder / name) != expected:
-            raise ValueError(f"{name} has another checksum than when it was written")

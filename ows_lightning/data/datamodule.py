@@ -30,8 +30,7 @@ from ows_lightning.errors import UsageError
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _ALL_PARTS = ("train", "val", "test")
-_FEW_ROWS = 256
-"""Up to so many, a batch may be larger than the data."""
+_FEW_ROWS = 256  # up to so many, a batch may be larger than the data
 
 
 class InstructionDataModule(LightningDataModule):
@@ -142,17 +141,12 @@ class InstructionDataModule(LightningDataModule):
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
 
     def check(self) -> None:
-        """Check all that needs no tokenizer: files, their syntax, columns and types.
-
-        Raises:
-            UsageError: Names the setting or the row, and what to do.
-        """
+        """Raises a UsageError for what is wrong in files, their syntax, columns and types; it needs no tokenizer."""
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
         rows = self.batch_size if self.streaming else len(self._splits.examples_of("dataset"))
         if self.batch_size > max(rows, _FEW_ROWS):  # the predicted memory would be wrong
-            raise UsageError(
-                f"data.batch_size: {self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
-            )
+            what = f"{self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
+            raise UsageError(f"data.batch_size: {what}")
 
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
@@ -213,12 +207,8 @@ class InstructionDataModule(LightningDataModule):
         documents = [document for row in rows.rows for document in row]
         for name, counted in (("truncated_rows", "truncated"), ("tokens", "length"), ("target_tokens", "targets")):
             figures[name] = int(column(rows.documents, counted)[documents].sum())
-        return {
-            "rows": len(rows),
-            "documents": len(documents),
-            "dropped_rows": len(self._splits.dropped("dataset")),
-            **figures,
-        }
+        dropped = len(self._splits.dropped("dataset"))
+        return {"rows": len(rows), "documents": len(documents), "dropped_rows": dropped, **figures}
 
     def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
         """A training row after `setup`, decoded: pieces of text, each with whether it is trained."""
@@ -259,10 +249,8 @@ class InstructionDataModule(LightningDataModule):
         """Refuse rows that are longer than what the model has positions for."""
         exceeded = getattr(self.trainer and self.trainer.lightning_module, "exceeded_positions", lambda _: None)
         if (limit := exceeded(length + generated)) is not None:
-            raise UsageError(
-                f"data.max_seq_length: {what}, and the model has positions for {limit}; "
-                f"set data.max_seq_length: {max(limit - generated, 2)} or less"
-            )
+            mend = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
+            raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {mend}")
 
     def _require_rows(self, part: str, what_for: str) -> None:
         if self._splits.key(part) is None:

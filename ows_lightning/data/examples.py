@@ -62,11 +62,10 @@ def read_examples(source: Source, data_format: str | None, columns: Mapping[str,
     import datasets
 
     arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
-    content = sources.content_hash(source)
+    key = _hash(sources.content_hash(source), source.name, source.answered, data_format, dict(columns), _versions())
     features = example_features()
-    fingerprint = _hash(content, source.name, _is_answered(source), data_format, dict(columns), _versions())
     try:
-        return datasets.Dataset.from_generator(_examples, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
+        return datasets.Dataset.from_generator(_examples, features=features, gen_kwargs=arguments, fingerprint=key)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, UsageError):
@@ -141,7 +140,7 @@ def _cores() -> int:
 def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for where, row in sources.read_rows(source):
         if data_format is None:  # the first row tells it for all
-            data_format = formats.recognise(formats.rename(row, columns, where), where, _is_answered(source))
+            data_format = formats.recognise(formats.rename(row, columns, where), where, source.answered)
         yield _table_row(row, where, source, data_format, columns)
 
 
@@ -150,14 +149,9 @@ def _stream_row(row: Row, index: int, source: Source, data_format: str | None, c
 
 
 def _table_row(row: Row, where: str, source: Source, data_format: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
-    renamed, answered = formats.rename(row, columns, where), _is_answered(source)
-    entry = entry_of(renamed, data_format or formats.recognise(renamed, where, answered), where, answered)
+    renamed = formats.rename(row, columns, where)
+    entry = entry_of(renamed, data_format or formats.recognise(renamed, where, source.answered), where, source.answered)
     return {**entry, "renamed": [name for name in columns.values() if name in row]}
-
-
-def _is_answered(source: Source) -> bool:
-    """Whether the source's rows need an answer; test rows may be prompts for `predict`."""
-    return source.key != "test_dataset"
 
 
 def entry_of(row: Row, data_format: str, where: str, answered: bool) -> dict[str, str]:
@@ -165,9 +159,6 @@ def entry_of(row: Row, data_format: str, where: str, answered: bool) -> dict[str
     try:
         example = json.dumps(formats.to_example(row, data_format, where, answered), ensure_ascii=False, default=str)
         example.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise UsageError(f"{where} holds {half}, one half of a character; write the whole character, or remove it") from None
     except UsageError:
         raise
     except Exception as error:  # any fault of the row: name the row

@@ -95,10 +95,8 @@ class ResumableLoader(DataLoader[Any]):
         before, now = state.get("order", {}), self.state_dict()["order"]
         changed = [f"{name} from {before[name]} to {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
         if changed and state["rows"]:
-            rank_zero_warn(
-                f"The resumed run's rows are in another order ({', '.join(changed)}): what is left of this epoch may hold "
-                "rows that were seen, and lack others"
-            )
+            risk = "what is left of this epoch may hold rows that were seen, and lack others"
+            rank_zero_warn(f"The resumed run's rows are in another order ({', '.join(changed)}): {risk}")
         ranks = getattr(self.sampler, "num_replicas", 1)
         self._position = self._resume_at = (state["epoch"], state["rows"] // ranks)
         if again := state["rows"] % ranks:

@@ -73,7 +73,11 @@ class Encoder:
         end them: each such answer ends a row of its own, trained in the form in which the model has to give it.
         """
         if "text" in example:
-            rows = [self._plain_text(example["text"])]
+            ids = self.tokenizer(example["text"]).input_ids
+            if ids and ids[-1] != self.tokenizer.eos_token_id:
+                ids = [*ids, self.tokenizer.eos_token_id]
+            kept = ids[: self.max_seq_length]
+            rows = [Encoded(kept, [IGNORED, *kept[1:]], truncated=len(kept) < len(ids))]
         else:
             messages, tools = self._relevant_messages(example), example.get("tools")
             shown = self._template.without_empty_turns(messages, tools)
@@ -107,13 +111,6 @@ class Encoder:
         if not self.train_on_prompt:
             messages = messages[: 1 + max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)]
         return self._template.fitted(messages, example.get("tools"))
-
-    def _plain_text(self, text: str) -> Encoded:
-        ids = self.tokenizer(text).input_ids
-        if ids and ids[-1] != self.tokenizer.eos_token_id:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        kept = ids[: self.max_seq_length]
-        return Encoded(kept, [IGNORED, *kept[1:]], truncated=len(kept) < len(ids))
 
     def _conversation(self, messages: list[Message], tools: Any, where: str) -> list[Encoded]:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -152,7 +149,10 @@ class Encoder:
         start = _common_prefix(head, text)
         if start < len(head):
             # The generation prompt may open something that the answer lacks (<think>), but the context must not change.
-            start = min(start, self._where_contents_differ(text, messages, i, tools, where))
+            # So the answer begins where the text changes with its content, or behind that.
+            content = "." if (messages[i]["content"] or "").lstrip().startswith("!") else "!"
+            other = [*messages[:i], {"role": "assistant", "content": content}]
+            start = min(start, _common_prefix(self._template.render(other, tools, where), text))
             before = self._template.render(messages[:i], tools, where) if i else ""
             if start < len(self._without_eos(before)):
                 return None
@@ -164,12 +164,6 @@ class Encoder:
         if not text.startswith(answer) or not answer.rstrip().endswith(self.end_tokens):
             return None
         return (start, len(answer)) if start < len(answer) else None
-
-    def _where_contents_differ(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> int:
-        """The first position of `text` that changes with the content of message `i`: at or before where that begins."""
-        content = "." if (messages[i]["content"] or "").lstrip().startswith("!") else "!"
-        other = [*messages[:i], {"role": "assistant", "content": content}]
-        return _common_prefix(self._template.render(other, tools, where), text)
 
     def _with_end_tokens(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Leave white space after the end-of-turn token out of the targets, and add a token where the template has none."""

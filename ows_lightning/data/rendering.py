@@ -64,8 +64,9 @@ class ChatTemplate:
         """The messages without the answers that the template does not show, such as tool calls in a template without them."""
         kept: list[Message] = []
         for message in messages:
-            hidden = message.get("tool_calls") or message.get("reasoning_content")
-            if not hidden or (message["content"] or "").strip() or not self._is_empty(message, kept, tools):
+            said = (message["content"] or "").strip() or not (message.get("tool_calls") or message.get("reasoning_content"))
+            text = None if said else self._rendered([*kept, message], tools)
+            if text is None or text != self._rendered([*kept, {"role": "assistant", "content": ""}], tools):
                 kept.append(message)
         return kept
 
@@ -108,12 +109,6 @@ class ChatTemplate:
             without = self._rendered(_in_form(marked.messages, "", lambda arguments: arguments), marked.tools)
             printed_none = without is not None and text.count("None") > without.count("None")
         return sum(mark not in text for mark in marked.places) + sum(quoted_wrongly) + printed_none
-
-    def _is_empty(self, message: Message, before: list[Message], tools: Any) -> bool:
-        """Whether the template writes this answer as it would write an empty one."""
-        nothing = {"role": "assistant", "content": ""}
-        text = self._rendered([*before, message], tools)
-        return text is not None and text == self._rendered([*before, nothing], tools)
 
     def _rendered(self, messages: list[Message], tools: Any) -> str | None:
         try:

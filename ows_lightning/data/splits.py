@@ -193,17 +193,13 @@ class Splits:
             named = self._named(key, dropped)
             rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
         if documents > total - len(dropped):
-            rank_zero_info(
-                f"data.{key}: {total - len(dropped)} rows became {documents}, since the template rewrites earlier answers:"
-                " each is trained at the end of a row of its own."
-            )
+            why = "since the template rewrites earlier answers: each is trained at the end of a row of its own."
+            rank_zero_info(f"data.{key}: {total - len(dropped)} rows became {documents}, {why}")
         if truncated := int(column(self._tokens[key], "truncated").sum()):
             rank_zero_info(f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={max_seq_length} tokens.")
         for what, rows in self._unshown(key).items():
-            rank_zero_warn(
-                f"data.{key}: {len(rows)} of {total} rows lose {what}, which the chat template does not show: "
-                f"{self._named(key, rows)}"
-            )
+            which = f"{what}, which the chat template does not show: {self._named(key, rows)}"
+            rank_zero_warn(f"data.{key}: {len(rows)} of {total} rows lose {which}")
 
     def _unshown(self, key: str) -> dict[str, list[int]]:
         """What the chat template leaves out, and the examples that lose it."""

@@ -10,13 +10,7 @@ from transformers import PreTrainedModel
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm
-from ows_lightning.models.loss import (
-    last_hidden_state,
-    logits_of,
-    loss_and_likeliest,
-    next_token_loss,
-    row_log_likelihoods,
-)
+from ows_lightning.models.loss import last_hidden_state, logits_of, loss_and_likeliest, next_token_loss, row_log_likelihoods
 
 
 class LossParts(NamedTuple):

@@ -132,16 +132,25 @@ def write_delta(
                     tensor = file.get_tensor(name)
                     value = files[path.name][name] = _hash(name, tensor)
                     model_bytes += tensor.nbytes
-                    if value != before.get(name):
-                        stored = _smallest(tensor, of_base.get(name))
-                        if stored is not tensor:
-                            packed[name] = _hash(name, stored)
-                        shards.add(name, stored)
+                    if value == before.get(name):
+                        continue
+                    stored, old = tensor, of_base.get(name)
+                    if old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape):
+                        stored = min(compress(tensor, old), tensor, key=lambda one: one.nbytes)
+                    if stored is not tensor:
+                        packed[name] = _hash(name, stored)
+                    shards.add(name, stored)
         shards.flush()
+        local = Path(base).expanduser()
         about = {
-            "base": name_without_folders(base), "base_sha256": _hash_of_all(before), "dtype": str(dtype)[len("torch."):],
-            "tensors": shards.tensors, "packed": packed, "files": files, "other_files": others,
-        }  # fmt: skip
+            "base": local.absolute().name if local.exists() else base,  # without the folders of this machine
+            "base_sha256": _hash_of_all(before),
+            "dtype": str(dtype).removeprefix("torch."),
+            "tensors": shards.tensors,
+            "packed": packed,
+            "files": files,
+            "other_files": others,
+        }
         (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return Sizes(shards.nbytes, model_bytes)
 
@@ -214,11 +223,6 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
     return sizes
 
 
-def name_without_folders(name: str) -> str:
-    """A model's name without the folders of this machine: of a local directory or file, the last part."""
-    return Path(name).expanduser().absolute().name if Path(name).expanduser().exists() else name
-
-
 def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
     """The largest size that a delta can have, given the parameters that ever required a gradient; nothing is compared.
 
@@ -230,13 +234,6 @@ def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
     changed = [tensor for tensor, _ in pairs if tensor in ever]
     return Sizes(sum(tensor.nbytes for tensor in changed), sum(tensor.nbytes for tensor, _ in pairs))
-
-
-def _smallest(tensor: Tensor, base: Tensor | None) -> Tensor:
-    """The tensor itself, or its packed difference from the base's where that is smaller."""
-    if base is None or (base.dtype, base.shape) != (tensor.dtype, tensor.shape):
-        return tensor
-    return min(compress(tensor, base), tensor, key=lambda one: one.nbytes)
 
 
 class _Shards:

@@ -91,7 +91,10 @@ def save_huggingface(
     with replacing(target, "model") if writes else contextlib.nullcontext(target) as partial:
         if writes:
             tokenizer.save_pretrained(partial)
-            _copy_processor(base, partial)
+            is_vision = type(base.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME) if is_vision else ():
+                with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
+                    shutil.copy(str(cached_file(str(base.name_or_path), name)), partial)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
@@ -155,15 +158,6 @@ def replacing(target: Path, what: str) -> Iterator[Path]:
         raise RunError(f"can't write the {what} to {str(target)!r} ({error}); free space or choose another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
-    """Copies the image processor's files of a vision-language model, which training does not change."""
-    if type(model.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return
-    for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME):
-        with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
-            shutil.copy(str(cached_file(str(model.name_or_path), name)), directory)
 
 
 def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:

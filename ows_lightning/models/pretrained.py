@@ -31,18 +31,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ows_lightning.compat import own_parameters
@@ -80,7 +69,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     check_model_name(name)
     with loading(name, what="the tokenizer of "):
-        tokenizer = AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
     # Some classes make themselves up from nothing but their special tokens when a directory has no tokenizer.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _no_tokenizer(name)
@@ -94,10 +83,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def load_model(
-    name: str,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
+    name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Loads a causal LM on the CPU, in training mode, its weights in this dtype, whatever they were saved in.
 
@@ -129,8 +115,11 @@ def load_model(
         which = f"{missing[0]} ({len(missing)} missing in all) and would start at random there"
         raise UsageError(f"{MODEL_KEY}: {name!r} has no weights for {which}; give a complete causal LM")
     check_finite(name, model)
-    if source.gguf_file is not None:
-        _forget_quantisation(model)
+    if source.gguf_file is not None:  # an ordinary model again, which `save_pretrained` would refuse otherwise
+        for attribute in vars(model).keys() & {"hf_quantizer", "is_quantized", "quantization_method"}:
+            delattr(model, attribute)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     return model.train()
 
 
@@ -154,7 +143,7 @@ def empty_model(
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
     model.tie_weights()  # accelerate makes a parameter of its own for every place
     with contextlib.suppress(OSError):  # it has none of its own
-        model.generation_config = GenerationConfig.from_pretrained(locate(name).path)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(locate(name).path)
     return model.train()
 
 
@@ -233,20 +222,20 @@ def _untrainable(config: PretrainedConfig) -> str | None:
     if config.is_encoder_decoder:
         return f"is an encoder-decoder ({kind}); give a decoder-only causal LM"
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
-        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+        if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             only = "that transformers has only as AutoModelForImageTextToText"
             return f"is a vision-language model ({kind}) {only}; give a text-only causal LM"
         return f"is no causal LM ({kind}); give a decoder-only language model"
     if hasattr(config, "lsh_attn_chunk_length"):  # Reformer
         return f"({kind}) trains on rows of whole chunks alone; give a model without chunks"
     # Of some types transformers has the causal LM alone with the config of a part, under which it can't be loaded again.
-    of_model = None if has_own_code else getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "config_class", None)
-    if of_model is not None and of_model not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    of_model = None if has_own_code else getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "config_class", None)
+    if of_model is not None and of_model not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         why = "which transformers can't load as a causal LM; give a text-only causal LM"
         return f"({kind}) would be exported as {of_model.model_type}, {why}"
     # transformers would load BERT and its kin as a causal LM too, with attention to both sides.
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return f"is an encoder ({kind}); give a decoder-only causal LM"
     for quantisation in (getattr(one, "quantization_config", None) for one in (config, config.get_text_config())):
         if quantisation is not None:
@@ -270,15 +259,6 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
     except (ImportError, ValueError) as error:
         why = f"{_shortened(error)}; leave it out for transformers' own choice"
         raise UsageError(f"model.attn_implementation: {attention!r} can't be used here: {why}") from error
-
-
-def _forget_quantisation(model: PreTrainedModel) -> None:
-    """Makes a dequantised model an ordinary one, which `save_pretrained` would refuse otherwise."""
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if attribute in vars(model):
-            delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 @contextlib.contextmanager

@@ -42,7 +42,13 @@ def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True
     """
     layers = decoder_layers(model)
     if number := recomputed_blocks(setting, len(layers)):
-        _enable_checkpointing(model)
+        if not model.supports_gradient_checkpointing:
+            name = f"{type(model).__name__} has none in transformers {transformers.__version__}"
+            raise UsageError(f"model.gradient_checkpointing: {name}; set it to false")
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
+        enable({"use_reentrant": False})
+        # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
+        model.disable_input_require_grads()
     if 0 < number < len(layers) and not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
         name = type(model).__name__
         raise UsageError(f"model.gradient_checkpointing: {name} recomputes all blocks or none; set it to true or false")
@@ -50,16 +56,6 @@ def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True
         for module in part.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False  # type: ignore[assignment]
-
-
-def _enable_checkpointing(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        name = f"{type(model).__name__} has none in transformers {transformers.__version__}"
-        raise UsageError(f"model.gradient_checkpointing: {name}; set it to false")
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
-    enable({"use_reentrant": False})
-    # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
-    model.disable_input_require_grads()
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
