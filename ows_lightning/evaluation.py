@@ -29,10 +29,6 @@ class EvaluationMetrics(MetricCollection):
         for metric in self.values():
             metric.set_dtype(torch.float32)
 
-    def add_loss(self, loss: Tensor, targets: Tensor) -> None:
-        """Adds a batch's mean loss (nats) and its number of targets, two scalars."""
-        self["loss"].update(loss, weight=targets)
-
     def add_answers(self, pairs: Iterable[tuple[str, str | None]]) -> None:
         """Adds generated answers, each with its reference; without one (None) it fills up a rank's share."""
         hits = [float(answer.strip() == right.strip()) for answer, right in pairs if right is not None]
@@ -99,13 +95,13 @@ class EvaluationModule(LightningModule):
     def _evaluate(self, batch: dict[str, Any], metrics: EvaluationMetrics) -> None:
         if "reference" in batch:
             metrics.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
-        elif self._known is None:
+            return
+        if self._known is None:
             parts = self._lm(**batch)
-            metrics.add_loss(parts.loss, parts.targets)
         else:
             parts, likeliest = self._lm.judge(batch)
-            metrics.add_loss(parts.loss, parts.targets)
             self._known.add(batch, likeliest)
+        metrics["loss"].update(parts.loss, weight=parts.targets)
 
     def _start_known_answers(self, loaders: Sequence[int | float]) -> KnownAnswers | None:
         """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""

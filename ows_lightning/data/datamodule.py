@@ -117,25 +117,17 @@ class InstructionDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.dataset = dataset
-        self.eval_dataset = eval_dataset
-        self.test_dataset = test_dataset
+        self.dataset, self.eval_dataset, self.test_dataset = dataset, eval_dataset, test_dataset
         self.val_size = val_size
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_seq_length = max_seq_length
-        self.train_on_prompt = train_on_prompt
-        self.last_turn_only = last_turn_only
-        self.packing = packing
-        self.group_by_length = group_by_length
-        self.streaming = streaming
+        self.train_on_prompt, self.last_turn_only = train_on_prompt, last_turn_only
+        self.packing, self.group_by_length, self.streaming = packing, group_by_length, streaming
         self.exact_match_rows = exact_match_rows
-        self.data_format = data_format
-        self.columns = columns or {}
-        self.split = split
+        self.data_format, self.columns, self.split = data_format, columns or {}, split
         self.tokenizer = tokenizer
-        self.num_workers = num_workers
-        self.seed = seed
+        self.num_workers, self.seed = num_workers, seed
         check_bounds(vars(self))
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins

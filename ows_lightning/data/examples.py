@@ -87,10 +87,7 @@ def stream_examples(source: Source, data_format: str | None, columns: Mapping[st
 
 
 def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
-    """Encodes all examples on all cores, in their order, with the columns `token_features`.
-
-    Or takes them from the cache, whose key is content, tokenizer and settings.
-    """
+    """Encodes all examples on all cores, or takes them from the cache, whose key is content, tokenizer and settings."""
     settings = [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
     processes = min(len(examples) // _ROWS_PER_PROCESS, _cores())
     return examples.map(

@@ -41,10 +41,7 @@ def to_example(row: Row, data_format: str, where: str, answered: bool = True) ->
 
 
 def recognise(columns: Iterable[str], where: str, answered: bool = True) -> str:
-    """The format of rows that have these columns, of which those for the answer may be missing if not `answered`.
-
-    If none fits, a UsageError lists the columns there are and the nearest right name.
-    """
+    """The format of rows with these columns (the answer's only if `answered`); an error names the nearest right name."""
     columns = list(columns)
     fitting = [name for required in (True, answered) for name in FORMATS if not _missing(name, columns, required)]
     if fitting:

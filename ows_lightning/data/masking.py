@@ -6,6 +6,7 @@ the answer with its end-of-turn token. Unlike `return_assistant_tokens_mask` thi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +35,7 @@ _ANSWERED: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistan
 
 @dataclass
 class Encoded:
-    """A training row: its token ids, the same as labels where they are targets, else -100, and whether tokens were cut off.
-
-    The first label is always -100: no token predicts it.
-    """
+    """A training row: token ids; labels, -100 where there is no target, and always first; whether tokens were cut off."""
 
     input_ids: list[int]
     labels: list[int]
@@ -117,6 +115,7 @@ class Encoder:
         if not turns:
             return []
         text = self._template.render(messages, tools, where)
+        nothing = rf"(\s|{'|'.join(map(re.escape, self.end_tokens))})*"
         spans: list[Span] = []
         alone: list[int] = []
         for i in turns[-1:] if self.last_turn_only else turns:
@@ -124,7 +123,7 @@ class Encoder:
                 span = self._answer_span(text, messages, i, tools, where)
                 if span is None:
                     alone.append(i)
-                elif self._has_content(text[slice(*span)]):  # false if the template leaves out tool calls
+                elif not re.fullmatch(nothing, text[slice(*span)]):  # as where the template leaves out tool calls
                     spans.append(span)
         if turns[-1] == len(messages) - 1:
             if turns[-1] in alone and (merged := merged_system(messages)):
@@ -211,13 +210,6 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.values()
         ends = (str(token) for token in added if token.special or (str(token).strip() and str(token) in behind))
         return (self.tokenizer.eos_token, *ends)
-
-    def _has_content(self, answer: str) -> bool:
-        """Whether an answer has tokens besides those that end it."""
-        answer = answer.strip()
-        while answer.endswith(self.end_tokens):
-            answer = answer.removesuffix(next(t for t in self.end_tokens if answer.endswith(t))).rstrip()
-        return bool(answer)
 
     def _without_eos(self, text: str) -> str:
         return text.rstrip().removesuffix(self.tokenizer.eos_token).rstrip()

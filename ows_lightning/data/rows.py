@@ -102,10 +102,7 @@ def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[
 
 
 def pack(lengths: list[int], max_length: int) -> list[list[int]]:
-    """Puts documents of so many tokens into as few rows of at most `max_length` as best-fit decreasing finds.
-
-    The longest document goes first, each into the row that it leaves the least room in. Returns each row's documents.
-    """
+    """Puts documents of these lengths into rows, the longest first, each into the one in which it leaves the least room."""
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room -> rows that have exactly this much left
     has_room = 0  # bit r is set when with_room[r] is not empty, so that the best fit is found without a search

@@ -124,10 +124,7 @@ def _without_splits(source: Source) -> Source:
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yields every row of a source with the words that name it in messages, such as ``train.jsonl line 7``.
-
-    A UsageError says which file is empty, which line is not UTF-8 or not of its format, or that a data set can't be reached.
-    """
+    """Yields every row of a source with the words that name it in messages, such as ``train.jsonl line 7``."""
     if not source.files:
         for number, row in enumerate(open_dataset(source), start=1):
             yield f"{source.name} row {number}", plain(row)

@@ -89,10 +89,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
 
 
 class StreamLoader(DataLoader[Any]):
-    """A DataLoader over `StreamRows` whose position Lightning keeps in its checkpoints, also with a worker that reads ahead.
-
-    Its `collate_fn` is a `collate_with_state`.
-    """
+    """A DataLoader over `StreamRows` whose position Lightning keeps in checkpoints, also with a worker that reads ahead."""
 
     dataset: StreamRows
 

@@ -110,11 +110,7 @@ class Delta:
 def write_delta(
     export: Path, directory: str | os.PathLike[str], base: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Sizes:
-    """Writes the tensors in which an export of `save_huggingface` differs from its base, and replaces what is there.
-
-    The base, what `load_model` takes in the dtype of the run, is in memory, the export a tensor at a time. See `replacing` and
-    `check_replaceable` for errors.
-    """
+    """Writes the tensors in which an export of `save_huggingface` differs from its base, loaded in the run's dtype."""
     target = check_replaceable(directory, base)
     of_base = dict(_tensors(load_model(base, dtype, None, trust_remote_code)))
     before = {name: _hash(name, tensor) for name, tensor in of_base.items()}
@@ -158,11 +154,7 @@ def write_delta(
 def apply_delta(
     base: str, delta: str | os.PathLike[str], directory: str | os.PathLike[str], trust_remote_code: bool = False
 ) -> Sizes:
-    """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote.
-
-    A UsageError says that the base (what `load_model` takes) is another one, that the delta is damaged, or that the directory
-    holds something else than a model; a RunError, that the files can't be written.
-    """
+    """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote."""
     target = check_replaceable(directory, base, delta)
     change = Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
@@ -224,10 +216,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
 
 
 def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
-    """The largest size that a delta can have, given the parameters that ever required a gradient; nothing is compared.
-
-    The model may be one of peft; a matrix with an adapter counts as trained.
-    """
+    """The largest size that a delta can have, given the parameters that ever trained; a matrix with an adapter counts, too."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ever = set(trained)
     pairs = [(weight.tensor, weight.adapters) for weight in untied_weights(base)]

