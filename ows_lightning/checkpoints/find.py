@@ -21,11 +21,8 @@ T = TypeVar("T")
 def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
     """Returns the checkpoint that a user means, if it is good; else a UsageError names the last good one.
 
-    Args:
-        ckpt_path: A path; an address such as ``s3://...``, which has to exist; or ``last``, the newest good
-            checkpoint of the first place that has one (None if there is none yet).
-        places: Where runs may have saved: folders of checkpoints, or folders with runs' folders ``version_N``, of which the
-            newest run counts that has a good checkpoint.
+    ``last`` is the newest good one of the first place that has one, None if none has: a folder of checkpoints, or of runs
+    ``version_N``, of which the newest with a good one counts. An address such as ``s3://...`` has to exist.
     """
     if "://" in ckpt_path:
         try:

@@ -24,15 +24,9 @@ class ShardedSampler(DistributedSampler):
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        rank: int = 0,
-        num_replicas: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        group_size: int | None = None,
+        self, lengths: Sequence[int], rank: int = 0, num_replicas: int = 1, group_size: int | None = None, **options: Any
     ) -> None:
-        super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        super().__init__(lengths, num_replicas, rank, **options)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths)
         self.group_size = group_size
         self.skip = 0  # rows of this rank that the next iteration skips

@@ -74,9 +74,8 @@ class PromptRows(Dataset[dict[str, Any]]):
 def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> dict[str, Tensor]:
     """Pads rows on the right to the longest, or puts packed ones behind one another, where flash attention finds documents.
 
-    Returns:
-        ``input_ids`` and ``labels``, and either ``attention_mask`` or, for packed rows, ``position_ids``; int64 (B, L). The
-        padding of a packed row is a document of its own.
+    Returns ``input_ids`` and ``labels``, and either ``attention_mask`` or, for packed rows, ``position_ids``; int64 (B, L).
+    The padding of a packed row is a document of its own.
     """
     packed = "position_ids" in items[0]
     if packed and flatten:

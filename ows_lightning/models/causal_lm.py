@@ -46,9 +46,7 @@ class CausalLM(nn.Module):
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Any:
         """Returns a batch's ``LossParts``; without labels the model's own output, with logits of shape (B, L, vocabulary).
 
-        Args:
-            labels: Shape (B, L), int64, not shifted, -100 where there is no target.
-            **inputs: ``input_ids`` (B, L), int64, and what else the model's forward takes.
+        The labels (B, L), int64, are not shifted, and -100 where there is no target; the inputs are what the model takes.
         """
         if labels is None:
             return self.language_model(**inputs)

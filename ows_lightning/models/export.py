@@ -61,12 +61,10 @@ def save_huggingface(
 ) -> None:
     """Writes a model directory: safetensors, config, generation config, tokenizer, chat template and model card.
 
-    A vision-language model also gets the processor's files of the model that it was made from.
-
     `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once; the
     weights keep their dtype. A model inside peft is written merged, as a plain model, and is itself left as it was,
     bit for bit. A model sharded by FSDP2 is gathered and merged one weight at a time, and one that lies in files is read
-    so. Shards have about 2 GB.
+    so. Shards have about 2 GB. A vision-language model also gets the processor's files of the model that it was made from.
 
     The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
     holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that the weights
@@ -115,7 +113,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
-    """Returns a directory that a model or a delta may be written to, links resolved: none of the sources, and no other files."""
+    """Returns a directory that a model or a delta may replace, links resolved: none of the sources, and no other files."""
     target = Path(directory).expanduser().resolve()
     if not target.exists():
         return target

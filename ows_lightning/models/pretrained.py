@@ -118,19 +118,11 @@ def load_model(
     return model.train()
 
 
-def empty_model(
-    name: str,
-    num_tokens: int,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+def empty_model(name: str, num_tokens: int, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """Builds what ``load_model`` loads, with rows for so many tokens, weights on the meta device and buffers in memory."""
-    config = load_config(name, trust_remote_code)
+    config = load_config(name, options.get("trust_remote_code", False))
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         if num_tokens > next(model.get_input_embeddings().parameters()).size(0):
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
     model.tie_weights()  # accelerate makes a parameter of its own for every place
