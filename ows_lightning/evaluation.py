@@ -82,7 +82,7 @@ class EvaluationModule(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
         if "right" in batch:
-            self.test_choices.update(batch, self.score(batch))
+            self.test_choices.update(batch, self._lm.score(batch))
         else:
             self._evaluate(batch, self.test_metrics)
 
@@ -126,10 +126,6 @@ class EvaluationModule(LightningModule):
         facts = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
         rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
-
-    def score(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns each row's summed log-likelihood (nats) of its target tokens, float32, shape (B,)."""
-        return self._lm.score(batch)
 
     @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
     def generate(self, batch: dict[str, Any]) -> list[str]:

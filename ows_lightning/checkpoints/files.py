@@ -129,8 +129,7 @@ def _file_sum(path: Path, left: int, *_: int) -> int:
     total = 0
     with path.open("rb") as file:
         while left and (data := file.read(min(_CHUNK, left))):
-            total = zlib.crc32(data, total)
-            left -= len(data)
+            total, left = zlib.crc32(data, total), left - len(data)
     return total
 
 
