@@ -56,8 +56,7 @@ def token_features() -> datasets.Features:
 def read_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
     """Reads and checks all rows of a source, or takes them from the cache if its content was read before.
 
-    The format, a key of `FORMATS`, is recognised from the first row when not given. A UsageError names the first row that is
-    wrong. The table has the columns `example_features`.
+    The format is recognised from the first row when not given. The table has the columns `example_features`.
     """
     import datasets
 
@@ -111,8 +110,7 @@ def column(table: datasets.Dataset, name: str) -> np.ndarray:
 def mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:
     """Repeats the row indices of each source, none empty, until it has the share that its weight asks for.
 
-    The source that is largest for its weight is taken once; no row is left out. The seed chooses the rows of an incomplete
-    repetition. More than `MOST_REPEATS` repetitions are a UsageError.
+    The source that is largest for its weight is taken once; no row is left out. The seed draws an incomplete repetition.
     """
     once = max(parts, key=lambda name: len(parts[name]) / weights[name])
     per_weight = len(parts[once]) / weights[once]

@@ -68,8 +68,7 @@ def resolve(name: str, key: str, split: str = "train") -> Source:
     """Finds what a name stands for: a file, a directory, a glob, or a data set on the hub (``owner/name[/config][:split]``).
 
     Where there are splits, ``eval_dataset`` prefers validation and then test rows, ``test_dataset`` test and then validation
-    rows; `split` is taken by other settings, or where there are none of these. A UsageError says that nothing local matches a
-    name that can't be one of the hub.
+    rows; `split` is taken by other settings, or where there are none of these.
     """
     source = Source(name, key, (), tuple(dict.fromkeys([*_PREFERRED.get(key, ()), split])))
     if not name.strip():

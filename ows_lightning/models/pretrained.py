@@ -171,10 +171,7 @@ def check_finite(name: str, model: PreTrainedModel) -> None:
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds rows to the embeddings (and the LM head) for tokens that the tokenizer has and the model lacks.
-
-    The new rows are drawn around the mean of the old ones. Embeddings with spare rows stay as they are.
-    """
+    """Adds rows to the embeddings and the LM head for tokens that the model lacks, drawn around the mean of the others."""
     rows = next(model.get_input_embeddings().parameters()).size(0)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
