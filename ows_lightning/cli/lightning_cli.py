@@ -32,7 +32,7 @@ from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
 from ows_lightning.cli.parser import OneLineParser, import_class
-from ows_lightning.cli.preflight import check_numbers, check_plan, check_run
+from ows_lightning.cli.preflight import check_plan, check_run, check_settings
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -122,7 +122,7 @@ class OWSCLI(LightningCLI):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
         if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-        check_numbers(config, trains=self.config.get("subcommand") == "fit")
+        check_settings(config, trains=self.config.get("subcommand") == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
@@ -154,27 +154,24 @@ class OWSCLI(LightningCLI):
             super().instantiate_classes()
             return
         made = self.parser.instantiate_classes(self.config).plan
-        check_plan(made.model, made.sampling, made.trainer)
+        check_plan(made.model, made.sampling)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand != "plan":
-            launcher = self.trainer.strategy.launcher
-            if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
-                siblings.expect(self.trainer.num_devices)
-            super()._run_subcommand(subcommand)
+        if subcommand == "plan":
+            config = self.config.plan
+            CommandTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
             return
-        config = self.config.plan
-        CommandTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
+            siblings.expect(self.trainer.num_devices)
+        super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
         given = self._get(self.config_init, "trainer")
         sampling = self._get(self.config_init, "sampling")
         callbacks = given["callbacks"] or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if self.subcommand is not None:
-            checkpoint, trainer = self._get(self.config_init, "checkpoint"), {**given, "callbacks": callbacks}
-            check_run(self.subcommand, self.model, self.datamodule, sampling, checkpoint, trainer)
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning reports something else
         # After the user's, which may log; before sampling, whose scores take a while.
@@ -191,18 +188,20 @@ class OWSCLI(LightningCLI):
         kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
         if given["logger"] is not False:
             kwargs["logger"] = with_csv_logger(given["logger"], kwargs["default_root_dir"])
+            callbacks.append(LearningRates())
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
-        if given["logger"] is not False:
-            callbacks.append(LearningRates())
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except UsageError:
             raise
         except (ValueError, TypeError, MisconfigurationException, RuntimeError) as error:
             slurm = "SLURM_NTASKS" in os.environ and "SLURM" in str(error)
             mend = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
             raise UsageError(f"trainer: {' '.join(str(error).split())}{mend}") from error
+        if self.subcommand is not None:
+            check_run(self.subcommand, self.model, self.datamodule, sampling, given, trainer)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint. Settings come from the user, not from the checkpoint (as they would in Lightning)."""

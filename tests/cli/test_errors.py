@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from filelock import FileLock
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig
 
@@ -24,10 +25,6 @@ from ows_lightning.module import CausalLMModule
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 
-TRAINER = {
-    "strategy": "auto", "accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "bf16-true",
-    "accumulate_grad_batches": 1,
-}  # fmt: skip
 ROW = {"instruction": "is 3 odd?", "output": "yes"}
 
 
@@ -218,10 +215,10 @@ CASES = {
     "nothing to monitor": Case(
         fit("--data.val_size 0 --checkpoint.monitor val_loss"),
         "checkpoint.monitor",
-        "set data.val_size or data.eval_dataset, or monitor train_loss",
+        "there is no val_loss without data.val_size; set it, or monitor train_loss",
     ),
     "no answers to monitor": Case(
-        fit("--checkpoint.monitor val_exact_match"), "checkpoint.monitor", "set data.exact_match_rows, or monitor val_loss"
+        fit("--checkpoint.monitor val_exact_match"), "checkpoint.monitor", "without data.exact_match_rows; set it"
     ),
     "misspelt figure to monitor": Case(fit("--checkpoint.monitor val_los"), "checkpoint.monitor", "did you mean 'val_loss'?"),
     "unknown figure to stop by": Case(
@@ -233,12 +230,12 @@ CASES = {
     "validation every 0 batches": Case(
         fit("--trainer.val_check_interval 0"),
         "trainer.val_check_interval",
-        "to validate never, set trainer.limit_val_batches: 0",
+        "give a number above 0, or leave it out",
     ),
     "validation every 0 epochs": Case(
         fit("--trainer.check_val_every_n_epoch 0"),
         "trainer.check_val_every_n_epoch",
-        "null counts trainer.val_check_interval alone",
+        "give a number above 0, or leave it out",
     ),
     "no steps": Case(fit("--trainer.max_steps 0"), "trainer.max_steps", "give a number above 0, or leave it out"),
     "no epochs": Case(fit("--trainer.max_epochs 0"), "trainer.max_epochs", "give a number above 0, or leave it out"),
@@ -252,7 +249,6 @@ CASES = {
         "export --config base.yaml --ckpt_path s3://bucket/a.ckpt", "ckpt_path", "copy 's3://bucket/a.ckpt' to this machine"
     ),
     "nothing to test": Case("test --config base.yaml --trainer.limit_test_batches 0", "trainer.limit_test_batches", "above 0"),
-    "no time": Case(fit("--trainer.max_time 00:00:00:00"), "trainer.max_time", "give a longer time, or leave it out"),
     "optimizer for matrices alone": Case(fit("--config muon.yaml"), "model.optimizer", "Muon only supports 2D parameters"),
     "config that holds itself": Case(fit("--config circle.yaml"), "config", "holds an alias of what it is in; write it out"),
     "what the Trainer itself refuses": Case(fit("--trainer.val_check_interval 1.5"), "trainer", "1.0] or an int."),
@@ -323,7 +319,7 @@ CASES = {
     "damaged weights": Case(fit(""), "model.model_name_or_path", "check that its files are whole"),
     # ------------------------------------------------------------------ devices
     "no GPU": Case(
-        fit("--trainer.accelerator cuda"), "trainer.accelerator", "set trainer.accelerator: cpu, or mend the driver"
+        fit("--trainer.accelerator cuda"), "trainer", "can not run on your system since the accelerator is not available"
     ),
     "GPU precision on a CPU": Case(
         fit("--config adamw.yaml --trainer.precision 16-true"),
@@ -598,15 +594,8 @@ def test_offline(typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.Mo
     assert code == 2
 
 
-def test_more_devices_than_gpus() -> None:
-    trainer = {**TRAINER, "accelerator": "gpu", "devices": 4}
-    with pytest.raises(UsageError, match=r"^trainer\.devices: 4 are more than the 2 GPUs of this machine$"):
-        check_devices(trainer, gpus=2)
-    check_devices({**trainer, "devices": "0,1"}, gpus=2)
-
-
 def test_bfloat16_on_a_cpu_without_it(caplog: pytest.LogCaptureFixture) -> None:
-    check_devices(TRAINER, gpus=0)
+    check_devices(Trainer(accelerator="cpu", devices=1, precision="bf16-true", logger=False))
     line = "trainer.precision: bf16-true is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster"
     assert caplog.messages == ([] if cpu_has_bfloat16() else [line])
 
