@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HELP = "/reset forgets the conversation, /system TEXT also sets the system message, /exit ends"
 
 
-def run(words: list[str]) -> None:
+def chat(words: list[str]) -> None:
     """Loads the model, and answers each line."""
     parser = CommandParser("chat", f"Talk to a model. A line is a message; {_HELP}.")
     parser.add_argument("path", nargs="?", metavar="MODEL", help="The same as --model")

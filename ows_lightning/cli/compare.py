@@ -14,7 +14,7 @@ from ows_lightning.cli.help import CommandParser
 from ows_lightning.errors import UsageError, not_writable
 
 
-def run(words: list[str]) -> None:
+def compare(words: list[str]) -> None:
     """Asks both models, prints a table, and writes it where the run's report looks for it."""
     parser = CommandParser("compare", "Ask the base model and the tuned one the same, and show the answers side by side.")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="Questions; by default the lines of standard input")

@@ -93,7 +93,7 @@ def shipped_data(name: Any) -> Any:
     return name
 
 
-def run(words: list[str]) -> None:
+def configs(words: list[str]) -> None:
     """``configs``: the shipped files, each with its first line, which says what it is for."""
     CommandParser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
     for name, path in shipped_configs():
