@@ -1,8 +1,7 @@
 """The private functions and attributes of other libraries that this package calls: why, and what to do when one is gone.
 
-Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason: where a
-base class calls a method that is overridden, and where a file is about a library's internals as a whole (Lightning's loops,
-torch's fake tensors, argparse's actions). Needs torch alone; others are passed in, or imported when they are used.
+Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason. Needs torch
+alone; others are passed in, or imported when they are used.
 """
 
 from __future__ import annotations
@@ -45,10 +44,7 @@ def version_counter(tensor: Tensor) -> int:
 
 
 def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
-    """The hooks on a parameter's gradient, before or after it is added to ``grad``.
-
-    When they are gone: keep a registry of one's own hooks, and do without the shortcut that must not be taken behind others'.
-    """
+    """The hooks on a parameter's gradient, before or after it is added to ``grad``. When they are gone: a registry of ours."""
     return [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
 
 
@@ -71,8 +67,7 @@ def allow_recompilation(times: int) -> None:
 def keep_recomputation_out_of_inference_graphs() -> None:
     """Lets a checkpointed block be compiled for the case that nothing in it requires a gradient.
 
-    torch (2.13) looks for a backward pass in that graph and refuses one with a random operation, such as attention. When
-    the setting is gone: call such a block without ``checkpoint``.
+    torch (2.13) refuses a random operation, such as attention, in that graph. When it is gone: call it without ``checkpoint``.
     """
     if hasattr(torch._functorch.config, "remat_using_tags_for_fwd_loss_bwd_graph"):
         torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph = False
