@@ -40,7 +40,7 @@ from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load_mapped_model
 from ows_lightning.streaming.offloader import BlockOffloader
-from ows_lightning.streaming.options import check_offloading, check_window_blocks, offloader_for, offloads
+from ows_lightning.streaming.options import check_offloading, offloader_for, offloads
 
 # Of the hook below, which suits any data module; Lightning says so at every start.
 warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
@@ -117,6 +117,7 @@ class CausalLMModule(EvaluationModule):
             ("rank", rank, rank is None or rank >= 1, "at least 1, or null to train in full rank"),
             ("update_proj_gap", update_proj_gap, update_proj_gap >= 1, "at least 1"),
             ("scale", scale, 0 < scale < float("inf"), "above 0; it multiplies the updates of projected matrices"),
+            ("window_blocks", window_blocks, window_blocks in (2, 3), "2 or 3: one computes while the next comes"),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
             ("max_skipped_steps", max_skipped_steps, max_skipped_steps >= 1, "at least 1"),
             ("warmup_steps", warmup_steps, warmup_steps >= 0, "at least 0 (below 1 it is a share of all steps)"),
@@ -124,7 +125,6 @@ class CausalLMModule(EvaluationModule):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
         recomputation.check_recomputation(gradient_checkpointing)
-        check_window_blocks(window_blocks)
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None

@@ -329,24 +329,23 @@ class _RandomWeights(CausalLMModule):
         """Puts a clock on the offloader's copies, and sleep where it is asked for."""
         super().configure_model()
         if self.offloader is not None and self.copies is None:
-            self.copies = self.offloader._given_stream = _TimedCopies(self)
+            self.copies = _TimedCopies(self.where, self.asleep)
+            self.offloader.make_stream = self.copies.around
 
 
-class _TimedCopies:
+class _TimedCopies(CopyStream):
     """The device's own copies, how long they take, and for how long the stream that computes waits for them."""
 
-    def __init__(self, module: _RandomWeights) -> None:
-        self.device, self.slots, self.asleep = module.where, module.hparams["window_blocks"], module.asleep
-        self._stream: CopyStream | None = None
+    def __init__(self, device: torch.device, asleep: str | None) -> None:
+        self.device, self.asleep = device, asleep
         self._waited: list[Any] = []
         self._copied: list[Any] = []
         self.waits = 0
 
-    @property
-    def _inner(self) -> CopyStream:
-        if self._stream is None:  # at first use, when the slots have their memory
-            self._stream = copy_stream_for(self.device, self.slots)
-        return self._stream
+    def around(self, device: torch.device, slots: int, reads_files: bool = False) -> CopyStream:
+        """Takes the place of ``copy_stream_for``."""
+        self._inner = copy_stream_for(device, slots, reads_files)
+        return self
 
     def issue(self, slot: int, fetch: Callable[[], None]) -> None:
         def timed() -> None:

@@ -93,7 +93,7 @@ class RunSummary(Callback):
         """Keeps the metrics from before the training; a resumed run keeps those of its first start."""
         if not self.before and (figures := _validation_metrics(trainer)):
             self.before, self.batches_before = figures, _batches_checked(trainer)
-            log.info("Before training%s: held-out %s", self.batches_before, _figures(figures))
+            log.info("Before training%s: validation %s", self.batches_before, _figures(figures))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the time of scores, draws and subspaces, and the loss with int8 blocks beside that of exact weights."""
@@ -103,7 +103,7 @@ class RunSummary(Callback):
         if seconds and trainer.is_global_zero:
             log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
         if isinstance(pl_module, CausalLMModule) and (found := losses_with_int8(trainer, pl_module)) is not None:
-            log.info("Held-out loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
+            log.info("Validation loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the validation metrics before and after, the run's folder, and the next commands."""
@@ -113,7 +113,7 @@ class RunSummary(Callback):
         if not self.trained:  # a resumed run that had ended
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
         if after := _validation_metrics(trainer):
-            log.info("After training: held-out %s", _figures(after, self.before, self.batches_before))
+            log.info("After training: validation %s", _figures(after, self.before, self.batches_before))
         if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, LayerwiseSampling.of(trainer))) is not None:
             whole, delta, share = megabytes(sizes.model), megabytes(sizes.delta), sizes.delta / sizes.model
             reached = f"training reached {delta} ({100 * share:.0f}%)"
@@ -187,7 +187,7 @@ def _data(trainer: Trainer) -> dict[str, str]:
     text = "a stream"
     if "rows" in figures:
         text = f"{figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['target_tokens']:,} of them targets"
-    text += f"; {figures['validation_rows']:,} rows held out"
+    text += f"; {figures['validation_rows']:,} validation rows"
     return {"Data": text, "A row": f"{_marked(data.sample_row())}  (trained: what is in «»)"}
 
 

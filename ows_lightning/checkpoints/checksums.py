@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ows_lightning.models.mapped_files import drop_page_cache
+from ows_lightning.models.large_tensors import drop_page_cache
 
 _COMMENT = b"sum32 %08x"
 _LENGTH = len(_COMMENT % 0).to_bytes(2, "little")  # the archive's last two bytes, which are 0 without a comment
@@ -60,14 +60,7 @@ def _file_sum(path: Path, left: int, *_: int) -> int:
 
 
 def check_comment(path: Path) -> bool:
-    """Compares an archive with the sum in its comment.
-
-    Returns:
-        Whether it has one.
-
-    Raises:
-        ValueError: The file has changed.
-    """
+    """Whether an archive has a comment with its sum; a ValueError says that the file has changed."""
     end = path.stat().st_size - len(_LENGTH + _COMMENT % 0)
     with path.open("rb") as file:
         file.seek(max(end, 0))
@@ -79,12 +72,7 @@ def check_comment(path: Path) -> bool:
 
 
 def check_sums(folder: Path, sums: Mapping[str, int]) -> None:
-    """Compares files of a folder with their sums.
-
-    Raises:
-        ValueError: One has changed.
-        OSError: One is not there.
-    """
+    """Raises a ValueError if files of a folder have other sums than these, an OSError if one is not there."""
     for name, expected in sums.items():
         if file_sum(folder / name) != expected:
             raise ValueError(f"{name} has another checksum than when it was written")

@@ -10,14 +10,7 @@ from typing import Any, TypeVar
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from ows_lightning.checkpoints.checksums import check_sums
-from ows_lightning.checkpoints.files import (
-    META,
-    METADATA,
-    READ_ERRORS,
-    REQUIRED_KEYS,
-    first_line,
-    load_file,
-)
+from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, first_line, load_file
 from ows_lightning.checkpoints.shards import read_metadata
 from ows_lightning.errors import UsageError
 
@@ -27,19 +20,13 @@ T = TypeVar("T")
 
 
 def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
-    """Returns the checkpoint that a user means, if it is good.
+    """Returns the checkpoint that a user means, if it is good; else a UsageError names the last good one.
 
     Args:
         ckpt_path: A path; an address such as ``s3://...``, which has to exist; or ``last``, the newest good
-            checkpoint of the first place that has one.
+            checkpoint of the first place that has one (None if there is none yet).
         places: Where runs may have saved: folders of checkpoints, or folders with runs' folders ``version_N``, of which the
             newest run counts that has a good checkpoint.
-
-    Returns:
-        A path, or None if there is no checkpoint for ``last`` yet.
-
-    Raises:
-        UsageError: There is no checkpoint, or it is damaged; names the last good one.
     """
     if "://" in ckpt_path:
         try:
@@ -68,14 +55,11 @@ def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
     for pattern in ("*.ckpt", ".*.ckpt.old"):  # the latter is left by a kill during `replace_atomically`
         there = [path for path in folder.glob(pattern) if path.exists()]  # not links to what is gone
         for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            if path == other_than:
-                continue
             try:
-                load_without_tensors(path)
+                if path != other_than and load_without_tensors(path):
+                    return path
             except READ_ERRORS as error:
                 log.warning("Passed over the damaged checkpoint %s (%s)", path, first_line(error))
-            else:
-                return path
     return None
 
 

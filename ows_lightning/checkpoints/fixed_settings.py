@@ -15,14 +15,7 @@ FIXED_SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "al
 def fixed_settings(
     hparams: Mapping[str, Any], num_layers: int, architecture: Mapping[str, Any], sampling: object | None
 ) -> dict[str, Any]:
-    """Returns the settings that can't change, as plain values by their YAML keys.
-
-    Args:
-        hparams: The module's.
-        num_layers: Number of decoder blocks.
-        architecture: See ``architecture_of``.
-        sampling: The run's LayerwiseSampling, if it has one.
-    """
+    """Returns the settings that can't change, as plain values by their YAML keys, and the model's dimensions."""
     settings: dict[str, Any] = {f"model.{key}": hparams[key] for key in FIXED_MODEL_KEYS if key in hparams}
     settings |= {"number of blocks": num_layers, **architecture}
     if sampling is not None:
@@ -38,23 +31,15 @@ def sampling_settings(sampling: object) -> dict[str, Any]:
 def check_settings(
     saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True, named: str = "ckpt_path"
 ) -> None:
-    """Refuses to resume a run with settings that it can't change, or to evaluate one model with another's weights.
+    """Raises a UsageError, with both values, if the ``fixed_settings`` saved in a checkpoint and those now differ.
 
-    Args:
-        saved: The ``fixed_settings`` in the checkpoint; None if it has none.
-        now: Those of the run that loads it.
-        resumes: Whether it goes on training; else the model's dimensions alone have to agree.
-        named: What the error begins with.
-
-    Raises:
-        UsageError: Names the keys that differ, with both values; or the checkpoint is none of such a run.
+    If no training resumes, the model's dimensions alone have to agree. The error begins with ``named``.
     """
     if saved is None:
         raise UsageError(f"ckpt_path: the checkpoint is of another program's run; give one that `{command_line('fit')}` wrote")
-    keys = {key for key in saved.keys() | now.keys() if resumes or "." not in key}
-    different = [key for key in keys if not _same(key, saved.get(key), now.get(key))]
-    if different:
-        listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in sorted(different))
+    keys = sorted(key for key in saved.keys() | now.keys() if resumes or "." not in key)
+    if different := [key for key in keys if not _same(key, saved.get(key), now.get(key))]:
+        listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in different)
         raise UsageError(f"{named}: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
 
 

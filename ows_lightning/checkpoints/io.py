@@ -7,36 +7,22 @@ A checkpoint is a file, or a directory into which every process wrote its shards
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ows_lightning.checkpoints.files import (
-    first_line,
-    load_file,
-    partial_path,
-    replace_atomically,
-    root_cause,
-    save_file,
-)
+from ows_lightning.checkpoints.files import first_line, load_file, partial_path, replace_atomically, root_cause, save_file
 from ows_lightning.checkpoints.find import last_good, read_checkpoint
 from ows_lightning.checkpoints.shards import load_shards
 from ows_lightning.errors import RunError
-
-log = logging.getLogger(__name__)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint IO, made safe against kills, full disks and damaged files."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a file under a temporary name, and renames it when it is on the disk.
-
-        Raises:
-            RunError: It can't be written; what was at ``path`` is still there.
-        """
+        """Writes a file under a temporary name, and renames it when it is on the disk; until then the old one is there."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -52,11 +38,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 partial.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Reads a file or a directory of shards, always with ``weights_only=True``; a file's tensors are mapped into memory.
-
-        Raises:
-            UsageError: There is no checkpoint, or it is damaged; names the last good one beside it.
-        """
+        """Reads a file, whose tensors are mapped, or a directory of shards, always with ``weights_only=True``."""
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)
         return read_checkpoint(Path(path), lambda path: load_shards(path) if path.is_dir() else load_file(path))

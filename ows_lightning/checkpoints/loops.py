@@ -24,12 +24,9 @@ class ExactEpochLoop(_TrainingEpochLoop):
     Lightning 2.6 leaves out a validation that was due, counts the step twice after others, and loses or repeats an epoch after
     several checkpoints of an epoch's last batch. Here the first turn of a resumed epoch trains nothing and does all that
     follows a step, whatever the checkpoint was saved in.
-
-    Attributes:
-        behind_step: The next turn is that first one.
     """
 
-    behind_step = False
+    behind_step = False  # the next turn is that first one
     _validated = False
     _unfinished = 0  # batches of a step that had only begun when the checkpoint was saved
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,15 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ows_lightning.checkpoints.files import (
-    META,
-    METADATA,
-    REQUIRED_KEYS,
-    UnsafePickleError,
-    first_line,
-    load_file,
-    root_cause,
-)
+from ows_lightning.checkpoints.files import META, METADATA, REQUIRED_KEYS, UnsafePickleError, first_line, load_file, root_cause
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import add_saved_updates_
 
@@ -57,11 +48,8 @@ def load_optimizers(
 ) -> list[dict[str, Any]]:
     """Returns optimizer states with the tensors that ``split`` took out of them.
 
-    Args:
-        path: Directory of shards.
-        states: The states without tensors.
-        empty: Makes the tensor to read into, from the optimizer's and the parameter's number and the saved tensor's
-            description; a plain one on the CPU by default.
+    Each is read into a plain tensor on the CPU, or what ``empty`` makes of the optimizer's and the parameter's number and the
+    saved tensor's description.
     """
     states = copy.deepcopy(states)
     for number, optimizer in enumerate(states):
@@ -87,11 +75,7 @@ def load_tensors(
 
 @torch.no_grad()
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Fills a module's weights, plain ones or DTensors, from a checkpoint of either kind; nothing else of it is read.
-
-    Raises:
-        UsageError: The checkpoint is of another model.
-    """
+    """Fills a module's weights, plain ones or DTensors, from a checkpoint of either kind; nothing else of it is read."""
     prefix = "state_dict."
     weights = {prefix + name: weight for name, weight in module.state_dict().items()}
     if path.is_dir():
@@ -160,20 +144,18 @@ class _Writer(dcp.FileSystemWriter):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        plain = re.fullmatch(r"\w+", name) is not None
-        dataclasses = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        if plain and module in dataclasses and name in _METADATA_CLASSES:
-            return super().find_class(module, name)
-        if (module, name) in {("torch", "Size"), ("collections", "OrderedDict"), ("torch.serialization", "_get_layout")}:
-            return super().find_class(module, name)
-        if plain and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
             return PurePath  # where it was written; of any system
+        if name in _PLAIN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
         raise UnsafePickleError
 
 
-_METADATA_CLASSES = {
-    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-    "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo",
+_PLAIN = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {"Size"}, "collections": {"OrderedDict"}, "torch.serialization": {"_get_layout"},
 }  # fmt: skip

@@ -149,12 +149,11 @@ class InstructionDataModule(LightningDataModule):
             UsageError: Names the setting or the row, and what to do.
         """
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
-        if not self.streaming:
-            rows = len(self._splits.examples_of("dataset"))
-            if self.batch_size > max(rows, _FEW_ROWS):  # the predicted memory would be wrong
-                raise UsageError(
-                    f"data.batch_size: {self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
-                )
+        rows = self.batch_size if self.streaming else len(self._splits.examples_of("dataset"))
+        if self.batch_size > max(rows, _FEW_ROWS):  # the predicted memory would be wrong
+            raise UsageError(
+                f"data.batch_size: {self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
+            )
 
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
@@ -164,11 +163,7 @@ class InstructionDataModule(LightningDataModule):
                 self._splits.tokens_of(key, self._encoder())
 
     def setup(self, stage: str | None = None) -> None:
-        """Tokenise (or take from the cache) the rows that `stage` needs.
-
-        Raises:
-            UsageError: When no row has a target.
-        """
+        """Tokenise (or take from the cache) the rows that `stage` needs; a UsageError says that none has a target."""
         parts = _PARTS.get(stage or "", _ALL_PARTS)
         if stage in ("validate", "test"):
             self._require_rows(parts[0], "evaluate")
@@ -212,19 +207,18 @@ class InstructionDataModule(LightningDataModule):
         ``rows`` counts what is batched: with packing the packed rows, ``documents`` what they are made of. Of a stream only
         the validation rows are known.
         """
-        validation_rows = len(self._rows["val"]) if "val" in self._rows else 0
+        figures = {"validation_rows": len(self._rows.get("val", ()))}
         if self.streaming:
-            return {"validation_rows": validation_rows}
+            return figures
         rows = self._rows["train"]
         documents = [document for row in rows.rows for document in row]
+        for name, counted in (("truncated_rows", "truncated"), ("tokens", "length"), ("target_tokens", "targets")):
+            figures[name] = int(column(rows.documents, counted)[documents].sum())
         return {
             "rows": len(rows),
             "documents": len(documents),
             "dropped_rows": len(self._splits.dropped("dataset")),
-            "truncated_rows": int(column(rows.documents, "truncated")[documents].sum()),
-            "tokens": int(column(rows.documents, "length")[documents].sum()),
-            "target_tokens": int(column(rows.documents, "targets")[documents].sum()),
-            "validation_rows": validation_rows,
+            **figures,
         }
 
     def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
@@ -248,8 +242,7 @@ class InstructionDataModule(LightningDataModule):
         """
         if self._stage() != "fit":
             return
-        loader = self._training_loader()
-        if loader is None:
+        if (loader := self._training_loader()) is None:
             self._resume_at = state_dict
         else:
             loader.load_state_dict(state_dict)
@@ -282,22 +275,18 @@ class InstructionDataModule(LightningDataModule):
         names = (field.name for field in dataclasses.fields(Splits) if field.init)
         return Splits(**{name: getattr(self, name) for name in names})
 
-    # Loaders.
-
     def _shuffled_dataloader(self) -> ResumableLoader:
         rows, (rank, world_size) = self._rows["train"], self._ranks()
         group_size = self.batch_size * world_size if self.group_by_length else None
         sampler = ShardedSampler(rows.lengths, rank, world_size, seed=self.seed, group_size=group_size)
-        loader = ResumableLoader(
-            rows,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self._collate_training(),
-            pin_memory=self._trains_on_gpu,
-        )
+        options = self._loader_options(self.batch_size, self.num_workers, self._collate_training())
+        loader = ResumableLoader(rows, sampler=sampler, **options)
         loader.trainer = self.trainer
         return loader
+
+    def _loader_options(self, batch_size: int, workers: int, collate_fn: Any) -> dict[str, Any]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {"batch_size": batch_size, "num_workers": workers, "collate_fn": collate_fn, "pin_memory": on_gpu}
 
     def _eval_dataloaders(self, part: str) -> list[DataLoader]:
         if part not in self._rows:
@@ -305,14 +294,11 @@ class InstructionDataModule(LightningDataModule):
         loss = self._ordered_dataloader(self._rows[part], collate)
         if not self.exact_match_rows:
             return [loss]
-        answered = self._with_reference(self._splits.examples(part))
-        return [loss, self._prompt_dataloader(answered)] if len(answered) else [loss]
-
-    def _with_reference(self, examples: Any) -> Any:
-        """The first `exact_match_rows` examples that end with an answer, to compare a generated one with."""
+        examples = self._splits.examples(part)
         conversations = ((i, json.loads(entry["example"]).get("messages", [])) for i, entry in enumerate(examples))
         answered = (i for i, messages in conversations if split_prompt(messages)[1].strip())
-        return examples.select(list(itertools.islice(answered, self.exact_match_rows)))
+        first = list(itertools.islice(answered, self.exact_match_rows))
+        return [loss, self._prompt_dataloader(examples.select(first))] if first else [loss]
 
     def _prompt_dataloader(self, examples: Any) -> DataLoader:
         prompts = PromptRows(examples, self._encoder())
@@ -327,29 +313,19 @@ class InstructionDataModule(LightningDataModule):
         self, rows: Rows | PromptRows | ChoiceRows, collate_rows: Callable[..., Any], sequences: int = 1
     ) -> DataLoader:
         """One rank's share of rows of at most so many sequences in their order, filled up to as many batches on all ranks."""
-        return DataLoader(
-            rows,
-            batch_size=max(1, self.eval_batch_size // sequences),
-            sampler=ShardedSampler(range(len(rows)), *self._ranks(), shuffle=False),
-            num_workers=self.num_workers,
-            collate_fn=partial(collate_rows, pad_token_id=self._pad_token_id),
-            pin_memory=self._trains_on_gpu,
-        )
+        sampler = ShardedSampler(range(len(rows)), *self._ranks(), shuffle=False)
+        collate_fn = partial(collate_rows, pad_token_id=self._pad_token_id)
+        options = self._loader_options(max(1, self.eval_batch_size // sequences), self.num_workers, collate_fn)
+        return DataLoader(rows, sampler=sampler, **options)
 
     def _stream_dataloader(self) -> StreamLoader:
-        trainer = self.trainer
-        if trainer is None or trainer.max_steps < 1:
+        if (trainer := self.trainer) is None or trainer.max_steps < 1:
             raise UsageError("data.streaming: a stream has no end; set trainer.max_steps")
         # A known length keeps Lightning from fetching a batch ahead, which checkpoints would count as seen; it warns of it.
         rows = self._stream_rows(trainer.max_steps * trainer.accumulate_grad_batches * self.batch_size)
         warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
-        return StreamLoader(
-            rows,
-            batch_size=self.batch_size,
-            num_workers=min(self.num_workers, 1),
-            collate_fn=partial(collate_with_state, collate=self._collate_training()),
-            pin_memory=self._trains_on_gpu,
-        )
+        collate_fn = partial(collate_with_state, collate=self._collate_training())
+        return StreamLoader(rows, **self._loader_options(self.batch_size, min(self.num_workers, 1), collate_fn))
 
     def _stream_rows(self, length: int) -> StreamRows:
         rank, world_size = self._ranks()
@@ -365,10 +341,6 @@ class InstructionDataModule(LightningDataModule):
             with self.trainer.precision_plugin.forward_context():
                 require_separate_documents(self.trainer.lightning_module, flatten)
         return partial(collate, pad_token_id=self._pad_token_id, flatten=flatten)
-
-    @property
-    def _trains_on_gpu(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -26,16 +26,14 @@ from ows_lightning.errors import UsageError
 if TYPE_CHECKING:
     import datasets
 
-MOST_REPEATS = 1000
-"""How often a mixture may repeat the rows of a source in an epoch."""
+MOST_REPEATS = 1000  # of the rows of a source of a mixture in an epoch
 _ROWS_PER_PROCESS = 5000
 
 
 def example_features() -> datasets.Features:
-    """Returns the columns of a table of examples.
+    """The columns of a table of examples: ``example`` is JSON, which keeps rows apart that a typed column would unify.
 
-    ``example`` is JSON, which keeps rows apart that a typed column would unify. ``where`` has the words that name the row in
-    messages, ``renamed`` those of the user's column names that it has.
+    ``where`` has the words that name the row in messages, ``renamed`` those of the user's column names that it has.
     """
     from datasets import Features, List, Value
 
@@ -44,10 +42,9 @@ def example_features() -> datasets.Features:
 
 
 def token_features() -> datasets.Features:
-    """Returns the columns of a table of documents.
+    """The columns of a table of documents: ``row`` is the index of the example, which may give several.
 
-    ``row`` is the index of the example, which may give several documents. An example without a target gives one
-    of length 0. ``unshown`` says what of the example the chat template leaves out.
+    An example without a target gives one of length 0. ``unshown`` says what of it the chat template leaves out.
     """
     from datasets import Features, List, Value
 
@@ -57,18 +54,10 @@ def token_features() -> datasets.Features:
 
 
 def read_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
-    """Read and check all rows of a source, or take them from the cache if its content was read before.
+    """Reads and checks all rows of a source, or takes them from the cache if its content was read before.
 
-    Args:
-        source: Where the rows are.
-        data_format: A key of `FORMATS`; recognised from the first row when not given.
-        columns: The user's column names by those of the format.
-
-    Returns:
-        A table with the features `example_features`.
-
-    Raises:
-        UsageError: For the first row that is wrong.
+    The format, a key of `FORMATS`, is recognised from the first row when not given. A UsageError names the first row that is
+    wrong. The table has the columns `example_features`.
     """
     import datasets
 
@@ -99,10 +88,9 @@ def stream_examples(source: Source, data_format: str | None, columns: Mapping[st
 
 
 def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
-    """Encode all examples on all cores, or take them from the cache, whose key is content, tokenizer and settings.
+    """Encodes all examples on all cores, in their order, with the columns `token_features`.
 
-    Returns:
-        A table with the features `token_features`, in the order of the examples.
+    Or takes them from the cache, whose key is content, tokenizer and settings.
     """
     settings = [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
     processes = min(len(examples) // _ROWS_PER_PROCESS, _cores())
@@ -125,17 +113,10 @@ def column(table: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:
-    """Repeat rows until every part has the share that its weight asks for.
+    """Repeats the row indices of each source, none empty, until it has the share that its weight asks for.
 
-    The part that is largest for its weight is taken once; no row is left out.
-
-    Args:
-        parts: Row indices of every source, none empty.
-        weights: The sources' weights, above 0.
-        seed: Chooses the rows of an incomplete repetition.
-
-    Raises:
-        UsageError: The rows of a source would be repeated more than `MOST_REPEATS` times.
+    The source that is largest for its weight is taken once; no row is left out. The seed chooses the rows of an incomplete
+    repetition. More than `MOST_REPEATS` repetitions are a UsageError.
     """
     once = max(parts, key=lambda name: len(parts[name]) / weights[name])
     per_weight = len(parts[once]) / weights[once]
@@ -180,11 +161,7 @@ def _is_answered(source: Source) -> bool:
 
 
 def entry_of(row: Row, data_format: str, where: str, answered: bool) -> dict[str, str]:
-    """The columns ``where`` and ``example`` of a row whose columns have the names of its format.
-
-    Raises:
-        UsageError: Whatever is wrong with the row; names it.
-    """
+    """The columns ``where`` and ``example`` of a row whose columns have the names of its format; any fault names the row."""
     try:
         example = json.dumps(formats.to_example(row, data_format, where, answered), ensure_ascii=False, default=str)
         example.encode()

@@ -18,23 +18,18 @@ Example = dict[str, Any]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ROLES |= {"function_call": "assistant", "observation": "tool", "function_response": "tool", "developer": "system"}
 _ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "function")}
+_WEIGHTS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
 def to_example(row: Row, data_format: str, where: str, answered: bool = True) -> Example:
-    """Turn `row` into an example.
+    """Turns a row, whose columns have the names of its format, a key of `FORMATS`, into an example.
 
-    Args:
-        row: The row's columns, already under the names of the format.
-        data_format: A key of `FORMATS`.
-        where: Names the row in messages, such as ``train.jsonl line 7``.
-        answered: Whether the row needs a column for the answer; prompts to be answered need none.
-
-    Raises:
-        UsageError: When a column is missing, empty where it must not be, or of a wrong type; the message names the row.
+    A UsageError names the row, such as ``train.jsonl line 7``, of which a column is missing (that of the answer only if it has
+    to be `answered`), empty where it must not be, or of a wrong type.
     """
-    missing = _missing(_needed(data_format, answered), row)
-    if missing:
-        raise UsageError(f"{where} has no column {_or(missing)}, which {data_format} rows need ({_found(row)})")
+    if missing := _missing(data_format, row, answered):
+        names = " or ".join(f"'{name}'" for name in missing)
+        raise UsageError(f"{where} has no column {names}, which {data_format} rows need ({_found(row)})")
     example = FORMATS[data_format][1](row, where)
     if row.get("tools"):
         example["tools"] = _parsed_tools(row["tools"], where)
@@ -47,28 +42,21 @@ def to_example(row: Row, data_format: str, where: str, answered: bool = True) ->
 def recognise(columns: Iterable[str], where: str, answered: bool = True) -> str:
     """The format of rows that have these columns, of which those for the answer may be missing if not `answered`.
 
-    Raises:
-        UsageError: When none fits; the message lists the columns there are and the nearest right name.
+    If none fits, a UsageError lists the columns there are and the nearest right name.
     """
     columns = list(columns)
-    for required in (True, answered):
-        for name in FORMATS:
-            if not _missing(_needed(name, required), columns):
-                return name
+    fitting = [name for required in (True, answered) for name in FORMATS if not _missing(name, columns, required)]
+    if fitting:
+        return fitting[0]
     wanted = {column for needed, _ in FORMATS.values() for group in needed for column in group} - set(columns)
     hint = next((f"; '{_short(column)}': {near[2:]}" for column in columns if (near := nearest(column, wanted))), "")
     known = ", ".join(f"{name} ({', '.join('|'.join(group) for group in needed)})" for name, (needed, _) in FORMATS.items())
-    raise UsageError(
-        f"{where}: columns {_quoted(columns)} fit no format; known are {known}{hint} (data.columns renames columns)"
-    )
+    there = ", ".join(f"'{_short(column)}'" for column in columns)
+    raise UsageError(f"{where}: columns {there} fit no format; known are {known}{hint} (data.columns renames columns)")
 
 
 def rename(row: Row, columns: Mapping[str, str], where: str) -> Row:
-    """Put the user's columns under the names of the format: ``columns={"instruction": "question"}``.
-
-    Raises:
-        UsageError: When the row has neither the user's column nor the one it stands for.
-    """
+    """Puts the user's columns under the names of the format: ``columns={"instruction": "question"}``; one has to be there."""
     for name, column in columns.items():
         if column not in row and name not in row:
             raise UsageError(f"data.columns.{name}: {where} has no column '{column}' ({_found(row)}){nearest(column, row)}")
@@ -120,10 +108,6 @@ def _from_prompt_completion(row: Row, where: str) -> Example:
     return {"messages": _untrained(prompt) + answer["messages"]}
 
 
-def _from_text(row: Row, where: str) -> Example:
-    return {"text": _text(row, "text", where)}
-
-
 #: name -> (the columns it needs, each a tuple of alternatives, the answer's last; the conversion). `answer` stands in for an
 #: answer column that is missing, as in test sets.
 FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Example]]] = {
@@ -131,7 +115,7 @@ FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Examp
     "sharegpt": ((("conversations",),), partial(_from_messages, column="conversations")),
     "alpaca": ((("instruction",), ("output", "answer")), _from_alpaca),
     "prompt_completion": ((("prompt",), ("completion", "answer")), _from_prompt_completion),
-    "text": ((("text",),), _from_text),
+    "text": ((("text",),), lambda row, where: {"text": _text(row, "text", where)}),
 }
 #: Every column that a format reads: what `data.columns` may rename to.
 COLUMNS = sorted(
@@ -189,7 +173,9 @@ def _message(turn: Any, where: str) -> Message:
     if "reasoning_content" in message and not isinstance(message["reasoning_content"], str):
         raise UsageError(f"{where}: 'reasoning_content' must be text, got {_kind(message['reasoning_content'])}")
     if "weight" in message:
-        message["weight"] = _weight(message["weight"], where)
+        if (weight := _WEIGHTS.get(str(message["weight"]).lower())) is None:
+            raise UsageError(f"{where}: 'weight' must be 0 (not trained) or 1, got {message['weight']!r}")
+        message["weight"] = weight
     if "tool_calls" in message:
         for call in _objects(message["tool_calls"], f"{where}: 'tool_calls'"):
             function = call.get("function", {})
@@ -198,17 +184,6 @@ def _message(turn: Any, where: str) -> Message:
             if isinstance(function.get("arguments"), str):  # as in OpenAI's API; chat templates expect the object
                 function["arguments"] = _parsed_json(function["arguments"], f"{where}: the arguments of a tool call")
     return message
-
-
-def _weight(value: Any, where: str) -> int:
-    """0 or 1, also where it is written as text."""
-    try:
-        weight = float(value)
-    except (TypeError, ValueError):
-        weight = -1.0
-    if weight not in (0, 1):
-        raise UsageError(f"{where}: 'weight' must be 0 (not trained) or 1, got {value!r}")
-    return int(weight)
 
 
 def without_none(value: Any, keep: str | None = None) -> Any:
@@ -226,9 +201,8 @@ def _parsed_tools(tools: Any, where: str) -> list[Any]:
 def _objects(value: Any, what: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise UsageError(f"{what} must be a list of objects, got {_kind(value)}")
-    for entry in value:
-        if not isinstance(entry, dict):
-            raise UsageError(f"{what} must be a list of objects, got {_kind(entry)} in it")
+    if others := [entry for entry in value if not isinstance(entry, dict)]:
+        raise UsageError(f"{what} must be a list of objects, got {_kind(others[0])} in it")
     return value
 
 
@@ -248,14 +222,10 @@ def _text(row: Row, column: str, where: str, optional: bool = False) -> str:
     return value
 
 
-def _needed(data_format: str, answered: bool) -> tuple[tuple[str, ...], ...]:
-    needed = FORMATS[data_format][0]
-    return needed if answered else needed[:1]
-
-
-def _missing(needed: tuple[tuple[str, ...], ...], columns: Iterable[str]) -> tuple[str, ...]:
-    columns = set(columns)
-    return next((group for group in needed if not columns.intersection(group)), ())
+def _missing(data_format: str, columns: Iterable[str], answered: bool) -> tuple[str, ...]:
+    """The first column that a format needs and that is not there, with its alternatives."""
+    needed, columns = FORMATS[data_format][0], set(columns)
+    return next((group for group in needed[: None if answered else 1] if not columns.intersection(group)), ())
 
 
 def _kind(value: Any) -> str:
@@ -265,17 +235,9 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{_short(name)}'" for name in names)
-
-
 def _short(name: str) -> str:
     """A name from the data, shortened to fit a line."""
     return " ".join(name.split())[:60]
-
-
-def _or(names: Iterable[str]) -> str:
-    return " or ".join(f"'{name}'" for name in names)
 
 
 def _found(row: Iterable[str]) -> str:

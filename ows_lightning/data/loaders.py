@@ -18,16 +18,9 @@ class ShardedSampler(DistributedSampler):
     the same step as one process with batches of w * b rows. When the rows don't divide evenly, ranks are filled up with the
     index behind the last, a row without targets: all ranks make the same number of steps and no row counts twice.
 
-    It is a `DistributedSampler`, which Lightning leaves in place and tells the epoch.
-
-    Args:
-        lengths: Length of every row in tokens; only their number counts without `group_size`.
-        rank: This process's rank.
-        num_replicas: Number of processes.
-        seed: Seed of the order.
-        shuffle: Draw the order, or keep the rows as they are.
-        group_size: When set, rows are sorted by length within every 50 groups of this many rows, and the groups are shuffled:
-            the rows of a batch then have similar lengths.
+    With `group_size`, rows are sorted by their `lengths` in tokens within every 50 groups of so many rows, and the groups are
+    shuffled: the rows of a batch then have similar lengths. It is a `DistributedSampler`, which Lightning leaves in place and
+    tells the epoch.
     """
 
     def __init__(
@@ -69,12 +62,9 @@ class ResumableLoader(DataLoader[Any]):
     The position is the epoch and how many rows all ranks have seen of it, so a run may be resumed with another batch size or
     number of ranks. At the end of an epoch it is the start of the next. (torchdata's StatefulDataLoader is exhausted there; a
     run that Lightning 2.6 resumes from the last step of an epoch would leave out the next epoch.)
-
-    Attributes:
-        trainer: Tells the epoch. (What Lightning tells the sampler is one ahead after some resumes with `max_steps`.)
     """
 
-    trainer: Trainer | None = None
+    trainer: Trainer | None = None  # tells the epoch; what Lightning tells the sampler is one ahead after some resumes
     _position = _resume_at = (0, 0)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -94,17 +84,15 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position: ``epoch``, the ``rows`` of it that all ranks have seen, and what the ``order`` depends on."""
+        order: dict[str, int] = {}
+        if isinstance(sampler := self.sampler, ShardedSampler):
+            order = {"rows": len(sampler.lengths), "seed": sampler.seed, "group_size": sampler.group_size or 0}
         rows = self._position[1] * getattr(self.sampler, "num_replicas", 1)
-        return {"epoch": self._position[0], "rows": rows, "order": self._order()}
-
-    def _order(self) -> dict[str, int]:
-        if not isinstance(self.sampler, ShardedSampler):
-            return {}
-        return {"rows": len(self.sampler.lengths), "seed": self.sampler.seed, "group_size": self.sampler.group_size or 0}
+        return {"epoch": self._position[0], "rows": rows, "order": order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin the next iteration at this position."""
-        before, now = state.get("order", {}), self._order()
+        before, now = state.get("order", {}), self.state_dict()["order"]
         changed = [f"{name} from {before[name]} to {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
         if changed and state["rows"]:
             rank_zero_warn(

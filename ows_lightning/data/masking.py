@@ -34,12 +34,9 @@ _ANSWERED: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistan
 
 @dataclass
 class Encoded:
-    """A training row.
+    """A training row: its token ids, the same as labels where they are targets, else -100, and whether tokens were cut off.
 
-    Attributes:
-        input_ids: Token ids.
-        labels: The same where the token is a target, else -100. The first is always -100: no token predicts it.
-        truncated: Whether tokens were cut to fit `max_seq_length`.
+    The first label is always -100: no token predicts it.
     """
 
     input_ids: list[int]
@@ -70,12 +67,10 @@ class Encoder:
     last_turn_only: bool = False
 
     def encode(self, example: Example, where: str) -> list[Encoded]:
-        """Encode one example.
+        """Encodes an example: as no row when it has no target, one row, or several.
 
-        Returns:
-            No row when the example has no target; one row; or more when the template renders earlier answers differently from
-            the last (Qwen3 drops their thinking) or does not end them: then each such answer is a row of its own, ending with
-            that answer, so that it is trained in the form in which the model has to give it.
+        Several when the template renders earlier answers differently from the last (Qwen3 drops their thinking) or does not
+        end them: each such answer ends a row of its own, trained in the form in which the model has to give it.
         """
         if "text" in example:
             rows = [self._plain_text(example["text"])]
@@ -102,7 +97,7 @@ class Encoder:
             tools = example.get("tools")
             messages = self._template.fitted(split_prompt(example["messages"])[0], tools)
             messages = self._template.without_empty_turns(messages, tools)
-            text = self._render(messages, tools, where, add_generation_prompt=True)
+            text = self._template.render(messages, tools, where, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
 
@@ -124,7 +119,7 @@ class Encoder:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return []
-        text = self._render(messages, tools, where)
+        text = self._template.render(messages, tools, where)
         spans: list[Span] = []
         alone: list[int] = []
         for i in turns[-1:] if self.last_turn_only else turns:
@@ -153,17 +148,17 @@ class Encoder:
 
         None if the template writes it, or its context, differently there than at the end, or ends only the last answer.
         """
-        head = self._render(messages[:i], tools, where, add_generation_prompt=True)
+        head = self._template.render(messages[:i], tools, where, add_generation_prompt=True)
         start = _common_prefix(head, text)
         if start < len(head):
             # The generation prompt may open something that the answer lacks (<think>), but the context must not change.
             start = min(start, self._where_contents_differ(text, messages, i, tools, where))
-            before = self._render(messages[:i], tools, where) if i else ""
+            before = self._template.render(messages[:i], tools, where) if i else ""
             if start < len(self._without_eos(before)):
                 return None
         if i == len(messages) - 1:
             return start, len(text)
-        answer = self._render(messages[: i + 1], tools, where)
+        answer = self._template.render(messages[: i + 1], tools, where)
         if not text.startswith(answer):
             answer = self._without_eos(answer)  # some templates (Phi-3) end every conversation with one
         if not text.startswith(answer) or not answer.rstrip().endswith(self.end_tokens):
@@ -174,7 +169,7 @@ class Encoder:
         """The first position of `text` that changes with the content of message `i`: at or before where that begins."""
         content = "." if (messages[i]["content"] or "").lstrip().startswith("!") else "!"
         other = [*messages[:i], {"role": "assistant", "content": content}]
-        return _common_prefix(self._render(other, tools, where), text)
+        return _common_prefix(self._template.render(other, tools, where), text)
 
     def _with_end_tokens(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Leave white space after the end-of-turn token out of the targets, and add a token where the template has none."""
@@ -206,15 +201,10 @@ class Encoder:
         if len(ids) <= self.max_seq_length or not is_answer.any():
             return positions[: self.max_seq_length]
         end = int(is_answer.nonzero()[0][-1]) + 1
-        begin = end - 1
-        while begin and is_answer[begin - 1]:
-            begin -= 1
+        begin = int((~is_answer[:end]).nonzero()[0].max(initial=-1)) + 1
         context = 1 + (ids[0] == self.tokenizer.bos_token_id and self.max_seq_length > 2)
         end = max(min(end, begin + self.max_seq_length - context), self.max_seq_length)
         return _cut_start(positions, end, self.max_seq_length, 0 if context == 2 else None)
-
-    def _render(self, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False) -> str:
-        return self._template.render(messages, tools, where, add_generation_prompt)
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -223,12 +213,10 @@ class Encoder:
     @cached_property
     def end_tokens(self) -> tuple[str, ...]:
         """Tokens that may end an answer: the special ones, and any other added one that the template puts behind an answer."""
-        behind = self._render(_ANSWERED, None, "the chat template").rpartition("!")[2]
+        behind = self._template.render(_ANSWERED, None, "the chat template").rpartition("!")[2]
         added = self.tokenizer.added_tokens_decoder.values()
-        return (
-            self.tokenizer.eos_token,
-            *(str(token) for token in added if token.special or (str(token).strip() and str(token) in behind)),
-        )
+        ends = (str(token) for token in added if token.special or (str(token).strip() and str(token) in behind))
+        return (self.tokenizer.eos_token, *ends)
 
     def _has_content(self, answer: str) -> bool:
         """Whether an answer has tokens besides those that end it."""
@@ -242,12 +230,10 @@ class Encoder:
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Check that the tokenizer can be trained with, and give it `PLAIN_TEMPLATE` when it has no chat template of its own.
+    """Checks that a tokenizer can be trained with, and gives it `PLAIN_TEMPLATE` when it has no chat template of its own.
 
-    The template is set on the tokenizer itself, so that generation and the exported model use the one that was trained.
-
-    Raises:
-        UsageError: For a tokenizer that can't map text to tokens, or that has no end-of-sequence token.
+    The template is set on the tokenizer itself, so that generation and the exported model use the one that was trained. A
+    tokenizer that can't map text to tokens, or has no end-of-sequence token, is a UsageError.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if not tokenizer.is_fast:
@@ -257,9 +243,8 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if not tokenizer.chat_template:
         adds_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
-        rank_zero_info(
-            f"The tokenizer of '{name}' has no chat template: rows are written as '### Instruction:' and '### Response:'."
-        )
+        said = "rows are written as '### Instruction:' and '### Response:'."
+        rank_zero_info(f"The tokenizer of '{name}' has no chat template: {said}")
     return tokenizer
 
 

@@ -22,20 +22,11 @@ _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commo
 
 
 class ChoiceRows(Dataset[list[dict[str, Any]]]):
-    """One item a row, with all of its choices, so that limits of batches never separate them.
+    """One item for each example that has choices, with all of them, so that limits of batches never separate them.
 
     For each choice it has ``input_ids``, ``labels`` of the choice alone, ``row``, ``right`` and ``characters``. The item at
-    index ``len`` repeats the last one, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
-
-    Args:
-        table: Examples, with the columns ``where`` and ``example``; those without choices are left out.
-        encoder: Renders and tokenises.
-
-    Attributes:
-        most: The most choices that a row has.
-
-    Raises:
-        UsageError: An answer is none of the row's choices; names the row.
+    index ``len`` repeats the last one, which changes no score: it fills up the ranks' shares (see `ShardedSampler`). ``most``
+    is the most choices that a row has.
     """
 
     def __init__(self, table: datasets.Dataset, encoder: Encoder) -> None:
@@ -69,10 +60,8 @@ def choices_of(example: Example, where: str) -> tuple[list[str], int]:
     """Returns an example's choices and the index of the right one; no choices for an example that is not multiple choice.
 
     The choices are those of the columns ``choices`` (a list of texts) and ``answer`` (one of them, its index from 0, or
-    its letter); or the question ends with ``Answer format: a/b/...`` and ``answer`` is one of these.
-
-    Raises:
-        UsageError: The answer is none of the choices.
+    its letter); or the question ends with ``Answer format: a/b/...`` and ``answer`` is one of these. Any other answer is a
+    UsageError.
     """
     options, answer = example.get("choices"), example.get("answer")
     if "messages" not in example or answer is None:
@@ -92,8 +81,7 @@ def choices_of(example: Example, where: str) -> tuple[list[str], int]:
 
 
 def _index(answer: Any, options: Sequence[str], where: str) -> int:
-    index = index_of_choice(answer, options)
-    if index is None:
+    if (index := index_of_choice(answer, options)) is None:
         raise UsageError(f"{where}: the answer {answer!r} is none of the choices {', '.join(options)}")
     return index
 

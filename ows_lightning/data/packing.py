@@ -11,24 +11,16 @@ from ows_lightning.models.decoder import causal_lm
 
 
 def pack(lengths: list[int], max_length: int) -> list[list[int]]:
-    """Put documents into as few rows of `max_length` tokens as best-fit decreasing finds.
+    """Puts documents of so many tokens into as few rows of at most `max_length` as best-fit decreasing finds.
 
-    The longest document goes first, each into the row that it leaves the least room in.
-
-    Args:
-        lengths: Tokens of every document, none above `max_length`.
-        max_length: Tokens of a row.
-
-    Returns:
-        For every row the indices of its documents.
+    The longest document goes first, each into the row that it leaves the least room in. Returns each row's documents.
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room -> rows that have exactly this much left
     has_room = 0  # bit r is set when with_room[r] is not empty, so that the best fit is found without a search
     for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[document]
-        fitting = has_room >> length
-        if fitting:
+        if fitting := has_room >> length:
             room = length + (fitting & -fitting).bit_length() - 1
             row = with_room[room].pop()
             has_room ^= 0 if with_room[room] else 1 << room
@@ -43,18 +35,11 @@ def pack(lengths: list[int], max_length: int) -> list[list[int]]:
 
 @torch.no_grad()
 def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
-    """Refuse a model that lets packed documents see each other.
+    """Refuses a model (any module that contains a causal LM, sharded or not) that lets packed documents see each other.
 
     transformers keeps them apart by their restarting positions, but not in every architecture: OPT and models with ALiBi make
     a mask of their own. So we test it on a few tokens: the logits of a document must not depend on what stands before it
     in the row.
-
-    Args:
-        model: A causal LM of transformers, or any module that contains one, sharded or not.
-        flatten: As for `collate`.
-
-    Raises:
-        UsageError: For such a model.
     """
     one, other, probe = [1, 2, 3, 4, 5], [6, 7, 8, 9], [9, 3, 7]
     rows = [[one, probe], [other, one[:1], probe], [probe, other, one[:1]]]

@@ -33,19 +33,14 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-    """
+    """A tokenizer's chat template."""
 
     tokenizer: PreTrainedTokenizerBase
 
     def render(self, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False) -> str:
         """The conversation as text; a system message that the template refuses joins the first question.
 
-        Raises:
-            UsageError: The template refuses the messages; names the row.
+        A UsageError names the row whose messages it refuses.
         """
         try:
             return self._apply(messages, tools, add_generation_prompt)
@@ -79,13 +74,14 @@ class ChatTemplate:
 
         Reasoning counts as shown if it is shown while its answer is the last.
         """
-        marked, marked_tools, marks = _marked(messages, tools)
-        if not marks or (text := self._rendered(marked, marked_tools)) is None:
+        marked = _Marked(messages, tools)
+        if not marked.places or (text := self._rendered(marked.messages, marked.tools)) is None:
             return []
-        missing = {mark: place for mark, place in marks.items() if mark not in text}
+        missing = {mark: place for mark, place in marked.places.items() if mark not in text}
         for i in sorted({place[0] for place in missing.values()}):
-            last = i if i >= 0 and messages[i]["role"] == "assistant" else _last_question(messages)
-            until = self._rendered(marked[: last + 1], marked_tools) or ""
+            questions = (k for k in reversed(range(len(messages))) if messages[k]["role"] == "user")
+            last = i if i >= 0 and messages[i]["role"] == "assistant" else next(questions, len(messages) - 1)
+            until = self._rendered(marked.messages[: last + 1], marked.tools) or ""
             missing = {mark: place for mark, place in missing.items() if place[0] != i or mark not in until}
         return list(dict.fromkeys(what for _, what in missing.values()))
 
@@ -101,16 +97,17 @@ class ChatTemplate:
 
     def _faults(self, messages: list[Message], tools: Any) -> int:
         """Faults in the rendering of this form: the number of parts of calls that are left out or wrongly written."""
-        marked, marked_tools, marks = _marked(messages, tools)
-        text = self._rendered(marked, marked_tools)
-        if text is None:
+        marked = _Marked(messages, tools)
+        if (text := self._rendered(marked.messages, marked.tools)) is None:
             return 10_000
-        quoted_wrongly = sum(f"'{mark}'" in text or f'\\"{mark}' in text for mark in marks)  # Python's repr, or JSON twice
-        printed_none = 0
+        quoted_wrongly = (
+            f"'{mark}'" in text or f'\\"{mark}' in text for mark in marked.places
+        )  # Python's repr, or JSON twice
+        printed_none = False
         if any(message["content"] is None for message in messages):
-            without = self._rendered(_in_form(marked, "", lambda arguments: arguments), marked_tools)
+            without = self._rendered(_in_form(marked.messages, "", lambda arguments: arguments), marked.tools)
             printed_none = without is not None and text.count("None") > without.count("None")
-        return sum(mark not in text for mark in marks) + quoted_wrongly + printed_none
+        return sum(mark not in text for mark in marked.places) + sum(quoted_wrongly) + printed_none
 
     def _is_empty(self, message: Message, before: list[Message], tools: Any) -> bool:
         """Whether the template writes this answer as it would write an empty one."""
@@ -133,12 +130,8 @@ def merged_system(messages: list[Message]) -> list[Message] | None:
     return [{**messages[1], "content": content}, *messages[2:]]
 
 
-def _last_question(messages: list[Message]) -> int:
-    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
-
-
 def _in_form(messages: list[Message], content: str | None, arguments: Callable[[Any], Any]) -> list[Message]:
-    """The messages with `none` in place of a content of None, and calls' arguments passed through `arguments`."""
+    """The messages with this content in place of None, and with calls' arguments passed through a function."""
     return [{**m, "content": content if m["content"] is None else m["content"], **_with_calls(m, arguments)} for m in messages]
 
 
@@ -163,38 +156,36 @@ def _as_text(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _marked(messages: list[Message], tools: Any) -> tuple[list[Message], Any, dict[str, tuple[int, str]]]:
-    """The conversation with a mark in each of its parts, and for each mark the message (-1: `tools`) and the part in words."""
-    marker = _Marker()
-    marked = [marker.message(i, message) for i, message in enumerate(messages)]
-    return marked, marker.tools(tools), marker.places
+class _Marked:
+    """A conversation with a mark in each of its parts.
 
+    ``places`` has for each mark the index of its message (-1: the `tools`), and what part it is of, in words.
+    """
 
-class _Marker:
-    def __init__(self) -> None:
+    def __init__(self, messages: list[Message], tools: Any) -> None:
         self.places: dict[str, tuple[int, str]] = {}
+        self.messages = [self._message(i, message) for i, message in enumerate(messages)]
+        self.tools = [self._tool(tool) for tool in tools] if tools else tools
 
-    def message(self, index: int, message: Message) -> Message:
+    def _message(self, index: int, message: Message) -> Message:
         what = _ROLES.get(message["role"], f"a message of the role {message['role']}")
-        marked = {**message, **_with_calls(message, partial(self.arguments, index), partial(self.name, index))}
+        name = partial(self._text, index, "tool calls")
+        marked = {**message, **_with_calls(message, partial(self._arguments, index), name)}
         if isinstance(content := message["content"], str):
-            marked["content"] = "".join(self.text(index, what, piece) for piece in _THINKING.split(content))
+            marked["content"] = "".join(self._text(index, what, piece) for piece in _THINKING.split(content))
         if "reasoning_content" in message:
-            marked["reasoning_content"] = self.text(index, "reasoning", message["reasoning_content"])
+            marked["reasoning_content"] = self._text(index, "reasoning", message["reasoning_content"])
         return marked
 
-    def text(self, index: int, what: str, text: str) -> str:
+    def _text(self, index: int, what: str, text: Any) -> Any:
         """The text with a mark in its middle, since templates may look at its beginning and end."""
-        if not text.strip() or _THINKING.fullmatch(text):
+        if not isinstance(text, str) or not text.strip() or _THINKING.fullmatch(text):
             return text
         start = len(text) - len(text.lstrip())
         middle = start + (len(text.strip()) + 1) // 2
         return text[:middle] + self._new(index, what) + text[middle:]
 
-    def name(self, index: int, name: Any) -> Any:
-        return self.text(index, "tool calls", name) if isinstance(name, str) else name
-
-    def arguments(self, index: int, arguments: Any) -> Any:
+    def _arguments(self, index: int, arguments: Any) -> Any:
         """The object with a mark added as a key and as its value."""
         if not isinstance(as_object := _as_object(arguments), dict):
             return arguments
@@ -202,14 +193,10 @@ class _Marker:
         as_object = {**as_object, mark: mark}
         return _as_text(as_object) if isinstance(arguments, str) else as_object
 
-    def tools(self, tools: Any) -> Any:
-        return [self._tool(tool) for tool in tools] if tools else tools
-
     def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
         if isinstance(tool.get("function"), dict):
             return {**tool, "function": self._tool(tool["function"])}
-        name = tool.get("name")
-        return {**tool, "name": self.text(-1, "the functions of 'tools'", name)} if isinstance(name, str) else tool
+        return {**tool, "name": self._text(-1, "the functions of 'tools'", tool["name"])} if "name" in tool else tool
 
     def _new(self, index: int, what: str) -> str:
         mark = _MARK.format(len(self.places))

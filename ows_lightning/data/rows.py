@@ -18,20 +18,13 @@ Item = dict[str, list[int]]
 
 
 class Rows(Dataset[Item]):
-    """Rows of token ids and labels, each made of one document, or of several when packed.
+    """Rows of token ids and labels, each made of the documents (see `token_features`) of these indices, several when packed.
 
     Index ``len(rows)`` gives a row without a target, which fills up the ranks' shares (see `ShardedSampler`).
-
-    Args:
-        documents: A `datasets.Dataset` with the columns ``input_ids`` and ``labels``.
-        rows: The indices of each row's documents.
-        packed: Add ``position_ids`` that restart with every document.
     """
 
     def __init__(self, documents: Any, rows: Sequence[Sequence[int]], packed: bool = False) -> None:
-        self.documents = documents
-        self.rows = rows
-        self.packed = packed
+        self.documents, self.rows, self.packed = documents, rows, packed
         lengths = documents.with_format("numpy")["length"][:]
         self.lengths = [int(lengths[list(row)].sum()) for row in rows]
 
@@ -55,18 +48,13 @@ def as_item(documents: Sequence[tuple[list[int], list[int]]], packed: bool) -> I
 
 
 class PromptRows(Dataset[dict[str, Any]]):
-    """Rows as prompts: ``input_ids``, the rendered ``prompt``, the ``reference`` answer, ``answer``, ``choices``, ``row``.
+    """Examples as prompts: ``input_ids``, the text as ``prompt``, the ``reference`` answer, ``answer``, ``choices``, ``row``.
 
     Index ``len`` gives a row without a reference (None), which fills up the ranks' shares (see `ShardedSampler`).
-
-    Args:
-        table: The examples, with the columns ``where`` and ``example``.
-        encoder: Renders and tokenises.
     """
 
     def __init__(self, table: Any, encoder: Encoder) -> None:
-        self.table = table
-        self.encoder = encoder
+        self.table, self.encoder = table, encoder
 
     def __len__(self) -> int:
         return len(self.table)
@@ -75,23 +63,13 @@ class PromptRows(Dataset[dict[str, Any]]):
         entry = self.table[min(index, len(self) - 1)]
         example = json.loads(entry["example"])
         prompt, input_ids = self.encoder.encode_prompt(example, entry["where"])
-        return {
-            "input_ids": input_ids,
-            "prompt": prompt,
-            "reference": split_prompt(example.get("messages", []))[1] if index < len(self) else None,
-            "answer": example.get("answer"),
-            "choices": example.get("choices"),
-            "row": index,
-        }
+        reference = split_prompt(example.get("messages", []))[1] if index < len(self) else None
+        row = {"input_ids": input_ids, "prompt": prompt, "reference": reference, "row": index}
+        return row | {name: example.get(name) for name in ("answer", "choices")}
 
 
 def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> dict[str, Tensor]:
-    """Pad rows on the right to the longest.
-
-    Args:
-        items: Rows.
-        pad_token_id: Token that pads.
-        flatten: Put packed rows behind one another into a single one, the form in which flash attention finds documents.
+    """Pads rows on the right to the longest, or puts packed ones behind one another, where flash attention finds documents.
 
     Returns:
         ``input_ids`` and ``labels``, and either ``attention_mask`` or, for packed rows, ``position_ids``; int64 (B, L). The
@@ -111,11 +89,7 @@ def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> 
 
 
 def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """Pad prompts on the left, where generation goes on from their last token.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, int64 (B, L); ``row``, int64 (B,); every other column as a list.
-    """
+    """Pads prompts on the left: ``input_ids`` and ``attention_mask``, int64 (B, L); ``row``, int64 (B,); lists of the rest."""
     batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
     ids = [_tensor(row) for row in batch["input_ids"]]
     batch["input_ids"] = pad_sequence(ids, True, pad_token_id, padding_side="left")

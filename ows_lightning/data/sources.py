@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from huggingface_hub.utils.sha import sha_fileobj
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ows_lightning.compat import fingerprint
@@ -47,19 +48,12 @@ _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(["val", "valid
 
 @dataclass(frozen=True)
 class Source:
-    """One source of rows.
+    """One source of rows."""
 
-    Attributes:
-        name: The name as the user wrote it.
-        key: The setting that named it, for messages (``dataset``, ``eval_dataset``, ``test_dataset``).
-        files: Local files, empty for a data set on the hub or one written by ``Dataset.save_to_disk``.
-        splits: Splits of a data set that is not made of files; the first that it has is taken.
-    """
-
-    name: str
-    key: str
-    files: tuple[str, ...]
-    splits: tuple[str, ...]
+    name: str  # as the user wrote it
+    key: str  # the setting that named it: dataset, eval_dataset or test_dataset
+    files: tuple[str, ...]  # none of a data set on the hub, or one written by `Dataset.save_to_disk`
+    splits: tuple[str, ...]  # the first that it has is taken
 
     def error(self, message: str) -> UsageError:
         """The error for this source, with the setting's name in front."""
@@ -67,16 +61,11 @@ class Source:
 
 
 def resolve(name: str, key: str, split: str = "train") -> Source:
-    """Find what `name` stands for: a file, a directory, a glob, or a data set on the hub (``owner/name[/config][:split]``).
+    """Finds what a name stands for: a file, a directory, a glob, or a data set on the hub (``owner/name[/config][:split]``).
 
-    Args:
-        name: The name as the user wrote it.
-        key: The setting that named it. Where there are splits, ``eval_dataset`` prefers validation and then test rows,
-            ``test_dataset`` test and then validation rows.
-        split: The split to take by other settings, or where there are none of these.
-
-    Raises:
-        UsageError: When nothing local matches and `name` can't be a hub name.
+    Where there are splits, ``eval_dataset`` prefers validation and then test rows, ``test_dataset`` test and then validation
+    rows; `split` is taken by other settings, or where there are none of these. A UsageError says that nothing local matches a
+    name that can't be one of the hub.
     """
     source = Source(name, key, (), tuple(dict.fromkeys([*_PREFERRED.get(key, ()), split])))
     if not name.strip():
@@ -101,17 +90,16 @@ def _resolve(source: Source, path: Path) -> Source:
         hub = re.fullmatch(r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?", name)
         hint = f"give its name, '{hub[1]}'" if hub else "download the file and give its path"
         raise source.error(f"'{name}' is an address, from which no rows are read; {hint}")
-    if path.exists():
-        raise source.error(f"'{name}' is a device or a pipe, not a file; save its rows as a {_KINDS} file")
-    if path.is_symlink():
-        raise source.error(f"'{name}' is a link to '{path.readlink()}', which is not there")
+    if path.exists() or path.is_symlink():
+        raise source.error(f"'{name}' is a device, a pipe or a broken link, not a file; save its rows as a {_KINDS} file")
     if glob.has_magic(name):
         files = sorted(f for f in glob.glob(str(path), recursive=True) if _format_of(Path(f)) and Path(f).is_file())
         if not files:
             raise source.error(f"no {_KINDS} file matches '{name}'")
         return _without_splits(replace(source, files=tuple(files)))
     if _format_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
-        raise source.error(f"no file matches '{name}'{nearest(path.name, (p.name for p in _listdir(path.parent)))}")
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise source.error(f"no file matches '{name}'{nearest(path.name, beside)}")
     return source
 
 
@@ -126,31 +114,27 @@ def _format_of(path: Path) -> str | None:
 def _without_splits(source: Source) -> Source:
     """Refuse `data.split` for rows that have no splits."""
     if source.key == "dataset" and source.splits[-1] != "train":
-        raise source.error(
-            f"'{source.name}' has no splits, and data.split asks for '{source.splits[-1]}'; leave data.split out, or give "
-            "the file that holds the rows (of a data set on the hub, 'owner/name:split' asks for one)"
-        )
+        hint = "leave data.split out, or give the file that holds the rows (on the hub, 'owner/name:split' asks for one)"
+        raise source.error(f"'{source.name}' has no splits, and data.split asks for '{source.splits[-1]}'; {hint}")
     return source
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield every row of `source` with the words that name it in messages, such as ``train.jsonl line 7``.
+    """Yields every row of a source with the words that name it in messages, such as ``train.jsonl line 7``.
 
-    Raises:
-        UsageError: For a file that is empty, not UTF-8 or not of its format (names the line), or an unreachable data set.
+    A UsageError says which file is empty, which line is not UTF-8 or not of its format, or that a data set can't be reached.
     """
     if not source.files:
         for number, row in enumerate(open_dataset(source), start=1):
             yield f"{source.name} row {number}", plain(row)
     for file in map(Path, source.files):
-        empty = True
+        place: str | None = None
         for place, row in _READERS[str(_format_of(file))](file, source):
-            empty = False
             if not isinstance(row, dict):
                 kind = type(row).__name__
                 raise source.error(f"{file.name} {place} is a {kind}, not an object of columns and values")
             yield f"{file.name} {place}", row
-        if empty:
+        if place is None:
             raise source.error(f"{file} has no rows")
 
 
@@ -163,15 +147,10 @@ def content_hash(source: Source) -> str:
         digest.update(Path(file).name.encode())
         try:
             with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+                digest.update(sha_fileobj(stream))
         except OSError as error:
             raise source.error(f"can't read {file}: {error.strerror}") from None
     return digest.hexdigest()[:32]
-
-
-def _listdir(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else []
 
 
 def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
@@ -180,22 +159,16 @@ def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
     if not files:
         raise source.error(f"the directory '{source.name}' holds no {_KINDS} file")
     splits = {p: _split_of(p.relative_to(directory)) for p in files}
-    if any(splits.values()):
-        chosen = _choose(source, [split for split in splits.values() if split])
-        names = [str(p.relative_to(directory)) for p in files if splits[p] is None or not chosen]
-        if chosen is None:
-            raise source.error(
-                f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {first_names(names)})"
-            )
-        if names:
-            rank_zero_warn(
-                f"data.{source.key}: '{source.name}' has files of splits, so those that name none are left out: "
-                f"{first_names(names)}"
-            )
-        files = [p for p in files if splits[p] == chosen]
-    else:
-        _without_splits(source)
-    return tuple(map(str, files))
+    if not any(splits.values()):
+        return _without_splits(replace(source, files=tuple(map(str, files)))).files
+    chosen = _choose(source, [split for split in splits.values() if split])
+    names = first_names([str(p.relative_to(directory)) for p in files if splits[p] is None or not chosen])
+    if chosen is None:
+        raise source.error(f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {names})")
+    if names:
+        said = f"has files of splits, so those that name none are left out: {names}"
+        rank_zero_warn(f"data.{source.key}: '{source.name}' {said}")
+    return tuple(str(p) for p in files if splits[p] == chosen)
 
 
 def _split_of(path: Path) -> str | None:
@@ -230,14 +203,13 @@ def open_dataset(source: Source, streaming: bool = False) -> Any:
     import datasets
 
     try:
-        if Path(source.name).expanduser().is_dir():
-            data = datasets.load_from_disk(str(Path(source.name).expanduser()))
+        if (folder := Path(source.name).expanduser()).is_dir():
+            data = datasets.load_from_disk(str(folder))
             if not isinstance(data, dict) and str(data.split) != source.splits[-1]:
                 _without_splits(source)
             data = _one_split(data, source)
             return data.to_iterable_dataset() if streaming else data
-        match = _HUB_NAME.fullmatch(source.name)
-        assert match is not None
+        match: Any = _HUB_NAME.fullmatch(source.name)
         path, config, split = match["path"], match["config"], match["split"]
         if split is None and len(source.splits) == 1:
             split = source.splits[0]  # may be a slice, as train[:1000]
@@ -247,29 +219,17 @@ def open_dataset(source: Source, streaming: bool = False) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         inner = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = next(iter(str(inner or error).strip().splitlines()), type(inner or error).__name__)
-        raise source.error(
-            f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
-        ) from error
+        said = f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
+        raise source.error(said) from error
 
 
 def _one_split(data: Any, source: Source) -> Any:
     if not isinstance(data, dict):
         return data
-    split = _choose(source, data)
-    if split is None:
-        splits = ", ".join(data)
-        raise source.error(
-            f"'{source.name}' has no split '{source.splits[-1]}'; set data.split to one of those it has: {splits}"
-        )
+    if (split := _choose(source, data)) is None:
+        hint = f"set data.split to one of those it has: {', '.join(data)}"
+        raise source.error(f"'{source.name}' has no split '{source.splits[-1]}'; {hint}")
     return data[split]
-
-
-def _decode(line: bytes, place: str, source: Source) -> str:
-    try:
-        return line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        raise source.error(f"{place} is not UTF-8 (byte 0x{byte:02x} at {error.start + 1}); save it as UTF-8") from None
 
 
 def _lines(file: Path, source: Source) -> Iterator[tuple[int, str]]:
@@ -277,7 +237,10 @@ def _lines(file: Path, source: Source) -> Iterator[tuple[int, str]]:
     try:
         with opened(file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
-                yield number, _decode(line, f"{file.name} line {number}", source)
+                yield number, line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+    except UnicodeDecodeError as error:
+        fault = f"byte 0x{error.object[error.start]:02x} at {error.start + 1}"
+        raise source.error(f"{file.name} line {number} is not UTF-8 ({fault}); save it as UTF-8") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise source.error(f"can't read {file}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -326,12 +289,12 @@ def _read_csv(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
         if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
             raise source.error(f"{file.name} has the column {twice[0]!r} twice; give each a name of its own")
         for row in reader:
+            place = f"line {reader.line_num}"
             if None in row or None in row.values():
                 expected = len(reader.fieldnames or [])
                 found = expected + len(row.get(None, [])) - list(row.values()).count(None)
-                place = f"{file.name} line {reader.line_num}"
-                raise source.error(f"{place} has {found} fields where the header has {expected}")
-            yield f"line {reader.line_num}", row
+                raise source.error(f"{file.name} {place} has {found} fields where the header has {expected}")
+            yield place, row
     except csv.Error as error:
         raise source.error(f"{file.name} line {reader.line_num} is not valid CSV: {error}") from None
 
@@ -340,12 +303,10 @@ def _read_parquet(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", plain(row)
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            yield f"row {number}", plain(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise source.error(f"{file.name} is not a readable parquet file: {str(error).splitlines()[0]}") from None
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Splits:
     """The parts ``train``, ``val`` and ``test`` of the data, each made of rows that one of the settings names.
 
-    Sources are read at first use, and kept. The arguments are those settings of `InstructionDataModule` that decide which
-    examples there are. A *key* below is the name of one of the first three.
+    The settings are those of `InstructionDataModule` that decide which examples there are; a *key* below is the name of one
+    of the first three. Sources are read at first use, and kept.
     """
 
     dataset: str | list[str] | dict[str, float]
@@ -44,11 +44,7 @@ class Splits:
     _tokens: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
 
     def check(self, choices: bool) -> None:
-        """Read all sources, and with `choices` find a test row whose answer is none of its choices.
-
-        Raises:
-            UsageError: Names the setting or the row, and what to do.
-        """
+        """Reads all sources, and with `choices` looks for a test row whose answer is none of its choices."""
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if getattr(self, key):
                 self.examples_of(key)
@@ -84,24 +80,19 @@ class Splits:
         return self.examples_of(str(self.key(part))).select(self._indices(part))
 
     def rows(self, part: str, encoder: Encoder, packing: bool = False) -> Rows:
-        """The tokenised rows of a part that have a target; with `packing` several documents to a row.
-
-        Raises:
-            UsageError: No row has a target.
-        """
+        """The tokenised rows of a part that have a target, at least one; with `packing` several documents to a row."""
         key = str(self.key(part))
         documents = self.tokens_of(key, encoder)
         row_of, wanted = column(documents, "row"), self._indices(part)
         first, last = np.searchsorted(row_of, wanted, "left"), np.searchsorted(row_of, wanted, "right")
-        ranges = (range(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True))
         has_target = column(documents, "length") > 0
-        chosen = [document for documents_of_one in ranges for document in documents_of_one if has_target[document]]
+        chosen = [i for a, b in zip(first.tolist(), last.tolist(), strict=True) for i in range(a, b) if has_target[i]]
         if not has_target.any():
-            unshown = list(self._unshown(key))
+            unshown = ", ".join(self._unshown(key))
             raise UsageError(
                 f"data.{key}: none of {len(self.examples_of(key))} rows has a target token (an answer that is not empty): "
                 f"{self._named(key, self.dropped(key))}{'; `predict` needs none' if part == 'test' else ''}"
-                f"{'; the chat template does not show ' + ', '.join(unshown) if unshown else ''}"
+                f"{f'; the chat template does not show {unshown}' if unshown else ''}"
             )
         if not chosen:
             raise UsageError(f"data.{key}: no row for {part} has an answer to train on")
@@ -111,14 +102,12 @@ class Splits:
         return Rows(documents, [[chosen[i] for i in row] for row in packed], packed=True)
 
     def examples_of(self, key: str) -> datasets.Dataset:
-        """All examples of a setting; of a stream those that are held out."""
+        """All examples of a setting; of a stream those for validation."""
         from datasets import concatenate_datasets
 
         if key not in self._examples:
-            if key == "dataset" and self.streaming:
-                self._examples[key] = self._head_of_stream()
-            else:
-                self._examples[key] = concatenate_datasets(self._tables(key))
+            is_stream = key == "dataset" and self.streaming
+            self._examples[key] = self._head_of_stream() if is_stream else concatenate_datasets(self._tables(key))
         return self._examples[key]
 
     def tokens_of(self, key: str, encoder: Encoder) -> datasets.Dataset:
@@ -133,7 +122,7 @@ class Splits:
         return column(self._tokens[key], "row")[column(self._tokens[key], "length") == 0].tolist()
 
     def endless(self) -> datasets.IterableDataset:
-        """The training examples of a stream, over and over, without those held out."""
+        """The training examples of a stream, over and over, without those for validation."""
         return self._stream().skip(len(self.examples_of("dataset"))).repeat(None)
 
     def _indices(self, part: str) -> np.ndarray:
@@ -167,9 +156,8 @@ class Splits:
                 raise UsageError(f"data.dataset: '{name}' has no row left to train on; lower val_size or give an eval_dataset")
         mixed = mix(dict(zip(self.dataset, parts, strict=True)), self.dataset, self.seed)
         for name, part, repeated in zip(self.dataset, parts, mixed, strict=True):
-            rank_zero_info(
-                f"data.dataset: {name} gives {len(repeated)} rows an epoch, each {len(repeated) / len(part):.2f} times."
-            )
+            times = f"{len(repeated) / len(part):.2f} times"
+            rank_zero_info(f"data.dataset: {name} gives {len(repeated)} rows an epoch, each {times}.")
         return np.concatenate(mixed)
 
     def _tables(self, key: str) -> list[datasets.Dataset]:
@@ -182,12 +170,10 @@ class Splits:
         val_rows = 0 if self.eval_dataset else int(self.val_size)
         first = list(self._stream().take(val_rows + 1))  # one more, to see whether there are others
         if len(first) <= val_rows:
-            raise UsageError(
-                f"data.val_size: {val_rows} of {len(first)} rows leaves none to train on; lower it, or set val_size: 0"
-            )
+            hint = "lower it, or set val_size: 0"
+            raise UsageError(f"data.val_size: {val_rows} of {len(first)} rows leaves none to train on; {hint}")
         features = example_features()
-        columns = {name: [row[name] for row in first[:val_rows]] for name in features}
-        return Dataset.from_dict(columns, features=features)
+        return Dataset.from_dict({name: [row[name] for row in first[:val_rows]] for name in features}, features=features)
 
     def _stream(self) -> datasets.IterableDataset:
         from datasets import concatenate_datasets, interleave_datasets

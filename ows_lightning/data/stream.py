@@ -31,19 +31,8 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     Every row comes with the position after it: the state of the stream at the start of the block and the number of rows
     seen, the same on all ranks. An iteration that begins there gives exactly the remaining rows, since a block is drawn anew
     from the seed; the contents of the shuffle buffer of `datasets` would be lost. Rank r of w takes the rows r, r + w, ... of
-    the stream, as with `ShardedSampler`.
-
-    Args:
-        examples: Endless stream with the columns ``where`` and ``example``.
-        encoder: Turns examples into rows.
-        length: The rows of this rank that a run takes; what `len` returns.
-        packing: Pack the documents of a block.
-        rank: This process's rank.
-        num_replicas: Number of processes.
-        seed: Seed of the order.
-
-    Attributes:
-        state: The position at which the next iteration begins.
+    the stream, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows, ``state`` the position at which the
+    next iteration begins.
     """
 
     def __init__(
@@ -56,13 +45,8 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
         num_replicas: int = 1,
         seed: int = 0,
     ) -> None:
-        self.examples = examples
-        self.encoder = encoder
-        self.length = length
-        self.packing = packing
-        self.rank = rank
-        self.num_replicas = num_replicas
-        self.seed = seed
+        self.examples, self.encoder, self.length, self.packing = examples, encoder, length, packing
+        self.rank, self.num_replicas, self.seed = rank, num_replicas, seed
         self.state: State = {"examples": examples.state_dict(), "block": 0, "first_row": 0, "next_row": 0}
 
     def __len__(self) -> int:
@@ -77,12 +61,8 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
             for index, row in enumerate(rows, start=state["first_row"]):
                 if index >= state["next_row"] and index % self.num_replicas == self.rank:
                     yield row, {**state, "next_row": index - self.rank + self.num_replicas}
-            state = {
-                **state,
-                "examples": self.examples.state_dict(),
-                "block": state["block"] + 1,
-                "first_row": state["first_row"] + len(rows),
-            }
+            state = {**state, "block": state["block"] + 1, "first_row": state["first_row"] + len(rows)}
+            state["examples"] = self.examples.state_dict()
 
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
         documents: list[tuple[list[int], list[int]]] = []
@@ -115,7 +95,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
 class StreamLoader(DataLoader[Any]):
     """A DataLoader over `StreamRows` whose position Lightning keeps in its checkpoints, also with a worker that reads ahead.
 
-    It takes the settings of a DataLoader; `collate_fn` is wrapped in `collate_with_state`.
+    Its `collate_fn` is a `collate_with_state`.
     """
 
     dataset: StreamRows

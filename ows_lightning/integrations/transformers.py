@@ -30,7 +30,6 @@ from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.sharding import total_norm
 from ows_lightning.optim.subspace import Method
-from ows_lightning.sampling.record import SamplingRecord
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 
@@ -57,7 +56,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         UsageError: A setting is out of its range; the Trainer runs on several processes, or clips where nothing is to clip.
     """
 
-    _record: SamplingRecord | None = None
+    _written_to: Path | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Unfreezes what a run that ended by an exception left frozen, before an optimizer is made."""
@@ -87,17 +86,17 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
             _require_state(_inner(optimizer))
         self.attach(model)
         records = args.save_strategy != "no" and state.is_world_process_zero
-        self._record = SamplingRecord(Path(str(args.output_dir))) if records else None
+        self._written_to = Path(str(args.output_dir)) if records else None
         self._compute: Callable[[], OutlierScores] = partial(self.compute_scores, model, train_dataloader)
         self.start(state.global_step, [_inner(optimizer)], self._compute)
-        self._write()
+        self.write(self._written_to)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Draws new blocks where this step is the first of an interval."""
         if self.advance(state.global_step, [_inner(optimizer)], self._compute):
-            self._write()
+            self.write(self._written_to)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
@@ -130,10 +129,6 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         if run["probabilities"] is not None:
             run["probabilities"] = torch.tensor(run["probabilities"], dtype=torch.float64)
         self.load_state_dict(run)
-
-    def _write(self) -> None:
-        if self._record is not None:
-            self._record.update(self)
 
 
 class _GaLore(TrainerCallback):

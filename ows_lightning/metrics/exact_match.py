@@ -7,23 +7,17 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-_NEUTRAL_SETTINGS = {
+_NEUTRAL_SETTINGS = {  # of generation: they leave greedy answers as they are, or are overruled
     *("bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length"),
     *("max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
 }
-"""Settings of generation that leave greedy answers as they are, or that are overruled."""
 
 
 class KnownAnswers:
-    """What is known of the greedy answers to prompts.
+    """What is known of the greedy answers to prompts, which end at one of the ``stops`` or after ``limit`` tokens.
 
     Where a row's answer is predicted token by token, the likeliest tokens are the greedy answer up to the first that differs
     from the row's, that one included. This decides nearly always whether the two are equal.
-
-    Args:
-        tokenizer: Makes text of tokens.
-        stops: Tokens that end an answer.
-        limit: The most tokens of an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: set[int], limit: int) -> None:
@@ -39,12 +33,7 @@ class KnownAnswers:
         return cls(tokenizer, set(stops) if isinstance(stops, list) else {stops} - {None}, limit)
 
     def add(self, batch: dict[str, Tensor], likeliest: Tensor) -> None:
-        """Notes what a batch shows of the answers that its rows end with.
-
-        Args:
-            batch: ``input_ids`` and ``labels`` (-100: no target), int64 (B, L).
-            likeliest: The likeliest token at each target, (N,), row by row.
-        """
+        """Notes what the likeliest tokens at a batch's targets, (N,), row by row, show of the answers at its rows' ends."""
         has_target = batch["labels"].cpu() != -100
         has_target[:, 0] = False
         found = iter(likeliest.tolist())
@@ -59,27 +48,19 @@ class KnownAnswers:
             self._beginnings[_key(ids[: positions[start]])] = self._beginning(ids[positions[start:]].tolist(), tokens[start:])
 
     def answers(self, batch: dict[str, Any]) -> list[str | None]:
-        """Returns the answers to prompts that are known, or known to be wrong as far as they are known; None for the others.
-
-        Args:
-            batch: ``input_ids`` and ``attention_mask``, int64 (B, L), and the texts that are right as ``reference``.
-        """
+        """Returns the answers to prompts that are known, or known to differ from ``reference`` as far; None for the others."""
         prompts = (ids[mask.bool()] for ids, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True))
         return [self._answer(prompt, right) for prompt, right in zip(prompts, batch["reference"], strict=True)]
 
     def _beginning(self, right: list[int], likeliest: list[int]) -> list[int]:
-        beginning = []
-        for token, expected in zip(likeliest[: self._limit], right, strict=False):
-            beginning.append(token)
-            if token != expected or token in self._stops:
-                break
-        return beginning
+        pairs = enumerate(zip(likeliest, right, strict=True), start=1)
+        ends = (number for number, (token, expected) in pairs if token != expected or token in self._stops)
+        return likeliest[: min(next(ends, len(right)), self._limit)]
 
     def _answer(self, prompt: Tensor, right: str | None) -> str | None:
         if right is None:
             return ""  # it fills up a rank's share
-        beginning = self._beginnings.get(_key(prompt))
-        if beginning is None:
+        if (beginning := self._beginnings.get(_key(prompt))) is None:
             return None
         text = str(self._tokenizer.decode(beginning, skip_special_tokens=True))
         ended = len(beginning) == self._limit or beginning[-1] in self._stops

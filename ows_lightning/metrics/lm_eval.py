@@ -8,20 +8,7 @@ from ows_lightning.errors import UsageError
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: list[str], include_path: str | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluates a model with tasks of lm-evaluation-harness, and prints their table.
-
-    Args:
-        model: A causal LM of transformers.
-        tokenizer: Its tokenizer.
-        tasks: Names of tasks.
-        include_path: A folder with YAML files of further tasks.
-
-    Returns:
-        The figures of each task.
-
-    Raises:
-        UsageError: lm-eval is not installed, or there is no such task.
-    """
+    """Returns a model's figures in tasks of lm-evaluation-harness, also of YAML files in a folder, and prints their table."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

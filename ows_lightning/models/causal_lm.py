@@ -20,15 +20,10 @@ from ows_lightning.models.loss import (
 
 
 class LossParts(NamedTuple):
-    """A loss in parts that can be added up over batches, two scalars.
+    """A loss in parts that can be added up over batches, two scalars."""
 
-    Attributes:
-        total: Summed cross entropy over the target tokens (nats), float32, with a graph while gradients are enabled.
-        targets: Number of target tokens, int64.
-    """
-
-    total: Tensor
-    targets: Tensor
+    total: Tensor  # cross entropy summed over the target tokens (nats), float32, with a graph while gradients are enabled
+    targets: Tensor  # number of target tokens, int64
 
     @property
     def loss(self) -> Tensor:
@@ -41,13 +36,9 @@ class CausalLM(nn.Module):
 
     All that runs the model goes through this module: ``forward``, ``judge``, ``score``, ``generate`` and ``check_logits``. So
     it can be the root of sharding (see ``shard_model``), whose hooks gather the weights before any of them.
-
-    Args:
-        model: The model; its parameters and buffers are shared, not copied.
     """
 
-    forward_methods = ("judge", "score", "generate", "check_logits")
-    """What needs the weights beside ``forward``."""
+    forward_methods = ("judge", "score", "generate", "check_logits")  # what needs the weights beside ``forward``
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -59,14 +50,11 @@ class CausalLM(nn.Module):
         return cast(PreTrainedModel, causal_lm(self.model))
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Any:
-        """Returns the loss of a batch, or what the transformers model returns if there are no labels.
+        """Returns a batch's ``LossParts``; without labels the model's own output, with logits of shape (B, L, vocabulary).
 
         Args:
             labels: Shape (B, L), int64, not shifted, -100 where there is no target.
             **inputs: ``input_ids`` (B, L), int64, and what else the model's forward takes.
-
-        Returns:
-            ``LossParts``; without labels the model's own output, with logits of shape (B, L, vocabulary).
         """
         if labels is None:
             return self.language_model(**inputs)
@@ -90,11 +78,7 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def check_logits(self, input_ids: Tensor) -> None:
-        """Makes sure that our logits, of which the loss is made, are the model's own on these tokens (B, L), to a hundredth.
-
-        Raises:
-            UsageError: They are not.
-        """
+        """Raises a UsageError if our logits, of which the loss is made, are not the model's own on these tokens (B, L)."""
         model, training = self.language_model, self.training
         ids = input_ids % model.config.get_text_config().vocab_size
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -114,14 +98,6 @@ class CausalLM(nn.Module):
 
 
 def run_causal_lm(model: nn.Module, **inputs: Any) -> Any:
-    """Runs the causal LM in a module, without labels, through the module that owns its forward if there is one.
-
-    Args:
-        model: A causal LM, or any module that contains one, sharded or not.
-        **inputs: What the transformers model takes.
-
-    Returns:
-        What the transformers model returns.
-    """
+    """Runs the causal LM in a module, sharded or not, without labels; through the ``CausalLM`` around it if there is one."""
     owner = next((module for module in model.modules() if isinstance(module, CausalLM)), None)
     return causal_lm(model)(**inputs) if owner is None else owner(**inputs)

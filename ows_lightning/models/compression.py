@@ -1,4 +1,4 @@
-"""A tensor as the compressed difference from another one, without loss.
+"""A tensor as the compressed difference from another one of its dtype and shape, without loss.
 
 A trained weight differs little from what it was: of its bits, read as an integer, the upper ones hardly change. So the
 integers are subtracted, their signs put last (0, -1, 1, -2, ... become 0, 1, 2, 3, ...), bytes of the same place put
@@ -18,12 +18,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compress(tensor: Tensor, base: Tensor) -> Tensor:
-    """Returns the compressed difference of a tensor from its base, as uint8 of shape ``(bytes,)``.
-
-    Args:
-        tensor: A tensor of any dtype and shape.
-        base: One of the same dtype and shape.
-    """
+    """Returns the compressed difference of a tensor, of any dtype and shape, from its base, as uint8 of shape ``(bytes,)``."""
     difference = _integers(tensor) - _integers(base)
     bits = 8 * difference.itemsize
     unsigned = (difference << 1) ^ (difference >> (bits - 1))
@@ -32,12 +27,7 @@ def compress(tensor: Tensor, base: Tensor) -> Tensor:
 
 
 def decompress(compressed: Tensor, base: Tensor) -> Tensor:
-    """Returns the tensor that `compress` was given, to the bit, in memory of its own.
-
-    Raises:
-        zlib.error: The bytes are damaged.
-        ValueError: They are of a tensor with another number of bytes.
-    """
+    """Returns the tensor that `compress` was given, to the bit; a zlib.error or ValueError if the bytes are damaged."""
     before = _integers(base)
     planes: Any = np.frombuffer(zlib.decompress(compressed.numpy().data), np.uint8).reshape(before.itemsize, before.size)
     unsigned: Any = np.ascontiguousarray(planes.T).view(f"u{before.itemsize}").reshape(-1)

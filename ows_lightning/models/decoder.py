@@ -12,13 +12,10 @@ from ows_lightning.errors import UsageError
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
-    """Returns the transformers model with an LM head that `model` is or contains, or `model` itself if there is none.
+    """Returns the transformers model with an LM head that a module is or contains, or the module itself if there is none.
 
     Of several (a teacher beside its student) it is the one whose weights the module's optimizer holds, or else the first that
     has a weight to train.
-
-    Args:
-        model: Any module, e.g. a causal LM, a peft model around one, or a LightningModule that has one.
     """
     pretrained = [module for module in model.modules() if _is_pretrained(module)]
     candidates = [module for module in pretrained if module.get_output_embeddings() is not None] or pretrained
@@ -61,16 +58,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sorts the parameters outside the decoder blocks by what they belong to.
 
-    Args:
-        model: See `decoder_layers`.
-
-    Returns:
-        Every parameter outside the blocks, under at least one of four keys: `embeddings` (of tokens and positions),
-        `lm_head`, `norm` (the rest of the decoder, usually its final norm) and `other` (what is no part of the
-        language model, e.g. a vision tower). A head tied to the embeddings is under `embeddings` and `lm_head`.
-
-    Raises:
-        UsageError: There is no list of blocks in the model.
+    They are under `embeddings` (of tokens and positions), `lm_head`, `norm` (the rest of the decoder, usually its final norm)
+    and `other` (what is no part of the language model, e.g. a vision tower); a head tied to the embeddings is under both.
     """
     holder, layers = _decoder_and_layers(model)
     language_model = causal_lm(model)
@@ -78,10 +67,7 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
     in_blocks = set(layers.modules())
     embeddings = nn.ModuleList(m for m in holder.modules() if isinstance(m, nn.Embedding) and m not in in_blocks)
-    groups = {
-        "embeddings": list(embeddings.parameters()),
-        "lm_head": list(head.parameters()) if head is not None else [],
-    }
+    groups = {"embeddings": list(embeddings.parameters()), "lm_head": [] if head is None else list(head.parameters())}
     placed = {id(p) for p in [*layers.parameters(), *groups["embeddings"], *groups["lm_head"]]}
     groups["norm"] = [p for p in holder.parameters() if id(p) not in placed]
     placed.update(id(p) for p in groups["norm"])
@@ -109,11 +95,8 @@ def end_pass(block: nn.Module) -> None:
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """Returns the module that directly holds the list of blocks, and that list."""
     language_model = causal_lm(model)
-    candidates = []
-    if _is_pretrained(language_model):
-        candidates = list(_outermost_lists(language_model.get_decoder()))
-    if not candidates:  # what some classes call `decoder` is their head
-        candidates = list(_outermost_lists(language_model))
+    candidates = list(_outermost_lists(language_model.get_decoder())) if _is_pretrained(language_model) else []
+    candidates = candidates or list(_outermost_lists(language_model))  # what some classes call `decoder` is their head
     sizes = [sum(p.numel() for p in layers.parameters()) for _, layers in candidates]
     if not any(sizes):
         raise UsageError(

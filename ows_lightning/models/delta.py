@@ -55,20 +55,7 @@ def megabytes(count: int) -> str:
 
 
 class Delta:
-    """A delta's directory, which is checked to be complete and unchanged.
-
-    Args:
-        directory: The directory.
-
-    Attributes:
-        base: The base model's name, without folders of the machine that wrote it.
-        dtype: The dtype that the base is loaded in.
-        files: The export's files of weights, and in each the SHA-256 of each tensor by its name.
-        places: The file of each tensor that differs from the base.
-
-    Raises:
-        UsageError: It is no delta, or damaged.
-    """
+    """A delta's directory; a UsageError says that it is none, or not complete and unchanged."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory).expanduser()
@@ -77,11 +64,14 @@ class Delta:
         try:
             about = json.loads((self.directory / DELTA_FILE).read_text(encoding="utf-8"))
             self.base, self._base_hash = str(about["base"]), str(about["base_sha256"])
-            self.dtype: torch.dtype = getattr(torch, about["dtype"])
-            self.files: dict[str, dict[str, str]] = about["files"]
+            self.dtype: torch.dtype = getattr(torch, about["dtype"])  # that the base is loaded in
+            self.files: dict[str, dict[str, str]] = about["files"]  # of weights, each with its tensors' SHA-256
             self.hashes = {name: value for tensors in self.files.values() for name, value in tensors.items()}
             self._packed: dict[str, str] = about.get("packed", {})
-            self.places = {name: path for path in sorted(self.directory.glob("delta-*.safetensors")) for name in _names(path)}
+            self.places: dict[str, Path] = {}  # of the tensors that differ from the base
+            for path in self.directory.glob("delta-*.safetensors"):
+                with safe_open(path, "pt") as file:
+                    self.places |= dict.fromkeys(file.keys(), path)
             whole = len(self.places) == about["tensors"] and all(Path(file).name == file for file in self.files)
             expected = {**self.hashes, **self._packed}
             if not whole or any(_hash(name, self._stored(name)) != expected.get(name) for name in self.places):
@@ -93,7 +83,7 @@ class Delta:
             raise UsageError(f"delta: {str(directory)!r} is damaged ({error}); copy or export it again") from error
 
     def read(self, name: str, base: Mapping[str, Tensor]) -> Tensor:
-        """Reads one of the tensors that differ, given the base's tensors, which `check_base` has seen."""
+        """Reads one of the tensors that differ, given the base's."""
         stored = self._stored(name)
         return decompress(stored, base[name]) if name in self._packed else stored
 
@@ -102,11 +92,7 @@ class Delta:
             return file.get_tensor(name)
 
     def check_base(self, model: PreTrainedModel) -> None:
-        """Compares a model with the base, bit for bit.
-
-        Raises:
-            UsageError: It is another one, or loaded in another dtype.
-        """
+        """Raises a UsageError if a model is not the base, bit for bit, or is in another dtype."""
         if model.dtype != self.dtype:
             raise UsageError(f"delta: the base is in {model.dtype}, and the delta was made in {self.dtype}; load it in that")
         hashes = {name: _hash(name, tensor) for name, tensor in _tensors(model)}
@@ -122,34 +108,19 @@ class Delta:
 
 
 def write_delta(
-    export: Path,
-    directory: str | os.PathLike[str],
-    base: str,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
+    export: Path, directory: str | os.PathLike[str], base: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Sizes:
-    """Writes the tensors in which an export differs from its base. The base is in memory, the export a tensor at a time.
+    """Writes the tensors in which an export of `save_huggingface` differs from its base, and replaces what is there.
 
-    Args:
-        export: A directory that `save_huggingface` wrote.
-        directory: Where to write the delta; a model or a delta that is there is replaced.
-        base: What `load_model` takes.
-        dtype: The dtype that the run loaded the base in.
-        trust_remote_code: Run Python code that comes with the base.
-
-    Returns:
-        The sizes of both.
-
-    Raises:
-        UsageError: The directory holds something else than a model.
-        RunError: The files can't be written.
+    The base, what `load_model` takes in the dtype of the run, is in memory, the export a tensor at a time. See `replacing` and
+    `check_replaceable` for errors.
     """
     target = check_replaceable(directory, base)
     of_base = dict(_tensors(load_model(base, dtype, None, trust_remote_code)))
     before = {name: _hash(name, tensor) for name, tensor in of_base.items()}
     files: dict[str, dict[str, str]] = {}
     packed: dict[str, str] = {}
-    model_bytes = delta_bytes = tensors = 0
+    model_bytes = 0
     with replacing(target, "delta") as partial:
         _copy_all_but_weights(export, partial)
         others = {path.name: _file_hash(path) for path in sorted(partial.iterdir()) if path.name != "README.md"}
@@ -166,20 +137,13 @@ def write_delta(
                         if stored is not tensor:
                             packed[name] = _hash(name, stored)
                         shards.add(name, stored)
-                        delta_bytes += stored.nbytes
-                        tensors += 1
         shards.flush()
         about = {
-            "base": name_without_folders(base),
-            "base_sha256": _hash_of_all(before),
-            "dtype": str(dtype).removeprefix("torch."),
-            "tensors": tensors,
-            "packed": packed,
-            "files": files,
-            "other_files": others,
-        }
+            "base": name_without_folders(base), "base_sha256": _hash_of_all(before), "dtype": str(dtype)[len("torch."):],
+            "tensors": shards.tensors, "packed": packed, "files": files, "other_files": others,
+        }  # fmt: skip
         (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    return Sizes(delta_bytes, model_bytes)
+    return Sizes(shards.nbytes, model_bytes)
 
 
 def apply_delta(
@@ -187,18 +151,8 @@ def apply_delta(
 ) -> Sizes:
     """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote.
 
-    Args:
-        base: What `load_model` takes.
-        delta: The delta's directory.
-        directory: Where to write; a model that is there is replaced.
-        trust_remote_code: Run Python code that comes with the base.
-
-    Returns:
-        The sizes of both.
-
-    Raises:
-        UsageError: It is another base, the delta is none or damaged, or the directory holds something else than a model.
-        RunError: The files can't be written.
+    A UsageError says that the base (what `load_model` takes) is another one, that the delta is damaged, or that the directory
+    holds something else than a model; a RunError, that the files can't be written.
     """
     target = check_replaceable(directory, base, delta)
     change = Delta(delta)
@@ -266,11 +220,9 @@ def name_without_folders(name: str) -> str:
 
 
 def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
-    """The largest size that a delta can have, given what was trained; nothing is compared or loaded.
+    """The largest size that a delta can have, given the parameters that ever required a gradient; nothing is compared.
 
-    Args:
-        model: A causal LM, or a peft model around one; a matrix with an adapter counts as trained.
-        trained: The parameters that required a gradient at any time.
+    The model may be one of peft; a matrix with an adapter counts as trained.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ever = set(trained)
@@ -291,10 +243,11 @@ class _Shards:
     """Writes tensors into ``delta-00001.safetensors`` and so on, each of about `SHARD_BYTES`."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.count = directory, 0
+        self.directory, self.count, self.tensors, self.nbytes = directory, 0, 0, 0
         self._pending: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
+        self.tensors, self.nbytes = self.tensors + 1, self.nbytes + tensor.nbytes
         if self._pending and sum(other.nbytes for other in self._pending.values()) + tensor.nbytes > SHARD_BYTES:
             self.flush()
         self._pending[name] = tensor
@@ -317,11 +270,6 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     plain = without_weight_conversions(model)
     for weight in untied_weights(model):
         yield from revert_weight_conversion(plain, {weight.name: weight.tensor.detach()}).items()
-
-
-def _names(path: Path) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
 
 
 def _hash(name: str, tensor: Tensor) -> str:

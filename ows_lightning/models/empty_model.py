@@ -23,12 +23,7 @@ def empty_model(
 ) -> PreTrainedModel:
     """Builds what ``load_model`` would load, with its weights on the meta device and its buffers in memory.
 
-    Args:
-        name: Hub name, directory, GGUF file or ``package://PACKAGE/FILE.gguf``.
-        num_tokens: Number of tokens that the embeddings need rows for.
-        dtype: Data type of the weights.
-        attn_implementation: See ``load_model``.
-        trust_remote_code: Run Python code that comes with the model.
+    Its embeddings have rows for ``num_tokens``.
     """
     config = load_config(name, trust_remote_code)
     with init_empty_weights(include_buffers=False):
@@ -45,11 +40,12 @@ def empty_model(
 
 def allocate(model: nn.Module) -> nn.Module:
     """Gives the weights of an ``empty_model`` memory, without values, in place; tied ones stay tied."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    made: dict[nn.Parameter | None, nn.Parameter] = {
+        weight: nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+        if weight.is_meta
+    }
     for module in model.modules():
-        for name, weight in own_parameters(module).items():
-            if weight is not None and weight.is_meta:
-                if weight not in made:
-                    made[weight] = nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
-                own_parameters(module)[name] = made[weight]
+        own = own_parameters(module)
+        own.update({name: made.get(weight, weight) for name, weight in own.items()})
     return model

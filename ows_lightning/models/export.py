@@ -17,19 +17,14 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import end_pass
-from ows_lightning.models.mapped_files import any_mapped, drop_page_cache
+from ows_lightning.models.large_tensors import any_mapped, drop_page_cache
 from ows_lightning.models.pretrained import not_finite
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
@@ -79,18 +74,8 @@ def save_huggingface(
     so. Shards have about 2 GB.
 
     The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
-    holds nothing but a model.
-
-    Args:
-        model: A causal LM of transformers, or a peft model around one. With several processes rank 0 writes; the
-            others may call this too, and have to if the model is sharded.
-        tokenizer: The model's tokenizer.
-        directory: Where to write; its parents are created.
-        card: Text of the model card (`README.md`), Markdown; none is written if None.
-
-    Raises:
-        UsageError: The directory exists and holds something else than a model.
-        RunError: The files can't be written, e.g. because the disk is full, or the weights are no numbers.
+    holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that the weights
+    are no numbers. With several processes rank 0 writes; the others may call this too, and have to if the model is sharded.
     """
     target = check_replaceable(directory)
     for block in model.modules():
@@ -126,29 +111,22 @@ def _check_finite(model: nn.Module) -> None:
         distributed.all_gather_object(everywhere, broken)
         broken = list(dict.fromkeys(name for rank in everywhere for name in rank))
     if broken:
-        raise RunError(
-            f"the model is not written: {len(broken)} of its {len(list(model.parameters()))} weights hold NaN or Inf "
-            f"({broken[0]}); export an earlier checkpoint, and train with a lower learning rate"
-        )
+        which = f"{len(broken)} of its {len(list(model.parameters()))} weights hold NaN or Inf ({broken[0]})"
+        mend = "export an earlier checkpoint, and train with a lower learning rate"
+        raise RunError(f"the model is not written: {which}; {mend}")
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
     """Returns the directory to write a model or a delta to, with links resolved.
 
-    Args:
-        directory: What is written, or replaced.
-        sources: Names of models and directories that it is made from.
-
-    Raises:
-        UsageError: It is one of the sources, or holds something else than a model or a delta.
+    A UsageError says that it is one of the sources (models and directories that it is made from), or holds something else.
     """
     target = Path(directory).expanduser().resolve()
     if not target.exists():
         return target
     if target in (Path(source).expanduser().resolve() for source in sources):
-        raise UsageError(
-            f"output: {str(target)!r} is what the result is made from, and would be replaced; give another directory"
-        )
+        why = "is what the result is made from, and would be replaced; give another directory"
+        raise UsageError(f"output: {str(target)!r} {why}")
     if not target.is_dir():
         raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")
     foreign = [path.name for path in target.iterdir() if path.is_dir() or not any(map(path.match, MODEL_FILES))]
@@ -160,11 +138,7 @@ def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.Path
 
 @contextlib.contextmanager
 def replacing(target: Path, what: str) -> Iterator[Path]:
-    """Yields an empty folder that replaces the target in the end, or is removed after an error.
-
-    Raises:
-        RunError: The files can't be written.
-    """
+    """Yields an empty folder that replaces the target in the end, or is removed after an error; a full disk is a RunError."""
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -198,11 +172,8 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
         generation.validate(strict=True)
     except ValueError as error:
         log.warning("The generation config contradicts itself; its token ids alone are written. %s", error)
-        return GenerationConfig(
-            bos_token_id=generation.bos_token_id,
-            eos_token_id=generation.eos_token_id,
-            pad_token_id=generation.pad_token_id,
-        )
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: getattr(generation, name) for name in ids})
     return generation
 
 
@@ -220,19 +191,18 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
     # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor, or one as several.
     empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
     layout = revert_weight_conversion(model, dict(empty))
-    alone: list[_Weight] = []
-    joined: list[_Weight] = []
     written = _shapes(layout)
+    alone_or_joined: dict[bool, list[_Weight]] = {True: [], False: []}
     for weight in weights:
         by_itself = revert_weight_conversion(model, {weight.name: empty[weight.name]})
-        (alone if _shapes(by_itself) <= written else joined).append(weight)
+        alone_or_joined[_shapes(by_itself) <= written].append(weight)
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
     with contextlib.ExitStack() as stack:
         files = {
             file: stack.enter_context(SafetensorsFile(directory / file, {name: layout[name] for name in names}))
             for file, names in (split.filename_to_tensors.items() if writes else ())
         }
-        for group in (*([weight] for weight in alone), joined):
+        for group in (*([weight] for weight in alone_or_joined[True]), alone_or_joined[False]):
             with contextlib.ExitStack() as merged:
                 tensors = {weight.name: merged.enter_context(_merged(weight)).detach() for weight in group}
                 for name, value in revert_weight_conversion(model, tensors).items() if writes else ():

@@ -14,17 +14,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ows_lightning.errors import UsageError
 
 _FUSED = {"rms_norm", "swiglu", "geglu", "rope"}
-
-
 Kernels = Literal["liger"]
 
 
 def liger_for(config: PretrainedConfig) -> Callable[..., None]:
-    """Returns liger-kernel's function that patches models of a config's architecture.
-
-    Raises:
-        UsageError: It is not installed, has none for the architecture, or there is no device that they run on.
-    """
+    """Returns liger-kernel's function that patches models of a config's architecture, or raises a UsageError without one."""
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
@@ -38,16 +32,9 @@ def liger_for(config: PretrainedConfig) -> Callable[..., None]:
 
 
 def fuse_(model: PreTrainedModel, kernels: Kernels | None) -> None:
-    """Replaces a model's RMSNorm, SwiGLU or GeGLU, and RoPE by fused kernels; its loss and its weights stay.
+    """Replaces a model's RMSNorm, SwiGLU or GeGLU, and RoPE by fused kernels, if any; its loss and its weights stay.
 
     RoPE is a function of the architecture: its other models in this process compute it so from then on, too.
-
-    Args:
-        model: A causal LM of transformers.
-        kernels: Whose; None leaves the model as it is.
-
-    Raises:
-        UsageError: See `liger_for`.
     """
     if kernels is None:
         return

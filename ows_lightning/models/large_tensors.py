@@ -1,9 +1,19 @@
-"""Work on large tensors without large temporaries."""
+"""Work on large tensors without large temporaries, and files that they are mapped from.
+
+Pages of such a file that were looked at count as the process's memory until they are let go.
+"""
 
 from __future__ import annotations
 
+import mmap
+import weakref
+from collections.abc import Iterable
+from typing import BinaryIO
+
 import torch
 from torch import Tensor
+
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def rows_at_a_time(elements: int, device: torch.device) -> int:
@@ -17,3 +27,28 @@ def rows_at_a_time(elements: int, device: torch.device) -> int:
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf; `isfinite` would need memory for a copy of it, and this needs none."""
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
+def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> mmap.mmap:
+    """Maps a file from a byte on, a multiple of the page size, for so many bytes; for 0 all the rest of it.
+
+    What is written into the mapping goes into a writable file; otherwise it is lost with the pages.
+    """
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # as torch does not map what it can't write
+    memory = mmap.mmap(file.fileno(), length, access=access, offset=start)
+    _maps.add(memory)
+    return memory
+
+
+def any_mapped(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of these tensors, of any shapes, lies in a mapped file."""
+    files = [(torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory)) for memory in _maps]
+    return bool(files) and any(
+        start <= t.data_ptr() < start + size for t in tensors if t.device.type == "cpu" for start, size in files
+    )
+
+
+def drop_page_cache() -> None:
+    """Lets go of all pages that were looked at; whoever reads many weights calls it after each."""
+    for memory in list(_maps):
+        memory.madvise(mmap.MADV_DONTNEED)

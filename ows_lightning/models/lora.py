@@ -34,7 +34,7 @@ def lora_config(settings: dict[str, Any]) -> Any:
         return LoraConfig(task_type="CAUSAL_LM", **settings)
     except TypeError as error:
         known = inspect.signature(LoraConfig).parameters
-        wrong = next((key for key in settings if key not in known), None)
-        if wrong is None:
-            raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error
-        raise UsageError(f"model.lora.{wrong}: peft's LoraConfig has no such key{nearest(wrong, known)}") from error
+        if wrong := [key for key in settings if key not in known]:
+            hint = nearest(wrong[0], known)
+            raise UsageError(f"model.lora.{wrong[0]}: peft's LoraConfig has no such key{hint}") from error
+        raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error

@@ -21,7 +21,7 @@ GPU_ROWS, GPU_CHUNK = 1024, 1 << 28
 
 
 def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], as_on: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross entropy of a batch, and over how many target tokens.
+    """Returns the summed cross entropy of a batch, and over how many target tokens: scalars, float32 with a graph, and int64.
 
     Only positions that have a target reach the LM head, and those in chunks.
 
@@ -31,9 +31,6 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], as_on: torch.
             target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is. Of `seen_on_host` if
             no device is to be waited for.
         as_on: Another device than the batch's, whose chunks to take.
-
-    Returns:
-        Two scalars: the sum in float32, with a graph, and the number of targets, int64.
     """
     hidden, targets = _before_targets(model, batch)
     return summed_cross_entropy(model, hidden, targets, as_on), torch.full((), targets.numel(), device=targets.device)
@@ -41,15 +38,7 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], as_on: torch.
 
 @torch.no_grad()
 def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns what `next_token_loss` sums up, and which token is the likeliest where each target is.
-
-    Args:
-        model: A causal LM of transformers.
-        batch: As of `next_token_loss`.
-
-    Returns:
-        The sum, a scalar in float32 without a graph, and the tokens, int64, of shape (N,), row by row.
-    """
+    """Returns the sum of `next_token_loss`, without a graph, and the likeliest token at each target, (N,), row by row."""
     hidden, targets = _before_targets(model, batch)
     total, likeliest = torch.zeros((), device=hidden.device), torch.empty_like(targets)
     rows = _rows_of_chunk(model, hidden)
@@ -61,14 +50,10 @@ def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tupl
 
 
 def seen_on_host(batch: dict[str, Any]) -> dict[str, Any]:
-    """Returns a batch in host memory with what a device would have to be waited for.
+    """Adds to a batch in host memory what a device would have to be waited for.
 
-    Args:
-        batch: As of `next_token_loss`.
-
-    Returns:
-        The batch, and ``targets_at``, where its targets stand in all rows put behind one another, int64; ``padded``, whether a
-        mask hides anything; and ``packed``, whether positions are other than those of any row.
+    That is ``targets_at``, where its targets stand in all rows put behind one another, int64; ``padded``, whether a mask hides
+    anything; and ``packed``, whether positions are other than those of any row.
     """
     labels, mask, positions = batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
     padded = mask is not None and not bool(mask.all())
@@ -114,15 +99,7 @@ def _masks_known(padded: bool, packed: bool) -> Iterator[None]:
 
 
 def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Returns the summed log-likelihood (nats) of each row's target tokens.
-
-    Args:
-        model: A causal LM of transformers.
-        batch: ``input_ids``, ``labels`` (-100: no target; not shifted) and ``attention_mask`` of shape (B, L), int64.
-
-    Returns:
-        Shape (B,), float32.
-    """
+    """Returns the summed log-likelihood (nats) of each row's target tokens, (B,), float32, of a batch that is not packed."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     hidden = last_hidden_state(model, inputs)[:, :-1]
     targets = batch["labels"][:, 1:]
@@ -161,18 +138,14 @@ def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor
         hidden: Last hidden states of shape (N, hidden).
         targets: Shape (N,), int64.
         as_on: Another device than theirs, whose chunks to take.
-
-    Returns:
-        A scalar in float32, with a graph.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     rows = _rows_of_chunk(model, hidden, as_on)
     if not torch.is_grad_enabled():
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
-    return _Chunked.apply(
-        head, partial(_scaled, config), rows, targets, hidden, *(p for p in head.parameters() if p.requires_grad)
-    )
+    trained = [p for p in head.parameters() if p.requires_grad]
+    return _Chunked.apply(head, partial(_scaled, config), rows, targets, hidden, *trained)
 
 
 def _rows_of_chunk(model: PreTrainedModel, hidden: Tensor, as_on: torch.device | None = None) -> int:

@@ -19,14 +19,6 @@ def exceeded_positions(config: PretrainedConfig, length: int, trust_remote_code:
     A config's ``max_position_embeddings`` is no limit by itself: rotary models compute further positions. So a model without
     memory is made from the config, and asked for tables of this length: embeddings (GPT-2, OPT), or tensors of sines
     (GPT-J, CTRL). MPT builds its biases for this length without a table.
-
-    Args:
-        config: The model's config.
-        length: Tokens of the longest row.
-        trust_remote_code: Run code that comes with the model.
-
-    Raises:
-        UsageError: There is no model with such a config.
     """
     config = config.get_text_config()
     named = {value for name in _LENGTHS if isinstance(value := getattr(config, name, None), int)}

@@ -44,8 +44,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ows_lightning.errors import UsageError, closest
-from ows_lightning.models.large_tensors import all_finite
-from ows_lightning.models.mapped_files import drop_page_cache
+from ows_lightning.models.large_tensors import all_finite, drop_page_cache
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 
 log = logging.getLogger(__name__)
@@ -58,15 +57,7 @@ _LOADING_ERRORS = (
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Loads a model's config and checks that it describes a causal LM whose weights can be trained.
-
-    Args:
-        name: Hub name, directory, GGUF file or `package://PACKAGE/FILE.gguf`.
-        trust_remote_code: Run Python code that comes with the model.
-
-    Raises:
-        UsageError: There is no such model, or it is quantised, an encoder, an encoder-decoder or of an unknown type.
-    """
+    """Loads a model's config; a UsageError says that there is no such model, or no causal LM that can be trained."""
     check_model_name(name)
     source = locate(name)
     with loading(name):
@@ -79,17 +70,10 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer, padding on the right and with a pad token.
+    """Loads a model's tokenizer, padding on the right and with a pad token; a UsageError says that there is none.
 
     A tokenizer without a pad token pads with its end-of-sequence or unknown token, so that the vocabulary does not
     grow; only if it has neither is a new token `<pad>` added (see `resize_embeddings`).
-
-    Args:
-        name: Hub name, directory, GGUF file or `package://PACKAGE/FILE.gguf`.
-        trust_remote_code: Run Python code that comes with the tokenizer.
-
-    Raises:
-        UsageError: There is no such model, or it has no tokenizer.
     """
     check_model_name(name)
     with loading(name, what="the tokenizer of "):
@@ -99,11 +83,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise _no_tokenizer(name)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
-        substitute = tokenizer.eos_token or tokenizer.unk_token
-        if substitute is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
-        else:
-            tokenizer.pad_token = substitute
         log.info("The tokenizer has no pad token; it pads with %s.", tokenizer.pad_token)
     return tokenizer
 
@@ -114,19 +96,10 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads a causal LM for training.
+    """Loads a causal LM on the CPU, in training mode, its weights in this dtype, whatever they were saved in.
 
-    Args:
-        name: Hub name, directory, GGUF file (dequantised) or `package://PACKAGE/FILE.gguf`.
-        dtype: Data type of the weights, whatever they were saved in.
-        attn_implementation: One of transformers' (`sdpa`, `eager`, `flash_attention_2`, ...); its own choice if None.
-        trust_remote_code: Run Python code that comes with the model.
-
-    Returns:
-        The model on the CPU, in training mode.
-
-    Raises:
-        UsageError: The model can't be loaded or trained, or the attention is unknown, missing or not supported by it.
+    ``attn_implementation`` is one of transformers' (`sdpa`, `eager`, `flash_attention_2`, ...). A UsageError says that the
+    model can't be loaded or trained, or that the attention is unknown, missing or not supported by it.
     """
     config = load_config(name, trust_remote_code)
     if attn_implementation is not None:
@@ -139,29 +112,19 @@ def load_model(
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     elif hasattr(transformers, "GgufConfig"):  # else this version of transformers always dequantises
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with loading(name):
+    arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    with loading(name):  # sizes that do not match are reported below, in one line
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **arguments,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # reported below, in one line
-            output_loading_info=True,
+            **arguments, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
     model, report = loaded
-    if mismatched := sorted(report["mismatched_keys"]):
-        key, saved, expected = mismatched[0]
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} has {key} of shape {tuple(saved)} where its config says {tuple(expected)}; "
-            "its config.json belongs to another model"
-        )
+    for key, saved, expected in sorted(report["mismatched_keys"]):
+        sizes = f"shape {tuple(saved)} where its config says {tuple(expected)}"
+        raise UsageError(f"{MODEL_KEY}: {name!r} has {key} of {sizes}; its config.json belongs to another model")
     check_surplus_blocks(name, model, report["unexpected_keys"])
     if missing := sorted(report["missing_keys"]):
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} has no weights for {missing[0]} ({len(missing)} missing in all) and would start at "
-            "random there; give a complete causal LM"
-        )
+        which = f"{missing[0]} ({len(missing)} missing in all) and would start at random there"
+        raise UsageError(f"{MODEL_KEY}: {name!r} has no weights for {which}; give a complete causal LM")
     check_finite(name, model)
     if source.gguf_file is not None:
         _forget_quantisation(model)
@@ -173,10 +136,8 @@ def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable
     forms = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
     surplus = sorted(key for key in unexpected if "#" in (form := re.sub(r"\.\d+\.", ".#.", key)) and form in forms)
     if surplus:
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} has weights for more blocks than its config.json says ({surplus[0]}, {len(surplus)} in "
-            "all), which would be dropped; mend num_hidden_layers, or delete the weights"
-        )
+        which = f"({surplus[0]}, {len(surplus)} in all), which would be dropped; mend num_hidden_layers, or delete the weights"
+        raise UsageError(f"{MODEL_KEY}: {name!r} has weights for more blocks than its config.json says {which}")
 
 
 def not_finite(model: nn.Module) -> list[str]:
@@ -192,10 +153,8 @@ def not_finite(model: nn.Module) -> list[str]:
 def check_finite(name: str, model: PreTrainedModel) -> None:
     """Raises a UsageError if weights are not finite."""
     if broken := not_finite(model):
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} has weights that are not finite ({broken[0]}, {len(broken)} tensors in all); give "
-            "the model as it was before"
-        )
+        which = f"({broken[0]}, {len(broken)} tensors in all)"
+        raise UsageError(f"{MODEL_KEY}: {name!r} has weights that are not finite {which}; give the model as it was before")
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -225,39 +184,37 @@ def _gguf_config(source: Source, modified: float) -> PretrainedConfig:
 
 def check_trainable(name: str, config: PretrainedConfig) -> None:
     """Raises a UsageError unless a config is that of a decoder-only causal LM whose weights can be trained."""
+    if fault := _untrainable(config):
+        raise UsageError(f"{MODEL_KEY}: {name!r} {fault}")
+
+
+def _untrainable(config: PretrainedConfig) -> str | None:
     kind = config.model_type
     if config.is_encoder_decoder:
-        raise UsageError(f"{MODEL_KEY}: {name!r} is an encoder-decoder ({kind}); give a decoder-only causal LM")
+        return f"is an encoder-decoder ({kind}); give a decoder-only causal LM"
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise UsageError(
-                f"{MODEL_KEY}: {name!r} is a vision-language model ({kind}) that transformers has only as "
-                "AutoModelForImageTextToText; give a text-only causal LM"
-            )
-        raise UsageError(f"{MODEL_KEY}: {name!r} is no causal LM ({kind}); give a decoder-only language model")
+            only = "that transformers has only as AutoModelForImageTextToText"
+            return f"is a vision-language model ({kind}) {only}; give a text-only causal LM"
+        return f"is no causal LM ({kind}); give a decoder-only language model"
     if hasattr(config, "lsh_attn_chunk_length"):  # Reformer
-        raise UsageError(f"{MODEL_KEY}: {name!r} ({kind}) trains on rows of whole chunks alone; give a model without chunks")
+        return f"({kind}) trains on rows of whole chunks alone; give a model without chunks"
     # Of some types transformers has the causal LM alone with the config of a part, under which it can't be loaded again.
     of_model = None if has_own_code else getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "config_class", None)
     if of_model is not None and of_model not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} ({kind}) would be exported as {of_model.model_type}, which transformers can't load as a "
-            "causal LM; give a text-only causal LM"
-        )
+        why = "which transformers can't load as a causal LM; give a text-only causal LM"
+        return f"({kind}) would be exported as {of_model.model_type}, {why}"
     # transformers would load BERT and its kin as a causal LM too, with attention to both sides.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        raise UsageError(f"{MODEL_KEY}: {name!r} is an encoder ({kind}); give a decoder-only causal LM")
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
-        quantisation = getattr(config.get_text_config(), "quantization_config", None)
-    if quantisation is not None:
-        values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-        method = values.get("quant_method") or "unknown method"
-        raise UsageError(
-            f"{MODEL_KEY}: {name!r} is quantised ({getattr(method, 'value', method)}), and quantised weights can't be "
-            "trained; give the model that it was made from"
-        )
+        return f"is an encoder ({kind}); give a decoder-only causal LM"
+    for quantisation in (getattr(one, "quantization_config", None) for one in (config, config.get_text_config())):
+        if quantisation is not None:
+            values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+            method = values.get("quant_method") or "unknown method"
+            why = "and quantised weights can't be trained; give the model that it was made from"
+            return f"is quantised ({getattr(method, 'value', method)}), {why}"
+    return None
 
 
 def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> None:
@@ -266,16 +223,13 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
     if attention not in known and "/" not in attention:  # with a slash it is a kernel on the hub
         hint = f"did you mean '{closest(attention, known, cutoff=0)}'? Known: {', '.join(known)}"
         raise UsageError(f"model.attn_implementation: unknown attention {attention!r}; {hint}")
+    options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation=attention, trust_remote_code=trust_remote_code
-            )
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     except (ImportError, ValueError) as error:
-        raise UsageError(
-            f"model.attn_implementation: {attention!r} can't be used here: {_shortened(error)}; "
-            "leave it out for transformers' own choice"
-        ) from error
+        why = f"{_shortened(error)}; leave it out for transformers' own choice"
+        raise UsageError(f"model.attn_implementation: {attention!r} can't be used here: {why}") from error
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
@@ -289,41 +243,24 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 @contextmanager
 def loading(name: str, what: str = "") -> Iterator[None]:
-    """Turns transformers' errors about a model's files into a UsageError of one line.
-
-    Args:
-        name: The model's name, for the line.
-        what: What of the model is loaded, in words before its name.
-
-    Raises:
-        UsageError: Something was raised.
-    """
+    """Turns transformers' long errors about a model's files (``what`` is loaded of it) into a UsageError of one line."""
     try:
         yield
     except UsageError:
         raise
     except _LOADING_ERRORS as error:
-        raise _readable(name, error, what) from error
-
-
-def _readable(name: str, error: Exception, what: str = "") -> UsageError:
-    """Turns one of transformers' long errors into one line."""
-    text = str(error)
-    if "trust_remote_code" in text:
-        return UsageError(
-            f"{MODEL_KEY}: {name!r} needs Python code that comes with it; read that code, then set "
-            "model.trust_remote_code: true, or give another model"
-        )
-    if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        return UsageError(
-            f"{MODEL_KEY}: {name!r} has a model_type that transformers {transformers.__version__} does not know; "
-            "upgrade transformers or correct config.json"
-        )
-    if "instantiate the backend tokenizer" in text:
-        return _no_tokenizer(name)
-    if isinstance(error, ImportError):
-        return UsageError(f"{MODEL_KEY}: {what}{name!r} needs a package that is not installed: {_shortened(error)}")
-    return UsageError(f"{MODEL_KEY}: can't load {what}{name!r} ({_shortened(error)}); check that its files are whole")
+        text, known = str(error), f"that transformers {transformers.__version__} does not know"
+        fault = f"can't load {what}{name!r} ({_shortened(error)}); check that its files are whole"
+        if "trust_remote_code" in text:
+            mend = "read that code, then set model.trust_remote_code: true, or give another model"
+            fault = f"{name!r} needs Python code that comes with it; {mend}"
+        elif "does not recognize this architecture" in text or "Unrecognized model" in text:
+            fault = f"{name!r} has a model_type {known}; upgrade transformers or correct config.json"
+        elif "instantiate the backend tokenizer" in text:
+            raise _no_tokenizer(name) from error
+        elif isinstance(error, ImportError):
+            fault = f"{what}{name!r} needs a package that is not installed: {_shortened(error)}"
+        raise UsageError(f"{MODEL_KEY}: {fault}") from error
 
 
 def _no_tokenizer(name: str) -> UsageError:

@@ -12,9 +12,8 @@ from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
 
+# All blocks, none, or the first N; ``auto`` is all until a prediction of the memory has said how many.
 Recomputation = bool | int | Literal["auto"]
-"""Which blocks recompute their activations in backward: all, none, or the first N. ``auto`` is all until a prediction of the
-memory has said how many."""
 
 
 def check_recomputation(setting: Recomputation) -> None:
@@ -38,23 +37,15 @@ def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True
     """Turns on activation checkpointing of the first blocks; frozen blocks below the active ones are not recomputed.
 
     The first ones, for these are the last that backward comes to: what the others kept is gone by then. And where the lowest
-    active block is a high one, few or none of them recompute. It may be called again, with another number.
-
-    Args:
-        model: The model.
-        setting: How many of its blocks.
-
-    Raises:
-        UsageError: The model's class can't, or not for some blocks alone.
+    active block is a high one, few or none of them recompute. It may be called again, with another number. A UsageError says
+    that the model's class can't, or not for some blocks alone.
     """
     layers = decoder_layers(model)
-    number = recomputed_blocks(setting, len(layers))
-    if number:
+    if number := recomputed_blocks(setting, len(layers)):
         _enable_checkpointing(model)
     if 0 < number < len(layers) and not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
-        raise UsageError(
-            f"model.gradient_checkpointing: {type(model).__name__} recomputes all blocks or none; set it to true or false"
-        )
+        name = type(model).__name__
+        raise UsageError(f"model.gradient_checkpointing: {name} recomputes all blocks or none; set it to true or false")
     for part in layers[number:] if number else [model]:
         for module in part.modules():
             if getattr(module, "gradient_checkpointing", False):
@@ -63,10 +54,8 @@ def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
-        raise UsageError(
-            f"model.gradient_checkpointing: {type(model).__name__} has none in transformers {transformers.__version__}; "
-            "set it to false"
-        )
+        name = f"{type(model).__name__} has none in transformers {transformers.__version__}"
+        raise UsageError(f"model.gradient_checkpointing: {name}; set it to false")
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
     enable({"use_reentrant": False})
     # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +23,7 @@ _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}  # that of safeten
 class SafetensorsFile:
     """Writes a file, byte for byte as safetensors would: its header at once, then tensors in any order.
 
-    `safetensors.torch.save_file` wants all of them in memory.
-
-    Args:
-        path: The file.
-        layout: The tensors that will be written; only their names, shapes and dtypes count.
+    `safetensors.torch.save_file` wants all of them in memory. Of the ``layout`` only names, shapes and dtypes count.
     """
 
     def __init__(self, path: Path, layout: Mapping[str, Tensor]) -> None:
@@ -56,13 +51,13 @@ class SafetensorsFile:
         """Returns itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Closes the file."""
         self._file.close()
         assert kind is not None or not self._places, f"{', '.join(self._places)} not written"
 
 
-_TRAINED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TRAINED = {_NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 class StoredWeight(NamedTuple):
@@ -80,13 +75,8 @@ class StoredWeight(NamedTuple):
 
 
 def stored_weights(name: str) -> dict[str, StoredWeight]:
-    """Returns the weights in a model's safetensors files by their names; none for a model in another format.
-
-    Args:
-        name: Hub name, directory, GGUF file or ``package://PACKAGE/FILE.gguf``.
-    """
-    source = locate(name)
-    if source.gguf_file is not None:
+    """Returns the weights in a model's safetensors files by their names; none for a model in another format."""
+    if (source := locate(name)).gguf_file is not None:
         return {}
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     files = {"model.safetensors"}

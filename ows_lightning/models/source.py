@@ -10,32 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ows_lightning.errors import UsageError, command_line
 
 MODEL_KEY = "model.model_name_or_path"
 PACKAGE_SCHEME = "package://"
-DELTA_FILE = "delta.json"
-"""What makes a directory a delta, see ``models/delta.py``."""
+DELTA_FILE = "delta.json"  # makes a directory a delta, see ``models/delta.py``
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ERRORS: dict[type[Exception], str] = {  # from special to general
     GatedRepoError: "{name!r} is gated; accept its terms at https://huggingface.co/{name} and run 'hf auth login'",
-    RepositoryNotFoundError: (
-        "{name!r} is neither a directory here nor a model on the hub; check the spelling, and for a private model run "
-        "'hf auth login'"
-    ),
-    OfflineModeIsEnabled: (
-        "no such directory {name!r}, and HF_HUB_OFFLINE is set so that the hub can't be asked; unset it or give a local "
-        "directory"
-    ),
+    RepositoryNotFoundError: "{name!r} is neither a directory here nor a model on the hub; check the spelling, and for a "
+    "private model run 'hf auth login'",
+    OfflineModeIsEnabled: "no such directory {name!r}, and HF_HUB_OFFLINE is set so that the hub can't be asked; unset it or "
+    "give a local directory",
     Exception: "no such directory {name!r}, and the hub can't be reached; check the network or give a directory",
 }
 
@@ -54,15 +43,9 @@ class Source(NamedTuple):
 
 
 def check_model_name(name: str) -> None:
-    """Checks quickly that there is a model of this name in a format that can be trained.
+    """Raises a UsageError if there is no model of this name, or none in a format that can be trained.
 
     Nothing is loaded. A hub name that was never downloaded costs one request.
-
-    Args:
-        name: Hub name, directory, GGUF file or `package://PACKAGE/FILE.gguf`.
-
-    Raises:
-        UsageError: There is no such model, or it has no safetensors, or its package is not installed.
     """
     source = locate(name)
     if source.gguf_file is not None:
@@ -138,19 +121,18 @@ def _check_hub(name: str) -> None:
 
 def _check_files(name: str, files: Collection[str]) -> None:
     """Refuses what is not a model with safetensors, by the names of its files."""
+    fault = None
     if "adapter_config.json" in files:
-        raise UsageError(f"{MODEL_KEY}: {name!r} is a peft adapter; merge it into its base model and give the result")
-    if DELTA_FILE in files:
-        raise UsageError(f"{MODEL_KEY}: {name!r} is a delta; `{command_line(f'apply-delta BASE {name}')}` makes a model of it")
-    if "config.json" not in files:
-        ggufs = sorted(file for file in files if file.endswith(".gguf"))
-        hint = f"for a GGUF model give the file's path, .../{ggufs[0]}" if ggufs else "give a model's own directory"
-        raise UsageError(f"{MODEL_KEY}: {name!r} has no config.json; {hint}")
-    if not any(file.endswith(".safetensors") for file in files):
-        pickles = sorted(file for file in files if file.endswith(_PICKLES))
-        if pickles:
-            raise UsageError(
-                f"{MODEL_KEY}: {name!r} has its weights as a pickle alone ({pickles[0]}), which can run code when it is "
-                "read; convert it to safetensors"
-            )
-        raise UsageError(f"{MODEL_KEY}: {name!r} has no weights (*.safetensors); download it again")
+        fault = "is a peft adapter; merge it into its base model and give the result"
+    elif DELTA_FILE in files:
+        fault = f"is a delta; `{command_line(f'apply-delta BASE {name}')}` makes a model of it"
+    elif "config.json" not in files:
+        gguf = min((file for file in files if file.endswith(".gguf")), default=None)
+        hint = f"for a GGUF model give the file's path, .../{gguf}" if gguf else "give a model's own directory"
+        fault = f"has no config.json; {hint}"
+    elif not any(file.endswith(".safetensors") for file in files):
+        pickle = min((file for file in files if file.endswith(_PICKLES)), default=None)
+        why = f"has its weights as a pickle alone ({pickle}), which can run code when it is read; convert it to safetensors"
+        fault = why if pickle else "has no weights (*.safetensors); download it again"
+    if fault is not None:
+        raise UsageError(f"{MODEL_KEY}: {name!r} {fault}")

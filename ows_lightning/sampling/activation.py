@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 
 Part = Literal["embeddings", "lm_head", "norm"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model outside its blocks, as ``always_train`` names them."""
-
-
-@runtime_checkable
-class Resting(Protocol):
-    """An optimizer in which weights can train at rest."""
-
-    def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
-        """Lets these weights, and no others, train at rest from now on."""
-
-
-_frozen: Any = WeakTensorKeyDictionary()  # the parameters that are frozen here, and not by the user
+_FROZEN = "frozen_by_sampling"  # an attribute of parameters that are frozen here, and not by the user
 
 
 def may_train(model: nn.Module) -> list[nn.ParameterList]:
-    """Returns each block's trainable parameters, first block first, without what the user froze (LoRA's base).
-
-    Args:
-        model: See ``decoder_layers``.
-    """
+    """Returns each block's trainable parameters, first block first, without what the user froze (LoRA's base)."""
     return [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in decoder_layers(model)]
 
 
 def outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
-    """Maps each trainable parameter outside the blocks to whether it always trains.
-
-    Args:
-        model: See ``decoder_layers``.
-        always_train: Some of ``PARTS``. A weight that embeddings and head share trains if either is named.
-    """
+    """Maps each trainable parameter outside the blocks to whether it always trains: if one of its ``PARTS`` is named."""
     outside = non_block_parameters(model)
     always = {p for part in always_train for p in outside[part]}
     return {p: p in always for part in outside.values() for p in part if p.requires_grad}
@@ -52,7 +31,7 @@ def activate_blocks(
     layers: Iterable[nn.Module],
     active: Sequence[int],
     others: Iterable[tuple[nn.Parameter, bool]] = (),
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Sequence[Any] = (),
     resting_rank: int = 0,
     resting_seed: int = 0,
 ) -> None:
@@ -86,27 +65,23 @@ def activate_blocks(
         for p in first
     }
     for optimizer in optimizers:
-        if isinstance(optimizer, Resting):
+        if hasattr(optimizer, "rest"):
             optimizer.rest((p for p in first if rests[p]), resting_rank, resting_seed)
     for p, trainable in trains.items():
-        trainable = trainable or rests.get(p, False)
-        if trainable:
-            _frozen.pop(p, None)
-        elif p.requires_grad:
-            _frozen[p] = True
-        p.requires_grad_(trainable)
-        if not trainable:
-            p.grad = None
-            for optimizer in optimizers:
-                optimizer.state.pop(p, None)
+        if trainable or rests.get(p, False):
+            vars(p).pop(_FROZEN, None)
+            p.requires_grad_(True)
+            continue
+        if p.requires_grad:
+            vars(p)[_FROZEN] = True
+        p.requires_grad_(False)
+        p.grad = None
+        for optimizer in optimizers:
+            optimizer.state.pop(p, None)
 
 
 def unfreeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Lets those parameters train again that `activate_blocks` froze, and none that the user did.
-
-    Args:
-        parameters: Of any run: one that was interrupted may have left some frozen.
-    """
+    """Lets those parameters train again that `activate_blocks` froze, in any run, and none that the user did."""
     for p in parameters:
-        if _frozen.pop(p, False):
+        if vars(p).pop(_FROZEN, False):
             p.requires_grad_(True)

@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ows_lightning.sampling.record import SamplingRecord
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 from ows_lightning.sampling.trainer import patch_clipping, require_layerwise, unpatch_clipping
@@ -43,7 +42,7 @@ class LayerwiseSampling(BlockSampler, Callback):
     """
 
     folder: Path | None = None
-    _record: SamplingRecord | None = None
+    _written_to: Path | None = None
 
     @classmethod
     def of(cls, trainer: Trainer) -> LayerwiseSampling | None:
@@ -66,7 +65,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
         log_dir = trainer.log_dir if trainer.loggers else None  # every rank has to ask: `log_dir` is broadcast
         folder = self.folder or (Path(log_dir) if log_dir else None)
-        self._record = SamplingRecord(folder) if folder is not None and trainer.is_global_zero else None
+        self._written_to = folder if trainer.is_global_zero else None
         figures = self.start(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
         self._note(trainer, figures)
 
@@ -105,8 +104,6 @@ class LayerwiseSampling(BlockSampler, Callback):
         return scores
 
     def _note(self, trainer: Trainer, figures: dict[str, float]) -> None:
-        if self._record is not None:
-            self._record.update(self)
-        if figures:
-            for logger in trainer.loggers:
-                logger.log_metrics(figures, step=trainer.global_step)
+        self.write(self._written_to)
+        for logger in trainer.loggers if figures else ():
+            logger.log_metrics(figures, step=trainer.global_step)

@@ -13,7 +13,6 @@ from ows_lightning.errors import UsageError, nearest
 Distribution = Literal[
     "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
 ]  # fmt: skip
-DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 OUTLIER_DISTRIBUTIONS = ("outlier", "outlier_reverse", "window")
 """The distributions that are computed from outlier ratios."""
 UNIFORM_SHARE = 0.1
@@ -57,10 +56,9 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         return _normalised(weights, "distribution", "give at least one positive weight")
     if distribution == "uniform":
         return torch.full_like(scores, 1 / num_layers)
-    if distribution == "increasing":
-        return _normalised(torch.arange(1, num_layers + 1, dtype=torch.float64))
-    if distribution == "decreasing":
-        return _normalised(torch.arange(num_layers, 0, -1, dtype=torch.float64))
+    if distribution in ("increasing", "decreasing"):
+        ranks = torch.arange(1, num_layers + 1, dtype=torch.float64)
+        return _normalised(ranks if distribution == "increasing" else ranks.flip(0))
     if distribution == "weight_norm":
         return _normalised(scores, hint="the weights of the model are all zero; load a trained model")
     if distribution == "gradient_norm":
@@ -72,10 +70,9 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         if distribution != "outlier_reverse":
             return probabilities
         rank = torch.argsort(probabilities, stable=True)
-        reverse = torch.empty_like(probabilities)
-        reverse[rank] = probabilities[rank.flip(0)]
-        return reverse
-    hint = nearest(distribution, DISTRIBUTIONS) or f"; give {', '.join(DISTRIBUTIONS)} or a list of weights"
+        return torch.empty_like(probabilities).scatter_(0, rank, probabilities[rank.flip(0)])
+    names = get_args(Distribution)
+    hint = nearest(distribution, names) or f"; give {', '.join(names)} or a list of weights"
     raise UsageError(f"distribution: unknown '{distribution}'{hint}")
 
 

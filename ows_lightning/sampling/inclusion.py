@@ -1,4 +1,4 @@
-"""Chances in independent draws: of each block to be drawn, and to be the lowest one.
+"""The chance of each block to be drawn.
 
 Successive draws without replacement are a race of exponential clocks with the probabilities as rates, of which the first
 ``count`` to ring win. Sums over all orders of drawing become integrals over the time of one clock.
@@ -34,7 +34,7 @@ def inclusion_probabilities(probabilities: Sequence[float] | Tensor, count: int)
     if count >= possible.sum():
         return possible.astype(np.float64)
     p = p[possible] / p.sum()
-    log_t = _log_times(p)
+    log_t = np.linspace(np.log(1e-12), np.log(50 / p.min()), 800)  # smooth, and 0 at both ends: equal steps converge fastest
     clock = np.outer(p, np.exp(log_t))
     rung = -np.expm1(-clock)
     others = np.zeros((count, *rung.shape))  # [k, l, t]: chance that exactly k blocks other than l have rung by t
@@ -52,47 +52,8 @@ def inclusion_probabilities(probabilities: Sequence[float] | Tensor, count: int)
     return included
 
 
-def lowest_block_probabilities(probabilities: Sequence[float] | Tensor, count: int) -> Floats:
-    r"""Chance of each block to be the lowest of ``count`` successive draws without replacement.
-
-    With c the sum of the probabilities up to block j, no block up to j is drawn with the chance
-
-    .. math:: P(\min > j) = \int_0^\infty c e^{-ct} P(\text{at least count of the others have rung by } t) dt.
-
-    Args:
-        probabilities: Probability of each block, shape ``(num_layers,)``.
-        count: Number of distinct blocks drawn, at most the number of those whose probability is not zero.
-
-    Returns:
-        float64, shape ``(num_layers,)``, sums to 1.
-    """
-    p = np.asarray(probabilities, dtype=np.float64)
-    p = p / p.sum()
-    log_t = _log_times(p[p > 0])
-    times = np.exp(log_t)
-    fewer = np.zeros((count, len(times)))  # [k, t]: chance that exactly k of the blocks above j have rung by t
-    fewer[0] = 1
-    above = np.ones(len(p) + 1)  # [j + 1]: chance that the lowest lies above j
-    for j in range(len(p) - 1, -1, -1):
-        if (rate := p[: j + 1].sum()) > 0:
-            clock = rate * times
-            above[j + 1] = (clock * np.exp(-clock) * (1 - fewer.sum(0))).sum() * (log_t[1] - log_t[0])
-        rung = -np.expm1(-p[j] * times)
-        fewer[1:] = fewer[1:] * (1 - rung) + fewer[:-1] * rung
-        fewer[0] *= 1 - rung
-    return np.maximum(-np.diff(above), 0.0)
-
-
 def window_probabilities(probabilities: Sequence[float] | Tensor, count: int) -> Floats:
-    """Chance of each block to be the lowest of a window of ``count`` neighbours, drawn by the sum of their probabilities.
-
-    Args:
-        probabilities: Probability of each block, shape ``(num_layers,)``.
-        count: Number of blocks in a window.
-
-    Returns:
-        float64, shape ``(num_layers - count + 1,)``, sums to 1.
-    """
+    """Chance of each block (num_layers - count + 1) to be the lowest of a window, drawn by the sum of its probabilities."""
     sums = np.convolve(np.asarray(probabilities, dtype=np.float64), np.ones(count), mode="valid")
     return sums / sums.sum()
 
@@ -100,8 +61,3 @@ def window_probabilities(probabilities: Sequence[float] | Tensor, count: int) ->
 def window_inclusion(probabilities: Sequence[float] | Tensor, count: int) -> Floats:
     """Chance of each block to be in the window that is drawn; arguments and sum as of ``inclusion_probabilities``."""
     return np.convolve(window_probabilities(probabilities, count), np.ones(count))
-
-
-def _log_times(p: Floats) -> Floats:
-    """A logarithmic grid, on which the integrands are smooth and vanish at both ends: equal steps converge fastest."""
-    return np.linspace(np.log(1e-12), np.log(50 / p.min()), 800)

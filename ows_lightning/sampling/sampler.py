@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import math
 import time
@@ -18,7 +19,7 @@ from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_se
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
-from ows_lightning.sampling.activation import PARTS, Part, Resting, activate_blocks, may_train, outside_blocks, unfreeze
+from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, may_train, outside_blocks, unfreeze
 from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
@@ -89,23 +90,18 @@ class BlockSampler:
         grouping: float = 0.0,
         resting_rank: int = 0,
     ) -> None:
-        at_least_one = {
-            "activated_layers": activated_layers,
-            "interval_steps": interval_steps,
-            "calibration_samples": calibration_samples,
-            "rescore_every": 1 if rescore_every is None else rescore_every,
-        }
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise UsageError(f"sampling.{name}: {value} must be at least 1")
-        if not 0 < threshold < math.inf:
-            raise UsageError(f"sampling.threshold: {threshold} must be a finite number above 0 (the paper's is 13)")
-        if unknown := set(always_train) - set(PARTS):
-            raise UsageError(f"sampling.always_train: unknown {sorted(unknown)}; choose from {', '.join(PARTS)}")
-        if not 0 <= grouping <= 1:
-            raise UsageError(f"sampling.grouping: {grouping} is not between 0 (independent draws) and 1")
-        if resting_rank < 0:
-            raise UsageError(f"sampling.resting_rank: {resting_rank} must be at least 1, or 0: frozen blocks stay as they are")
+        for name, value, valid, limit in (
+            ("activated_layers", activated_layers, activated_layers >= 1, "must be at least 1"),
+            ("interval_steps", interval_steps, interval_steps >= 1, "must be at least 1"),
+            ("calibration_samples", calibration_samples, calibration_samples >= 1, "must be at least 1"),
+            ("rescore_every", rescore_every, rescore_every is None or rescore_every >= 1, "must be at least 1"),
+            ("threshold", threshold, 0 < threshold < math.inf, "must be a finite number above 0 (the paper's is 13)"),
+            ("always_train", list(always_train), {*always_train} <= {*PARTS}, f"names more than {', '.join(PARTS)}"),
+            ("grouping", grouping, 0 <= grouping <= 1, "is not between 0 (independent draws) and 1"),
+            ("resting_rank", resting_rank, resting_rank >= 0, "must be at least 1, or 0: frozen blocks stay as they are"),
+        ):
+            if not valid:
+                raise UsageError(f"sampling.{name}: {value} {limit}")
         if grouping > 0 and distribution == "window":
             raise UsageError("sampling.grouping: the blocks of a window are neighbours already; leave it out, or take outlier")
         self.activated_layers = activated_layers
@@ -142,15 +138,13 @@ class BlockSampler:
         self.probabilities: Tensor | None = None
         self.seconds = 0.0
         self._norms = torch.zeros(0)  # `gradient_norms`, on the gradients' device
+        self._written: tuple[int, OutlierScores | None] = 0, None  # the draws and the scores that `write` has written
         self._loaded: dict[str, Any] | None = None  # the settings of a state that was loaded, until `start` goes on from it
 
     def attach(self, model: nn.Module) -> None:
-        """Finds the blocks and checks the settings against them; nothing is frozen yet.
+        """Finds the blocks and checks the settings against them, see `check`; nothing is frozen yet.
 
         An earlier run is forgotten, but for a state that was loaded; what it left frozen is unfrozen.
-
-        Raises:
-            UsageError: See `check`; or the model has no blocks, or none of them has a weight to train.
         """
         self.release()
         unfreeze(model.parameters())  # else what a run without its end left frozen would count as frozen by the user
@@ -169,12 +163,8 @@ class BlockSampler:
             log.warning("%s and what else is no part of the language model stays frozen while blocks are sampled", foreign[0])
 
     def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
-        """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`.
-
-        Raises:
-            UsageError: The optimizers don't hold the blocks' weights, or the run that is resumed had other settings.
-        """
-        optimizers = list(optimizers)
+        """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`."""
+        optimizers, self._written = list(optimizers), (0, None)
         self._require_held(optimizers)
         if self._loaded is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
             check_settings(self._loaded, sampling_settings(self), named="sampling")
@@ -187,11 +177,10 @@ class BlockSampler:
 
     def _require_held(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuses optimizers that hold no parameter of some block, which would then never train, or can't let it rest."""
-        for optimizer in optimizers if self.resting_rank else ():
-            if not isinstance(optimizer, Resting):
+        for name in (type(optimizer).__name__ for optimizer in optimizers if not hasattr(optimizer, "rest")):
+            if self.resting_rank:
                 raise UsageError(
-                    f"sampling.resting_rank: {type(optimizer).__name__} can't train frozen blocks at rest; take GaLoreAdamW, "
-                    "or set it to 0"
+                    f"sampling.resting_rank: {name} can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0"
                 )
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
@@ -275,25 +264,35 @@ class BlockSampler:
 
     def warn_of_never_trained(self) -> None:
         """Warns of the blocks that were never drawn, and never trained at rest either."""
-        never = sorted(set(range(len(self._blocks))) - self.trained_blocks())
-        if never:
+        blocks = len(self._blocks)
+        if never := sorted({*range(blocks)} - self.trained_blocks()):
             log.warning(
-                "%d of %d blocks never trained in %d intervals: %s. A higher `activated_layers` or a lower `interval_steps` "
-                "reaches more.",
-                len(never),
-                len(self._blocks),
-                len(self.history),
-                ", ".join(map(str, never)),
+                f"{len(never)} of {blocks} blocks never trained in {len(self.history)} intervals: "
+                f"{', '.join(map(str, never))}. A higher `activated_layers` or a lower `interval_steps` reaches more."
             )
+
+    def write(self, folder: Path | None) -> None:
+        """Writes what is new into ``outlier_scores.json`` and ``sampling_history.csv``, if there is a folder for them.
+
+        The first call of a run replaces what an earlier run left there.
+        """
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        draws, scores = self._written
+        if self.outlier_scores is not None and self.outlier_scores is not scores:
+            self.outlier_scores.save(folder / "outlier_scores.json")
+        with (folder / "sampling_history.csv").open("a" if draws else "w", newline="") as file:
+            writer = csv.writer(file)
+            if not draws:
+                writer.writerow(["interval", "step", "blocks"])
+            writer.writerows([interval, step, " ".join(map(str, blocks))] for interval, step, blocks in self.history[draws:])
+        self._written = len(self.history), self.outlier_scores
 
     # ------------------------------------------------------------------ decisions
 
     def check(self, num_layers: int, architecture: Mapping[str, Any]) -> None:
-        """Checks the settings against a model's dimensions, before its weights are loaded.
-
-        Args:
-            num_layers: Number of the model's blocks.
-            architecture: See `architecture_of`.
+        """Checks the settings against a model's dimensions, see `architecture_of`, before its weights are loaded.
 
         Raises:
             UsageError: More blocks are to train than there are or can be drawn, the list of weights is for another
@@ -341,9 +340,6 @@ class BlockSampler:
         Args:
             model: A module with the model.
             loader: The train DataLoader; calibration rows are taken from its data set, not from its position.
-
-        Raises:
-            UsageError: There is no text to compute them from, or the file's scores are of another model.
         """
         config = getattr(causal_lm(model), "config", None)
         num_layers, architecture = len(decoder_layers(model)), architecture_of(config)

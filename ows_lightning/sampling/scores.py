@@ -15,12 +15,9 @@ from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
-    """Returns the config's values that two models must share for one to use the other's scores.
+    """Returns the values of a transformers config (of another object: none) that models with the same scores share.
 
     A model and its fine-tuned or exported copies share it, whatever their names and vocabularies.
-
-    Args:
-        config: A config of transformers; any other object gives an empty dict.
     """
     config = config.get_text_config() if isinstance(config, PretrainedConfig) else None
     keys = ("model_type", "hidden_size", "intermediate_size")
@@ -67,40 +64,29 @@ class OutlierScores:
         try:
             scores = cls(**json.loads(path.read_text()))
             return replace(scores, outlier_ratios=[float(ratio) for ratio in scores.outlier_ratios])
-        except OSError as error:
-            raise UsageError(
-                f"sampling.scores: can't read '{path}' ({error.strerror}); `{command_line('score')}` writes it"
-            ) from error
-        except (ValueError, TypeError) as error:
-            raise UsageError(
-                f"sampling.scores: '{path}' is no file of outlier scores; `{command_line('score')}` writes one"
-            ) from error
+        except (OSError, ValueError, TypeError) as error:
+            why = f"can't be read ({error.strerror})" if isinstance(error, OSError) else "holds no outlier scores"
+            raise UsageError(f"sampling.scores: '{path}' {why}; `{command_line('score')}` writes one") from error
 
     def ratios_for(
         self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
     ) -> Sequence[float]:
-        """Returns the outlier ratios, after a check that they suit a model.
+        """Returns the outlier ratios, after a check that they suit a model's dimensions and a distribution.
 
         Raises:
-            UsageError: The scores are of a model with another number of blocks, of another architecture, or not of the kind
-                that ``distribution`` needs.
+            UsageError: They don't.
         """
-        asks_for_norms = distribution == "weight_norm"
-        if asks_for_norms or distribution in OUTLIER_DISTRIBUTIONS:
-            holds_norms = self.distribution == "weight_norm"
-            if holds_norms != asks_for_norms or not any(self.outlier_ratios):
-                what = "norms of weights" if holds_norms else "outlier ratios" if any(self.outlier_ratios) else "no scores"
+        kind, wanted = (name == "weight_norm" for name in (self.distribution, distribution))
+        if wanted or distribution in OUTLIER_DISTRIBUTIONS:
+            found = "norms of weights" if kind else "outlier ratios" if any(self.outlier_ratios) else "no scores"
+            if kind != wanted or not any(self.outlier_ratios):
                 raise UsageError(
-                    f"sampling.scores: holds {what} (its distribution is {self.distribution}), from which {distribution} "
+                    f"sampling.scores: holds {found} (its distribution is {self.distribution}), from which {distribution} "
                     f"can't be computed; run `{command_line('score')}` with sampling.distribution {distribution}"
                 )
-        if len(self.outlier_ratios) != num_layers:
-            raise UsageError(
-                f"sampling.scores: holds {len(self.outlier_ratios)} blocks of '{self.model}', but the model has {num_layers}; "
-                f"run `{command_line('score')}` with this model"
-            )
-        for key, value in self.architecture.items():
-            if (other := architecture.get(key, value)) != value:
+        needed = {**architecture, "number of blocks": num_layers}
+        for key, value in {"number of blocks": len(self.outlier_ratios), **self.architecture}.items():
+            if (other := needed.get(key, value)) != value:
                 raise UsageError(
                     f"sampling.scores: holds those of '{self.model}', whose {key} is {value}, but the model's is {other}; "
                     f"run `{command_line('score')}` with this model"

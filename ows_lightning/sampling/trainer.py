@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,37 +15,28 @@ from ows_lightning.optim.galore import GaLoreAdamW
 
 
 def require_layerwise(strategy: object) -> None:
-    """Refuses strategies that can't freeze and unfreeze weights during a run, or can't project gradients.
-
-    Args:
-        strategy: A strategy of Lightning's, or the name of one.
+    """Refuses strategies, or names of them, in which the trained blocks can't change, or gradients can't be projected.
 
     Raises:
         UsageError: With the strategy to choose instead.
     """
-    name = strategy if isinstance(strategy, str) else ""
-    if isinstance(strategy, FSDPStrategy) or (name.startswith("fsdp") and name != "fsdp2"):
-        reason = "FSDP1 shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
-    elif (isinstance(strategy, DDPStrategy) and not getattr(strategy, "averages_changing_blocks", False)) or (
-        name.startswith("ddp") and name != "ddp_layerwise"
-    ):
-        reason = "DDP fixes the set of trained parameters, and averages full gradients; write strategy: ddp_layerwise"
-    elif type(strategy).__name__ == "DeepSpeedStrategy" or name.startswith("deepspeed"):
-        reason = "DeepSpeed shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    fixed = isinstance(strategy, DDPStrategy) and not getattr(strategy, "averages_changing_blocks", False)
+    if isinstance(strategy, FSDPStrategy) or name == "DeepSpeedStrategy" or re.match("fsdp(?!2$)|deepspeed", name):
+        reason = "it shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
+    elif fixed or re.match("ddp(?!_layerwise$)", name):
+        reason = "it fixes the set of trained parameters, and averages full gradients; write strategy: ddp_layerwise"
     else:
         return
-    raise UsageError(f"trainer.strategy: {name or type(strategy).__name__} can't train sampled or projected weights: {reason}")
+    raise UsageError(f"trainer.strategy: {name} can't train sampled or projected weights: {reason}")
 
 
 def patch_clipping(precision: Precision) -> None:
     """Makes Lightning clip by the optimizer's ``clip_gradients`` where it has one, as GaLoreAdamW does.
 
-    All of Lightning's clipping ends in ``precision.clip_gradients``: ``gradient_clip_val``, and a module's own call in
-    ``configure_gradient_clipping`` or in manual optimization. By itself it clips ``grad``, where
+    All of Lightning's clipping ends in ``clip_gradients`` of the Trainer's precision plugin: ``gradient_clip_val``, and a
+    module's own call in ``configure_gradient_clipping`` or in manual optimization. By itself it clips ``grad``, where
     gradients that were projected in backward are missing.
-
-    Args:
-        precision: The Trainer's precision plugin, changed in place until ``unpatch_clipping``.
     """
     unpatch_clipping(precision)
     lightnings = precision.clip_gradients
@@ -73,7 +65,7 @@ class LeaveGradients(Callback):
         return any(isinstance(callback, cls) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves them so at the end of a fit."""
+        """Leaves them so."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
                 optimizer.project_in_backward(False)

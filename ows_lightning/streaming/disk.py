@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ows_lightning.errors import RunError
-from ows_lightning.models.mapped_files import drop_page_cache, map_file
+from ows_lightning.models.large_tensors import drop_page_cache, map_file
 from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.streaming.offloaded import HostWeights, copy_into, flat, nbytes_of, page_locked, starts_of, tensor_in
 
@@ -22,11 +22,7 @@ from ows_lightning.streaming.offloaded import HostWeights, copy_into, flat, nbyt
 class FileRegion:
     """A part of a file that weights lie in: mapped for those who look at them, read without the mapping for a fetch.
 
-    Args:
-        file: An open file.
-        writable: What is written into the mapped weights goes into the file; otherwise it would be lost.
-        start: First byte, a multiple of the page size.
-        length: Bytes; 0 for the rest of the file.
+    Arguments as of ``map_file``.
     """
 
     def __init__(self, file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> None:
@@ -48,12 +44,7 @@ class FileRegion:
 
 
 class DiskWeights(HostWeights):
-    """A block's weights on the disk; its ``tensors`` are mapped.
-
-    Args:
-        disk: Where the block moves to when it is written.
-        weights: The weights; those that were mapped by ``Disk.map`` stay there if all of them were.
-    """
+    """A block's weights on the disk, mapped: where ``Disk.map_weight`` found all of them, until they are written."""
 
     def __init__(self, disk: Disk, weights: Sequence[Tensor]) -> None:
         self.disk = disk
@@ -62,6 +53,7 @@ class DiskWeights(HostWeights):
         self.places = [place for place in known if place is not None]
         if len(self.places) < len(known):
             self._move(weights)
+            drop_page_cache()
 
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
@@ -77,7 +69,7 @@ class DiskWeights(HostWeights):
         self.refresh()
 
     def make_writable(self) -> None:
-        """Moves weights that lie in the model's own file into the scratch file; ``tensors`` are others then."""
+        """Moves weights from the model's own file into the scratch file, with what others wrote into their pages."""
         if not self._in_scratch():
             self._move(self.tensors)
 
@@ -91,9 +83,8 @@ class DiskWeights(HostWeights):
     def _move(self, weights: Sequence[Tensor]) -> None:
         part = self.disk.extend_scratch(nbytes_of(weights))
         self.tensors = copy_into(part.memory, weights)
-        self.places = [(part, start) for start in starts_of(weights)]
+        self.places = [(part, start) for start in starts_of(weights)[:-1]]
         self.disk.places.update(zip((weight.data_ptr() for weight in self.tensors), self.places, strict=True))
-        drop_page_cache()
 
 
 class Disk:
@@ -126,10 +117,6 @@ class Disk:
             drop_page_cache()
         self.places[weight.data_ptr()] = (part, start)
         return weight
-
-    def offload(self, weights: Sequence[Tensor]) -> DiskWeights:
-        """Returns weights that are offloaded to the disk."""
-        return DiskWeights(self, weights)
 
     def extend_scratch(self, length: int) -> FileRegion:
         """Makes the scratch file longer, and returns the new part.

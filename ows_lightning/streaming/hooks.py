@@ -22,9 +22,6 @@ class ComputeHooks:
     * forward pre-hook and hook: *enter* and *leave forward*;
     * tensor hooks on a block's output and on its inputs: *enter* and *leave backward*. The first fires before checkpointing
       recomputes the block. Inputs that need no gradient have no hook; their block is left when backward ends.
-
-    Args:
-        offloader: What the events go to.
     """
 
     def __init__(self, offloader: BlockOffloader) -> None:
@@ -52,7 +49,7 @@ class ComputeHooks:
         self.offloader.prepare()
         timeline = self.offloader.timeline
         if timeline.is_offloaded(index):
-            timeline.enter_forward(index)
+            timeline.enter(index)
             inputs = list(_tensors_with_gradient((args, kwargs)))
             leave = partial(self._leave_backward, index, self.offloader.arrangement)
             if len(inputs) == 1:
@@ -85,7 +82,7 @@ class ComputeHooks:
         if running != self._backward:
             self._backward = running
             on_backward_end(self.offloader.timeline.end_backward)
-        self.offloader.timeline.enter_backward(index)
+        self.offloader.timeline.enter(index)
 
     def _leave_backward(self, index: int, arrangement: object, gradient: Any) -> None:
         self._check_unchanged(arrangement)

@@ -43,17 +43,13 @@ def dequantize(quantized: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
 
 
 class StagingBuffer:
-    """Memory on the device that int8 copies from elsewhere pass through, one at a time: fetches follow each other.
-
-    Args:
-        device: The device.
-    """
+    """Memory on the device that int8 copies from elsewhere pass through, one at a time: as large as the largest of them."""
 
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
 
     def reserve(self, nbytes: int) -> None:
-        """Makes it as large as the largest copy."""
+        """Makes it larger, if it has to be."""
         if nbytes > self.memory.numel():
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.memory.device)
 
@@ -74,10 +70,14 @@ class Int8Weights(HostWeights):
         self.exact, self.offload, self.staging = exact, offload, staging
         self.fetch_exact = False
         self.copy: HostWeights | None = None
-        self.tensors = exact.tensors
         self.refresh()
         if staging is not None and self.copy is not None:
             staging.reserve(nbytes_of(self.copy.tensors))
+
+    @property
+    def tensors(self) -> list[Tensor]:  # type: ignore[override]
+        """The exact weights."""
+        return self.exact.tensors
 
     @torch.no_grad()
     def fetch(self, slot: Sequence[Tensor]) -> None:
@@ -100,13 +100,11 @@ class Int8Weights(HostWeights):
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained."""
         self.exact.write_back(trained)
-        self.tensors = self.exact.tensors
         self._quantize_again(trained)
 
     def make_writable(self) -> None:
         """Prepares the exact weights for other writes."""
         self.exact.make_writable()
-        self.tensors = self.exact.tensors
 
     def refresh(self) -> None:
         """Makes a new copy of the exact weights."""

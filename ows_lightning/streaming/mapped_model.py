@@ -18,20 +18,11 @@ from ows_lightning.streaming.disk import Disk
 
 
 def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) -> PreTrainedModel:
-    """Loads a model whose blocks are mapped from files.
+    """Loads a model as ``load_model`` does, its blocks mapped from files; embeddings get rows for ``num_tokens`` tokens.
 
     A block that the model's safetensors hold in the dtype asked for stays there, and one in another dtype is
     converted into the scratch file, a weight at a time. Weights that transformers makes from others (of a GGUF file, of
     experts that it fuses, of added tokens) pass through host memory once, before they are offloaded to the disk.
-
-    Args:
-        name: The model's name.
-        num_tokens: Number of tokens that the embeddings need rows for.
-        disk: Takes the blocks.
-        **options: See ``load_model``.
-
-    Raises:
-        UsageError: The model has weights that are not finite, or more blocks than its config says.
     """
     model, stored = empty_model(name, num_tokens, **options), stored_weights(name)
     tied = model.all_tied_weights_keys.keys()

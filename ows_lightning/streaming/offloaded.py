@@ -16,45 +16,30 @@ from ows_lightning.errors import RunError
 ALIGNMENT = 512  # bytes: that of the CUDA allocator, so that kernels see in a slot what they see elsewhere
 
 
-def nbytes_of(tensors: Sequence[Tensor]) -> int:
-    """What tensors take in one piece of memory, each beginning at an aligned place, in bytes."""
-    return _ends_of(tensors)[-1]
-
-
 def starts_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Where in one piece of memory each of the tensors begins, in bytes."""
-    return _ends_of(tensors)[:-1]
-
-
-def _ends_of(tensors: Sequence[Tensor]) -> list[int]:
-    """The aligned place before the first tensor, 0, and that behind each, in bytes."""
+    """Where in one piece of memory each of the tensors begins, aligned, and where the last one ends, in bytes."""
     return list(accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0))
 
 
-def views_in(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Makes views of a piece of memory that look like tensors: their dtypes, shapes and strides.
+def nbytes_of(tensors: Sequence[Tensor]) -> int:
+    """What tensors take in one piece of memory, in bytes."""
+    return starts_of(tensors)[-1]
 
-    Args:
-        memory: uint8, one-dimensional, of at least `nbytes_of(tensors)`.
-        tensors: What the views look like.
-    """
+
+def views_in(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Makes views of memory (uint8, one-dimensional, `nbytes_of(tensors)`) with the dtypes, shapes and strides of tensors."""
     return [
         memory[start : start + tensor.nbytes]
         .view(tensor.dtype)
         .as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
-        for start, tensor in zip(starts_of(tensors), tensors, strict=True)
+        for start, tensor in zip(starts_of(tensors), tensors, strict=False)
     ]
 
 
 def tensor_in(weight: Tensor, memory: Any, start: int) -> Tensor:
-    """Makes a tensor within memory that has a weight's dtype, shape and strides.
+    """Makes a tensor with the dtype, shape and strides of a weight without gaps, within a buffer, from a byte on.
 
     It has its own storage: code that saves models takes views of one storage for tied weights.
-
-    Args:
-        weight: Any tensor without gaps.
-        memory: What has the buffer protocol.
-        start: First byte.
     """
     if not weight.numel():
         return torch.empty_like(weight, device="cpu")
@@ -65,7 +50,7 @@ def tensor_in(weight: Tensor, memory: Any, start: int) -> Tensor:
 @torch.no_grad()
 def copy_into(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
     """Copies weights into memory that has the buffer protocol, one at a time, to where `starts_of` says."""
-    places = zip(weights, starts_of(weights), strict=True)
+    places = zip(weights, starts_of(weights), strict=False)
     return [tensor_in(weight, memory, start).copy_(weight) for weight, start in places]
 
 
@@ -75,14 +60,12 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 class HostWeights:
-    """Host memory that a block's weights lie in: a tensor a weight, as it was loaded.
+    """Memory that a block's weights lie in: a tensor a weight, as it was loaded if that is where it lies already."""
 
-    Args:
-        weights: The block's weights; those in host memory stay as they are.
-    """
+    memory: Tensor | None = None  # page-locked, that the weights lie in
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.tensors = [weight.to("cpu") for weight in weights]
+    def __init__(self, weights: Sequence[Tensor], device: torch.device | str = "cpu") -> None:
+        self.tensors = [weight.to(device) for weight in weights]
 
     @torch.no_grad()
     def fetch(self, slot: Sequence[Tensor]) -> None:
@@ -105,13 +88,6 @@ class HostWeights:
 
     def refresh(self) -> None:
         """To be called after others have read or written the ``tensors``."""
-
-
-class DeviceWeights(HostWeights):
-    """Memory on the device itself, for tensors that are smaller than what computes."""
-
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        self.tensors = [tensor.to(device) for tensor in tensors]
 
 
 def page_locked(nbytes: int, device: torch.device) -> Tensor:
@@ -141,19 +117,11 @@ def _unlock(address: int, device: torch.device) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
-class PinnedWeights(HostWeights):
-    """Host memory that a GPU reads by itself, see `page_locked`.
-
-    Args:
-        weights: The block's weights, copied one at a time.
-        device: The GPU.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], device: torch.device) -> None:
-        self._memory = page_locked(nbytes_of(weights), device)
-        self.tensors = copy_into(self._memory.numpy(), weights)
-
-
 def host_weights(weights: Sequence[Tensor], device: torch.device) -> HostWeights:
-    """Offloads weights to host memory that a device can fetch from."""
-    return PinnedWeights(weights, device) if device.type == "cuda" else HostWeights(weights)
+    """Offloads weights to host memory, one at a time, that a device can fetch from: a GPU does so by itself."""
+    if device.type != "cuda":
+        return HostWeights(weights)
+    memory = page_locked(nbytes_of(weights), device)
+    offloaded = HostWeights(copy_into(memory.numpy(), weights))
+    offloaded.memory = memory
+    return offloaded

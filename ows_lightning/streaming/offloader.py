@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.compat import version_counter
-from ows_lightning.models.mapped_files import keep_page_cache
 from ows_lightning.optim.projected_adamw import add_update_
 from ows_lightning.streaming.adapters import add_adapters, remove_adapters
-from ows_lightning.streaming.disk import Disk
+from ows_lightning.streaming.disk import Disk, DiskWeights
 from ows_lightning.streaming.hooks import ComputeHooks
 from ows_lightning.streaming.int8 import Int8Weights, StagingBuffer
-from ows_lightning.streaming.offloaded import DeviceWeights, HostWeights, host_weights, nbytes_of, views_in
-from ows_lightning.streaming.streams import CopyStream, ReaderThread, copy_stream_for
+from ows_lightning.streaming.offloaded import HostWeights, host_weights, nbytes_of, views_in
+from ows_lightning.streaming.streams import CopyStream, copy_stream_for
 from ows_lightning.streaming.timeline import Timeline
 
 
@@ -55,16 +54,12 @@ class BlockOffloader:
 
     Args:
         blocks: The decoder blocks, first block first.
-        slots: Blocks that fit on the device at a time, at least 2: one computes while the next one comes.
+        slots: Blocks that fit on the device at a time, at least 2.
         frozen_only: Only parameters that are frozen now are offloaded, and the others stay on the device: the base below
             adapters.
-        stream: How fetches are ordered against computation; the device's own way if None.
         disk: Blocks are offloaded to it, and not to host memory.
         int8_in: Where copies of the blocks lie in int8 (``device``, ``host`` or ``disk``), from which they compute while they
             are frozen; None: they compute from their own weights.
-
-    Raises:
-        ValueError: There are too few slots.
     """
 
     def __init__(
@@ -72,17 +67,14 @@ class BlockOffloader:
         blocks: Iterable[nn.Module],
         slots: int = 2,
         frozen_only: bool = False,
-        stream: CopyStream | None = None,
         disk: Disk | None = None,
         int8_in: str | None = None,
     ) -> None:
-        if slots < 2:
-            raise ValueError(f"slots: {slots} must be at least 2: one block computes while the next one comes")
         self.blocks = list(blocks)
         self.num_slots = slots
         self.device = torch.device("cpu")
         self.was_copied = False  # there is another copy of the model, with which weights may be exchanged
-        self._given_stream = stream
+        self.make_stream = copy_stream_for
         self._disk = disk
         self._int8_in = int8_in
         self._optimizer: Callable[[], RestingOptimizer | None] = _none
@@ -177,7 +169,7 @@ class BlockOffloader:
             yield
             return
         self.end_pass()
-        self.timeline.obtain(index)
+        self.timeline.enter(index)
         try:
             yield
         finally:
@@ -263,12 +255,9 @@ class BlockOffloader:
         """
         self.timeline.finish()
         changed = [index for index, versions in self._versions.items() if versions != _versions_of(self.parameters[index])]
-        if changed:
-            with keep_page_cache():
-                for index in changed:
-                    self.make_writable(index)
+        for act in (self.make_writable, self.refresh):  # all at once: refreshing lets go of pages that others wrote into
             for index in changed:
-                self.refresh(index)
+                act(index)
 
     def make_writable(self, index: int) -> None:
         """Lets others write into a block's weights: what slots hold is dropped, and weights in a model's own file move."""
@@ -293,12 +282,7 @@ class BlockOffloader:
 
     @torch.no_grad()
     def replace(self, index: int, weights: Sequence[Tensor]) -> None:
-        """Gives a block other weights, of another dtype.
-
-        Args:
-            index: The block.
-            weights: A tensor for each of its parameters, in host memory.
-        """
+        """Gives a block other weights, of another dtype: a tensor in host memory for each of its parameters."""
         self.prepare()
         self.offload_all()
         self.offloaded[index] = self._offload(weights)
@@ -348,13 +332,13 @@ class BlockOffloader:
 
     def _offload(self, weights: Sequence[Tensor]) -> HostWeights:
         to_host = partial(host_weights, device=self.device)
-        exact = to_host(weights) if self._disk is None else self._disk.offload(weights)
+        exact = to_host(weights) if self._disk is None else DiskWeights(self._disk, weights)
         if self._int8_in is None:
             return exact
         offload: dict[str, Callable[[Sequence[Tensor]], HostWeights]] = {
-            "device": partial(DeviceWeights, device=self.device),
+            "device": partial(HostWeights, device=self.device),
             "host": to_host,
-            "disk": self._disk.offload if self._disk else to_host,
+            "disk": partial(DiskWeights, self._disk) if self._disk else to_host,
         }
         return Int8Weights(exact, offload[self._int8_in], self._staging)
 
@@ -364,9 +348,7 @@ class BlockOffloader:
             return
         size = max(nbytes_of(weights.tensors) for weights in self.offloaded)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
-        self._stream = self._given_stream or copy_stream_for(self.device, self.num_slots)
-        if self._disk is not None:
-            self._stream = ReaderThread(self._stream)
+        self._stream = self.make_stream(self.device, self.num_slots, self._disk is not None)
 
     def _stop_fetches(self) -> None:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""

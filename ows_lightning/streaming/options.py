@@ -18,31 +18,11 @@ def offloads(settings: Mapping[str, Any]) -> bool:
 
 
 def offloader_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: Disk | None = None) -> BlockOffloader | None:
-    """Returns the offloader that a module's settings ask for; None where frozen blocks stay on the device as they are.
-
-    Args:
-        blocks: The decoder blocks, first block first.
-        settings: ``frozen_in``, ``frozen_dtype``, ``window_blocks`` and ``lora``, see ``CausalLMModule``.
-        disk: Where the blocks are offloaded to, for ``frozen_in: disk``.
-    """
+    """Returns the offloader that a ``CausalLMModule``'s settings ask for; None where frozen blocks stay as they are."""
     if not offloads(settings):
         return None
-    where, dtype = settings["frozen_in"], settings["frozen_dtype"]
-    only, int8_in = settings["lora"] is not None, where if dtype == "int8" else None
-    return BlockOffloader(blocks, settings["window_blocks"], frozen_only=only, disk=disk, int8_in=int8_in)
-
-
-def check_window_blocks(window_blocks: int) -> None:
-    """Checks how many blocks fit on the device at a time.
-
-    Raises:
-        UsageError: It is too small or too large.
-    """
-    if window_blocks not in (2, 3):
-        raise UsageError(
-            f"model.window_blocks: {window_blocks} must be 2 or 3: one block computes while the next one comes, "
-            "and more than 3 gain nothing"
-        )
+    int8_in = settings["frozen_in"] if settings["frozen_dtype"] == "int8" else None
+    return BlockOffloader(blocks, settings["window_blocks"], settings["lora"] is not None, disk, int8_in)
 
 
 def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:
@@ -61,7 +41,7 @@ def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: i
         return
     frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]
     key = f"model.frozen_in: {frozen_in}" if frozen_in != "device" else f"model.frozen_dtype: {frozen_dtype}"
-    resident = "model.frozen_in: device" if frozen_dtype is None else "model.frozen_in: device without model.frozen_dtype"
+    resident = "model.frozen_in: device" + (" without model.frozen_dtype" if frozen_dtype else "")
     if devices > 1 or strategy == "fsdp2":
         what = "trainer.strategy: fsdp2" if strategy == "fsdp2" else f"trainer.devices: {devices}"
         raise UsageError(

@@ -59,7 +59,7 @@ class Timeline:
         self.bottom = len(self.order)
 
     def is_offloaded(self, block: int) -> bool:
-        """Whether a block is one of the waiting ones."""
+        """Whether a block is one of those that wait."""
         return block in self._rank
 
     def slot_of(self, block: int) -> int:
@@ -71,16 +71,19 @@ class Timeline:
         for block in self.order[: self.slots]:
             self._issue(block)
 
-    # ------------------------------------------------------------------ forward
+    # ------------------------------------------------------------------ a pass
 
     def begin_forward(self) -> None:
         """A forward pass begins: nothing is known yet of what its backward pass will need."""
         self.finish()
         self.bottom = len(self.order)
 
-    def enter_forward(self, block: int) -> None:
-        """A block is about to compute."""
-        self.obtain(block)
+    def enter(self, block: int) -> None:
+        """A block is about to compute, forward, backward or again: it comes into its slot now, if it is not there yet."""
+        if block not in self._in_use:
+            self._issue(block)
+            self.events.wait(block, self.slot_of(block))
+            self._in_use.add(block)
 
     def leave_forward(self, block: int, needed_in_backward: bool) -> None:
         """A block has computed; its slot is free, unless backward begins with this block."""
@@ -91,20 +94,10 @@ class Timeline:
         if rank + self.slots < len(self.order):
             self._issue(self.order[rank + self.slots])
         elif not needed_in_backward:
-            self._issue_for_next_forward(rank)
-
-    # ------------------------------------------------------------------ backward
-
-    def enter_backward(self, block: int) -> None:
-        """The gradient of a block's output is there: the block is about to compute (again, with checkpointing)."""
-        self.obtain(block)
+            self._issue(self.order[rank % self.slots])  # for the next forward pass
 
     def leave_backward(self, block: int) -> None:
-        """The gradient of a block's input is there: nothing more is computed from its weights.
-
-        Raises:
-            RuntimeError: The block was left without having been entered, so what it computed from is unknown.
-        """
+        """The gradient of a block's input is there: nothing more is computed from its weights."""
         if block not in self._in_use:
             raise RuntimeError(f"backward left block {block} without having entered it: no gradient came to its output")
         self._after_backward(block)
@@ -120,16 +113,9 @@ class Timeline:
         if rank - self.slots >= self.bottom:
             self._issue(self.order[rank - self.slots])
         else:
-            self._issue_for_next_forward(rank)
+            self._issue(self.order[rank % self.slots])  # for the next forward pass
 
     # ------------------------------------------------------------------ slots
-
-    def obtain(self, block: int) -> None:
-        """Has a block in its slot, fetched now if it was not before."""
-        if block not in self._in_use:
-            self._issue(block)
-            self.events.wait(block, self.slot_of(block))
-            self._in_use.add(block)
 
     def finish(self) -> None:
         """Ends all computation from slots, also where a pass was interrupted."""
@@ -150,6 +136,3 @@ class Timeline:
         self._holds[slot] = block
         self.fetches += 1
         self.events.issue(block, slot)
-
-    def _issue_for_next_forward(self, rank: int) -> None:
-        self._issue(self.order[rank % self.slots])

@@ -87,13 +87,13 @@ def test_a_summary_says_which_rows_its_figures_from_before_are_of(
 ) -> None:
     caplog.set_level("INFO", "ows_lightning")
     trainer(tmp_path, RunSummary(), num_sanity_val_steps=checked).fit(Module(), batches(), batches())
-    before = re.search(rf"Before training{part}: held-out loss (\d\.\d+)$", caplog.text, re.MULTILINE)
+    before = re.search(rf"Before training{part}: validation loss (\d\.\d+)$", caplog.text, re.MULTILINE)
     assert before
-    assert re.search(rf"After training: held-out loss {before[1]}{part} -> \d\.\d+$", caplog.text, re.MULTILINE)
+    assert re.search(rf"After training: validation loss {before[1]}{part} -> \d\.\d+$", caplog.text, re.MULTILINE)
 
 
 def test_a_summary_without_a_sanity_check_has_no_figures_from_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ows_lightning")
     trainer(tmp_path, RunSummary(), num_sanity_val_steps=0).fit(Module(), batches(), batches())
     assert "Before training" not in caplog.text
-    assert re.search(r"After training: held-out loss \d\.\d+$", caplog.text, re.MULTILINE)
+    assert re.search(r"After training: validation loss \d\.\d+$", caplog.text, re.MULTILINE)

@@ -62,14 +62,14 @@ def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
     whole = sum(p.numel() for p in tiny_model("llama", vocab_size=320).parameters())
     expected = [
         r"Model +\S+llama-chatml \(LlamaForCausalLM\), [\d.]+K weights in float32, 4 blocks",
-        r"Data +36 rows, [\d,]+ tokens, 72 of them targets; 4 rows held out",
+        r"Data +36 rows, [\d,]+ tokens, 72 of them targets; 4 validation rows",
         r"A row +<\|im_start\|>user\\nis \d+ (odd|even)\?<\|im_end\|>\\n<\|im_start\|>assistant\\n«(yes|no)<\|im_end\|>»",
         r"Training +4 steps; at a time 2 blocks \+ norm: [\d.]+K weights \([\d.]+%\); new blocks every 2 steps",
         r"Memory +[\d.]+ GB predicted for tensors, [\d.]+ GB available on cpu",
         r"Run folder +runs/version_0",
-        r"Before training: held-out loss [\d.]+, exact match [\d.]+%",
+        r"Before training: validation loss [\d.]+, exact match [\d.]+%",
         r"Over the run, [234] of 4 blocks train: [\d.]+K weights \([\d.]+%\)",
-        r"After training: held-out loss [\d.]+ -> [\d.]+, exact match [\d.]+% -> [\d.]+%",
+        r"After training: validation loss [\d.]+ -> [\d.]+, exact match [\d.]+% -> [\d.]+%",
         r"runs/version_0 has the model in model/",
     ]
     position = 0
@@ -97,10 +97,10 @@ def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
 def test_a_resumed_run_keeps_the_figures_from_before(config: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ows_lightning")
     run("fit", config, "--trainer.max_steps", "2")
-    before = re.search(r"Before training: held-out loss ([\d.]+)", caplog.text)[1]  # type: ignore[index]
+    before = re.search(r"Before training: validation loss ([\d.]+)", caplog.text)[1]  # type: ignore[index]
     caplog.clear()
     run("fit", config, "--ckpt_path", "last")
-    assert re.search(rf"After training: held-out loss {before} -> ", caplog.text)
+    assert re.search(rf"After training: validation loss {before} -> ", caplog.text)
     assert "Nothing was trained" not in caplog.text
     run("fit", config, "--ckpt_path", "last")
     assert "Nothing was trained: the checkpoint is of step 4 already; raise max_steps" in caplog.text

@@ -350,7 +350,7 @@ CASES = {
     "scores of another model with as many blocks": Case(
         fit("--sampling.scores alike.json"), "sampling.scores", "score` with this model"
     ),
-    "missing scores": Case(fit("--sampling.scores score.json"), "sampling.scores", "score` writes it"),
+    "missing scores": Case(fit("--sampling.scores score.json"), "sampling.scores", "score` writes one"),
     "no scores": Case(fit("--sampling.scores noscores.json"), "sampling.scores", "score` writes one"),
     "missing checkpoint": Case(fit("--ckpt_path lost.ckpt"), "ckpt_path", "there is no good one beside it"),
     "key that YAML reads as true": Case(fit("--config yes.yaml"), "config", "yes.yaml: line 1: YAML reads the key 'yes'"),

@@ -225,7 +225,7 @@ def test_scores_from_a_file_are_taken_as_they_are(tmp_path: Path) -> None:
 
 def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
     OutlierScores("other", 3, 13.0, 8, "outlier", [1.0] * 3, [1 / 3] * 3).save(tmp_path / "scores.json")
-    with pytest.raises(UsageError, match=r"scores: holds 3 blocks of 'other', but the model has 6"):
+    with pytest.raises(UsageError, match=r"scores: holds those of 'other', whose number of blocks is 3, but the model's is 6"):
         fit(SomebodyElsesModule(), LayerwiseSampling(activated_layers=1, scores=tmp_path / "scores.json"), tmp_path)
 
 
@@ -344,7 +344,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         ({"threshold": math.inf}, "threshold: inf must be a finite number above 0"),
         ({"calibration_samples": 0}, "calibration_samples: 0 must be at least 1"),
         ({"rescore_every": 0}, "rescore_every: 0 must be at least 1"),
-        ({"always_train": ("head",)}, "always_train: unknown"),
+        ({"always_train": ("head",)}, r"always_train: \['head'\] names more than embeddings, lm_head, norm"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from ows_lightning.errors import UsageError
-from ows_lightning.sampling.distributions import DISTRIBUTIONS, sampling_probabilities
+from ows_lightning.sampling.distributions import Distribution, sampling_probabilities
 from tests.published import LLAMA_2_7B
 
 
@@ -15,7 +17,7 @@ def test_published_ratios_of_llama_2_7b() -> None:
     assert {block: round(probabilities[block].item(), 3) for block in published} == published
 
 
-@pytest.mark.parametrize("distribution", [*DISTRIBUTIONS, [1, 0, 2.5, 4]])
+@pytest.mark.parametrize("distribution", [*get_args(Distribution), [1, 0, 2.5, 4]])
 def test_is_a_distribution_in_float64(distribution: str | list[float]) -> None:
     probabilities = sampling_probabilities([0.3, 0.1, 0.2, 0.0], distribution)
     assert probabilities.dtype == torch.float64

@@ -1,22 +1,20 @@
-"""Plain training loops over tiny models, with and without a offloader, whose results are compared to the bit."""
+"""Plain training loops over tiny models, with and without an offloader, whose results are compared to the bit."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
-from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.offloader import BlockOffloader
+from tests.streaming.fake_gpu import POISON
 from tests.tiny import tiny_batch
 
 DRAWS = [[1], [3], [0, 2]]
@@ -36,71 +34,24 @@ class Run:
         torch.testing.assert_close(self.weights, other.weights, rtol=0, atol=0)
 
 
-class LateStream:
-    """A device whose fetches are as late as they may be, and whose slots hold NaN at all other times."""
+class LateOffloader(BlockOffloader):
+    """Fetches at the last moment, and has NaN in its slots whenever no block computes from them."""
 
-    def __init__(self) -> None:
-        self.offloader: Any = None
-        self.fetches: dict[int, Callable[[], None]] = {}
-        self.fetching = False
+    def issue(self, block: int, slot: int) -> None:
+        self.slots[slot].fill_(POISON)
 
-    def issue(self, slot: int, fetch: Callable[[], None]) -> None:
-        self.fetches[slot] = fetch
-        self._poison(slot)
+    def wait(self, block: int, slot: int) -> None:
+        super().issue(block, slot)
+        super().wait(block, slot)
 
-    def wait(self, slot: int) -> None:
-        self.fetching = True
-        self.fetches[slot]()
-        self.fetching = False
-
-    def release(self, slot: int) -> None:
-        self._poison(slot)
-
-    def after_computation(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        self.fetches.clear()  # what is waited for has to be fetched again
-
-    def _poison(self, slot: int) -> None:
-        self.offloader.slots[slot].fill_(255)  # NaN in float32 and in bfloat16
-
-
-class NoComputeOnOffloaded(TorchDispatchMode):
-    """Refuses every operator on a weight in host memory, other than its fetch."""
-
-    LOOKS = ("aten::detach", "aten::alias", "aten::_has_compatible_shallow_copy_type")
-
-    def __init__(self, offloader: BlockOffloader, stream: LateStream) -> None:
-        super().__init__()
-        offloader.prepare()
-        waiting = [weight for block in offloader.timeline.order for weight in offloader.offloaded[block].tensors]
-        self.offloaded = {weight.untyped_storage().data_ptr() for weight in waiting}
-        self.stream = stream
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.stream.fetching and func.name() not in self.LOOKS:
-            for value in (*args, *(kwargs or {}).values()):
-                for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                    if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self.offloaded:
-                        raise AssertionError(f"{func} on a weight in host memory")
-        return func(*args, **(kwargs or {}))
-
-
-def strict_offloader(
-    model: nn.Module, slots: int = 2, frozen_only: bool = False, disk: Disk | None = None
-) -> tuple[BlockOffloader, Callable[[], Any]]:
-    """A offloader on a device that forgives nothing, and the mode to train in."""
-    stream = LateStream()
-    offloader = BlockOffloader(decoder_layers(model), slots=slots, frozen_only=frozen_only, stream=stream, disk=disk)
-    stream.offloader = offloader
-    return offloader, lambda: NoComputeOnOffloaded(offloader, stream)
+    def release(self, block: int, slot: int) -> None:
+        super().release(block, slot)
+        self.slots[slot].fill_(POISON)
 
 
 def train(
     model: nn.Module,
     offloader: BlockOffloader | None = None,
-    mode: Callable[[], Any] = contextlib.nullcontext,
     draws: list[list[int]] = DRAWS,
     embeddings: bool = False,
     accumulate: int = 2,
@@ -127,7 +78,7 @@ def train(
                 optimizer.accumulating = micro + 1 < accumulate
                 torch.manual_seed(100 * number + 10 * step + micro)
                 batch = {k: v.to(device) for k, v in tiny_batch(seed=100 * number + 10 * step + micro).items()}
-                with mode(), torch.autocast(device, torch.bfloat16, enabled=autocast):
+                with torch.autocast(device, torch.bfloat16, enabled=autocast):
                     loss = model(**batch, use_cache=False).loss
                     loss.backward()
                 run.losses.append(loss.detach().cpu())
@@ -135,7 +86,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             if validate:
-                run.losses += list(evaluate(model, mode))
+                run.losses += list(evaluate(model))
     if resting_rank:
         with torch.no_grad():  # after which blocks are fetched that rest
             run.losses.append(model(**batch, use_cache=False).loss.cpu())
@@ -146,10 +97,10 @@ def train(
     return run
 
 
-def evaluate(model: nn.Module, mode: Callable[[], Any] = contextlib.nullcontext) -> Iterator[Tensor]:
+def evaluate(model: nn.Module) -> Iterator[Tensor]:
     """A held-out loss and generated tokens, then training again."""
     model.eval()
-    with torch.inference_mode(), mode():
+    with torch.inference_mode():
         yield model(**tiny_batch(seed=7)).loss.clone()
         yield model.generate(tiny_batch(rows=1, length=4)["input_ids"], max_new_tokens=3, do_sample=False).clone().float()
     model.train()

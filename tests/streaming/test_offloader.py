@@ -15,7 +15,8 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.recomputation import checkpoint_activations
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.offloader import BlockOffloader
-from tests.streaming.steps import evaluate, strict_offloader, train
+from tests.streaming.fake_gpu import FakeGpu
+from tests.streaming.steps import LateOffloader, Run, evaluate, train
 from tests.tiny import KINDS, tiny_batch, tiny_model
 
 
@@ -23,7 +24,21 @@ from tests.tiny import KINDS, tiny_batch, tiny_model
 def test_every_architecture_trains_to_the_same_bits(architecture: str) -> None:
     expected = train(tiny_model(architecture))
     model = tiny_model(architecture)
-    train(model, *strict_offloader(model)).assert_equals(expected)
+    train(model, LateOffloader(decoder_layers(model))).assert_equals(expected)
+
+
+def on_double(architecture: str) -> Run:
+    model = tiny_model(architecture)
+    offloader = BlockOffloader(decoder_layers(model))
+    model.to("cuda")
+    return train(model, offloader, device="cuda")
+
+
+@pytest.mark.parametrize("architecture", sorted({*KINDS} - {"falcon", "gpt2", "qwen3_moe"}))  # whose kernels it does not know
+def test_no_operator_of_an_architecture_meets_a_block_that_waits(architecture: str) -> None:
+    expected = train(tiny_model(architecture))
+    with FakeGpu(late=True).installed():
+        on_double(architecture).assert_equals(expected)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +58,7 @@ def test_every_way_to_train_gives_the_same_bits(slots: int, checkpointing: bool,
     options = {"embeddings": embeddings, "autocast": precision == "mixed", "draws": [[2], [5, 1], [0, 3]]}
     expected = train(make(), **options)
     model = make()
-    offloader, mode = strict_offloader(model, slots)
-    train(model, offloader, mode, **options).assert_equals(expected)
+    train(model, LateOffloader(decoder_layers(model), slots), **options).assert_equals(expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -57,7 +71,7 @@ def test_dropout_tied_embeddings_and_evaluation_in_between(checkpointing: bool) 
 
     expected = train(make(), validate=True, embeddings=True)
     model = make()
-    train(model, *strict_offloader(model), validate=True, embeddings=True).assert_equals(expected)
+    train(model, LateOffloader(decoder_layers(model)), validate=True, embeddings=True).assert_equals(expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -73,13 +87,12 @@ def test_below_adapters_all_blocks_wait(checkpointing: bool, architecture: str) 
             checkpoint_activations(model.get_base_model())
         return model
 
-    def steps(model: torch.nn.Module, mode=None) -> list[torch.Tensor]:
+    def steps(model: torch.nn.Module) -> list[torch.Tensor]:
         optimizer, out = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
         for step in range(3):
             torch.manual_seed(step)
-            with mode() if mode else torch.enable_grad():
-                loss = model(**tiny_batch(seed=step), use_cache=False).loss
-                loss.backward()
+            loss = model(**tiny_batch(seed=step), use_cache=False).loss
+            loss.backward()
             out += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
             optimizer.step()
             optimizer.zero_grad()
@@ -87,8 +100,8 @@ def test_below_adapters_all_blocks_wait(checkpointing: bool, architecture: str) 
 
     expected = steps(make())
     model = make()
-    offloader, mode = strict_offloader(model, frozen_only=True)
-    torch.testing.assert_close(steps(model, mode), expected, rtol=0, atol=0)
+    offloader = LateOffloader(decoder_layers(model), frozen_only=True)
+    torch.testing.assert_close(steps(model), expected, rtol=0, atol=0)
     assert offloader.active == []
 
 
@@ -105,7 +118,7 @@ def test_compiled_blocks_compute_the_same_bits() -> None:
 
 
 def assert_same_gradients(backward: Callable[[torch.nn.Module], None]) -> None:
-    """Asserts that a model of which some blocks wait gets the gradients of one without a offloader."""
+    """Asserts that a model of which some blocks wait gets the gradients of one without an offloader."""
 
     def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
         for index, layer in enumerate(decoder_layers(model)):
@@ -115,7 +128,7 @@ def assert_same_gradients(backward: Callable[[torch.nn.Module], None]) -> None:
 
     expected = gradients(tiny_model("llama"))
     model = tiny_model("llama")
-    strict_offloader(model)
+    LateOffloader(decoder_layers(model))
     torch.testing.assert_close(gradients(model), expected, rtol=0, atol=0)
 
 
@@ -144,26 +157,6 @@ def test_the_frozen_wait_in_host_memory_and_the_trained_come_home() -> None:
     for name, value in model.state_dict().items():
         if ".layers." in name and ".layers.1." not in name:
             assert torch.equal(value, first[name]), name
-
-
-def test_an_interrupted_pass_leaves_no_slot_in_a_state_dict() -> None:
-    model = tiny_model("llama")
-    expected = {name: value.clone() for name, value in model.state_dict().items()}
-    offloader, _ = strict_offloader(model)
-    decoder_layers(model).requires_grad_(False)
-    decoder_layers(model)[0].requires_grad_(True)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    handle = decoder_layers(model)[2].mlp.register_full_backward_pre_hook(interrupt)
-    loss = model(**tiny_batch(), use_cache=False).loss
-    with pytest.raises(KeyboardInterrupt):
-        loss.backward()
-    torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
-    handle.remove()
-    model.requires_grad_(True).zero_grad()
-    train(model, offloader).assert_equals(train(tiny_model("llama")))
 
 
 def test_weights_that_are_loaded_or_exchanged_count_at_once() -> None:
@@ -320,11 +313,6 @@ def test_a_block_is_held_on_the_device_while_it_is_looked_at() -> None:
             offloader.slots[1].data_ptr(), offloader.slots[1].data_ptr() + offloader.slots[1].nbytes
         )
         assert torch.equal(held, offloader.offloaded[3].tensors[[p is held for p in block.parameters()].index(True)])
-
-
-def test_a_window_of_one_block_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        BlockOffloader(decoder_layers(tiny_model("llama")), slots=1)
 
 
 @pytest.mark.gpu

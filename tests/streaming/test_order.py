@@ -26,7 +26,7 @@ import ows_lightning.streaming
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.offloader import BlockOffloader
-from ows_lightning.streaming.streams import CudaStream
+from ows_lightning.streaming.streams import _CudaStream
 from tests.streaming.fake_gpu import FakeGpu
 from tests.streaming.steps import Run, train
 from tests.tiny import tiny_batch, tiny_model
@@ -218,7 +218,7 @@ def computed_before_it_trains(place: str, folder: Path) -> None:
 def dropped_before_its_stream(folder: Path) -> None:
     """The memory of a fetch, but for what the fetch itself holds."""
     with FakeGpu(late=True).installed():
-        stream, memory = CudaStream(torch.device("cuda"), 1), [torch.zeros(2, device="cuda") for _ in range(2)]
+        stream, memory = _CudaStream(torch.device("cuda"), 1), [torch.zeros(2, device="cuda") for _ in range(2)]
         stream.after_computation()
         stream.issue(0, partial(torch.Tensor.copy_, *memory))
         del memory
@@ -326,28 +326,28 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("offloader", "BlockOffloader.release", "self._started_stream.release(slot)"): _killed_by("trained", "host"),
     Mutant("streams", "_synchronize", "stream.synchronize()"): _killed_by("trained", "int8"),
     Mutant(
-        "streams", "CudaStream.__init__", "weakref.finalize(self, _synchronize, self.stream, self._running).atexit = False"
+        "streams", "_CudaStream.__init__", "weakref.finalize(self, _synchronize, self.stream, self._running).atexit = False"
     ): dropped_before_its_stream,
-    Mutant("streams", "CudaStream.issue", "self.stream.wait_event(self.released[slot])"): _killed_by("trained", "host"),
-    Mutant("streams", "CudaStream.issue", "self.arrived[slot].record(self.stream)"): _killed_by("trained", "host"),
-    Mutant("streams", "CudaStream.issue", "self._running[slot] = fetch"): dropped_before_its_stream,
-    Mutant("streams", "CudaStream.wait", "torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])"): (
+    Mutant("streams", "_CudaStream.issue", "self.stream.wait_event(self.released[slot])"): _killed_by("trained", "host"),
+    Mutant("streams", "_CudaStream.issue", "self.arrived[slot].record(self.stream)"): _killed_by("trained", "host"),
+    Mutant("streams", "_CudaStream.issue", "self._running[slot] = fetch"): dropped_before_its_stream,
+    Mutant("streams", "_CudaStream.wait", "torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])"): (
         _killed_by("trained", "host")
     ),
-    Mutant("streams", "CudaStream.release", "self.released[slot].record(torch.cuda.current_stream(self.device))"): (
+    Mutant("streams", "_CudaStream.release", "self.released[slot].record(torch.cuda.current_stream(self.device))"): (
         _killed_by("trained", "host")
     ),
-    Mutant("streams", "CudaStream.after_computation", "self.stream.wait_stream(torch.cuda.current_stream(self.device))"): (
+    Mutant("streams", "_CudaStream.after_computation", "self.stream.wait_stream(torch.cuda.current_stream(self.device))"): (
         _killed_by("trained", "host")
     ),
-    Mutant("streams", "CudaStream.synchronize", "_synchronize(self.stream, self._running)"): _killed_by("trained", "int8"),
-    Mutant("streams", "ReaderThread.wait", "self.fetches[slot].result()"): _killed_by("trained", "disk"),
-    Mutant("streams", "ReaderThread.wait", "self.stream.wait(slot)"): _killed_by("trained", "disk"),
-    Mutant("streams", "ReaderThread.release", "self.stream.release(slot)"): _killed_by("trained", "disk"),
-    Mutant("streams", "ReaderThread.after_computation", "self.stream.after_computation()"): _killed_by("trained", "disk"),
-    Mutant("streams", "ReaderThread.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
-    Mutant("streams", "ReaderThread.synchronize", "self.stream.synchronize()"): _killed_by("trained", "int8 above disk"),
-    Mutant("timeline", "Timeline.obtain", "self.events.wait(block, self.slot_of(block))"): _killed_by("trained", "host"),
+    Mutant("streams", "_CudaStream.synchronize", "_synchronize(self.stream, self._running)"): _killed_by("trained", "int8"),
+    Mutant("streams", "_ReaderThread.wait", "self.fetches[slot].result()"): _killed_by("trained", "disk"),
+    Mutant("streams", "_ReaderThread.wait", "self.stream.wait(slot)"): _killed_by("trained", "disk"),
+    Mutant("streams", "_ReaderThread.release", "self.stream.release(slot)"): _killed_by("trained", "disk"),
+    Mutant("streams", "_ReaderThread.after_computation", "self.stream.after_computation()"): _killed_by("trained", "disk"),
+    Mutant("streams", "_ReaderThread.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
+    Mutant("streams", "_ReaderThread.synchronize", "self.stream.synchronize()"): _killed_by("trained", "int8 above disk"),
+    Mutant("timeline", "Timeline.enter", "self.events.wait(block, self.slot_of(block))"): _killed_by("trained", "host"),
     Mutant("timeline", "Timeline._release", "self.events.release(block, self.slot_of(block))"): _killed_by("trained", "host"),
 }
 

@@ -33,7 +33,7 @@ def micro_batch(timeline: Timeline, blocks: int, lowest: int | None, first_left:
     timeline.begin_forward()
     for block in range(blocks):
         if timeline.is_offloaded(block):
-            timeline.enter_forward(block)
+            timeline.enter(block)
             timeline.leave_forward(block, needed_in_backward=lowest is not None and block >= lowest)
     if lowest is None:
         return
@@ -41,7 +41,7 @@ def micro_batch(timeline: Timeline, blocks: int, lowest: int | None, first_left:
     left = None
     for block in reversed(range(lowest, blocks)):
         if block in entered:
-            timeline.enter_backward(block)
+            timeline.enter(block)
         if left is not None:  # the hook on the output of this block comes before that on the input of the one above
             timeline.leave_backward(left)
         left = block if block in entered else None
