@@ -38,10 +38,9 @@ class Resume(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copies the configured options before the checkpoint overwrites them."""
         kept = ("params", "param_names", "lr", "initial_lr")
-        self._options = [
-            {**{k: v for k, v in group.items() if k not in kept}, "lr": group.get("initial_lr", group["lr"])}
-            for group in _groups(trainer)
-        ]
+        for group in _groups(trainer):
+            options = {name: value for name, value in group.items() if name not in kept}
+            self._options.append({**options, "lr": group.get("initial_lr", group["lr"])})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies them to a resumed run, and logs what changed."""

@@ -36,7 +36,7 @@ class SaveOnSignal(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run's signals."""
-        self._received, self._previous_handlers = 0, {}
+        SaveOnSignal.__init__(self)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs its handlers, until the Trainer restores those from before the run."""

@@ -12,13 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from accelerate.state import GradientState
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
@@ -28,13 +26,9 @@ from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.optim.sharding import total_norm
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
-
-_fitted: WeakSet[Optimizer] = WeakSet()  # the optimizers of ``use_galore``
-_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # on the models that they train now
 
 
 class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
@@ -120,24 +114,30 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 
     def _resume(self, state: TrainerState) -> None:
         states: Any = state.stateful_callbacks  # a dict once a checkpoint is loaded
-        saved = states.get(type(self).__name__)
-        if saved is None:
-            raise UsageError(
-                f"resume_from_checkpoint: the checkpoint is of a run without {type(self).__name__}; give one of a run with it"
-            )
+        if (saved := states.get(name := type(self).__name__)) is None:
+            raise UsageError(f"resume_from_checkpoint: the checkpoint is of a run without {name}; give one of a run with it")
         run = dict(saved["attributes"]["resumed"])
         if run["probabilities"] is not None:
             run["probabilities"] = torch.tensor(run["probabilities"], dtype=torch.float64)
         self.load_state_dict(run)
 
 
+class _TrainersGaLoreAdamW(GaLoreAdamW):
+    """The optimizer of ``use_galore``: the Trainer says, before a micro-batch, whether it is the last of its step."""
+
+    @property
+    def accumulating(self) -> bool:
+        return not GradientState().sync_gradients
+
+
 class _GaLore(TrainerCallback):
     """Has an optimizer of ``use_galore`` project within backward while its Trainer trains, and with its own settings."""
 
-    def __init__(self, optimizer: GaLoreAdamW, model: nn.Module) -> None:
+    def __init__(self, optimizer: GaLoreAdamW) -> None:
         self.optimizer = optimizer
-        self.model = model
-        self.given = [_settings(group) for group in optimizer.param_groups]
+        # But for those of the Trainer's arguments, which the Trainer itself takes from the checkpoint.
+        others = {"params", "param_names", "lr", "betas", "eps", "weight_decay"}
+        self.given = [{name: group[name] for name in group.keys() - others} for group in optimizer.param_groups]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Takes over the gradients; a resumed run has loaded the checkpoint's state, and its settings with it."""
@@ -146,13 +146,10 @@ class _GaLore(TrainerCallback):
                 check_settings({name: group.get(name) for name in given}, given, named="use_galore")
             _require_state(self.optimizer)
         self.optimizer.project_in_backward(model=kwargs["model"])
-        _unhook(self.model)  # a run that ended by an exception has left its own
-        _hooks[self.model] = self.model.register_forward_pre_hook(partial(_say_whether_more_comes, ref(self.optimizer)))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leaves gradients to ``grad`` again: another Trainer may train the model then."""
         self.optimizer.project_in_backward(False)
-        _unhook(self.model)
 
 
 def use_galore(
@@ -203,46 +200,12 @@ def use_galore(
         subspace=subspace,
         project_embeddings=project_embeddings,
     )
-    optimizer = GaLoreAdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        **options,
-    )
-
-    def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        return _clip(optimizer, max_norm)
-
-    trainer.accelerator.clip_grad_norm_ = clip
-    trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer, model))  # it refuses before any other has frozen blocks
+    options |= {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    optimizer = _TrainersGaLoreAdamW(groups, weight_decay=args.weight_decay, **options)
+    trainer.accelerator.clip_grad_norm_ = lambda parameters, max_norm, norm_type=2: optimizer.clip_gradients(max_norm)
+    trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer))  # it refuses before any other has frozen blocks
     trainer.optimizer = optimizer
-    _fitted.add(optimizer)
     return optimizer
-
-
-def _unhook(model: nn.Module) -> None:
-    if (hook := _hooks.pop(model, None)) is not None:
-        hook.remove()
-
-
-def _say_whether_more_comes(optimizer: Callable[[], GaLoreAdamW | None], *_: Any) -> None:
-    """Before a forward pass the Trainer has said whether its micro-batch is the last of the step."""
-    if (used := optimizer()) is not None:
-        used.accumulating = not GradientState().sync_gradients
-
-
-@torch.no_grad()
-def _clip(optimizer: GaLoreAdamW, max_norm: float) -> Tensor:
-    """Scales what the next step consumes to a norm of at most ``max_norm``; returns the norm before."""
-    gradients = optimizer.gradients()
-    norm = total_norm(gradients)
-    if max_norm != float("inf"):
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factor.to(gradient.device))
-    return norm
 
 
 def _inner(optimizer: Any) -> Any:
@@ -253,23 +216,14 @@ def _inner(optimizer: Any) -> Any:
 
 
 def _require_one_process(args: TrainingArguments) -> None:
+    who = "LayerwiseSamplingCallback, use_galore: the Trainer"
     if args.parallel_mode is ParallelMode.DISTRIBUTED or args.deepspeed or args.fsdp:  # DDP wraps a single process, too
         raise UsageError(
-            "LayerwiseSamplingCallback, use_galore: the Trainer's DDP, FSDP and DeepSpeed fix the set of trained parameters; "
-            "train on one process without torchrun, or with this package's CausalLMModule and trainer.strategy ddp_layerwise "
-            "or fsdp2"
+            f"{who}'s DDP, FSDP and DeepSpeed fix the set of trained parameters; train on one process without torchrun, or "
+            "with this package's CausalLMModule and trainer.strategy ddp_layerwise or fsdp2"
         )
     if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
-        raise UsageError(
-            "LayerwiseSamplingCallback, use_galore: the Trainer copies the model to all cards at every step; "
-            "choose one with CUDA_VISIBLE_DEVICES=0"
-        )
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """A group's settings but those of the Trainer's arguments, which the Trainer itself takes from the checkpoint."""
-    others = ("params", "param_names", "lr", "betas", "eps", "weight_decay")
-    return {name: value for name, value in group.items() if name not in others}
+        raise UsageError(f"{who} copies the model to all cards at every step; choose one with CUDA_VISIBLE_DEVICES=0")
 
 
 def _require_state(optimizer: Optimizer) -> None:
@@ -284,7 +238,7 @@ def _require_state(optimizer: Optimizer) -> None:
 
 def _require_fitted(optimizer: Optimizer, args: TrainingArguments) -> None:
     """Refuses a GaLoreAdamW whose gradients the Trainer would not see."""
-    if not isinstance(optimizer, GaLoreAdamW) or optimizer in _fitted:
+    if not isinstance(optimizer, GaLoreAdamW) or isinstance(optimizer, _TrainersGaLoreAdamW):
         return
     in_backward = any(p._post_accumulate_grad_hooks for group in optimizer.param_groups for p in group["params"])
     if in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):
