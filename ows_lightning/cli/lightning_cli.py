@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -31,7 +32,7 @@ from ows_lightning.cli import siblings
 from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
-from ows_lightning.cli.parser import OneLineParser, import_class
+from ows_lightning.cli.parser import OneLineParser
 from ows_lightning.cli.preflight import check_plan, check_run, check_settings
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
@@ -139,13 +140,14 @@ class OWSCLI(LightningCLI):
         model = self.config.get(str(command), self.config)["model"] or {}
         optimizer = model.get("init_args", {}).get("optimizer")
         named = optimizer.get("class_path") if isinstance(optimizer, Namespace) else None
-        kind = import_class(model["class_path"]) if model else None
+        kind = locate(model["class_path"]) if model else None
         if isinstance(kind, type) and not issubclass(kind, CausalLMModule):
-            self._parser(command).set_defaults({"model": {"class_path": model["class_path"]}})
-        elif named is not None and import_class(named) is not GaLoreAdamW:
-            self._parser(command).set_defaults({"model": default_model({"class_path": named})})
+            defaults = {"class_path": model["class_path"]}
+        elif named is not None and locate(named) is not GaLoreAdamW:
+            defaults = default_model({"class_path": named})
         else:
             return False
+        self._parser(command).set_defaults({"model": defaults})
         return True
 
     def instantiate_classes(self) -> None:
@@ -168,8 +170,7 @@ class OWSCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
-        given = self._get(self.config_init, "trainer")
-        sampling = self._get(self.config_init, "sampling")
+        given, sampling = self._get(self.config_init, "trainer"), self._get(self.config_init, "sampling")
         callbacks = given["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(given["strategy"]):
@@ -220,10 +221,10 @@ class OWSCLI(LightningCLI):
             raise UsageError(f"ckpt_path: export reads local checkpoints only; copy '{given}' to this machine first")
         path = find_checkpoint(str(given), *places)
         config.ckpt_path = None if path is None else str(path)
-        if path is None and command != "fit":
-            where = " or ".join(f"'{place}'" for place in places)
-            raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
         if path is None:
+            if command != "fit":
+                where = " or ".join(f"'{place}'" for place in places)
+                raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
             log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
 
 
@@ -234,16 +235,8 @@ def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
-    """Puts a CSV logger before the configured ones: its folder is the run's, and pictures are drawn from its file.
-
-    Args:
-        loggers: ``trainer.logger``, not false.
-        folder: Where the CSV logger makes its ``version_N``, if none is configured.
-    """
-    if loggers is None or isinstance(loggers, bool):
-        loggers = []
-    loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
+    """Puts a CSV logger before those of ``trainer.logger``: its folder is the run's, and pictures come from its file."""
+    loggers = [loggers] if isinstance(loggers, Logger) else [] if isinstance(loggers, bool) else [*(loggers or ())]
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
-        # Written at each row, so that a killed run keeps its curves.
-        loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))
+        loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))  # so that a killed run keeps its curves
     return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
