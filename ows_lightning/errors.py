@@ -89,8 +89,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name that is most like another; None if none is by ``cutoff`` (0 to 1)."""
-    return next(iter(difflib.get_close_matches(name, [*known], n=1, cutoff=cutoff)), None)
+    """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
+    likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
+    near = max(likeness, key=likeness.__getitem__, default=None)
+    return near if near is not None and likeness[near] >= cutoff else None
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:

@@ -28,7 +28,6 @@ from ows_lightning.memory.plan_settings import find_dimensions, number_of_device
 from ows_lightning.models.kernels import liger_for
 from ows_lightning.models.lora import lora_config
 from ows_lightning.module import CausalLMModule
-from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 from ows_lightning.streaming.options import check_offloading
@@ -125,11 +124,15 @@ def check_run(
         _check_machines(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
     if command == "fit":
-        _check_training(model, trainer, str(given["precision"]))
-        for callback in trainer.checkpoint_callbacks:
+        for callback in (callbacks := trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint):
                 _check_checkpoint(callback)
-        _check_monitors(model, data, trainer.callbacks)  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging):
+                raise UsageError(
+                    "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
+                    "average nothing; take WeightAveraging or EMAWeightAveraging"
+                )
+        _check_monitors(model, data, callbacks)
     if isinstance(model, CausalLMModule):
         config = model.check()
         if model.hparams["kernels"] is not None:
@@ -153,21 +156,6 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None) -> No
         config, _ = find_dimensions(model.hparams["model_name_or_path"], model.hparams["trust_remote_code"])
         if sampling is not None:
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
-
-
-def _check_training(model: LightningModule, trainer: Trainer, precision: str) -> None:
-    """Refuses settings with which a fit would train something else than is meant."""
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise UsageError(
-            "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
-            "average nothing; take WeightAveraging or EMAWeightAveraging"
-        )
-    projects = isinstance(model, CausalLMModule) and isinstance(model.check_optimizer(), GaLoreAdamW)
-    if projects and precision in ("16", "16-mixed"):
-        raise UsageError(
-            "trainer.precision: 16-mixed scales the loss, and what GaLoreAdamW projects in backward is never unscaled; "
-            "set trainer.precision: bf16-mixed"
-        )
 
 
 def check_devices(trainer: Trainer) -> None:

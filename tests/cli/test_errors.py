@@ -328,9 +328,6 @@ CASES = {
         "trainer.precision",
         "set trainer.precision: bf16-true or bf16-mixed",
     ),
-    "loss scaling of projected gradients": Case(
-        fit("--trainer.precision 16-mixed"), "trainer.precision", "set trainer.precision: bf16-mixed"
-    ),
     "too many devices": Case(fit("--trainer.devices 9999"), "trainer.devices", "cores of this machine"),
     "no number of devices": Case(
         fit("--trainer.devices many"), "trainer.devices", "give 1 or more, a list of indices, or auto"
