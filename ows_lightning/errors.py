@@ -26,18 +26,8 @@ def command_line(command: str) -> str:
 EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}
 """Packages that are not always needed, and this project's extras that bring them."""
 
-_LIGHTNING_REFUSALS = {
-    r"`val_check_interval` \((\S+)\) must be less than or equal to the number of the training batches \((\d+)\)": (
-        "trainer.val_check_interval: {} is more than the {} training batches of an epoch; lower it, or set "
-        "trainer.check_val_every_n_epoch: null to count over epochs"
-    ),
-    r"Sharding propagation failed for (aten\.\w+)": (
-        "trainer.strategy: fsdp2 shards the weights, and torch can't do `{}` on shards, which something asks for; take "
-        "another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
-    ),
-    r'ckpt_path="(\w+)"\)` is set but': "ckpt_path: there is no '{}' checkpoint to find; give the path of one, or `last`",
-}
-"""Settings that Lightning or torch refuses in its own words, and what a user can do about them."""
+_REFUSED = ("`val_check_interval` (", "` is set but `ModelCheckpoint`")
+"""What Lightning begins with, or says, where it refuses a setting by a mere ValueError."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,10 +40,11 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, 2
     if isinstance(error, RunError):
         return text, 1
-    for pattern, line in _LIGHTNING_REFUSALS.items():
-        if found := re.search(pattern, text):
-            return line.format(*found.groups()), 2
-    if isinstance(error, _class_if_imported("lightning.fabric.utilities.exceptions", "MisconfigurationException")):
+    if found := re.search(r"Sharding propagation failed for (aten\.\w+)", text):
+        mend = "take another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
+        return f"trainer.strategy: fsdp2 shards the weights, and torch can't do `{found[1]}` on shards; {mend}", 2
+    misconfigured = _class_if_imported("lightning.fabric.utilities.exceptions", "MisconfigurationException")
+    if isinstance(error, misconfigured) or any(words in text for words in _REFUSED):
         return text, 2
     if isinstance(error, ModuleNotFoundError):
         extra = next((f'; pip install "ows_lightning[{extra}]"' for package, extra in EXTRAS.items() if package in text), "")

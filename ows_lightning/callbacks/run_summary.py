@@ -61,9 +61,10 @@ class RunSummary(Callback):
         folder, steps = run_folder(trainer), trainer.estimated_stepping_batches  # both ask all ranks
         if not trainer.is_global_zero:
             return
-        lines = {"Model": _model(pl_module), **_data(trainer), "Training": _training(trainer, pl_module, steps)}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        lines = {"Model": _model(pl_module), **_data(data), "Training": _training(trainer, pl_module, steps)}
         if self.config is not None and isinstance(pl_module, CausalLMModule):
-            lines["Memory"] = self._memory(trainer, pl_module)
+            lines["Memory"] = self._memory(pl_module)
         lines["Run folder"] = str(folder)
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
@@ -74,8 +75,8 @@ class RunSummary(Callback):
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
             return
         if (drawn := sampling.planned_blocks(int(steps))) is not None:  # else later draws depend on scores to come
-            trained, count = _sampled(pl_module, sampling, drawn), len(decoder_layers(pl_module))
-            log.info("Over the run, %d of %d blocks train: %s", len(drawn), count, _share(trained, pl_module))
+            share = _share(_count(_sampled(pl_module, sampling, drawn)), pl_module)
+            log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(decoder_layers(pl_module)), share)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the metrics from before the training; a resumed run keeps those of its first start."""
@@ -130,18 +131,15 @@ class RunSummary(Callback):
         """Restores them in a resumed run."""
         self.before, self.batches_before = state_dict["before"], state_dict.get("batches_before", "")
 
-    def _memory(self, trainer: Trainer, module: CausalLMModule) -> str:
+    def _memory(self, module: CausalLMModule) -> str:
         """Returns the predicted memory, or why it can't be predicted."""
         device = module.device
         available = available_bytes(device)
         there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
         try:
             with torch.random.fork_rng(devices=[]):
-                settings, data = settings_from_config(self.config), _data_of(trainer)
-                rows = (data.summary().get("rows") if data else None) or settings.batch_size  # no batch is larger
                 recomputing = recomputing_blocks(module.language_model)
-                rows = min(settings.batch_size, rows)
-                needs = predict(replace(settings, batch_size=rows, gradient_checkpointing=recomputing))
+                needs = predict(replace(settings_from_config(self.config), gradient_checkpointing=recomputing))
         except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
@@ -165,13 +163,8 @@ def _model(module: LightningModule) -> str:
     return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
 
 
-def _data_of(trainer: Trainer) -> InstructionDataModule | None:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    return data if isinstance(data, InstructionDataModule) else None
-
-
-def _data(trainer: Trainer) -> dict[str, str]:
-    if (data := _data_of(trainer)) is None:
+def _data(data: object) -> dict[str, str]:
+    if not isinstance(data, InstructionDataModule):
         return {}
     figures, text = data.summary(), "a stream"
     if "rows" in figures:
@@ -192,13 +185,12 @@ def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
     text = f"{int(steps):,} steps" if steps != float("inf") else "no end"
     sampling = LayerwiseSampling.of(trainer)
     if sampling is None:
-        return f"{text}; {_share((p for p in module.parameters() if p.requires_grad), module)}"
+        return f"{text}; {_share(_count(p for p in module.parameters() if p.requires_grad), module)}"
     layers = decoder_layers(module)
     in_blocks = sum(_count(p for p in layer.parameters() if p.requires_grad) for layer in layers)
     count = round(sampling.activated_layers * in_blocks / len(layers)) + _count(_sampled(module, sampling))
     what = " + ".join([f"{sampling.activated_layers} blocks", *sampling.always_train])
-    share = f"{_short(count)} weights ({count / _count(module.parameters()):.1%})"
-    return f"{text}; at a time {what}: {share}; new blocks every {sampling.interval_steps} steps"
+    return f"{text}; at a time {what}: {_share(count, module)}; new blocks every {sampling.interval_steps} steps"
 
 
 def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes | None:
@@ -225,9 +217,8 @@ def _sampled(module: LightningModule, sampling: LayerwiseSampling, blocks: Itera
     return list(dict.fromkeys([*outside, *(p for block in blocks for p in layers[block].parameters())]))
 
 
-def _share(parameters: Iterable[Tensor], module: LightningModule) -> str:
-    count, whole = _count(parameters), _count(module.parameters())
-    return f"{_short(count)} weights ({count / whole:.1%})"
+def _share(count: int, module: LightningModule) -> str:
+    return f"{_short(count)} weights ({count / _count(module.parameters()):.1%})"
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
@@ -245,10 +236,10 @@ def _logged(trainer: Trainer, *names: str) -> dict[str, float]:
 
 def _figures(after: dict[str, float], before: dict[str, float] | None = None, batches: str = "") -> str:
     parts = []
-    for key, (name, form) in _FIGURES.items():
-        if key in after:
-            first = [form.format(before[key]) + batches] if before and key in before else []
-            parts.append(f"{name} {' -> '.join([*first, form.format(after[key])])}")
+    for key, value in after.items():
+        name, form = _FIGURES[key]
+        first = f"{form.format(before[key])}{batches} -> " if before and key in before else ""
+        parts.append(f"{name} {first}{form.format(value)}")
     return ", ".join(parts)
 
 

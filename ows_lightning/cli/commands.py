@@ -45,12 +45,7 @@ class CommandTrainer(OWSTrainer):
         return self._show(super().validate(*args, verbose=False, **kwargs), verbose)  # type: ignore[misc]
 
     def test(
-        self,
-        *args: Any,
-        verbose: bool = True,
-        tasks: list[str] | None = None,
-        include_path: Path | None = None,
-        **kwargs: Any,
+        self, *args: Any, verbose: bool = True, tasks: list[str] | None = None, include_path: Path | None = None, **kwargs: Any
     ) -> Any:
         """Evaluate on the test set: loss, perplexity, exact match of generated answers, accuracy where rows have choices.
 

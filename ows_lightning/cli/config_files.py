@@ -31,19 +31,10 @@ class ConfigFile(ActionConfigFile):
 
 
 def config_and_bases(name: str) -> list[Path]:
-    """Returns a config file and its bases, the lowest first.
-
-    Args:
-        name: A path, or the name of a shipped file, such as ``llama2_7b`` or ``methods/ows``.
-
-    Raises:
-        UsageError: There is no such file, it is no YAML file of keys and values, or it is its own base.
-    """
+    """Returns a config file and its bases, the lowest first; a UsageError if one is missing, no YAML, or its own base."""
     files = [find_config(name)]
     while (base := _read(files[0]).get(BASE)) is not None:
-        if not isinstance(base, str):
-            raise UsageError(f"{BASE}: '{base}' in {files[0]} is no config file; give its path or its name")
-        path = find_config(base, files[0].parent)
+        path = find_config(str(base), files[0].parent)
         if path in files:
             raise UsageError(f"config: {path} is its own base; delete its line `{BASE}:`")
         files.insert(0, path)
@@ -51,14 +42,11 @@ def config_and_bases(name: str) -> list[Path]:
 
 
 def find_config(name: str, folder: Path = Path()) -> Path:
-    """Returns the path of a config file.
+    """Returns the path of a config file, or raises a UsageError.
 
     Args:
         name: A path, or the name of a shipped file with or without its folder, ``configs/`` and ``.yaml``.
         folder: Where a path starts.
-
-    Raises:
-        UsageError: There is no such file.
     """
     if "://" in name:
         raise UsageError(f"config: '{name}' is an address, and nothing is downloaded; give the path of a YAML file")
@@ -72,10 +60,8 @@ def find_config(name: str, folder: Path = Path()) -> Path:
             return shipped[key]
     if os.path.isdir(path):
         raise UsageError(f"config: '{name}' is a folder; give the path of a YAML file")
-    raise UsageError(
-        f"config: no such file '{name}'"
-        + (nearest(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists")
-    )
+    mend = nearest(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists"
+    raise UsageError(f"config: no such file '{name}'{mend}")
 
 
 def shipped_configs() -> Iterator[tuple[str, Path]]:

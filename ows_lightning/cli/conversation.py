@@ -20,13 +20,7 @@ from ows_lightning.models.source import DELTA_FILE, check_model_name
 
 
 class Conversation:
-    """The turns so far, and the model that answers them.
-
-    Args:
-        model: A causal LM, in evaluation mode, whose generation config says how it answers.
-        tokenizer: Its tokenizer, with a chat template.
-        system: The text of the system message, if there is one.
-    """
+    """The turns so far, and the model that answers them, as its generation config says, in its tokenizer's chat template."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -38,12 +32,7 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
 
     def ask(self, text: str, stream: bool = False) -> str:
-        """Returns the answer to a message, and keeps both as turns.
-
-        Args:
-            text: The user's message.
-            stream: Write the answer to standard output as it comes.
-        """
+        """Returns the answer to a message, written to standard output as it comes if asked to, and keeps both as turns."""
         self.turns.append({"role": "user", "content": text})
         try:
             ids = self._encode_turns()
@@ -77,14 +66,11 @@ class Conversation:
 
 
 def load(name: str, given: argparse.Namespace) -> Conversation:
-    """Loads a model to talk to.
+    """Loads a model to talk to, by the flags of `add_generation_flags`; a UsageError if the device is not there.
 
     Args:
         name: What ``model.model_name_or_path`` takes, a run's folder, a checkpoint in one, or a delta.
-        given: The flags of `add_generation_flags`.
-
-    Raises:
-        UsageError: There is no such model, or the device is not there.
+        given: The flags.
     """
     asked = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

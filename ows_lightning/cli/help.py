@@ -46,15 +46,9 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def page(command: str, what: str) -> str:
-    """Returns the help of a command: its own options, and the keys of each section of a config.
-
-    Args:
-        command: Its name.
-        what: What it does, in a line.
-    """
-    spec = find_spec("lightning")
-    assert spec is not None, "a dependency of this package"
-    lightning = Path(str(spec.origin)).parent / "pytorch"
+    """Returns the help of a command, which does ``what``: its own options, and the keys of each section of a config."""
+    (package,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
+    lightning = Path(package) / "pytorch"
     trainer, ours = lightning / "trainer" / "trainer.py", _HERE / "cli" / "commands.py"
     sections = {
         "model": (_HERE / "module.py", "CausalLMModule"),

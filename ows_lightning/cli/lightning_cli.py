@@ -117,13 +117,12 @@ class OWSCLI(LightningCLI):
             again = self._start_from_named_classes() or asked != words
         if not isinstance(words, list) or again:
             super().parse_arguments(parser, args)
-        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        command = self.config.get("subcommand")
+        config = self.config.get(str(command), self.config)
         for section in ("trainer", "checkpoint"):
             if not isinstance(value := config[section], Namespace):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
-        if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
-            raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-        check_settings(config, trains=self.config.get("subcommand") == "fit")
+        check_settings(config, trains=command == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:

@@ -40,8 +40,12 @@ LOGGED = (
 )  # fmt: skip
 """The figures that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
 
-_LEAST = {"accumulate_grad_batches": 1, "num_nodes": 1, "gradient_clip_val": 0, "num_workers": 0, "seed": 0}
-"""The least value of a number, by the last word of its key, where nothing else checks it."""
+_MOST = 2**63 - 1
+_RANGES = {
+    "accumulate_grad_batches": (1, _MOST), "num_nodes": (1, _MOST), "gradient_clip_val": (0, _MOST), "num_workers": (0, _MOST),
+    "seed": (0, _MOST), "seed_everything": (0, 2**32 - 1),
+}  # fmt: skip
+"""The least and the greatest value of a number, by the last word of its key, where nothing else checks it."""
 
 _NOT_ZERO = {
     "fit": ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch"),
@@ -53,21 +57,12 @@ _NOT_ZERO = {
 
 
 def check_settings(config: Mapping[str, Any], trains: bool) -> None:
-    """Checks the numbers and names of a command's parsed config, before anything is made of it.
-
-    Args:
-        config: The config of one command.
-        trains: Whether the command trains, so that a learning rate of 0 is a mistake.
-
-    Raises:
-        UsageError: A number is not finite, beyond 64 bits, or out of its range; or a name is unknown.
-    """
+    """Checks the numbers and names of a command's parsed config; if it trains, a learning rate of 0 is a mistake, too."""
     for key, value in numbers(config):
         name = key.rpartition(".")[2]
-        if not abs(value) < 2**63:  # nor is NaN
-            raise UsageError(f"{key}: {value:.3g} is no finite number of 64 bits; give a smaller one, or leave the key out")
-        if value < _LEAST.get(name, value):
-            raise UsageError(f"{key}: {value} is out of range; it must be at least {_LEAST[name]}")
+        least, most = _RANGES.get(name, (-_MOST, _MOST))
+        if not least <= value <= most:  # nor is NaN
+            raise UsageError(f"{key}: {value:.7g} is out of range; give a number from {least} to {most}")
         if trains and key.startswith("model.") and name in ("lr", "learning_rate") and value <= 0:
             raise UsageError(f"{key}: {value} must be above 0; with it nothing would train")
     trainer = config["trainer"]
@@ -103,19 +98,7 @@ def check_run(
     given: Mapping[str, Any],
     trainer: Trainer,
 ) -> None:
-    """Checks what a command is about to use: the module without its weights, the Trainer, the first rows.
-
-    Args:
-        command: Its name.
-        model: Not loaded yet.
-        data: Not prepared yet.
-        sampling: Draws the blocks; None where all train.
-        given: The Trainer's arguments.
-        trainer: What was made of them.
-
-    Raises:
-        UsageError: Names the setting or the row, and the mend.
-    """
+    """Checks what a command is about to use: the module without its weights, the Trainer as it is given, the first rows."""
     for key in _NOT_ZERO.get(command, ()):
         if given[key] == 0:
             raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")

@@ -56,47 +56,36 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         """Unfreezes what a run that ended by an exception left frozen, before an optimizer is made."""
         self.release()
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
-        assert model is not None
+        model, optimizer = kwargs["model"], _inner(kwargs["optimizer"])
         _require_one_process(args)
-        _require_fitted(_inner(optimizer), args)
-        if not isinstance(_inner(optimizer), GaLoreAdamW):
+        _require_fitted(optimizer, args)
+        if not isinstance(optimizer, GaLoreAdamW):
             for p in model.parameters():
                 remove_hook(p)  # of a run of ``use_galore`` that ended by an exception
         self.release()
         self.reset()
         if state.global_step > 0:
             self._resume(state)
-            _require_state(_inner(optimizer))
+            _require_state(optimizer)
         self.attach(model)
         records = args.save_strategy != "no" and state.is_world_process_zero
         self._written_to = Path(str(args.output_dir)) if records else None
-        self._compute: Callable[[], OutlierScores] = partial(self.compute_scores, model, train_dataloader)
-        self.start(state.global_step, [_inner(optimizer)], self._compute)
+        self._compute: Callable[[], OutlierScores] = partial(self.compute_scores, model, kwargs["train_dataloader"])
+        self.start(state.global_step, [optimizer], self._compute)
         self.write(self._written_to)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draws new blocks where this step is the first of an interval."""
-        if self.advance(state.global_step, [_inner(optimizer)], self._compute):
+        if self.advance(state.global_step, [_inner(kwargs["optimizer"])], self._compute):
             self.write(self._written_to)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lets the norms of the gradients count, where the draws depend on them."""
-        self.observe([_inner(optimizer)])
+        self.observe([_inner(kwargs["optimizer"])])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Names the blocks that never trained, and unfreezes all."""
@@ -108,9 +97,8 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         names = ("activated_layers", "interval_steps", "distribution", "threshold", "calibration_samples", "rescore_every")
         settings = {name: getattr(self, name) for name in (*names, "seed", "grouping", "resting_rank")}
         settings |= {"always_train": list(self.always_train), "scores": None if self.scores is None else str(self.scores)}
-        run = self.state_dict()
-        run["probabilities"] = None if self.probabilities is None else self.probabilities.tolist()
-        return {"args": settings, "attributes": {"resumed": run}}
+        probabilities = None if self.probabilities is None else self.probabilities.tolist()
+        return {"args": settings, "attributes": {"resumed": {**self.state_dict(), "probabilities": probabilities}}}
 
     def _resume(self, state: TrainerState) -> None:
         states: Any = state.stateful_callbacks  # a dict once a checkpoint is loaded
@@ -126,7 +114,7 @@ class _TrainersGaLoreAdamW(GaLoreAdamW):
     """The optimizer of ``use_galore``: the Trainer says, before a micro-batch, whether it is the last of its step."""
 
     @property
-    def accumulating(self) -> bool:
+    def accumulating(self) -> bool:  # type: ignore[misc]
         return not GradientState().sync_gradients
 
 
