@@ -26,7 +26,7 @@ def command_line(command: str) -> str:
 EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}
 """Packages that are not always needed, and this project's extras that bring them."""
 
-_REFUSED = ("`val_check_interval` (", "` is set but `ModelCheckpoint`")
+_REFUSED = ("`val_check_interval` (", '")` is set but')
 """What Lightning begins with, or says, where it refuses a setting by a mere ValueError."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

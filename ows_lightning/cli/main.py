@@ -7,10 +7,11 @@ import io
 import logging
 import os
 import sys
+import warnings
+from functools import partial
 from typing import Any, NoReturn
 
 from ows_lightning.cli import siblings
-from ows_lightning.cli.log_filters import filter_messages
 from ows_lightning.errors import UsageError, command_line, explain, nearest
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,21 @@ OTHER_COMMANDS = {
 }
 """The others: the module of this folder whose function of the command's name takes what follows it."""
 
+_WARNINGS = (
+    "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do
+    r"isinstance\(treespec, LeafSpec\)",  # Lightning uses a deprecated part of torch
+    "skip_none parameter was deprecated",
+    "args parameter is intended to run from within Python",
+    "is_gradient_checkpointing",
+    "GPU available but not used",
+)
+_LOGS = {
+    "lightning.pytorch.utilities.rank_zero": ("litlogger", "GPU available:", "TPU available:", "HPU available:"),
+    "torch._subclasses.fake_tensor": ("failed while attempting to run meta for",),  # a stack trace; it raises, too
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+}
+"""Messages that libraries print at every start, by who logs them, and that a user can do nothing about."""
+
 
 def main(args: Any = None) -> None:
     """Runs one command; an error ends it with one line, and exit code 2 (usage) or 1 (run).
@@ -45,7 +61,10 @@ def main(args: Any = None) -> None:
     words = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
-    filter_messages()
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", f".*{message}")
+    for name, messages in _LOGS.items():
+        logging.getLogger(name).addFilter(partial(_is_wanted, messages))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
@@ -56,6 +75,10 @@ def main(args: Any = None) -> None:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
         exit_with(error.__context__)
+
+
+def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not any(message in record.getMessage() for message in unwanted)
 
 
 def _run(words: Any, args: Any) -> None:

@@ -42,7 +42,6 @@ _REQUIRED = re.compile(r"the following arguments are required: ([^,\s]+)")
 _NO_CLASS = re.compile(r"(?:dot import path string: |has no attribute ')([\w.]+)")
 _EXPECTED = re.compile(r"Expected an? (<class .+?>|typing\.Literal\[.+?\]|tuple with \d+ elements)(?:\.|$)")
 _VALUE = re.compile(r"G(?:iven|ot) value: (.*?)(?:\. Got value: .*)?$")
-_NO_SECTION = "Not a valid subclass of"
 _FRAME = ("Does not validate", "Subtypes: ", "Errors:", "Problem with given", "Given value", "Expected a", "Subclass types")
 
 
@@ -96,8 +95,6 @@ def explain_parser_message(message: str, parser: argparse.ArgumentParser) -> str
             if reason or not set(expected) - {_NONE}:
                 break
             return _wrong_type(key, found[1], expected)
-    if _NO_SECTION in reason:
-        reason = "it is neither a mapping of keys to values nor the name of a class; write its keys below it"
     reason = reason or f"the value does not fit; `{_help(parser)}` says which type it has"
     return f"{key}: {reason}" if key else reason
 

@@ -40,18 +40,17 @@ def watch() -> None:
     rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
     run = os.environ.get(_RUN) or "/".join(os.environ.get(name, "") for name in _SHARED)
     if sys.platform == "linux" and _watch is None and rank.isdigit() and run.strip("/"):
-        _watch = _Watch(run, int(rank))
-        _watch.number = int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
+        _watch = _Watch(run, int(rank), int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
 
 
 def expect(number: int) -> None:
     """Lets this process, one of a number that it may start itself, end if not all are there `PATIENCE` after it."""
     global _watch
-    if sys.platform == "linux" and _watch is None and number > 1:
-        os.environ[_RUN] = str(os.getpid())
-        _watch = _Watch(os.environ[_RUN], 0)
     if _watch is not None:
         _watch.number = number
+    elif sys.platform == "linux" and number > 1:
+        os.environ[_RUN] = str(os.getpid())
+        _watch = _Watch(os.environ[_RUN], 0, number)
 
 
 def leave() -> None:
@@ -91,11 +90,10 @@ class _Watch:
     that is one before its time.
     """
 
-    def __init__(self, run: str, rank: int) -> None:
-        self._run, self._rank = run, rank
+    def __init__(self, run: str, rank: int, number: int) -> None:
+        self._run, self._rank, self.number = run, rank, number  # 0 processes where it is not known how many they are
         self._links: dict[int, socket.socket] = {}  # by the rank of the other
         self._met = {rank}
-        self.number = 0  # how many they are, once it is known
         self._late = time.monotonic() + PATIENCE
         self._grace = GRACE
         self._gone = ""  # what is wrong with whom

@@ -354,7 +354,7 @@ CASES = {
     "missing checkpoint": Case(fit("--ckpt_path lost.ckpt"), "ckpt_path", "there is no good one beside it"),
     "key that YAML reads as true": Case(fit("--config yes.yaml"), "config", "yes.yaml: line 1: YAML reads the key 'yes'"),
     "key that YAML reads as false": Case(fit("--config off.yaml"), "config", "the key 'off' as no text; put it in quotes"),
-    "number for the data": Case(fit("--config data.yaml"), "data", "neither a mapping of keys"),
+    "number for the data": Case(fit("--config data.yaml"), "data", "Not a valid subclass of LightningDataModule"),
     "checkpoint's name with a folder": Case(
         fit("--checkpoint.save_last false --checkpoint.filename a/{step}"), "checkpoint.filename", "write '-' for '/'"
     ),
