@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +24,9 @@ from transformers.training_args import ParallelMode
 
 from ows_lightning.checkpoints.fixed_settings import check_settings
 from ows_lightning.errors import UsageError
-from ows_lightning.optim.galore import GaLoreAdamW, ProjType
+from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 
@@ -113,8 +113,8 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 class _TrainersGaLoreAdamW(GaLoreAdamW):
     """The optimizer of ``use_galore``: the Trainer says, before a micro-batch, whether it is the last of its step."""
 
-    @property
-    def accumulating(self) -> bool:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def accumulating(self) -> bool:
         return not GradientState().sync_gradients
 
 
@@ -140,16 +140,7 @@ class _GaLore(TrainerCallback):
         self.optimizer.project_in_backward(False)
 
 
-def use_galore(
-    trainer: Trainer,
-    rank: int = 128,
-    update_proj_gap: int = 200,
-    scale: float = 1.0,
-    proj_type: ProjType = "std",
-    subspace: Method = "randomized",
-    project_embeddings: bool = False,
-    **options: Any,
-) -> GaLoreAdamW:
+def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW:
     """Gives a Trainer GaLoreAdamW, with gradients that are projected within backward; call it before ``train``.
 
     Learning rate, betas, epsilon and weight decay are those of the Trainer's arguments. Gradients are accumulated, clipped by
@@ -157,13 +148,9 @@ def use_galore(
 
     Args:
         trainer: A Trainer, SFTTrainer, DPOTrainer, ... that has not trained yet.
-        rank: See ``galore_param_groups``, as the five that follow.
-        update_proj_gap: Optimizer steps between two renewals of a subspace.
-        scale: Factor of the projected updates.
-        proj_type: The dimension that is projected.
-        subspace: ``randomized`` or ``svd``.
-        project_embeddings: Project the embeddings and the LM head, too.
-        **options: Further arguments of GaLoreAdamW, e.g. ``moments_dtype``.
+        rank: Of the projected gradients.
+        **options: Further arguments of ``galore_param_groups`` (``update_proj_gap``, ``scale``, ``proj_type``, ``subspace``,
+            ``project_embeddings``) and of GaLoreAdamW (``moments_dtype``, ...).
 
     Returns:
         The optimizer.
@@ -179,17 +166,11 @@ def use_galore(
         raise UsageError("model_init: train makes a new model and optimizer; give Trainer the model itself")
     if args.fp16:
         raise UsageError("fp16: its scaled gradients can't be projected within backward; set bf16=True, or neither")
-    groups = galore_param_groups(
-        model,
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        proj_type=proj_type,
-        subspace=subspace,
-        project_embeddings=project_embeddings,
+    of_groups = {name: options.pop(name) for name in signature(galore_param_groups).parameters if name in options}
+    groups, betas = galore_param_groups(model, rank=rank, **of_groups), (args.adam_beta1, args.adam_beta2)
+    optimizer = _TrainersGaLoreAdamW(
+        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, **options
     )
-    options |= {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    optimizer = _TrainersGaLoreAdamW(groups, weight_decay=args.weight_decay, **options)
     trainer.accelerator.clip_grad_norm_ = lambda parameters, max_norm, norm_type=2: optimizer.clip_gradients(max_norm)
     trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer))  # it refuses before any other has frozen blocks
     trainer.optimizer = optimizer
