@@ -17,12 +17,7 @@ from ows_lightning.report.tables import LABELS, formatted, key_figures
 
 
 def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
-    """Writes a model card: what was trained, how, and how well.
-
-    Args:
-        hparams: The settings of the run's CausalLMModule.
-        run_dir: The run's folder; where it is none, the card says what these alone tell.
-    """
+    """A model card: what was trained, how, and how well; of a folder that is no run's, what the module's settings tell."""
     name = str(hparams["model_name_or_path"])
     local = "://" in name or Path(name).expanduser().exists()
     base = Path(name).name if local else name
@@ -30,12 +25,9 @@ def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
         base_model=None if local else name, library_name="transformers", pipeline_tag="text-generation", tags=["ows_lightning"]
     )
     run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None
-    parts = [
-        f"---\n{header}\n---",
-        f"# {Path(base).name}, fine-tuned",
-        f"`{base}`, fine-tuned with {_method(hparams, run)} in ows_lightning.",
-    ]
-    return "\n\n".join([*parts, *(_from_run(run) if run else [])]) + "\n"
+    how = f"`{base}`, fine-tuned with {_method(hparams, run)} in ows_lightning."
+    parts = [f"---\n{header}\n---", f"# {Path(base).name}, fine-tuned", how, *(_from_run(run) if run else [])]
+    return "\n\n".join(parts) + "\n"
 
 
 def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
@@ -46,12 +38,12 @@ def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
     sampling = run.config.get("sampling") if run and run.config else None
     if not sampling:
         return galore or ("full fine-tuning" if run and run.config else "ows_lightning's optimizer in full rank")
-    if sampling.get("distribution", "outlier") == "outlier":
+    distribution = sampling.get("distribution", "outlier")
+    if distribution == "outlier":
         name = "[OWS, Outlier-weighed Layerwise Sampling](https://arxiv.org/abs/2405.18380)"
         return name if galore else f"{name}, in full rank"
-    name = "LISA (uniform layerwise sampling)" if sampling["distribution"] == "uniform" else "layerwise sampling"
-    if sampling["distribution"] != "uniform":
-        name += f" (distribution {sampling['distribution']})"
+    name = f"layerwise sampling (distribution {distribution})"
+    name = "LISA (uniform layerwise sampling)" if distribution == "uniform" else name
     return f"{name} and GaLore" if galore else name
 
 
@@ -78,14 +70,7 @@ def _from_run(run: RunRecord) -> list[str]:
 
 
 def upload(directory: Path, name: str) -> str:
-    """Uploads a model directory to the hub, into a private repository if there is none of that name.
-
-    Args:
-        directory: The directory.
-        name: ``owner/name``.
-
-    Returns:
-        The repository's address.
+    """Uploads a model directory to the hub, into a private repository if there is none of that name; returns its address.
 
     Raises:
         RunError: The hub can't be reached, or refuses it.

@@ -6,15 +6,16 @@ no data to draw, it raises a UsageError.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report.run import HISTORY, METRICS, SCORES, RunRecord
-from ows_lightning.report.tables import XAxis, as_runs, block_frequency_table, loss_table, metric_table, scores_table
+from ows_lightning.report.tables import XAxis, block_frequency_table, loss_table, metric_table, scores_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ DOTS: dict[str, Any] = {"color": VERMILLION, "markersize": 4, "markeredgecolor":
 # Up to so many intervals have borders of their own; more would hide what they enclose.
 FEW = 60
 
+Runs: TypeAlias = RunRecord | Sequence[RunRecord]
 
 SCORE_LABELS = {
     "outlier_ratio_percent": ("outlier ratio", "weights that are outliers (%)"),
@@ -43,11 +45,9 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     Where sampling needed no scores (uniform, say), the bars are the probabilities.
     """
     table = scores_table(run)
-    _require(table["block"], run, SCORES)
-    fig, ax = figure_and_axes(ax)
+    fig, ax = _axes_for(table["block"], run, SCORES, ax)
     blocks, probabilities = table["block"], [100 * probability for probability in table["probability"]]
-    score = next((name for name in SCORE_LABELS if name in table), None)
-    if score:
+    if score := next((name for name in SCORE_LABELS if name in table), None):
         legend, label = SCORE_LABELS[score]
         style_axes(ax, "Block scores", "decoder block", label)
         ax.bar(blocks, table[score], color=SKY, label=legend)
@@ -77,31 +77,21 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    _require(run.history, run, HISTORY)
-    fig, ax = figure_and_axes(ax)
+    fig, ax = _axes_for(run.history, run, HISTORY, ax)
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
     end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
     active = np.zeros((run.num_layers, len(starts)))
     for column, draw in enumerate(run.history):
         active[list(draw.blocks), column] = 1
-    few = len(starts) <= FEW
-    ax.pcolormesh(
-        [*starts, end],
-        np.arange(run.num_layers + 1) - 0.5,
-        active,
-        cmap=ListedColormap(["#EEF3F7", BLUE]),
-        vmin=0,
-        vmax=1,
-        edgecolors="white" if few else "none",
-        linewidth=0.6 if few else 0,
-    )
+    rows, colours = np.arange(run.num_layers + 1) - 0.5, ListedColormap(["#EEF3F7", BLUE])
+    borders: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6} if len(starts) <= FEW else {"linewidth": 0}
+    ax.pcolormesh([*starts, end], rows, active, cmap=colours, vmin=0, vmax=1, **borders)
     for block in run.never_trained:
         ax.axhspan(block - 0.5, block + 0.5, color=ORANGE, alpha=0.45, linewidth=0)
     handles = [Patch(color=BLUE, label="trains")]
-    if run.never_trained:
-        label = f"never trained ({len(run.never_trained)} of {run.num_layers})"
-        handles.append(Patch(color=ORANGE, alpha=0.45, label=label))
+    if never := len(run.never_trained):
+        handles.append(Patch(color=ORANGE, alpha=0.45, label=f"never trained ({never} of {run.num_layers})"))
     style_axes(ax, "Blocks by interval", "optimizer step", "decoder block", grid=False)
     _block_axis(ax, run.num_layers, vertical=True)
     _legend(ax, handles, outside=True)
@@ -114,8 +104,7 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
     The whiskers are two standard deviations of the binomial distribution: how far chance alone carries a share.
     """
     table = block_frequency_table(run)
-    _require(table["block"], run, HISTORY)
-    fig, ax = figure_and_axes(ax)
+    fig, ax = _axes_for(table["block"], run, HISTORY, ax)
     realised = [100 * share for share in table["realised_share"]]
     ax.bar(table["block"], realised, color=SKY, label=f"realised in {len(run.history)} intervals")
     top = max(realised)
@@ -123,15 +112,9 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
         expected = np.array(table["expected_share"], dtype=float)
         spread = 2 * np.sqrt(expected * (1 - expected).clip(0) / len(run.history))
         low, high = (expected - spread).clip(0), (expected + spread).clip(max=1)
-        ax.errorbar(
-            table["block"],
-            100 * expected,
-            yerr=100 * np.stack([expected - low, high - expected]),
-            fmt="o",
-            elinewidth=0.9,
-            label="expected ± 2 s.d.",
-            **DOTS,
-        )
+        whiskers = 100 * np.stack([expected - low, high - expected])
+        look: dict[str, Any] = {"fmt": "o", "elinewidth": 0.9, "label": "expected ± 2 s.d.", **DOTS}
+        ax.errorbar(table["block"], 100 * expected, yerr=whiskers, **look)
         top = max(top, 100 * high.max())
     ax.set_ylim(0, 1.12 * top)
     style_axes(ax, "How often each block trained", "decoder block", "share of the intervals (%)")
@@ -140,20 +123,13 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
     return fig, ax
 
 
-def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Training loss (thin line) and validation loss (line with markers) of one run or several.
-
-    Args:
-        runs: Runs with metrics.
-        x: Against optimizer steps, training tokens or time: ``"step"``, ``"tokens"`` or ``"time_s"``.
-        ax: Axes to draw on.
-    """
+def plot_loss(runs: Runs, x: XAxis = "step", ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """Training loss (thin line) and validation loss (with markers) of one run or several, over steps, tokens or time."""
     from matplotlib.lines import Line2D
 
-    runs = as_runs(runs)
+    runs = _as_runs(runs)
     table = loss_table(runs, x)
-    _require(table["loss"], runs, METRICS)
-    fig, ax = figure_and_axes(ax)
+    fig, ax = _axes_for(table["loss"], runs, METRICS, ax)
     scale, label = _unit(x, max(table[x]))
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         steps, losses = run.series("train_loss", x)
@@ -171,10 +147,10 @@ def plot_loss(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step", ax: Axes
     return fig, ax
 
 
-def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
+def plot_memory(runs: Runs, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """The run's peak memory up to each optimizer step, of one run or several; for one, lines mark where blocks were drawn."""
     fig, ax = _plot_metric(runs, "peak_memory_mb", "Peak memory so far", "peak memory so far (MB)", ax)
-    runs = as_runs(runs)
+    runs = _as_runs(runs)
     if len(runs) == 1 and 0 < len(runs[0].history) <= FEW:
         starts = [draw.step for draw in runs[0].history]
         ax.vlines(starts, 0, ax.get_ylim()[1], color="0.7", linewidth=0.8, linestyle=":", label="blocks drawn", zorder=0)
@@ -182,20 +158,17 @@ def plot_memory(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -
     return fig, ax
 
 
-def plot_throughput(runs: RunRecord | Sequence[RunRecord], ax: Axes | None = None) -> tuple[Figure, Axes]:
+def plot_throughput(runs: Runs, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Tokens per second by optimizer step of one run or several."""
     return _plot_metric(runs, "tokens_per_second", "Throughput", "tokens per second", ax)
 
 
-def _plot_metric(
-    runs: RunRecord | Sequence[RunRecord], metric: str, title: str, label: str, ax: Axes | None
-) -> tuple[Figure, Axes]:
+def _plot_metric(runs: Runs, metric: str, title: str, label: str, ax: Axes | None) -> tuple[Figure, Axes]:
     from matplotlib.ticker import StrMethodFormatter
 
-    runs = as_runs(runs)
+    runs = _as_runs(runs)
     table = metric_table(runs, metric)
-    _require(table[metric], runs, METRICS)
-    fig, ax = figure_and_axes(ax)
+    fig, ax = _axes_for(table[metric], runs, METRICS, ax)
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         steps, values = run.series(metric)
         ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**style, "linewidth": 1.2})
@@ -204,6 +177,18 @@ def _plot_metric(
     style_axes(ax, title, "optimizer step", label)
     _legend(ax, _run_handles(runs))
     return fig, ax
+
+
+def _as_runs(runs: Runs) -> list[RunRecord]:
+    return [runs] if isinstance(runs, RunRecord) else list(runs)
+
+
+def _axes_for(rows: Sequence[Any], runs: Runs, file: str, ax: Axes | None) -> tuple[Figure, Axes]:
+    """The axes to draw rows on that a file of the runs gave; a UsageError where there are none."""
+    if not rows:
+        names = ", ".join(run.name for run in _as_runs(runs)) or "no run"
+        raise UsageError(f"{names}: nothing to draw, {file} is missing or has no such numbers; give a run that has them")
+    return figure_and_axes(ax)
 
 
 def figure_and_axes(ax: Axes | None) -> tuple[Any, Axes]:
@@ -215,12 +200,6 @@ def figure_and_axes(ax: Axes | None) -> tuple[Any, Axes]:
 
     fig = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
     return fig, fig.add_subplot()
-
-
-def _require(rows: Sequence[Any], runs: RunRecord | Sequence[RunRecord], file: str) -> None:
-    if not rows:
-        names = ", ".join(run.name for run in as_runs(runs)) or "no run"
-        raise UsageError(f"{names}: nothing to draw, {file} is missing or has no such numbers; give a run that has them")
 
 
 def style_axes(ax: Axes, title: str, x: str, y: str, grid: bool = True) -> None:
@@ -247,39 +226,27 @@ def _legend(ax: Axes, handles: Sequence[Any] | None = None, outside: bool = Fals
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     if not handles:
         return
-    place: dict[str, Any]
+    place: dict[str, Any] = {"loc": "best", "framealpha": 0.85, "edgecolor": "none"}
     if outside or len(handles) > 5:
         place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3, "borderaxespad": 0.2, "frameon": False}
-    else:
-        place = {"loc": "best", "framealpha": 0.85, "edgecolor": "none"}
     ax.legend(handles=handles, fontsize="small", **place)
 
 
 def _styles(number: int) -> list[dict[str, Any]]:
     """A colour and a marker for each run; beyond seven runs also another line."""
+    looks = list(itertools.product(("-", "--", ":", "-."), zip(COLOURS, MARKERS, strict=True)))
+    rest = {"linewidth": 1.6, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
     return [
-        {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": ("-", "--", ":", "-.")[i // len(COLOURS) % 4],
-            "linewidth": 1.6,
-            "markersize": 4.5,
-            "markeredgecolor": "white",
-            "markeredgewidth": 0.5,
-        }
-        for i in range(number)
+        {"color": color, "marker": marker, "linestyle": line, **rest}
+        for line, (color, marker) in itertools.islice(itertools.cycle(looks), number)
     ]
 
 
 def _run_handles(runs: Sequence[RunRecord]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    if len(runs) == 1:
-        return []
-    return [
-        Line2D([], [], label=run.name.replace("$", r"\$"), **style)
-        for run, style in zip(runs, _styles(len(runs)), strict=True)
-    ]
+    named = zip(runs, _styles(len(runs)), strict=True) if len(runs) > 1 else ()
+    return [Line2D([], [], label=run.name.replace("$", r"\$"), **style) for run, style in named]
 
 
 def _unit(x: XAxis, largest: float) -> tuple[float, str]:
@@ -289,7 +256,6 @@ def _unit(x: XAxis, largest: float) -> tuple[float, str]:
     if x == "tokens":
         power = max(0, min(3, int(math.log10(max(largest, 1)) // 3)))
         return 1000.0**-power, "training tokens" + ("", " (thousands)", " (millions)", " (billions)")[power]
-    for seconds, unit in ((3 * 3600, "hours"), (300, "minutes")):
-        if largest >= seconds:
-            return (1 / 3600 if unit == "hours" else 1 / 60), f"time ({unit})"
-    return 1, "time (seconds)"
+    if largest >= 3 * 3600:
+        return 1 / 3600, "time (hours)"
+    return (1 / 60, "time (minutes)") if largest >= 300 else (1, "time (seconds)")

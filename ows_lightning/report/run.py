@@ -6,15 +6,18 @@ import csv
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
 
 from ows_lightning.errors import UsageError, command_line
 
+T = TypeVar("T")
 SCORES = "outlier_scores.json"
 HISTORY = "sampling_history.csv"
 METRICS = "metrics.csv"
@@ -72,9 +75,9 @@ class RunRecord:
                 path=folder,
                 scores=_read_scores(folder / SCORES),
                 history=_read_history(folder / HISTORY),
-                metrics=_read_metrics(folder / METRICS),
+                metrics=_read_columns(folder / METRICS, lambda cell: float(cell) if cell else None),
                 config=_read_config(folder / CONFIG),
-                texts={title: table for title, file in TEXTS.items() if (table := _read_texts(folder / file))},
+                texts={title: table for title, file in TEXTS.items() if (table := _read_columns(folder / file, str))},
             )
         except OSError as error:
             raise UsageError(f"{error.filename}: can't be read ({error.strerror}); give a readable run folder") from error
@@ -130,17 +133,14 @@ def find_run_folder(path: Path) -> Path:
     Raises:
         UsageError: There is no such folder, or no run in it.
     """
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder; give the folder that `fit` or `score` wrote")
     if is_run_folder(path):
         return path
-    versions = [folder for folder in path.glob("version_*") if is_run_folder(folder) and _version_number(folder) is not None]
-    if not versions:
-        raise UsageError(
-            f"{path}: not a run folder, it has no {METRICS}, {HISTORY} or {SCORES}; give the folder that `fit` or "
-            "`score` wrote"
-        )
-    return max(versions, key=lambda folder: _version_number(folder) or 0)
+    versions = {number: folder for folder in path.glob("version_*") if (number := _version_number(folder)) is not None}
+    runs = [number for number, folder in versions.items() if is_run_folder(folder)]
+    if not runs:
+        what = f"not a run folder, it has no {METRICS}, {HISTORY} or {SCORES}" if path.is_dir() else "no such folder"
+        raise UsageError(f"{path}: {what}; give the folder that `fit` or `score` wrote")
+    return versions[max(runs)]
 
 
 def run_folder_of(model: Path) -> Path | None:
@@ -164,79 +164,66 @@ def _run_name(folder: Path) -> str:
     return folder.name if _version_number(folder) is None else f"{folder.parent.name}/{folder.name}"
 
 
+@contextmanager
+def _named_damage(path: Path, mend: str = "mend it, or delete it") -> Iterator[None]:
+    """Turns what a parser says of a file's content into a UsageError that names the file."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, csv.Error, yaml.YAMLError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UsageError(f"{path}: damaged ({reason}); {mend}") from error
+
+
 def _read_scores(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
+    with _named_damage(path, f"write it again with `{command_line('score')}`"):
         scores = json.loads(path.read_text(encoding="utf-8"))
         ratios, probabilities = scores["outlier_ratios"], scores["probabilities"]
         numbers = [float(number) for number in [*ratios, *probabilities]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: damaged scores ({error!r}); write them again with `{command_line('score')}`") from error
-    if not probabilities or len(ratios) != len(probabilities) or not all(map(math.isfinite, numbers)):
-        raise UsageError(
-            f"{path}: outlier_ratios and probabilities need one finite number a block each, they have {len(ratios)} "
-            f"and {len(probabilities)}; write them again with `{command_line('score')}`"
-        )
-    return scores
+        if not probabilities or len(ratios) != len(probabilities) or not all(map(math.isfinite, numbers)):
+            raise ValueError(
+                "outlier_ratios and probabilities need one finite number a block each, they have "
+                f"{len(ratios)} and {len(probabilities)}"
+            )
+        return scores
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file, each with a cell in every column."""
+def _read_rows(path: Path, convert: Callable[[dict[str, str]], T]) -> list[T]:
+    """What a function makes of each row of a CSV file; it gets a cell in every column."""
     if not path.is_file():
         return []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a CSV file ({error}); restore it from the run") from error
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise UsageError(f"{path}: line {number} does not have {len(reader.fieldnames or [])} cells; mend the line")
+    rows = []
+    with _named_damage(path), path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num} does not have {len(reader.fieldnames or [])} cells")
+            try:
+                rows.append(convert(row))
+            except ValueError as error:
+                raise ValueError(f"line {reader.line_num}: {error}") from error
     return rows
 
 
-def _read_texts(path: Path) -> dict[str, list[str]]:
-    rows = _read_rows(path)
-    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-
-
 def _read_history(path: Path) -> list[Interval]:
-    draws = {}
-    for number, row in enumerate(_read_rows(path), start=2):
-        try:
-            draw = Interval(int(row["interval"]), int(row["step"]), tuple(int(block) for block in row["blocks"].split()))
-        except KeyError as error:
-            raise UsageError(f"{path}: no column {error}; the header is 'interval,step,blocks'") from error
-        except ValueError as error:
-            raise UsageError(f"{path}: line {number} is damaged ({error}); mend or delete the line") from error
-        # A resumed run writes the interval in which it was cut off again: the later row counts.
-        draws[draw.interval] = draw
-    return sorted(draws.values())
+    def interval(row: dict[str, str]) -> Interval:
+        return Interval(int(row["interval"]), int(row["step"]), tuple(int(block) for block in row["blocks"].split()))
+
+    # A resumed run writes the interval in which it was cut off again: the later row counts.
+    return sorted({draw.interval: draw for draw in _read_rows(path, interval)}.values())
 
 
-def _read_metrics(path: Path) -> dict[str, list[float | None]]:
-    columns: dict[str, list[float | None]] = {}
-    for number, row in enumerate(_read_rows(path), start=2):
-        for name, cell in row.items():
-            try:
-                columns.setdefault(name, []).append(float(cell) if cell else None)
-            except ValueError as error:
-                raise UsageError(
-                    f"{path}: line {number}, column {name!r}: {cell!r} is not a number; mend or delete the line"
-                ) from error
-    return columns
+def _read_columns(path: Path, convert: Callable[[str], T]) -> dict[str, list[T]]:
+    rows = _read_rows(path, lambda row: {name: convert(cell) for name, cell in row.items()})
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
+    with _named_damage(path):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: not a YAML file ({reason}); mend or delete it") from error
-    if config is not None and not isinstance(config, dict):
-        raise UsageError(f"{path}: holds no settings, only {str(config)[:40]!r}; mend or delete it")
-    return config
+        if config is not None and not isinstance(config, dict):
+            raise ValueError(f"it holds no settings, only {str(config)[:40]!r}")
+        return config

@@ -6,7 +6,7 @@ import csv
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,11 +19,6 @@ Table: TypeAlias = dict[str, list[Any]]
 """Columns of one length; a table without rows means that the run has no such data."""
 
 XAxis = Literal["step", "tokens", "time_s"]
-
-
-def as_runs(runs: RunRecord | Sequence[RunRecord]) -> list[RunRecord]:
-    """One run or several, as a list."""
-    return [runs] if isinstance(runs, RunRecord) else list(runs)
 
 
 def scores_table(run: RunRecord) -> Table:
@@ -55,8 +50,7 @@ def block_frequency_table(run: RunRecord) -> Table:
     """Share of the intervals in which each block trained, and the share that its probability makes expect (0 to 1)."""
     if not run.history:
         return {"block": [], "intervals": [], "realised_share": [], "expected_share": []}
-    counts = Counter(block for draw in run.history for block in draw.blocks)
-    blocks = range(run.num_layers)
+    counts, blocks = Counter(block for draw in run.history for block in draw.blocks), range(run.num_layers)
     expected: list[float | None] = [None] * run.num_layers
     distribution = (run.scores or {}).get("distribution")
     if run.scores and distribution != "gradient_norm":  # its probabilities change from draw to draw
@@ -72,10 +66,10 @@ def block_frequency_table(run: RunRecord) -> Table:
     }
 
 
-def loss_table(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step") -> Table:
+def loss_table(runs: Sequence[RunRecord], x: XAxis = "step") -> Table:
     """Training and validation loss (nats per target token), one row for each logged value."""
     table: Table = {"run": [], x: [], "split": [], "loss": []}
-    for run in as_runs(runs):
+    for run in runs:
         for split, column in (("train", "train_loss"), ("validation", "val_loss")):
             positions, losses = run.series(column, x)
             table["run"] += [run.name] * len(losses)
@@ -85,10 +79,10 @@ def loss_table(runs: RunRecord | Sequence[RunRecord], x: XAxis = "step") -> Tabl
     return table
 
 
-def metric_table(runs: RunRecord | Sequence[RunRecord], metric: str) -> Table:
+def metric_table(runs: Sequence[RunRecord], metric: str) -> Table:
     """One metric by optimizer step."""
     table: Table = {"run": [], "step": [], metric: []}
-    for run in as_runs(runs):
+    for run in runs:
         steps, values = run.series(metric)
         table["run"] += [run.name] * len(values)
         table["step"] += [round(step) for step in steps]
@@ -135,9 +129,9 @@ def key_figures(run: RunRecord) -> dict[str, Any]:
         "sampling": _sampling(run),
         "optimizer": _optimizer(run),
         "steps": run.last_step or None,
-        "final_val_loss": _last(validation),
+        "final_val_loss": next(reversed(validation), None),
         "best_val_loss": min(filter(math.isfinite, validation), default=None),
-        "val_exact_match": _last(run.series("val_exact_match")[1]),
+        "val_exact_match": next(reversed(run.series("val_exact_match")[1]), None),
         "tokens": _largest(run, "tokens"),
         "time_s": _largest(run, "time_s"),
         "median_tokens_per_second": statistics.median(speed) if speed else None,
@@ -145,16 +139,6 @@ def key_figures(run: RunRecord) -> dict[str, Any]:
         "num_layers": run.num_layers or None,
         "blocks_never_trained": " ".join(map(str, run.never_trained)) if run.history else None,
     }
-
-
-def key_figures_table(runs: list[RunRecord]) -> Table:
-    """The key figures of several runs, one row each."""
-    rows = [key_figures(run) for run in runs]
-    return {column: [row[column] for row in rows] for column in rows[0]}
-
-
-def _last(values: list[float]) -> float | None:
-    return values[-1] if values else None
 
 
 def _largest(run: RunRecord, column: str) -> float | None:
@@ -174,11 +158,8 @@ def _sampling(run: RunRecord) -> str | None:
 def _optimizer(run: RunRecord) -> str | None:
     model = (run.config or {}).get("model")
     name = str(_find_key(_find_key(model, "optimizer"), "class_path") or "").rpartition(".")[2]
-    settings = {
-        "lr": _find_key(model, "lr"),
-        "rank": _find_key(model, "rank"),
-        "LoRA r": _find_key(_find_key(model, "lora"), "r"),
-    }
+    rank = _find_key(_find_key(model, "lora"), "r")
+    settings = {"lr": _find_key(model, "lr"), "rank": _find_key(model, "rank"), "LoRA r": rank}
     return ", ".join(filter(None, [name, *(f"{key} {value}" for key, value in settings.items() if value)])) or None
 
 
@@ -199,15 +180,16 @@ def formatted(key: str, row: dict[str, Any], every_block: bool = True) -> str:
     if key == "blocks_never_trained":
         blocks = value.split()
         return f"{len(blocks)} of {row['num_layers']}" + (f": {', '.join(blocks)}" if blocks and every_block else "")
-    if key == "model":
-        return "/".join(value.split("/")[-2:])
-    if key in ("final_val_loss", "best_val_loss"):
-        return f"{value:.4f}"
-    if key == "val_exact_match":
-        return f"{100 * value:.1f} %"
-    if key == "time_s":
-        minutes, seconds = divmod(round(value), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-    if key == "peak_memory_mb":
-        return f"{value:,.0f} MB"
+    if key in _FORMATS:
+        return _FORMATS[key](value)
     return value if isinstance(value, str) else f"{value:,.0f}"
+
+
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "model": lambda name: "/".join(name.split("/")[-2:]),
+    "final_val_loss": "{:.4f}".format,
+    "best_val_loss": "{:.4f}".format,
+    "val_exact_match": lambda share: f"{100 * share:.1f} %",
+    "time_s": lambda seconds: f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}",
+    "peak_memory_mb": "{:,.0f} MB".format,
+}

@@ -13,21 +13,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ows_lightning.errors import UsageError
-from ows_lightning.report.html import POLICY, render
 from ows_lightning.report.run import find_run_folder
-from ows_lightning.report.write import write_report
+from ows_lightning.report.write import POLICY, render, write_report
 
 REFRESH = 3
 """Seconds after which the page asks for itself again."""
 
 
 class Page:
-    """The page of a run's folder; what a browser may ask for, and nothing else.
-
-    Args:
-        run: The run's folder, or one with ``version_N`` folders in it, of which the newest counts.
-        output: A folder for what is drawn.
-    """
+    """The page of a run's folder, drawn in another one; what a browser may ask for, and nothing else."""
 
     def __init__(self, run: Path, output: Path) -> None:
         self.run = run
@@ -64,15 +58,12 @@ class Page:
 
     def _files(self) -> set[tuple[str, int, int]]:
         """The files of the run that a report is made from, with size and time of the last change."""
-        found = set()
-        for pattern in ("*.csv", "*.json", "*.jsonl", "*.yaml"):
-            for file in [*self.run.glob(pattern), *self.run.glob(f"version_*/{pattern}")]:
-                try:
-                    stat = file.stat()
-                except FileNotFoundError:
-                    continue
-                found.add((str(file), stat.st_size, stat.st_mtime_ns))
-        return found
+        patterns = [f"{folder}{name}" for folder in ("", "version_*/") for name in ("*.csv", "*.json", "*.jsonl", "*.yaml")]
+        try:
+            files = {str(file): file.stat() for pattern in patterns for file in self.run.glob(pattern)}
+        except FileNotFoundError:  # one is being replaced: draw again
+            return set()
+        return {(name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
 
 
 def serve(page: Page, port: int) -> ThreadingHTTPServer:
@@ -119,10 +110,6 @@ def serve(page: Page, port: int) -> ThreadingHTTPServer:
 def watch(run: Path, port: int = 0) -> None:
     """Serves a run's page until the run ends or the user interrupts; of a run that has ended, until the user does.
 
-    Args:
-        run: The run's folder, or one with ``version_N`` folders in it.
-        port: The port; 0 for a free one.
-
     Raises:
         UsageError: There is no such folder, or the port is taken.
     """
@@ -149,13 +136,12 @@ def watch(run: Path, port: int = 0) -> None:
 def is_running(run: Path) -> bool:
     """Whether a process holds the lock of the run's folder."""
     try:
-        folder = find_run_folder(run)
+        lock = find_run_folder(run) / ".lock"
+        if lock.is_file():
+            with FileLock(lock, timeout=0):
+                pass
+        return False
     except UsageError:
         return False
-    if not (folder / ".lock").is_file():
-        return False
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
     except Timeout:
         return True

@@ -1,7 +1,8 @@
-"""Draws runs: pictures into a run's own folder, or a report of one or several."""
+"""Draws runs: pictures into a run's own folder, or a report of one or several, whose page needs nothing beside it."""
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,21 +10,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
+
 from ows_lightning.errors import UsageError
 from ows_lightning.report import plots, tables
-from ows_lightning.report.html import Section, ShownPicture, render
 from ows_lightning.report.run import CONFIG, RunRecord, is_run_folder
-from ows_lightning.report.tables import key_figures, key_figures_table
+from ows_lightning.report.tables import LABELS, UNKNOWN, formatted, key_figures
+
+# The page may load nothing at all: its pictures are in it, and there is no script.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and the table behind it; both are made from one run, those of ``COMPARISONS`` also from several."""
+    """A picture and the table behind it: of one run, or of a list of runs for those of ``COMPARISONS``."""
 
     name: str
     caption: str
     plot: Callable[[Any], Any]
     table: Callable[[Any], tables.Table]
+
+    def draw(self, subject: RunRecord | list[RunRecord], path: Path) -> Path | None:
+        """Draws it, or nothing where the runs have no data for it."""
+        if not any(self.table(subject).values()):
+            return None
+        figure, _ = self.plot(subject)
+        figure.savefig(path, metadata={"Software": None})
+        return path
 
 
 def _loss(name: str, by: str, x: tables.XAxis) -> Picture:
@@ -59,8 +72,9 @@ def write_pictures(run_dir: str | Path) -> list[Path]:
     if not is_run_folder(Path(run_dir)):
         return []
     run = RunRecord.read(run_dir)
-    pictures = (_draw(picture, run, run.path / f"{picture.name}.png") for picture in (*PICTURES_OF_ONE_RUN, *COMPARISONS))
-    return [png for png in pictures if png]
+    shown: list[tuple[Picture, RunRecord | list[RunRecord]]] = [(picture, run) for picture in PICTURES_OF_ONE_RUN]
+    shown += [(picture, [run]) for picture in COMPARISONS]
+    return [png for picture, subject in shown if (png := picture.draw(subject, run.path / f"{picture.name}.png"))]
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | None = None) -> Path:
@@ -90,46 +104,35 @@ def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | 
 
 def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> Path:
     several = len(runs) > 1
-    subject = runs if several else runs[0]
     names = ", ".join(run.name for run in runs)
-    sections = [Section("Comparison" if several else "Training", _pictures(COMPARISONS, subject, output, names))]
+    pictures = _pictures(COMPARISONS, runs, output, names)
+    sections: list[dict[str, Any]] = [{"title": "Comparison" if several else "Training", "pictures": pictures}]
     for number, run in enumerate(runs, start=1):
         prefix = f"{number}-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', run.name)}-" if several else ""
-        settings = (run.path / CONFIG).read_text(encoding="utf-8") if run.config else None
         pictures = _pictures(PICTURES_OF_ONE_RUN, run, output, run.name, prefix)
-        sections.append(Section(run.name if several else "Blocks", pictures, settings))
-        sections += [Section(f"{title}, {run.name}" if several else title, table=texts) for title, texts in run.texts.items()]
-    if not any(section.pictures or section.table for section in sections):
+        settings = (run.path / CONFIG).read_text(encoding="utf-8") if run.config else None
+        sections.append({"title": run.name if several else "Blocks", "pictures": pictures, "settings": settings})
+        sections += [{"title": f"{title}, {run.name}" if several else title, "table": t} for title, t in run.texts.items()]
+    if not any(section.get("pictures") or section.get("table") for section in sections):
         raise UsageError(f"{names}: no figures to report yet; let the run log some steps first")
-    tables.write_csv(key_figures_table(runs), output / "key_figures.csv")
-    page = render(
-        f"Comparison of {len(runs)} runs" if several else f"Run {names}",
-        [key_figures(run) for run in runs],
-        [section for section in sections if section.pictures or section.table or section.settings],
-        refresh,
-    )
+    figures = [key_figures(run) for run in runs]
+    tables.write_csv({column: [row[column] for row in figures] for column in figures[0]}, output / "key_figures.csv")
+    title = f"Comparison of {len(runs)} runs" if several else f"Run {names}"
     path = output / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(render(title, figures, sections, refresh), encoding="utf-8")
     return path
 
 
-def _pictures(pictures: Sequence[Picture], subject: Any, output: Path, names: str, prefix: str = "") -> list[ShownPicture]:
+def _pictures(
+    pictures: Sequence[Picture], subject: RunRecord | list[RunRecord], output: Path, names: str, prefix: str = ""
+) -> list[dict[str, Any]]:
+    """Draws pictures and writes their numbers; returns the files, with captions, and texts for those who can't see them."""
     shown = []
     for picture in pictures:
-        png = _draw(picture, subject, output / f"{prefix}{picture.name}.png")
-        if png:
+        if png := picture.draw(subject, output / f"{prefix}{picture.name}.png"):
             tables.write_csv(picture.table(subject), png.with_suffix(".csv"))
-            shown.append(ShownPicture(png, picture.caption, f"{names}: {picture.caption}"))
+            shown.append({"png": png, "caption": picture.caption, "alt": f"{names}: {picture.caption}"})
     return shown
-
-
-def _draw(picture: Picture, subject: Any, path: Path) -> Path | None:
-    """Draw a picture, or nothing where the runs have no data for it."""
-    if not any(picture.table(subject).values()):
-        return None
-    figure, _ = picture.plot(subject)
-    figure.savefig(path, metadata={"Software": None})
-    return path
 
 
 def _unique_runs(runs: list[RunRecord]) -> list[RunRecord]:
@@ -140,3 +143,27 @@ def _unique_runs(runs: list[RunRecord]) -> list[RunRecord]:
         depth += 1
         runs = [replace(run, name="/".join(run.path.resolve().parts[-depth:])) for run in runs]
     return runs
+
+
+def render(
+    title: str,
+    figures: Sequence[dict[str, Any]] = (),
+    sections: Sequence[dict[str, Any]] = (),
+    refresh: int | None = None,
+    note: str | None = None,
+) -> str:
+    """The page as text, made of ``page.html``: key figures of one run as a list, those of several as a row each, and sections.
+
+    Sections have a ``title``, and ``pictures``, a ``table`` of texts or ``settings`` as text.
+    """
+    environment = Environment(autoescape=True, trim_blocks=True)
+    environment.filters |= {
+        "base64": lambda content: base64.b64encode(content).decode(),
+        "transpose": lambda columns: zip(*columns, strict=True),
+    }
+    rows = [{label: formatted(key, run, len(figures) == 1) for key, label in LABELS.items()} for run in figures]
+    labels = [label for label in LABELS.values() if any(row[label] != UNKNOWN for row in rows)]
+    shown = [section for section in sections if any(value for key, value in section.items() if key != "title")]
+    values = {"title": title, "figures": rows, "labels": labels, "sections": shown, "refresh": refresh, "note": note}
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(values, policy=POLICY)
