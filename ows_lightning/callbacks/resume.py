@@ -62,9 +62,9 @@ class Resume(Callback):
         for group, configured, formerly in zip(_groups(trainer), self._options, before, strict=True):
             for key, value in configured.items():
                 place = "initial_lr" if key == "lr" and "initial_lr" in group else key
-                if key in formerly and formerly[key] == value:
-                    continue  # a schedule may have changed it since (ReduceLROnPlateau the rate, OneCycleLR the betas)
-                if (saved := group.get(place)) != value:
+                # Not where a schedule may have changed it since (ReduceLROnPlateau the rate, OneCycleLR the betas).
+                same = key in formerly and formerly[key] == value
+                if not same and (saved := group.get(place)) != value:
                     changed[key] = f"{key} from {saved} to {value}"
                     group[place] = value
         for config in trainer.lr_scheduler_configs:

@@ -31,11 +31,7 @@ class RunFolder(Callback):
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Locks the folder.
-
-        Raises:
-            UsageError: Another run that still lives writes to it, or it can't be made or written to.
-        """
+        """Locks the folder; a UsageError if another run that still lives writes to it, or it can't be written to."""
         self._folder = folder = run_folder(trainer)
         if stage != "fit":
             return
