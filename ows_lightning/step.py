@@ -64,7 +64,7 @@ class Step:
         Args:
             optimizer: Whose gradients are complete, and averaged over the processes.
             micro_batches: Micro-batches of a step, by whose number Lightning has divided each loss.
-            limit: Largest norm (or value, with ``algorithm="value"``) of what the optimizer consumes; 0 or None for none.
+            limit: Largest norm or value of what the optimizer consumes; 0 or None for none.
             algorithm: Lightning's ``norm`` or ``value``.
         """
         assert self._totals is not None

@@ -42,12 +42,7 @@ def config_and_bases(name: str) -> list[Path]:
 
 
 def find_config(name: str, folder: Path = Path()) -> Path:
-    """Returns the path of a config file, or raises a UsageError.
-
-    Args:
-        name: A path, or the name of a shipped file with or without its folder, ``configs/`` and ``.yaml``.
-        folder: Where a path starts.
-    """
+    """Returns a config file by its path in a folder, or by a shipped one's name with or without its folder and ``.yaml``."""
     if "://" in name:
         raise UsageError(f"config: '{name}' is an address, and nothing is downloaded; give the path of a YAML file")
     path = os.path.join(folder, os.path.expanduser(name))  # where pathlib raises: no such user, too long a name

@@ -66,12 +66,7 @@ class Conversation:
 
 
 def load(name: str, given: argparse.Namespace) -> Conversation:
-    """Loads a model to talk to, by the flags of `add_generation_flags`; a UsageError if the device is not there.
-
-    Args:
-        name: What ``model.model_name_or_path`` takes, a run's folder, a checkpoint in one, or a delta.
-        given: The flags.
-    """
+    """Loads a model (a name, a run's folder, a checkpoint or a delta) to talk to, by the flags of `add_generation_flags`."""
     asked = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)

@@ -66,13 +66,9 @@ def page(command: str, what: str) -> str:
 
 
 def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str, str]:
-    """Returns a method's arguments that are options, each with its help as text; empty if there is no such method.
+    """Returns the options that a method of a class in a source file has as arguments, if there is one: each with its help.
 
-    Args:
-        file: The source.
-        owner: The class, whose docstring may describe the arguments, too.
-        function: The method.
-        prefix: The section of a config that the options belong to, and a dot.
+    The class's docstring may describe them, too; the prefix is the section of a config that they belong to, and a dot.
     """
     body = ast.parse(file.read_text(encoding="utf-8")).body
     kind = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == owner)

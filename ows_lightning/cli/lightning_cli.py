@@ -200,7 +200,7 @@ class OWSCLI(LightningCLI):
             mend = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
             raise UsageError(f"trainer: {' '.join(str(error).split())}{mend}") from error
         if self.subcommand is not None:
-            check_run(self.subcommand, self.model, self.datamodule, sampling, given, trainer)
+            check_run(self.subcommand, self.model, self.datamodule, given, trainer)
         return trainer
 
     def _parse_ckpt_path(self) -> None:

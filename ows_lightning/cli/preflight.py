@@ -91,12 +91,7 @@ def numbers(config: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
 
 
 def check_run(
-    command: str,
-    model: LightningModule,
-    data: LightningDataModule,
-    sampling: LayerwiseSampling | None,
-    given: Mapping[str, Any],
-    trainer: Trainer,
+    command: str, model: LightningModule, data: LightningDataModule, given: Mapping[str, Any], trainer: Trainer
 ) -> None:
     """Checks what a command is about to use: the module without its weights, the Trainer as it is given, the first rows."""
     for key in _NOT_ZERO.get(command, ()):
@@ -121,6 +116,7 @@ def check_run(
         if model.hparams["kernels"] is not None:
             liger_for(config)
         if command == "fit":
+            sampling = LayerwiseSampling.of(trainer)
             some_are_frozen = sampling is not None or model.hparams["lora"] is not None
             check_offloading(model.hparams, some_are_frozen, trainer.num_devices, str(given["strategy"]))
             if sampling is not None:
