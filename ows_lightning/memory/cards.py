@@ -24,21 +24,13 @@ LINK_SHARE = 0.8
 
 
 class Card(NamedTuple):
-    """A GPU.
+    """A GPU."""
 
-    Attributes:
-        name: As people call it.
-        memory: GB, of 10^9 bytes.
-        link: GB/s to the host, each way, by the link's specification: PCIe 4.0 has 1.97 a lane, 5.0 has 3.94.
-        tflops: Dense bfloat16 matrix products that are summed up in float32, in 10^12 FLOPs a second.
-        source: Where the last figure comes from.
-    """
-
-    name: str
-    memory: int
-    link: float
-    tflops: float
-    source: str
+    name: str  # as people call it
+    memory: int  # GB, of 10^9 bytes
+    link: float  # GB/s to the host, each way, by the link's specification: PCIe 4.0 has 1.97 a lane, 5.0 has 3.94
+    tflops: float  # dense bfloat16 matrix products that are summed up in float32, in 10^12 FLOPs a second
+    source: str  # of the last figure
 
 
 with Path(__file__).with_name("cards.csv").open(newline="", encoding="utf-8") as file:
@@ -54,19 +46,14 @@ _FORMS = {"sxm", "sxm2", "sxm4", "sxm5", "pcie", "nvl", "hbm2", "hbm2e", "hbm3",
 def find_card(name: str, key: str = "card") -> Card:
     """Returns the card of a name as people, shops or ``nvidia-smi`` write it: ``rtx4090``, ``NVIDIA A100-SXM4-80GB``.
 
-    Args:
-        name: With or without the maker and the memory.
-        key: What gave the name, for the errors.
-
     Raises:
-        UsageError: There is none in `CARDS`, or there are several.
+        UsageError: There is none in `CARDS`, or there are several; the message begins with the key that gave the name.
     """
-    wanted, memory = _parts(name)
-    found: list[Card] = []
-    for left_out in (_MAKERS, _MAKERS | _FORMS):  # the form first: it tells an H100 PCIe from the others
-        found = found or [
-            card for card in CARDS if _name_without(_parts(card.name)[0], _MAKERS) == _name_without(wanted, left_out)
-        ]
+    whole, memory = _name_and_memory(name)
+    model, _ = _name_and_memory(name, _MAKERS | _FORMS)
+    names = {card: _name_and_memory(card.name)[0] for card in CARDS}
+    # The form counts if there is such a card: it tells an H100 PCIe from the others.
+    found = [card for card in CARDS if names[card] == (whole if whole in names.values() else model)]
     fitting = [card for card in found if memory in (None, card.memory)]
     if len(fitting) == 1:
         return fitting[0]
@@ -76,16 +63,12 @@ def find_card(name: str, key: str = "card") -> Card:
     raise UsageError(f"{key}: unknown card '{name}'{nearest(name.upper(), known) or ';'} Known: {', '.join(known)}")
 
 
-def _parts(name: str) -> tuple[list[str], int | None]:
-    """A name's words in small letters, and the memory that it says, in GB."""
+def _name_and_memory(name: str, left_out: set[str] = _MAKERS) -> tuple[str, int | None]:
+    """A name in small letters, joined, without some words; and the memory that it says, in GB."""
     text = name.lower().replace("rtx", "rtx ")
     memory = re.search(r"(?<![^\W_])(\d+)\s*gi?b?\b", text)
     rest = text if memory is None else text[: memory.start()] + text[memory.end() :]
-    return re.findall(r"[a-z0-9]+", rest), memory and int(memory[1])
-
-
-def _name_without(words: list[str], left_out: set[str]) -> str:
-    return "".join(word for word in words if word not in left_out)
+    return "".join(word for word in re.findall(r"[a-z0-9]+", rest) if word not in left_out), memory and int(memory[1])
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -169,13 +152,14 @@ def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Ch
     """Yields settings that need less and less, each with the keys that differ."""
     method, count = settings.method, settings.method.activated_layers
     some_are_frozen = count is not None or method.lora is not None
+    offload = some_are_frozen and settings.frozen_in == "device" and not settings.is_sharded
     changes: Changes = {}
     yield settings, {}
-    milder: tuple[tuple[bool, str, Any], ...] = (
+    milder: list[tuple[bool, str, Any]] = [
         (settings.recomputed < settings.blocks, "model.gradient_checkpointing", True),
         (settings.dtype == torch.float32, "trainer.precision", "bf16-true"),
-        (some_are_frozen and settings.frozen_in == "device" and not settings.is_sharded, "model.frozen_in", "host"),
-    )
+        (offload, "model.frozen_in", "host"),
+    ]
     for needed, key, value in milder:
         if needed:
             settings = replace(settings, **{key.partition(".")[2]: value})
@@ -193,12 +177,7 @@ def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Ch
 
 
 def write_config_for_card(config: Any, card: str, folder: Path) -> str:
-    """Writes a config that differs from the given one by what makes it fit a card.
-
-    Args:
-        config: A parsed config of the command line, see `plan_from_config`.
-        card: The card's name, see `CARDS`.
-        folder: Where the file goes; it is named after the card.
+    """Writes a config that differs from a parsed one by what makes it fit a card, to a file named after the card.
 
     Returns:
         What was changed, and how to start the run, in words.

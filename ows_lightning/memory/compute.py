@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, simulate
-from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod
+from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.distributions import sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks
@@ -27,90 +27,56 @@ _MEASURED = ("outlier", "outlier_reverse", "weight_norm", "gradient_norm")  # ma
 
 @dataclass(frozen=True)
 class Compute:
-    """What a method computes.
+    """What a method computes, as torch's counter has it: matrix products alone, without decompositions."""
 
-    Attributes:
-        flops_per_token: FLOPs for each token that is trained on, in expectation over the draws: forward, recomputation,
-            backward, projections, updates, renewals of subspaces and scores, as torch's counter has them (matrix products
-            alone; decompositions are not in it).
-        block_forward: FLOPs a token of a block's forward pass.
-        draws: The blocks that train, in each of the draws that the expectation is taken over.
-        probabilities: Where the draws' probabilities come from, in words.
-    """
-
+    # For each token that is trained on, in expectation over the draws: forward, recomputation, backward, projections, updates,
+    # renewals of subspaces and scores.
     flops_per_token: float
-    block_forward: float
-    draws: Sequence[Sequence[int]]
-    probabilities: str
+    block_forward: float  # FLOPs a token of a block's forward pass
+    draws: Sequence[Sequence[int]]  # the blocks that train, in each of the draws that the expectation is taken over
+    probabilities: str  # where those of the draws come from, in words
 
 
-@dataclass(frozen=True)
-class _Flops:
-    """FLOPs of a micro-batch (the first five) and of an optimizer step, a block each but for the head.
-
-    A frozen block that trains at rest takes ``rest`` more in each micro-batch, and ``rest_update`` in a step.
-
-    A step that renews subspaces takes more: ``whole`` in each micro-batch, for gradients that other steps do without, and
-    ``renewal`` once.
-    """
+class _Flops(NamedTuple):
+    """FLOPs of a micro-batch, a block each but for the head; from ``update`` on, once in an optimizer step."""
 
     forward: float
     head: float
-    lowest: float
+    lowest: float  # backward of the lowest active block; of other active ones; of a frozen one above it
     active: float
     frozen: float
+    rest: float  # more, of a frozen block that trains at rest
     update: float
-    renewal: float
-    whole: float = 0.0
-    rest: float = 0.0
-    rest_update: float = 0.0
-
-    def scaled(self, rows: int) -> _Flops:
-        """What so many rows take where nothing is done once a micro-batch; updates are done once a step."""
-        once = ("update", "renewal", "rest_update")
-        return replace(self, **{name: rows * value for name, value in vars(self).items() if name not in once})
-
-    @classmethod
-    def from_one_and_two_rows(cls, one: _Flops, two: _Flops, rows: int) -> _Flops:
-        """What so many rows take, from what one and two rows take: a share is for each row, and a share for each batch."""
-        flops = cls(*(a + (rows - 1) * (b - a) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
-        row = two.renewal - one.renewal
-        return replace(flops, renewal=one.renewal - row, whole=rows * row)
+    rest_update: float
+    renewal: float  # more, of a step that renews subspaces
+    whole: float = 0.0  # and in each of its micro-batches, for gradients that other steps do without
 
 
-def compute(
-    settings: PlanSettings, method: TrainingMethod | None = None, drawn: Sequence[Sequence[int]] | None = None
-) -> Compute:
+def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None) -> Compute:
     """Counts a method's FLOPs on a fake model of few blocks, and takes the expectation over draws of the real one's.
 
     Backward runs down to the lowest active block. Above it, a frozen block passes the gradient on and an active one computes
     that of its weights, too; below it nothing is computed but forward.
 
     Args:
-        settings: The model and what it is trained on.
-        method: Another method than the settings' own.
+        settings: How the model is trained, and on what.
         drawn: The blocks that trained in each interval of a run: its own FLOPs then, in place of the expectation.
 
     Raises:
         UsageError: The model can't be followed, or the file of scores is another model's.
     """
-    method = method or settings.method
-    count, recomputed = settings.blocks, settings.recomputed
-    draws, origin = (drawn, "the run's") if drawn else _simulated_draws(settings, method, count)
-    flops = _micro_batch_flops(settings, method, recompute=recomputed == count)
-    recomputing = _micro_batch_flops(settings, method, recompute=True) if 0 < recomputed < count else flops
+    method, count, recomputed = settings.method, settings.blocks, settings.recomputed
+    draws, origin = (drawn, "the run's") if drawn else _simulated_draws(settings)
+    flops = _micro_batch_flops(settings, recompute=recomputed == count)
+    recomputing = _micro_batch_flops(settings, recompute=True) if 0 < recomputed < count else flops
     embeddings_train = "embeddings" in method.always_train and method.lora is None
 
     def backward(blocks: Sequence[int]) -> float:
         def of(index: int) -> float:
             does = recomputing if index < recomputed else flops
-            return (
-                does.lowest
-                if index == lowest
-                else does.active
-                if index in trained
-                else does.frozen + does.rest * (index > lowest)
-            )
+            if index == lowest:
+                return does.lowest
+            return does.active if index in trained else does.frozen + does.rest * (index > lowest)
 
         lowest, trained = min(blocks), set(blocks)
         return sum(of(index) for index in range(0 if embeddings_train else lowest, count))
@@ -118,91 +84,95 @@ def compute(
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
     resting = sum(count - min(blocks) - len(blocks) for blocks in draws) / len(draws) if method.resting_rank else 0.0
     if resting and method.resting_updates_kept:  # W + B Q^T, in forward and in backward
-        micro_batch += resting * 2 * 2 * method.resting_rank * _matrix_weights(settings, method.resting_rank)
+        parameters = decoder_layers(settings.meta_model).parameters()
+        weights = sum(p.numel() for p in parameters if p.dim() in (2, 3) and p.size(-1) > method.resting_rank) / count
+        micro_batch += resting * 2 * 2 * method.resting_rank * weights
     renewal = flops.renewal + settings.accumulate_grad_batches * flops.whole
-    step = len(draws[0]) * (flops.update + renewal * _renewals(settings, method, draws)) + resting * flops.rest_update
+    step = len(draws[0]) * (flops.update + renewal * _renewals(settings, draws)) + resting * flops.rest_update
     tokens = settings.batch_size * settings.max_seq_length
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
-    if method is settings.method and settings.scored_rows:
-        share = settings.scored_rows * settings.max_seq_length / (settings.step_tokens * (settings.max_steps or 1))
-        per_token += share * count * block_forward
+    sampling = settings.sampling
+    scored = sampling.get("distribution", "outlier") in ("outlier", "outlier_reverse") and not sampling.get("scores")
+    if method.ours and sampling and scored and settings.max_steps is not None:
+        scored_tokens = int(sampling.get("calibration_samples", 128)) * settings.max_seq_length
+        trained_on = tokens * settings.accumulate_grad_batches * settings.devices * settings.max_steps
+        per_token += scored_tokens / trained_on * count * block_forward
     return Compute(per_token, block_forward, draws, origin)
 
 
-def _matrix_weights(settings: PlanSettings, rank: int) -> float:
-    """Weights of a block's matrices that a resting rank makes smaller, in the mean over the blocks."""
-    parameters = decoder_layers(settings.meta_model).parameters()
-    return sum(p.numel() for p in parameters if p.dim() in (2, 3) and p.size(-1) > rank) / settings.blocks
+def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:
+    """Counts those of a micro-batch, where all blocks recompute their activations or none.
+
+    Gradients are projected once a micro-batch, however many rows it has: what more rows take follows from one and two of them.
+    """
+    one, rows = _count_flops(settings, recompute, rows=1), settings.batch_size
+    if settings.method.rank is None:  # all is proportional to the rows but what is done once a step
+        once = {"update": one.update, "rest_update": one.rest_update, "renewal": one.renewal}
+        two = _Flops(*(2 * value for value in one))._replace(**once)
+    else:
+        two = _count_flops(settings, recompute, rows=2)
+    flops = _Flops(*(a + (rows - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+    row = two.renewal - one.renewal
+    return flops._replace(renewal=one.renewal - row, whole=rows * row)
 
 
-def _micro_batch_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool) -> _Flops:
-    """Counts those of a micro-batch, where all blocks recompute their activations or none."""
-    one = _count_flops(settings, method, recompute, rows=1)
-    # Gradients are projected once a micro-batch, however many rows it has; all else is proportional to the rows.
-    two = one.scaled(2) if method.rank is None else _count_flops(settings, method, recompute, rows=2)
-    return _Flops.from_one_and_two_rows(one, two, settings.batch_size)
+def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
+    # A subspace that lives shorter than a block is active stands for the worst step, as memory asks for.
+    resting = replace(settings.method, renews_with_state=False)
+    method = replace(resting, resting_rank=0, resting_updates_kept=False)
 
+    def stages(active: int, frozen: int, method: TrainingMethod = method) -> dict[bool, dict[str, int]]:
+        """FLOPs of stages, of an ordinary step (False, maybe the same) and of one that renews subspaces (True)."""
+        memory = simulate(replace(settings, method=method), active, frozen, (active + frozen) * recompute, rows)
+        found: dict[bool, dict[str, int]] = {}
+        for span, flops in memory.flops.items():
+            if len(span) == 2:
+                found.setdefault(span[0], {})[span[1]] = flops
+        return {False: found[True], **found}
 
-def _count_flops(settings: PlanSettings, method: TrainingMethod, recompute: bool, rows: int) -> _Flops:
-    method = replace(method, renews_with_state=False)  # which stands for the worst step, as memory asks for
-    resting, method = method, replace(method, resting_rank=0, resting_updates_kept=False)
-
-    def simulated(active: int, frozen: int, method: TrainingMethod = method) -> StepMemory:
-        return simulate(settings, method, active, frozen, (active + frozen) * recompute, rows)
+    def total(steps: dict[bool, dict[str, int]], beginning: str = "", renews: bool = False) -> float:
+        return sum(flops for stage, flops in steps[renews].items() if stage.startswith(beginning))
 
     count = settings.blocks
     if not alike(decoder_layers(settings.meta_model)):  # of several kinds: the mean over all blocks
-        active = _StageSums(simulated(count, 0).flops)
-        lowest = above = active("backward") / count
+        blocks = trained = count
+        steps = stages(count, 0)
+        lowest = above = total(steps, "backward") / count
         frozen = 0.0
         if method.activated_layers is not None and count > 1:
-            frozen = (_StageSums(simulated(1, count - 1).flops)("backward") - lowest) / (count - 1)
-        blocks = trained = count
+            frozen = (total(stages(1, count - 1), "backward") - lowest) / (count - 1)
     else:
         trained = min(count, 3 if method.activated_layers is None else min(method.activated_layers, 2))
         blocks = trained + (method.activated_layers is not None and count > trained)
-        active = _StageSums(simulated(trained, blocks - trained).flops)
-        lowest, frozen = active("backward lowest"), active("backward frozen")
-        above = active("backward active") / max(1, trained - 1)
+        steps = stages(trained, blocks - trained)
+        lowest, frozen = total(steps, "backward lowest"), total(steps, "backward frozen")
+        above = total(steps, "backward active") / max(1, trained - 1)
     rest = rest_update = 0.0
-    simulated_blocks = (1, count - 1) if blocks == count else (trained, blocks - trained)
-    if resting.resting_rank and simulated_blocks[1]:
-        without, rests = (_StageSums(simulated(*simulated_blocks, method=one).flops) for one in (method, resting))
-        rest_update = (rests("step") - without("step")) / simulated_blocks[1]
-        rest = (rests("") - without("")) / simulated_blocks[1] - rest_update
+    active, others = (1, count - 1) if blocks == count else (trained, blocks - trained)
+    if resting.resting_rank and others:
+        without, rests = (stages(active, others, one) for one in (method, resting))
+        rest_update = (total(rests, "step") - total(without, "step")) / others
+        rest = (total(rests) - total(without)) / others - rest_update
     return _Flops(
-        forward=active("forward") / blocks,
-        head=active("loss_head"),
+        forward=total(steps, "forward") / blocks,
+        head=total(steps, "loss_head"),
         lowest=lowest,
         active=above,
         frozen=frozen,
-        update=active("step") / trained,
-        renewal=(active("", renews=True) - active("", renews=False)) / trained if len(active.steps) > 1 else 0.0,
         rest=rest,
+        update=total(steps, "step") / trained,
         rest_update=rest_update,
+        renewal=(total(steps, renews=True) - total(steps)) / trained,
     )
 
 
-class _StageSums:
-    """Sums of what was counted, over the stages of a step whose names begin alike."""
-
-    def __init__(self, flops: dict[tuple[Any, ...], int]) -> None:
-        self.flops = {span: value for span, value in flops.items() if len(span) == 2}
-        self.steps = {span[0] for span in self.flops}  # whether it renews subspaces; there may be steps of one kind alone
-
-    def __call__(self, beginning: str, renews: bool | None = None) -> float:
-        """Of an ordinary step, or of one that renews subspaces or does not."""
-        renews = False not in self.steps if renews is None else renews
-        return sum(value for (step, stage), value in self.flops.items() if step is renews and stage.startswith(beginning))
-
-
-def _renewals(settings: PlanSettings, method: TrainingMethod, draws: Sequence[Sequence[int]]) -> float:
+def _renewals(settings: PlanSettings, draws: Sequence[Sequence[int]]) -> float:
     """How often, in an optimizer step, an active block's subspaces are found anew: when it enters, and then once an age."""
-    if method.rank is None:
+    if settings.method.rank is None:
         return 0.0
     gap, interval = settings.update_proj_gap, settings.interval_steps
-    if method.activated_layers is None or method.keeps_states:
+    if settings.method.activated_layers is None or settings.method.keeps_states:
         return 1 / gap
     found, ages = 0, dict[int, int]()
     for blocks in draws:
@@ -211,15 +181,13 @@ def _renewals(settings: PlanSettings, method: TrainingMethod, draws: Sequence[Se
     return found / (interval * sum(map(len, draws)))
 
 
-def _simulated_draws(settings: PlanSettings, method: TrainingMethod, count: int) -> tuple[list[list[int]], str]:
+def _simulated_draws(settings: PlanSettings) -> tuple[list[list[int]], str]:
+    method, count = settings.method, settings.blocks
     if method.activated_layers is None:
         return [list(range(count))], "every block trains"
-    if method.distribution == "uniform":
-        probabilities, origin = sampling_probabilities([1.0] * count, "uniform"), "uniform"
-    else:
-        probabilities, origin = _probabilities(settings, count)
+    probabilities, origin = _probabilities(settings)
     number = method.active_blocks(count)
-    if method is settings.method:
+    if method.ours:
         sampler = BlockSampler(**{**settings.sampling, "activated_layers": number, "scores": None})
         sampler.probabilities = probabilities
         return [sampler.blocks_of(interval) for interval in range(_DRAWS)], origin
@@ -227,18 +195,18 @@ def _simulated_draws(settings: PlanSettings, method: TrainingMethod, count: int)
     return [draw_blocks(probabilities, number, generator) for _ in range(_DRAWS)], origin
 
 
-def _probabilities(settings: PlanSettings, count: int) -> tuple[Tensor, str]:
+def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     """The blocks' probabilities, and where they come from: uniform ones stand for those that only a run can measure."""
-    distribution, scores = settings.sampling.get("distribution", "outlier"), settings.sampling.get("scores")
-    if scores is not None:
+    distribution, count = settings.method.distribution or settings.sampling.get("distribution", "outlier"), settings.blocks
+    if settings.method.distribution is None and (scores := settings.sampling.get("scores")) is not None:
         known = OutlierScores.load(Path(scores))
         ratios = known.ratios_for(count, architecture_of(settings.model), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
-    if distribution in _MEASURED:
-        return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"
-    if distribution == "window":
-        return sampling_probabilities([1.0] * count, "uniform"), "window, uniform for want of sampling.scores"
     origin = distribution if isinstance(distribution, str) else "a list of weights"
+    if distribution in _MEASURED:
+        distribution, origin = "uniform", f"uniform, for want of sampling.scores ({distribution})"
+    elif distribution == "window":
+        distribution, origin = "uniform", "window, uniform for want of sampling.scores"
     return sampling_probabilities([1.0] * count, distribution), origin
 
 
@@ -248,23 +216,14 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Speed:
-    """A method's speed on a card.
+    """A method's speed on a card."""
 
-    Attributes:
-        tokens_per_second: On one device.
-        bound_by: ``compute``, or ``link`` where frozen blocks arrive more slowly than they are used.
-        compute_seconds: Of an optimizer step.
-        fetched_bytes: Of an optimizer step, in expectation over the draws.
-        fetch_seconds: What they take over the card's link.
-        hides_from_tokens: Tokens of a micro-batch from which on a block's fetch takes no longer than a block's forward pass.
-    """
-
-    tokens_per_second: float
-    bound_by: str
-    compute_seconds: float
-    fetched_bytes: int
-    fetch_seconds: float
-    hides_from_tokens: int
+    tokens_per_second: float  # on one device
+    bound_by: str  # `compute`, or `link` where frozen blocks arrive more slowly than they are used
+    compute_seconds: float  # of an optimizer step
+    fetched_bytes: int  # of an optimizer step, in expectation over the draws
+    fetch_seconds: float  # what they take over the card's link
+    hides_from_tokens: int  # of a micro-batch, from which on a block's fetch takes no longer than a block's forward pass
 
     def words(self) -> str:
         """Says in a few words what bounds it."""
@@ -277,18 +236,11 @@ class Speed:
         )
 
 
-def speed(settings: PlanSettings, method: TrainingMethod, computes: Compute, card: Card) -> Speed:
-    """Estimates a method's speed: the longer of what its FLOPs take at `UTILISATION`, and what its fetches take.
-
-    Args:
-        settings: The model and what it is trained on.
-        method: How it trains.
-        computes: What it computes.
-        card: Where.
-    """
+def speed(settings: PlanSettings, computes: Compute, card: Card) -> Speed:
+    """Estimates a speed: the longer of what a method's FLOPs take at `UTILISATION`, and what its fetches take."""
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
     block = ModelSizes.of(settings).offloaded
-    fetches = sum(fetched_blocks(draw, settings, method, settings.blocks) for draw in computes.draws) / len(computes.draws)
+    fetches = sum(fetched_blocks(draw, settings, settings.blocks) for draw in computes.draws) / len(computes.draws)
     fetched = int(fetches * block) * settings.accumulate_grad_batches
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches
     computing, fetching = tokens * computes.flops_per_token / rate, fetched / link

@@ -122,17 +122,15 @@ class _TensorSpec:
         return cls(*layout, source, source is not None and tensor is given[source])
 
     def make(self, given: Sequence[Any]) -> Tensor:
-        if self.source is None:
-            return self._new()
-        source = given[self.source]
+        source: Any = None if self.source is None else given[self.source]
         if self.itself and source.shape == self.shape and source.stride() == self.stride:
             return source
-        made = source if self.itself else self._new()
+        layout: dict[str, Any] = {"strides": self.stride, "dtype": self.dtype, "device": self.device}
+        made: Any = source if self.itself else Tensor._make_wrapper_subclass(_Fake, self.shape, **layout)
+        if source is None:
+            return made
         with torch._C._DisableTorchDispatch():
             return made.set_(source.untyped_storage(), self.offset, self.shape, self.stride)
-
-    def _new(self) -> Tensor:
-        return Tensor._make_wrapper_subclass(_Fake, self.shape, strides=self.stride, dtype=self.dtype, device=self.device)
 
 
 def _materialize(result: Any, given: Sequence[Any]) -> Any:
@@ -155,13 +153,7 @@ def _layout(value: Any) -> Any:
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
-    """Returns a causal LM on the meta device, in training mode.
-
-    Args:
-        config: The model's config; it stays as it is.
-        dtype: Dtype of the weights.
-        attention: ``sdpa``, ``eager`` or transformers' own choice.
-    """
+    """Returns a causal LM on the meta device, in training mode."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention).train()
 
@@ -171,10 +163,6 @@ def first_blocks(model: nn.Module, count: int) -> nn.Module:
 
     Blocks are cut off the model and not out of its config, where each architecture says in its own way what kinds of blocks it
     has.
-
-    Args:
-        model: The causal LM; it stays as it is.
-        count: Number of blocks to keep.
     """
     layers = decoder_layers(model)
     whole = list(layers)

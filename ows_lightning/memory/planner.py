@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ows_lightning.errors import UsageError
@@ -12,7 +12,6 @@ from ows_lightning.memory.cards import CARDS, Card, advise, fewest_recomputed, f
 from ows_lightning.memory.compute import UTILISATION, Compute, Speed, compute, speed
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
-from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
 
 if TYPE_CHECKING:
@@ -26,50 +25,27 @@ MEMORY_SIZES = (12, 16, 24, 40, 48, 80)
 
 @dataclass(frozen=True)
 class Plan:
-    """What methods need, and what would make the first one fit where it does not.
+    """What methods need, each under its name; ``ows`` is the config's own."""
 
-    Attributes:
-        title: What was planned.
-        methods: Method -> what it needs; ``ows`` is the config's own.
-        computes: Method -> what it computes.
-        advice: A sentence for each card that ``ows`` does not fit.
-        notes: Further lines: which cards fit, where the figures come from.
-        parameters: Number of the model's weights.
-        card: The card that speeds are for.
-        speeds: Method -> how fast it is on that card.
-    """
-
-    title: str
+    title: str  # what was planned
     methods: dict[str, MethodPlan]
-    computes: dict[str, Compute] = field(default_factory=dict)
-    advice: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    parameters: int = 0
-    card: Card | None = None
-    speeds: dict[str, Speed] = field(default_factory=dict)
+    computes: dict[str, Compute]
+    advice: list[str]  # a sentence for each card that `ows` does not fit
+    notes: list[str]  # which cards fit, where the figures come from
+    parameters: int  # the model's weights
+    card: Card | None  # that speeds are for
+    speeds: dict[str, Speed]  # none without a card
 
     def to_json(self) -> str:
-        """Returns one JSON object: method -> a dict of bytes and FLOPs.
-
-        They are ``peak_bytes``, ``bytes`` by category, ``host_bytes`` of blocks that wait there, ``communicated_bytes`` to
-        other devices in a step, ``flops_per_token``, ``probabilities`` (where those of the draws come from), and with a card
-        whether it ``fits`` and what a `Speed` has.
-        """
-        return json.dumps({name: self._figures(name) for name in self.methods}, indent=2)
-
-    def _figures(self, name: str) -> dict[str, Any]:
-        needs, does = self.methods[name], self.computes[name]
-        figures = {
-            "peak_bytes": needs.peak_bytes,
-            "bytes": needs.bytes,
-            "host_bytes": needs.host_bytes,
-            "communicated_bytes": needs.communicated_bytes,
-            "flops_per_token": does.flops_per_token,
-            "probabilities": does.probabilities,
-        }
-        if self.card is not None:
-            figures |= {"card": self.card.name, "fits": needs.fits(self.card.memory), **vars(self.speeds[name])}
-        return figures
+        """Returns one JSON object: method -> what a `MethodPlan` has, its FLOPs and, with a card, what a `Speed` has."""
+        figures: dict[str, dict[str, Any]] = {}
+        for name, needs in self.methods.items():
+            does = self.computes[name]
+            figures[name] = {"peak_bytes": needs.peak_bytes, **vars(needs), "flops_per_token": does.flops_per_token}
+            figures[name]["probabilities"] = does.probabilities
+            if self.card is not None:
+                figures[name] |= {"card": self.card.name, "fits": needs.fits(self.card.memory), **vars(self.speeds[name])}
+        return json.dumps(figures, indent=2)
 
     def to_table(self) -> str:
         """Returns a table as text, in GB (10^9 bytes), and the advice below it."""
@@ -92,12 +68,9 @@ class Plan:
 
 
 def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str | None = None) -> Plan:
-    """Predicts what methods need, and what would make the settings' own fit the cards that it does not.
+    """Predicts what methods need, all by default, and what would make the settings' own fit the cards that it does not.
 
-    Args:
-        settings: The model, what it is trained on, and how.
-        methods: Names out of `METHODS`; all by default.
-        card: The name of a card out of `cards.CARDS`, for speeds, and for what checkpointing's ``auto`` stands for.
+    Speeds are those on the card, and so is what checkpointing's ``auto`` stands for.
 
     Raises:
         UsageError: There is no such method or card, or the model can't be followed.
@@ -108,11 +81,10 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     advice, notes = [], []
     runs: dict[str, PlanSettings] = {}
     plans: dict[str, MethodPlan] = {}
-    trained = {name: METHODS[name](settings) for name in methods or METHODS}
-    for name, method in trained.items():
+    for name in methods or METHODS:
         try:
-            runs[name] = _with_number_of_recomputed(settings, method, chosen)
-            plans[name] = predict(runs[name], method)
+            runs[name] = _with_number_of_recomputed(replace(settings, method=METHODS[name](settings)), chosen)
+            plans[name] = predict(runs[name])
         except UsageError as error:
             if methods or name == "ows":
                 raise
@@ -120,25 +92,20 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     if settings.gradient_checkpointing == "auto":
         notes.append(_note_on_recomputed({name: runs[name] for name in plans}, chosen))
     settings = runs.get("ows", settings)
-    computes = {name: compute(runs[name], trained[name]) for name in plans}
+    computes = {name: compute(runs[name]) for name in plans}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
-        sizes: dict[str, list[str]] = {}
-        for size in MEMORY_SIZES:
-            if not own.fits(size):
-                sizes.setdefault(advise(settings, size), []).append(str(size))
-        advice += [f"{', '.join(cards)} GB: {words}" for words, cards in sizes.items()]
+        advised = {str(size): advise(settings, size) for size in MEMORY_SIZES if not own.fits(size)}
+        advice += [f"{', '.join(sizes)} GB: {words}" for words, sizes in _by_value(advised).items()]
         fitting = [card.name for card in CARDS if own.fits(card.memory)]
         notes.append(f"Fits as it is: {', '.join(fitting) or 'no card'}")
     notes.append(f"Dimensions: {settings.dimensions}")
     parameters = sum(p.numel() for p in settings.meta_model.parameters())
-    origins: dict[str, list[str]] = {}
-    for name, does in computes.items():
-        origins.setdefault(does.probabilities, []).append(name)
+    origins = _by_value({name: does.probabilities for name, does in computes.items()})
     draws = "; ".join(f"{', '.join(names)}: {origin}" for origin, names in origins.items())
     notes.append(f"FLOPs a token: in expectation over draws ({draws}), N = {parameters / 1e9:.3g}e9 weights")
     speeds = {}
     if chosen is not None:
-        speeds = {name: speed(runs[name], trained[name], computes[name], chosen) for name in plans}
+        speeds = {name: speed(runs[name], computes[name], chosen) for name in plans}
         notes.append(
             f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {chosen.tflops:g} TFLOPS dense bfloat16 "
             f"({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
@@ -147,14 +114,18 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     return Plan(settings.title, plans, computes, advice, notes, parameters, chosen, speeds)
 
 
-def _with_number_of_recomputed(settings: PlanSettings, method: TrainingMethod, card: Card | None) -> PlanSettings:
+def _by_value(words: dict[str, str]) -> dict[str, list[str]]:
+    return {value: [key for key in words if words[key] == value] for value in words.values()}
+
+
+def _with_number_of_recomputed(settings: PlanSettings, card: Card | None) -> PlanSettings:
     """``auto`` as a number of blocks: the fewest for us, all or none for other tools, which know nothing between."""
     if settings.gradient_checkpointing != "auto":
         return settings
     number = settings.blocks
-    if card is not None and method.ours:
+    if card is not None and settings.method.ours:
         number = fewest_recomputed(settings, card.memory * 1e9)
-    elif card is not None and predict(replace(settings, gradient_checkpointing=0), method).fits(card.memory):
+    elif card is not None and predict(replace(settings, gradient_checkpointing=0)).fits(card.memory):
         number = 0
     return replace(settings, gradient_checkpointing=number)
 
@@ -168,16 +139,7 @@ def _note_on_recomputed(runs: dict[str, PlanSettings], card: Card | None) -> str
 
 
 def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str | None = None) -> Plan:
-    """Plans what a parsed config of the command line describes: its keys ``model``, ``data``, ``trainer`` and ``sampling``.
-
-    Args:
-        config: A jsonargparse Namespace or a dict.
-        method: Names of methods; all by default.
-        card: The name of a card, for speeds.
-
-    Raises:
-        UsageError: A setting can't be planned with.
-    """
+    """Plans what a parsed config describes, a Namespace or a dict: its ``model``, ``data``, ``trainer`` and ``sampling``."""
     return plan(settings_from_config(config), method, card)
 
 
@@ -186,12 +148,7 @@ COLOURS = dict(zip(CATEGORIES, (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "0
 
 
 def plot_plan(plan: Plan, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Stacked bars of each method's peak memory by category, with lines at the usual sizes of cards.
-
-    Args:
-        plan: What methods need.
-        ax: Axes to draw on; new ones by default.
-    """
+    """Stacked bars of each method's peak memory by category, with lines at the usual sizes of cards."""
     fig, ax = figure_and_axes(ax)
     names = list(plan.methods)
     below = [0.0] * len(names)

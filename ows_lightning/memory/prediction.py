@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,17 +30,11 @@ _STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What a method needs on each device.
+    """What a method needs on each device."""
 
-    Attributes:
-        bytes: Category -> bytes at the peak, see `CATEGORIES`.
-        communicated_bytes: Bytes that each device sends in an optimizer step.
-        host_bytes: Bytes of frozen blocks in host memory.
-    """
-
-    bytes: dict[str, int]
-    communicated_bytes: int = 0
-    host_bytes: int = 0
+    bytes: dict[str, int]  # category -> those at the peak, see `CATEGORIES`
+    host_bytes: int = 0  # of frozen blocks in host memory
+    communicated_bytes: int = 0  # that each device sends in an optimizer step
 
     @property
     def peak_bytes(self) -> int:
@@ -76,21 +70,16 @@ torch's AdamW, peft with r = 16, galore-torch, LISA with gamma = 2, and OWS' ref
 blocks that are frozen again. Batches, precision and checkpointing are the config's."""
 
 
-def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> MethodPlan:
-    """Predicts what a method needs on each device, from a step of a fake model with all its operators.
+def predict(settings: PlanSettings) -> MethodPlan:
+    """Predicts what the settings' method needs on each device, from a step of a fake model with all its operators.
 
     The highest of a step's stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it.
-
-    Args:
-        settings: The model and what it is trained on.
-        method: Another method than the settings' own.
 
     Raises:
         UsageError: The model has operators that can't be followed without data.
     """
-    method = method or settings.method
     try:
-        memory = extrapolate(settings, method, alike(decoder_layers(settings.meta_model)))
+        memory = extrapolate(settings, alike(decoder_layers(settings.meta_model)))
     except UsageError:
         raise
     except Exception as error:  # what a model's code raises when its tensors have no contents
@@ -98,35 +87,29 @@ def predict(settings: PlanSettings, method: TrainingMethod | None = None) -> Met
             f"model.model_name_or_path: can't follow a {settings.model.model_type} model in {settings.precision} ({error})"
         ) from error
     sizes = ModelSizes.of(settings)
-    for peak in memory.peaks.values():
-        peak["weights"] = _device_weights(peak["weights"], settings, method, sizes)
-    peaks = [on_each_device(peak, settings, sizes, method) for peak in memory.peaks.values()]
+    peaks = [_on_each_device(peak, settings, sizes) for peak in memory.peaks.values()]
     highest = max(peaks, key=lambda peak: sum(peak.values()))
-    return MethodPlan(highest, communicated_bytes(memory, settings, sizes, method), _host_bytes(settings, method, sizes))
+    return MethodPlan(highest, _host_bytes(settings, sizes), _communicated_bytes(memory, settings, sizes))
 
 
 # ------------------------------------------------------------------------------ a step of a model of few blocks
 
 
-def extrapolate(settings: PlanSettings, method: TrainingMethod, alike: bool) -> StepMemory:
-    """Simulates steps of models of few blocks, and goes on linearly.
+def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
+    """Simulates steps of models of few blocks, or of all blocks where these are not alike, and goes on linearly.
 
     Blocks of a group (see `block_groups`) add the same each, so that the peaks of each stage of a step are linear in the
     number of blocks of each group: it is exact.
-
-    Args:
-        settings: The model and what it is trained on.
-        method: How it trains.
-        alike: Whether all blocks have the same weights; if not, all are simulated.
     """
-    active = method.active_blocks(settings.blocks)
+    active = settings.method.active_blocks(settings.blocks)
     groups = block_groups(active, settings.blocks - active, settings.recomputed)
     few = {name: size if size <= _FEW or not alike else 2 for name, size in groups.items()}
 
     def of(groups: dict[str, int]) -> StepMemory:
         frozen, frozen_kept, active, active_kept = groups.values()
-        recomputed = min(settings.recomputed, 1 + frozen + active)
-        return simulate(settings, method, 1 + active + active_kept, frozen + frozen_kept, recomputed)
+        return simulate(
+            settings, 1 + active + active_kept, frozen + frozen_kept, min(settings.recomputed, 1 + frozen + active)
+        )
 
     base = of(few)
     steps = [(size - few[name], of({**few, name: few[name] + 1})) for name, size in groups.items() if size > few[name]]
@@ -149,29 +132,18 @@ def alike(layers: nn.ModuleList) -> bool:
     return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
 
 
-def simulate(
-    settings: PlanSettings, method: TrainingMethod, active: int, frozen: int, recomputed: int, rows: int | None = None
-) -> StepMemory:
+def simulate(settings: PlanSettings, active: int, frozen: int, recomputed: int, rows: int | None = None) -> StepMemory:
     """Simulates a step of a fake model with the first blocks of the settings' one, once for all that ask for it.
 
-    Args:
-        settings: What it is trained on.
-        method: How it trains.
-        active: How many of its blocks train.
-        frozen: How many more it has.
-        recomputed: How many of them, from below, recompute their activations.
-        rows: Rows of a micro-batch, of which every chunk is followed, as counting asks for; None: those of the settings, and
-            as much of their chunks as memory depends on.
+    So many of its blocks train, so many are frozen, and so many, from below, recompute their activations. Of the rows of a
+    micro-batch, every chunk is followed, as counting asks for; None: those of the settings, as far as memory depends on them.
     """
+    method = settings.method
     if method.activated_layers is not None:
         method = replace(method, activated_layers=active)
-    work = Workload(
-        rows or settings.batch_size,
-        settings.max_seq_length,
-        settings.accumulate_grad_batches > 1 and rows is None,
-        settings.autocast,
-        host_memory=settings.on_gpu,
-    )
+    accumulates = settings.accumulate_grad_batches > 1 and rows is None
+    batch_size = rows or settings.batch_size
+    work = Workload(batch_size, settings.max_seq_length, accumulates, settings.autocast, host_memory=settings.on_gpu)
 
     def simulated() -> StepMemory:
         model = first_blocks(settings.meta_model, active + frozen)
@@ -193,25 +165,14 @@ def simulate(
 # ------------------------------------------------------------------------------ what lies where
 
 
-@dataclass(frozen=True)
-class ModelSizes:
-    """The sizes of a model.
+class ModelSizes(NamedTuple):
+    """The sizes of a model's blocks, and of all else."""
 
-    Attributes:
-        blocks: The number of its blocks.
-        block: Parameters of a block.
-        root: Parameters of all else.
-        on_device: Bytes of the largest block as it trains.
-        offloaded: Bytes of the largest block while it is offloaded, or in int8.
-        largest_weight: Bytes of the largest weight of a block.
-    """
-
-    blocks: int
-    block: int
-    root: int
-    on_device: int
-    offloaded: int
-    largest_weight: int
+    block: int  # parameters of a block
+    root: int  # parameters of all else
+    on_device: int  # bytes of the largest block as it trains
+    offloaded: int  # bytes of the largest block while it is offloaded, or in int8
+    largest_weight: int  # bytes, of a block's
 
     @classmethod
     def of(cls, settings: PlanSettings) -> ModelSizes:
@@ -222,27 +183,28 @@ class ModelSizes:
         on_device = offloaded = max(sum(p.nbytes for p in layer) for layer in layers)
         if settings.frozen_dtype == "int8":  # a byte a weight and a float32 scale an output row; the rest as it is
             offloaded = max(sum(_int8(p) for p in layer) for layer in layers)
-        return cls(len(layers), block, root, on_device, offloaded, max(p.nbytes for layer in layers for p in layer))
+        return cls(block, root, on_device, offloaded, max(p.nbytes for layer in layers for p in layer))
 
 
 def _int8(p: nn.Parameter) -> int:
     return p.numel() + 4 * (p.numel() // p.size(-1)) if p.dim() > 1 else p.nbytes
 
 
-def _offloaded_blocks(settings: PlanSettings, method: TrainingMethod, count: int) -> int:
+def _offloaded_blocks(settings: PlanSettings, count: int) -> int:
     """How many blocks are offloaded or in int8: those that are frozen, under LoRA all; none for other tools' methods."""
+    method = settings.method
     if not method.ours or (settings.frozen_in == "device" and settings.frozen_dtype is None):
         return 0
     return count if method.lora is not None else count - method.active_blocks(count)
 
 
-def _device_weights(weights: int, settings: PlanSettings, method: TrainingMethod, sizes: ModelSizes) -> int:
+def _device_weights(weights: int, settings: PlanSettings, sizes: ModelSizes) -> int:
     """Turns the bytes of a whole model's weights into those on the device.
 
     Blocks that train, embeddings, head and norm stay as they are; for those that are offloaded there are slots. Blocks in int8
     are dequantised into the slots, from copies on the device or from memory that the copies pass through one by one.
     """
-    offloaded = _offloaded_blocks(settings, method, sizes.blocks)
+    offloaded = _offloaded_blocks(settings, settings.blocks)
     if not offloaded:
         return weights
     slots = min(settings.window_blocks, offloaded)
@@ -250,51 +212,52 @@ def _device_weights(weights: int, settings: PlanSettings, method: TrainingMethod
     return weights + (slots - offloaded) * sizes.on_device + copies * sizes.offloaded
 
 
-def _host_bytes(settings: PlanSettings, method: TrainingMethod, sizes: ModelSizes) -> int:
+def _host_bytes(settings: PlanSettings, sizes: ModelSizes) -> int:
     """What host memory holds: every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone."""
-    if not _offloaded_blocks(settings, method, sizes.blocks):
+    if not _offloaded_blocks(settings, settings.blocks):
         return 0
     if settings.frozen_in == "disk":
         return _STAGING * sizes.largest_weight if settings.on_gpu else 0
     copies = sizes.offloaded if settings.frozen_dtype == "int8" and settings.frozen_in == "host" else 0
-    return sizes.blocks * (sizes.on_device + copies)
+    return settings.blocks * (sizes.on_device + copies)
 
 
-def fetched_blocks(draw: Sequence[int], settings: PlanSettings, method: TrainingMethod, count: int) -> int:
-    """How many blocks are fetched in a micro-batch: at the least that is possible, the first after a draw excepted.
+def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:
+    """How many of so many blocks are fetched in a micro-batch: at the least that is possible, the first after a draw excepted.
 
     Forward fetches all R that are offloaded, backward the B of them that it reaches. The last of forward's are there when
     backward begins, and so may be the first of forward's when it ends, as far as there are slots.
     """
     if settings.frozen_in == "device":
         return 0
-    offloaded = _offloaded_blocks(settings, method, count)
-    below = 0 if "embeddings" in method.always_train or method.lora is not None else min(draw)
+    offloaded = _offloaded_blocks(settings, count)
+    below = 0 if "embeddings" in settings.method.always_train or settings.method.lora is not None else min(draw)
     reached = offloaded - below
     slots = min(settings.window_blocks, offloaded)
     last = max(reached, slots)  # where in the order of offloaded blocks the slots end up
     return offloaded + reached - min(slots, reached) - max(0, slots - (offloaded - last))
 
 
-def on_each_device(peak: dict[str, int], settings: PlanSettings, sizes: ModelSizes, method: TrainingMethod) -> dict[str, int]:
-    """Turns the peak of one device into that of each of n.
+def _on_each_device(peak: dict[str, int], settings: PlanSettings, sizes: ModelSizes) -> dict[str, int]:
+    """Turns the peak of one device that holds the whole model into that of each of n, with offloaded blocks elsewhere.
 
     FSDP2 shards weights, gradients, moments and an elementwise optimizer's temporaries n ways. Beside its shards, a device
     holds the root's weights, those of two blocks (one at work, one that is fetched meanwhile) and, where full gradients exist,
     those of two blocks (one being produced, one being reduced). Projectors are replicated; activations are those of the
     device's own rows. With DDP, every device holds everything.
     """
+    peak = {**peak, "weights": _device_weights(peak["weights"], settings, sizes)}
     if not settings.is_sharded:
         return peak
-    sharded = {"weights", "gradients", "moments"} | ({"other"} if method.rank is None else set())
+    sharded = {"weights", "gradients", "moments"} | ({"other"} if settings.method.rank is None else set())
     each = {name: -(-size // settings.devices) if name in sharded else size for name, size in peak.items()}
     each["weights"] += (sizes.root + 2 * sizes.block) * settings.compute_dtype.itemsize
-    if method.lora is None:
+    if settings.method.lora is None:
         each["gradients"] += 2 * sizes.block * settings.compute_dtype.itemsize
     return each
 
 
-def communicated_bytes(memory: StepMemory, settings: PlanSettings, sizes: ModelSizes, method: TrainingMethod) -> int:
+def _communicated_bytes(memory: StepMemory, settings: PlanSettings, sizes: ModelSizes) -> int:
     """Bytes that each of n devices sends in an optimizer step; its share in a ring is (n - 1) / n of the tensors.
 
     FSDP2: in every micro-batch, the blocks' weights are gathered in forward and again in backward, frozen ones too, and the
@@ -303,7 +266,7 @@ def communicated_bytes(memory: StepMemory, settings: PlanSettings, sizes: ModelS
     """
     n = settings.devices
     if settings.is_sharded:
-        gathered = (2 * sizes.blocks * sizes.block + sizes.root) * settings.compute_dtype.itemsize
+        gathered = (2 * settings.blocks * sizes.block + sizes.root) * settings.compute_dtype.itemsize
         return settings.accumulate_grad_batches * (gathered + 4 * memory.trained) * (n - 1) // n
-    reduced = memory.consumed if method.ours else memory.trained * settings.dtype.itemsize
+    reduced = memory.consumed if settings.method.ours else memory.trained * settings.dtype.itemsize
     return 2 * reduced * (n - 1) // n

@@ -28,40 +28,24 @@ BETWEEN = "between"
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """How a method trains, as far as memory depends on it.
+    """How a method trains, as far as memory depends on it."""
 
-    Attributes:
-        optimizer: From parameters or groups to an optimizer.
-        activated_layers: Blocks that train at a time; None trains all.
-        always_train: What trains outside the blocks.
-        rank: Rank of the projected gradients; None trains in full rank.
-        subspace: How subspaces are found.
-        project_embeddings: Project embeddings and LM head, too.
-        ours: This package's step (chunked loss, projection within backward) instead of the usual one: the model's own loss
-            with the logits of the whole batch, and all gradients at once.
-        factored: Gradients of linear layers are projected as factors, see ``project_in_backward``.
-        keeps_states: Optimizer states of blocks that are frozen again stay.
-        renews_with_state: A subspace lives shorter than a block is active.
-        lora: Settings of peft's LoraConfig.
-        resting_rank: Rank in which frozen blocks above the lowest active one train.
-        resting_updates_kept: What they learn is kept beside their weights, which are offloaded.
-        distribution: ``uniform``, or None for the config's own.
-    """
-
-    optimizer: Callable[[Any], Optimizer]
-    activated_layers: int | None = None
-    always_train: tuple[str, ...] = PARTS
-    rank: int | None = None
+    optimizer: Callable[[Any], Optimizer]  # from parameters or groups
+    activated_layers: int | None = None  # blocks that train at a time; None trains all
+    always_train: tuple[str, ...] = PARTS  # what trains outside the blocks
+    rank: int | None = None  # of the projected gradients; None trains in full rank
     subspace: Subspace = "randomized"
-    project_embeddings: bool = False
-    ours: bool = False
-    factored: bool = False
-    keeps_states: bool = False
-    renews_with_state: bool = False
-    lora: dict[str, Any] | None = field(default=None, hash=False)
-    resting_rank: int = 0
-    resting_updates_kept: bool = False
-    distribution: str | None = None
+    project_embeddings: bool = False  # and the LM head
+    ours: bool = (
+        False  # chunked loss, projection within backward; else the logits of the whole batch, and all gradients at once
+    )
+    factored: bool = False  # gradients of linear layers are projected as factors, see `project_in_backward`
+    keeps_states: bool = False  # optimizer states of blocks that are frozen again stay
+    renews_with_state: bool = False  # a subspace lives shorter than a block is active
+    lora: dict[str, Any] | None = field(default=None, hash=False)  # of peft's LoraConfig
+    resting_rank: int = 0  # in which frozen blocks above the lowest active one train
+    resting_updates_kept: bool = False  # what they learn is kept beside their weights, which are offloaded
+    distribution: str | None = None  # `uniform`, or None for the config's own
 
     def active_blocks(self, count: int) -> int:
         """How many of a model's blocks train at a time."""
@@ -70,39 +54,23 @@ class TrainingMethod:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step works on.
+    """What a step works on."""
 
-    Attributes:
-        batch_size: Rows of a micro-batch.
-        length: Tokens in a row; every one is a target.
-        accumulates: Whether it is the last of several micro-batches in a step.
-        autocast: Dtype of mixed precision; None computes in the weights' own.
-        host_memory: Where gradients that a step keeps on the host do not count: on any device but the CPU itself.
-    """
-
-    batch_size: int
-    length: int
-    accumulates: bool = False
-    autocast: torch.dtype | None = None
-    host_memory: bool = False
+    batch_size: int  # rows of a micro-batch
+    length: int  # tokens in a row; every one is a target
+    accumulates: bool = False  # it is the last of several micro-batches in a step
+    autocast: torch.dtype | None = None  # of mixed precision; None computes in the weights' own
+    host_memory: bool = False  # gradients that a step keeps on the host do not count: on any device but the CPU itself
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What was seen in a method's steps.
+    """What was seen in a method's steps. Spans tell a step's stages apart, and blocks by where they are among their like."""
 
-    Attributes:
-        peaks: Span -> category -> bytes, at the span's peak. Spans tell stages of a step apart, and blocks by where they
-            are among their like.
-        trained: Number of parameters that train at a time.
-        consumed: Bytes of the gradients that the optimizer consumes: projected ones where there is a rank.
-        flops: Span -> FLOPs of a step's matrix products.
-    """
-
-    peaks: dict[tuple[Any, ...], dict[str, int]]
-    trained: int
-    consumed: int
-    flops: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    peaks: dict[tuple[Any, ...], dict[str, int]]  # span -> category -> bytes, at the span's peak
+    trained: int  # parameters that train at a time
+    consumed: int  # bytes of the gradients that the optimizer consumes: projected ones where there is a rank
+    flops: dict[tuple[Any, ...], int] = field(default_factory=dict)  # span -> those of its matrix products
 
 
 def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
@@ -118,98 +86,181 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
         work: What it trains on.
         tracker: A new one; it runs the operators of a fake model.
     """
-    count = len(decoder_layers(model))
-    active = method.active_blocks(count)
-    blocks, consumed = [0, *range(count - active + 1, count)], 0
+    consumed = 0
     with tracker:
         tracker.label("weights", [*model.parameters(), *model.buffers()])
-        optimizer = method.optimizer(_param_groups(model, method))
-        spans = _block_spans(block_groups(active, count - active, recomputing_blocks(model)))
-        _watch_stages(model, optimizer, tracker, spans)
+        simulation = _Simulation(model, method, work, tracker)
+        simulation.prepare()
+        everything_has_state = method.keeps_states or method.activated_layers is None
+        for renews in (True,) if everything_has_state and method.rank is None else (True, False):
+            for group in simulation.optimizer.param_groups:
+                if "update_proj_gap" in group:
+                    group["update_proj_gap"] = 1 if renews or method.renews_with_state else 1 << 30
+            with simulation.watched_gradients(renews):
+                consumed = simulation.step(renews)
+    peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and BETWEEN not in span[-1]}
+    return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed, dict(tracker.flops))
 
+
+class _Simulation:
+    """A model that a method trains under a tracker."""
+
+    def __init__(self, model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> None:
+        self.model, self.method, self.work, self.tracker = model, method, work, tracker
+        groups: Any = _trainable(model)
+        if method.rank is not None:
+            groups = galore_param_groups(
+                model, rank=method.rank, subspace=method.subspace, project_embeddings=method.project_embeddings
+            )
+        self.optimizer = method.optimizer(groups)
+        self.galore = self.optimizer if isinstance(self.optimizer, GaLoreAdamW) else None
+
+    def prepare(self) -> None:
+        """Brings the optimizer into the state that it has before the steps that are measured."""
+        model, method, count = self.model, self.method, len(decoder_layers(self.model))
+        active = method.active_blocks(count)
+        self._watch_stages(_block_spans(block_groups(active, count - active, recomputing_blocks(model))))
         in_blocks, others = may_train(model), outside_blocks(model, method.always_train)
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
-                optimizers = [] if method.keeps_states else [optimizer]
+                optimizers = [] if method.keeps_states else [self.optimizer]
                 activate_blocks(in_blocks, blocks, others.items(), optimizers, method.resting_rank)
 
         def take_empty_step(parameters: Iterable[nn.Parameter]) -> None:
             for p in parameters:
                 p.grad = torch.zeros_like(p)
-            optimizer.step()
-            optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
-        if method.resting_updates_kept and isinstance(optimizer, GaLoreAdamW):
-            optimizer.keep_updates_at_rest(decoder_layers(model).parameters(), fold=lambda weights: None)
-        # What has a state before the step that is measured: what trains always, every block if states are kept, or at rest.
+        if method.resting_updates_kept and self.galore is not None:
+            self.galore.keep_updates_at_rest(decoder_layers(model).parameters(), fold=lambda weights: None)
+        # What has a state by then: what trains always, every block if states are kept, or at rest.
         draw(range(count) if method.keeps_states else ())
         take_empty_step(_trainable(model))
-        draw(blocks)
-        take_empty_step(p for p in _trainable(model) if _rests(optimizer, p))
-        _label_states(optimizer, tracker)
-        everything_has_state = method.keeps_states or method.activated_layers is None
-        for renews in (True,) if everything_has_state and method.rank is None else (True, False):
-            for group in optimizer.param_groups:
-                if "update_proj_gap" in group:
-                    group["update_proj_gap"] = 1 if renews or method.renews_with_state else 1 << 30
-            with _watched_gradients(model, optimizer, tracker, method, work.host_memory, renews):
-                consumed = _step(model, optimizer, method, work, tracker, renews)
-    peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and BETWEEN not in span[-1]}
-    return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed, dict(tracker.flops))
+        draw([0, *range(count - active + 1, count)])
+        take_empty_step(p for p in _trainable(model) if self._rests(p))
+        self._label_states()
 
+    def step(self, renews: bool) -> int:
+        """The training step of CausalLMModule in Lightning's loop, or the usual one of other tools; bytes of gradients."""
+        model, method, work, tracker = self.model, self.method, self.work, self.tracker
+        language_model: Any = causal_lm(model)
+        if work.accumulates:
+            # Earlier micro-batches leave nothing but gradients, and need no more than the last one does beside those.
+            tracker.begin_span(())
+            if self.galore is not None:
+                self.galore.accumulating = True
+            for p in _trainable(model):
+                p.backward(torch.zeros_like(p))
+        if self.galore is not None:
+            self.galore.accumulating = False
+        tracker.begin_span((renews, "forward"))
+        batch = _batch(work, _trainable(model)[0].device)
+        tracker.category = "activations"
+        as_on = torch.device("cuda" if work.host_memory else "cpu")
+        # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
+        mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
+        with mixed:
+            loss = next_token_loss(language_model, batch, as_on)[0] if method.ours else model(**batch, use_cache=False).loss
+        loss.backward()
+        del loss, batch
+        tracker.category = "other"
+        tracker.begin_span((renews, "step"))
+        if self.galore is not None and method.ours:
+            gradients = self.galore.gradients()
+        else:
+            gradients = [p.grad for p in _trainable(model) if p.grad is not None]
+        consumed = sum(gradient.nbytes for gradient in gradients)
+        torch.nn.utils.get_total_norm(gradients)
+        del gradients
+        self.optimizer.step()
+        self._label_states()
+        self.optimizer.zero_grad()
+        return consumed
 
-def _step(
-    model: nn.Module, optimizer: Optimizer, method: TrainingMethod, work: Workload, tracker: MemoryTracker, renews: bool
-) -> int:
-    """The training step of CausalLMModule in Lightning's loop, or the usual one of other tools."""
-    language_model: Any = causal_lm(model)
-    if work.accumulates:
-        # Earlier micro-batches leave nothing but gradients, and need no more than the last one does beside those.
-        tracker.begin_span(())
-        if isinstance(optimizer, GaLoreAdamW):
-            optimizer.accumulating = True
-        for p in _trainable(model):
-            p.backward(torch.zeros_like(p))
-    if isinstance(optimizer, GaLoreAdamW):
-        optimizer.accumulating = False
-    tracker.begin_span((renews, "forward"))
-    batch = _batch(work, _trainable(model)[0].device)
-    tracker.category = "activations"
-    as_on = torch.device("cuda" if work.host_memory else "cpu")
-    # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
-    mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
-    with mixed:
-        loss = next_token_loss(language_model, batch, as_on)[0] if method.ours else model(**batch, use_cache=False).loss
-    loss.backward()
-    del loss, batch
-    tracker.category = "other"
-    tracker.begin_span((renews, "step"))
-    if isinstance(optimizer, GaLoreAdamW) and method.ours:
-        gradients = optimizer.gradients()
-    else:
-        gradients = [p.grad for p in _trainable(model) if p.grad is not None]
-    consumed = sum(gradient.nbytes for gradient in gradients)
-    torch.nn.utils.get_total_norm(gradients)
-    del gradients
-    optimizer.step()
-    _label_states(optimizer, tracker)
-    optimizer.zero_grad()
-    return consumed
+    @contextmanager
+    def watched_gradients(self, renews: bool) -> Iterator[None]:
+        """Tells the tracker which tensors are gradients, and what is computed from them, in a step."""
+        galore, tracker, on_host = self.galore, self.tracker, self.work.host_memory
+        before, arriving = "", None  # rows of an offloaded gradient that are added to the present one
+
+        def begin(p: Tensor) -> None:
+            nonlocal before, arriving
+            before, tracker.category = tracker.category, "gradients"
+            offloaded = galore.offloaded_gradients.get(p) if galore else None
+            if offloaded is not None and on_host:
+                arriving = torch.empty_like(offloaded[..., : rows_at_a_time(p.size(-1), torch.device("cuda")), :])
+            tracker.label("gradients", [p.grad, None if on_host else offloaded])
+            tracker.category = "other"
+
+        def end(p: Tensor) -> None:
+            nonlocal arriving
+            tracker.category, arriving = before, None
+            if galore is not None:
+                tracker.label("gradients", [galore.projected_gradients.get(p)])
+                if on_host:
+                    tracker.label(HOST, [galore.offloaded_gradients.get(p)])
+
+        parameters = _trainable(self.model)
+        if self.method.factored:
+            # A hook would call for the gradients that linear layers do without in this step.
+            factors = {m.weight for m in decoder_layers(self.model).modules() if isinstance(m, nn.Linear)}
+            whole = renews or self.method.renews_with_state
+            parameters = [p for p in parameters if p not in factors or (whole and not self._rests(p))]
+        handles = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
+        handles += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
+        if galore is not None and self.method.ours:
+            galore.project_in_backward(model=self.model if self.method.factored else None)
+        handles += [p.register_post_accumulate_grad_hook(end) for p in parameters]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch_stages(self, block_spans: Sequence[str]) -> None:
+        """Registers the hooks that tell the tracker where in a step it is."""
+
+        def stage(name: str, category: str = "activations") -> None:
+            if self.galore is not None:
+                self.tracker.label("gradients", self.galore.projected_gradients.values())
+            self.tracker.begin_span((self.tracker.span[0], name))
+            self.tracker.category = category
+
+        def enter_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if in_backward():
+                return  # recomputed within backward
+            stage(f"forward {block_spans[index]}")
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index and hidden.requires_grad:  # once its gradient is there, backward goes on to the block below
+                hidden.register_hook(lambda _: stage(f"backward {block_spans[index - 1]}"))
+
+        def leave_decoder(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            stage("loss_head", "loss_head")
+            output.last_hidden_state.register_hook(lambda _: stage(f"backward {block_spans[-1]}"))
+
+        for index, layer in enumerate(decoder_layers(self.model)):
+            layer.register_forward_pre_hook(partial(enter_block, index), with_kwargs=True)
+        below_head(causal_lm(self.model)).register_forward_hook(leave_decoder)
+
+    def _rests(self, p: nn.Parameter) -> bool:
+        return self.galore is not None and self.galore.rests(p)
+
+    def _label_states(self) -> None:
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim():
+                    self.tracker.label("projectors" if key == "projector" else "moments", [value])
+        if self.galore is not None:
+            self.tracker.label("projectors", self.galore.resting_projectors.values())
 
 
 def _batch(work: Workload, device: torch.device) -> dict[str, Tensor]:
-    shape = (work.batch_size, work.length)
-    ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    ids = torch.zeros((work.batch_size, work.length), dtype=torch.int64, device=device)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # padding somewhere, so that attention gets a mask
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
-
-
-def _param_groups(model: nn.Module, method: TrainingMethod) -> Any:
-    if method.rank is None:
-        return _trainable(model)
-    return galore_param_groups(model, rank=method.rank, subspace=method.subspace, project_embeddings=method.project_embeddings)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -219,10 +270,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def block_groups(active: int, frozen: int, recomputed: int) -> dict[str, int]:
     """Returns how many blocks of each kind there are above the lowest one, from below.
 
-    Args:
-        active: How many blocks train: the lowest one and the highest ones.
-        frozen: How many do not, in between.
-        recomputed: How many, from below, recompute their activations.
+    The lowest block and the highest ones are the active ones; ``recomputed`` ones, from below, recompute their activations.
     """
     above = max(0, recomputed - 1)
     some, more = min(frozen, above), min(active - 1, max(0, above - frozen))
@@ -240,91 +288,3 @@ def _block_spans(groups: dict[str, int]) -> list[str]:
         if size:
             names += [f"{kind}, first", *[BETWEEN] * (size - 2), f"{kind}, last"][-size:]
     return names
-
-
-@contextmanager
-def _watched_gradients(
-    model: nn.Module,
-    optimizer: Optimizer,
-    tracker: MemoryTracker,
-    method: TrainingMethod,
-    host_memory: bool,
-    renews: bool,
-) -> Iterator[None]:
-    """Tells the tracker which tensors are gradients, and what is computed from them, in a step."""
-    galore = optimizer if isinstance(optimizer, GaLoreAdamW) else None
-    before, arriving = "", None  # rows of an offloaded gradient that are added to the present one
-
-    def begin(p: Tensor) -> None:
-        nonlocal before, arriving
-        before, tracker.category = tracker.category, "gradients"
-        offloaded = galore.offloaded_gradients.get(p) if galore else None
-        if offloaded is not None and host_memory:
-            arriving = torch.empty_like(offloaded[..., : rows_at_a_time(p.size(-1), torch.device("cuda")), :])
-        tracker.label("gradients", [p.grad, None if host_memory else offloaded])
-        tracker.category = "other"
-
-    def end(p: Tensor) -> None:
-        nonlocal arriving
-        tracker.category, arriving = before, None
-        if galore is not None:
-            tracker.label("gradients", [galore.projected_gradients.get(p)])
-            if host_memory:
-                tracker.label(HOST, [galore.offloaded_gradients.get(p)])
-
-    parameters = _trainable(model)
-    if method.factored:
-        # A hook would call for the gradients that linear layers do without in this step.
-        factors = {m.weight for m in decoder_layers(model).modules() if isinstance(m, nn.Linear)}
-        whole = renews or method.renews_with_state
-        parameters = [p for p in parameters if p not in factors or (whole and not _rests(optimizer, p))]
-    handles = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
-    handles += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
-    if galore is not None and method.ours:
-        galore.project_in_backward(model=model if method.factored else None)
-    handles += [p.register_post_accumulate_grad_hook(end) for p in parameters]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _watch_stages(model: nn.Module, optimizer: Optimizer, tracker: MemoryTracker, block_spans: Sequence[str]) -> None:
-    """Registers the hooks that tell the tracker where in a step it is."""
-    galore = optimizer if isinstance(optimizer, GaLoreAdamW) else None
-
-    def stage(name: str, category: str = "activations") -> None:
-        if galore is not None:
-            tracker.label("gradients", galore.projected_gradients.values())
-        tracker.begin_span((tracker.span[0], name))
-        tracker.category = category
-
-    def enter_block(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if in_backward():
-            return  # recomputed within backward
-        stage(f"forward {block_spans[index]}")
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if index and hidden.requires_grad:  # once its gradient is there, backward goes on to the block below
-            hidden.register_hook(lambda _: stage(f"backward {block_spans[index - 1]}"))
-
-    def leave_decoder(decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        stage("loss_head", "loss_head")
-        output.last_hidden_state.register_hook(lambda _: stage(f"backward {block_spans[-1]}"))
-
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.register_forward_pre_hook(partial(enter_block, index), with_kwargs=True)
-    below_head(causal_lm(model)).register_forward_hook(leave_decoder)
-
-
-def _rests(optimizer: Optimizer, p: nn.Parameter) -> bool:
-    return isinstance(optimizer, GaLoreAdamW) and optimizer.rests(p)
-
-
-def _label_states(optimizer: Optimizer, tracker: MemoryTracker) -> None:
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim():
-                tracker.label("projectors" if key == "projector" else "moments", [value])
-    if isinstance(optimizer, GaLoreAdamW):
-        tracker.label("projectors", optimizer.resting_projectors.values())

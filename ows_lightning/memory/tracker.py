@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,22 +18,14 @@ from torch.utils.flop_counter import flop_registry
 from ows_lightning.compat import storage_key
 
 aten = torch.ops.aten
-_ATTENTION, _ITS_BACKWARD = (
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward,
-)
+_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+_ITS_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """Returns the FLOPs of an operator's matrix products, two for a multiplication with its addition; 0 for all else.
 
     Fused attention counts as its matrix products would one by one: two in forward, four in backward, masked or not.
-
-    Args:
-        func: The operator.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        result: What it returned.
     """
     packet = getattr(func, "_overloadpacket", None)
     if packet in flop_registry:
@@ -69,9 +61,8 @@ class MemoryTracker(TorchDispatchMode):
     often known only later (a tensor turns out to be a gradient): `label` may say so at any time, and counts for peaks that
     are already past. Until then, a storage has the `category` that was set when it came up.
 
-    Every instant belongs to one span (`begin_span`); `peaks` has the peak of each, and
-    `flops` what was computed in it. What kernels allocate within
-    themselves is not seen.
+    Every instant belongs to one span (`begin_span`); `peaks` has the peak of each, and `flops` what was computed in it. What
+    kernels allocate within themselves is not seen.
 
     Args:
         alignment: Sizes are rounded up to a multiple of so many bytes: 512 for CUDA's allocator.
@@ -95,12 +86,9 @@ class MemoryTracker(TorchDispatchMode):
         """Runs an operator, and takes its results into account."""
         result = self._operate(func, args, kwargs or {})
         self.flops[self.span] += flops_of(func, args, kwargs or {}, result)
-        if isinstance(result, Tensor):
-            self._allocation(result)
-        elif isinstance(result, (tuple, list)):
-            for value in tree_leaves(result):
-                if isinstance(value, Tensor):
-                    self._allocation(value)
+        for value in [result] if isinstance(result, Tensor) else tree_leaves(result):  # faster, and the usual case
+            if isinstance(value, Tensor):
+                self._allocation(value)
         return result
 
     def label(self, category: str, tensors: Iterable[Tensor | None]) -> None:
@@ -127,12 +115,12 @@ class MemoryTracker(TorchDispatchMode):
     def peaks(self) -> dict[tuple[Any, ...], dict[str, int]]:
         """Returns the bytes by category at the peak of each span."""
         self.begin_span(self.span)
-        peaks = {}
+        peaks: dict[tuple[Any, ...], dict[str, int]] = {}
         for span, (_, alive) in self._peaks.items():
-            sizes: Counter[str] = Counter()
+            sizes = peaks[span] = defaultdict(int)
             for allocation in alive:
-                sizes[allocation.category] += allocation.size
-            peaks[span] = {category: size for category, size in sizes.items() if category != HOST}
+                if allocation.category != HOST:
+                    sizes[allocation.category] += allocation.size
         return peaks
 
     # ------------------------------------------------------------------ the count

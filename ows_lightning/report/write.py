@@ -112,8 +112,10 @@ def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> P
         pictures = _pictures(PICTURES_OF_ONE_RUN, run, output, run.name, prefix)
         settings = (run.path / CONFIG).read_text(encoding="utf-8") if run.config else None
         sections.append({"title": run.name if several else "Blocks", "pictures": pictures, "settings": settings})
-        sections += [{"title": f"{title}, {run.name}" if several else title, "table": t} for title, t in run.texts.items()]
-    if not any(section.get("pictures") or section.get("table") for section in sections):
+        for title, table in run.texts.items():
+            rows = list(zip(*table.values(), strict=True))
+            sections.append({"title": f"{title}, {run.name}" if several else title, "columns": list(table), "rows": rows})
+    if not any(section.get("pictures") or section.get("rows") for section in sections):
         raise UsageError(f"{names}: no figures to report yet; let the run log some steps first")
     figures = [key_figures(run) for run in runs]
     tables.write_csv({column: [row[column] for row in figures] for column in figures[0]}, output / "key_figures.csv")
@@ -131,7 +133,8 @@ def _pictures(
     for picture in pictures:
         if png := picture.draw(subject, output / f"{prefix}{picture.name}.png"):
             tables.write_csv(picture.table(subject), png.with_suffix(".csv"))
-            shown.append({"png": png, "caption": picture.caption, "alt": f"{names}: {picture.caption}"})
+            about = {"caption": picture.caption, "alt": f"{names}: {picture.caption}", "numbers": f"{png.stem}.csv"}
+            shown.append({"png": base64.b64encode(png.read_bytes()).decode(), **about})
     return shown
 
 
@@ -154,16 +157,11 @@ def render(
 ) -> str:
     """The page as text, made of ``page.html``: key figures of one run as a list, those of several as a row each, and sections.
 
-    Sections have a ``title``, and ``pictures``, a ``table`` of texts or ``settings`` as text.
+    Sections have a ``title``, and ``pictures``, ``columns`` and ``rows`` of texts, or ``settings`` as text.
     """
-    environment = Environment(autoescape=True, trim_blocks=True)
-    environment.filters |= {
-        "base64": lambda content: base64.b64encode(content).decode(),
-        "transpose": lambda columns: zip(*columns, strict=True),
-    }
     rows = [{label: formatted(key, run, len(figures) == 1) for key, label in LABELS.items()} for run in figures]
     labels = [label for label in LABELS.values() if any(row[label] != UNKNOWN for row in rows)]
     shown = [section for section in sections if any(value for key, value in section.items() if key != "title")]
     values = {"title": title, "figures": rows, "labels": labels, "sections": shown, "refresh": refresh, "note": note}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(values, policy=POLICY)
+    return Environment(autoescape=True, trim_blocks=True).from_string(template).render(values, policy=POLICY)

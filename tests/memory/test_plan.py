@@ -273,10 +273,10 @@ def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: int
     settings = settings_from_config(make_config(directory, **changes, sampling__activated_layers=6))
     shape = copy.deepcopy(settings.model)
     shape.num_hidden_layers = 10
-    deeper = replace(settings, model=shape, _cache={})
+    deeper = replace(settings, model=shape, method=METHODS[method](settings), _cache={})
 
     def peak(alike: bool) -> int:
-        memory = extrapolate(deeper, METHODS[method](settings), alike)
+        memory = extrapolate(deeper, alike)
         return max(sum(sizes.values()) for sizes in memory.peaks.values())
 
     assert peak(alike=True) == pytest.approx(peak(alike=False), rel=1e-3)

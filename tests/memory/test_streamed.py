@@ -120,4 +120,4 @@ def test_counts_the_fetches_of_a_window(window: int, blocks: list[int], always_t
         for rank in order:
             fetched += slots.get(rank % window) != rank
             slots[rank % window] = rank
-    assert fetched_blocks(blocks, settings, settings.method, 10) == fetched
+    assert fetched_blocks(blocks, settings, 10) == fetched
