@@ -46,8 +46,7 @@ _FORMS = {"sxm", "sxm2", "sxm4", "sxm5", "pcie", "nvl", "hbm2", "hbm2e", "hbm3",
 def find_card(name: str, key: str = "card") -> Card:
     """Returns the card of a name as people, shops or ``nvidia-smi`` write it: ``rtx4090``, ``NVIDIA A100-SXM4-80GB``.
 
-    Raises:
-        UsageError: There is none in `CARDS`, or there are several; the message begins with the key that gave the name.
+    It raises a UsageError, which begins with the key that gave the name, if there is none in `CARDS` or there are several.
     """
     whole, memory = _name_and_memory(name)
     model, _ = _name_and_memory(name, _MAKERS | _FORMS)
@@ -89,11 +88,7 @@ Changes = dict[str, Any]
 
 
 def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
-    """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does.
-
-    Raises:
-        UsageError: The model can't be followed, or can't recompute some of its blocks alone.
-    """
+    """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does."""
 
     def fits(number: int) -> bool:
         return predict(replace(settings, gradient_checkpointing=number)).peak_bytes <= budget
@@ -179,11 +174,7 @@ def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Ch
 def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     """Writes a config that differs from a parsed one by what makes it fit a card, to a file named after the card.
 
-    Returns:
-        What was changed, and how to start the run, in words.
-
-    Raises:
-        UsageError: There is no such card, or nothing makes the run fit it.
+    Returns what was changed and how to start the run, in words; raises a UsageError if nothing makes the run fit.
     """
     chosen, settings = find_card(card, "fit"), settings_from_config(config)
     changes = changes_that_fit(settings, chosen.memory)

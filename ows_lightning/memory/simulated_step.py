@@ -80,11 +80,8 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
     most is taken: the lowest block trains, so that activations are kept from there up, and so do the highest ones, whose
     gradients come when most activations are still there.
 
-    Args:
-        model: A causal LM on the CPU, real or fake, maybe within a peft model; its weights are changed if they are real.
-        method: How it trains.
-        work: What it trains on.
-        tracker: A new one; it runs the operators of a fake model.
+    The model is a causal LM on the CPU, maybe within a peft model, real (its weights are changed) or fake (the tracker, a new
+    one, runs its operators).
     """
     consumed = 0
     with tracker:

@@ -59,11 +59,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
-        """Read a run folder, or the newest ``version_N`` inside a folder of them.
-
-        Args:
-            path: Folder with ``metrics.csv``, ``sampling_history.csv`` or ``outlier_scores.json`` in it, or a folder
-                whose ``version_N`` folders are such.
+        """Read a folder with ``metrics.csv``, ``sampling_history.csv`` or ``outlier_scores.json``, or the newest run within.
 
         Raises:
             UsageError: The folder is missing, is not a run's, or one of its files is damaged.
@@ -128,11 +124,7 @@ class RunRecord:
 
 
 def find_run_folder(path: Path) -> Path:
-    """The run folder that ``path`` is, or the newest of the ``version_N`` folders in it.
-
-    Raises:
-        UsageError: There is no such folder, or no run in it.
-    """
+    """The run folder that ``path`` is, or the newest of the ``version_N`` folders in it; a UsageError if there is no run."""
     if is_run_folder(path):
         return path
     versions = {number: folder for folder in path.glob("version_*") if (number := _version_number(folder)) is not None}
