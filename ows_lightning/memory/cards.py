@@ -83,9 +83,6 @@ def available_bytes(device: torch.device) -> int | None:
 
 # ------------------------------------------------------------------------------ what makes a run fit
 
-Changes = dict[str, Any]
-"""Keys of a config, dotted, and their new values."""
-
 
 def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
     """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does."""
@@ -106,8 +103,8 @@ def advise(settings: PlanSettings, card: int) -> str:
     return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
-def changes_that_fit(settings: PlanSettings, card: int) -> Changes | None:
-    """Returns what makes a run fit a card of so many GB: the mildest change, with the largest batches."""
+def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None:
+    """Returns the keys of a config, dotted, whose new values make a run fit: the mildest change, with the largest batches."""
     milder = list(_cheaper_settings(settings))
     if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
         return None
@@ -132,7 +129,7 @@ def _resident_bytes(settings: PlanSettings) -> int:
     return sum(p.nbytes for p in settings.meta_model.parameters())
 
 
-def _in_words(changes: Changes) -> str:
+def _in_words(changes: dict[str, Any]) -> str:
     parts = [f"{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
     return f"{', '.join(parts[:-1])}{' and ' * (len(parts) > 1)}{parts[-1]}"
 
@@ -143,12 +140,12 @@ def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
     return replace(settings, batch_size=size, accumulate_grad_batches=settings.accumulate_grad_batches * times)
 
 
-def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
+def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, dict[str, Any]]]:
     """Yields settings that need less and less, each with the keys that differ."""
     method, count = settings.method, settings.method.activated_layers
     some_are_frozen = count is not None or method.lora is not None
     offload = some_are_frozen and settings.frozen_in == "device" and not settings.is_sharded
-    changes: Changes = {}
+    changes: dict[str, Any] = {}
     yield settings, {}
     milder: list[tuple[bool, str, Any]] = [
         (settings.recomputed < settings.blocks, "model.gradient_checkpointing", True),

@@ -174,10 +174,8 @@ def _read_scores(path: Path) -> dict[str, Any] | None:
         ratios, probabilities = scores["outlier_ratios"], scores["probabilities"]
         numbers = [float(number) for number in [*ratios, *probabilities]]
         if not probabilities or len(ratios) != len(probabilities) or not all(map(math.isfinite, numbers)):
-            raise ValueError(
-                "outlier_ratios and probabilities need one finite number a block each, they have "
-                f"{len(ratios)} and {len(probabilities)}"
-            )
+            counts = f"{len(ratios)} and {len(probabilities)}"
+            raise ValueError(f"outlier_ratios and probabilities need one finite number a block each, they have {counts}")
         return scores
 
 
