@@ -106,9 +106,8 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
 
     def of(groups: dict[str, int]) -> StepMemory:
         frozen, frozen_kept, active, active_kept = groups.values()
-        return simulate(
-            settings, 1 + active + active_kept, frozen + frozen_kept, min(settings.recomputed, 1 + frozen + active)
-        )
+        recomputed = min(settings.recomputed, 1 + frozen + active)
+        return simulate(settings, 1 + active + active_kept, frozen + frozen_kept, recomputed)
 
     base = of(few)
     steps = [(size - few[name], of({**few, name: few[name] + 1})) for name, size in groups.items() if size > few[name]]
