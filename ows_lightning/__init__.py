@@ -16,16 +16,9 @@ if TYPE_CHECKING:
     from ows_lightning.trainer import OWSTrainer
 
 __all__ = [
-    "CausalLMModule",
-    "GaLoreAdamW",
-    "InstructionDataModule",
-    "LayerwiseSampling",
-    "OWSTrainer",
-    "decoder_layers",
-    "galore_param_groups",
-    "layer_outlier_ratios",
-    "sampling_probabilities",
-]
+    "CausalLMModule", "GaLoreAdamW", "InstructionDataModule", "LayerwiseSampling", "OWSTrainer", "decoder_layers",
+    "galore_param_groups", "layer_outlier_ratios", "sampling_probabilities",
+]  # fmt: skip
 
 _MODULES = {
     "CausalLMModule": "module",

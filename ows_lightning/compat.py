@@ -1,8 +1,7 @@
 """The private functions and attributes of other libraries that this package calls: why, and what to do when one is gone.
 
-Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason: where a
-base class calls a method that is overridden, and where a file is about a library's internals as a whole (Lightning's loops,
-torch's fake tensors, argparse's actions). Needs torch alone; others are passed in, or imported when they are used.
+Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason. Needs torch
+alone; others are passed in, or imported when they are used.
 """
 
 from __future__ import annotations
@@ -16,63 +15,50 @@ from torch import Tensor, nn
 
 
 def in_backward() -> bool:
-    """Whether autograd is running backward in this thread, as it is while a checkpointed block is recomputed.
-
-    There is no public way to ask. When it is gone: set a flag in a pre-hook of the loss and unset it in ``queue_callback``.
-    """
+    """Whether autograd is running backward in this thread, as it is while a checkpointed block is recomputed."""
     return backward_pass_id() != -1
 
 
 def backward_pass_id() -> int:
-    """The number of the backward pass that runs in this thread, -1 outside of any; see ``in_backward``."""
+    """The number of the backward pass that runs in this thread, -1 outside of any.
+
+    When it is gone: set a flag in a pre-hook of the loss and unset it in ``queue_callback``.
+    """
     return torch._C._current_graph_task_id()
 
 
 def on_backward_end(callback: Callable[[], None]) -> None:
-    """Calls a function when the backward pass that is running ends; torch's DistributedDataParallel does so, too.
-
-    When it is gone: a hook on the parameters or inputs that come last.
-    """
+    """Calls a function when the backward pass that is running ends, as in DDP. When it is gone: a hook on what comes last."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def version_counter(tensor: Tensor) -> int:
-    """The number of in-place writes to a tensor, which assigning other memory (``data``) does not change.
-
-    When it is gone: compare checksums, which read all weights.
-    """
+    """The number of in-place writes to a tensor, but for those through ``data``. When it is gone: compare checksums."""
     return tensor._version
 
 
 def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
-    """The hooks on a parameter's gradient, before or after it is added to ``grad``.
-
-    When they are gone: keep a registry of one's own hooks, and do without the shortcut that must not be taken behind others'.
-    """
+    """The hooks on a parameter's gradient, before or after it is added to ``grad``. When they are gone: a registry of ours."""
     return [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that is equal for two tensors that share memory; fake tensors, which have none, have one as well.
+    """A number that is equal for two tensors that share memory, also fake ones, whose ``data_ptr`` is 0.
 
-    ``data_ptr`` is 0 for all fake tensors. When it is gone: ``untyped_storage()`` as a key of a WeakKeyDictionary.
+    When it is gone: ``untyped_storage()`` as a key of a WeakKeyDictionary.
     """
     return int(tensor.untyped_storage()._cdata)
 
 
 def allow_recompilation(times: int) -> None:
-    """Raises the number of cases that a function is compiled for from 8, a limit that blocks of one class share.
-
-    ``torch.compiler`` has no setting for it. When it is gone: look for ``recompile_limit`` under a new name.
-    """
+    """Raises the number of cases that a function is compiled for from 8, a limit that blocks of one class share."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, times)
 
 
 def keep_recomputation_out_of_inference_graphs() -> None:
     """Lets a checkpointed block be compiled for the case that nothing in it requires a gradient.
 
-    torch (2.13) looks for a backward pass in that graph and refuses one with a random operation, such as attention. When
-    the setting is gone: call such a block without ``checkpoint``.
+    torch (2.13) refuses a random operation, such as attention, in that graph. When it is gone: call it without ``checkpoint``.
     """
     if hasattr(torch._functorch.config, "remat_using_tags_for_fwd_loss_bwd_graph"):
         torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph = False
@@ -92,20 +78,14 @@ foreach_sqrt = torch._foreach_sqrt
 
 
 def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of this process's part of a DTensor, and where the part begins in the whole.
-
-    When it is gone: ``to_local().shape``, and offsets summed over the processes before this one.
-    """
+    """The shape of this process's part of a DTensor, and where it begins in the whole. When it is gone: sum over processes."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """A module's own parameters by name, to be replaced in place; ``setattr`` would change their order.
-
-    When it is gone: ``torch.nn.utils.parametrize`` or ``setattr`` and a look at the order of ``state_dict``.
-    """
+    """A module's own parameters by name, to be replaced in place. When it is gone: ``setattr``, which changes their order."""
     return module._parameters
 
 
@@ -120,10 +100,7 @@ def attn_implementation_of(config: Any) -> str | None:
 
 
 def without_weight_conversions(model: Any) -> Any:
-    """A shallow copy of a transformers model without the weight conversions of the files that it was loaded from.
-
-    Without that, ``revert_weight_conversion`` gives back the names of those. When it is gone: compare with ``state_dict``.
-    """
+    """A shallow copy of a transformers model, which does not know in what layout of files it was loaded."""
     plain = copy.copy(model)
     plain._weight_conversions = None
     return plain
@@ -135,8 +112,5 @@ def fingerprint(dataset: Any) -> str:
 
 
 def mark_step_saved(callback: Any, step: int) -> None:
-    """Tells Lightning's ModelCheckpoint that it has saved a step, so that it does not do so again.
-
-    When it is gone: override ``_should_skip_saving_checkpoint``, or look for what it compares with ``global_step``.
-    """
+    """Tells Lightning's ModelCheckpoint that it has saved a step: see what ``_should_skip_saving_checkpoint`` compares."""
     callback._last_global_step_saved = step

@@ -19,31 +19,15 @@ class RunError(RuntimeError):
 
 
 def command_line(command: str) -> str:
-    """Returns a command as it is typed, after the program that is running: for messages that name one.
-
-    Args:
-        command: One of this package's, with its options.
-    """
+    """Returns a command of this package as it is typed, after the program that is running: for messages that name one."""
     return f"{'python main.py' if Path(sys.argv[0]).name == 'main.py' else 'ows-lightning'} {command}"
 
 
 EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}
 """Packages that are not always needed, and this project's extras that bring them."""
 
-_LIGHTNING_REFUSALS = {
-    r"`val_check_interval` \((\S+)\) must be less than or equal to the number of the training batches \((\d+)\)": (
-        "trainer.val_check_interval: {} is more than the {} training batches of an epoch; lower it, or set "
-        "trainer.check_val_every_n_epoch: null to count over epochs"
-    ),
-    r"`mode` can be min, max but got (.+)": "checkpoint.mode: '{}' is neither min nor max; give one of them",
-    r"Combination of parameters (.+) should be mutually exclusive": "checkpoint: {}; give one, and null for the others",
-    r"Sharding propagation failed for (aten\.\w+)": (
-        "trainer.strategy: fsdp2 shards the weights, and torch can't do `{}` on shards, which something asks for; take "
-        "another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
-    ),
-    r'ckpt_path="(\w+)"\)` is set but': "ckpt_path: there is no '{}' checkpoint to find; give the path of one, or `last`",
-}
-"""Settings that Lightning or torch refuses in its own words, and what a user can do about them."""
+_REFUSED = ("`val_check_interval` (", '")` is set but')
+"""What Lightning begins with, or says, where it refuses a setting by a mere ValueError."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -56,13 +40,15 @@ def explain(error: BaseException) -> tuple[str, int]:
         return text, 2
     if isinstance(error, RunError):
         return text, 1
-    for pattern, line in _LIGHTNING_REFUSALS.items():
-        if found := re.search(pattern, text):
-            return line.format(*found.groups()), 2
-    if isinstance(error, _class_if_imported("lightning.fabric.utilities.exceptions", "MisconfigurationException")):
+    if found := re.search(r"Sharding propagation failed for (aten\.\w+)", text):
+        mend = "take another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
+        return f"trainer.strategy: fsdp2 shards the weights, and torch can't do `{found[1]}` on shards; {mend}", 2
+    misconfigured = _class_if_imported("lightning.fabric.utilities.exceptions", "MisconfigurationException")
+    if isinstance(error, misconfigured) or any(words in text for words in _REFUSED):
         return text, 2
     if isinstance(error, ModuleNotFoundError):
-        return f"{text.rstrip('.')}{_install(text)}", 2
+        extra = next((f'; pip install "ows_lightning[{extra}]"' for package, extra in EXTRAS.items() if package in text), "")
+        return f"{text.rstrip('.')}{extra}", 2
     if is_out_of_memory(error):
         return _out_of_memory(text, getattr(error, "__notes__", ())), 1
     if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -95,12 +81,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
-
-    def likeness(other: str) -> float:
-        return difflib.SequenceMatcher(None, other, name).ratio()
-
-    near = max(sorted(set(known)), key=likeness, default=None)
-    return near if near is not None and likeness(near) >= cutoff else None
+    likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
+    near = max(likeness, key=likeness.__getitem__, default=None)
+    return near if near is not None and likeness[near] >= cutoff else None
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:
@@ -128,11 +111,6 @@ def _own_text(error: BaseException) -> str:
     text = str(error)
     raised = re.findall(r"^[\w.]+: (.*)", text, flags=re.MULTILINE) if "DataLoader worker process" in text else []
     return raised[-1] if raised else text
-
-
-def _install(text: str) -> str:
-    extra = next((extra for package, extra in EXTRAS.items() if package in text), None)
-    return f'; pip install "ows_lightning[{extra}]"' if extra else ""
 
 
 def _out_of_memory(text: str, notes: Iterable[str]) -> str:

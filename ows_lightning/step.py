@@ -21,23 +21,14 @@ _UNIT = 1024.0  # a power of two, which rounds nothing, of about the targets of 
 
 
 class StepFigures(NamedTuple):
-    """What an optimizer step came to, over all its micro-batches and processes.
+    """What an optimizer step came to, over all its micro-batches and processes."""
 
-    Attributes:
-        loss: Mean over all target tokens (nats), float32, a scalar on the host.
-        grad_norm: Norm of what the optimizer consumes, before clipping, float32, a scalar on the host.
-        tokens: Number of tokens, targets or not.
-        targets: Number of target tokens.
-        skipped: Whether the step changes nothing because a gradient held NaN or Inf.
-        notes: Sum of the processes' ``Step.note``.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    tokens: int
+    loss: Tensor  # mean over all target tokens (nats), float32, a scalar on the host
+    grad_norm: Tensor  # of what the optimizer consumes, before clipping, float32, a scalar on the host
+    tokens: int  # targets or not
     targets: int
-    skipped: bool
-    notes: int
+    skipped: bool  # it changes nothing, because a gradient held NaN or Inf
+    notes: int  # sum of the processes' ``Step.note``
 
 
 class Step:
@@ -45,29 +36,17 @@ class Step:
 
     The step's loss is the mean over the target tokens of all its micro-batches and processes, whose number is known when the
     last micro-batch has come. Until then gradients are those of sums over a fixed number; ``finish`` makes them those of the
-    mean. Processes communicate once a step.
-
-    Args:
-        processes: Number of processes, over which the strategy averages gradients.
-
-    Attributes:
-        note: What this process has to tell the others with its next step, a small number; they see the sum.
+    mean. Processes, over which the strategy averages gradients, communicate once a step.
     """
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
-        self.note = 0
+        self.note = 0  # a small number that the others get with the next step; they see the sum
         self._totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, notes
         self._unit: float | Tensor = _UNIT
 
     def add(self, parts: LossParts, tokens: Tensor, last: bool) -> Tensor:
-        """Adds a micro-batch, and returns the loss to call backward with.
-
-        Args:
-            parts: The micro-batch's loss on this process.
-            tokens: Number of its tokens, a scalar.
-            last: Whether it is the last of its step.
-        """
+        """Adds a micro-batch of ``tokens`` (a scalar), maybe its step's last; returns the loss to call backward with."""
         counts = [parts.targets, tokens, torch.full_like(tokens, self.note if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
         first, self._totals = self._totals is None, here if self._totals is None else self._totals + here
@@ -85,7 +64,7 @@ class Step:
         Args:
             optimizer: Whose gradients are complete, and averaged over the processes.
             micro_batches: Micro-batches of a step, by whose number Lightning has divided each loss.
-            limit: Largest norm (or value, with ``algorithm="value"``) of what the optimizer consumes; 0 or None for none.
+            limit: Largest norm or value of what the optimizer consumes; 0 or None for none.
             algorithm: Lightning's ``norm`` or ``value``.
         """
         assert self._totals is not None

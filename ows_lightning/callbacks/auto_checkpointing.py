@@ -38,13 +38,12 @@ class AutoCheckpointing(Callback):
         """Sets the number on all processes; all blocks if the memory can't be predicted."""
         if not isinstance(pl_module, CausalLMModule) or pl_module.hparams["gradient_checkpointing"] != "auto":
             return
-        count = len(decoder_layers(pl_module))
-        number = count
+        number = count = len(decoder_layers(pl_module))
         if trainer.is_global_zero:
             try:
                 number, budget = self._fewest(trainer, pl_module)
-                how = f"{number} of {count} blocks recompute ({budget / 1e9:.1f} GB for the run)"
-                log.info("model.gradient_checkpointing: auto, %s", how)
+                what = "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)"
+                log.info(what, number, count, budget / 1e9)
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
                 log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", first_line(error))
         checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -68,20 +67,15 @@ class ShowGenerations(StepCallback):
         folder = run_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero:
             return
-        shown = "\n".join(f"  {prompt!r} -> {answer!r}" for prompt, answer in zip(self.prompts, answers, strict=True))
-        log.info("Answers after step %d:\n%s", trainer.global_step, shown)
+        step, pairs = trainer.global_step, [*zip(self.prompts, answers, strict=True)]
+        shown = "\n".join(f"  {prompt!r} -> {answer!r}" for prompt, answer in pairs)
+        log.info("Answers after step %d:\n%s", step, shown)
         if trainer.loggers:
-            _append(folder / "generations.csv", trainer.global_step, self.prompts, answers)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "generations.csv").open("a", newline="", encoding="utf-8") as file:
+                header = [["step", "prompt", "answer"]] if file.tell() == 0 else []
+                csv.writer(file).writerows([*header, *([step, *pair] for pair in pairs)])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                text = "\n\n".join(f"**{prompt}**\n\n{answer}" for prompt, answer in zip(self.prompts, answers, strict=True))
-                logger.experiment.add_text("generations", text, trainer.global_step)
-
-
-def _append(path: Path, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow(["step", "prompt", "answer"])
-        writer.writerows([step, prompt, answer] for prompt, answer in zip(prompts, answers, strict=True))
+                text = "\n\n".join(f"**{prompt}**\n\n{answer}" for prompt, answer in pairs)
+                logger.experiment.add_text("generations", text, step)

@@ -31,9 +31,7 @@ class ContinueMetricsCSV(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Copies the rows, on rank 0."""
         logger = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
-        if trainer.state.fn != TrainerFn.FITTING or trainer.ckpt_path is None or logger is None:
-            return
-        if trainer.is_global_zero:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path and logger is not None and trainer.is_global_zero:
             _copy_rows(Path(trainer.ckpt_path), logger, checkpoint)
 
 
@@ -41,21 +39,14 @@ def _unlogged_row(trainer: Trainer) -> dict[str, Any] | None:
     """Returns the row that Lightning will log for this step after its callbacks have run; None if it is logged already."""
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     batches: Any = loop.batch_progress.current
-    before_it = batches.completed < batches.processed
-    if not before_it or loop._should_accumulate() or not connector.should_update_logs:
+    if batches.completed == batches.processed or loop._should_accumulate() or not connector.should_update_logs:
         return None
     row = convert_tensors_to_scalars(connector.metrics["log"])
     return {**row, "epoch": trainer.current_epoch, "step": loop._batches_that_stepped}
 
 
 def _copy_rows(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> None:
-    """Writes the rows up to a checkpoint into a run's ``metrics.csv``; the resumed run logs the later ones again.
-
-    Args:
-        path: The checkpoint.
-        logger: The resumed run's.
-        checkpoint: Its contents.
-    """
+    """Writes the rows up to a checkpoint into the ``metrics.csv`` of the run that resumes it and logs the later ones again."""
     saved = checkpoint.get("curves", {})
     before = next((f for f in (path.parent.parent, Path(saved.get("folder", ""))) if (f / "metrics.csv").is_file()), None)
     now = Path(logger.log_dir)

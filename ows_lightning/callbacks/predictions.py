@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.callbacks.run_folder import run_folder
 
 
-class PredictionFile(BasePredictionWriter):
+class PredictionFile(Callback):
     """Writes each answer of ``predict`` as a line of ``predictions.jsonl`` into the run's folder; a file a rank."""
 
-    def __init__(self) -> None:
-        super().__init__(write_interval="batch")
-        self._path: Path | None = None
+    _path: Path
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Creates the file."""
@@ -28,20 +24,12 @@ class PredictionFile(BasePredictionWriter):
         self._path = folder / f"predictions{rank}.jsonl"
         self._path.write_text("", encoding="utf-8")
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: list[dict[str, Any]],
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Appends a batch's rows: ``prompt``, ``reference``, ``generated``, and the data's other columns."""
-        assert self._path is not None
         with self._path.open("a", encoding="utf-8") as file:
-            for row in prediction:
+            for row in outputs:
                 known = {key: value for key, value in row.items() if value is not None}
                 file.write(json.dumps(known, ensure_ascii=False) + "\n")
 

@@ -38,10 +38,9 @@ class Resume(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copies the configured options before the checkpoint overwrites them."""
         kept = ("params", "param_names", "lr", "initial_lr")
-        self._options = [
-            {**{k: v for k, v in group.items() if k not in kept}, "lr": group.get("initial_lr", group["lr"])}
-            for group in _groups(trainer)
-        ]
+        for group in _groups(trainer):
+            options = {name: value for name, value in group.items() if name not in kept}
+            self._options.append({**options, "lr": group.get("initial_lr", group["lr"])})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies them to a resumed run, and logs what changed."""
@@ -63,9 +62,9 @@ class Resume(Callback):
         for group, configured, formerly in zip(_groups(trainer), self._options, before, strict=True):
             for key, value in configured.items():
                 place = "initial_lr" if key == "lr" and "initial_lr" in group else key
-                if key in formerly and formerly[key] == value:
-                    continue  # a schedule may have changed it since (ReduceLROnPlateau the rate, OneCycleLR the betas)
-                if (saved := group.get(place)) != value:
+                # Not where a schedule may have changed it since (ReduceLROnPlateau the rate, OneCycleLR the betas).
+                same = key in formerly and formerly[key] == value
+                if not same and (saved := group.get(place)) != value:
                     changed[key] = f"{key} from {saved} to {value}"
                     group[place] = value
         for config in trainer.lr_scheduler_configs:

@@ -46,17 +46,11 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def remove_interrupted(trainer: Trainer, saved: Path) -> None:
-    """Removes ``interrupted-step=N.ckpt`` of this run, and the one it was resumed from, once a later checkpoint is saved.
-
-    Args:
-        trainer: The trainer.
-        saved: The later checkpoint.
-    """
+    """Removes ``interrupted-step=N.ckpt`` of this run, and the one it was resumed from, once a later checkpoint is saved."""
     if not trainer.is_global_zero or "://" in str(saved) or not saved.exists():
         return
-    left = [path for path in saved.parent.glob("interrupted-step=*.ckpt") if path != saved]
-    if trainer.ckpt_path and Path(trainer.ckpt_path).name.startswith("interrupted-step="):
-        left.append(Path(trainer.ckpt_path))
+    resumed = Path(trainer.ckpt_path or "")
+    left = {*saved.parent.glob("interrupted-step=*.ckpt"), resumed} - {saved}
     for path in left:
-        if path.exists() and path != saved:
+        if path.name.startswith("interrupted-step=") and path.exists():
             trainer.strategy.remove_checkpoint(path)

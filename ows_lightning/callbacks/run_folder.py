@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -28,21 +27,16 @@ class RunFolder(Callback):
     """Locks the run's folder, and writes the trained model and plots into it at the end of ``fit``."""
 
     def __init__(self) -> None:
-        self._locks = contextlib.ExitStack()
-        self._sampling: tuple[LayerwiseSampling, Path | None] | None = None  # and the folder that it had before
+        self._at_end = contextlib.ExitStack()  # unlocks, and gives the sampling callback the folder back that it had before
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Locks the folder.
-
-        Raises:
-            UsageError: Another run that still lives writes to it, or it can't be made or written to.
-        """
+        """Locks the folder; a UsageError if another run that still lives writes to it, or it can't be written to."""
         self._folder = folder = run_folder(trainer)
         if stage != "fit":
             return
         if (sampling := LayerwiseSampling.of(trainer)) is not None:
-            self._sampling = sampling, sampling.folder
+            self._at_end.callback(setattr, sampling, "folder", sampling.folder)
             sampling.folder = folder  # also where there is no logger
         if not trainer.is_global_zero:
             return
@@ -64,28 +58,29 @@ class RunFolder(Callback):
 
     def _lock(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._locks.enter_context(FileLock(folder / ".lock").acquire(timeout=0))
+        self._at_end.enter_context(FileLock(folder / ".lock").acquire(timeout=0))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Unlocks the folder; adds its name to the error of a full disk, which names no file."""
         if isinstance(exception, OSError) and exception.errno in DISK_FULL and not exception.filename:
             exception.filename = str(self._folder)
-        self.teardown(trainer, pl_module, "fit")
+        self._at_end.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unlocks the folder, and restores the sampling callback's."""
-        if self._sampling is not None:
-            sampling, folder = self._sampling
-            sampling.folder, self._sampling = folder, None
-        self._locks.close()
+        """Unlocks the folder."""
+        self._at_end.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the plots."""
         folder = run_folder(trainer)
         if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module.hparams, folder))
-        if trainer.is_global_zero:
-            _show_in_tensorboard(write_pictures(folder), trainer)
+        for path in write_pictures(folder) if trainer.is_global_zero else ():
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    from matplotlib.image import imread
+
+                    logger.experiment.add_image(path.stem, imread(path), trainer.global_step, dataformats="HWC")
 
 
 def _remove_unfinished(checkpoints: Path) -> None:
@@ -93,12 +88,3 @@ def _remove_unfinished(checkpoints: Path) -> None:
     for path in checkpoints.glob(".*.ckpt.partial"):
         with contextlib.suppress(OSError):  # it belongs to another user
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _show_in_tensorboard(pictures: Sequence[Path], trainer: Trainer) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            from matplotlib.image import imread
-
-            for path in pictures:
-                logger.experiment.add_image(path.stem, imread(path), trainer.global_step, dataformats="HWC")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shlex
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +25,6 @@ from ows_lightning.models.delta import Sizes, megabytes, trained_bytes
 from ows_lightning.models.pretrained import load_config
 from ows_lightning.models.recomputation import recomputing_blocks
 from ows_lightning.module import CausalLMModule
-from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import outside_blocks
 from ows_lightning.sampling.callback import LayerwiseSampling
 
@@ -50,8 +48,7 @@ class RunSummary(Callback):
         self.config = config
         self.before: dict[str, float] = {}
         self.batches_before = ""  # in words, where these are not the figures of all validation batches
-        self.seconds_before, self._start = 0.0, time.perf_counter()  # the seconds are those of the run that is resumed
-        self.trained = False
+        self.first_step: int | None = None  # of this run, which may be a resumed one
         self.predicted: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,48 +58,41 @@ class RunSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the summary."""
-        self._start = time.perf_counter()
-        folder = run_folder(trainer)  # asks all ranks
-        steps = trainer.estimated_stepping_batches
+        folder, steps = run_folder(trainer), trainer.estimated_stepping_batches  # both ask all ranks
         if not trainer.is_global_zero:
             return
-        lines = {"Model": self._model(pl_module), **_data(trainer), "Training": _training(trainer, pl_module, steps)}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        lines = {"Model": _model(pl_module), **_data(data), "Training": _training(trainer, pl_module, steps)}
         if self.config is not None and isinstance(pl_module, CausalLMModule):
-            lines["Memory"] = self._memory(trainer, pl_module)
+            lines["Memory"] = self._memory(pl_module)
         lines["Run folder"] = str(folder)
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the share of the weights that train at some time, if the draws are known beforehand."""
-        sampling = LayerwiseSampling.of(trainer)
-        steps = trainer.estimated_stepping_batches
+        self.first_step = trainer.global_step
+        sampling, steps = LayerwiseSampling.of(trainer), trainer.estimated_stepping_batches
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
             return
-        drawn = sampling.planned_blocks(int(steps))
-        if drawn is None:  # later draws depend on scores that are not known yet
-            return
-        layers = decoder_layers(pl_module)
-        parameters = {*_always(pl_module, sampling), *(p for block in drawn for p in layers[block].parameters())}
-        log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(layers), _share(parameters, pl_module))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remembers that something was trained; a resumed run may have had no step left."""
-        self.trained = True
+        if (drawn := sampling.planned_blocks(int(steps))) is not None:  # else later draws depend on scores to come
+            share = _share(_count(_sampled(pl_module, sampling, drawn)), pl_module)
+            log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(decoder_layers(pl_module)), share)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the metrics from before the training; a resumed run keeps those of its first start."""
-        if not self.before and (figures := _validation_metrics(trainer)):
-            self.before, self.batches_before = figures, _batches_checked(trainer)
+        if not self.before and (figures := _logged(trainer, *_FIGURES)):
+            checked, there = trainer.num_sanity_val_batches, trainer.num_val_batches
+            self.before = figures
+            self.batches_before = "" if checked == there else f" ({checked[0]} of {there[0]} batches)"
             log.info("Before training%s: validation %s", self.batches_before, _figures(figures))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the time of scores, draws and subspaces, and the loss with int8 blocks beside that of exact weights."""
-        sampling, whole = LayerwiseSampling.of(trainer), self._seconds()
-        seconds = sampling.seconds if sampling is not None else 0.0
-        seconds += sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
-        if seconds and trainer.is_global_zero:
+        sampling, times = LayerwiseSampling.of(trainer), _logged(trainer, "time_s", "renewal_s")
+        seconds = times.get("renewal_s", 0.0) + (0.0 if sampling is None else sampling.seconds)
+        if seconds and trainer.is_global_zero and (whole := times.get("time_s")):
             log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
-        if isinstance(pl_module, CausalLMModule) and (found := losses_with_int8(trainer, pl_module)) is not None:
+        if isinstance(pl_module, CausalLMModule) and (found := _losses_with_int8(trainer, pl_module)) is not None:
             log.info("Validation loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,17 +100,17 @@ class RunSummary(Callback):
         folder = run_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero:
             return
-        if not self.trained:  # a resumed run that had ended
+        if self.first_step in (None, trainer.global_step):  # a resumed run that had ended
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
-        if after := _validation_metrics(trainer):
+        if after := _logged(trainer, *_FIGURES):
             log.info("After training: validation %s", _figures(after, self.before, self.batches_before))
         if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, LayerwiseSampling.of(trainer))) is not None:
-            whole, delta, share = megabytes(sizes.model), megabytes(sizes.delta), sizes.delta / sizes.model
-            reached = f"training reached {delta} ({100 * share:.0f}%)"
+            reached = f"training reached {megabytes(sizes.delta)} ({100 * sizes.delta / sizes.model:.0f}%)"
+            whole = megabytes(sizes.model)
             log.info("The model has %s, of which %s; a delta (export --delta) holds that, compressed", whole, reached)
-        last = getattr(trainer.checkpoint_callback, "last_model_path", "")
-        quoted = shlex.quote(str(folder))
-        steps = [f"report {quoted}", f"test --config {quoted}/config.yaml --ckpt_path {shlex.quote(last)}"][: 1 + bool(last)]
+        steps, quoted = [f"report {shlex.quote(str(folder))}"], shlex.quote(str(folder / "config.yaml"))
+        if last := getattr(trainer.checkpoint_callback, "last_model_path", ""):
+            steps.append(f"test --config {quoted} --ckpt_path {shlex.quote(last)}")
         log.info(
             "%s has the model in model/ (for AutoModelForCausalLM.from_pretrained), checkpoints/, metrics.csv and pictures.\n"
             "Next: %s",
@@ -134,37 +124,22 @@ class RunSummary(Callback):
             exception.__notes__ = [*getattr(exception, "__notes__", ()), self.predicted]  # add_note, which Python 3.10 lacks
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures from before the training, and the seconds so far."""
-        return {"before": dict(self.before), "batches_before": self.batches_before, "seconds": self._seconds()}
+        """The figures from before the training."""
+        return {"before": dict(self.before), "batches_before": self.batches_before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores them in a resumed run."""
         self.before, self.batches_before = state_dict["before"], state_dict.get("batches_before", "")
-        self.seconds_before = state_dict.get("seconds", 0.0)
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self._start
-
-    @staticmethod
-    def _model(module: LightningModule) -> str:
-        count, dtypes = _count(module.parameters()), {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
-        size = f"{_short(count)} weights in {', '.join(sorted(dtypes))}"
-        if not isinstance(module, CausalLMModule):
-            return f"{type(module).__name__}, {size}"
-        kind, name = type(module.language_model).__name__, module.hparams["model_name_or_path"]
-        return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
-
-    def _memory(self, trainer: Trainer, module: CausalLMModule) -> str:
+    def _memory(self, module: CausalLMModule) -> str:
         """Returns the predicted memory, or why it can't be predicted."""
         device = module.device
         available = available_bytes(device)
         there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
         try:
             with torch.random.fork_rng(devices=[]):
-                settings = settings_from_config(self.config)
-                rows = min(settings.batch_size, _rows(trainer) or settings.batch_size)
                 recomputing = recomputing_blocks(module.language_model)
-                needs = predict(replace(settings, batch_size=rows, gradient_checkpointing=recomputing))
+                needs = predict(replace(settings_from_config(self.config), gradient_checkpointing=recomputing))
         except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
@@ -179,58 +154,52 @@ class RunSummary(Callback):
         return self.predicted + (f"; too little: see `{command_line('plan')}`" if available and needed > available else "")
 
 
-def _data(trainer: Trainer) -> dict[str, str]:
-    data = trainer.datamodule  # type: ignore[attr-defined]
+def _model(module: LightningModule) -> str:
+    count, dtypes = _count(module.parameters()), {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+    size = f"{_short(count)} weights in {', '.join(sorted(dtypes))}"
+    if not isinstance(module, CausalLMModule):
+        return f"{type(module).__name__}, {size}"
+    kind, name = type(module.language_model).__name__, module.hparams["model_name_or_path"]
+    return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
+
+
+def _data(data: object) -> dict[str, str]:
     if not isinstance(data, InstructionDataModule):
         return {}
-    figures = data.summary()
-    text = "a stream"
+    figures, text = data.summary(), "a stream"
     if "rows" in figures:
         text = f"{figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['target_tokens']:,} of them targets"
-    text += f"; {figures['validation_rows']:,} validation rows"
-    return {"Data": text, "A row": f"{_marked(data.sample_row())}  (trained: what is in «»)"}
-
-
-def _rows(trainer: Trainer) -> int | None:
-    """The number of training rows, if known: no batch is larger."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    return data.summary().get("rows") if isinstance(data, InstructionDataModule) else None
-
-
-def _marked(pieces: Sequence[tuple[str, bool]]) -> str:
-    """A row in one line, the trained parts in guillemets; long untrained parts lose their middle."""
-    shown = []
-    for text, trained in pieces:
-        text = text.replace("\n", "\\n")
-        if len(text) > _SHOWN:
-            text = f"{text[: _SHOWN // 2]} [...] {text[-_SHOWN // 2 :]}"
-        shown.append(f"«{text}»" if trained else text)
-    return "".join(shown)
+    row = ""  # in one line, the trained parts in guillemets; long untrained parts lose their middle
+    for piece, trained in data.sample_row():
+        piece = piece.replace("\n", "\\n")
+        if len(piece) > _SHOWN:
+            piece = f"{piece[: _SHOWN // 2]} [...] {piece[-_SHOWN // 2 :]}"
+        row += f"«{piece}»" if trained else piece
+    return {
+        "Data": f"{text}; {figures['validation_rows']:,} validation rows",
+        "A row": f"{row}  (trained: what is in «»)",
+    }
 
 
 def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
     text = f"{int(steps):,} steps" if steps != float("inf") else "no end"
     sampling = LayerwiseSampling.of(trainer)
     if sampling is None:
-        return f"{text}; {_share((p for p in module.parameters() if p.requires_grad), module)}"
+        return f"{text}; {_share(_count(p for p in module.parameters() if p.requires_grad), module)}"
     layers = decoder_layers(module)
-    sizes = [_count(p for p in layer.parameters() if p.requires_grad) for layer in layers]
-    count = round(sampling.activated_layers * sum(sizes) / len(sizes)) + _count(_always(module, sampling))
-    whole = _count(module.parameters())
+    in_blocks = sum(_count(p for p in layer.parameters() if p.requires_grad) for layer in layers)
+    count = round(sampling.activated_layers * in_blocks / len(layers)) + _count(_sampled(module, sampling))
     what = " + ".join([f"{sampling.activated_layers} blocks", *sampling.always_train])
-    return (
-        f"{text}; at a time {what}: {_short(count)} weights ({count / whole:.1%}); "
-        f"new blocks every {sampling.interval_steps} steps"
-    )
+    return f"{text}; at a time {what}: {_share(count, module)}; new blocks every {sampling.interval_steps} steps"
 
 
 def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes | None:
     """Upper bound of a delta's size, from all weights that trained; None if the base's vocabulary can't be looked up."""
-    model, layers = module.language_model, decoder_layers(module)
+    model = module.language_model
     if sampling is None:
         trained = [p for p in module.parameters() if p.requires_grad]
     else:
-        trained = [*_always(module, sampling), *(p for block in sampling.trained_blocks() for p in layers[block].parameters())]
+        trained = _sampled(module, sampling, sampling.trained_blocks())
     try:
         base = load_config(module.hparams["model_name_or_path"], module.hparams["trust_remote_code"])
     except UsageError:  # it is no longer there
@@ -241,13 +210,15 @@ def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes 
     return trained_bytes(module.model, trained)
 
 
-def _always(module: LightningModule, sampling: LayerwiseSampling) -> list[nn.Parameter]:
-    return [p for p, trains in outside_blocks(module, sampling.always_train).items() if trains]
+def _sampled(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:
+    """The parameters of some blocks, and those outside the blocks that always train."""
+    layers = decoder_layers(module)
+    outside = (p for p, trains in outside_blocks(module, sampling.always_train).items() if trains)
+    return list(dict.fromkeys([*outside, *(p for block in blocks for p in layers[block].parameters())]))
 
 
-def _share(parameters: Iterable[Tensor], module: LightningModule) -> str:
-    count, whole = _count(parameters), _count(module.parameters())
-    return f"{_short(count)} weights ({count / whole:.1%})"
+def _share(count: int, module: LightningModule) -> str:
+    return f"{_short(count)} weights ({count / _count(module.parameters()):.1%})"
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
@@ -259,32 +230,21 @@ def _short(count: int) -> str:
     return f"{count / unit:.4g}{letter}"
 
 
-def _validation_metrics(trainer: Trainer) -> dict[str, float]:
-    return {name: float(trainer.callback_metrics[name]) for name in _FIGURES if name in trainer.callback_metrics}
-
-
-def _batches_checked(trainer: Trainer) -> str:
-    """Which of the validation batches the sanity check saw; empty if all."""
-    checked, there = trainer.num_sanity_val_batches, trainer.num_val_batches
-    return "" if checked == there else f" ({checked[0]} of {there[0]} batches)"
+def _logged(trainer: Trainer, *names: str) -> dict[str, float]:
+    return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
 
 
 def _figures(after: dict[str, float], before: dict[str, float] | None = None, batches: str = "") -> str:
     parts = []
-    for key, (name, form) in _FIGURES.items():
-        if key in after:
-            first = [form.format(before[key]) + batches] if before and key in before else []
-            parts.append(f"{name} {' -> '.join([*first, form.format(after[key])])}")
+    for key, value in after.items():
+        name, form = _FIGURES[key]
+        first = f"{form.format(before[key])}{batches} -> " if before and key in before else ""
+        parts.append(f"{name} {first}{form.format(value)}")
     return ", ".join(parts)
 
 
-def losses_with_int8(trainer: Trainer, module: CausalLMModule) -> tuple[float, float] | None:
-    """Returns the validation loss with frozen blocks in int8, and with exact weights; None without int8 or validation rows.
-
-    Args:
-        trainer: Of a run that has trained, and validated before.
-        module: Its module.
-    """
+def _losses_with_int8(trainer: Trainer, module: CausalLMModule) -> tuple[float, float] | None:
+    """The validation loss with frozen blocks in int8, and with exact weights; None without int8 or validation rows."""
     if module.offloader is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
         return None
     training = module.training

@@ -36,7 +36,7 @@ class SaveOnSignal(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run's signals."""
-        self._received, self._previous_handlers = 0, {}
+        SaveOnSignal.__init__(self)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs its handlers, until the Trainer restores those from before the run."""
@@ -61,11 +61,7 @@ class SaveOnSignal(StepCallback):
             pl_module.step.note = _FACTOR ** _SIGNALS.index(signal.Signals(number)) if number else 0
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves and ends the run, if a signal arrived.
-
-        Raises:
-            RunError: On all ranks.
-        """
+        """Saves and ends the run by a RunError on all ranks, if a signal arrived."""
         if not (number := self._received_on_any_rank(trainer, pl_module)):
             return
         if number != signal.SIGTERM and callable(requeue := self._previous_handlers.get(signal.Signals(number))):

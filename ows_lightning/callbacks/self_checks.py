@@ -30,20 +30,14 @@ LISA_BLOCKS = 2
 
 
 class States(NamedTuple):
-    """Bytes of optimizer state on this process: what is held, and what LISA would hold of the same model.
-
-    LISA keeps two moments, in the weights' dtype, of each weight of two blocks, of embeddings, head and norm.
-    """
+    """Bytes of optimizer state on this process: what is held, and what LISA would hold of the same model."""
 
     held: int
     lisas: int
 
 
 class SelfChecks(Callback):
-    """Logs a line for each such failure that the run's metrics show, or one line if there is none.
-
-    Only runs that sample blocks are checked.
-    """
+    """Logs a line for each such failure that the metrics of a run that samples blocks show, or one line if there is none."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks on rank 0."""
@@ -59,20 +53,14 @@ class SelfChecks(Callback):
         found = [poor_result(losses, states), memory_as_lisa(states)]
         if sampling.probabilities is not None and sampling.distribution in ("outlier", "window"):
             found.append(no_gain_over_lisa(sampling.probabilities.tolist()))
-        lines = [line for line in found if line]
-        for line in lines:
+        for line in filter(None, found):
             log.warning("Self-check: %s", line)
-        if not lines:
+        if not any(found):
             log.info("Self-checks: none of the method's known failures shows in this run's figures")
 
 
 def poor_result(losses: Sequence[float], states: States | None) -> str | None:
-    """Compares the mean training loss (nats) of the last tenth of the steps with that of the first; says what to try.
-
-    Args:
-        losses: A loss a step; fewer than 20 tell nothing.
-        states: The optimizer's, where it projects.
-    """
+    """Compares the mean training loss (nats) of the last tenth of the steps with that of the first; says what to try."""
     if len(losses) < LEAST_STEPS:
         return None
     tenth = len(losses) // 10
@@ -89,26 +77,24 @@ def memory_as_lisa(states: States | None) -> str | None:
     """Compares the optimizer's state with what LISA would hold."""
     if states is None or states.held < LISA_STATE_RATIO * states.lisas:
         return None
-    return (
-        f"memory as LISA's ({_share(states)}); lower model.rank or sampling.activated_layers, or leave embeddings and head "
-        "out of sampling.always_train"
-    )
+    mend = "lower model.rank or sampling.activated_layers, or leave embeddings and head out of sampling.always_train"
+    return f"memory as LISA's ({_share(states)}); {mend}"
 
 
 def no_gain_over_lisa(probabilities: Sequence[float]) -> str | None:
     """Checks whether blocks are drawn about uniformly, as LISA does, by the exponential of the distribution's entropy."""
-    entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
-    blocks, count = math.exp(entropy), len(probabilities)
+    blocks, count = math.exp(-sum(p * math.log(p) for p in probabilities if p > 0)), len(probabilities)
     if blocks < UNIFORM_RATIO * count:
         return None
-    return (
-        f"no gain over LISA to expect, outliers tell blocks hardly apart (draws are as even as among {blocks:.1f} of {count} "
-        "blocks); try another sampling.threshold"
-    )
+    even = f"draws are as even as among {blocks:.1f} of {count} blocks"
+    return f"no gain over LISA to expect, outliers tell blocks hardly apart ({even}); try another sampling.threshold"
 
 
 def measure_states(optimizer: Optimizer, module: CausalLMModule) -> States:
-    """Measures the state that an optimizer holds, and computes LISA's."""
+    """Measures the state that an optimizer holds, and computes LISA's.
+
+    LISA keeps two moments, in the weights' dtype, of each weight of two blocks, of embeddings, head and norm.
+    """
     state = [value for of_one in optimizer.state.values() for value in of_one.values()]
     held = sum(local(value).nbytes for value in state if isinstance(value, torch.Tensor))
     layers = decoder_layers(module)

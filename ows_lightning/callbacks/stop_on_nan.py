@@ -25,11 +25,7 @@ class StopOnNaN(StepCallback):
         self._in_a_row = 0
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts skipped steps, and ends the run.
-
-        Raises:
-            RunError: On all ranks.
-        """
+        """Counts skipped steps, and ends the run by a RunError on all ranks."""
         if not isinstance(pl_module, CausalLMModule) or pl_module.last_step is None:
             return
         self._in_a_row = self._in_a_row + 1 if pl_module.last_step.skipped else 0

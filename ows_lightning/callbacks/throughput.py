@@ -15,11 +15,6 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 
 class Throughput(StepCallback):
     """Logs what each optimizer step of CausalLMModule costs; a resumed run's figures go on from the checkpoint's.
@@ -32,7 +27,7 @@ class Throughput(StepCallback):
 
     def __init__(self) -> None:
         self._before: dict[str, float] = {}  # sums of the runs that this one resumes
-        self._tokens, self._targets, self._start = 0, 0, time.perf_counter()
+        self._tokens, self._targets, self._start = 0.0, 0.0, time.perf_counter()
         self._seconds, self._batch_start = 0.0, 0.0  # within batches of the step under way
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,20 +56,14 @@ class Throughput(StepCallback):
         pl_module.log("tokens_per_second", torch.tensor(pl_module.last_step.tokens / self._seconds), prog_bar=True)
         self._seconds = 0.0
         figures = self._sums(trainer)
-        if all(not isinstance(optimizer, GaLoreAdamW) for optimizer in trainer.optimizers):
-            del figures["renewal_s"]
         if (peak := _peak_memory_mb(pl_module.device)) is not None:
             figures["peak_memory_mb"] = peak
         pl_module.log_dict({name: torch.tensor(figure) for name, figure in figures.items()})
 
     def _sums(self, trainer: Trainer) -> dict[str, float]:
-        renewals = sum(optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW))
-        here = {
-            "tokens": float(self._tokens),
-            "target_tokens": float(self._targets),
-            "time_s": time.perf_counter() - self._start,
-            "renewal_s": renewals,
-        }
+        here = {"tokens": self._tokens, "target_tokens": self._targets, "time_s": time.perf_counter() - self._start}
+        if renewals := [optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW)]:
+            here["renewal_s"] = sum(renewals)
         return {name: value + self._before.get(name, 0.0) for name, value in here.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -92,16 +81,18 @@ class LearningRates(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Logs the rates of the step that comes, in float64: a CSV file has them as they are written."""
         name, groups = f"lr-{type(optimizer).__name__}", optimizer.param_groups
-        names = [name] if len(groups) == 1 else [f"{name}/pg{number}" for number in range(1, len(groups) + 1)]
-        rates = [torch.tensor(group["lr"], dtype=torch.float64) for group in groups]
-        pl_module.log_dict(dict(zip(names, rates, strict=True)))
+        for number, group in enumerate(groups, start=1):
+            one = name if len(groups) == 1 else f"{name}/pg{number}"
+            pl_module.log(one, torch.tensor(group["lr"], dtype=torch.float64))
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if resource is None:
+    if sys.platform == "win32":
         return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HELP = "/reset forgets the conversation, /system TEXT also sets the system message, /exit ends"
 
 
-def run(words: list[str]) -> None:
+def chat(words: list[str]) -> None:
     """Loads the model, and answers each line."""
     parser = CommandParser("chat", f"Talk to a model. A line is a message; {_HELP}.")
     parser.add_argument("path", nargs="?", metavar="MODEL", help="The same as --model")
@@ -70,27 +70,21 @@ def standard_input() -> TextIO:
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for loading a model to talk to, and for generating its answers; `compare` has them, too."""
     flag = parser.add_argument
-    flag("--max_new_tokens", type=_at_least(1, int), default=256, help="Most tokens of an answer (default: 256)")
-    flag("--temperature", type=_at_least(0, float), default=0.0, help="0, the default, always takes the likeliest token")
-    flag("--top_p", type=_share, default=1.0, help="Draw from the likeliest tokens that make this share (default: all)")
-    flag("--top_k", type=_at_least(0, int), default=0, help="Draw from this many likeliest tokens (default: all)")
-    flag("--seed", type=_at_least(0, int), default=0, help="Seed of the draws (default: 0)")
+    flag("--max_new_tokens", type=_from(1, int), default=256, help="Most tokens of an answer (default: 256)")
+    flag("--temperature", type=_from(0, float), default=0.0, help="0, the default, always takes the likeliest token")
+    flag("--top_p", type=_from(0, float, 1), default=1.0, help="Draw from the likeliest tokens that make this share (all)")
+    flag("--top_k", type=_from(0, int), default=0, help="Draw from this many likeliest tokens (default: all)")
+    flag("--seed", type=_from(0, int), default=0, help="Seed of the draws (default: 0)")
     flag("--system", help="The system message")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
     dtypes = ("float32", "bfloat16", "float16")
     flag("--dtype", choices=dtypes, help="Of the weights; bfloat16 on a GPU, else float32")
 
 
-def _at_least(least: int, kind: Callable[[str], float]) -> Callable[[str], float]:
+def _from(least: int, kind: Callable[[str], float], most: int = 2**63 - 1) -> Callable[[str], float]:
     def number(text: str) -> float:
-        if not least <= (value := kind(text)) < 2**63:
-            raise argparse.ArgumentTypeError(f"{value} is out of range; it must be a number of at least {least}")
+        if not least <= (value := kind(text)) <= most:  # nor is NaN
+            raise argparse.ArgumentTypeError(f"{value} is out of range; give a number from {least} to {most}")
         return value
 
     return number
-
-
-def _share(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{value} must be above 0 and at most 1")
-    return value

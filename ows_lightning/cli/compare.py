@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ows_lightning.cli.chat import add_generation_flags, standard_input
 from ows_lightning.cli.help import CommandParser
-from ows_lightning.errors import UsageError, not_writable
+from ows_lightning.errors import UsageError
 
 
-def run(words: list[str]) -> None:
+def compare(words: list[str]) -> None:
     """Asks both models, prints a table, and writes it where the run's report looks for it."""
     parser = CommandParser("compare", "Ask the base model and the tuned one the same, and show the answers side by side.")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="Questions; by default the lines of standard input")
@@ -24,6 +24,7 @@ def run(words: list[str]) -> None:
     add_generation_flags(parser)
     given = parser.parse_args(words)
     from ows_lightning.cli.conversation import load
+    from ows_lightning.cli.preflight import check_writable
     from ows_lightning.report.run import run_folder_of
 
     run_folder = run_folder_of(Path(given.model))
@@ -31,7 +32,8 @@ def run(words: list[str]) -> None:
     prompts = given.prompts or [line.strip() for line in standard_input() if line.strip()]
     if not prompts:
         raise UsageError("compare: no prompt is given; write some, or send them through a pipe, a line each")
-    output = given.output or run_folder
+    if (output := given.output or run_folder) is not None:
+        check_writable("output", output)
     answers = []
     for name in (base, given.model):
         conversation = load(name, given)
@@ -43,24 +45,17 @@ def run(words: list[str]) -> None:
         del conversation  # one model at a time
     print(_table(["prompt", "base", "tuned"], [prompts, *answers]))
     if output is not None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([["prompt", "base", "tuned"], *zip(prompts, *answers, strict=True)])
-        except OSError as error:
-            raise not_writable("output", output, error) from error
+        with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["prompt", "base", "tuned"], *zip(prompts, *answers, strict=True)])
         print(f"Written: {output / 'comparison.csv'}")
 
 
 def _base(run_folder: Path | None) -> str:
-    if run_folder is None:
-        raise UsageError("base: no run is known that made --model; name the model that it was made from")
     from ows_lightning.report.run import RunRecord
 
-    model = (RunRecord.read(run_folder).config or {}).get("model") or {}
-    name = model.get("init_args", model).get("model_name_or_path")
-    if not name:
-        raise UsageError(f"base: {run_folder}/config.yaml names no model; give --base")
+    model = ((RunRecord.read(run_folder).config if run_folder else None) or {}).get("model") or {}
+    if not (name := model.get("init_args", model).get("model_name_or_path")):
+        raise UsageError("base: no run is known that made --model; name the model that it was made from, by --base")
     return str(name)
 
 

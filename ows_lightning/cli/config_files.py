@@ -20,9 +20,6 @@ SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 BASE = "base"
 """The key of a config file that names its base, by a path relative to the file or by the name of a shipped one."""
 
-# As jsonargparse uses: PyYAML's two loaders differ in what they read as text.
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
 
 class ConfigFile(ActionConfigFile):
     """``--config``: a file or the name of a shipped one, preceded by its bases."""
@@ -34,37 +31,18 @@ class ConfigFile(ActionConfigFile):
 
 
 def config_and_bases(name: str) -> list[Path]:
-    """Returns a config file and its bases, the lowest first.
-
-    Args:
-        name: A path, or the name of a shipped file, such as ``llama2_7b`` or ``methods/ows``.
-
-    Raises:
-        UsageError: There is no such file, it is no YAML file of keys and values, or it is its own base.
-    """
-    files: list[Path] = []
-    path: Path | None = find_config(name)
-    while path is not None:
+    """Returns a config file and its bases, the lowest first; a UsageError if one is missing, no YAML, or its own base."""
+    files = [find_config(name)]
+    while (base := _read(files[0]).get(BASE)) is not None:
+        path = find_config(str(base), files[0].parent)
         if path in files:
             raise UsageError(f"config: {path} is its own base; delete its line `{BASE}:`")
         files.insert(0, path)
-        base = _read(path).get(BASE)
-        if base is not None and not isinstance(base, str):
-            raise UsageError(f"{BASE}: '{base}' in {path} is no config file; give its path or its name")
-        path = None if base is None else find_config(base, path.parent)
     return files
 
 
 def find_config(name: str, folder: Path = Path()) -> Path:
-    """Returns the path of a config file.
-
-    Args:
-        name: A path, or the name of a shipped file with or without its folder, ``configs/`` and ``.yaml``.
-        folder: Where a path starts.
-
-    Raises:
-        UsageError: There is no such file.
-    """
+    """Returns a config file by its path in a folder, or by a shipped one's name with or without its folder and ``.yaml``."""
     if "://" in name:
         raise UsageError(f"config: '{name}' is an address, and nothing is downloaded; give the path of a YAML file")
     path = os.path.join(folder, os.path.expanduser(name))  # where pathlib raises: no such user, too long a name
@@ -77,10 +55,8 @@ def find_config(name: str, folder: Path = Path()) -> Path:
             return shipped[key]
     if os.path.isdir(path):
         raise UsageError(f"config: '{name}' is a folder; give the path of a YAML file")
-    raise UsageError(
-        f"config: no such file '{name}'"
-        + (nearest(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists")
-    )
+    mend = nearest(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists"
+    raise UsageError(f"config: no such file '{name}'{mend}")
 
 
 def shipped_configs() -> Iterator[tuple[str, Path]]:
@@ -98,7 +74,7 @@ def shipped_data(name: Any) -> Any:
     return name
 
 
-def run(words: list[str]) -> None:
+def configs(words: list[str]) -> None:
     """``configs``: the shipped files, each with its first line, which says what it is for."""
     CommandParser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
     for name, path in shipped_configs():
@@ -107,46 +83,32 @@ def run(words: list[str]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """Reads a file's keys and values, and refuses what the parser would misread or ignore."""
-    content = path.read_bytes()
     try:
-        text = content.decode()
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_object(node, deep=True)  # refuses what holds itself
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UsageError(
-            f"config: {path} line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); save it as UTF-8"
-        ) from error
-    try:
-        _check_keys(yaml.compose(text, Loader=_LOADER), path, _NO_TEXT | _NUMBERS)
-        values = yaml.load(text, Loader=_LOADER)
-    except RecursionError as error:
-        raise UsageError(f"config: {path} holds an alias of what it is in; write it out") from error
+        raise UsageError(f"config: {path} is not UTF-8 ({error}); save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"config: {path} is not a YAML file: {' '.join(str(error).split())}") from error
+        raise UsageError(f"config: {path}: {' '.join(str(error).split())}") from error
     if values is None:
         raise UsageError(f"config: {path} is empty; write keys and values into it")
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"config: {path} is not a YAML file of keys and values: {' '.join(text.split())[:80]}")
     return values
 
 
-_NO_TEXT = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"}
-_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]  # as jsonargparse's
+    """Refuses a key that is given twice, of which YAML would silently drop the first, and `yes` for a key."""
 
-
-def _check_keys(node: yaml.Node | None, path: Path, no_keys: set[str]) -> None:
-    """Refuses a key that is given twice, of which YAML would silently drop the first, and one that is no text."""
-    if isinstance(node, yaml.MappingNode):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
         lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.tag in no_keys:
-                raise UsageError(f"config: {path} line {line}: YAML reads the key '{key.value}' as no text; put it in quotes")
-            if key.value in lines and key.value != "<<":
-                raise UsageError(
-                    f"config: {path} has '{key.value}' on line {lines[key.value]} and again on line {line}; delete one"
-                )
-            lines[str(key.value)] = line
-            _check_keys(value, path, _NO_TEXT)
-    elif isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _check_keys(child, path, _NO_TEXT)
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if key.tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"):
+                raise yaml.YAMLError(f"line {line}: YAML reads the key '{name}' as no text; put it in quotes")
+            if name in lines and name != "<<":
+                raise yaml.YAMLError(f"'{name}' on line {lines[name]} and again on line {line}; delete one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)

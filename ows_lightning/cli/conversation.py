@@ -20,19 +20,10 @@ from ows_lightning.models.source import DELTA_FILE, check_model_name
 
 
 class Conversation:
-    """The turns so far, and the model that answers them.
+    """The turns so far, and the model that answers them, as its generation config says, in its tokenizer's chat template."""
 
-    Args:
-        model: A causal LM, in evaluation mode.
-        tokenizer: Its tokenizer, with a chat template.
-        system: The text of the system message, if there is one.
-        **generation: Arguments of transformers' ``generate``.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: str | None = None, **generation: Any
-    ) -> None:
-        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
@@ -41,12 +32,7 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
 
     def ask(self, text: str, stream: bool = False) -> str:
-        """Returns the answer to a message, and keeps both as turns.
-
-        Args:
-            text: The user's message.
-            stream: Write the answer to standard output as it comes.
-        """
+        """Returns the answer to a message, written to standard output as it comes if asked to, and keeps both as turns."""
         self.turns.append({"role": "user", "content": text})
         try:
             ids = self._encode_turns()
@@ -55,8 +41,7 @@ class Conversation:
             raise
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         with torch.inference_mode():
-            mask = torch.ones_like(ids)
-            output: Any = self.model.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **self.generation)  # type: ignore[operator]
+            output: Any = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)  # type: ignore[operator]
         answer = str(self.tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)).strip()
         self.turns.append({"role": "assistant", "content": answer})
         return answer
@@ -65,31 +50,23 @@ class Conversation:
         """The turns as token ids (1, L); the oldest are left out if the model has too few positions."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        template = ChatTemplate(self.tokenizer)
+        template, new = ChatTemplate(self.tokenizer), self.model.generation_config.max_new_tokens
         while True:
             text = template.render([*system, *self.turns], None, "the conversation", add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-            if ids.size(1) + self.generation["max_new_tokens"] <= longest:
+            if ids.size(1) + new <= longest:
                 return ids.to(self.model.device)
             if len(self.turns) == 1:
                 raise UsageError(
-                    f"max_new_tokens: the message has {ids.size(1)} tokens, and with {self.generation['max_new_tokens']} new "
-                    f"ones that is beyond the model's {longest} positions; shorten one of them"
+                    f"max_new_tokens: the message has {ids.size(1)} tokens, and with {new} new ones that is beyond the "
+                    f"model's {longest} positions; shorten one of them"
                 )
             del self.turns[:2]
             print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
 
 
 def load(name: str, given: argparse.Namespace) -> Conversation:
-    """Loads a model to talk to.
-
-    Args:
-        name: What ``model.model_name_or_path`` takes, a run's folder, a checkpoint in one, or a delta.
-        given: The flags of `add_generation_flags`.
-
-    Raises:
-        UsageError: There is no such model, or the device is not there.
-    """
+    """Loads a model (a name, a run's folder, a checkpoint or a delta) to talk to, by the flags of `add_generation_flags`."""
     asked = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)
@@ -104,12 +81,10 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
     stop_at(model, end_of_turn_id(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(given.seed)
-    if given.temperature:
-        sampling = {"do_sample": True, "temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
-    else:
-        sampling = {"do_sample": False}
-        model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
-    return Conversation(model, tokenizer, given.system, max_new_tokens=given.max_new_tokens, **sampling)
+    drawn = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
+    sampling = drawn if given.temperature else dict.fromkeys(drawn)
+    model.generation_config.update(do_sample=bool(given.temperature), max_new_tokens=given.max_new_tokens, **sampling)
+    return Conversation(model, tokenizer, given.system)
 
 
 def _model_directory(name: str, folder: Path) -> str:
@@ -118,7 +93,16 @@ def _model_directory(name: str, folder: Path) -> str:
     if (path / "model" / "config.json").is_file():
         return str(path / "model")
     if (path / DELTA_FILE).is_file():
-        return _restore_delta(path, folder / "model")
+        from ows_lightning.models.delta import Delta, apply_delta
+
+        base = Delta(path).base
+        try:
+            check_model_name(base)
+        except UsageError as error:
+            mend = f"make the model with `{command_line(f'apply-delta BASE {path}')}`, and give that"
+            raise UsageError(f"model: the base of '{path}', '{base}', is not at hand; {mend}") from error
+        apply_delta(base, path, folder / "model")
+        return str(folder / "model")
     if path.suffix != ".ckpt":
         return name
     config = path.absolute().parent.parent / "config.yaml"
@@ -132,17 +116,3 @@ def _model_directory(name: str, folder: Path) -> str:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
         OWSCLI([*command, "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"])
     return str(folder / "model")
-
-
-def _restore_delta(delta: Path, directory: Path) -> str:
-    """The directory of a delta's model, made with the base that the delta names."""
-    from ows_lightning.models.delta import Delta, apply_delta
-
-    base = Delta(delta).base
-    try:
-        check_model_name(base)
-    except UsageError as error:
-        mend = f"make the model with `{command_line(f'apply-delta BASE {delta}')}`, and give that"
-        raise UsageError(f"model: the base of '{delta}', '{base}', is not at hand; {mend}") from error
-    apply_delta(base, delta, directory)
-    return str(directory)

@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import docstring_parser
 
@@ -18,14 +18,15 @@ DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": 
 """Where the command line's default differs from the class's."""
 
 _HERE = Path(__file__).parents[1]
-_NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+_NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "params"}
 _GENERAL = """\
 --config FILE
   A YAML file, or the name of a shipped one (see `configs`); several are laid over one another
 --print_config
   Print the resulting config, and exit
 --seed_everything int (default: 0)
-  Seed of all random numbers; true draws one"""
+  Seed of all random numbers; true draws one
+"""
 _MORE = """\
 Another model or optimizer is named by its class: --model my_package.MyModule, --model.optimizer torch.optim.AdamW.
 Its arguments follow: --model.optimizer.lr 1e-4; in YAML they stand below class_path and init_args.
@@ -44,27 +45,11 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{self.command}: {message}; `{self.prog} --help` lists the options")
 
 
-class Option(NamedTuple):
-    """An argument of a function: its type and default as its source has them, and what its docstring says."""
-
-    name: str
-    kind: str
-    default: str
-    what: str
-
-
 def page(command: str, what: str) -> str:
-    """Returns the help of a command: its own options, and the keys of each section of a config.
-
-    Args:
-        command: Its name.
-        what: What it does, in a line.
-    """
-    spec = find_spec("lightning")
-    assert spec is not None, "a dependency of this package"
-    lightning = Path(str(spec.origin)).parent / "pytorch"
+    """Returns the help of a command, which does ``what``: its own options, and the keys of each section of a config."""
+    (package,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
+    lightning = Path(package) / "pytorch"
     trainer, ours = lightning / "trainer" / "trainer.py", _HERE / "cli" / "commands.py"
-    own = options(ours, "CommandTrainer", command) or options(trainer, "Trainer", command)
     sections = {
         "model": (_HERE / "module.py", "CausalLMModule"),
         "model.optimizer": (_HERE / "optim" / "galore.py", "GaLoreAdamW"),
@@ -73,47 +58,39 @@ def page(command: str, what: str) -> str:
         "checkpoint": (lightning / "callbacks" / "model_checkpoint.py", "ModelCheckpoint"),
         "trainer": (trainer, "Trainer"),
     }
-    parts = [f"usage: {command_line(command)} [--config FILE ...] [--KEY VALUE ...]\n\n{what}.", _GENERAL, _lines("", own)]
+    own = options(trainer, "Trainer", command) | options(ours, "CommandTrainer", command)
+    parts = [f"usage: {command_line(command)} [--config FILE ...] [--KEY VALUE ...]\n\n{what}.\n", _GENERAL, *own.values()]
     for key, (file, name) in sections.items():
-        parts.append(f"{key}: {name}\n{_lines(f'{key}.', options(file, name, '__init__'))}")
-    return "\n\n".join(part for part in [*parts, _MORE.format(command_line(command))] if part)
+        parts += ["", f"{key}: {name}", *options(file, name, "__init__", f"{key}.").values()]
+    return "\n".join([*parts, "", _MORE.format(command_line(command))])
 
 
-def options(file: Path, name: str, function: str) -> list[Option]:
-    """Returns a method's arguments, without those that are no options; empty if the class has no such method.
+def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str, str]:
+    """Returns the options that a method of a class in a source file has as arguments, if there is one: each with its help.
 
-    Args:
-        file: The source.
-        name: The class.
-        function: The method; the class's docstring may describe its arguments, too.
+    The class's docstring may describe them, too; the prefix is the section of a config that they belong to, and a dot.
     """
     body = ast.parse(file.read_text(encoding="utf-8")).body
-    owner = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
-    methods = (node for node in owner.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    kind = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == owner)
+    methods = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == function)
     if (method := next(methods, None)) is None:
-        return []
-    found, described = [], {}
-    for node in (owner, method):
+        return {}
+    described = {}
+    for node in (kind, method):
         for entry in docstring_parser.parse(ast.get_docstring(node) or "").params:
             described[entry.arg_name] = " ".join((entry.description or "").split())
-    ours = file.is_relative_to(_HERE)  # Lightning's documentation has the rest
+    width = min(shutil.get_terminal_size().columns, 120)
     plain, named = method.args.args, method.args.kwonlyargs
     defaults = [*[None] * (len(plain) - len(method.args.defaults)), *method.args.defaults, *method.args.kw_defaults]
+    found = {}
     for argument, default in zip([*plain, *named], defaults, strict=True):
-        if argument.arg not in (*_NO_OPTIONS, "params"):
-            type_ = "" if argument.annotation is None else ast.unparse(argument.annotation)
-            shown = "" if default is None else ast.unparse(default)
-            what = described.get(argument.arg, "")
-            found.append(Option(argument.arg, type_, shown, what if ours else what.split(". ")[0]))
+        if argument.arg in _NO_OPTIONS:
+            continue
+        name, what = f"{prefix}{argument.arg}", described.get(argument.arg, "")
+        if not file.is_relative_to(_HERE):
+            what = what.split(". ")[0]  # Lightning's documentation has the rest
+        type_ = "" if argument.annotation is None else f" {ast.unparse(argument.annotation)}"
+        shown = DEFAULTS.get(name, "" if default is None else ast.unparse(default))
+        lines = textwrap.wrap(what, width, initial_indent="  ", subsequent_indent="  ")
+        found[name] = "\n".join([f"--{name}{type_}{f' (default: {shown})' if shown != '' else ''}", *lines])
     return found
-
-
-def _lines(prefix: str, found: list[Option]) -> str:
-    width = min(shutil.get_terminal_size().columns, 120)
-    lines = []
-    for option in found:
-        name = f"{prefix}{option.name}"
-        default = str(DEFAULTS.get(name, option.default))
-        lines.append(f"--{name} {option.kind}{f' (default: {default})' if default else ''}".strip())
-        lines += textwrap.wrap(option.what, width, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(lines)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
@@ -31,8 +32,8 @@ from ows_lightning.cli import siblings
 from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
-from ows_lightning.cli.parser import OneLineParser, import_class
-from ows_lightning.cli.preflight import check_numbers, check_plan, check_run
+from ows_lightning.cli.parser import OneLineParser
+from ows_lightning.cli.preflight import check_plan, check_run, check_settings
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -116,13 +117,12 @@ class OWSCLI(LightningCLI):
             again = self._start_from_named_classes() or asked != words
         if not isinstance(words, list) or again:
             super().parse_arguments(parser, args)
-        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        command = self.config.get("subcommand")
+        config = self.config.get(str(command), self.config)
         for section in ("trainer", "checkpoint"):
             if not isinstance(value := config[section], Namespace):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
-        if type(seed := config["seed_everything"]) is int and not 0 <= seed < 2**32:
-            raise UsageError(f"seed_everything: {seed} is out of range; give a whole number from 0 to {2**32 - 1}")
-        check_numbers(config, trains=self.config.get("subcommand") == "fit")
+        check_settings(config, trains=command == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
             if key in data:
@@ -139,13 +139,14 @@ class OWSCLI(LightningCLI):
         model = self.config.get(str(command), self.config)["model"] or {}
         optimizer = model.get("init_args", {}).get("optimizer")
         named = optimizer.get("class_path") if isinstance(optimizer, Namespace) else None
-        kind = import_class(model["class_path"]) if model else None
+        kind = locate(model["class_path"]) if model else None
         if isinstance(kind, type) and not issubclass(kind, CausalLMModule):
-            self._parser(command).set_defaults({"model": {"class_path": model["class_path"]}})
-        elif named is not None and import_class(named) is not GaLoreAdamW:
-            self._parser(command).set_defaults({"model": default_model({"class_path": named})})
+            defaults = {"class_path": model["class_path"]}
+        elif named is not None and locate(named) is not GaLoreAdamW:
+            defaults = default_model({"class_path": named})
         else:
             return False
+        self._parser(command).set_defaults({"model": defaults})
         return True
 
     def instantiate_classes(self) -> None:
@@ -154,27 +155,23 @@ class OWSCLI(LightningCLI):
             super().instantiate_classes()
             return
         made = self.parser.instantiate_classes(self.config).plan
-        check_plan(made.model, made.sampling, made.trainer)
+        check_plan(made.model, made.sampling)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand != "plan":
-            launcher = self.trainer.strategy.launcher
-            if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
-                siblings.expect(self.trainer.num_devices)
-            super()._run_subcommand(subcommand)
+        if subcommand == "plan":
+            config = self.config.plan
+            CommandTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
             return
-        config = self.config.plan
-        CommandTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
+            siblings.expect(self.trainer.num_devices)
+        super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
-        given = self._get(self.config_init, "trainer")
-        sampling = self._get(self.config_init, "sampling")
+        given, sampling = self._get(self.config_init, "trainer"), self._get(self.config_init, "sampling")
         callbacks = given["callbacks"] or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if self.subcommand is not None:
-            checkpoint, trainer = self._get(self.config_init, "checkpoint"), {**given, "callbacks": callbacks}
-            check_run(self.subcommand, self.model, self.datamodule, sampling, checkpoint, trainer)
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(given["strategy"]):
             require_layerwise(given["strategy"])  # before Lightning reports something else
         # After the user's, which may log; before sampling, whose scores take a while.
@@ -191,18 +188,20 @@ class OWSCLI(LightningCLI):
         kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
         if given["logger"] is not False:
             kwargs["logger"] = with_csv_logger(given["logger"], kwargs["default_root_dir"])
+            callbacks.append(LearningRates())
         if given["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
-        if given["logger"] is not False:
-            callbacks.append(LearningRates())
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+            trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except UsageError:
             raise
         except (ValueError, TypeError, MisconfigurationException, RuntimeError) as error:
             slurm = "SLURM_NTASKS" in os.environ and "SLURM" in str(error)
             mend = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
             raise UsageError(f"trainer: {' '.join(str(error).split())}{mend}") from error
+        if self.subcommand is not None:
+            check_run(self.subcommand, self.model, self.datamodule, given, trainer)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint. Settings come from the user, not from the checkpoint (as they would in Lightning)."""
@@ -221,10 +220,10 @@ class OWSCLI(LightningCLI):
             raise UsageError(f"ckpt_path: export reads local checkpoints only; copy '{given}' to this machine first")
         path = find_checkpoint(str(given), *places)
         config.ckpt_path = None if path is None else str(path)
-        if path is None and command != "fit":
-            where = " or ".join(f"'{place}'" for place in places)
-            raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
         if path is None:
+            if command != "fit":
+                where = " or ".join(f"'{place}'" for place in places)
+                raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
             log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
 
 
@@ -235,16 +234,8 @@ def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
-    """Puts a CSV logger before the configured ones: its folder is the run's, and pictures are drawn from its file.
-
-    Args:
-        loggers: ``trainer.logger``, not false.
-        folder: Where the CSV logger makes its ``version_N``, if none is configured.
-    """
-    if loggers is None or isinstance(loggers, bool):
-        loggers = []
-    loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
+    """Puts a CSV logger before those of ``trainer.logger``: its folder is the run's, and pictures come from its file."""
+    loggers = [loggers] if isinstance(loggers, Logger) else [] if isinstance(loggers, bool) else [*(loggers or ())]
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
-        # Written at each row, so that a killed run keeps its curves.
-        loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))
+        loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))  # so that a killed run keeps its curves
     return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))

@@ -7,10 +7,11 @@ import io
 import logging
 import os
 import sys
+import warnings
+from functools import partial
 from typing import Any, NoReturn
 
 from ows_lightning.cli import siblings
-from ows_lightning.cli.log_filters import filter_messages
 from ows_lightning.errors import UsageError, command_line, explain, nearest
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,28 @@ CONFIG_COMMANDS = {
 """The commands that take ``--config``; methods of CommandTrainer, which LightningCLI runs."""
 
 OTHER_COMMANDS = {
-    "chat": ("ows_lightning.cli.chat", "Talk to a model, in the terminal or through a pipe"),
-    "compare": ("ows_lightning.cli.compare", "Show the answers of the base and the tuned model side by side"),
-    "apply-delta": ("ows_lightning.cli.apply_delta", "Make a model from a base and a delta of `export --delta`"),
-    "report": ("ows_lightning.cli.report", "Draw one run or compare several, from their folders; --watch shows a running one"),
-    "configs": ("ows_lightning.cli.config_files", "List the config files that come with this package"),
+    "chat": ("chat", "Talk to a model, in the terminal or through a pipe"),
+    "compare": ("compare", "Show the answers of the base and the tuned model side by side"),
+    "apply-delta": ("folders", "Make a model from a base and a delta of `export --delta`"),
+    "report": ("folders", "Draw one run or compare several, from their folders; --watch shows a running one"),
+    "configs": ("config_files", "List the config files that come with this package"),
 }
-"""The others: the module whose ``run`` takes what follows the command."""
+"""The others: the module of this folder whose function of the command's name takes what follows it."""
+
+_WARNINGS = (
+    "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do
+    r"isinstance\(treespec, LeafSpec\)",  # Lightning uses a deprecated part of torch
+    "skip_none parameter was deprecated",
+    "args parameter is intended to run from within Python",
+    "is_gradient_checkpointing",
+    "GPU available but not used",
+)
+_LOGS = {
+    "lightning.pytorch.utilities.rank_zero": ("litlogger", "GPU available:", "TPU available:", "HPU available:"),
+    "torch._subclasses.fake_tensor": ("failed while attempting to run meta for",),  # a stack trace; it raises, too
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+}
+"""Messages that libraries print at every start, by who logs them, and that a user can do nothing about."""
 
 
 def main(args: Any = None) -> None:
@@ -45,19 +61,24 @@ def main(args: Any = None) -> None:
     words = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
-    filter_messages()
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", f".*{message}")
+    for name, messages in _LOGS.items():
+        logging.getLogger(name).addFilter(partial(_is_wanted, messages))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
         _run(words, args)
-    except Exception as error:
-        exit_with(error)
-    except KeyboardInterrupt as error:
+    except (Exception, KeyboardInterrupt) as error:
         exit_with(error)
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
         exit_with(error.__context__)
+
+
+def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not any(message in record.getMessage() for message in unwanted)
 
 
 def _run(words: Any, args: Any) -> None:
@@ -71,9 +92,12 @@ def _run(words: Any, args: Any) -> None:
     elif command in OTHER_COMMANDS or (command in CONFIG_COMMANDS and {"-h", "--help"} & {*words}):
         try:
             if command in OTHER_COMMANDS:
-                importlib.import_module(OTHER_COMMANDS[command][0]).run(words[1:])
+                module = importlib.import_module(f"ows_lightning.cli.{OTHER_COMMANDS[command][0]}")
+                getattr(module, command.replace("-", "_"))(words[1:])
             else:
-                print(importlib.import_module("ows_lightning.cli.help").page(command, CONFIG_COMMANDS[command]))
+                from ows_lightning.cli.help import page
+
+                print(page(command, CONFIG_COMMANDS[command]))
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of our output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,36 +105,30 @@ def _run(words: Any, args: Any) -> None:
     elif command is not None and not command.startswith("-") and command not in CONFIG_COMMANDS:
         raise UsageError(f"there is no command '{command}'{nearest(command, names) or listed}")
     else:
-        if command not in ("plan", None) and os.environ.get("LOCAL_RANK", "0") == "0":
-            log.info("%s: loading libraries", command)  # which takes seconds
-        if command != "plan":
-            siblings.watch()
         if command == "plan":
             _import_without_plots()
+        else:
+            siblings.watch()
+            if command is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+                log.info("%s: loading libraries", command)  # which takes seconds
         from ows_lightning.cli.lightning_cli import OWSCLI
         from ows_lightning.distributed.process_group import leave_process_group
 
         logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
         OWSCLI(args)
         leave_process_group()
-        siblings.leave()
+        siblings.leave(ends=args is None)
 
 
 def _import_without_plots() -> None:
     """Imports torchmetrics without matplotlib, which it would import for its plots, so that a command starts sooner."""
-    from lightning_utilities.core import imports
+    from lightning_utilities.core.imports import RequirementCache
 
-    found = imports.RequirementCache
+    found = RequirementCache.__bool__
+    RequirementCache.__bool__ = lambda self: self.requirement != "matplotlib" and found(self)  # type: ignore[method-assign]
+    import torchmetrics  # noqa: F401
 
-    class NoMatplotlib(found):  # type: ignore[misc, valid-type]
-        def __bool__(self) -> bool:
-            return self.requirement != "matplotlib" and super().__bool__()
-
-    imports.RequirementCache = NoMatplotlib  # type: ignore[misc]
-    try:
-        import torchmetrics  # noqa: F401
-    finally:
-        imports.RequirementCache = found  # type: ignore[misc]
+    RequirementCache.__bool__ = found  # type: ignore[method-assign]
 
 
 def usage() -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator
+from pydoc import locate
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
@@ -42,18 +42,13 @@ _REQUIRED = re.compile(r"the following arguments are required: ([^,\s]+)")
 _NO_CLASS = re.compile(r"(?:dot import path string: |has no attribute ')([\w.]+)")
 _EXPECTED = re.compile(r"Expected an? (<class .+?>|typing\.Literal\[.+?\]|tuple with \d+ elements)(?:\.|$)")
 _VALUE = re.compile(r"G(?:iven|ot) value: (.*?)(?:\. Got value: .*)?$")
-_NO_SECTION = "Not a valid subclass of"
 _FRAME = ("Does not validate", "Subtypes: ", "Errors:", "Problem with given", "Given value", "Expected a", "Subclass types")
 
 
 class OneLineParser(LightningArgumentParser):
-    """Lightning's parser, whose errors are UsageErrors of one line, without a list of all two hundred options.
+    """Lightning's parser, whose errors are UsageErrors of one line, without a list of all two hundred options."""
 
-    Attributes:
-        foreign_keys: Keys that a config file may have because `fit` writes them, but which this parser lacks.
-    """
-
-    foreign_keys: Collection[str] = ()
+    foreign_keys: Collection[str] = ()  # what a config file may have because `fit` writes it, but this parser lacks
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a config file."""
@@ -63,11 +58,7 @@ class OneLineParser(LightningArgumentParser):
         return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises the error.
-
-        Raises:
-            UsageError: With the message in one line.
-        """
+        """Raises the error as a UsageError, with the message in one line."""
         if not self.exit_on_error:  # a nested parser, whose error becomes part of the outer one's
             super().error(message, ex)
         raise UsageError(explain_parser_message(message, self)) from ex
@@ -89,7 +80,7 @@ def explain_parser_message(message: str, parser: argparse.ArgumentParser) -> str
             owner = SECTIONS.get(".".join(keys), owner)
         key = ".".join(keys)
         if found := _CLASS_PATH.search(line):
-            owner = import_class(found[1])
+            owner = locate(found[1])
         if found := _UNKNOWN.search(line):
             return _unknown(key, found, owner, parser)
         if found := _REQUIRED.search(line):
@@ -104,8 +95,6 @@ def explain_parser_message(message: str, parser: argparse.ArgumentParser) -> str
             if reason or not set(expected) - {_NONE}:
                 break
             return _wrong_type(key, found[1], expected)
-    if _NO_SECTION in reason:
-        reason = "it is neither a mapping of keys to values nor the name of a class; write its keys below it"
     reason = reason or f"the value does not fit; `{_help(parser)}` says which type it has"
     return f"{key}: {reason}" if key else reason
 
@@ -131,11 +120,9 @@ def _required(key: str, name: str) -> str:
 
 def _nearest_key(key: str, known: Iterable[str]) -> str | None:
     """The key that is meant: it has the same last name or one like it, as `max_steps` and `trainer.max_steps` have."""
-    by_name: dict[str, list[str]] = {}
-    for other in known:
-        by_name.setdefault(other.rpartition(".")[2], []).append(other)
-    name = closest(key.rpartition(".")[2], by_name)
-    return closest(key, known) if name is None else closest(key, by_name[name], cutoff=0)
+    names = {other: other.rpartition(".")[2] for other in known}
+    name = closest(key.rpartition(".")[2], names.values())
+    return closest(key, names) if name is None else closest(key, [other for other in names if names[other] == name], cutoff=0)
 
 
 def _help(parser: argparse.ArgumentParser) -> str:
@@ -154,8 +141,7 @@ def _wrong_type(key: str, value: str, expected: list[str]) -> str:
 def _no_class(key: str, name: str) -> str:
     if key == "sampling":
         return f"sampling: '{name}' is no mapping of keys, such as sampling.distribution; null trains all blocks"
-    short = name.rpartition(".")[2]
-    known = {kind.__name__ for base in _NAMEABLE for kind in _subclasses(base)}
+    short, known = name.rpartition(".")[2], set().union(*map(_subclasses, _NAMEABLE))
     mend = nearest(short, known) if short not in known else ""  # it may be a class, but of another kind
     return f"{key}: '{name}' is no class that fits here" + (mend or "; give its full path, as in my_package.my_module.MyClass")
 
@@ -174,17 +160,5 @@ def _arguments(kind: Any) -> list[str]:
     return [] if kind is None else [name for name in inspect.signature(kind).parameters if name not in ("args", "kwargs")]
 
 
-def import_class(path: str) -> Any:
-    """Returns what a full path names, or None."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError):
-        return None
-
-
-def _subclasses(kind: type) -> Iterator[type]:
-    subclass: type
-    for subclass in kind.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
+def _subclasses(kind: type) -> set[str]:
+    return {kind.__name__}.union(*map(_subclasses, kind.__subclasses__()))

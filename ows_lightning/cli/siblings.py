@@ -29,7 +29,7 @@ _SHARED = (
 _DONE = b"."
 
 _watch: _Watch | None = None
-_code: int | None = None  # to end with at once, after an error
+_code: int | None = None  # to end with at once
 
 
 def watch() -> None:
@@ -40,40 +40,35 @@ def watch() -> None:
     rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
     run = os.environ.get(_RUN) or "/".join(os.environ.get(name, "") for name in _SHARED)
     if sys.platform == "linux" and _watch is None and rank.isdigit() and run.strip("/"):
-        _watch = _Watch(run, int(rank))
-        _watch.expect(int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
+        _watch = _Watch(run, int(rank), int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
 
 
 def expect(number: int) -> None:
-    """Lets this process end if not all processes of this machine are there `PATIENCE` after this one.
+    """Lets this process, one of a number that it may start itself, end if not all are there `PATIENCE` after it."""
+    global _watch
+    if _watch is not None:
+        _watch.number = number
+    elif sys.platform == "linux" and number > 1:
+        os.environ[_RUN] = str(os.getpid())
+        _watch = _Watch(os.environ[_RUN], 0, number)
+
+
+def leave(ends: bool = False) -> None:
+    """Ends the watch, so that the others don't mind the end of this process; a RunError if one of them is gone already.
 
     Args:
-        number: How many they are, with this one, which may start the others after this call.
+        ends: The program is through. Nobody watches its end, which takes seconds of a processor, a minute of a busy machine.
     """
-    global _watch
-    if sys.platform == "linux" and _watch is None and number > 1:
-        os.environ[_RUN] = str(os.getpid())
-        _watch = _Watch(os.environ[_RUN], 0)
-    if _watch is not None:
-        _watch.expect(number)
-
-
-def leave() -> None:
-    """Ends the watch, so that the others don't mind the end of this process.
-
-    Raises:
-        RunError: One of them has ended before its time.
-    """
-    if _watch is not None and (gone := _watch.leave(_DONE)):
+    global _code
+    if _watch is None:
+        return
+    if gone := _watch.leave(_DONE):
         raise RunError(f"{gone} before this one was through; its own output says why")
+    _code = 0 if ends else None
 
 
 def end_early(code: int) -> None:
-    """Tells the others that this process ends before its time, and sees to it that it does.
-
-    Args:
-        code: The exit code.
-    """
+    """Tells the others that this process ends before its time, and sees to it that it does, with an exit code."""
     global _code
     if _watch is None:
         return
@@ -84,16 +79,16 @@ def end_early(code: int) -> None:
 
 
 def _end_at_once() -> None:
-    """Ends this process after an error, without the interpreter's own end.
+    """Ends this process without the interpreter's own end.
 
-    That collects process groups which the error's stack trace or a mesh still holds, and waits for gloo's threads, which
-    wait for the interpreter in turn: forever.
+    That collects process groups which an error's stack trace or a mesh still holds, and waits for gloo's threads, which
+    after an error wait for the interpreter in turn: forever.
     """
     if _code is not None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        os._exit(_code)
+        os._exit(_code or int(hasattr(sys, "last_value")))  # an exception that came after a good end
 
 
 class _Watch:
@@ -101,17 +96,12 @@ class _Watch:
 
     Each process connects to those of lower rank, and says its own; before it ends in good order it says so. An end without
     that is one before its time.
-
-    Args:
-        run: Names the run.
-        rank: This process's local rank.
     """
 
-    def __init__(self, run: str, rank: int) -> None:
-        self._run, self._rank = run, rank
+    def __init__(self, run: str, rank: int, number: int) -> None:
+        self._run, self._rank, self.number = run, rank, number  # 0 processes where it is not known how many they are
         self._links: dict[int, socket.socket] = {}  # by the rank of the other
         self._met = {rank}
-        self._number = 0  # how many they are, once it is known
         self._late = time.monotonic() + PATIENCE
         self._grace = GRACE
         self._gone = ""  # what is wrong with whom
@@ -130,9 +120,6 @@ class _Watch:
 
     def _name(self, rank: int) -> str:
         return f"\0ows-lightning/{os.getuid()}/{self._run}/{rank}"
-
-    def expect(self, number: int) -> None:
-        self._number = number
 
     def leave(self, word: bytes) -> str:
         """Takes leave with a last word; returns what is said of one that has ended before, if there is one."""
@@ -192,11 +179,11 @@ class _Watch:
                 return f"another process of this run (local rank {rank}) has ended"
             link.close()
             del self._links[rank]
-        late = [rank for rank in range(self._number) if rank not in self._met] if time.monotonic() > self._late else []
-        if not late:
+        missing = next((rank for rank in range(self.number) if rank not in self._met), None)
+        if missing is None or time.monotonic() <= self._late:
             return ""
         self._grace = 0.0  # nothing has begun yet that this process could end
-        return f"another process of this run (local rank {late[0]}) was not there within {PATIENCE:.0f} s"
+        return f"another process of this run (local rank {missing}) was not there within {PATIENCE:.0f} s"
 
     def _meet(self, rank: int, link: socket.socket) -> None:
         link.setblocking(False)

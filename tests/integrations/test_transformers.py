@@ -245,7 +245,7 @@ def test_a_trainer_with_galore_trains_again_also_after_others_and_after_an_excep
     assert trainer.state.global_step == 2
 
 
-def test_trainers_of_one_model_leave_one_hook_on_it_while_they_train_and_none_after(tmp_path: Path) -> None:
+def test_trainers_of_one_model_leave_no_hook_on_it(tmp_path: Path) -> None:
     class Counts(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             counts.append(len(model._forward_pre_hooks))
@@ -254,16 +254,14 @@ def test_trainers_of_one_model_leave_one_hook_on_it_while_they_train_and_none_af
 
     counts: list[int] = []
     first, _ = make_trainer(tmp_path, "sft", True, Counts(), max_steps=1)
-    model, before = first.model, len(first.model._forward_pre_hooks)
+    model = first.model
     second = Trainer(model, args=first.args, train_dataset=first.train_dataset, data_collator=first.data_collator)
     use_galore(second, rank=4)
     second.add_callback(Counts())
-    assert len(model._forward_pre_hooks) == before == 0
     for trainer, fails in ((first, False), (second, False), (first, True), (second, False)):
         with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
             trainer.train()
-    assert counts == [1, 1, 1, 1]
-    assert not model._forward_pre_hooks
+    assert counts == [0, 0, 0, 0]
 
 
 def test_a_model_that_the_trainer_makes_itself_is_refused(tmp_path: Path) -> None:

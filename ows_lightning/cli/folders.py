@@ -1,4 +1,4 @@
-"""``report RUN [RUN ...] [--output DIR]`` and ``report --watch RUN``: they need no config, no model and no data."""
+"""``report`` and ``apply-delta``, which need no config: they make one folder of others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from ows_lightning.cli.help import CommandParser
 
 
-def run(words: list[str]) -> None:
-    """Draws runs, or serves the page of one that is running."""
+def report(words: list[str]) -> None:
+    """``report RUN [RUN ...]``: draws runs, or serves the page of one that is running."""
     parser = CommandParser("report", "Draw one run or compare several, from their folders alone.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="A folder that `fit` or `score` wrote")
     parser.add_argument("--output", type=Path, help="Where to write; by default the folder of a single run, or `report`")
@@ -26,3 +26,17 @@ def run(words: list[str]) -> None:
 
     output = given.output or (Path(given.runs[0]) / "report" if len(given.runs) == 1 else Path("report"))
     print(f"Written: {write_report(given.runs, output)}")
+
+
+def apply_delta(words: list[str]) -> None:
+    """``apply-delta BASE DELTA``: writes the model, and says how much smaller the delta is."""
+    parser = CommandParser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
+    parser.add_argument("base", metavar="BASE", help="The model that the run started from: hub name, directory or .gguf file")
+    parser.add_argument("delta", metavar="DELTA", help="The delta's directory")
+    parser.add_argument("--output", type=Path, default=Path("model"), help="The directory to write (default: model)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the base's repository")
+    given = parser.parse_args(words)
+    from ows_lightning.models import delta
+
+    sizes = delta.apply_delta(given.base, given.delta, given.output, given.trust_remote_code)
+    print(f"Written: {given.output} (the delta has {sizes})")
