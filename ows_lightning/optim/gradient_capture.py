@@ -269,10 +269,10 @@ class GradientCapture(Optimizer):
         with self._measured(waiting[0][0].device):
             turned = singular_vectors([sketch for _, (sketch, *_) in waiting])
             for (p, (sketch, projected, processes)), exact in zip(waiting, turned, strict=True):
-                side, vectors = self._side(p), exact.to(projected.dtype)
+                side, vectors = self._side(p), exact.to(sketch.basis.dtype)
                 assert side is not None
                 self._new_projectors[p] = place_projector(vectors, p, side, processes)  # rank 0's on all processes
-                turn = sketch.basis.mT @ vectors
+                turn = (sketch.basis.mT @ vectors).to(projected.dtype)  # which autocast may have taken
                 self.consume_projected(p, place_projected(project(projected, turn, side), p, side))
 
     @torch.no_grad()
