@@ -43,10 +43,11 @@ def compare(words: list[str]) -> None:
             of_this.append(conversation.ask(prompt))
         answers.append(of_this)
         del conversation  # one model at a time
-    print(_table(["prompt", "base", "tuned"], [prompts, *answers]))
+    rows = [("prompt", "base", "tuned"), *zip(prompts, *answers, strict=True)]
+    print(_table(rows))
     if output is not None:
         with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([["prompt", "base", "tuned"], *zip(prompts, *answers, strict=True)])
+            csv.writer(file).writerows(rows)
         print(f"Written: {output / 'comparison.csv'}")
 
 
@@ -59,13 +60,12 @@ def _base(run_folder: Path | None) -> str:
     return str(name)
 
 
-def _table(names: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, as wide as the terminal, with a line between rows."""
-    width = max(20, (shutil.get_terminal_size((100, 24)).columns - 3 * (len(names) - 1)) // len(names))
-    rule = "-+-".join("-" * width for _ in names)
-    lines = [" | ".join(name.ljust(width) for name in names), rule]
-    for row in zip(*columns, strict=True):
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Three columns side by side, as wide as the terminal, with a line below each row."""
+    width = max(20, (shutil.get_terminal_size((100, 24)).columns - 6) // 3)
+    lines = []
+    for row in rows:
         cells = [[part for line in cell.splitlines() or [""] for part in textwrap.wrap(line, width) or [""]] for cell in row]
-        lines += [" | ".join(part.ljust(width) for part in parts) for parts in zip_longest(*cells, fillvalue="")]
-        lines.append(rule)
-    return "\n".join(line.rstrip() for line in lines)
+        lines += [" | ".join(part.ljust(width) for part in parts).rstrip() for parts in zip_longest(*cells, fillvalue="")]
+        lines.append("-+-".join(["-" * width] * 3))
+    return "\n".join(lines)
