@@ -117,7 +117,7 @@ def _run(words: Any, args: Any) -> None:
         logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
         OWSCLI(args)
         leave_process_group()
-        siblings.leave()
+        siblings.leave(ends=args is None)
 
 
 def _import_without_plots() -> None:

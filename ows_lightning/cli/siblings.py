@@ -29,7 +29,7 @@ _SHARED = (
 _DONE = b"."
 
 _watch: _Watch | None = None
-_code: int | None = None  # to end with at once, after an error
+_code: int | None = None  # to end with at once
 
 
 def watch() -> None:
@@ -53,10 +53,18 @@ def expect(number: int) -> None:
         _watch = _Watch(os.environ[_RUN], 0, number)
 
 
-def leave() -> None:
-    """Ends the watch, so that the others don't mind the end of this process; a RunError if one of them is gone already."""
-    if _watch is not None and (gone := _watch.leave(_DONE)):
+def leave(ends: bool = False) -> None:
+    """Ends the watch, so that the others don't mind the end of this process; a RunError if one of them is gone already.
+
+    Args:
+        ends: The program is through. Nobody watches its end, which takes seconds of a processor, a minute of a busy machine.
+    """
+    global _code
+    if _watch is None:
+        return
+    if gone := _watch.leave(_DONE):
         raise RunError(f"{gone} before this one was through; its own output says why")
+    _code = 0 if ends else None
 
 
 def end_early(code: int) -> None:
@@ -71,16 +79,16 @@ def end_early(code: int) -> None:
 
 
 def _end_at_once() -> None:
-    """Ends this process after an error, without the interpreter's own end.
+    """Ends this process without the interpreter's own end.
 
-    That collects process groups which the error's stack trace or a mesh still holds, and waits for gloo's threads, which
-    wait for the interpreter in turn: forever.
+    That collects process groups which an error's stack trace or a mesh still holds, and waits for gloo's threads, which
+    after an error wait for the interpreter in turn: forever.
     """
     if _code is not None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        os._exit(_code)
+        os._exit(_code or int(hasattr(sys, "last_value")))  # an exception that came after a good end
 
 
 class _Watch:

@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.checksums import file_sum
-from ows_lightning.checkpoints.files import META, METADATA, partial_path, replace_atomically, save_file
+from ows_lightning.checkpoints.files import META, METADATA, file_sum, partial_path, replace_atomically, save_file
 from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
 from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
@@ -84,11 +83,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return gathered
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint whole or not at all.
-
-        Raises:
-            RunError: On all ranks, if one of them can't write.
-        """
+        """Writes a checkpoint whole or not at all; a RunError on all ranks, if one of them can't write."""
         path = Path(self.broadcast(filepath))
         if self._save_distributed_checkpoint:
             self._save_shards(checkpoint, path)
@@ -152,12 +147,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Reads this process's part of the weights into the module."""
         assert self.lightning_module is not None
-        module, path = self.lightning_module, Path(checkpoint["path"])
-        if "state_dict" not in checkpoint:
+        module, path, saved = self.lightning_module, Path(checkpoint["path"]), checkpoint.get("state_dict")
+        if saved is None:
             read_checkpoint(path, lambda path: load_weights(module, path))
             return
         state = module.state_dict()
-        saved = checkpoint["state_dict"]
         if strict and (different := sorted(state.keys() ^ saved.keys())):
             raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0]}")
         for name in state.keys() & saved.keys():
@@ -169,16 +163,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         places = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
 
         def empty(optimizer: int, parameter: int, saved: TensorStorageMetadata) -> Tensor:
-            weight = places[optimizer][parameter]
+            weight, dtype = places[optimizer][parameter], saved.properties.dtype
             if saved.size == weight.shape:
-                return torch.empty_like(weight, dtype=saved.properties.dtype)
-            return torch.empty(saved.size, dtype=saved.properties.dtype)  # of low rank: the optimizer takes its part
+                return torch.empty_like(weight, dtype=dtype)
+            return torch.empty(saved.size, dtype=dtype)  # of low rank: the optimizer takes its part
 
         if "state_dict" not in checkpoint:
-            states = read_checkpoint(
-                Path(checkpoint["path"]),
-                lambda path: load_optimizers(path, checkpoint["optimizer_states"], empty),
-            )
+            states = read_checkpoint(Path(checkpoint["path"]), lambda path: load_optimizers(path, states, empty))
         for weights, optimizer, state in zip(places, self.optimizers, states, strict=True):
             for number, values in state["state"].items():
                 state["state"][number] = {key: _local_part(value, weights[number]) for key, value in values.items()}
@@ -187,8 +178,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 def _local_part(value: Any, weight: Tensor) -> Any:
     """This process's part of a tensor that is distributed as a weight is, if it has its shape."""
-    if not isinstance(weight, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
-        return value
-    if value.shape != weight.shape:
+    whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
+    if not isinstance(weight, DTensor) or not whole or value.shape != weight.shape:
         return value
     return take_part(value, weight.device_mesh, weight.placements)

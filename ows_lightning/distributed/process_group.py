@@ -18,11 +18,10 @@ def leave_at_exit() -> None:
 
 
 def leave_process_group(together: bool = True) -> None:
-    """Leaves the process group, so that its threads have ended before the process does; does nothing without one.
+    """Leaves the process group, if there is one, so that its threads have ended before the process does.
 
-    Args:
-        together: Wait for the other processes first, half a minute at most, so that none loses the store of the first while
-            it still asks. Not after an error, which the others may not have met.
+    Not after an error, which the others may not have met, it waits for them first (``together``), half a minute at most, so
+    that none loses the store of the first while it still asks.
     """
     if not dist.is_available() or not dist.is_initialized():
         return

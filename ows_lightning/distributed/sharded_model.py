@@ -20,12 +20,11 @@ from ows_lightning.models.safetensors_file import stored_weights
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
-    """Shards a model's parameters over the processes of a mesh, in place.
+    """Shards a model's parameters over the processes of a one-dimensional mesh: they are replaced by DTensors.
 
     Args:
-        model: A ``CausalLM``, or another module that contains a causal LM and is run by its forward alone. Its parameters are
-            replaced by DTensors.
-        mesh: The processes, one-dimensional.
+        model: A ``CausalLM``, or another module that contains a causal LM and is run by its forward alone.
+        mesh: The processes.
         precision: The Trainer's; with ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16 and gradients are
             added up over the processes in float32.
     """
@@ -36,9 +35,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") 
             return Shard(1)
         return None  # rows
 
-    policy = MixedPrecisionPolicy()
-    if precision.startswith("bf16"):
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    half = precision.startswith("bf16")
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     # Resharding, too, after a forward pass: parameters that stay gathered would not see that they were frozen.
@@ -51,17 +49,10 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") 
 def load_into_shards(
     build: Callable[[bool], nn.Module], name: str, mesh: DeviceMesh, device: torch.device, precision: str
 ) -> CausalLM:
-    """Builds a model, shards it under the module that owns its forward, and fills the shards.
+    """Builds a model, with its weights (``build(False)``) or without, shards it, see ``shard_model``, and fills the shards.
 
     From safetensors that name the model's weights as the model does, every process reads its own parts. Else (GGUF, experts
     that transformers fuses when it loads, added tokens, adapters) rank 0 loads the model and hands out a weight at a time.
-
-    Args:
-        build: Makes the model with its weights (False), or without (True), see ``empty_model``.
-        name: The model's name.
-        mesh: The processes, one-dimensional.
-        device: This process's device.
-        precision: The Trainer's, see ``shard_model``.
     """
     model = _to_meta(build(True))
     files = stored_weights(name)

@@ -46,8 +46,7 @@ _FORMS = {"sxm", "sxm2", "sxm4", "sxm5", "pcie", "nvl", "hbm2", "hbm2e", "hbm3",
 def find_card(name: str, key: str = "card") -> Card:
     """Returns the card of a name as people, shops or ``nvidia-smi`` write it: ``rtx4090``, ``NVIDIA A100-SXM4-80GB``.
 
-    Raises:
-        UsageError: There is none in `CARDS`, or there are several; the message begins with the key that gave the name.
+    It raises a UsageError, which begins with the key that gave the name, if there is none in `CARDS` or there are several.
     """
     whole, memory = _name_and_memory(name)
     model, _ = _name_and_memory(name, _MAKERS | _FORMS)
@@ -84,16 +83,9 @@ def available_bytes(device: torch.device) -> int | None:
 
 # ------------------------------------------------------------------------------ what makes a run fit
 
-Changes = dict[str, Any]
-"""Keys of a config, dotted, and their new values."""
-
 
 def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
-    """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does.
-
-    Raises:
-        UsageError: The model can't be followed, or can't recompute some of its blocks alone.
-    """
+    """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does."""
 
     def fits(number: int) -> bool:
         return predict(replace(settings, gradient_checkpointing=number)).peak_bytes <= budget
@@ -111,8 +103,8 @@ def advise(settings: PlanSettings, card: int) -> str:
     return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
-def changes_that_fit(settings: PlanSettings, card: int) -> Changes | None:
-    """Returns what makes a run fit a card of so many GB: the mildest change, with the largest batches."""
+def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None:
+    """Returns the keys of a config, dotted, whose new values make a run fit: the mildest change, with the largest batches."""
     milder = list(_cheaper_settings(settings))
     if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
         return None
@@ -137,7 +129,7 @@ def _resident_bytes(settings: PlanSettings) -> int:
     return sum(p.nbytes for p in settings.meta_model.parameters())
 
 
-def _in_words(changes: Changes) -> str:
+def _in_words(changes: dict[str, Any]) -> str:
     parts = [f"{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
     return f"{', '.join(parts[:-1])}{' and ' * (len(parts) > 1)}{parts[-1]}"
 
@@ -148,12 +140,12 @@ def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
     return replace(settings, batch_size=size, accumulate_grad_batches=settings.accumulate_grad_batches * times)
 
 
-def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Changes]]:
+def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, dict[str, Any]]]:
     """Yields settings that need less and less, each with the keys that differ."""
     method, count = settings.method, settings.method.activated_layers
     some_are_frozen = count is not None or method.lora is not None
     offload = some_are_frozen and settings.frozen_in == "device" and not settings.is_sharded
-    changes: Changes = {}
+    changes: dict[str, Any] = {}
     yield settings, {}
     milder: list[tuple[bool, str, Any]] = [
         (settings.recomputed < settings.blocks, "model.gradient_checkpointing", True),
@@ -179,11 +171,7 @@ def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, Ch
 def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     """Writes a config that differs from a parsed one by what makes it fit a card, to a file named after the card.
 
-    Returns:
-        What was changed, and how to start the run, in words.
-
-    Raises:
-        UsageError: There is no such card, or nothing makes the run fit it.
+    Returns what was changed and how to start the run, in words; raises a UsageError if nothing makes the run fit.
     """
     chosen, settings = find_card(card, "fit"), settings_from_config(config)
     changes = changes_that_fit(settings, chosen.memory)

@@ -56,14 +56,8 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     """Counts a method's FLOPs on a fake model of few blocks, and takes the expectation over draws of the real one's.
 
     Backward runs down to the lowest active block. Above it, a frozen block passes the gradient on and an active one computes
-    that of its weights, too; below it nothing is computed but forward.
-
-    Args:
-        settings: How the model is trained, and on what.
-        drawn: The blocks that trained in each interval of a run: its own FLOPs then, in place of the expectation.
-
-    Raises:
-        UsageError: The model can't be followed, or the file of scores is another model's.
+    that of its weights, too; below it nothing is computed but forward. The blocks that were drawn in each interval of a run
+    give its own FLOPs, in place of the expectation.
     """
     method, count, recomputed = settings.method, settings.blocks, settings.recomputed
     draws, origin = (drawn, "the run's") if drawn else _simulated_draws(settings)

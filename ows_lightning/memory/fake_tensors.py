@@ -26,10 +26,8 @@ class FakeOperators:
     """Runs operators on fake CPU tensors, for a `MemoryTracker`.
 
     The layout of an operator's result follows from those of its arguments. torch's FakeTensorMode tells it, and once for each:
-    to look it up again takes a tenth of the time.
-
-    Args:
-        abridged: Of work that is done chunk by chunk, follow as many chunks as tell its peak.
+    to look it up again takes a tenth of the time. If abridged, only so many chunks of work that is done chunk by chunk are
+    followed as tell its peak.
     """
 
     _results: ClassVar[dict[Any, Any]] = {}

@@ -53,10 +53,7 @@ def find_dimensions(name: str, trust_remote_code: bool = False) -> Dimensions:
     """Finds a model's dimensions, without its weights and, where it can, without a network.
 
     What is on this machine comes first: a directory's ``config.json``, then that of an earlier download. Then come the
-    dimensions that this package brings along, see `SHIPPED`, and at last whatever `load_config` finds.
-
-    Raises:
-        UsageError: There is no such model, or its ``config.json`` can't be read.
+    dimensions that this package brings along, see `SHIPPED`, and at last whatever `load_config` finds, or its UsageError.
     """
     directory = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
     if directory.is_dir():

@@ -70,10 +70,8 @@ class Plan:
 def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str | None = None) -> Plan:
     """Predicts what methods need, all by default, and what would make the settings' own fit the cards that it does not.
 
-    Speeds are those on the card, and so is what checkpointing's ``auto`` stands for.
-
-    Raises:
-        UsageError: There is no such method or card, or the model can't be followed.
+    Speeds are those on the card, and so is what checkpointing's ``auto`` stands for. It raises a UsageError if there is no
+    such method or card, or the model can't be followed.
     """
     if unknown := sorted(set(methods or ()) - METHODS.keys()):
         raise UsageError(f"method: unknown {', '.join(unknown)}; choose from {', '.join(METHODS)}")
@@ -122,12 +120,10 @@ def _with_number_of_recomputed(settings: PlanSettings, card: Card | None) -> Pla
     """``auto`` as a number of blocks: the fewest for us, all or none for other tools, which know nothing between."""
     if settings.gradient_checkpointing != "auto":
         return settings
-    number = settings.blocks
     if card is not None and settings.method.ours:
-        number = fewest_recomputed(settings, card.memory * 1e9)
-    elif card is not None and predict(replace(settings, gradient_checkpointing=0)).fits(card.memory):
-        number = 0
-    return replace(settings, gradient_checkpointing=number)
+        return replace(settings, gradient_checkpointing=fewest_recomputed(settings, card.memory * 1e9))
+    none = replace(settings, gradient_checkpointing=0)
+    return none if card is not None and predict(none).fits(card.memory) else replace(settings, gradient_checkpointing=True)
 
 
 def _note_on_recomputed(runs: dict[str, PlanSettings], card: Card | None) -> str:

@@ -73,10 +73,8 @@ blocks that are frozen again. Batches, precision and checkpointing are the confi
 def predict(settings: PlanSettings) -> MethodPlan:
     """Predicts what the settings' method needs on each device, from a step of a fake model with all its operators.
 
-    The highest of a step's stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it.
-
-    Raises:
-        UsageError: The model has operators that can't be followed without data.
+    The highest of a step's stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it. It raises a UsageError if the
+    model has operators that can't be followed without data.
     """
     try:
         memory = extrapolate(settings, alike(decoder_layers(settings.meta_model)))
@@ -87,9 +85,10 @@ def predict(settings: PlanSettings) -> MethodPlan:
             f"model.model_name_or_path: can't follow a {settings.model.model_type} model in {settings.precision} ({error})"
         ) from error
     sizes = ModelSizes.of(settings)
-    peaks = [_on_each_device(peak, settings, sizes) for peak in memory.peaks.values()]
-    highest = max(peaks, key=lambda peak: sum(peak.values()))
-    return MethodPlan(highest, _host_bytes(settings, sizes), _communicated_bytes(memory, settings, sizes))
+    device, host = _offloaded_bytes(settings, sizes)
+    peaks = [{**peak, "weights": peak["weights"] + device} for peak in memory.peaks.values()]
+    highest = max((_on_each_device(peak, settings, sizes) for peak in peaks), key=lambda peak: sum(peak.values()))
+    return MethodPlan(highest, host, _communicated_bytes(memory, settings, sizes))
 
 
 # ------------------------------------------------------------------------------ a step of a model of few blocks
@@ -107,9 +106,8 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
 
     def of(groups: dict[str, int]) -> StepMemory:
         frozen, frozen_kept, active, active_kept = groups.values()
-        return simulate(
-            settings, 1 + active + active_kept, frozen + frozen_kept, min(settings.recomputed, 1 + frozen + active)
-        )
+        recomputed = min(settings.recomputed, 1 + frozen + active)
+        return simulate(settings, 1 + active + active_kept, frozen + frozen_kept, recomputed)
 
     base = of(few)
     steps = [(size - few[name], of({**few, name: few[name] + 1})) for name, size in groups.items() if size > few[name]]
@@ -198,28 +196,23 @@ def _offloaded_blocks(settings: PlanSettings, count: int) -> int:
     return count if method.lora is not None else count - method.active_blocks(count)
 
 
-def _device_weights(weights: int, settings: PlanSettings, sizes: ModelSizes) -> int:
-    """Turns the bytes of a whole model's weights into those on the device.
+def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, int]:
+    """What the device holds more than a whole model's weights (less, if negative), and what host memory holds.
 
     Blocks that train, embeddings, head and norm stay as they are; for those that are offloaded there are slots. Blocks in int8
-    are dequantised into the slots, from copies on the device or from memory that the copies pass through one by one.
+    are dequantised into the slots, from copies on the device or from memory that the copies pass through one by one. The host
+    has every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone.
     """
-    offloaded = _offloaded_blocks(settings, settings.blocks)
+    offloaded, is_int8 = _offloaded_blocks(settings, settings.blocks), settings.frozen_dtype == "int8"
     if not offloaded:
-        return weights
+        return 0, 0
     slots = min(settings.window_blocks, offloaded)
-    copies = offloaded if settings.frozen_in == "device" else int(settings.frozen_dtype == "int8")
-    return weights + (slots - offloaded) * sizes.on_device + copies * sizes.offloaded
-
-
-def _host_bytes(settings: PlanSettings, sizes: ModelSizes) -> int:
-    """What host memory holds: every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone."""
-    if not _offloaded_blocks(settings, settings.blocks):
-        return 0
+    copies = offloaded if settings.frozen_in == "device" else int(is_int8)
+    on_device = (slots - offloaded) * sizes.on_device + copies * sizes.offloaded
     if settings.frozen_in == "disk":
-        return _STAGING * sizes.largest_weight if settings.on_gpu else 0
-    copies = sizes.offloaded if settings.frozen_dtype == "int8" and settings.frozen_in == "host" else 0
-    return settings.blocks * (sizes.on_device + copies)
+        return on_device, _STAGING * sizes.largest_weight if settings.on_gpu else 0
+    copy = sizes.offloaded if is_int8 and settings.frozen_in == "host" else 0
+    return on_device, settings.blocks * (sizes.on_device + copy)
 
 
 def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:
@@ -239,14 +232,13 @@ def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> i
 
 
 def _on_each_device(peak: dict[str, int], settings: PlanSettings, sizes: ModelSizes) -> dict[str, int]:
-    """Turns the peak of one device that holds the whole model into that of each of n, with offloaded blocks elsewhere.
+    """Turns the peak of one device into that of each of n.
 
     FSDP2 shards weights, gradients, moments and an elementwise optimizer's temporaries n ways. Beside its shards, a device
     holds the root's weights, those of two blocks (one at work, one that is fetched meanwhile) and, where full gradients exist,
     those of two blocks (one being produced, one being reduced). Projectors are replicated; activations are those of the
     device's own rows. With DDP, every device holds everything.
     """
-    peak = {**peak, "weights": _device_weights(peak["weights"], settings, sizes)}
     if not settings.is_sharded:
         return peak
     sharded = {"weights", "gradients", "moments"} | ({"other"} if settings.method.rank is None else set())

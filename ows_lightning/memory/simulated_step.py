@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
@@ -80,11 +81,8 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
     most is taken: the lowest block trains, so that activations are kept from there up, and so do the highest ones, whose
     gradients come when most activations are still there.
 
-    Args:
-        model: A causal LM on the CPU, real or fake, maybe within a peft model; its weights are changed if they are real.
-        method: How it trains.
-        work: What it trains on.
-        tracker: A new one; it runs the operators of a fake model.
+    The model is a causal LM on the CPU, maybe within a peft model, real (its weights are changed) or fake (the tracker, a new
+    one, runs its operators).
     """
     consumed = 0
     with tracker:
@@ -96,8 +94,10 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
             for group in simulation.optimizer.param_groups:
                 if "update_proj_gap" in group:
                     group["update_proj_gap"] = 1 if renews or method.renews_with_state else 1 << 30
-            with simulation.watched_gradients(renews):
-                consumed = simulation.step(renews)
+            hooks = simulation.watch_gradients(renews)
+            consumed = simulation.step(renews)
+            for hook in hooks:
+                hook.remove()
     peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and BETWEEN not in span[-1]}
     return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed, dict(tracker.flops))
 
@@ -179,9 +179,8 @@ class _Simulation:
         self.optimizer.zero_grad()
         return consumed
 
-    @contextmanager
-    def watched_gradients(self, renews: bool) -> Iterator[None]:
-        """Tells the tracker which tensors are gradients, and what is computed from them, in a step."""
+    def watch_gradients(self, renews: bool) -> list[RemovableHandle]:
+        """Registers hooks for a step that tell the tracker which tensors are gradients, and what is computed from them."""
         galore, tracker, on_host = self.galore, self.tracker, self.work.host_memory
         before, arriving = "", None  # rows of an offloaded gradient that are added to the present one
 
@@ -208,16 +207,11 @@ class _Simulation:
             factors = {m.weight for m in decoder_layers(self.model).modules() if isinstance(m, nn.Linear)}
             whole = renews or self.method.renews_with_state
             parameters = [p for p in parameters if p not in factors or (whole and not self._rests(p))]
-        handles = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
-        handles += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
+        hooks = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
+        hooks += [p.register_post_accumulate_grad_hook(begin) for p in parameters]
         if galore is not None and self.method.ours:
             galore.project_in_backward(model=self.model if self.method.factored else None)
-        handles += [p.register_post_accumulate_grad_hook(end) for p in parameters]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return [*hooks, *(p.register_post_accumulate_grad_hook(end) for p in parameters)]
 
     def _watch_stages(self, block_spans: Sequence[str]) -> None:
         """Registers the hooks that tell the tracker where in a step it is."""

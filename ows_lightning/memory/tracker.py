@@ -62,11 +62,7 @@ class MemoryTracker(TorchDispatchMode):
     are already past. Until then, a storage has the `category` that was set when it came up.
 
     Every instant belongs to one span (`begin_span`); `peaks` has the peak of each, and `flops` what was computed in it. What
-    kernels allocate within themselves is not seen.
-
-    Args:
-        alignment: Sizes are rounded up to a multiple of so many bytes: 512 for CUDA's allocator.
-        operate: Runs an operator, given its arguments and keyword arguments.
+    kernels allocate within themselves is not seen. Sizes are rounded up to the alignment: 512 bytes for CUDA's allocator.
     """
 
     def __init__(self, alignment: int = 1, operate: Callable[[Any, Sequence[Any], dict[str, Any]], Any] | None = None) -> None:

@@ -70,11 +70,7 @@ def _from_run(run: RunRecord) -> list[str]:
 
 
 def upload(directory: Path, name: str) -> str:
-    """Uploads a model directory to the hub, into a private repository if there is none of that name; returns its address.
-
-    Raises:
-        RunError: The hub can't be reached, or refuses it.
-    """
+    """Uploads a model directory to the hub, into a private repository if there is none of that name; returns its address."""
     api = HfApi()
     try:
         url = api.create_repo(name, private=True, exist_ok=True)

@@ -59,11 +59,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
-        """Read a run folder, or the newest ``version_N`` inside a folder of them.
-
-        Args:
-            path: Folder with ``metrics.csv``, ``sampling_history.csv`` or ``outlier_scores.json`` in it, or a folder
-                whose ``version_N`` folders are such.
+        """Read a folder with ``metrics.csv``, ``sampling_history.csv`` or ``outlier_scores.json``, or the newest run within.
 
         Raises:
             UsageError: The folder is missing, is not a run's, or one of its files is damaged.
@@ -128,11 +124,7 @@ class RunRecord:
 
 
 def find_run_folder(path: Path) -> Path:
-    """The run folder that ``path`` is, or the newest of the ``version_N`` folders in it.
-
-    Raises:
-        UsageError: There is no such folder, or no run in it.
-    """
+    """The run folder that ``path`` is, or the newest of the ``version_N`` folders in it; a UsageError if there is no run."""
     if is_run_folder(path):
         return path
     versions = {number: folder for folder in path.glob("version_*") if (number := _version_number(folder)) is not None}
@@ -182,10 +174,8 @@ def _read_scores(path: Path) -> dict[str, Any] | None:
         ratios, probabilities = scores["outlier_ratios"], scores["probabilities"]
         numbers = [float(number) for number in [*ratios, *probabilities]]
         if not probabilities or len(ratios) != len(probabilities) or not all(map(math.isfinite, numbers)):
-            raise ValueError(
-                "outlier_ratios and probabilities need one finite number a block each, they have "
-                f"{len(ratios)} and {len(probabilities)}"
-            )
+            counts = f"{len(ratios)} and {len(probabilities)}"
+            raise ValueError(f"outlier_ratios and probabilities need one finite number a block each, they have {counts}")
         return scores
 
 

@@ -39,11 +39,8 @@ def scores_table(run: RunRecord) -> Table:
 
 def blocks_table(run: RunRecord) -> Table:
     """The draws as ``sampling_history.csv`` has them."""
-    return {
-        "interval": [draw.interval for draw in run.history],
-        "step": [draw.step for draw in run.history],
-        "blocks": [" ".join(map(str, draw.blocks)) for draw in run.history],
-    }
+    rows = [(draw.interval, draw.step, " ".join(map(str, draw.blocks))) for draw in run.history]
+    return _table(("interval", "step", "blocks"), rows)
 
 
 def block_frequency_table(run: RunRecord) -> Table:
@@ -68,26 +65,23 @@ def block_frequency_table(run: RunRecord) -> Table:
 
 def loss_table(runs: Sequence[RunRecord], x: XAxis = "step") -> Table:
     """Training and validation loss (nats per target token), one row for each logged value."""
-    table: Table = {"run": [], x: [], "split": [], "loss": []}
-    for run in runs:
-        for split, column in (("train", "train_loss"), ("validation", "val_loss")):
-            positions, losses = run.series(column, x)
-            table["run"] += [run.name] * len(losses)
-            table[x] += positions if x == "time_s" else [round(position) for position in positions]
-            table["split"] += [split] * len(losses)
-            table["loss"] += losses
-    return table
+    rows = [
+        (run.name, at if x == "time_s" else round(at), split, loss)
+        for run in runs
+        for split, column in (("train", "train_loss"), ("validation", "val_loss"))
+        for at, loss in zip(*run.series(column, x), strict=True)
+    ]
+    return _table(("run", x, "split", "loss"), rows)
 
 
 def metric_table(runs: Sequence[RunRecord], metric: str) -> Table:
     """One metric by optimizer step."""
-    table: Table = {"run": [], "step": [], metric: []}
-    for run in runs:
-        steps, values = run.series(metric)
-        table["run"] += [run.name] * len(values)
-        table["step"] += [round(step) for step in steps]
-        table[metric] += values
-    return table
+    rows = [(run.name, round(step), value) for run in runs for step, value in zip(*run.series(metric), strict=True)]
+    return _table(("run", "step", metric), rows)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    return {name: [row[column] for row in rows] for column, name in enumerate(names)}
 
 
 def write_csv(table: Table, path: Path) -> None:

@@ -67,11 +67,7 @@ class Page:
 
 
 def serve(page: Page, port: int) -> ThreadingHTTPServer:
-    """Returns a server of the page, bound to 127.0.0.1 and asked for under that name, that answers GET and HEAD alone.
-
-    Raises:
-        UsageError: The port is taken or none of ours to take.
-    """
+    """Returns a server of the page, bound to 127.0.0.1 and asked for under that name, that answers GET and HEAD alone."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -108,11 +104,7 @@ def serve(page: Page, port: int) -> ThreadingHTTPServer:
 
 
 def watch(run: Path, port: int = 0) -> None:
-    """Serves a run's page until the run ends or the user interrupts; of a run that has ended, until the user does.
-
-    Raises:
-        UsageError: There is no such folder, or the port is taken.
-    """
+    """Serves a run's page until the run ends or the user interrupts; of a run that has ended, until the user does."""
     if not run.is_dir():
         raise UsageError(f"{run}: no such folder; give the folder that a run writes to")
     with tempfile.TemporaryDirectory() as output:

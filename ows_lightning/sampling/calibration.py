@@ -15,15 +15,9 @@ from ows_lightning.errors import UsageError, command_line
 
 
 def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[str, Tensor]]:
-    """Returns batches of training rows, the same on every rank and in every run with that seed.
+    """Returns batches of so many training rows, if there are, the same on every rank and in every run with that seed.
 
-    Args:
-        loader: The train DataLoader: its data set and collate function are used, not its position.
-        samples: Number of rows; a smaller data set gives all that it has.
-        seed: Chooses the rows.
-
-    Raises:
-        UsageError: ``loader`` is no DataLoader.
+    Of the train DataLoader the data set and the collate function are used, not its position.
     """
     if not isinstance(loader, DataLoader):
         raise UsageError(

@@ -84,7 +84,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         self.warn_of_never_trained()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Does what ``teardown`` does, which Lightning does not call after an exception."""
+        """Lightning calls no ``teardown`` after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -26,18 +26,13 @@ def draw_blocks(
         The indices of the blocks, ascending.
 
     Raises:
-        UsageError: `count` is below 1 or above the number of blocks that can be drawn.
+        UsageError: `count` is above the number of blocks that can be drawn.
     """
-    num_layers, drawable = len(probabilities), int((probabilities > 0).sum())
-    if count < 1:
-        raise UsageError(f"activated_layers: {count} blocks leave nothing to train; give at least 1")
-    if count > num_layers:
-        raise UsageError(f"activated_layers: {count} is more than the model's {num_layers} blocks; give at most that")
+    blocks, drawable = len(probabilities), int((probabilities > 0).sum())
     if count > drawable:
-        raise UsageError(
-            f"activated_layers: {count} is more than the {drawable} of {num_layers} blocks whose probability is not "
-            f"zero; give at most {drawable}, or another `distribution` or a lower `threshold`"
-        )
+        which = f"the {drawable} of {blocks} blocks whose probability is not zero; take another distribution or threshold, or"
+        which = which if count <= blocks else f"the model's {blocks} blocks;"
+        raise UsageError(f"sampling.activated_layers: {count} is more than {which} give at most {drawable}")
     if grouping >= 1 or (grouping > 0 and uniform(generator) < grouping):
         return grouped_draws(tuple(probabilities.tolist()), count).draw(generator)
     return sorted(torch.multinomial(probabilities, count, replacement=False, generator=generator).tolist())

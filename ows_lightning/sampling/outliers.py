@@ -65,17 +65,7 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
 
 @torch.no_grad()
 def layer_weight_norms(model: nn.Module) -> Tensor:
-    """Computes the Frobenius norm of every decoder block's weights, pooled over the block, without its biases.
-
-    Args:
-        model: A causal LM, or any module that contains one.
-
-    Returns:
-        Shape (num_layers,), float64 on the CPU.
-
-    Raises:
-        UsageError: There are no blocks.
-    """
+    """Computes the Frobenius norm of every decoder block's weights without biases: (num_layers,), float64 on the CPU."""
     norms = []
     for block in decoder_layers(model):
         with on_device(block):
@@ -155,23 +145,19 @@ def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
 
 def _outlier_ratio(index: int, weights: list[_Weight], threshold: float) -> float:
     """The share of outliers among the pooled weights of the block with that index, in percent."""
-    unseen = [weight for weight in weights if weight.is_bare and weight.squares is None]
-    for weight in unseen:
-        if weight.parameter.dim() == 3:
+    for weight in weights:
+        if weight.is_bare and weight.squares is None and weight.parameter.dim() == 3:
             kind = type(weight.owner).__name__
             warnings.warn(f"block {index}: {kind}.{weight.name} is used in no matrix product and not scored", stacklevel=3)
-    weights = [weight for weight in weights if weight not in unseen]
+    weights = [weight for weight in weights if not (weight.is_bare and weight.squares is None)]
     if not all(weight.squares is None or weight.squares.isfinite().all() for weight in weights):
         raise UsageError(
             f"calibration_samples: block {index} has activations that are not finite on this text; "
             "check the model's weights, or load it in bfloat16 or float32"
         )
 
-    total, count = 0.0, 0
-    for weight in weights:
-        for magnitudes in weight.magnitudes():
-            total += magnitudes.sum().item()
-            count += magnitudes.numel()
+    sums = [(magnitudes.sum().item(), magnitudes.numel()) for weight in weights for magnitudes in weight.magnitudes()]
+    total, count = sum(part for part, _ in sums), sum(size for _, size in sums)
     if count == 0:
         return 0.0
     cutoff = threshold * total / count

@@ -298,16 +298,13 @@ class BlockSampler:
             UsageError: More blocks are to train than there are or can be drawn, the list of weights is for another
                 number of blocks, or the scores are of another model.
         """
-        if self.activated_layers > num_layers:
-            raise UsageError(
-                f"sampling.activated_layers: {self.activated_layers} is more than the model's {num_layers} blocks"
-            )
         ratios: Sequence[float] = [1.0] * num_layers
         if self.scores is not None and self.distribution != "gradient_norm":
             ratios = OutlierScores.load(Path(self.scores)).ratios_for(num_layers, architecture, self.distribution)
         probabilities = sampling_probabilities(ratios, self.distribution)
-        if self.distribution != "window":
-            draw_blocks(probabilities, self.activated_layers, torch.Generator())
+        if self.distribution == "window":  # which also takes in blocks whose own probability is zero
+            probabilities = torch.ones(num_layers)
+        draw_blocks(probabilities, self.activated_layers, torch.Generator())
 
     def blocks_of(self, interval: int) -> list[int]:
         """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""
@@ -319,7 +316,8 @@ class BlockSampler:
 
     def planned_blocks(self, steps: int) -> set[int] | None:
         """Returns all blocks that train in a run of ``steps`` optimizer steps; None if that can't be known before it."""
-        if self.rescore_every is not None or self.distribution == "gradient_norm" or self._draws_at_other_times():
+        at_other_times = getattr(self.should_draw, "__func__", None) is not BlockSampler.should_draw
+        if self.rescore_every is not None or self.distribution == "gradient_norm" or at_other_times:
             return None
         coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
         return self.trained_blocks(map(self.blocks_of, coming))
@@ -330,9 +328,6 @@ class BlockSampler:
         if self.resting_rank and draws and self.probabilities is not None:
             return set(range(min(map(min, draws)), len(self.probabilities)))
         return {block for blocks in draws for block in blocks}
-
-    def _draws_at_other_times(self) -> bool:
-        return getattr(self.should_draw, "__func__", None) is not BlockSampler.should_draw
 
     def compute_scores(self, model: nn.Module, loader: Any) -> OutlierScores:
         """Returns the blocks' scores and the probabilities that follow from them.

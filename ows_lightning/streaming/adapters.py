@@ -28,8 +28,8 @@ def add_adapters(offloader: BlockOffloader) -> list[RemovableHandle]:
     for index, block in enumerate(offloader.blocks):
         handles += [
             block.register_state_dict_pre_hook(partial(_before_state_dict, offloader)),
-            block.register_load_state_dict_pre_hook(partial(_before_load, offloader, index)),
-            block.register_load_state_dict_post_hook(partial(_after_load, offloader, index)),
+            block.register_load_state_dict_pre_hook(partial(_before_write, offloader, index)),
+            block.register_load_state_dict_post_hook(partial(_after_write, offloader, index)),
         ]
         block._apply = partial(_apply_to_block, offloader, index)  # type: ignore[method-assign]
         block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `end_pass`
@@ -54,21 +54,20 @@ def _before_state_dict(offloader: BlockOffloader, block: nn.Module, prefix: str,
     offloader.end_pass()
 
 
-def _before_load(offloader: BlockOffloader, index: int, block: nn.Module, *_: Any) -> None:
+def _before_write(offloader: BlockOffloader, index: int, *_: Any) -> None:
     offloader.end_pass()
     offloader.make_writable(index)
 
 
-def _after_load(offloader: BlockOffloader, index: int, block: nn.Module, *_: Any) -> None:
+def _after_write(offloader: BlockOffloader, index: int, *_: Any) -> None:
     offloader.refresh(index)
 
 
 def _write(offloader: BlockOffloader, index: int, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls what writes into a block's weights, wherever they are."""
-    offloader.end_pass()
-    offloader.make_writable(index)
+    _before_write(offloader, index)
     result = write(*args, **kwargs)
-    offloader.refresh(index)
+    _after_write(offloader, index)
     return result
 
 
@@ -78,10 +77,10 @@ def _apply_to_block(offloader: BlockOffloader, index: int, fn: Callable[[Tensor]
     block, parameters = offloader.blocks[index], offloader.parameters[index]
     if any(fn(torch.empty(0, dtype=p.dtype)).dtype != p.dtype for p in parameters):
         offloader.offload_all()
-        for p in parameters:
-            p.grad = None
         with torch.no_grad():
             offloader.replace(index, [fn(p.data).to("cpu") for p in parameters])
+            for gradient in [p.grad for p in parameters if p.grad is not None]:
+                gradient.data = fn(gradient.data)
     ids = {id(p) for p in parameters}
     return type(block)._apply(block, lambda tensor: tensor if id(tensor) in ids else fn(tensor), recurse)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,7 @@ class ComputeHooks:
         timeline = self.offloader.timeline
         if timeline.is_offloaded(index):
             timeline.enter(index)
-            inputs = list(_tensors_with_gradient((args, kwargs)))
+            inputs = _tensors_with_gradient((args, kwargs))
             leave = partial(self._leave_backward, index, self.offloader.arrangement)
             if len(inputs) == 1:
                 inputs[0].register_hook(leave)
@@ -62,7 +61,7 @@ class ComputeHooks:
         timeline = self.offloader.timeline
         if in_backward() or not timeline.is_offloaded(index):
             return
-        outputs = list(_tensors_with_gradient(output))
+        outputs = _tensors_with_gradient(output)
         for tensor in outputs:
             tensor.register_hook(partial(self._enter_backward, index, self.offloader.arrangement))
         timeline.leave_forward(index, needed_in_backward=bool(outputs))
@@ -96,12 +95,8 @@ class ComputeHooks:
             )
 
 
-def _tensors_with_gradient(values: Any) -> Iterator[Tensor]:
+def _tensors_with_gradient(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
-        if values.requires_grad:
-            yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors_with_gradient(value)
-    elif isinstance(values, dict):
-        yield from _tensors_with_gradient(list(values.values()))
+        return [values] if values.requires_grad else []
+    entries = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
+    return [tensor for entry in entries for tensor in _tensors_with_gradient(entry)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from weakref import ref
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.compat import version_counter
+from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.projected_adamw import add_update_
 from ows_lightning.streaming.adapters import add_adapters, remove_adapters
 from ows_lightning.streaming.disk import Disk, DiskWeights
@@ -21,19 +23,6 @@ from ows_lightning.streaming.int8 import Int8Weights, StagingBuffer
 from ows_lightning.streaming.offloaded import HostWeights, host_weights, nbytes_of, views_in
 from ows_lightning.streaming.streams import CopyStream, copy_stream_for
 from ows_lightning.streaming.timeline import Timeline
-
-
-class RestingOptimizer(Protocol):
-    """An optimizer in which offloaded weights train at rest, as GaLoreAdamW: it keeps what they learn beside them."""
-
-    def keep_updates_at_rest(self, weights: Iterable[Tensor], fold: Callable[[Sequence[Tensor]], None]) -> None:
-        """Has ``fold`` called with weights whose rest ends."""
-
-    def rests(self, p: Tensor) -> bool:
-        """Whether a parameter trains at rest."""
-
-    def update_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
-        """B (..., m, r) and Q (..., n, r) of a weight that computes as W + B Q^T."""
 
 
 class BlockOffloader:
@@ -77,10 +66,10 @@ class BlockOffloader:
         self.make_stream = copy_stream_for
         self._disk = disk
         self._int8_in = int8_in
-        self._optimizer: Callable[[], RestingOptimizer | None] = _none
-        shared = _in_several_blocks(self.blocks)
+        self._optimizer: Callable[[], GaLoreAdamW | None] = _none
+        blocks_of = Counter(p for block in self.blocks for p in block.parameters())  # what several share stays on the device
         self.parameters = [
-            [p for p in block.parameters() if p.numel() and id(p) not in shared and not (frozen_only and p.requires_grad)]
+            [p for p in block.parameters() if p.numel() and blocks_of[p] == 1 and not (frozen_only and p.requires_grad)]
             for block in self.blocks
         ]
         self._clear()
@@ -199,7 +188,7 @@ class BlockOffloader:
 
     # ------------------------------------------------------------------ blocks that train at rest
 
-    def rest_with(self, optimizer: RestingOptimizer) -> None:
+    def rest_with(self, optimizer: GaLoreAdamW) -> None:
         """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
         self._optimizer = ref(optimizer)
         optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.fold)
@@ -331,16 +320,13 @@ class BlockOffloader:
         _set_data(self.parameters[index], self.offloaded[index].tensors)
 
     def _offload(self, weights: Sequence[Tensor]) -> HostWeights:
-        to_host = partial(host_weights, device=self.device)
-        exact = to_host(weights) if self._disk is None else DiskWeights(self._disk, weights)
-        if self._int8_in is None:
-            return exact
-        offload: dict[str, Callable[[Sequence[Tensor]], HostWeights]] = {
+        to: dict[str, Callable[[Sequence[Tensor]], HostWeights]] = {
             "device": partial(HostWeights, device=self.device),
-            "host": to_host,
-            "disk": partial(DiskWeights, self._disk) if self._disk else to_host,
+            "host": partial(host_weights, device=self.device),
         }
-        return Int8Weights(exact, offload[self._int8_in], self._staging)
+        to["disk"] = partial(DiskWeights, self._disk) if self._disk else to["host"]
+        exact = to["disk"](weights)
+        return exact if self._int8_in is None else Int8Weights(exact, to[self._int8_in], self._staging)
 
     def _allocate_slots(self) -> None:
         """Makes the slots, once: they stay for as long as the offloader is on this device."""
@@ -391,14 +377,3 @@ def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:
 def _set_data(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = tensor
-
-
-def _in_several_blocks(blocks: Sequence[nn.Module]) -> set[int]:
-    """Parameters that several blocks share; they stay on the device."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for block in blocks:
-        here = {id(p) for p in block.parameters()}
-        shared |= seen & here
-        seen |= here
-    return shared

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-
-class Events(Protocol):
-    """What happens to slots; `BlockOffloader` does it to tensors, a test can write it down."""
-
-    def issue(self, block: int, slot: int) -> None:
-        """Starts to fetch a block into a slot, as soon as what was computed from the slot so far is done."""
-
-    def wait(self, block: int, slot: int) -> None:
-        """Holds computation up until the block has arrived, and lets it compute from the slot."""
-
-    def release(self, block: int, slot: int) -> None:
-        """Ends computation from the slot: what is launched from here on does not read it."""
+from typing import Any
 
 
 class Timeline:
-    """Decides what is fetched when, from where computation is.
+    """Decides what is fetched when, from where computation is; ``events`` does it, as `BlockOffloader` or a test that watches.
 
     A waiting block has a rank among the waiting ones, and always comes into the slot of its rank modulo the number of slots.
     Autograd keeps views of weights from the forward pass, so in backward a block has to lie where it lay in forward.
@@ -39,7 +26,7 @@ class Timeline:
         fetches: Blocks fetched so far.
     """
 
-    def __init__(self, events: Events, slots: int) -> None:
+    def __init__(self, events: Any, slots: int) -> None:
         self.events = events
         self.slots = slots
         self.fetches = 0

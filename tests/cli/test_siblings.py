@@ -85,6 +85,34 @@ def test_an_error_ends_without_what_the_interpreter_would_wait_for() -> None:
     assert Pair(code, "time.sleep(60)").end(0)[0] == 2
 
 
+@pytest.mark.parametrize(("after", "code"), [("", 0), ("; raise ValueError", 1)])
+def test_a_good_end_takes_no_time_that_nobody_watches(after: str, code: int) -> None:
+    held = f"import sys; sys.held = type('Held', (), {{'__del__': lambda _: {HANGS}}})()"
+    end, said = Pair(f"{held}; siblings.leave(ends=True){after}", "siblings.leave()").end(0)
+    assert end == code
+    assert ("ValueError" in said) == bool(code)
+
+
+def test_a_program_that_goes_on_after_its_run_keeps_its_exit_code() -> None:
+    pair = Pair("siblings.leave(); raise SystemExit(3)", "siblings.leave()")
+    assert pair.end(0)[0] == 3
+
+
+@pytest.mark.slow
+def test_rank_0_is_killed_in_its_teardown(tmp_path: Path) -> None:
+    """Lightning has started the other one, which is as far, and waits, leaves or has left."""
+    from tests.distributed.many_ends import STARTED_BY, kill, prepare
+
+    def draw(seed: int) -> tuple[str, int]:
+        drawn = random.Random(seed)
+        by, _ = drawn.choice(STARTED_BY), drawn.choice(["fsdp2", "ddp_layerwise"])
+        return by, drawn.randrange(2)
+
+    prepare(tmp_path)
+    for seed in [seed for seed in range(200) if draw(seed) == ("lightning", 0)][:3]:
+        assert not kill(tmp_path, random.Random(seed), ["teardown"]).startswith("wrong")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_at_any_moment_of_a_run(seed: int, tmp_path: Path) -> None:

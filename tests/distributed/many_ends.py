@@ -127,7 +127,8 @@ def kill(home: Path, draw: random.Random, moments: Sequence[str] = WHEN, say: st
     elif told:
         end = "noticed"
     else:
-        end = "was through" if seconds < 1 and codes[1 - victim] in (0, None) else "wrong: no line says why"
+        through = codes[1 - victim] == 0 or (codes[1 - victim] is None and seconds < 5)  # None: of a process of Lightning's
+        end = "was through" if through else "wrong: no line says why"
     print(f"{say}{by}, {strategy}, rank {victim} at {moment} + {delay:.1f} s: {end}, {seconds:.1f} s, {codes}", flush=True)
     if end.startswith("wrong"):
         print(said[-3000:], flush=True)

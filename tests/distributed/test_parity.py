@@ -80,7 +80,7 @@ def test_an_ordinary_step_communicates_no_more_than_it_must(strategy: str, argum
     renewing, ordinary = two.ranks[0]["sent"][0], two.ranks[0]["sent"][1]
     if strategy == "fsdp2":
         # The step's loss, targets, tokens and notes, and its norm; what is frozen reduces no gradient.
-        assert ordinary["allreduce"] <= 6
+        assert ordinary["allreduce"] <= 5
         assert "broadcast" not in ordinary
         assert ordinary["reduce_scatter"] == sum(math.prod(shape) for shape in trained)
         assert renewing["allgather"] > ordinary["allgather"]
@@ -88,7 +88,9 @@ def test_an_ordinary_step_communicates_no_more_than_it_must(strategy: str, argum
         projected = sum(max(shape) * 8 if len(shape) == 2 else shape[0] for shape in trained)
         flags = len(trained)  # of each, whether it has a gradient anywhere
         assert ordinary.keys() == {"allreduce"}
-        assert projected + flags <= ordinary["allreduce"] <= projected + flags + 6
+        assert (
+            projected + flags <= ordinary["allreduce"] <= projected + flags + 4
+        )  # of the step, as above; the norm is the same everywhere
         assert renewing["allreduce"] - ordinary["allreduce"] == sum(math.prod(s) for s in trained if len(s) == 2)
 
 

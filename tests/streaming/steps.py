@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.sampling.activation import activate_blocks
+from ows_lightning.sampling.activation import activate_blocks, unfreeze
 from ows_lightning.streaming.offloader import BlockOffloader
 from tests.streaming.fake_gpu import POISON
 from tests.tiny import tiny_batch
@@ -63,6 +63,7 @@ def train(
 ) -> Run:
     """Trains with redraws, accumulation and projection in backward, and other blocks at rest."""
     run, layers = Run(), decoder_layers(model)
+    unfreeze(model.parameters())  # of an earlier call: an optimizer gets all that may ever train
     optimizer = GaLoreAdamW(galore_param_groups(model, rank=4, update_proj_gap=3), lr=1e-2)
     optimizer.project_in_backward()
     if resting_rank and offloader is not None:

@@ -283,6 +283,7 @@ def test_a_copy_of_a_model_has_a_window_of_its_own(duplicate) -> None:
     model = tiny_model("llama")
     offloader = BlockOffloader(decoder_layers(model))
     train(model, offloader, draws=[[2]])
+    model.requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     other = duplicate(model)
     theirs = decoder_layers(other)[0].offloader

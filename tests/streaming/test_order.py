@@ -79,10 +79,15 @@ def loaded(subject: Subject) -> Any:
 
 
 def halved(subject: Subject) -> Any:
-    """Another dtype in between."""
+    """Other dtypes in between, there and back, of weights and of gradients that wait for a step."""
     subject.train([1])
     subject.model.bfloat16()
-    return subject.train([2])
+    first = subject.train([2])
+    subject.loss().backward()
+    subject.model.float()
+    waiting = [p.grad.cpu().clone() for p in subject.model.parameters() if p.grad is not None]
+    assert waiting
+    return [first, waiting, subject.train([2])]
 
 
 def interrupted(subject: Subject) -> Any:
