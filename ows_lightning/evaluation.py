@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedTokenizerBase
 
+from ows_lightning.errors import UsageError
 from ows_lightning.metrics.choices import ChoiceAccuracy
 from ows_lightning.metrics.exact_match import KnownAnswers
 from ows_lightning.models.causal_lm import CausalLM
@@ -28,10 +29,6 @@ class EvaluationMetrics(MetricCollection):
             self.reset()
         for metric in self.values():
             metric.set_dtype(torch.float32)
-
-    def add_loss(self, loss: Tensor, targets: Tensor) -> None:
-        """Adds a batch's mean loss (nats) and its number of targets, two scalars."""
-        self["loss"].update(loss, weight=targets)
 
     def add_answers(self, pairs: Iterable[tuple[str, str | None]]) -> None:
         """Adds generated answers, each with its reference; without one (None) it fills up a rank's share."""
@@ -86,7 +83,7 @@ class EvaluationModule(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
         if "right" in batch:
-            self.test_choices.update(batch, self.score(batch))
+            self.test_choices.update(batch, self._lm.score(batch))
         else:
             self._evaluate(batch, self.test_metrics)
 
@@ -99,13 +96,13 @@ class EvaluationModule(LightningModule):
     def _evaluate(self, batch: dict[str, Any], metrics: EvaluationMetrics) -> None:
         if "reference" in batch:
             metrics.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
-        elif self._known is None:
+            return
+        if self._known is None:
             parts = self._lm(**batch)
-            metrics.add_loss(parts.loss, parts.targets)
         else:
             parts, likeliest = self._lm.judge(batch)
-            metrics.add_loss(parts.loss, parts.targets)
             self._known.add(batch, likeliest)
+        metrics["loss"].update(parts.loss, weight=parts.targets)
 
     def _start_known_answers(self, loaders: Sequence[int | float]) -> KnownAnswers | None:
         """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""
@@ -131,10 +128,6 @@ class EvaluationModule(LightningModule):
         rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
 
-    def score(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns each row's summed log-likelihood (nats) of its target tokens, float32, shape (B,)."""
-        return self._lm.score(batch)
-
     @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
     def generate(self, batch: dict[str, Any]) -> list[str]:
         """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
@@ -147,3 +140,20 @@ class EvaluationModule(LightningModule):
             pad_token_id=self.tokenizer.pad_token_id,
         )
         return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)
+
+
+def run_tasks(model: Any, tokenizer: Any, tasks: list[str], include_path: str | None = None) -> dict[str, dict[str, Any]]:
+    """Returns a model's figures in tasks of lm-evaluation-harness, also of YAML files in a folder, and prints their table."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise UsageError('tasks: needs lm-eval; pip install "ows_lightning[eval]"') from error
+    manager = TaskManager(include_path=include_path)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise UsageError(f"tasks: lm-eval has no task '{unknown[0]}'; `lm_eval ls tasks` lists those that it has")
+    results = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, task_manager=manager)
+    print(make_table(results))
+    return dict(results["results"])

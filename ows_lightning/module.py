@@ -23,11 +23,10 @@ from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import pretrained, recomputation
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.empty_model import empty_model
-from ows_lightning.models.kernels import Kernels, fuse_
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import seen_on_host
 from ows_lightning.models.positions import exceeded_positions
+from ows_lightning.models.recomputation import Kernels, fuse_
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, add_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.schedule import warmup_and_decay
@@ -218,7 +217,7 @@ class CausalLMModule(EvaluationModule):
         options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
         options["dtype"] = DTYPES.get(self._precision, torch.float32)
         if empty:
-            model = empty_model(*what, **options)
+            model = pretrained.empty_model(*what, **options)
         else:
             model = load_mapped_model(*what, disk, **options) if disk else pretrained.load_model(what[0], **options)
         pretrained.resize_embeddings(model, self.tokenizer)

@@ -1,10 +1,19 @@
-"""Files of tensors and plain values: written whole, read without running code."""
+"""Files of tensors and plain values: written whole, read without running code, and any byte that changed is found before.
+
+A file that torch writes is a zip archive, whose own sums leave out headers and padding. So the CRC-32 of all of it is at its
+end, as the archive's comment, which torch and zip tools pass over. The sums of the other files of a directory of shards are in
+its ``meta.pt``.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import pickle
+import re
 import shutil
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,20 +21,17 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ows_lightning.checkpoints.checksums import SummedFile, check_comment
+from ows_lightning.models.large_tensors import drop_page_cache
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 METADATA = ".metadata"  # torch's name for the list of what is in the shards
 REQUIRED_KEYS = ("state_dict", "loops", "global_step")
 # What torch and pickle raise on a file that is truncated or not a checkpoint.
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
-
-
-class UnsafePickleError(pickle.UnpicklingError):
-    """A pickle asks for more than tensors and plain values."""
-
-    def __str__(self) -> str:
-        return "it holds more than tensors and plain values, which could run code when it is read"
+UNSAFE = "it holds more than tensors and plain values, which could run code when it is read"
+_COMMENT = b"sum32 %08x"
+_LENGTH = len(_COMMENT % 0).to_bytes(2, "little")  # the archive's last two bytes, which are 0 without a comment
+_CHUNK = 1 << 22
 
 
 def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, Any]:
@@ -36,7 +42,7 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):  # the bytes are not a pickle at all
             raise ValueError("it was not written by torch") from error
-        raise UnsafePickleError from error
+        raise pickle.UnpicklingError(UNSAFE) from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")
     if checkpoint.pop("has_checksum", False) and not summed:
@@ -51,7 +57,8 @@ def save_file(value: dict[str, Any], path: Path) -> None:
             torch.save({**value, "has_checksum": True}, file)
         except RuntimeError as error:
             raise root_cause(error) from error
-        file.add_comment()
+        file.seek(-2, os.SEEK_END)
+        file.write(_LENGTH + _COMMENT % file.sum)
         file.flush()
         os.fsync(file.fileno())
 
@@ -94,3 +101,45 @@ def root_cause(error: BaseException) -> BaseException:
 def first_line(error: BaseException) -> str:
     """An error's message, or the first line of it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+class SummedFile(io.BufferedWriter):
+    """A file for ``torch.save`` to write to, which sums up what is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.sum = 0
+
+    def write(self, data: Any) -> int:
+        """Writes bytes."""
+        self.sum = zlib.crc32(data, self.sum)
+        written = super().write(data)
+        drop_page_cache()  # of the weight that was written
+        return written
+
+
+def file_sum(path: Path, length: int | None = None) -> int:
+    """The CRC-32 of a file, or of its first ``length`` bytes; read once as long as the file stays as it is."""
+    about = path.stat()
+    return _file_sum(path, about.st_size if length is None else length, about.st_size, about.st_mtime_ns, about.st_ino)
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_sum(path: Path, left: int, *_: int) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while left and (data := file.read(min(_CHUNK, left))):
+            total, left = zlib.crc32(data, total), left - len(data)
+    return total
+
+
+def check_comment(path: Path) -> bool:
+    """Whether an archive has a comment with its sum; a ValueError says that the file has changed."""
+    end = path.stat().st_size - len(_LENGTH + _COMMENT % 0)
+    with path.open("rb") as file:
+        file.seek(max(end, 0))
+        length, comment = file.read(2), file.read()
+    found = re.fullmatch(rb"sum32 ([0-9a-f]{8})", comment)
+    if found and (length != _LENGTH or int(found[1], 16) != zlib.crc32(b"\0\0", file_sum(path, end))):
+        raise ValueError("its checksum is wrong: bytes have changed since it was written")
+    return found is not None

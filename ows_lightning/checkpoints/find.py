@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ows_lightning.checkpoints.checksums import check_sums
-from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, first_line, load_file
+from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, file_sum, first_line, load_file
 from ows_lightning.checkpoints.shards import read_metadata
 from ows_lightning.errors import UsageError
 
@@ -22,11 +21,8 @@ T = TypeVar("T")
 def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
     """Returns the checkpoint that a user means, if it is good; else a UsageError names the last good one.
 
-    Args:
-        ckpt_path: A path; an address such as ``s3://...``, which has to exist; or ``last``, the newest good
-            checkpoint of the first place that has one (None if there is none yet).
-        places: Where runs may have saved: folders of checkpoints, or folders with runs' folders ``version_N``, of which the
-            newest run counts that has a good checkpoint.
+    ``last`` is the newest good one of the first place that has one, None if none has: a folder of checkpoints, or of runs
+    ``version_N``, of which the newest with a good one counts. An address such as ``s3://...`` has to exist.
     """
     if "://" in ckpt_path:
         try:
@@ -68,7 +64,9 @@ def load_without_tensors(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         return load_file(path)
     contents = load_file(path / META, needed=REQUIRED_KEYS[1:])
-    check_sums(path, contents.get("sums", {}))
+    for name, expected in contents.get("sums", {}).items():
+        if file_sum(path / name) != expected:
+            raise ValueError(f"{name} has another checksum than when it was written")
     for info in read_metadata(path).storage_data.values():
         if (path / info.relative_path).stat().st_size < info.offset + info.length:
             raise ValueError(f"{info.relative_path} is cut short")
@@ -83,8 +81,6 @@ def read_checkpoint(path: Path, how: Callable[[Path], T]) -> T:
         within = next(filter(None, map(last_good, _checkpoint_folders(path))), None)
         hint = f"the last good one in it is '{within}'" if within else "there is no good one in it"
         raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {hint}")
-    if not path.is_dir() and not path.is_file():
-        raise UsageError(f"ckpt_path: '{path}' is a device or a pipe, not a checkpoint; give the path of one, or `last`")
     try:
         load_without_tensors(path)
         return how(path)

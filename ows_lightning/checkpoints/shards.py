@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ows_lightning.checkpoints.files import META, METADATA, REQUIRED_KEYS, UnsafePickleError, first_line, load_file, root_cause
+from ows_lightning.checkpoints.files import META, METADATA, REQUIRED_KEYS, UNSAFE, first_line, load_file, root_cause
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import add_saved_updates_
 
@@ -42,9 +42,7 @@ def load_shards(path: Path) -> dict[str, Any]:
 
 
 def load_optimizers(
-    path: Path,
-    states: list[dict[str, Any]],
-    empty: Callable[[int, int, TensorStorageMetadata], Tensor] | None = None,
+    path: Path, states: list[dict[str, Any]], empty: Callable[[int, int, TensorStorageMetadata], Tensor] | None = None
 ) -> list[dict[str, Any]]:
     """Returns optimizer states with the tensors that ``split`` took out of them.
 
@@ -148,7 +146,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return PurePath  # where it was written; of any system
         if name in _PLAIN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise UnsafePickleError
+        raise pickle.UnpicklingError(UNSAFE)
 
 
 _PLAIN = {

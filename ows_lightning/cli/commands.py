@@ -15,12 +15,12 @@ from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.cli.preflight import check_writable
 from ows_lightning.errors import UsageError
+from ows_lightning.evaluation import run_tasks
 from ows_lightning.memory import plan_from_config, plot_plan, write_config_for_card
-from ows_lightning.metrics.lm_eval import run_tasks
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.delta import write_delta
-from ows_lightning.models.empty_model import allocate
 from ows_lightning.models.export import check_replaceable, save_huggingface
+from ows_lightning.models.pretrained import allocate
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.report.model_card import model_card, upload
 from ows_lightning.report.plots import plot_scores

@@ -25,8 +25,8 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, nearest, not_writable
 from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
-from ows_lightning.models.kernels import liger_for
 from ows_lightning.models.lora import lora_config
+from ows_lightning.models.recomputation import liger_for
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import OutlierScores, architecture_of

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -16,14 +16,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.compat import attn_implementation_of
-from ows_lightning.data.bounds import check_bounds
+from ows_lightning.data import formats
 from ows_lightning.data.examples import column
-from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.loaders import ResumableLoader, ShardedSampler
 from ows_lightning.data.masking import IGNORED, Encoder, with_chat_template
 from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
-from ows_lightning.data.packing import require_separate_documents
-from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts
+from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, require_separate_documents
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
@@ -31,8 +29,17 @@ from ows_lightning.errors import UsageError
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _ALL_PARTS = ("train", "val", "test")
-_FEW_ROWS = 256
-"""Up to so many, a batch may be larger than the data."""
+_FEW_ROWS = 256  # up to so many, a batch may be larger than the data
+# The ranges of settings. Values that no machine can handle are refused: it would seem to hang.
+_BOUNDS = {
+    "batch_size": (1, 8192),
+    "eval_batch_size": (1, 8192),
+    "max_seq_length": (2, 1 << 20),
+    "exact_match_rows": (0, 1_000_000),
+    "num_workers": (0, 512),
+    "seed": (0, 2**32 - 1),
+}
+_WEIGHTS = (1e-6, 1e6)  # of the sources of a mixture
 
 
 class InstructionDataModule(LightningDataModule):
@@ -119,41 +126,28 @@ class InstructionDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.dataset = dataset
-        self.eval_dataset = eval_dataset
-        self.test_dataset = test_dataset
+        self.dataset, self.eval_dataset, self.test_dataset = dataset, eval_dataset, test_dataset
         self.val_size = val_size
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_seq_length = max_seq_length
-        self.train_on_prompt = train_on_prompt
-        self.last_turn_only = last_turn_only
-        self.packing = packing
-        self.group_by_length = group_by_length
-        self.streaming = streaming
+        self.train_on_prompt, self.last_turn_only = train_on_prompt, last_turn_only
+        self.packing, self.group_by_length, self.streaming = packing, group_by_length, streaming
         self.exact_match_rows = exact_match_rows
-        self.data_format = data_format
-        self.columns = columns or {}
-        self.split = split
+        self.data_format, self.columns, self.split = data_format, columns or {}, split
         self.tokenizer = tokenizer
-        self.num_workers = num_workers
-        self.seed = seed
+        self.num_workers, self.seed = num_workers, seed
         check_bounds(vars(self))
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
 
     def check(self) -> None:
-        """Check all that needs no tokenizer: files, their syntax, columns and types.
-
-        Raises:
-            UsageError: Names the setting or the row, and what to do.
-        """
+        """Raises a UsageError for what is wrong in files, their syntax, columns and types; it needs no tokenizer."""
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
         rows = self.batch_size if self.streaming else len(self._splits.examples_of("dataset"))
         if self.batch_size > max(rows, _FEW_ROWS):  # the predicted memory would be wrong
-            raise UsageError(
-                f"data.batch_size: {self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
-            )
+            what = f"{self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
+            raise UsageError(f"data.batch_size: {what}")
 
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
@@ -214,12 +208,8 @@ class InstructionDataModule(LightningDataModule):
         documents = [document for row in rows.rows for document in row]
         for name, counted in (("truncated_rows", "truncated"), ("tokens", "length"), ("target_tokens", "targets")):
             figures[name] = int(column(rows.documents, counted)[documents].sum())
-        return {
-            "rows": len(rows),
-            "documents": len(documents),
-            "dropped_rows": len(self._splits.dropped("dataset")),
-            **figures,
-        }
+        dropped = len(self._splits.dropped("dataset"))
+        return {"rows": len(rows), "documents": len(documents), "dropped_rows": dropped, **figures}
 
     def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
         """A training row after `setup`, decoded: pieces of text, each with whether it is trained."""
@@ -260,10 +250,8 @@ class InstructionDataModule(LightningDataModule):
         """Refuse rows that are longer than what the model has positions for."""
         exceeded = getattr(self.trainer and self.trainer.lightning_module, "exceeded_positions", lambda _: None)
         if (limit := exceeded(length + generated)) is not None:
-            raise UsageError(
-                f"data.max_seq_length: {what}, and the model has positions for {limit}; "
-                f"set data.max_seq_length: {max(limit - generated, 2)} or less"
-            )
+            mend = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
+            raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {mend}")
 
     def _require_rows(self, part: str, what_for: str) -> None:
         if self._splits.key(part) is None:
@@ -296,7 +284,7 @@ class InstructionDataModule(LightningDataModule):
             return [loss]
         examples = self._splits.examples(part)
         conversations = ((i, json.loads(entry["example"]).get("messages", [])) for i, entry in enumerate(examples))
-        answered = (i for i, messages in conversations if split_prompt(messages)[1].strip())
+        answered = (i for i, messages in conversations if formats.split_prompt(messages)[1].strip())
         first = list(itertools.islice(answered, self.exact_match_rows))
         return [loss, self._prompt_dataloader(examples.select(first))] if first else [loss]
 
@@ -364,3 +352,32 @@ class InstructionDataModule(LightningDataModule):
     def _pad_token_id(self) -> int:
         tokenizer = self._encoder().tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def check_bounds(settings: Mapping[str, Any]) -> None:
+    """Raises a UsageError for the first of the data module's settings, by name, that is wrong without a look at the rows."""
+    for name, (least, most) in _BOUNDS.items():
+        if not least <= (value := settings[name]) <= most:
+            bound = f"least {least}" if value < least else f"most {most}"
+            raise UsageError(f"data.{name} must be at {bound}, got {value}")
+    size, sources = settings["val_size"], settings["dataset"]
+    if not (0 <= size < 1 or (size >= 1 and isinstance(size, int))):
+        raise UsageError(f"data.val_size must be a fraction below 1 or a number of rows, got {size}")
+    if not sources:
+        raise UsageError("data.dataset names no source; give a file, a directory, a glob or a data set on the hub")
+    for source, weight in sources.items() if isinstance(sources, Mapping) else ():
+        if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+            allowed = "from {:g} to {:g}".format(*_WEIGHTS)
+            raise UsageError(f"data.dataset: the weight of '{source}' must be {allowed}, got {weight!r}")
+    if unknown := sorted(set(settings["columns"]) - set(formats.COLUMNS)):
+        raise UsageError(f"data.columns: '{unknown[0]}' is no column of a format; those are {', '.join(formats.COLUMNS)}")
+    if settings["packing"] and settings["group_by_length"]:
+        raise UsageError("data.group_by_length does nothing for packed rows, which have one length; set one of the two")
+    if settings["streaming"] and settings["group_by_length"]:
+        raise UsageError("data.group_by_length: the rows of a stream can't be sorted by length; set it to false")
+    if settings["streaming"] and size and not settings["eval_dataset"]:
+        if isinstance(size, float):
+            raise UsageError(f"data.val_size: {size} of a stream is not known; give a number of rows, or 0")
+        if isinstance(sources, Mapping):
+            mend = "give an eval_dataset, or 0"
+            raise UsageError(f"data.val_size: a mixture repeats rows, also those for validation; {mend}")

@@ -56,17 +56,15 @@ def token_features() -> datasets.Features:
 def read_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
     """Reads and checks all rows of a source, or takes them from the cache if its content was read before.
 
-    The format, a key of `FORMATS`, is recognised from the first row when not given. A UsageError names the first row that is
-    wrong. The table has the columns `example_features`.
+    The format is recognised from the first row when not given. The table has the columns `example_features`.
     """
     import datasets
 
     arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
-    content = sources.content_hash(source)
+    key = _hash(sources.content_hash(source), source.name, source.answered, data_format, dict(columns), _versions())
     features = example_features()
-    fingerprint = _hash(content, source.name, _is_answered(source), data_format, dict(columns), _versions())
     try:
-        return datasets.Dataset.from_generator(_examples, features=features, gen_kwargs=arguments, fingerprint=fingerprint)
+        return datasets.Dataset.from_generator(_examples, features=features, gen_kwargs=arguments, fingerprint=key)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__
         if cause is None or isinstance(cause, UsageError):
@@ -88,10 +86,7 @@ def stream_examples(source: Source, data_format: str | None, columns: Mapping[st
 
 
 def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
-    """Encodes all examples on all cores, in their order, with the columns `token_features`.
-
-    Or takes them from the cache, whose key is content, tokenizer and settings.
-    """
+    """Encodes all examples on all cores, or takes them from the cache, whose key is content, tokenizer and settings."""
     settings = [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
     processes = min(len(examples) // _ROWS_PER_PROCESS, _cores())
     return examples.map(
@@ -115,8 +110,7 @@ def column(table: datasets.Dataset, name: str) -> np.ndarray:
 def mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:
     """Repeats the row indices of each source, none empty, until it has the share that its weight asks for.
 
-    The source that is largest for its weight is taken once; no row is left out. The seed chooses the rows of an incomplete
-    repetition. More than `MOST_REPEATS` repetitions are a UsageError.
+    The source that is largest for its weight is taken once; no row is left out. The seed draws an incomplete repetition.
     """
     once = max(parts, key=lambda name: len(parts[name]) / weights[name])
     per_weight = len(parts[once]) / weights[once]
@@ -141,7 +135,7 @@ def _cores() -> int:
 def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for where, row in sources.read_rows(source):
         if data_format is None:  # the first row tells it for all
-            data_format = formats.recognise(formats.rename(row, columns, where), where, _is_answered(source))
+            data_format = formats.recognise(formats.rename(row, columns, where), where, source.answered)
         yield _table_row(row, where, source, data_format, columns)
 
 
@@ -150,14 +144,9 @@ def _stream_row(row: Row, index: int, source: Source, data_format: str | None, c
 
 
 def _table_row(row: Row, where: str, source: Source, data_format: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
-    renamed, answered = formats.rename(row, columns, where), _is_answered(source)
-    entry = entry_of(renamed, data_format or formats.recognise(renamed, where, answered), where, answered)
+    renamed = formats.rename(row, columns, where)
+    entry = entry_of(renamed, data_format or formats.recognise(renamed, where, source.answered), where, source.answered)
     return {**entry, "renamed": [name for name in columns.values() if name in row]}
-
-
-def _is_answered(source: Source) -> bool:
-    """Whether the source's rows need an answer; test rows may be prompts for `predict`."""
-    return source.key != "test_dataset"
 
 
 def entry_of(row: Row, data_format: str, where: str, answered: bool) -> dict[str, str]:
@@ -165,9 +154,6 @@ def entry_of(row: Row, data_format: str, where: str, answered: bool) -> dict[str
     try:
         example = json.dumps(formats.to_example(row, data_format, where, answered), ensure_ascii=False, default=str)
         example.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise UsageError(f"{where} holds {half}, one half of a character; write the whole character, or remove it") from None
     except UsageError:
         raise
     except Exception as error:  # any fault of the row: name the row

@@ -32,7 +32,8 @@ def to_example(row: Row, data_format: str, where: str, answered: bool = True) ->
         raise UsageError(f"{where} has no column {names}, which {data_format} rows need ({_found(row)})")
     example = FORMATS[data_format][1](row, where)
     if row.get("tools"):
-        example["tools"] = _parsed_tools(row["tools"], where)
+        tools, what = row["tools"], f"{where}: 'tools'"
+        example["tools"] = _objects(_parsed_json(tools, what) if isinstance(tools, str) else without_none(tools), what)
     for name in ("answer", "choices"):
         if row.get(name) is not None:
             example[name] = row[name]
@@ -40,10 +41,7 @@ def to_example(row: Row, data_format: str, where: str, answered: bool = True) ->
 
 
 def recognise(columns: Iterable[str], where: str, answered: bool = True) -> str:
-    """The format of rows that have these columns, of which those for the answer may be missing if not `answered`.
-
-    If none fits, a UsageError lists the columns there are and the nearest right name.
-    """
+    """The format of rows with these columns (the answer's only if `answered`); an error names the nearest right name."""
     columns = list(columns)
     fitting = [name for required in (True, answered) for name in FORMATS if not _missing(name, columns, required)]
     if fitting:
@@ -193,11 +191,6 @@ def without_none(value: Any, keep: str | None = None) -> Any:
     return [without_none(v, keep) for v in value] if isinstance(value, list) else value
 
 
-def _parsed_tools(tools: Any, where: str) -> list[Any]:
-    tools = _parsed_json(tools, f"{where}: 'tools'") if isinstance(tools, str) else without_none(tools)
-    return _objects(tools, f"{where}: 'tools'")
-
-
 def _objects(value: Any, what: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise UsageError(f"{what} must be a list of objects, got {_kind(value)}")
@@ -210,7 +203,7 @@ def _parsed_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+        raise UsageError(f"{where} is not valid JSON: {error}") from None
 
 
 def _text(row: Row, column: str, where: str, optional: bool = False) -> str:

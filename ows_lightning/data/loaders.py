@@ -24,15 +24,9 @@ class ShardedSampler(DistributedSampler):
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int],
-        rank: int = 0,
-        num_replicas: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        group_size: int | None = None,
+        self, lengths: Sequence[int], rank: int = 0, num_replicas: int = 1, group_size: int | None = None, **options: Any
     ) -> None:
-        super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        super().__init__(lengths, num_replicas, rank, **options)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths)
         self.group_size = group_size
         self.skip = 0  # rows of this rank that the next iteration skips
@@ -95,10 +89,8 @@ class ResumableLoader(DataLoader[Any]):
         before, now = state.get("order", {}), self.state_dict()["order"]
         changed = [f"{name} from {before[name]} to {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
         if changed and state["rows"]:
-            rank_zero_warn(
-                f"The resumed run's rows are in another order ({', '.join(changed)}): what is left of this epoch may hold "
-                "rows that were seen, and lack others"
-            )
+            risk = "what is left of this epoch may hold rows that were seen, and lack others"
+            rank_zero_warn(f"The resumed run's rows are in another order ({', '.join(changed)}): {risk}")
         ranks = getattr(self.sampler, "num_replicas", 1)
         self._position = self._resume_at = (state["epoch"], state["rows"] // ranks)
         if again := state["rows"] % ranks:

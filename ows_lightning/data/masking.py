@@ -6,6 +6,7 @@ the answer with its end-of-turn token. Unlike `return_assistant_tokens_mask` thi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +35,7 @@ _ANSWERED: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistan
 
 @dataclass
 class Encoded:
-    """A training row: its token ids, the same as labels where they are targets, else -100, and whether tokens were cut off.
-
-    The first label is always -100: no token predicts it.
-    """
+    """A training row: token ids; labels, -100 where there is no target, and always first; whether tokens were cut off."""
 
     input_ids: list[int]
     labels: list[int]
@@ -73,7 +71,11 @@ class Encoder:
         end them: each such answer ends a row of its own, trained in the form in which the model has to give it.
         """
         if "text" in example:
-            rows = [self._plain_text(example["text"])]
+            ids = self.tokenizer(example["text"]).input_ids
+            if ids and ids[-1] != self.tokenizer.eos_token_id:
+                ids = [*ids, self.tokenizer.eos_token_id]
+            kept = ids[: self.max_seq_length]
+            rows = [Encoded(kept, [IGNORED, *kept[1:]], truncated=len(kept) < len(ids))]
         else:
             messages, tools = self._relevant_messages(example), example.get("tools")
             shown = self._template.without_empty_turns(messages, tools)
@@ -108,18 +110,12 @@ class Encoder:
             messages = messages[: 1 + max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)]
         return self._template.fitted(messages, example.get("tools"))
 
-    def _plain_text(self, text: str) -> Encoded:
-        ids = self.tokenizer(text).input_ids
-        if ids and ids[-1] != self.tokenizer.eos_token_id:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        kept = ids[: self.max_seq_length]
-        return Encoded(kept, [IGNORED, *kept[1:]], truncated=len(kept) < len(ids))
-
     def _conversation(self, messages: list[Message], tools: Any, where: str) -> list[Encoded]:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return []
         text = self._template.render(messages, tools, where)
+        nothing = rf"(\s|{'|'.join(map(re.escape, self.end_tokens))})*"
         spans: list[Span] = []
         alone: list[int] = []
         for i in turns[-1:] if self.last_turn_only else turns:
@@ -127,7 +123,7 @@ class Encoder:
                 span = self._answer_span(text, messages, i, tools, where)
                 if span is None:
                     alone.append(i)
-                elif self._has_content(text[slice(*span)]):  # false if the template leaves out tool calls
+                elif not re.fullmatch(nothing, text[slice(*span)]):  # as where the template leaves out tool calls
                     spans.append(span)
         if turns[-1] == len(messages) - 1:
             if turns[-1] in alone and (merged := merged_system(messages)):
@@ -152,7 +148,10 @@ class Encoder:
         start = _common_prefix(head, text)
         if start < len(head):
             # The generation prompt may open something that the answer lacks (<think>), but the context must not change.
-            start = min(start, self._where_contents_differ(text, messages, i, tools, where))
+            # So the answer begins where the text changes with its content, or behind that.
+            content = "." if (messages[i]["content"] or "").lstrip().startswith("!") else "!"
+            other = [*messages[:i], {"role": "assistant", "content": content}]
+            start = min(start, _common_prefix(self._template.render(other, tools, where), text))
             before = self._template.render(messages[:i], tools, where) if i else ""
             if start < len(self._without_eos(before)):
                 return None
@@ -164,12 +163,6 @@ class Encoder:
         if not text.startswith(answer) or not answer.rstrip().endswith(self.end_tokens):
             return None
         return (start, len(answer)) if start < len(answer) else None
-
-    def _where_contents_differ(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> int:
-        """The first position of `text` that changes with the content of message `i`: at or before where that begins."""
-        content = "." if (messages[i]["content"] or "").lstrip().startswith("!") else "!"
-        other = [*messages[:i], {"role": "assistant", "content": content}]
-        return _common_prefix(self._template.render(other, tools, where), text)
 
     def _with_end_tokens(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """Leave white space after the end-of-turn token out of the targets, and add a token where the template has none."""
@@ -217,13 +210,6 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.values()
         ends = (str(token) for token in added if token.special or (str(token).strip() and str(token) in behind))
         return (self.tokenizer.eos_token, *ends)
-
-    def _has_content(self, answer: str) -> bool:
-        """Whether an answer has tokens besides those that end it."""
-        answer = answer.strip()
-        while answer.endswith(self.end_tokens):
-            answer = answer.removesuffix(next(t for t in self.end_tokens if answer.endswith(t))).rstrip()
-        return bool(answer)
 
     def _without_eos(self, text: str) -> str:
         return text.rstrip().removesuffix(self.tokenizer.eos_token).rstrip()

@@ -25,8 +25,7 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
     """One item for each example that has choices, with all of them, so that limits of batches never separate them.
 
     For each choice it has ``input_ids``, ``labels`` of the choice alone, ``row``, ``right`` and ``characters``. The item at
-    index ``len`` repeats the last one, which changes no score: it fills up the ranks' shares (see `ShardedSampler`). ``most``
-    is the most choices that a row has.
+    index ``len`` repeats the last one, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
     """
 
     def __init__(self, table: datasets.Dataset, encoder: Encoder) -> None:
@@ -37,7 +36,7 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
             example = json.loads(entry["example"])
             options, right = choices_of(example, entry["where"])
             self.rows += [(row, entry["where"], example, options, right)] if options else []
-        self.most = max((len(options) for _, _, _, options, _ in self.rows), default=1)
+        self.most = max((len(options) for _, _, _, options, _ in self.rows), default=1)  # choices of a row
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,8 +59,7 @@ def choices_of(example: Example, where: str) -> tuple[list[str], int]:
     """Returns an example's choices and the index of the right one; no choices for an example that is not multiple choice.
 
     The choices are those of the columns ``choices`` (a list of texts) and ``answer`` (one of them, its index from 0, or
-    its letter); or the question ends with ``Answer format: a/b/...`` and ``answer`` is one of these. Any other answer is a
-    UsageError.
+    its letter); or the question ends with ``Answer format: a/b/...`` and ``answer`` is one of these. Others are refused.
     """
     options, answer = example.get("choices"), example.get("answer")
     if "messages" not in example or answer is None:

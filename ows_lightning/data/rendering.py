@@ -38,10 +38,7 @@ class ChatTemplate:
     tokenizer: PreTrainedTokenizerBase
 
     def render(self, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False) -> str:
-        """The conversation as text; a system message that the template refuses joins the first question.
-
-        A UsageError names the row whose messages it refuses.
-        """
+        """The conversation as text; a system message that the template refuses joins the first question."""
         try:
             return self._apply(messages, tools, add_generation_prompt)
         except _TEMPLATE_ERRORS as error:
@@ -51,11 +48,7 @@ class ChatTemplate:
             raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
 
     def fitted(self, messages: list[Message], tools: Any) -> list[Message]:
-        """The messages in the form that the template wants.
-
-        A content of None becomes empty text, and a call's arguments become text, if the template then shows more of it, or
-        in a better form.
-        """
+        """The messages with contents of None or "", and arguments as objects or text, as the template shows most of them."""
         forms = [_in_form(messages, content, arguments) for arguments in (_as_object, _as_text) for content in (None, "")]
         forms = [form for i, form in enumerate(forms) if form not in forms[:i]]
         return min(forms, key=lambda form: self._faults(form, tools)) if len(forms) > 1 else messages
@@ -64,16 +57,14 @@ class ChatTemplate:
         """The messages without the answers that the template does not show, such as tool calls in a template without them."""
         kept: list[Message] = []
         for message in messages:
-            hidden = message.get("tool_calls") or message.get("reasoning_content")
-            if not hidden or (message["content"] or "").strip() or not self._is_empty(message, kept, tools):
+            said = (message["content"] or "").strip() or not (message.get("tool_calls") or message.get("reasoning_content"))
+            text = None if said else self._rendered([*kept, message], tools)
+            if text is None or text != self._rendered([*kept, {"role": "assistant", "content": ""}], tools):
                 kept.append(message)
         return kept
 
     def unshown(self, messages: list[Message], tools: Any) -> list[str]:
-        """What the template leaves out of a conversation, in words, each once.
-
-        Reasoning counts as shown if it is shown while its answer is the last.
-        """
+        """What the template leaves out, in words, each once; reasoning is shown if it is while its answer is the last."""
         marked = _Marked(messages, tools)
         if not marked.places or (text := self._rendered(marked.messages, marked.tools)) is None:
             return []
@@ -108,12 +99,6 @@ class ChatTemplate:
             without = self._rendered(_in_form(marked.messages, "", lambda arguments: arguments), marked.tools)
             printed_none = without is not None and text.count("None") > without.count("None")
         return sum(mark not in text for mark in marked.places) + sum(quoted_wrongly) + printed_none
-
-    def _is_empty(self, message: Message, before: list[Message], tools: Any) -> bool:
-        """Whether the template writes this answer as it would write an empty one."""
-        nothing = {"role": "assistant", "content": ""}
-        text = self._rendered([*before, message], tools)
-        return text is not None and text == self._rendered([*before, nothing], tools)
 
     def _rendered(self, messages: list[Message], tools: Any) -> str | None:
         try:

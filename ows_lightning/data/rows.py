@@ -1,4 +1,4 @@
-"""Tokenised rows and prompts by index, and how they become batches."""
+"""Tokenised rows and prompts by index, how several documents share a row, and how rows become batches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch.utils.data import Dataset
 
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.masking import IGNORED, Encoder
+from ows_lightning.errors import UsageError
+from ows_lightning.models.causal_lm import run_causal_lm
+from ows_lightning.models.decoder import causal_lm
 
 Item = dict[str, list[int]]
 
@@ -71,9 +74,8 @@ class PromptRows(Dataset[dict[str, Any]]):
 def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> dict[str, Tensor]:
     """Pads rows on the right to the longest, or puts packed ones behind one another, where flash attention finds documents.
 
-    Returns:
-        ``input_ids`` and ``labels``, and either ``attention_mask`` or, for packed rows, ``position_ids``; int64 (B, L). The
-        padding of a packed row is a document of its own.
+    Returns ``input_ids`` and ``labels``, and either ``attention_mask`` or, for packed rows, ``position_ids``; int64 (B, L).
+    The padding of a packed row is a document of its own.
     """
     packed = "position_ids" in items[0]
     if packed and flatten:
@@ -96,6 +98,51 @@ def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[
     batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left")
     batch["row"] = _tensor(batch["row"])
     return batch
+
+
+def pack(lengths: list[int], max_length: int) -> list[list[int]]:
+    """Puts documents of these lengths into rows, the longest first, each into the one in which it leaves the least room."""
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room -> rows that have exactly this much left
+    has_room = 0  # bit r is set when with_room[r] is not empty, so that the best fit is found without a search
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[document]
+        if fitting := has_room >> length:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            has_room ^= 0 if with_room[room] else 1 << room
+        else:
+            room, row = max_length, len(rows)
+            rows.append([])
+        rows[row].append(document)
+        with_room[room - length].append(row)
+        has_room |= 1 << (room - length)
+    return rows
+
+
+@torch.no_grad()
+def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
+    """Refuses a model (any module that contains a causal LM, sharded or not) that lets packed documents see each other.
+
+    transformers keeps them apart by their restarting positions, but not in every architecture: OPT and models with ALiBi make
+    a mask of their own. So we test it on a few tokens: the logits of a document must not depend on what stands before it
+    in the row.
+    """
+    one, other, probe = [1, 2, 3, 4, 5], [6, 7, 8, 9], [9, 3, 7]
+    rows = [[one, probe], [other, one[:1], probe], [probe, other, one[:1]]]
+    batch = collate([as_item([(ids, ids) for ids in row], True) for row in rows], pad_token_id=0, flatten=flatten)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+    logits = run_causal_lm(model, **inputs, use_cache=False).logits
+    model.train(training)
+    first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()
+    tolerance = 64 * torch.finfo(logits.dtype).eps * alone.abs().max()
+    if any((said[5:8] - alone[:3]).abs().max() > tolerance for said in (first, second)):
+        lm = causal_lm(model)
+        name = type(getattr(lm, "base_model", lm)).__name__
+        raise UsageError(f"data.packing: {name} would mix the documents of a row; set data.packing: false")
 
 
 def _tensor(values: Sequence[Any]) -> Tensor:

@@ -35,8 +35,7 @@ def _open_zstandard(file: Path, mode: str) -> IO[bytes]:
     return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
 
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
-"""Endings of the files that are read, in either case; text files may also be compressed."""
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")  # in either case; text may also be compressed
 _COMPRESSIONS: dict[str, Callable[[Path, str], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard
 }  # fmt: skip
@@ -55,6 +54,11 @@ class Source:
     files: tuple[str, ...]  # none of a data set on the hub, or one written by `Dataset.save_to_disk`
     splits: tuple[str, ...]  # the first that it has is taken
 
+    @property
+    def answered(self) -> bool:
+        """Whether its rows need an answer; test rows may be prompts for `predict`."""
+        return self.key != "test_dataset"
+
     def error(self, message: str) -> UsageError:
         """The error for this source, with the setting's name in front."""
         return UsageError(f"data.{self.key}: {message}")
@@ -64,8 +68,7 @@ def resolve(name: str, key: str, split: str = "train") -> Source:
     """Finds what a name stands for: a file, a directory, a glob, or a data set on the hub (``owner/name[/config][:split]``).
 
     Where there are splits, ``eval_dataset`` prefers validation and then test rows, ``test_dataset`` test and then validation
-    rows; `split` is taken by other settings, or where there are none of these. A UsageError says that nothing local matches a
-    name that can't be one of the hub.
+    rows; `split` is taken by other settings, or where there are none of these.
     """
     source = Source(name, key, (), tuple(dict.fromkeys([*_PREFERRED.get(key, ()), split])))
     if not name.strip():
@@ -120,10 +123,7 @@ def _without_splits(source: Source) -> Source:
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yields every row of a source with the words that name it in messages, such as ``train.jsonl line 7``.
-
-    A UsageError says which file is empty, which line is not UTF-8 or not of its format, or that a data set can't be reached.
-    """
+    """Yields every row of a source with the words that name it in messages, such as ``train.jsonl line 7``."""
     if not source.files:
         for number, row in enumerate(open_dataset(source), start=1):
             yield f"{source.name} row {number}", plain(row)
@@ -158,7 +158,9 @@ def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
     files = [p for p in sorted(directory.rglob("*")) if _format_of(p) and p.is_file()]
     if not files:
         raise source.error(f"the directory '{source.name}' holds no {_KINDS} file")
-    splits = {p: _split_of(p.relative_to(directory)) for p in files}
+    # By its outermost folder that names one, or by its own name.
+    words = {p: re.split(r"[^a-z]+", str(p.relative_to(directory).with_suffix("")).lower()) for p in files}
+    splits = {p: next((_SPLIT_WORDS[word] for word in words[p] if word in _SPLIT_WORDS), None) for p in files}
     if not any(splits.values()):
         return _without_splits(replace(source, files=tuple(map(str, files)))).files
     chosen = _choose(source, [split for split in splits.values() if split])
@@ -169,12 +171,6 @@ def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
         said = f"has files of splits, so those that name none are left out: {names}"
         rank_zero_warn(f"data.{source.key}: '{source.name}' {said}")
     return tuple(str(p) for p in files if splits[p] == chosen)
-
-
-def _split_of(path: Path) -> str | None:
-    """The split that a path names, by its outermost folder that names one or by the file's name."""
-    words = re.split(r"[^a-z]+", str(path.with_suffix("")).lower())
-    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
 
 
 def _choose(source: Source, there: Collection[str]) -> str | None:
@@ -252,11 +248,8 @@ def _read_jsonl(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
         try:
             yield f"line {number}", json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise source.error(f"{file.name} line {number} is not valid JSON: {_fault(error)}") from None
-
-
-def _fault(error: Exception) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise source.error(f"{file.name} line {number} is not valid JSON: {fault}") from None
 
 
 def _read_json(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
@@ -270,8 +263,7 @@ def _read_json(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
         if getattr(error, "msg", None) == "Extra data" and text.lstrip().startswith("{"):
             yield from _read_jsonl(file, source)
             return
-        where = f"{file.name} line {getattr(error, 'lineno', '?')}"
-        raise source.error(f"{where} is not valid JSON: {_fault(error)}") from None
+        raise source.error(f"{file.name} is not valid JSON: {error}") from None
     if isinstance(data, dict):
         only = next(iter(data.values())) if len(data) == 1 else None
         data = only if isinstance(only, list) and all(isinstance(row, dict) for row in only) else [data]

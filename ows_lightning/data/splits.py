@@ -13,9 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from ows_lightning.data.examples import column, example_features, mix, read_examples, stream_examples, tokenise
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
-from ows_lightning.data.packing import pack
-from ows_lightning.data.rows import Rows
-from ows_lightning.data.sources import first_names, resolve
+from ows_lightning.data.rows import Rows, pack
+from ows_lightning.data.sources import Source, first_names, resolve
 from ows_lightning.data.stream import BLOCK
 from ows_lightning.errors import UsageError
 
@@ -161,8 +160,11 @@ class Splits:
         return np.concatenate(mixed)
 
     def _tables(self, key: str) -> list[datasets.Dataset]:
-        found = [resolve(name, key, self.split) for name in _names(getattr(self, key))]
-        return [read_examples(source, self.data_format, self.columns) for source in found]
+        return [read_examples(source, self.data_format, self.columns) for source in self._sources(key)]
+
+    def _sources(self, key: str) -> list[Source]:
+        named = getattr(self, key)
+        return [resolve(name, key, self.split) for name in ([named] if isinstance(named, str) else named)]
 
     def _head_of_stream(self) -> datasets.Dataset:
         from datasets import Dataset
@@ -178,8 +180,7 @@ class Splits:
     def _stream(self) -> datasets.IterableDataset:
         from datasets import concatenate_datasets, interleave_datasets
 
-        found = [resolve(name, "dataset", self.split) for name in _names(self.dataset)]
-        streams = [stream_examples(source, self.data_format, self.columns) for source in found]
+        streams = [stream_examples(source, self.data_format, self.columns) for source in self._sources("dataset")]
         if not isinstance(self.dataset, Mapping) or len(streams) == 1:
             return concatenate_datasets(streams)
         weights = np.asarray(list(self.dataset.values()), dtype=float)
@@ -194,17 +195,13 @@ class Splits:
             named = self._named(key, dropped)
             rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
         if documents > total - len(dropped):
-            rank_zero_info(
-                f"data.{key}: {total - len(dropped)} rows became {documents}, since the template rewrites earlier answers:"
-                " each is trained at the end of a row of its own."
-            )
+            why = "since the template rewrites earlier answers: each is trained at the end of a row of its own."
+            rank_zero_info(f"data.{key}: {total - len(dropped)} rows became {documents}, {why}")
         if truncated := int(column(self._tokens[key], "truncated").sum()):
             rank_zero_info(f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={max_seq_length} tokens.")
         for what, rows in self._unshown(key).items():
-            rank_zero_warn(
-                f"data.{key}: {len(rows)} of {total} rows lose {what}, which the chat template does not show: "
-                f"{self._named(key, rows)}"
-            )
+            which = f"{what}, which the chat template does not show: {self._named(key, rows)}"
+            rank_zero_warn(f"data.{key}: {len(rows)} of {total} rows lose {which}")
 
     def _unshown(self, key: str) -> dict[str, list[int]]:
         """What the chat template leaves out, and the examples that lose it."""
@@ -217,7 +214,3 @@ class Splits:
     def _named(self, key: str, rows: Sequence[int]) -> str:
         """The names of the rows, of many the first ones."""
         return first_names(self.examples_of(key)[rows[:11]]["where"])
-
-
-def _names(sources: str | Sequence[str] | Mapping[str, float]) -> list[str]:
-    return [sources] if isinstance(sources, str) else list(sources)

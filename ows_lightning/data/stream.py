@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ows_lightning.data.masking import Encoder
-from ows_lightning.data.packing import pack
-from ows_lightning.data.rows import Item, as_item
+from ows_lightning.data.rows import Item, as_item, pack
 from ows_lightning.data.sources import first_names
 from ows_lightning.errors import UsageError
 
@@ -25,6 +25,7 @@ State = dict[str, Any]
 BLOCK = 1000  # examples that are read, packed and shuffled together
 
 
+@dataclass(eq=False)
 class StreamRows(IterableDataset[tuple[Item, State]]):
     """Endless rows from a stream of examples, tokenised, packed and shuffled a block at a time.
 
@@ -35,19 +36,16 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     next iteration begins.
     """
 
-    def __init__(
-        self,
-        examples: datasets.IterableDataset,
-        encoder: Encoder,
-        length: int,
-        packing: bool = False,
-        rank: int = 0,
-        num_replicas: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.examples, self.encoder, self.length, self.packing = examples, encoder, length, packing
-        self.rank, self.num_replicas, self.seed = rank, num_replicas, seed
-        self.state: State = {"examples": examples.state_dict(), "block": 0, "first_row": 0, "next_row": 0}
+    examples: datasets.IterableDataset
+    encoder: Encoder
+    length: int
+    packing: bool = False
+    rank: int = 0
+    num_replicas: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.state: State = {"examples": self.examples.state_dict(), "block": 0, "first_row": 0, "next_row": 0}
 
     def __len__(self) -> int:
         return self.length
@@ -76,10 +74,8 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
             documents += [(row.input_ids, row.labels) for row in encoded]
             dropped |= {} if encoded else {entry["where"]: None}
         for what, wheres in unshown.items():
-            rank_zero_warn(
-                f"data.dataset: {len(wheres)} of the first {BLOCK} rows lose {what}, which the chat template does not show: "
-                f"{first_names(wheres)}"
-            )
+            which = f"{what}, which the chat template does not show: {first_names(wheres)}"
+            rank_zero_warn(f"data.dataset: {len(wheres)} of the first {BLOCK} rows lose {which}")
         if dropped and number == 0:
             named = first_names(dropped)
             if not documents:
@@ -93,10 +89,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
 
 
 class StreamLoader(DataLoader[Any]):
-    """A DataLoader over `StreamRows` whose position Lightning keeps in its checkpoints, also with a worker that reads ahead.
-
-    Its `collate_fn` is a `collate_with_state`.
-    """
+    """A DataLoader over `StreamRows` whose position Lightning keeps in checkpoints, also with a worker that reads ahead."""
 
     dataset: StreamRows
 

@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.checksums import file_sum
-from ows_lightning.checkpoints.files import META, METADATA, partial_path, replace_atomically, save_file
+from ows_lightning.checkpoints.files import META, METADATA, file_sum, partial_path, replace_atomically, save_file
 from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
 from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split

@@ -45,7 +45,9 @@ class KnownAnswers:
             start = len(positions) - 1  # of the last answer
             while start and positions[start - 1] == positions[start] - 1:
                 start -= 1
-            self._beginnings[_key(ids[: positions[start]])] = self._beginning(ids[positions[start:]].tolist(), tokens[start:])
+            self._beginnings[ids[: positions[start]].numpy().tobytes()] = self._beginning(
+                ids[positions[start:]].tolist(), tokens[start:]
+            )
 
     def answers(self, batch: dict[str, Any]) -> list[str | None]:
         """Returns the answers to prompts that are known, or known to differ from ``reference`` as far; None for the others."""
@@ -60,16 +62,12 @@ class KnownAnswers:
     def _answer(self, prompt: Tensor, right: str | None) -> str | None:
         if right is None:
             return ""  # it fills up a rank's share
-        if (beginning := self._beginnings.get(_key(prompt))) is None:
+        if (beginning := self._beginnings.get(prompt.numpy().tobytes())) is None:
             return None
         text = str(self._tokenizer.decode(beginning, skip_special_tokens=True))
         ended = len(beginning) == self._limit or beginning[-1] in self._stops
         # Half a character, or a space that is cleaned up later, tells nothing.
         return text if ended or not _without_spaces(right).startswith(_without_spaces(text.rstrip("\ufffd"))) else None
-
-
-def _key(prompt: Tensor) -> bytes:
-    return bytes(prompt.numpy().tobytes())
 
 
 def _without_spaces(text: str) -> str:

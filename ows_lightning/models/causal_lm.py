@@ -10,13 +10,7 @@ from transformers import PreTrainedModel
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm
-from ows_lightning.models.loss import (
-    last_hidden_state,
-    logits_of,
-    loss_and_likeliest,
-    next_token_loss,
-    row_log_likelihoods,
-)
+from ows_lightning.models.loss import last_hidden_state, logits_of, loss_and_likeliest, next_token_loss, row_log_likelihoods
 
 
 class LossParts(NamedTuple):
@@ -52,9 +46,7 @@ class CausalLM(nn.Module):
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Any:
         """Returns a batch's ``LossParts``; without labels the model's own output, with logits of shape (B, L, vocabulary).
 
-        Args:
-            labels: Shape (B, L), int64, not shifted, -100 where there is no target.
-            **inputs: ``input_ids`` (B, L), int64, and what else the model's forward takes.
+        The labels (B, L), int64, are not shifted, and -100 where there is no target; the inputs are what the model takes.
         """
         if labels is None:
             return self.language_model(**inputs)

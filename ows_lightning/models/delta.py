@@ -110,11 +110,7 @@ class Delta:
 def write_delta(
     export: Path, directory: str | os.PathLike[str], base: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Sizes:
-    """Writes the tensors in which an export of `save_huggingface` differs from its base, and replaces what is there.
-
-    The base, what `load_model` takes in the dtype of the run, is in memory, the export a tensor at a time. See `replacing` and
-    `check_replaceable` for errors.
-    """
+    """Writes the tensors in which an export of `save_huggingface` differs from its base, loaded in the run's dtype."""
     target = check_replaceable(directory, base)
     of_base = dict(_tensors(load_model(base, dtype, None, trust_remote_code)))
     before = {name: _hash(name, tensor) for name, tensor in of_base.items()}
@@ -132,16 +128,25 @@ def write_delta(
                     tensor = file.get_tensor(name)
                     value = files[path.name][name] = _hash(name, tensor)
                     model_bytes += tensor.nbytes
-                    if value != before.get(name):
-                        stored = _smallest(tensor, of_base.get(name))
-                        if stored is not tensor:
-                            packed[name] = _hash(name, stored)
-                        shards.add(name, stored)
+                    if value == before.get(name):
+                        continue
+                    stored, old = tensor, of_base.get(name)
+                    if old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape):
+                        stored = min(compress(tensor, old), tensor, key=lambda one: one.nbytes)
+                    if stored is not tensor:
+                        packed[name] = _hash(name, stored)
+                    shards.add(name, stored)
         shards.flush()
+        local = Path(base).expanduser()
         about = {
-            "base": name_without_folders(base), "base_sha256": _hash_of_all(before), "dtype": str(dtype)[len("torch."):],
-            "tensors": shards.tensors, "packed": packed, "files": files, "other_files": others,
-        }  # fmt: skip
+            "base": local.absolute().name if local.exists() else base,  # without the folders of this machine
+            "base_sha256": _hash_of_all(before),
+            "dtype": str(dtype).removeprefix("torch."),
+            "tensors": shards.tensors,
+            "packed": packed,
+            "files": files,
+            "other_files": others,
+        }
         (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return Sizes(shards.nbytes, model_bytes)
 
@@ -149,11 +154,7 @@ def write_delta(
 def apply_delta(
     base: str, delta: str | os.PathLike[str], directory: str | os.PathLike[str], trust_remote_code: bool = False
 ) -> Sizes:
-    """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote.
-
-    A UsageError says that the base (what `load_model` takes) is another one, that the delta is damaged, or that the directory
-    holds something else than a model; a RunError, that the files can't be written.
-    """
+    """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote."""
     target = check_replaceable(directory, base, delta)
     change = Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
@@ -214,29 +215,14 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
     return sizes
 
 
-def name_without_folders(name: str) -> str:
-    """A model's name without the folders of this machine: of a local directory or file, the last part."""
-    return Path(name).expanduser().absolute().name if Path(name).expanduser().exists() else name
-
-
 def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
-    """The largest size that a delta can have, given the parameters that ever required a gradient; nothing is compared.
-
-    The model may be one of peft; a matrix with an adapter counts as trained.
-    """
+    """The largest size that a delta can have, given the parameters that ever trained; a matrix with an adapter counts, too."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ever = set(trained)
     pairs = [(weight.tensor, weight.adapters) for weight in untied_weights(base)]
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
     changed = [tensor for tensor, _ in pairs if tensor in ever]
     return Sizes(sum(tensor.nbytes for tensor in changed), sum(tensor.nbytes for tensor, _ in pairs))
-
-
-def _smallest(tensor: Tensor, base: Tensor | None) -> Tensor:
-    """The tensor itself, or its packed difference from the base's where that is smaller."""
-    if base is None or (base.dtype, base.shape) != (tensor.dtype, tensor.shape):
-        return tensor
-    return min(compress(tensor, base), tensor, key=lambda one: one.nbytes)
 
 
 class _Shards:

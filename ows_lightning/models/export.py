@@ -54,11 +54,6 @@ class _Weight(NamedTuple):
         """The weight itself, without adapters."""
         return getattr(self.module, self.attribute)
 
-    @property
-    def source(self) -> tuple[int, ...]:
-        """Equal for two names of one (tied) weight."""
-        return id(self.tensor), *(id(adapter) for adapter in self.adapters)
-
 
 @torch.no_grad()
 def save_huggingface(
@@ -66,12 +61,10 @@ def save_huggingface(
 ) -> None:
     """Writes a model directory: safetensors, config, generation config, tokenizer, chat template and model card.
 
-    A vision-language model also gets the processor's files of the model that it was made from.
-
     `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once; the
     weights keep their dtype. A model inside peft is written merged, as a plain model, and is itself left as it was,
     bit for bit. A model sharded by FSDP2 is gathered and merged one weight at a time, and one that lies in files is read
-    so. Shards have about 2 GB.
+    so. Shards have about 2 GB. A vision-language model also gets the processor's files of the model that it was made from.
 
     The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
     holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that the weights
@@ -91,7 +84,10 @@ def save_huggingface(
     with replacing(target, "model") if writes else contextlib.nullcontext(target) as partial:
         if writes:
             tokenizer.save_pretrained(partial)
-            _copy_processor(base, partial)
+            is_vision = type(base.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME) if is_vision else ():
+                with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
+                    shutil.copy(str(cached_file(str(base.name_or_path), name)), partial)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
@@ -117,10 +113,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
-    """Returns the directory to write a model or a delta to, with links resolved.
-
-    A UsageError says that it is one of the sources (models and directories that it is made from), or holds something else.
-    """
+    """Returns a directory that a model or a delta may replace, links resolved: none of the sources, and no other files."""
     target = Path(directory).expanduser().resolve()
     if not target.exists():
         return target
@@ -155,15 +148,6 @@ def replacing(target: Path, what: str) -> Iterator[Path]:
         raise RunError(f"can't write the {what} to {str(target)!r} ({error}); free space or choose another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _copy_processor(model: PreTrainedModel, directory: Path) -> None:
-    """Copies the image processor's files of a vision-language model, which training does not change."""
-    if type(model.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return
-    for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME):
-        with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
-            shutil.copy(str(cached_file(str(model.name_or_path), name)), directory)
 
 
 def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
@@ -237,7 +221,7 @@ def untied_weights(model: nn.Module) -> list[_Weight]:
     """Returns the weights as ``weights_without_peft`` does, but a tied one once, under its first name."""
     weights: dict[tuple[int, ...], _Weight] = {}
     for weight in weights_without_peft(model):
-        weights.setdefault(weight.source, weight)
+        weights.setdefault((id(weight.tensor), *map(id, weight.adapters)), weight)
     return list(weights.values())
 
 

@@ -30,11 +30,10 @@ def lora_config(settings: dict[str, Any]) -> Any:
         raise UsageError('model.lora: needs peft; pip install "ows_lightning[lora]"') from error
     if not isinstance(rank := settings.get("r", 8), int) or rank < 1:
         raise UsageError(f"model.lora.r: {rank!r} must be a whole number of at least 1")
+    known = inspect.signature(LoraConfig).parameters
+    for wrong in settings.keys() - known.keys():
+        raise UsageError(f"model.lora.{wrong}: peft's LoraConfig has no such key{nearest(wrong, known)}")
     try:
         return LoraConfig(task_type="CAUSAL_LM", **settings)
     except TypeError as error:
-        known = inspect.signature(LoraConfig).parameters
-        if wrong := [key for key in settings if key not in known]:
-            hint = nearest(wrong[0], known)
-            raise UsageError(f"model.lora.{wrong[0]}: peft's LoraConfig has no such key{hint}") from error
         raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error

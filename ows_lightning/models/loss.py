@@ -133,11 +133,7 @@ def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
 def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor, as_on: torch.device | None = None) -> Tensor:
     """Returns the summed cross entropy of a model's logits, of which a chunk exists at a time; its gradient, too.
 
-    Args:
-        model: A causal LM of transformers.
-        hidden: Last hidden states of shape (N, hidden).
-        targets: Shape (N,), int64.
-        as_on: Another device than theirs, whose chunks to take.
+    Of last hidden states (N, hidden) and targets (N,), int64; the chunks are those of another device if ``as_on`` names one.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     rows = _rows_of_chunk(model, hidden, as_on)

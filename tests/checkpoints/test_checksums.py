@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ows_lightning.checkpoints.checksums import check_comment
+from ows_lightning.checkpoints.files import check_comment
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
 from ows_lightning.checkpoints.io import WholeCheckpointIO
 from ows_lightning.errors import UsageError

@@ -370,7 +370,7 @@ CASES = {
     "folder for a checkpoint": Case(
         fit("--ckpt_path ."), "ckpt_path", "is a folder, not a checkpoint; there is no good one in it"
     ),
-    "device for a checkpoint": Case(fit("--ckpt_path /dev/null"), "ckpt_path", "is a device or a pipe, not a checkpoint"),
+    "device for a checkpoint": Case(fit("--ckpt_path /dev/null"), "ckpt_path", "is damaged or no checkpoint of a run"),
     "address of rows": Case(
         fit("--data.dataset http://localhost/a.jsonl"), "data.dataset", "is an address, from which no rows are read; download"
     ),

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ows_lightning.data.packing import pack, require_separate_documents
-from ows_lightning.data.rows import as_item, collate
+from ows_lightning.data.rows import as_item, collate, pack, require_separate_documents
 from ows_lightning.errors import UsageError
 from tests.tiny import tiny_model
 

@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.distributed.sharded_model import load_into_shards
-from ows_lightning.models.empty_model import empty_model
-from ows_lightning.models.pretrained import load_model
+from ows_lightning.models.pretrained import empty_model, load_model
 from tests.distributed.launch import free_port, run
 from tests.tiny import tiny_model
 

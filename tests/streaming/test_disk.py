@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ows_lightning.checkpoints import files as checkpoints
-from ows_lightning.checkpoints.checksums import SummedFile
+from ows_lightning.checkpoints.files import SummedFile
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
