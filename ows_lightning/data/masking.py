@@ -115,7 +115,7 @@ class Encoder:
         if not turns:
             return []
         text = self._template.render(messages, tools, where)
-        nothing = rf"(\s|{'|'.join(map(re.escape, self.end_tokens))})*"
+        ends = "|".join(map(re.escape, sorted(self.end_tokens, key=len, reverse=True)))
         spans: list[Span] = []
         alone: list[int] = []
         for i in turns[-1:] if self.last_turn_only else turns:
@@ -123,7 +123,7 @@ class Encoder:
                 span = self._answer_span(text, messages, i, tools, where)
                 if span is None:
                     alone.append(i)
-                elif not re.fullmatch(nothing, text[slice(*span)]):  # as where the template leaves out tool calls
+                elif re.sub(ends, "", text[slice(*span)]).strip():  # not where the template leaves out tool calls
                     spans.append(span)
         if turns[-1] == len(messages) - 1:
             if turns[-1] in alone and (merged := merged_system(messages)):

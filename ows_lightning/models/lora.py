@@ -31,8 +31,9 @@ def lora_config(settings: dict[str, Any]) -> Any:
     if not isinstance(rank := settings.get("r", 8), int) or rank < 1:
         raise UsageError(f"model.lora.r: {rank!r} must be a whole number of at least 1")
     known = inspect.signature(LoraConfig).parameters
-    for wrong in settings.keys() - known.keys():
-        raise UsageError(f"model.lora.{wrong}: peft's LoraConfig has no such key{nearest(wrong, known)}")
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"model.lora.{key}: peft's LoraConfig has no such key{nearest(key, known)}")
     try:
         return LoraConfig(task_type="CAUSAL_LM", **settings)
     except TypeError as error:

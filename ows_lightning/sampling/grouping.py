@@ -89,10 +89,7 @@ class GroupedDraws:
         return sorted(blocks)
 
 
-@lru_cache(maxsize=8)
-def grouped_draws(probabilities: tuple[float, ...], count: int) -> GroupedDraws:
-    """Returns the ``GroupedDraws`` with these arguments, made once: solving takes up to a second, drawing no time."""
-    return GroupedDraws(probabilities, count)
+grouped_draws = lru_cache(maxsize=8)(GroupedDraws)  # made once: solving takes up to a second, drawing no time
 
 
 def uniform(generator: torch.Generator | None) -> float:

@@ -20,14 +20,7 @@ def inclusion_probabilities(probabilities: Sequence[float] | Tensor, count: int)
 
     .. math:: \pi_l = \int_0^\infty p_l e^{-p_l t} P(\text{fewer than count of the others have rung by } t) dt,
 
-    exact up to the error of the quadrature (about 1e-9).
-
-    Args:
-        probabilities: Probability of each block, shape ``(num_layers,)``.
-        count: Number of distinct blocks drawn.
-
-    Returns:
-        float64, shape ``(num_layers,)``, sums to ``count``.
+    exact up to the error of the quadrature (about 1e-9): float64, (num_layers,), sums to ``count``.
     """
     p = np.asarray(probabilities, dtype=np.float64)
     possible = p > 0

@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -182,21 +182,15 @@ class _InputRecorder(TorchFunctionMode):
     @contextmanager
     def watching(self, layers: nn.ModuleList, blocks: list[list[_Weight]]) -> Iterator[None]:
         """Records the inputs of the blocks, whose weights are `blocks`, while the context is open."""
-        handles = []
-        for block, weights in zip(layers, blocks, strict=True):
-            bare = [weight for weight in weights if weight.is_bare]
-            handles.append(block.register_forward_pre_hook(partial(self._set_bare, bare)))
-            handles.append(block.register_forward_hook(partial(self._set_bare, [])))
-            for weight in weights:
-                if not weight.is_bare:
+        with ExitStack() as hooks, self:
+            for block, weights in zip(layers, blocks, strict=True):
+                bare = [weight for weight in weights if weight.is_bare]
+                hooks.enter_context(block.register_forward_pre_hook(partial(self._set_bare, bare)))
+                hooks.enter_context(block.register_forward_hook(partial(self._set_bare, [])))
+                for weight in (weight for weight in weights if not weight.is_bare):
                     hook = partial(self._on_linear, weight)
-                    handles.append(weight.owner.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                    hooks.enter_context(weight.owner.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -248,7 +242,7 @@ def _measure_inputs(
     language_model = causal_lm(model)
     device = next(language_model.parameters()).device  # that of the embeddings: blocks may wait elsewhere
     accepted = inspect.signature(type(language_model).forward).parameters  # of the class: accelerate wraps the instance's
-    options = {key: value for key, value in {"use_cache": False, "logits_to_keep": 1}.items() if key in accepted}
+    options = {"use_cache": False, "logits_to_keep": 1}
     # Experts see tokens without their positions, so padding can only be left out beforehand.
     has_experts = any(isinstance(module, nn.ModuleList) for block in layers for module in block.modules()) or any(
         weight.parameter.dim() == 3 for weights in blocks for weight in weights
@@ -259,7 +253,7 @@ def _measure_inputs(
         for batch in batches:
             for inputs, tokens in _texts(batch, device, rows_alone=has_experts):
                 recorder.tokens = tokens
-                run_causal_lm(model, **{key: value for key, value in inputs.items() if key in accepted}, **options)
+                run_causal_lm(model, **{key: value for key, value in (inputs | options).items() if key in accepted})
                 num_texts += 1
     if num_texts == 0:
         raise UsageError("calibration_samples: there is no text to score the blocks with; give at least one batch")

@@ -56,11 +56,7 @@ class OutlierScores:
 
     @classmethod
     def load(cls, path: Path) -> OutlierScores:
-        """Reads the scores from a JSON file.
-
-        Raises:
-            UsageError: The file is missing or is no file of scores.
-        """
+        """Reads the scores from a JSON file; a UsageError if it is missing or holds none."""
         try:
             scores = cls(**json.loads(path.read_text()))
             return replace(scores, outlier_ratios=[float(ratio) for ratio in scores.outlier_ratios])
