@@ -15,7 +15,7 @@ from ows_lightning import compat
 PACKAGE = Path(__file__).parents[1] / "ows_lightning"
 
 OUTSIDE = {
-    "callbacks/metrics_csv.py": {  # which rows Lightning's loggers have written, and when it steps
+    "callbacks/resume.py": {  # which rows Lightning's loggers have written, and when it steps
         "trainer._logger_connector", "loop._batches_that_stepped", "loop._should_accumulate",
     },
     "callbacks/run_checkpoint.py": {"super()._save_checkpoint"},  # overridden where ModelCheckpoint calls it

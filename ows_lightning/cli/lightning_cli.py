@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
 from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
-from ows_lightning.callbacks.metrics_csv import ContinueMetricsCSV
-from ows_lightning.callbacks.predictions import PredictionFile
+from ows_lightning.callbacks.generations import PredictionFile
+from ows_lightning.callbacks.resume import ContinueMetricsCSV
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary

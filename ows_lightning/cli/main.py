@@ -29,7 +29,7 @@ CONFIG_COMMANDS = {
 
 OTHER_COMMANDS = {
     "chat": ("chat", "Talk to a model, in the terminal or through a pipe"),
-    "compare": ("compare", "Show the answers of the base and the tuned model side by side"),
+    "compare": ("chat", "Show the answers of the base and the tuned model side by side"),
     "apply-delta": ("folders", "Make a model from a base and a delta of `export --delta`"),
     "report": ("folders", "Draw one run or compare several, from their folders; --watch shows a running one"),
     "configs": ("config_files", "List the config files that come with this package"),
