@@ -17,7 +17,7 @@ from ows_lightning.compat import version_counter
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import compute_with
 from ows_lightning.optim.projected_adamw import add_update_
-from ows_lightning.streaming.adapters import add_adapters, remove_adapters
+from ows_lightning.streaming.access_hooks import add_access_hooks, remove_access_hooks
 from ows_lightning.streaming.disk import Disk, DiskWeights
 from ows_lightning.streaming.hooks import ComputeHooks
 from ows_lightning.streaming.int8 import Int8Weights, StagingBuffer
@@ -33,7 +33,7 @@ class BlockOffloader:
     block is frozen, views of a slot while the frozen block computes, and memory of its own on the device while the block
     trains (any of its parameters requires a gradient). So every optimizer, checkpoint and export sees ordinary parameters.
     No bit of what is computed changes. `Timeline` decides what is fetched when, `ComputeHooks` tell it what computes, and
-    `add_adapters` lets state dicts, ``to`` and peft find the weights.
+    `add_access_hooks` lets state dicts, ``to`` and peft find the weights.
 
     Weights are offloaded and slots allocated at first use, for the device that ``move`` named last. Deep copies and pickles of
     the model are independent of it.
@@ -75,7 +75,7 @@ class BlockOffloader:
         ]
         self._clear()
         self._hooks = ComputeHooks(self)
-        self._adapters = add_adapters(self)
+        self._access_hooks = add_access_hooks(self)
         if disk is not None:
             self.prepare()  # what is in memory goes to the disk at once
 
@@ -185,7 +185,7 @@ class BlockOffloader:
         """Offloads all blocks and takes the hooks away: the model is an ordinary one in host memory."""
         self.offload_all()
         self._hooks.remove()
-        remove_adapters(self, self._adapters)
+        remove_access_hooks(self, self._access_hooks)
         self._clear()
 
     # ------------------------------------------------------------------ blocks that train at rest

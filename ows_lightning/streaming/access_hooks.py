@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ows_lightning.streaming.offloader import BlockOffloader
 
 
-def add_adapters(offloader: BlockOffloader) -> list[RemovableHandle]:
+def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
     """Lets others find whole weights in an offloader's blocks, and the offloader see what they write.
 
     * A state dict outlives the pass that was interrupted, and what is loaded counts at once.
@@ -22,7 +22,7 @@ def add_adapters(offloader: BlockOffloader) -> list[RemovableHandle]:
     * peft merges adapters into a weight's ``data``, which torch does not count as a write.
 
     Returns:
-        Handles for `remove_adapters`.
+        Handles for `remove_access_hooks`.
     """
     handles: list[RemovableHandle] = []
     for index, block in enumerate(offloader.blocks):
@@ -39,7 +39,7 @@ def add_adapters(offloader: BlockOffloader) -> list[RemovableHandle]:
     return handles
 
 
-def remove_adapters(offloader: BlockOffloader, handles: list[RemovableHandle]) -> None:
+def remove_access_hooks(offloader: BlockOffloader, handles: list[RemovableHandle]) -> None:
     """Takes them away."""
     for handle in handles:
         handle.remove()
