@@ -261,7 +261,7 @@ class CausalLMModule(EvaluationModule):
             require_layerwise(self.trainer.strategy)
             optimizer.project_in_backward(model=self.model)
             if self.offloader is not None:
-                self.offloader.rest_with(optimizer)
+                self.offloader.attach_optimizer(optimizer)
         else:
             keep_state_dtypes(optimizer)
         self._check_projection(optimizer)

@@ -366,8 +366,8 @@ class _TimedCopies(CopyStream):
     def release(self, slot: int) -> None:
         self._inner.release(slot)
 
-    def after_computation(self) -> None:
-        self._inner.after_computation()
+    def wait_for_computation(self) -> None:
+        self._inner.wait_for_computation()
 
     def synchronize(self) -> None:
         self._inner.synchronize()

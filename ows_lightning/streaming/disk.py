@@ -16,7 +16,15 @@ from torch import Tensor
 from ows_lightning.errors import RunError
 from ows_lightning.models.large_tensors import drop_page_cache, map_file
 from ows_lightning.models.safetensors_file import StoredWeight
-from ows_lightning.streaming.offloaded import HostWeights, copy_into, flat, nbytes_of, page_locked, starts_of, tensor_in
+from ows_lightning.streaming.offloaded import (
+    OffloadedWeights,
+    byte_offsets,
+    copy_packed,
+    flat,
+    packed_nbytes,
+    page_locked,
+    tensor_at,
+)
 
 
 class FileRegion:
@@ -43,7 +51,7 @@ class FileRegion:
             view, position = view[read:], position + read
 
 
-class DiskWeights(HostWeights):
+class DiskWeights(OffloadedWeights):
     """A block's weights on the disk, mapped: where ``Disk.map_weight`` found all of them, until they are written."""
 
     def __init__(self, disk: Disk, weights: Sequence[Tensor]) -> None:
@@ -81,9 +89,9 @@ class DiskWeights(HostWeights):
         return all(part.file is self.disk.scratch for part, _ in self.places)
 
     def _move(self, weights: Sequence[Tensor]) -> None:
-        part = self.disk.extend_scratch(nbytes_of(weights))
-        self.tensors = copy_into(part.memory, weights)
-        self.places = [(part, start) for start in starts_of(weights)[:-1]]
+        part = self.disk.extend_scratch(packed_nbytes(weights))
+        self.tensors = copy_packed(part.memory, weights)
+        self.places = [(part, start) for start in byte_offsets(weights)[:-1]]
         self.disk.places.update(zip((weight.data_ptr() for weight in self.tensors), self.places, strict=True))
 
 
@@ -110,10 +118,10 @@ class Disk:
             self._files[stored.path] = FileRegion(stored.path.open("rb"), writable=False)
         part, start = self._files[stored.path], stored.start
         assert stored.dtype is not None
-        weight = tensor_in(torch.empty(stored.shape, dtype=stored.dtype, device="meta"), part.memory, start)
+        weight = tensor_at(torch.empty(stored.shape, dtype=stored.dtype, device="meta"), part.memory, start)
         if stored.dtype != dtype:
             part, start = self.extend_scratch(weight.numel() * dtype.itemsize), 0
-            weight = tensor_in(torch.empty_like(weight, dtype=dtype, device="meta"), part.memory, 0).copy_(weight)
+            weight = tensor_at(torch.empty_like(weight, dtype=dtype, device="meta"), part.memory, 0).copy_(weight)
             drop_page_cache()
         self.places[weight.data_ptr()] = (part, start)
         return weight

@@ -72,7 +72,7 @@ class ComputeHooks:
             self.offloader.apply_draw()
         self.offloader.timeline.begin_forward()
         if self._training is not None and training != self._training:
-            self.offloader.weights_may_be_exchanged()
+            self.offloader.refresh_after_weight_swap()
         self._training = training
 
     def _enter_backward(self, index: int, arrangement: object, gradient: Tensor) -> None:

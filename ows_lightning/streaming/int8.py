@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ows_lightning.streaming.offloaded import HostWeights, nbytes_of, views_in
+from ows_lightning.streaming.offloaded import OffloadedWeights, packed_nbytes, views_into
 
 _LARGEST = 127  # symmetric: -128 is left out
 
@@ -54,7 +54,7 @@ class StagingBuffer:
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.memory.device)
 
 
-class Int8Weights(HostWeights):
+class Int8Weights(OffloadedWeights):
     """A block's exact weights, which train and are saved, and their int8 copy, which is fetched.
 
     Args:
@@ -65,14 +65,14 @@ class Int8Weights(HostWeights):
     """
 
     def __init__(
-        self, exact: HostWeights, offload: Callable[[Sequence[Tensor]], HostWeights], staging: StagingBuffer | None
+        self, exact: OffloadedWeights, offload: Callable[[Sequence[Tensor]], OffloadedWeights], staging: StagingBuffer | None
     ) -> None:
         self.exact, self.offload, self.staging = exact, offload, staging
         self.fetch_exact = False
-        self.copy: HostWeights | None = None
+        self.copy: OffloadedWeights | None = None
         self.refresh()
         if staging is not None and self.copy is not None:
-            staging.reserve(nbytes_of(self.copy.tensors))
+            staging.reserve(packed_nbytes(self.copy.tensors))
 
     @property
     def tensors(self) -> list[Tensor]:  # type: ignore[override]
@@ -87,7 +87,7 @@ class Int8Weights(HostWeights):
             return
         quantized = self.copy.tensors
         if self.staging is not None:
-            quantized = views_in(self.staging.memory, quantized)
+            quantized = views_into(self.staging.memory, quantized)
             self.copy.fetch(quantized)
         dequantize(quantized, slot)
 

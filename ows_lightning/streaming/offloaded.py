@@ -16,27 +16,27 @@ from ows_lightning.errors import RunError
 ALIGNMENT = 512  # bytes: that of the CUDA allocator, so that kernels see in a slot what they see elsewhere
 
 
-def starts_of(tensors: Sequence[Tensor]) -> list[int]:
+def byte_offsets(tensors: Sequence[Tensor]) -> list[int]:
     """Where in one piece of memory each of the tensors begins, aligned, and where the last one ends, in bytes."""
     return list(accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0))
 
 
-def nbytes_of(tensors: Sequence[Tensor]) -> int:
+def packed_nbytes(tensors: Sequence[Tensor]) -> int:
     """What tensors take in one piece of memory, in bytes."""
-    return starts_of(tensors)[-1]
+    return byte_offsets(tensors)[-1]
 
 
-def views_in(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Makes views of memory (uint8, one-dimensional, `nbytes_of(tensors)`) with the dtypes, shapes and strides of tensors."""
+def views_into(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Makes views of memory (uint8, one-dimensional, `packed_nbytes(tensors)`) with the dtypes, shapes and strides of tensors."""
     return [
         memory[start : start + tensor.nbytes]
         .view(tensor.dtype)
         .as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
-        for start, tensor in zip(starts_of(tensors), tensors, strict=False)
+        for start, tensor in zip(byte_offsets(tensors), tensors, strict=False)
     ]
 
 
-def tensor_in(weight: Tensor, memory: Any, start: int) -> Tensor:
+def tensor_at(weight: Tensor, memory: Any, start: int) -> Tensor:
     """Makes a tensor with the dtype, shape and strides of a weight without gaps, within a buffer, from a byte on.
 
     It has its own storage: code that saves models takes views of one storage for tied weights.
@@ -48,10 +48,10 @@ def tensor_in(weight: Tensor, memory: Any, start: int) -> Tensor:
 
 
 @torch.no_grad()
-def copy_into(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Copies weights into memory that has the buffer protocol, one at a time, to where `starts_of` says."""
-    places = zip(weights, starts_of(weights), strict=False)
-    return [tensor_in(weight, memory, start).copy_(weight) for weight, start in places]
+def copy_packed(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Copies weights into memory that has the buffer protocol, one at a time, to where `byte_offsets` says."""
+    places = zip(weights, byte_offsets(weights), strict=False)
+    return [tensor_at(weight, memory, start).copy_(weight) for weight, start in places]
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-class HostWeights:
+class OffloadedWeights:
     """Memory that a block's weights lie in: a tensor a weight, as it was loaded if that is where it lies already."""
 
     memory: Tensor | None = None  # page-locked, that the weights lie in
@@ -117,11 +117,11 @@ def _unlock(address: int, device: torch.device) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
-def host_weights(weights: Sequence[Tensor], device: torch.device) -> HostWeights:
+def host_weights(weights: Sequence[Tensor], device: torch.device) -> OffloadedWeights:
     """Offloads weights to host memory, one at a time, that a device can fetch from: a GPU does so by itself."""
     if device.type != "cuda":
-        return HostWeights(weights)
-    memory = page_locked(nbytes_of(weights), device)
-    offloaded = HostWeights(copy_into(memory.numpy(), weights))
+        return OffloadedWeights(weights)
+    memory = page_locked(packed_nbytes(weights), device)
+    offloaded = OffloadedWeights(copy_packed(memory.numpy(), weights))
     offloaded.memory = memory
     return offloaded

@@ -21,7 +21,7 @@ from ows_lightning.streaming.access_hooks import add_access_hooks, remove_access
 from ows_lightning.streaming.disk import Disk, DiskWeights
 from ows_lightning.streaming.hooks import ComputeHooks
 from ows_lightning.streaming.int8 import Int8Weights, StagingBuffer
-from ows_lightning.streaming.offloaded import HostWeights, host_weights, nbytes_of, views_in
+from ows_lightning.streaming.offloaded import OffloadedWeights, host_weights, packed_nbytes, views_into
 from ows_lightning.streaming.streams import CopyStream, copy_stream_for
 from ows_lightning.streaming.timeline import Timeline
 
@@ -38,7 +38,7 @@ class BlockOffloader:
     Weights are offloaded and slots allocated at first use, for the device that ``move`` named last. Deep copies and pickles of
     the model are independent of it.
 
-    With `rest_with`, frozen blocks that train at rest stay offloaded, and compute with W + B Q^T.
+    With `attach_optimizer`, frozen blocks that train at rest stay offloaded, and compute with W + B Q^T.
 
     With copies in int8, what a frozen block computes with is not its own weight to the bit; what trains and is saved is.
 
@@ -80,7 +80,7 @@ class BlockOffloader:
             self.prepare()  # what is in memory goes to the disk at once
 
     def _clear(self) -> None:
-        self.offloaded: list[HostWeights] = []
+        self.offloaded: list[OffloadedWeights] = []
         self.timeline = Timeline(self, self.num_slots)
         self.arrangement = object()  # of blocks in slots; another one after every change
         self.slots: list[Tensor] = []
@@ -190,7 +190,7 @@ class BlockOffloader:
 
     # ------------------------------------------------------------------ blocks that train at rest
 
-    def rest_with(self, optimizer: GaLoreAdamW) -> None:
+    def attach_optimizer(self, optimizer: GaLoreAdamW) -> None:
         """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
         self._optimizer = ref(optimizer)
         optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.fold)
@@ -210,7 +210,7 @@ class BlockOffloader:
             for p, (update, projector) in updates.items():
                 add_update_(p.data, update, projector)
             self._retire(index)
-        self._started_stream.after_computation()  # which has written offloaded weights
+        self._started_stream.wait_for_computation()  # which has written offloaded weights
 
     def _needs_own_memory(self, p: nn.Parameter) -> bool:
         """Whether a parameter trains, and not at rest."""
@@ -267,7 +267,7 @@ class BlockOffloader:
             self.offloaded[index].refresh()
             self._versions[index] = _versions_of(self.parameters[index])
 
-    def weights_may_be_exchanged(self) -> None:
+    def refresh_after_weight_swap(self) -> None:
         """Between training and evaluation, weight averaging exchanges weights with its copy of the model, unseen by torch."""
         self.timeline.forget()
         for index in self.timeline.order if self.was_copied else ():
@@ -300,11 +300,11 @@ class BlockOffloader:
                 self._load_for_training(index)
             self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate_slots()
-            self._started_stream.after_computation()  # which has written offloaded weights, and had the slots' memory before
+            self._started_stream.wait_for_computation()  # which has written offloaded weights, and had the slots' memory before
             offloaded = self.timeline.order
             self.arrangement = object()
             self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
-            self._views = {i: views_in(self.slots[self.timeline.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
+            self._views = {i: views_into(self.slots[self.timeline.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
 
     def _offload_first(self) -> None:
         self._staging = StagingBuffer(self.device) if self._int8_in in ("host", "disk") else None
@@ -323,9 +323,9 @@ class BlockOffloader:
         self.offloaded[index].write_back([p.data for p in self.parameters[index]])
         _set_data(self.parameters[index], self.offloaded[index].tensors)
 
-    def _offload(self, weights: Sequence[Tensor]) -> HostWeights:
-        to: dict[str, Callable[[Sequence[Tensor]], HostWeights]] = {
-            "device": partial(HostWeights, device=self.device),
+    def _offload(self, weights: Sequence[Tensor]) -> OffloadedWeights:
+        to: dict[str, Callable[[Sequence[Tensor]], OffloadedWeights]] = {
+            "device": partial(OffloadedWeights, device=self.device),
             "host": partial(host_weights, device=self.device),
         }
         to["disk"] = partial(DiskWeights, self._disk) if self._disk else to["host"]
@@ -336,7 +336,7 @@ class BlockOffloader:
         """Makes the slots, once: they stay for as long as the offloader is on this device."""
         if self.slots:
             return
-        size = max(nbytes_of(weights.tensors) for weights in self.offloaded)
+        size = max(packed_nbytes(weights.tensors) for weights in self.offloaded)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
         self._stream = self.make_stream(self.device, self.num_slots, self._disk is not None)
 

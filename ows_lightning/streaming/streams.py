@@ -22,7 +22,7 @@ class CopyStream:
     def release(self, slot: int) -> None:
         """Marks the end of the computation that reads the slot."""
 
-    def after_computation(self) -> None:
+    def wait_for_computation(self) -> None:
         """Makes fetches issued from now on see what computation launched so far writes: other weights, and new memory."""
 
     def synchronize(self) -> None:
@@ -57,7 +57,7 @@ class _CudaStream(CopyStream):
     def release(self, slot: int) -> None:
         self.released[slot].record(torch.cuda.current_stream(self.device))
 
-    def after_computation(self) -> None:
+    def wait_for_computation(self) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def synchronize(self) -> None:
@@ -87,8 +87,8 @@ class _ReaderThread(CopyStream):
     def release(self, slot: int) -> None:
         self.stream.release(slot)
 
-    def after_computation(self) -> None:
-        self.stream.after_computation()
+    def wait_for_computation(self) -> None:
+        self.stream.wait_for_computation()
 
     def synchronize(self) -> None:
         for fetch in self.fetches.values():

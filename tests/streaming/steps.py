@@ -67,7 +67,7 @@ def train(
     optimizer = GaLoreAdamW(galore_param_groups(model, rank=4, update_proj_gap=3), lr=1e-2)
     optimizer.project_in_backward()
     if resting_rank and offloader is not None:
-        offloader.rest_with(optimizer)
+        offloader.attach_optimizer(optimizer)
     outside = non_block_parameters(model)
     others = [(p, embeddings or part == "norm") for part, parameters in outside.items() for p in parameters]
     for number, active in enumerate(draws):

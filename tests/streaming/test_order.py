@@ -224,7 +224,7 @@ def dropped_before_its_stream(folder: Path) -> None:
     """The memory of a fetch, but for what the fetch itself holds."""
     with FakeGpu(late=True).installed():
         stream, memory = _CudaStream(torch.device("cuda"), 1), [torch.zeros(2, device="cuda") for _ in range(2)]
-        stream.after_computation()
+        stream.wait_for_computation()
         stream.issue(0, partial(torch.Tensor.copy_, *memory))
         del memory
         del stream
@@ -239,7 +239,7 @@ def test_what_a_fetch_uses_lives_until_it_has_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- what the double sees
 
 ORDERING = {
-    "wait_event", "wait_stream", "record", "synchronize", "wait", "release", "result", "exception", "after_computation",
+    "wait_event", "wait_stream", "record", "synchronize", "wait", "release", "result", "exception", "wait_for_computation",
     "_stop_fetches", "finalize", "_synchronize",
 }  # fmt: skip
 PACKAGE = Path(ows_lightning.streaming.__file__).parent
@@ -320,12 +320,14 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     ),
     Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
     Mutant("offloader", "BlockOffloader.fold", "self._stop_fetches()"): _killed_by("rested", "host"),
-    Mutant("offloader", "BlockOffloader.fold", "self._started_stream.after_computation()"): _killed_by("rested", "int8"),
+    Mutant("offloader", "BlockOffloader.fold", "self._started_stream.wait_for_computation()"): _killed_by("rested", "int8"),
     Mutant("offloader", "BlockOffloader._add_updates", "self._started_stream.wait(slot)"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.make_writable", "self._stop_fetches()"): _killed_by("loaded", "host"),
     Mutant("offloader", "BlockOffloader.refresh", "self._stop_fetches()"): _killed_by("copied", "int8"),
     Mutant("offloader", "BlockOffloader._arrange", "self._stop_fetches()"): _killed_by("trained", "int8"),
-    Mutant("offloader", "BlockOffloader._arrange", "self._started_stream.after_computation()"): _killed_by("trained", "int8"),
+    Mutant("offloader", "BlockOffloader._arrange", "self._started_stream.wait_for_computation()"): _killed_by(
+        "trained", "int8"
+    ),
     Mutant("offloader", "BlockOffloader._stop_fetches", "self._stream.synchronize()"): _killed_by("trained", "int8"),
     Mutant("offloader", "BlockOffloader.wait", "self._started_stream.wait(slot)"): _killed_by("trained", "host"),
     Mutant("offloader", "BlockOffloader.release", "self._started_stream.release(slot)"): _killed_by("trained", "host"),
@@ -342,14 +344,16 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("streams", "_CudaStream.release", "self.released[slot].record(torch.cuda.current_stream(self.device))"): (
         _killed_by("trained", "host")
     ),
-    Mutant("streams", "_CudaStream.after_computation", "self.stream.wait_stream(torch.cuda.current_stream(self.device))"): (
+    Mutant("streams", "_CudaStream.wait_for_computation", "self.stream.wait_stream(torch.cuda.current_stream(self.device))"): (
         _killed_by("trained", "host")
     ),
     Mutant("streams", "_CudaStream.synchronize", "_synchronize(self.stream, self._running)"): _killed_by("trained", "int8"),
     Mutant("streams", "_ReaderThread.wait", "self.fetches[slot].result()"): _killed_by("trained", "disk"),
     Mutant("streams", "_ReaderThread.wait", "self.stream.wait(slot)"): _killed_by("trained", "disk"),
     Mutant("streams", "_ReaderThread.release", "self.stream.release(slot)"): _killed_by("trained", "disk"),
-    Mutant("streams", "_ReaderThread.after_computation", "self.stream.after_computation()"): _killed_by("trained", "disk"),
+    Mutant("streams", "_ReaderThread.wait_for_computation", "self.stream.wait_for_computation()"): _killed_by(
+        "trained", "disk"
+    ),
     Mutant("streams", "_ReaderThread.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
     Mutant("streams", "_ReaderThread.synchronize", "self.stream.synchronize()"): _killed_by("trained", "int8 above disk"),
     Mutant("timeline", "Timeline.enter", "self.events.wait(block, self.slot_of(block))"): _killed_by("trained", "host"),
