@@ -30,7 +30,7 @@ from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import seen_on_host
 from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.models.recomputation import Kernels, fuse_
-from ows_lightning.optim.galore import GaLoreAdamW, ProjType, add_saved_updates_
+from ows_lightning.optim.galore import GaLoreAdamW, ProjType, merge_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import Method
@@ -340,7 +340,7 @@ class CausalLMModule(EvaluationModule):
         if self._trainer is not None:
             check_settings(checkpoint.get("settings"), self._fixed_settings(), resumes=self.trainer.training)
             for optimizer in () if self.trainer.training else checkpoint.get("optimizer_states", ()):
-                add_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
+                merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
 
     def _fixed_settings(self) -> dict[str, Any]:
         architecture = architecture_of(self.language_model.config)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from ows_lightning.checkpoints.files import META, METADATA, REQUIRED_KEYS, UNSAFE, first_line, load_file, root_cause
 from ows_lightning.errors import UsageError
-from ows_lightning.optim.galore import add_saved_updates_
+from ows_lightning.optim.galore import merge_saved_updates_
 
 
 def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -81,7 +81,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     else:
         checkpoint = load_file(path)
         for optimizer in checkpoint.get("optimizer_states", ()):
-            add_saved_updates_(checkpoint["state_dict"], optimizer)
+            merge_saved_updates_(checkpoint["state_dict"], optimizer)
         whole = {prefix + name: weight for name, weight in checkpoint["state_dict"].items()}
         shapes = {name: weight.shape for name, weight in whole.items()}
     if different := sorted(shapes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):

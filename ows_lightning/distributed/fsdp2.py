@@ -24,7 +24,7 @@ from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
 from ows_lightning.distributed.process_group import leave_at_exit
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.optim.sharding import take_part
+from ows_lightning.optim.sharding import shard_replicated
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -181,4 +181,4 @@ def _local_part(value: Any, weight: Tensor) -> Any:
     whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
     if not isinstance(weight, DTensor) or not whole or value.shape != weight.shape:
         return value
-    return take_part(value, weight.device_mesh, weight.placements)
+    return shard_replicated(value, weight.device_mesh, weight.placements)

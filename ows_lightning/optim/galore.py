@@ -12,14 +12,14 @@ from torch import Tensor
 from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.gradient_capture import GradientCapture
-from ows_lightning.optim.projected_adamw import add_update_, project, projected_adamw_
+from ows_lightning.optim.projected_adamw import merge_update_, project, projected_adamw_
 from ows_lightning.optim.sharding import (
     clip_,
     is_sharded,
     local,
     projected_placements,
     projector_placements,
-    take_part,
+    shard_replicated,
     total_norm,
     whole_matrices,
 )
@@ -113,11 +113,11 @@ class GaLoreAdamW(GradientCapture):
             "state_warmup_steps": state_warmup_steps,
         }
         _check(defaults)
-        self._begin()
+        self._init_unsaved()
         super().__init__(params, defaults)
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _init_unsaved(self) -> None:
+        super()._init_unsaved()
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
         self._fold_by: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_at_rest``
 
@@ -132,8 +132,8 @@ class GaLoreAdamW(GradientCapture):
             param_group = {**PROJECTION_DEFAULTS, **param_group}
         _check(param_group)
         super().add_param_group(param_group)
-        self._find_places()
-        self._own(self.param_groups[-1:])
+        self._index_parameters()
+        self._claim_gradients(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "in_backward": self._progress.in_backward}
@@ -141,7 +141,7 @@ class GaLoreAdamW(GradientCapture):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Sets up a copy or an unpickled optimizer, or takes over a loaded state (torch calls it in ``load_state_dict``)."""
         if "_progress" not in self.__dict__:
-            self._begin()
+            self._init_unsaved()
             self._progress.in_backward = state["in_backward"]
             super().__setstate__({key: value for key, value in state.items() if key != "in_backward"})
         else:
@@ -157,8 +157,8 @@ class GaLoreAdamW(GradientCapture):
         for group in self.param_groups:  # an older version's state lacks some
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-        self._find_places()
-        self._own(self.param_groups)
+        self._index_parameters()
+        self._claim_gradients(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; moments keep the dtype in which they were saved (torch casts to the parameter's).
@@ -171,7 +171,7 @@ class GaLoreAdamW(GradientCapture):
                 raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
         super().load_state_dict(state_dict)
         saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
-        for saved_id, p in zip(saved_ids, self._places, strict=True):
+        for saved_id, p in zip(saved_ids, self._group_and_index, strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 if key == "rest":
                     self.state[p][key] = value.detach().to("cpu", copy=True)
@@ -201,11 +201,11 @@ class GaLoreAdamW(GradientCapture):
         Raises:
             ValueError: A weight is no matrix that the rank makes smaller.
         """
-        resting = {p for p in weights if p in self._places}
+        resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
-        self._take_in([p for p in self._places if p not in resting])
-        for p in self._places:
+        self._take_in([p for p in self._group_and_index if p not in resting])
+        for p in self._group_and_index:
             if (p in resting) == self.rests(p):
                 continue
             self.state.pop(p, None)
@@ -224,7 +224,7 @@ class GaLoreAdamW(GradientCapture):
         It is for weights that are offloaded between two passes, and only read. Their state has one tensor more: B (m x r).
         ``fold`` is called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
         """
-        self._fold_by.update((p, fold) for p in weights if p in self._places)
+        self._fold_by.update((p, fold) for p in weights if p in self._group_and_index)
 
     def update_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
         """B (..., m, r) and Q (..., n, r) of what a weight has learned at rest, if that is kept beside it."""
@@ -234,7 +234,7 @@ class GaLoreAdamW(GradientCapture):
     @torch.no_grad()
     def take_in_updates(self) -> None:
         """Writes what weights have learned at rest into them, where it is kept beside them; they go on resting."""
-        self._take_in(self._places)
+        self._take_in(self._group_and_index)
 
     def _take_in(self, weights: Iterable[Tensor]) -> None:
         by_fold: dict[Any, list[Tensor]] = {}
@@ -249,24 +249,24 @@ class GaLoreAdamW(GradientCapture):
     def _fold(self, weights: Sequence[Tensor]) -> None:
         for p in weights:
             if (found := self.update_of(p)) is not None:
-                add_update_(local(p), local(found[0]), local(found[1]))
+                merge_update_(local(p), local(found[0]), local(found[1]))
 
     def resting_projector(self, p: Tensor) -> Tensor | None:
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
         if not self.rests(p):
             return None
         if p not in self.resting_projectors:
-            found = _resting_subspace(p, self.state[p]["rest"], self._places[p][1])
+            found = _resting_subspace(p, self.state[p]["rest"], self._group_and_index[p][1])
             self.resting_projectors[p] = self._place(p, "projector", found)
         return self.resting_projectors[p]
 
     # ------------------------------------------------------------------ subspaces
 
-    def _side(self, p: Tensor) -> Side | None:
+    def _projected_side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
         if self.rests(p):
             return "right"
-        group, _ = self._places[p]
+        group, _ = self._group_and_index[p]
         if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0:
             return None
         m, n = p.shape[-2:]
@@ -284,12 +284,12 @@ class GaLoreAdamW(GradientCapture):
             return self._new_projectors[p]
         if self.rests(p):
             return self.resting_projector(p)
-        (group, _), state = self._places[p], self.state.get(p, {})
+        (group, _), state = self._group_and_index[p], self.state.get(p, {})
         due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
         return None if due else state["projector"]
 
     def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
-        group, index = self._places[p]
+        group, index = self._group_and_index[p]
         seed = index + int(self.state[p].get("step", 0))
         return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
@@ -335,7 +335,7 @@ class GaLoreAdamW(GradientCapture):
 
     def _clip_and_check(self) -> bool:
         """Clips what the step consumes; False, with a warning, if it is not finite. Only here does it wait for the device."""
-        gradients = self._gradients_of(self._places)
+        gradients = self._gradients_of(self._group_and_index)
         known_finite, self.known_finite = self.known_finite, False
         clipped = [group for group in self.param_groups if group["max_grad_norm"] is not None]
         if not gradients or (known_finite and not clipped):
@@ -353,7 +353,7 @@ class GaLoreAdamW(GradientCapture):
         return False
 
     def _step_projected(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        side, state, rests = self._side(p), self.state[p], self.rests(p)
+        side, state, rests = self._projected_side(p), self.state[p], self.rests(p)
         assert side is not None
         if p in self._new_projectors:
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
@@ -406,7 +406,7 @@ class GaLoreAdamW(GradientCapture):
         settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         if settings["round_weights"] or self.state[p]["exp_avg"].dtype == torch.bfloat16:
             generator = torch.Generator(self.state[p]["exp_avg"].device)
-            settings["generator"] = generator.manual_seed(1_000_003 * self._places[p][1] + step)
+            settings["generator"] = generator.manual_seed(1_000_003 * self._group_and_index[p][1] + step)
         return settings
 
     def _count(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
@@ -443,16 +443,16 @@ class GaLoreAdamW(GradientCapture):
         """Takes this process's part of a saved state tensor where the weight is sharded and the tensor is not."""
         if not is_sharded(p) or is_sharded(value):
             return value
-        side = self._side(p)
+        side = self._projected_side(p)
         if side is None or value.shape == p.shape:
             placements: Sequence[Placement] = p.placements
         else:
             placements = (projector_placements if key == "projector" else projected_placements)(p, side)
-        return take_part(value, p.device_mesh, placements)
+        return shard_replicated(value, p.device_mesh, placements)
 
 
 @torch.no_grad()
-def add_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+def merge_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
     """Takes what weights have learned at rest from an optimizer's state dict into that of a model, in place.
 
     The model's names may have a prefix before those in the optimizer's groups. Of another optimizer nothing is taken.
@@ -462,7 +462,7 @@ def add_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, An
         if "update" in state:
             weight = next(weights[key] for key in weights if f".{key}".endswith(f".{names[number]}"))
             projector = _resting_subspace(weight, state["rest"], number)
-            add_update_(weight, state["update"].to(weight.device), projector)
+            merge_update_(weight, state["update"].to(weight.device), projector)
 
 
 def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:

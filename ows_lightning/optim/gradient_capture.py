@@ -17,15 +17,15 @@ from torch.optim import Optimizer
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.hooks import hook_gradients, remove_hook
-from ows_lightning.optim.linear import offer_factors, offer_gradients
+from ows_lightning.optim.linear import to_plain_linear, to_projected_linear
 from ows_lightning.optim.projected_adamw import project, project_factors
 from ows_lightning.optim.sharding import (
     average_,
     clip_,
+    distribute_projector,
+    flagged_elsewhere,
     local,
-    place_projected,
-    place_projector,
-    set_anywhere,
+    reduce_projected,
     total_norm,
     whole_matrices,
 )
@@ -63,10 +63,10 @@ class GradientCapture(Optimizer):
             the processes that share it.
     """
 
-    def _begin(self) -> None:
+    def _init_unsaved(self) -> None:
         """Makes the attributes that are not saved, before torch's own. They are only changed in place, see ``_Progress``."""
         self._progress = _Progress()
-        self._places: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
+        self._group_and_index: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
         self.projected_gradients: dict[Tensor, Tensor] = {}
         self.offloaded_gradients: dict[Tensor, Tensor] = {}
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
@@ -74,7 +74,7 @@ class GradientCapture(Optimizer):
 
     # What a subclass has: which side of a matrix is projected, None in full rank; the projector of the coming step, None if it
     # has to be found; a projector from a gradient (..., m, n), or a sketch of one; Q (n, r) of a weight (m, n) at rest.
-    _side: Callable[[Tensor], Side | None]
+    _projected_side: Callable[[Tensor], Side | None]
     _projector: Callable[[Tensor], Tensor | None]
     _new_subspace: Callable[[Tensor, Tensor, Side], Tensor | Sketch]
     resting_projector: Callable[[Tensor], Tensor | None]
@@ -133,12 +133,12 @@ class GradientCapture(Optimizer):
             model: A module that contains the causal LM whose weights this optimizer holds.
         """
         self._progress.in_backward = enabled
-        self._own(self.param_groups)
+        self._claim_gradients(self.param_groups)
         if not enabled:
-            offer_gradients(self._progress.offering)
+            to_plain_linear(self._progress.offering)
             self._progress.offering.clear()
         elif model is not None:
-            self._progress.offering.update(offer_factors(decoder_layers(model).modules()))
+            self._progress.offering.update(to_projected_linear(decoder_layers(model).modules()))
 
     # ------------------------------------------------------------------ what a step consumes
 
@@ -153,7 +153,7 @@ class GradientCapture(Optimizer):
             matrix, else ``grad``, of the parameter's shape.
         """
         self._project_all()
-        return self._gradients_of(self._places)
+        return self._gradients_of(self._group_and_index)
 
     def gradient_of(self, p: Tensor) -> Tensor | None:
         """What the next step consumes of one parameter, of a shape as in ``gradients()``, which has to be called before."""
@@ -185,17 +185,17 @@ class GradientCapture(Optimizer):
         self._project_all(renew=False)
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
         waiting = (self.projected_gradients, self.offloaded_gradients)
-        trained = [p for p in self._places if p.requires_grad]
+        trained = [p for p in self._group_and_index if p.requires_grad]
         has_gradient = [p.grad is not None or any(p in some for some in waiting) for p in trained]
-        for p in set_anywhere(trained, has_gradient, process_group):
+        for p in flagged_elsewhere(trained, has_gradient, process_group):
             p.grad = torch.zeros_like(p)
         self._project_all(renew=False)
-        for p in [p for p in self._places if p in self.offloaded_gradients]:  # in one order on all processes
+        for p in [p for p in self._group_and_index if p in self.offloaded_gradients]:  # in one order on all processes
             p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
             average_([p.grad], process_group)
             self._project(p, processes=process_group or dist.group.WORLD)
         self._turn_subspaces()
-        average_(self._gradients_of(self._places), process_group)
+        average_(self._gradients_of(self._group_and_index), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, also projected ones."""
@@ -213,16 +213,16 @@ class GradientCapture(Optimizer):
 
     def _project_all(self, renew: bool = True) -> None:
         """Projects ``grad`` and what waits in host memory, where without ``renew`` gradients wait that need a new subspace."""
-        for p in self._places:
+        for p in self._group_and_index:
             if not p.requires_grad:  # frozen since backward; its ``grad`` is None then, too
                 self._discard_gradients(p)
-            if (p.grad is not None or (renew and p in self.offloaded_gradients)) and self._side(p) is not None:
+            if (p.grad is not None or (renew and p in self.offloaded_gradients)) and self._projected_side(p) is not None:
                 self._project(p, renew)
         self._turn_subspaces()
 
     def _project_in_backward(self, p: Tensor) -> None:
         # torch calls hooks also where no gradient came, as after `consume_factors`.
-        if p.grad is not None and self._side(p) is not None:
+        if p.grad is not None and self._projected_side(p) is not None:
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
 
     @torch.no_grad()
@@ -231,11 +231,11 @@ class GradientCapture(Optimizer):
 
         Processes that have averaged it take the new subspace of the first one of their group.
         """
-        side = self._side(p)
+        side = self._projected_side(p)
         assert side is not None
         gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
         if (projector := self._projector(p)) is not None:
-            self.consume_projected(p, place_projected(project(local(gradient), local(projector), side), p, side))
+            self.consume_projected(p, reduce_projected(project(local(gradient), local(projector), side), p, side))
             return
         if p in self.offloaded_gradients:
             _add_from_host(local(gradient), self.offloaded_gradients.pop(p))
@@ -248,13 +248,13 @@ class GradientCapture(Optimizer):
             finite = total_norm([matrices]).isfinite()
             torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
             found = self._new_subspace(p, matrices, side)
-            projector = place_projector(found.basis if isinstance(found, Sketch) else found, p, side, processes)
+            projector = distribute_projector(found.basis if isinstance(found, Sketch) else found, p, side, processes)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
         if isinstance(found, Sketch):
             self.sketches[p] = found, projected, processes
         else:
             self._new_projectors[p] = projector
-            self.consume_projected(p, place_projected(projected, p, side))
+            self.consume_projected(p, reduce_projected(projected, p, side))
 
     @torch.no_grad()
     def _turn_subspaces(self) -> None:
@@ -269,11 +269,11 @@ class GradientCapture(Optimizer):
         with self._measured(waiting[0][0].device):
             turned = singular_vectors([sketch for _, (sketch, *_) in waiting])
             for (p, (sketch, projected, processes)), exact in zip(waiting, turned, strict=True):
-                side, vectors = self._side(p), exact.to(sketch.basis.dtype)
+                side, vectors = self._projected_side(p), exact.to(sketch.basis.dtype)
                 assert side is not None
-                self._new_projectors[p] = place_projector(vectors, p, side, processes)  # rank 0's on all processes
+                self._new_projectors[p] = distribute_projector(vectors, p, side, processes)  # rank 0's on all processes
                 turn = (sketch.basis.mT @ vectors).to(projected.dtype)  # which autocast may have taken
-                self.consume_projected(p, place_projected(project(projected, turn, side), p, side))
+                self.consume_projected(p, reduce_projected(project(projected, turn, side), p, side))
 
     @torch.no_grad()
     def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
@@ -281,7 +281,7 @@ class GradientCapture(Optimizer):
 
         Returns False where the gradient itself is needed: a subspace has to be found, or the factors are no shorter.
         """
-        side, (m, n) = self._side(p), p.shape
+        side, (m, n) = self._projected_side(p), p.shape
         projector = None if side is None else self._projector(p)
         if side is None or projector is None or projector.size(-1) * (m + n) > m * n:
             return False
@@ -297,12 +297,12 @@ class GradientCapture(Optimizer):
 
     # ------------------------------------------------------------------ parameters
 
-    def _find_places(self) -> None:
-        self._places.clear()
+    def _index_parameters(self) -> None:
+        self._group_and_index.clear()
         parameters = ((p, group) for group in self.param_groups for p in group["params"])
-        self._places.update({p: (group, index) for index, (p, group) in enumerate(parameters)})
+        self._group_and_index.update({p: (group, index) for index, (p, group) in enumerate(parameters)})
 
-    def _own(self, groups: Iterable[dict[str, Any]]) -> None:
+    def _claim_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
         """Takes over these groups' gradients from any other optimizer."""
         for group in groups:
             for p in group["params"]:
@@ -313,7 +313,9 @@ class GradientCapture(Optimizer):
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
-            names = group.get("param_names") or [f"parameter {self._places[p][1]} {tuple(p.shape)}" for p in group["params"]]
+            names = group.get("param_names") or [
+                f"parameter {self._group_and_index[p][1]} {tuple(p.shape)}" for p in group["params"]
+            ]
             yield from zip(names, group["params"], strict=True)
 
     def _gradients_of(self, parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ows_lightning.optim.hooks import sole_consumer
+from ows_lightning.optim.hooks import only_hook_owner
 
 if TYPE_CHECKING:
     from ows_lightning.optim.gradient_capture import GradientCapture
@@ -34,7 +34,7 @@ class ProjectedLinear(nn.Linear):
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
         weight, bias, update = self.weight, self.bias, self.update
         plain = not weight.requires_grad or not torch.is_grad_enabled() or _casts_or_compiles(input)
-        consumer: GradientCapture | None = None if plain else sole_consumer(weight)
+        consumer: GradientCapture | None = None if plain else only_hook_owner(weight)
         projector = None if consumer is None else consumer.resting_projector(weight)
         output: Tensor
         if projector is None or projector.dtype != input.dtype:
@@ -42,10 +42,10 @@ class ProjectedLinear(nn.Linear):
             output = F.linear(input, weight, bias) if plain else _Linear.apply(input, weight, bias)
             return output if learned is None else output.add_(learned)
         projected = (input.detach() if update is None else input) @ projector
-        kept = _KeepProjected.apply(projected.detach(), weight, consumer)
+        kept = _SaveProjectedInput.apply(projected.detach(), weight, consumer)
         learned = None if update is None else F.linear(projected, update[0].to(input.dtype))
         output = F.linear(input, weight.detach(), bias)
-        return _PassGradient.apply(output if learned is None else output.add_(learned), kept)
+        return _DuplicateGradient.apply(output if learned is None else output.add_(learned), kept)
 
 
 def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> set[Tensor]:
@@ -59,7 +59,7 @@ def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor
     return {layer.weight for layer in layers if layer.update}
 
 
-def offer_factors(modules: Iterable[nn.Module]) -> list[nn.Linear]:
+def to_projected_linear(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     """Makes linear layers ProjectedLinear, in place; returns those. Subclasses of ``nn.Linear`` stay what they are."""
     offered = [module for module in modules if type(module) is nn.Linear]
     for module in offered:
@@ -67,7 +67,7 @@ def offer_factors(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     return offered
 
 
-def offer_gradients(modules: Iterable[nn.Linear]) -> None:
+def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
     """Makes ProjectedLinear layers linear layers again, in place."""
     for module in modules:
         if type(module) is ProjectedLinear:
@@ -94,13 +94,13 @@ class _Linear(torch.autograd.Function):
         weight_gradient = None
         if of_weight:
             inputs = input.reshape(-1, input.size(-1))
-            consumer: GradientCapture | None = sole_consumer(ctx.parameter)
+            consumer: GradientCapture | None = only_hook_owner(ctx.parameter)
             if consumer is None or not consumer.consume_factors(ctx.parameter, rows, inputs):
                 weight_gradient = rows.mT @ inputs
         return gradient @ weight if of_input else None, weight_gradient, rows.sum(0) if of_bias else None
 
 
-class _KeepProjected(torch.autograd.Function):
+class _SaveProjectedInput(torch.autograd.Function):
     """Keeps X Q for backward, and takes R = dY^T (X Q) there. What it returns stands for Y, without values.
 
     X Q is kept before X W^T is computed: a checkpointed block, which is recomputed until all is there that backward needs,
@@ -122,7 +122,7 @@ class _KeepProjected(torch.autograd.Function):
         return None, None, None
 
 
-class _PassGradient(torch.autograd.Function):
+class _DuplicateGradient(torch.autograd.Function):
     """Returns Y, whose gradient goes to what stands for it, too."""
 
     @staticmethod

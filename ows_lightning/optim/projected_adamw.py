@@ -108,7 +108,7 @@ def _add_product_(
         round_stochastically_(part, exact, generator)
 
 
-def add_update_(weight: Tensor, update: Tensor, projector: Tensor) -> None:
+def merge_update_(weight: Tensor, update: Tensor, projector: Tensor) -> None:
     """W <- W + B Q^T, in place and in W's dtype, for W (..., m, n), B (..., m, r) and Q (..., n, r)."""
     _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, None)
 

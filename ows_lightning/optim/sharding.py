@@ -70,7 +70,7 @@ def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
     return [along_rows if p.is_shard(dim) else whole for p, whole in pairs]
 
 
-def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
+def reduce_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
     """Joins the processes' products, each of its part of the gradient and of the projector, to the projected gradient."""
     if not is_sharded(weight):
         return part
@@ -81,7 +81,7 @@ def place_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
     return _from_local(part, weight, placements, shape).redistribute(placements=projected_placements(weight, side))
 
 
-def place_projector(projector: Tensor, weight: Tensor, side: Side, group: dist.ProcessGroup | None = None) -> Tensor:
+def distribute_projector(projector: Tensor, weight: Tensor, side: Side, group: dist.ProcessGroup | None = None) -> Tensor:
     """Distributes the projector of the matrices that this process has whole (see ``whole_matrices``); rank 0's counts.
 
     ``projector`` has the shape (..., n, r) for the right side, (..., m, r) for the left, and is overwritten by rank 0's: all
@@ -99,7 +99,7 @@ def place_projector(projector: Tensor, weight: Tensor, side: Side, group: dist.P
     return tensor.redistribute(placements=projector_placements(weight, side))
 
 
-def take_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+def shard_replicated(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """Distributes a tensor of any shape that every process holds whole, without communication."""
     replicated = torch.distributed.tensor.DTensor.from_local(
         tensor, mesh, [torch.distributed.tensor.Replicate()] * mesh.ndim, run_check=False
@@ -146,7 +146,9 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
         foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
-def set_anywhere(parameters: Sequence[Tensor], here: Sequence[bool], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+def flagged_elsewhere(
+    parameters: Sequence[Tensor], here: Sequence[bool], group: dist.ProcessGroup | None = None
+) -> list[Tensor]:
     """Returns the parameters, of any shapes, whose flag is set on some process of the group, but not here.
 
     Where all flags are set here, as with a gradient of every weight, the answer is known and no device is waited for.

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ows_lightning.compat import version_counter
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import compute_with
-from ows_lightning.optim.projected_adamw import add_update_
+from ows_lightning.optim.projected_adamw import merge_update_
 from ows_lightning.streaming.access_hooks import add_access_hooks, remove_access_hooks
 from ows_lightning.streaming.disk import Disk, DiskWeights
 from ows_lightning.streaming.hooks import ComputeHooks
@@ -208,7 +208,7 @@ class BlockOffloader:
                 continue
             self._load_for_training(index)
             for p, (update, projector) in updates.items():
-                add_update_(p.data, update, projector)
+                merge_update_(p.data, update, projector)
             self._retire(index)
         self._started_stream.wait_for_computation()  # which has written offloaded weights
 
@@ -236,7 +236,7 @@ class BlockOffloader:
             self.issue(block, slot)
             self._started_stream.wait(slot)
         for p, (update, projector) in updates.items():
-            add_update_(p.data, update, projector)
+            merge_update_(p.data, update, projector)
         self._added[slot] = added
 
     # ------------------------------------------------------------------ when others write into offloaded weights
