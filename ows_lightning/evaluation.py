@@ -83,7 +83,7 @@ class EvaluationModule(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
         if "right" in batch:
-            self.test_choices.update(batch, self._lm.score(batch))
+            self.test_choices.update(batch, self._lm.log_likelihoods(batch))
         else:
             self._evaluate(batch, self.test_metrics)
 
@@ -100,7 +100,7 @@ class EvaluationModule(LightningModule):
         if self._known is None:
             parts = self._lm(**batch)
         else:
-            parts, likeliest = self._lm.judge(batch)
+            parts, likeliest = self._lm.loss_and_predictions(batch)
             self._known.add(batch, likeliest)
         metrics["loss"].update(parts.loss, weight=parts.targets)
 

@@ -27,7 +27,7 @@ from ows_lightning.models import pretrained, recomputation
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora, lora_config
-from ows_lightning.models.loss import seen_on_host
+from ows_lightning.models.loss import precompute_on_host
 from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.models.recomputation import Kernels, fuse_
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, merge_saved_updates_
@@ -246,7 +246,7 @@ class CausalLMModule(EvaluationModule):
         else:
             model = load_mapped_model(*what, disk, **options) if disk else pretrained.load_model(what[0], **options)
         pretrained.resize_embeddings(model, self.tokenizer)
-        pretrained.stop_at(model, end_of_turn_id(self.tokenizer))
+        pretrained.add_eos_token_id(model, end_of_turn_id(self.tokenizer))
         fuse_(model, self.hparams["kernels"])
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
@@ -299,7 +299,7 @@ class CausalLMModule(EvaluationModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Looks at a training batch while that needs no wait for a device."""
-        return seen_on_host(batch) if self.trainer.training else batch
+        return precompute_on_host(batch) if self.trainer.training else batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; ``configure_gradient_clipping`` makes its gradient that of the step's mean."""

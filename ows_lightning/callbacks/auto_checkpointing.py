@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.checkpoints.files import first_line
-from ows_lightning.memory.cards import available_bytes, fewest_recomputed
+from ows_lightning.memory.cards import available_bytes, fewest_checkpointed
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.recomputation import checkpoint_activations
@@ -57,4 +57,4 @@ class AutoCheckpointing(Callback):
             available = available // trainer.num_devices + sum(p.nbytes for p in module.parameters())
         with torch.random.fork_rng(devices=[]):
             settings = replace(settings_from_config(self.config), on_gpu=device.type == "cuda")
-            return fewest_recomputed(settings, SHARE * available), SHARE * available
+            return fewest_checkpointed(settings, SHARE * available), SHARE * available

@@ -21,9 +21,9 @@ from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.delta import Sizes, megabytes, trained_bytes
+from ows_lightning.models.delta import DeltaSize, max_delta_size, megabytes
 from ows_lightning.models.pretrained import load_config
-from ows_lightning.models.recomputation import recomputing_blocks
+from ows_lightning.models.recomputation import count_checkpointed
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.activation import outside_blocks
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -138,7 +138,7 @@ class RunSummary(Callback):
         there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
         try:
             with torch.random.fork_rng(devices=[]):
-                recomputing = recomputing_blocks(module.language_model)
+                recomputing = count_checkpointed(module.language_model)
                 needs = predict(replace(settings_from_config(self.config), gradient_checkpointing=recomputing))
         except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
             return f"not predicted ({first_line(error)}), {there}"
@@ -193,7 +193,7 @@ def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
     return f"{text}; at a time {what}: {_share(count, module)}; new blocks every {sampling.interval_steps} steps"
 
 
-def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes | None:
+def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> DeltaSize | None:
     """Upper bound of a delta's size, from all weights that trained; None if the base's vocabulary can't be looked up."""
     model = module.language_model
     if sampling is None:
@@ -207,7 +207,7 @@ def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> Sizes 
     if base.get_text_config().vocab_size != model.config.get_text_config().vocab_size:  # rows were added
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             trained += part.parameters() if part is not None else ()
-    return trained_bytes(module.model, trained)
+    return max_delta_size(module.model, trained)
 
 
 def _sampled(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ows_lightning.models.large_tensors import drop_page_cache
+from ows_lightning.models.large_tensors import release_mapped_pages
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
 METADATA = ".metadata"  # torch's name for the list of what is in the shards
@@ -114,7 +114,7 @@ class SummedFile(io.BufferedWriter):
         """Writes bytes."""
         self.sum = zlib.crc32(data, self.sum)
         written = super().write(data)
-        drop_page_cache()  # of the weight that was written
+        release_mapped_pages()  # of the weight that was written
         return written
 
 

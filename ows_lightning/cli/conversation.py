@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
 from ows_lightning.errors import UsageError, command_line
-from ows_lightning.models.pretrained import load_model, load_tokenizer, stop_at
+from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer
 from ows_lightning.models.source import DELTA_FILE, check_model_name
 
 
@@ -78,7 +78,7 @@ def load(name: str, given: argparse.Namespace) -> Conversation:
         directory = _model_directory(name, Path(folder))
         tokenizer = with_chat_template(load_tokenizer(directory))
         model = load_model(directory, dtype).eval().to(device)
-    stop_at(model, end_of_turn_id(tokenizer))
+    add_eos_token_id(model, end_of_turn_id(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(given.seed)
     drawn = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}

@@ -84,7 +84,7 @@ def available_bytes(device: torch.device) -> int | None:
 # ------------------------------------------------------------------------------ what makes a run fit
 
 
-def fewest_recomputed(settings: PlanSettings, budget: float) -> int:
+def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:
     """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does."""
 
     def fits(number: int) -> bool:

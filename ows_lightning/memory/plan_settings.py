@@ -23,7 +23,7 @@ from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.models.pretrained import check_trainable, load_config, loading
-from ows_lightning.models.recomputation import Recomputation, check_recomputation, recomputed_blocks
+from ows_lightning.models.recomputation import Recomputation, check_recomputation, num_checkpointed
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS
@@ -124,7 +124,7 @@ class PlanSettings:
     @property
     def recomputed(self) -> int:
         """How many of the blocks, the first ones, recompute their activations."""
-        return recomputed_blocks(self.gradient_checkpointing, self.blocks)
+        return num_checkpointed(self.gradient_checkpointing, self.blocks)
 
     @property
     def title(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.cards import CARDS, Card, advise, fewest_recomputed, find_card
+from ows_lightning.memory.cards import CARDS, Card, advise, fewest_checkpointed, find_card
 from ows_lightning.memory.compute import UTILISATION, Compute, Speed, compute, speed
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
@@ -121,7 +121,7 @@ def _with_number_of_recomputed(settings: PlanSettings, card: Card | None) -> Pla
     if settings.gradient_checkpointing != "auto":
         return settings
     if card is not None and settings.method.ours:
-        return replace(settings, gradient_checkpointing=fewest_recomputed(settings, card.memory * 1e9))
+        return replace(settings, gradient_checkpointing=fewest_checkpointed(settings, card.memory * 1e9))
     none = replace(settings, gradient_checkpointing=0)
     return none if card is not None and predict(none).fits(card.memory) else replace(settings, gradient_checkpointing=True)
 

@@ -15,10 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
-from ows_lightning.models.decoder import below_head, causal_lm, decoder_layers
+from ows_lightning.models.decoder import backbone, causal_lm, decoder_layers
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
-from ows_lightning.models.recomputation import recomputing_blocks
+from ows_lightning.models.recomputation import count_checkpointed
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import compute_with
 from ows_lightning.optim.param_groups import galore_param_groups
@@ -120,7 +120,7 @@ class _Simulation:
         """Brings the optimizer into the state that it has before the steps that are measured."""
         model, method, count = self.model, self.method, len(decoder_layers(self.model))
         active = method.active_blocks(count)
-        self._watch_stages(_block_spans(block_groups(active, count - active, recomputing_blocks(model))))
+        self._watch_stages(_block_spans(block_groups(active, count - active, count_checkpointed(model))))
         in_blocks, others = may_train(model), outside_blocks(model, method.always_train)
 
         def draw(blocks: Sequence[int]) -> None:
@@ -242,7 +242,7 @@ class _Simulation:
 
         for index, layer in enumerate(decoder_layers(self.model)):
             layer.register_forward_pre_hook(partial(enter_block, index), with_kwargs=True)
-        below_head(causal_lm(self.model)).register_forward_hook(leave_decoder)
+        backbone(causal_lm(self.model)).register_forward_hook(leave_decoder)
 
     def _rests(self, p: nn.Parameter) -> bool:
         return self.galore is not None and self.galore.rests(p)

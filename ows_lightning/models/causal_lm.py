@@ -28,11 +28,16 @@ class LossParts(NamedTuple):
 class CausalLM(nn.Module):
     """A causal LM of transformers, or a peft model around one, whose forward is the loss.
 
-    All that runs the model goes through this module: ``forward``, ``judge``, ``score``, ``generate`` and ``check_logits``. So
+    All that runs the model goes through this module: ``forward``, ``loss_and_predictions``, ``log_likelihoods``, ``generate`` and ``check_logits``. So
     it can be the root of sharding (see ``shard_model``), whose hooks gather the weights before any of them.
     """
 
-    forward_methods = ("judge", "score", "generate", "check_logits")  # what needs the weights beside ``forward``
+    forward_methods = (
+        "loss_and_predictions",
+        "log_likelihoods",
+        "generate",
+        "check_logits",
+    )  # what needs the weights beside ``forward``
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -52,12 +57,12 @@ class CausalLM(nn.Module):
             return self.language_model(**inputs)
         return LossParts(*next_token_loss(self.language_model, {**inputs, "labels": labels}))
 
-    def judge(self, batch: dict[str, Tensor]) -> tuple[LossParts, Tensor]:
+    def loss_and_predictions(self, batch: dict[str, Tensor]) -> tuple[LossParts, Tensor]:
         """Returns the loss of a batch, without a graph, and the likeliest token at each target, see ``loss_and_likeliest``."""
         total, likeliest = loss_and_likeliest(self.language_model, batch)
         return LossParts(total, torch.full((), likeliest.numel(), device=total.device)), likeliest
 
-    def score(self, batch: dict[str, Tensor]) -> Tensor:
+    def log_likelihoods(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns each row's summed log-likelihood, see ``row_log_likelihoods``."""
         return row_log_likelihoods(self.language_model, batch)
 

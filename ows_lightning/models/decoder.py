@@ -34,7 +34,7 @@ def decoder(model: nn.Module) -> nn.Module:
     return _decoder_and_layers(model)[0]
 
 
-def below_head(model: Any) -> nn.Module:
+def backbone(model: Any) -> nn.Module:
     """Returns what a causal LM of transformers computes the LM head's input with."""
     # Llama 4's text model has no name of its own for it.
     return decoder(model) if model.base_model is model else model.base_model

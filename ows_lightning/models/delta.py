@@ -29,7 +29,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
 from ows_lightning.models.compression import compress, decompress
-from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, check_replaceable, replacing, untied_weights
+from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, atomic_directory, check_replaceable, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _METADATA = {"format": "pt"}  # without which transformers does not read a safetensors file
 
 
-class Sizes(NamedTuple):
+class DeltaSize(NamedTuple):
     """How much a delta takes, and the model that it stands for, in bytes of their tensors."""
 
     delta: int
@@ -100,16 +100,18 @@ class Delta:
         if _hash_of_all(hashes) != self._base_hash or lacks:
             raise UsageError(f"delta: this base is not the one that {str(self.directory)!r} was made from; give {self.base!r}")
 
-    def sizes(self, model: Mapping[str, Tensor]) -> Sizes:
+    def sizes(self, model: Mapping[str, Tensor]) -> DeltaSize:
         """Returns the sizes of the delta and of the restored model, given the base's tensors."""
         stored = {name: self._stored(name).nbytes for name in self.places}
         whole = {name: count for name, count in stored.items() if name not in self._packed}
-        return Sizes(sum(stored.values()), sum(whole[name] if name in whole else model[name].nbytes for name in self.hashes))
+        return DeltaSize(
+            sum(stored.values()), sum(whole[name] if name in whole else model[name].nbytes for name in self.hashes)
+        )
 
 
 def write_delta(
     export: Path, directory: str | os.PathLike[str], base: str, dtype: torch.dtype, trust_remote_code: bool = False
-) -> Sizes:
+) -> DeltaSize:
     """Writes the tensors in which an export of `save_huggingface` differs from its base, loaded in the run's dtype."""
     target = check_replaceable(directory, base)
     of_base = dict(_tensors(load_model(base, dtype, None, trust_remote_code)))
@@ -117,7 +119,7 @@ def write_delta(
     files: dict[str, dict[str, str]] = {}
     packed: dict[str, str] = {}
     model_bytes = 0
-    with replacing(target, "delta") as partial:
+    with atomic_directory(target, "delta") as partial:
         _copy_all_but_weights(export, partial)
         others = {path.name: _file_hash(path) for path in sorted(partial.iterdir()) if path.name != "README.md"}
         shards = _Shards(partial)
@@ -148,19 +150,19 @@ def write_delta(
             "other_files": others,
         }
         (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    return Sizes(shards.nbytes, model_bytes)
+    return DeltaSize(shards.nbytes, model_bytes)
 
 
 def apply_delta(
     base: str, delta: str | os.PathLike[str], directory: str | os.PathLike[str], trust_remote_code: bool = False
-) -> Sizes:
+) -> DeltaSize:
     """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote."""
     target = check_replaceable(directory, base, delta)
     change = Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
     change.check_base(model)
     of_base = dict(_tensors(model))
-    with replacing(target, "model") as partial:
+    with atomic_directory(target, "model") as partial:
         _copy_all_but_weights(change.directory, partial)
         for file, names in change.files.items():
             tensors = {name: change.read(name, of_base) if name in change.places else of_base[name].clone() for name in names}
@@ -169,7 +171,7 @@ def apply_delta(
 
 
 @torch.no_grad()
-def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
+def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSize:
     """Applies a delta to its base model, in place, bit for bit.
 
     Embeddings get the delta's rows, and a head that was trained apart from them is parted. On an error the model is as before.
@@ -215,14 +217,14 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> Sizes:
     return sizes
 
 
-def trained_bytes(model: nn.Module, trained: Iterable[Tensor]) -> Sizes:
+def max_delta_size(model: nn.Module, trained: Iterable[Tensor]) -> DeltaSize:
     """The largest size that a delta can have, given the parameters that ever trained; a matrix with an adapter counts, too."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ever = set(trained)
     pairs = [(weight.tensor, weight.adapters) for weight in untied_weights(base)]
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
     changed = [tensor for tensor, _ in pairs if tensor in ever]
-    return Sizes(sum(tensor.nbytes for tensor in changed), sum(tensor.nbytes for tensor, _ in pairs))
+    return DeltaSize(sum(tensor.nbytes for tensor in changed), sum(tensor.nbytes for tensor, _ in pairs))
 
 
 class _Shards:

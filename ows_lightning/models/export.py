@@ -24,8 +24,8 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import end_pass
-from ows_lightning.models.large_tensors import any_mapped, drop_page_cache
-from ows_lightning.models.pretrained import not_finite
+from ows_lightning.models.large_tensors import any_mapped, release_mapped_pages
+from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
 
@@ -81,7 +81,7 @@ def save_huggingface(
             module.reshard()  # the outermost one stays gathered after a forward pass
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     writes = not distributed.is_initialized() or distributed.get_rank() == 0
-    with replacing(target, "model") if writes else contextlib.nullcontext(target) as partial:
+    with atomic_directory(target, "model") if writes else contextlib.nullcontext(target) as partial:
         if writes:
             tokenizer.save_pretrained(partial)
             is_vision = type(base.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -101,7 +101,7 @@ def save_huggingface(
 
 def _check_finite(model: nn.Module) -> None:
     """Refuses weights with NaN or Inf, on all ranks if one holds such a part."""
-    broken = not_finite(model)
+    broken = nonfinite_weights(model)
     if any(isinstance(p, DTensor) for p in model.parameters()):
         everywhere: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everywhere, broken)
@@ -130,7 +130,7 @@ def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.Path
 
 
 @contextlib.contextmanager
-def replacing(target: Path, what: str) -> Iterator[Path]:
+def atomic_directory(target: Path, what: str) -> Iterator[Path]:
     """Yields an empty folder that replaces the target in the end, or is removed after an error; a full disk is a RunError."""
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     try:
@@ -188,10 +188,10 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
         }
         for group in (*([weight] for weight in alone_or_joined[True]), alone_or_joined[False]):
             with contextlib.ExitStack() as merged:
-                tensors = {weight.name: merged.enter_context(_merged(weight)).detach() for weight in group}
+                tensors = {weight.name: merged.enter_context(_merged_weight(weight)).detach() for weight in group}
                 for name, value in revert_weight_conversion(model, tensors).items() if writes else ():
                     files[split.tensor_to_filename[name]].write(name, value)
-            drop_page_cache()
+            release_mapped_pages()
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -226,14 +226,14 @@ def untied_weights(model: nn.Module) -> list[_Weight]:
 
 
 @contextlib.contextmanager
-def _merged(weight: _Weight) -> Iterator[Tensor]:
+def _merged_weight(weight: _Weight) -> Iterator[Tensor]:
     """The weight as one whole tensor with its adapters merged in; all ranks have to enter.
 
     The merge happens in copies that take the parameters' places for as long as it takes.
     """
     adapters = [adapter for adapter in weight.adapters if not adapter.merged]
     if not adapters:
-        yield _gathered(weight.tensor)
+        yield _full_tensor(weight.tensor)
         return
     parameters = {module: dict(own_parameters(module)) for module in adapters[0].modules()}
     device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may wait in host memory
@@ -241,7 +241,7 @@ def _merged(weight: _Weight) -> Iterator[Tensor]:
         for module, named in parameters.items():
             for name, parameter in named.items():
                 if parameter is not None:
-                    whole = _gathered(parameter).to(device, copy=True)
+                    whole = _full_tensor(parameter).to(device, copy=True)
                     own_parameters(module)[name] = nn.Parameter(whole, requires_grad=False)
         for adapter in adapters:
             adapter.merge()
@@ -253,5 +253,5 @@ def _merged(weight: _Weight) -> Iterator[Tensor]:
             own_parameters(module).update(named)
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def _full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -48,7 +48,7 @@ def any_mapped(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-def drop_page_cache() -> None:
+def release_mapped_pages() -> None:
     """Lets go of all pages that were looked at; whoever reads many weights calls it after each."""
     for memory in list(_maps):
         memory.madvise(mmap.MADV_DONTNEED)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
-from ows_lightning.models.decoder import below_head
+from ows_lightning.models.decoder import backbone
 from ows_lightning.models.large_tensors import rows_at_a_time
 
 CHUNK = 1 << 25  # bytes of logits that a CPU holds at a time; below it, speed suffers before memory gains
@@ -28,18 +28,18 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], as_on: torch.
     Args:
         model: A causal LM of transformers.
         batch: ``input_ids`` and ``labels`` of shape (B, L), int64, labels not shifted and -100 where there is no
-            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is. Of `seen_on_host` if
+            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is. Of `precompute_on_host` if
             no device is to be waited for.
         as_on: Another device than the batch's, whose chunks to take.
     """
-    hidden, targets = _before_targets(model, batch)
+    hidden, targets = _hidden_and_targets(model, batch)
     return summed_cross_entropy(model, hidden, targets, as_on), torch.full((), targets.numel(), device=targets.device)
 
 
 @torch.no_grad()
 def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns the sum of `next_token_loss`, without a graph, and the likeliest token at each target, (N,), row by row."""
-    hidden, targets = _before_targets(model, batch)
+    hidden, targets = _hidden_and_targets(model, batch)
     total, likeliest = torch.zeros((), device=hidden.device), torch.empty_like(targets)
     rows = _rows_of_chunk(model, hidden)
     for h, t, into in zip(hidden.split(rows), targets.split(rows), likeliest.split(rows), strict=True):
@@ -49,7 +49,7 @@ def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tupl
     return total, likeliest
 
 
-def seen_on_host(batch: dict[str, Any]) -> dict[str, Any]:
+def precompute_on_host(batch: dict[str, Any]) -> dict[str, Any]:
     """Adds to a batch in host memory what a device would have to be waited for.
 
     That is ``targets_at``, where its targets stand in all rows put behind one another, int64; ``padded``, whether a mask hides
@@ -66,7 +66,7 @@ def _positions_of_targets(labels: Tensor) -> Tensor:
     return row * labels.size(1) + column + 1
 
 
-def _before_targets(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _hidden_and_targets(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The last hidden states that targets are predicted from, (N, hidden), and these, (N,)."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets_at", "padded", "packed")}
     if (at := batch.get("targets_at")) is None:
@@ -76,13 +76,13 @@ def _before_targets(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[Tens
         for needed, key in (("padded", "attention_mask"), ("packed", "position_ids")):
             if not batch[needed]:  # without it the model does the same
                 inputs.pop(key, None)
-        with _masks_known(batch["padded"], batch["packed"]):
+        with _patched_mask_checks(batch["padded"], batch["packed"]):
             hidden = last_hidden_state(model, inputs)
     return hidden.flatten(0, 1)[at - 1], batch["labels"].flatten()[at]
 
 
 @contextmanager
-def _masks_known(padded: bool, packed: bool) -> Iterator[None]:
+def _patched_mask_checks(padded: bool, packed: bool) -> Iterator[None]:
     """Answers for a model what transformers would ask its masks, and wait for: are all ones, is there one document a row?"""
 
     def documents(position_ids: Tensor) -> Tensor | None:
@@ -111,7 +111,7 @@ def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Ten
 
 def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Returns what the LM head of a causal LM gets, shape (B, L, hidden), from what the model takes."""
-    hidden: Tensor = below_head(model)(**inputs, use_cache=False).last_hidden_state
+    hidden: Tensor = backbone(model)(**inputs, use_cache=False).last_hidden_state
     return hidden
 
 
@@ -141,7 +141,7 @@ def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
     trained = [p for p in head.parameters() if p.requires_grad]
-    return _Chunked.apply(head, partial(_scaled, config), rows, targets, hidden, *trained)
+    return _ChunkedCrossEntropy.apply(head, partial(_scaled, config), rows, targets, hidden, *trained)
 
 
 def _rows_of_chunk(model: PreTrainedModel, hidden: Tensor, as_on: torch.device | None = None) -> int:
@@ -163,7 +163,7 @@ def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
-class _Chunked(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """A sum over rows whose gradients are taken chunk by chunk within forward, so that nothing is computed twice."""
 
     @staticmethod
@@ -179,7 +179,7 @@ class _Chunked(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         head_gradients: dict[Tensor | None, Tensor] = {p: torch.zeros_like(p) for p in parameters}
-        multiplied = _multiplied_weight(head, hidden)
+        multiplied = _plain_head_weight(head, hidden)
         others = [p for p in parameters if p is not multiplied]
         into = hidden if hidden_gradient is None else hidden_gradient
         for part, target, gradient_part in zip(hidden.split(rows), targets.split(rows), into.split(rows), strict=True):
@@ -209,7 +209,7 @@ class _Chunked(torch.autograd.Function):
         return None, None, None, None, *(g if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
 
 
-def _multiplied_weight(head: nn.Module, hidden: Tensor) -> Tensor | None:
+def _plain_head_weight(head: nn.Module, hidden: Tensor) -> Tensor | None:
     """The weight of a head that multiplies hidden states with it as they are, without an adapter or a cast; else None."""
     if type(head) is not nn.Linear or head.weight.dtype != hidden.dtype or torch.is_autocast_enabled(hidden.device.type):
         return None

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, closest
-from ows_lightning.models.large_tensors import all_finite, drop_page_cache
+from ows_lightning.models.large_tensors import all_finite, release_mapped_pages
 from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
 
 log = logging.getLogger(__name__)
@@ -153,19 +153,19 @@ def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable
         raise UsageError(f"{MODEL_KEY}: {name!r} has weights for more blocks than its config.json says {which}")
 
 
-def not_finite(model: nn.Module) -> list[str]:
+def nonfinite_weights(model: nn.Module) -> list[str]:
     """Returns the names of a model's weights that hold NaN or Inf; of sharded ones, this process's parts are looked at."""
     broken = []
     for name, weight in model.named_parameters():
         if not all_finite((weight.to_local() if isinstance(weight, DTensor) else weight).detach()):
             broken.append(name)
-        drop_page_cache()
+        release_mapped_pages()
     return broken
 
 
 def check_finite(name: str, model: PreTrainedModel) -> None:
     """Raises a UsageError if weights are not finite."""
-    if broken := not_finite(model):
+    if broken := nonfinite_weights(model):
         which = f"({broken[0]}, {len(broken)} tensors in all)"
         raise UsageError(f"{MODEL_KEY}: {name!r} has weights that are not finite {which}; give the model as it was before")
 
@@ -178,7 +178,7 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         log.info("Resized the embeddings from %d to %d tokens, for the tokenizer's new ones.", rows, len(tokenizer))
 
 
-def stop_at(model: PreTrainedModel, token: int) -> None:
+def add_eos_token_id(model: PreTrainedModel, token: int) -> None:
     """Adds a token that ends generation, also in the exported model."""
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)

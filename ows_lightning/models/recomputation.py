@@ -29,12 +29,12 @@ def check_recomputation(setting: Recomputation) -> None:
         raise UsageError(f"model.gradient_checkpointing: {setting} must be true, false, auto, or a number of blocks from 0 on")
 
 
-def recomputed_blocks(setting: Recomputation, count: int) -> int:
+def num_checkpointed(setting: Recomputation, count: int) -> int:
     """Returns how many of a model's blocks a setting lets recompute."""
     return count if setting is True or setting == "auto" else min(int(setting), count)
 
 
-def recomputing_blocks(model: nn.Module) -> int:
+def count_checkpointed(model: nn.Module) -> int:
     """Returns how many blocks of a model, or of peft's around one, recompute their activations as it is."""
     whole = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     return sum(getattr(layer, "gradient_checkpointing", whole) for layer in decoder_layers(model))
@@ -48,7 +48,7 @@ def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True
     that the model's class can't, or not for some blocks alone.
     """
     layers = decoder_layers(model)
-    if number := recomputed_blocks(setting, len(layers)):
+    if number := num_checkpointed(setting, len(layers)):
         if not model.supports_gradient_checkpointing:
             name = f"{type(model).__name__} has none in transformers {transformers.__version__}"
             raise UsageError(f"model.gradient_checkpointing: {name}; set it to false")

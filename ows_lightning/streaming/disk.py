@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ows_lightning.errors import RunError
-from ows_lightning.models.large_tensors import drop_page_cache, map_file
+from ows_lightning.models.large_tensors import map_file, release_mapped_pages
 from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.streaming.offloaded import (
     OffloadedWeights,
@@ -61,7 +61,7 @@ class DiskWeights(OffloadedWeights):
         self.places = [place for place in known if place is not None]
         if len(self.places) < len(known):
             self._move(weights)
-            drop_page_cache()
+            release_mapped_pages()
 
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
@@ -83,7 +83,7 @@ class DiskWeights(OffloadedWeights):
 
     def refresh(self) -> None:
         """Frees the pages of the weights that are in memory because they were read."""
-        drop_page_cache()
+        release_mapped_pages()
 
     def _in_scratch(self) -> bool:
         return all(part.file is self.disk.scratch for part, _ in self.places)
@@ -122,7 +122,7 @@ class Disk:
         if stored.dtype != dtype:
             part, start = self.extend_scratch(weight.numel() * dtype.itemsize), 0
             weight = tensor_at(torch.empty_like(weight, dtype=dtype, device="meta"), part.memory, 0).copy_(weight)
-            drop_page_cache()
+            release_mapped_pages()
         self.places[weight.data_ptr()] = (part, start)
         return weight
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
-from ows_lightning.models.recomputation import recomputing_blocks
+from ows_lightning.models.recomputation import count_checkpointed
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from tests.data.samples import tiny_tokenizer
@@ -44,6 +44,6 @@ def test_auto_is_decided_before_the_run_trains(
         enable_progress_bar=False, enable_model_summary=False, callbacks=[AutoCheckpointing(config)],
     )  # fmt: skip
     trainer.fit(module, DataLoader([tiny_batch()], batch_size=None))
-    assert recomputing_blocks(module.language_model) == recomputing
+    assert count_checkpointed(module.language_model) == recomputing
     assert module.hparams["gradient_checkpointing"] == "auto"
     assert len([line for line in caplog.messages if line.startswith("model.gradient_checkpointing: " + said)]) == 1

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_config_for_card
-from ows_lightning.memory.cards import advise, fewest_recomputed
+from ows_lightning.memory.cards import advise, fewest_checkpointed
 from ows_lightning.memory.fake_tensors import FakeOperators, materialize_, meta_model
 from ows_lightning.memory.plan_settings import find_dimensions, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict
@@ -298,8 +298,8 @@ def test_more_recomputing_blocks_need_less_memory_and_more_compute(directory: Pa
 def test_auto_recomputes_as_few_blocks_as_fit(directory: Path) -> None:
     settings = settings_from_config(make_config(directory, model__gradient_checkpointing="auto"))
     needs = [predict(replace(settings, gradient_checkpointing=number)).peak_bytes for number in range(6)]
-    assert [fewest_recomputed(settings, need) for need in needs] == [0, 1, 2, 3, 4, 5]
-    assert fewest_recomputed(settings, 0) == 5
+    assert [fewest_checkpointed(settings, need) for need in needs] == [0, 1, 2, 3, 4, 5]
+    assert fewest_checkpointed(settings, 0) == 5
     assert predict(settings).peak_bytes == needs[5]  # all of them while it is not known on which card
     planned = plan(settings, ["ows", "full"], card="RTX 3060")
     assert planned.methods["ows"].peak_bytes == needs[0]

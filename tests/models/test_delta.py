@@ -20,7 +20,7 @@ from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
 from ows_lightning.models import delta, export
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.delta import Sizes, apply_delta, load_delta, trained_bytes, write_delta
+from ows_lightning.models.delta import DeltaSize, apply_delta, load_delta, max_delta_size, write_delta
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model, load_tokenizer, resize_embeddings
 from tests.cli.test_cli import config, run  # noqa: F401
@@ -44,7 +44,9 @@ def train(model: PreTrainedModel, *blocks: int) -> None:
                 parameter += 0.25
 
 
-def make_delta(base: Path, change: Callable[[PreTrainedModel], nn.Module | None], dtype: torch.dtype = torch.float32) -> Sizes:
+def make_delta(
+    base: Path, change: Callable[[PreTrainedModel], nn.Module | None], dtype: torch.dtype = torch.float32
+) -> DeltaSize:
     """Exports the changed base as ``whole`` and as ``delta``, beside the base."""
     model, tokenizer = load_model(str(base), dtype), load_tokenizer(str(base))
     changed = change(model)
@@ -148,12 +150,12 @@ def test_lora_is_merged(model_dir: Callable[..., Path], part: str) -> None:
     """Also where it parts tied embeddings from the head."""
     peft = pytest.importorskip("peft")
     base = model_dir(tie_word_embeddings=True)
-    most: list[Sizes] = []
+    most: list[DeltaSize] = []
 
     def change(model: PreTrainedModel) -> nn.Module:
         torch.manual_seed(1)
         wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[part]))
-        most.append(trained_bytes(wrapped, [p for p in wrapped.parameters() if p.requires_grad]))
+        most.append(max_delta_size(wrapped, [p for p in wrapped.parameters() if p.requires_grad]))
         return wrapped
 
     sizes = make_delta(base, change)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ows_lightning.models import loss
-from ows_lightning.models.loss import next_token_loss, seen_on_host
+from ows_lightning.models.loss import next_token_loss, precompute_on_host
 from tests.tiny import KINDS, tiny_batch, tiny_model
 
 
@@ -122,7 +122,7 @@ def test_what_is_seen_on_the_host_changes_no_bit(architecture: str) -> None:
         batches.append(packed)
     for batch in batches:
         one, other = tiny_model(architecture).eval(), tiny_model(architecture).eval()
-        losses = [next_token_loss(one, batch), next_token_loss(other, seen_on_host(batch))]
+        losses = [next_token_loss(one, batch), next_token_loss(other, precompute_on_host(batch))]
         assert torch.equal(losses[0][0], losses[1][0])
         assert losses[0][1] == losses[1][1]
         for total, _ in losses:
