@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.errors import UsageError
 from ows_lightning.metrics.choices import ChoiceAccuracy
-from ows_lightning.metrics.exact_match import KnownAnswers
+from ows_lightning.metrics.exact_match import TeacherForcedAnswers
 from ows_lightning.models.causal_lm import CausalLM
 
 
@@ -50,7 +50,7 @@ class EvaluationModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.val_metrics, self.test_metrics, self.test_choices = EvaluationMetrics(), EvaluationMetrics(), ChoiceAccuracy()
-        self._known: KnownAnswers | None = None  # of the rows whose loss has been taken
+        self._known: TeacherForcedAnswers | None = None  # of the rows whose loss has been taken
 
     @property
     def _lm(self) -> CausalLM:
@@ -104,12 +104,12 @@ class EvaluationModule(LightningModule):
             self._known.add(batch, likeliest)
         metrics["loss"].update(parts.loss, weight=parts.targets)
 
-    def _start_known_answers(self, loaders: Sequence[int | float]) -> KnownAnswers | None:
+    def _start_known_answers(self, loaders: Sequence[int | float]) -> TeacherForcedAnswers | None:
         """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""
         if len(loaders) < 2 or self.device_mesh is not None:
             return None
         generation = self._lm.language_model.generation_config
-        return KnownAnswers.of(generation, self.tokenizer, self.hparams["max_new_tokens"])
+        return TeacherForcedAnswers.of(generation, self.tokenizer, self.hparams["max_new_tokens"])
 
     def _answers(self, batch: dict[str, Any]) -> list[str]:
         """The greedy answers; of one that is known to be wrong, as much as is known."""

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data.formats import Example, Message, split_prompt
-from ows_lightning.data.rendering import ChatTemplate, merged_system
+from ows_lightning.data.rendering import ChatTemplate, merge_system_message
 from ows_lightning.errors import UsageError
 
 IGNORED = -100
@@ -126,7 +126,7 @@ class Encoder:
                 elif re.sub(ends, "", text[slice(*span)]).strip():  # not where the template leaves out tool calls
                     spans.append(span)
         if turns[-1] == len(messages) - 1:
-            if turns[-1] in alone and (merged := merged_system(messages)):
+            if turns[-1] in alone and (merged := merge_system_message(messages)):
                 # Mistral's templates show a system message only if a question comes last.
                 return self._conversation(merged, tools, where)
             text, spans = self._with_end_tokens(text, spans)

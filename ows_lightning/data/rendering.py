@@ -42,7 +42,7 @@ class ChatTemplate:
         try:
             return self._apply(messages, tools, add_generation_prompt)
         except _TEMPLATE_ERRORS as error:
-            if merged := merged_system(messages):  # Gemma and old Mistral have no system message
+            if merged := merge_system_message(messages):  # Gemma and old Mistral have no system message
                 return self.render(merged, tools, where, add_generation_prompt)
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
@@ -58,21 +58,21 @@ class ChatTemplate:
         kept: list[Message] = []
         for message in messages:
             said = (message["content"] or "").strip() or not (message.get("tool_calls") or message.get("reasoning_content"))
-            text = None if said else self._rendered([*kept, message], tools)
-            if text is None or text != self._rendered([*kept, {"role": "assistant", "content": ""}], tools):
+            text = None if said else self._try_render([*kept, message], tools)
+            if text is None or text != self._try_render([*kept, {"role": "assistant", "content": ""}], tools):
                 kept.append(message)
         return kept
 
     def unshown(self, messages: list[Message], tools: Any) -> list[str]:
         """What the template leaves out, in words, each once; reasoning is shown if it is while its answer is the last."""
         marked = _Marked(messages, tools)
-        if not marked.places or (text := self._rendered(marked.messages, marked.tools)) is None:
+        if not marked.places or (text := self._try_render(marked.messages, marked.tools)) is None:
             return []
         missing = {mark: place for mark, place in marked.places.items() if mark not in text}
         for i in sorted({place[0] for place in missing.values()}):
             questions = (k for k in reversed(range(len(messages))) if messages[k]["role"] == "user")
             last = i if i >= 0 and messages[i]["role"] == "assistant" else next(questions, len(messages) - 1)
-            until = self._rendered(marked.messages[: last + 1], marked.tools) or ""
+            until = self._try_render(marked.messages[: last + 1], marked.tools) or ""
             missing = {mark: place for mark, place in missing.items() if place[0] != i or mark not in until}
         return list(dict.fromkeys(what for _, what in missing.values()))
 
@@ -89,25 +89,25 @@ class ChatTemplate:
     def _faults(self, messages: list[Message], tools: Any) -> int:
         """Faults in the rendering of this form: the number of parts of calls that are left out or wrongly written."""
         marked = _Marked(messages, tools)
-        if (text := self._rendered(marked.messages, marked.tools)) is None:
+        if (text := self._try_render(marked.messages, marked.tools)) is None:
             return 10_000
         quoted_wrongly = (
             f"'{mark}'" in text or f'\\"{mark}' in text for mark in marked.places
         )  # Python's repr, or JSON twice
         printed_none = False
         if any(message["content"] is None for message in messages):
-            without = self._rendered(_in_form(marked.messages, "", lambda arguments: arguments), marked.tools)
+            without = self._try_render(_in_form(marked.messages, "", lambda arguments: arguments), marked.tools)
             printed_none = without is not None and text.count("None") > without.count("None")
         return sum(mark not in text for mark in marked.places) + sum(quoted_wrongly) + printed_none
 
-    def _rendered(self, messages: list[Message], tools: Any) -> str | None:
+    def _try_render(self, messages: list[Message], tools: Any) -> str | None:
         try:
             return self.render(messages, tools, "")
         except UsageError:
             return None
 
 
-def merged_system(messages: list[Message]) -> list[Message] | None:
+def merge_system_message(messages: list[Message]) -> list[Message] | None:
     """The messages with the system message at the head of the first user message; None if one of them is missing."""
     if len(messages) < 2 or [message["role"] for message in messages[:2]] != ["system", "user"]:
         return None

@@ -164,7 +164,7 @@ def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
     if not any(splits.values()):
         return _without_splits(replace(source, files=tuple(map(str, files)))).files
     chosen = _choose(source, [split for split in splits.values() if split])
-    names = first_names([str(p.relative_to(directory)) for p in files if splits[p] is None or not chosen])
+    names = join_names([str(p.relative_to(directory)) for p in files if splits[p] is None or not chosen])
     if chosen is None:
         raise source.error(f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {names})")
     if names:
@@ -184,7 +184,7 @@ def _choose(source: Source, there: Collection[str]) -> str | None:
     return names[wanted] if wanted is not None else None
 
 
-def first_names(names: Collection[str]) -> str:
+def join_names(names: Collection[str]) -> str:
     """Returns the first ten names, for a message."""
     return ", ".join(itertools.islice(names, 10)) + (", ..." if len(names) > 10 else "")
 

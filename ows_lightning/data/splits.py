@@ -14,7 +14,7 @@ from ows_lightning.data.examples import column, example_features, mix, read_exam
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.rows import Rows, pack
-from ows_lightning.data.sources import Source, first_names, resolve
+from ows_lightning.data.sources import Source, join_names, resolve
 from ows_lightning.data.stream import BLOCK
 from ows_lightning.errors import UsageError
 
@@ -213,4 +213,4 @@ class Splits:
 
     def _named(self, key: str, rows: Sequence[int]) -> str:
         """The names of the rows, of many the first ones."""
-        return first_names(self.examples_of(key)[rows[:11]]["where"])
+        return join_names(self.examples_of(key)[rows[:11]]["where"])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.rows import Item, as_item, pack
-from ows_lightning.data.sources import first_names
+from ows_lightning.data.sources import join_names
 from ows_lightning.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
             documents += [(row.input_ids, row.labels) for row in encoded]
             dropped |= {} if encoded else {entry["where"]: None}
         for what, wheres in unshown.items():
-            which = f"{what}, which the chat template does not show: {first_names(wheres)}"
+            which = f"{what}, which the chat template does not show: {join_names(wheres)}"
             rank_zero_warn(f"data.dataset: {len(wheres)} of the first {BLOCK} rows lose {which}")
         if dropped and number == 0:
-            named = first_names(dropped)
+            named = join_names(dropped)
             if not documents:
                 raise UsageError(f"data.dataset: none of the first {len(dropped)} rows has an answer to train on: {named}")
             rank_zero_warn(f"data.dataset: of the first {BLOCK} rows those without an answer are left out: {named}")

@@ -13,7 +13,7 @@ _NEUTRAL_SETTINGS = {  # of generation: they leave greedy answers as they are, o
 }
 
 
-class KnownAnswers:
+class TeacherForcedAnswers:
     """What is known of the greedy answers to prompts, which end at one of the ``stops`` or after ``limit`` tokens.
 
     Where a row's answer is predicted token by token, the likeliest tokens are the greedy answer up to the first that differs
@@ -25,7 +25,7 @@ class KnownAnswers:
         self._beginnings: dict[bytes, list[int]] = {}  # by prompt
 
     @classmethod
-    def of(cls, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> KnownAnswers | None:
+    def of(cls, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> TeacherForcedAnswers | None:
         """For a model's settings of generation; None where these change greedy answers, as a penalty for repetition does."""
         if {name for name, value in generation.to_diff_dict().items() if value not in (None, False)} - _NEUTRAL_SETTINGS:
             return None

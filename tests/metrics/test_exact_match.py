@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.metrics.exact_match import KnownAnswers
+from ows_lightning.metrics.exact_match import TeacherForcedAnswers
 from ows_lightning.module import CausalLMModule
 
 ModelDir = Callable[..., Path]
@@ -57,7 +57,7 @@ def test_answers_are_the_generated_ones_or_known_to_differ(
     assert figures["val_exact_match"] == pytest.approx(expected / 8)
     assert len(generated) < 4
     with monkeypatch.context() as everything:
-        everything.setattr(KnownAnswers, "of", lambda *_: None)
+        everything.setattr(TeacherForcedAnswers, "of", lambda *_: None)
         assert trainer.validate(module, data, verbose=False)[0] == pytest.approx(figures, rel=1e-6)
     assert len(generated) >= 8
 
@@ -65,9 +65,9 @@ def test_answers_are_the_generated_ones_or_known_to_differ(
 def test_a_penalty_for_repetition_leaves_all_answers_to_generation(model_dir: ModelDir) -> None:
     module = CausalLMModule(str(model_dir()))
     generation = module.language_model.generation_config
-    assert KnownAnswers.of(generation, module.tokenizer, 8) is not None
+    assert TeacherForcedAnswers.of(generation, module.tokenizer, 8) is not None
     generation.repetition_penalty = 1.1
-    assert KnownAnswers.of(generation, module.tokenizer, 8) is None
+    assert TeacherForcedAnswers.of(generation, module.tokenizer, 8) is None
 
 
 def test_what_is_known_ends_where_the_row_differs_or_the_answer_ends(model_dir: ModelDir) -> None:
@@ -82,7 +82,7 @@ def test_what_is_known_ends_where_the_row_differs_or_the_answer_ends(model_dir: 
     labels[:, :3] = -100
     other = tokenizer("x", add_special_tokens=False).input_ids[-1]
     likeliest = torch.tensor([[*right, end], [other, *right[1:], end], [*right[:-1], end, end]])
-    known = KnownAnswers(tokenizer, {end}, limit)
+    known = TeacherForcedAnswers(tokenizer, {end}, limit)
     known.add({"input_ids": ids, "labels": labels}, likeliest.flatten())
     batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "reference": ["mother"] * 3}
     same, wrong, shorter = known.answers(batch)
