@@ -35,8 +35,8 @@ from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.lightning_support import RestoreAfterFit, check_strategy
 from ows_lightning.sampling.scores import architecture_of
-from ows_lightning.sampling.trainer import LeaveGradients, require_layerwise
 from ows_lightning.step import Step, StepFigures
 from ows_lightning.streaming.disk import Disk
 from ows_lightning.streaming.mapped_model import load_mapped_model
@@ -209,7 +209,7 @@ class CausalLMModule(EvaluationModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Returns what is to happen when a fit has ended, where it is not among the callbacks already."""
-        return [] if LeaveGradients.is_in(self.trainer) else [LeaveGradients()]
+        return [] if RestoreAfterFit.is_in(self.trainer) else [RestoreAfterFit()]
 
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
@@ -258,7 +258,7 @@ class CausalLMModule(EvaluationModule):
         """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""
         optimizer = self.make_optimizer(self.param_groups())
         if isinstance(optimizer, GaLoreAdamW):
-            require_layerwise(self.trainer.strategy)
+            check_strategy(self.trainer.strategy)
             optimizer.project_in_backward(model=self.model)
             if self.offloader is not None:
                 self.offloader.attach_optimizer(optimizer)

@@ -25,7 +25,7 @@ from ows_lightning.models.delta import DeltaSize, max_delta_size, megabytes
 from ows_lightning.models.pretrained import load_config
 from ows_lightning.models.recomputation import count_checkpointed
 from ows_lightning.module import CausalLMModule
-from ows_lightning.sampling.activation import outside_blocks
+from ows_lightning.sampling.activation import trains_outside_blocks
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> DeltaS
 def _sampled(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:
     """The parameters of some blocks, and those outside the blocks that always train."""
     layers = decoder_layers(module)
-    outside = (p for p, trains in outside_blocks(module, sampling.always_train).items() if trains)
+    outside = (p for p, trains in trains_outside_blocks(module, sampling.always_train).items() if trains)
     return list(dict.fromkeys([*outside, *(p for block in blocks for p in layers[block].parameters())]))
 
 

@@ -39,7 +39,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.trainer import require_layerwise
+from ows_lightning.sampling.lightning_support import check_strategy
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class OWSCLI(LightningCLI):
         callbacks = given["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(given["strategy"]):
-            require_layerwise(given["strategy"])  # before Lightning reports something else
+            check_strategy(given["strategy"])  # before Lightning reports something else
         # After the user's, which may log; before sampling, whose scores take a while.
         callbacks.append(SaveOnSignal())
         callbacks += [] if sampling is None else [sampling]

@@ -26,7 +26,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
     before the subspace is taken, one matrix at a time, and all processes take the one that rank 0 finds.
     """
 
-    averages_changing_blocks = True  # what `require_layerwise` asks of a DDP strategy
+    averages_changing_blocks = True  # what `check_strategy` asks of a DDP strategy
     _accumulates = False
 
     def setup_environment(self) -> None:

@@ -15,12 +15,12 @@ PARTS: tuple[Part, ...] = get_args(Part)
 _FROZEN = "frozen_by_sampling"  # an attribute of parameters that are frozen here, and not by the user
 
 
-def may_train(model: nn.Module) -> list[nn.ParameterList]:
+def trainable_block_parameters(model: nn.Module) -> list[nn.ParameterList]:
     """Returns each block's trainable parameters, first block first, without what the user froze (LoRA's base)."""
     return [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in decoder_layers(model)]
 
 
-def outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
+def trains_outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
     """Maps each trainable parameter outside the blocks to whether it always trains: if one of its ``PARTS`` is named."""
     outside = non_block_parameters(model)
     always = {p for part in always_train for p in outside[part]}

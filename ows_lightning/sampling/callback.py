@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, unpatch_clipping
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
-from ows_lightning.sampling.trainer import patch_clipping, require_layerwise, unpatch_clipping
 
 
 class LayerwiseSampling(BlockSampler, Callback):
@@ -53,7 +53,7 @@ class LayerwiseSampling(BlockSampler, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts afresh, and refuses strategies that can't let the trained blocks change."""
         if stage == "fit":
-            require_layerwise(trainer.strategy)
+            check_strategy(trainer.strategy)
             patch_clipping(trainer.precision_plugin)
             self.reset()
 

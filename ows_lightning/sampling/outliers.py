@@ -251,7 +251,7 @@ def _measure_inputs(
     num_texts = 0
     with _evaluation_mode(model, blocks), recorder.watching(layers, blocks):
         for batch in batches:
-            for inputs, tokens in _texts(batch, device, rows_alone=has_experts):
+            for inputs, tokens in _texts(batch, device, row_by_row=has_experts):
                 recorder.tokens = tokens
                 run_causal_lm(model, **{key: value for key, value in (inputs | options).items() if key in accepted})
                 num_texts += 1
@@ -260,11 +260,11 @@ def _measure_inputs(
 
 
 def _texts(
-    batch: Mapping[str, Tensor], device: torch.device, rows_alone: bool
+    batch: Mapping[str, Tensor], device: torch.device, row_by_row: bool
 ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
     """Yields a batch on the device with a mask of its tokens (batch * length,), None where there is no padding.
 
-    With `rows_alone`, a batch that has padding is yielded row by row, each without its padding.
+    With `row_by_row`, a batch that has padding is yielded row by row, each without its padding.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise UsageError(
@@ -277,7 +277,7 @@ def _texts(
     if mask is None or mask.all():
         inputs.pop("attention_mask", None)
         yield inputs, None
-    elif not rows_alone and mask.any():
+    elif not row_by_row and mask.any():
         yield inputs, mask.flatten().bool()
     else:
         del inputs["attention_mask"]

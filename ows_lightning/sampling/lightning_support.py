@@ -14,7 +14,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW
 
 
-def require_layerwise(strategy: object) -> None:
+def check_strategy(strategy: object) -> None:
     """Refuses strategies, or names of them, in which the trained blocks can't change, or gradients can't be projected.
 
     Raises:
@@ -56,7 +56,7 @@ def unpatch_clipping(precision: Precision) -> None:
     vars(precision).pop("clip_gradients", None)
 
 
-class LeaveGradients(Callback):
+class RestoreAfterFit(Callback):
     """Leaves gradients to ``grad``, and weights whole, when a fit has ended, also by an exception: any code may train them."""
 
     @classmethod
