@@ -11,13 +11,13 @@ from ows_lightning.callbacks.resume import Resume
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.stop_on_nan import StopOnNaN
 from ows_lightning.callbacks.throughput import Throughput
-from ows_lightning.checkpoints.io import WholeCheckpointIO
+from ows_lightning.checkpoints.io import AtomicCheckpointIO
 
 
 class OWSTrainer(Trainer):
     """Lightning's Trainer with what makes a run safe; a plain ``Trainer`` trains the same, but lacks all of this.
 
-    Its checkpoints are written whole or not at all (``WholeCheckpointIO``), and it adds these callbacks, unless one of the
+    Its checkpoints are written whole or not at all (``AtomicCheckpointIO``), and it adds these callbacks, unless one of the
     kind is given: ``SaveOnSignal`` saves when the process is told to end, ``Resume`` goes on exactly, ``StopOnNaN`` ends a run
     whose gradients stay NaN or Inf, and ``Throughput`` logs tokens, time and memory.
 
@@ -33,4 +33,4 @@ class OWSTrainer(Trainer):
         ours = [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
         super().__init__(*args, callbacks=[*ours, *given], **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user gave a plugin
-            self.strategy.checkpoint_io = WholeCheckpointIO()
+            self.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -52,7 +52,7 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
 
 def save_file(value: dict[str, Any], path: Path) -> None:
     """Writes a file of tensors and plain values with its checksum, and flushes it to the disk."""
-    with SummedFile(path) as file:
+    with ChecksummedFile(path) as file:
         try:
             torch.save({**value, "has_checksum": True}, file)
         except RuntimeError as error:
@@ -103,7 +103,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
-class SummedFile(io.BufferedWriter):
+class ChecksummedFile(io.BufferedWriter):
     """A file for ``torch.save`` to write to, which sums up what is written."""
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +118,7 @@ class SummedFile(io.BufferedWriter):
         return written
 
 
-def file_sum(path: Path, length: int | None = None) -> int:
+def file_crc32(path: Path, length: int | None = None) -> int:
     """The CRC-32 of a file, or of its first ``length`` bytes; read once as long as the file stays as it is."""
     about = path.stat()
     return _file_sum(path, about.st_size if length is None else length, about.st_size, about.st_mtime_ns, about.st_ino)
@@ -140,6 +140,6 @@ def check_comment(path: Path) -> bool:
         file.seek(max(end, 0))
         length, comment = file.read(2), file.read()
     found = re.fullmatch(rb"sum32 ([0-9a-f]{8})", comment)
-    if found and (length != _LENGTH or int(found[1], 16) != zlib.crc32(b"\0\0", file_sum(path, end))):
+    if found and (length != _LENGTH or int(found[1], 16) != zlib.crc32(b"\0\0", file_crc32(path, end))):
         raise ValueError("its checksum is wrong: bytes have changed since it was written")
     return found is not None

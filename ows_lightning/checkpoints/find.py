@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, file_sum, first_line, load_file
+from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, file_crc32, first_line, load_file
 from ows_lightning.checkpoints.shards import read_metadata
 from ows_lightning.errors import UsageError
 
@@ -65,7 +65,7 @@ def load_without_tensors(path: Path) -> dict[str, Any]:
         return load_file(path)
     contents = load_file(path / META, needed=REQUIRED_KEYS[1:])
     for name, expected in contents.get("sums", {}).items():
-        if file_sum(path / name) != expected:
+        if file_crc32(path / name) != expected:
             raise ValueError(f"{name} has another checksum than when it was written")
     for info in read_metadata(path).storage_data.values():
         if (path / info.relative_path).stat().st_size < info.offset + info.length:

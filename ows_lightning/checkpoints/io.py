@@ -18,7 +18,7 @@ from ows_lightning.checkpoints.shards import load_shards
 from ows_lightning.errors import RunError
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint IO, made safe against kills, full disks and damaged files."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:

@@ -26,23 +26,23 @@ class ExactEpochLoop(_TrainingEpochLoop):
     follows a step, whatever the checkpoint was saved in.
     """
 
-    behind_step = False  # the next turn is that first one
+    replays_step_end = False  # the next turn is that first one
     _validated = False
     _unfinished = 0  # batches of a step that had only begun when the checkpoint was saved
 
     @property
     def done(self) -> bool:
         """False until all that follows the last step has been done."""
-        return not self.behind_step and super().done
+        return not self.replays_step_end and super().done
 
     def reset(self) -> None:
         """Keeps the counters of an epoch that is resumed."""
-        if not self.behind_step:
+        if not self.replays_step_end:
             super().reset()
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         """Trains a batch; in the first turn of a resumed epoch, none."""
-        if self.behind_step:
+        if self.replays_step_end:
             self._skip_next_val = self._validated
             return
         if not self._should_accumulate():
@@ -52,8 +52,8 @@ class ExactEpochLoop(_TrainingEpochLoop):
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
         """Validates, where it is time, and counts the step."""
         super().on_advance_end(data_fetcher)
-        if self.behind_step:
-            self.behind_step = False
+        if self.replays_step_end:
+            self.replays_step_end = False
             self.count_steps(done=True)
 
     def rewind(self) -> None:
@@ -101,7 +101,7 @@ class ExactFitLoop(_FitLoop):
     @property
     def done(self) -> bool:
         """False until all that follows the last step has been done."""
-        return not self.epoch_loop.behind_step and super().done
+        return not self.epoch_loop.replays_step_end and super().done
 
     def remember_position(self) -> None:
         """Remembers the loaders' position at the start of a step of several batches."""
@@ -133,20 +133,20 @@ class ExactFitLoop(_FitLoop):
         epochs: Any = self.epoch_progress
         batches: Any = epoch.batch_progress
         if epochs.current.started < epochs.current.ready:  # saved before an epoch's first batch
-            behind_step, done = False, epochs.current.processed
+            replays_step_end, done = False, epochs.current.processed
         else:
             epoch.rewind()
             over = batches.is_last_batch and epochs.current.processed == epochs.current.ready
-            behind_step = batches.current.processed > 0 and not over
+            replays_step_end = batches.current.processed > 0 and not over
             done = max(epochs.current.ready - (not over), 0)
         for counted in (epochs.current, epochs.total):
             counted.processed = counted.completed = done
-            counted.ready = counted.started = done + behind_step
-        epoch.behind_step = behind_step
-        epoch.count_steps(done=not behind_step)
+            counted.ready = counted.started = done + replays_step_end
+        epoch.replays_step_end = replays_step_end
+        epoch.count_steps(done=not replays_step_end)
 
     def reset(self) -> None:
         """Does not restart the epoch that is resumed."""
         super().reset()
-        if self.epoch_loop.behind_step:
+        if self.epoch_loop.replays_step_end:
             self._restart_stage = RestartStage.RESTARTED_MID_EPOCH

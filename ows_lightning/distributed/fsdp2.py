@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.files import META, METADATA, file_sum, partial_path, replace_atomically, save_file
+from ows_lightning.checkpoints.files import META, METADATA, file_crc32, partial_path, replace_atomically, save_file
 from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
-from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
+from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
 from ows_lightning.distributed.process_group import leave_at_exit
 from ows_lightning.errors import RunError, UsageError
@@ -88,7 +88,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             self._save_shards(checkpoint, path)
         else:
-            self._on_rank_zero(path, lambda: WholeCheckpointIO().save_checkpoint(checkpoint, path))
+            self._on_rank_zero(path, lambda: AtomicCheckpointIO().save_checkpoint(checkpoint, path))
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
         partial = partial_path(path)
@@ -99,7 +99,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             partial.mkdir(parents=True)
 
         def finish() -> None:
-            save_file({**rest, "sums": {**sums, METADATA: file_sum(partial / METADATA)}}, partial / META)
+            save_file({**rest, "sums": {**sums, METADATA: file_crc32(partial / METADATA)}}, partial / META)
             if path.is_file():
                 path.unlink()
             replace_atomically(partial, path)
@@ -118,7 +118,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _sums(self, folder: Path) -> dict[str, int]:
         """The checksums of all processes' shards, each made by the process that wrote it."""
         sums: list[Any] = [None] * self.world_size
-        dist.all_gather_object(sums, {file.name: file_sum(file) for file in folder.glob(f"__{self.global_rank}_*")})
+        dist.all_gather_object(sums, {file.name: file_crc32(file) for file in folder.glob(f"__{self.global_rank}_*")})
         return {name: value for own in sums for name, value in own.items()}
 
     def _on_rank_zero(self, path: Path, act: Callable[[], None]) -> None:

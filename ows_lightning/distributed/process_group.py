@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_PATIENCE = timedelta(seconds=30)
+_BARRIER_TIMEOUT = timedelta(seconds=30)
 
 
 def leave_at_exit() -> None:
@@ -28,7 +28,7 @@ def leave_process_group(together: bool = True) -> None:
     if dist.get_backend() == "gloo":
         if together:
             with contextlib.suppress(RuntimeError):  # one of them has ended otherwise, and says so itself
-                dist.monitored_barrier(timeout=_PATIENCE)
+                dist.monitored_barrier(timeout=_BARRIER_TIMEOUT)
         dist.destroy_process_group()
     elif together:
         dist.destroy_process_group()  # after an error, NCCL would wait for what never comes

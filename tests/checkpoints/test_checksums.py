@@ -11,7 +11,7 @@ import torch
 
 from ows_lightning.checkpoints.files import check_comment
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
-from ows_lightning.checkpoints.io import WholeCheckpointIO
+from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.errors import UsageError
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
@@ -29,7 +29,7 @@ def saved(tmp_path: Path) -> Path:
             "state_dict": {"w": torch.randn(50, 20)}, "loops": {}, "global_step": number,
             "optimizer_states": [{"state": state}],
         }  # fmt: skip
-        WholeCheckpointIO().save_checkpoint(content, folder / f"{name}.ckpt")
+        AtomicCheckpointIO().save_checkpoint(content, folder / f"{name}.ckpt")
         os.utime(folder / f"{name}.ckpt", (number, number))
     return folder
 
@@ -51,7 +51,7 @@ def test_a_bit_anywhere_in_a_file(saved: Path, tmp_path: Path) -> None:
             find_checkpoint(str(newest), tmp_path)
     assert find_checkpoint("last", tmp_path) == saved / "first.ckpt"
     with pytest.raises(UsageError, match="is damaged"):
-        WholeCheckpointIO().load_checkpoint(newest)
+        AtomicCheckpointIO().load_checkpoint(newest)
     newest.write_bytes(whole)
     assert find_checkpoint("last", tmp_path) == newest
 

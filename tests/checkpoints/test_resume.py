@@ -24,7 +24,7 @@ from torch import Tensor
 from ows_lightning.checkpoints.files import partial_path
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
 from ows_lightning.checkpoints.fixed_settings import check_settings
-from ows_lightning.checkpoints.io import WholeCheckpointIO, write_error
+from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.errors import RunError, UsageError
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
@@ -219,7 +219,7 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "version_0" / "checkpoints"
     content = {"state_dict": {"w": torch.arange(1000.0)}, "loops": {}, "global_step": 3, "optimizer_states": []}
     for number, name in enumerate(("first", "second")):
-        WholeCheckpointIO().save_checkpoint({**content, "global_step": number}, folder / f"{name}.ckpt")
+        AtomicCheckpointIO().save_checkpoint({**content, "global_step": number}, folder / f"{name}.ckpt")
         os.utime(folder / f"{name}.ckpt", (number, number))
     return folder
 
@@ -423,7 +423,7 @@ def test_one_process_dying_ends_the_others(victim: int, arguments: Arguments, tm
 def test_an_unwritable_folder_is_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="can't write the checkpoint"):
-        WholeCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "file" / "x.ckpt")
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "file" / "x.ckpt")
 
 
 def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path: Path) -> None:
@@ -441,7 +441,7 @@ def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path: Pa
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        WholeCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(1 << 20)}}, path)
     thread.join()
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ows_lightning.checkpoints import files as checkpoints
-from ows_lightning.checkpoints.files import SummedFile
+from ows_lightning.checkpoints.files import ChecksummedFile
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
@@ -123,7 +123,7 @@ def test_what_is_written_is_read_a_weight_at_a_time(tmp_path: Path, monkeypatch:
     largest = max(p.nbytes for p in decoder_layers(model).parameters())
     assert mapped_bytes(Path(name, "model.safetensors")) == 0
     seen: list[int] = []
-    for kind in (SummedFile, SafetensorsFile):
+    for kind in (ChecksummedFile, SafetensorsFile):
         write = kind.write
 
         def look(file: Any, *args: Any, write: Any = write) -> Any:
