@@ -23,7 +23,7 @@ OUTSIDE = {
         "_FitLoop", "_Loop", "_TrainingEpochLoop", "_DataFetcher", "self._combined_loader._state_dicts",
     },
     "cli/lightning_cli.py": {"super()._prepare_subcommand_parser", "super()._run_subcommand"},  # overridden
-    "cli/siblings.py": {"os._exit"},  # public in spite of its name
+    "cli/peer_watchdog.py": {"os._exit"},  # public in spite of its name
     "cli/parser.py": {"parser._actions", "argparse._SubParsersAction"},  # what a parser knows, for the nearest right name
     "integrations/transformers.py": {"p._post_accumulate_grad_hooks"},  # whether backward projects already
     "memory/fake_tensors.py": {  # tensors without contents are torch's own machinery throughout

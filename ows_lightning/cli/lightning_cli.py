@@ -28,7 +28,7 @@ from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.callbacks.throughput import LearningRates, ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
-from ows_lightning.cli import siblings
+from ows_lightning.cli import peer_watchdog
 from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
@@ -164,7 +164,7 @@ class OWSCLI(LightningCLI):
             return
         launcher = self.trainer.strategy.launcher
         if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
-            siblings.expect(self.trainer.num_devices)
+            peer_watchdog.set_world_size(self.trainer.num_devices)
         super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -11,7 +11,7 @@ import warnings
 from functools import partial
 from typing import Any, NoReturn
 
-from ows_lightning.cli import siblings
+from ows_lightning.cli import peer_watchdog
 from ows_lightning.errors import UsageError, command_line, explain, nearest
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _run(words: Any, args: Any) -> None:
         if command == "plan":
             _import_without_plots()
         else:
-            siblings.watch()
+            peer_watchdog.start()
             if command is not None and os.environ.get("LOCAL_RANK", "0") == "0":
                 log.info("%s: loading libraries", command)  # which takes seconds
         from ows_lightning.cli.lightning_cli import OWSCLI
@@ -117,7 +117,7 @@ def _run(words: Any, args: Any) -> None:
         logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
         OWSCLI(args)
         leave_process_group()
-        siblings.leave(ends=args is None)
+        peer_watchdog.stop(ends=args is None)
 
 
 def _import_without_plots() -> None:
@@ -143,7 +143,7 @@ def usage() -> str:
 def exit_with(error: BaseException) -> NoReturn:
     """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
     line, code = explain(error)
-    siblings.end_early(code)
+    peer_watchdog.abort(code)
     if os.environ.get("OWS_DEBUG") == "1":
         raise error
     print(f"error: {line}", file=sys.stderr)

@@ -13,7 +13,9 @@ import pytest
 
 from tests.distributed.launch import free_port
 
-WATCHES = "import os, time; from ows_lightning.cli import siblings; siblings.GRACE = 1; siblings.watch(); "
+WATCHES = (
+    "import os, time; from ows_lightning.cli import peer_watchdog; peer_watchdog.EXIT_TIMEOUT = 1; peer_watchdog.start(); "
+)
 HANGS = "__import__('ctypes').PyDLL(None).sleep(60)"  # in C, where no other thread of Python gets a turn
 FORKS = "os.fork(); time.sleep(60)"
 
@@ -57,44 +59,50 @@ def test_a_process_ends_when_its_sibling_was_killed(victim: int, code: str) -> N
 
 
 def test_a_good_end_is_none_to_mind() -> None:
-    pair = Pair("time.sleep(3); siblings.leave()", "siblings.leave()")
+    pair = Pair("time.sleep(3); peer_watchdog.stop()", "peer_watchdog.stop()")
     assert pair.end(0) == (0, "")
 
 
 def test_an_end_in_a_collective_is_left_to_it() -> None:
     """Where the main thread notices by itself, its own error and exit code stand."""
-    pair = Pair("siblings.GRACE = 60; time.sleep(1.5); raise SystemExit(3)", "raise SystemExit(2)")
+    pair = Pair("peer_watchdog.EXIT_TIMEOUT = 60; time.sleep(1.5); raise SystemExit(3)", "raise SystemExit(2)")
     assert pair.end(0)[0] == 3
 
 
 def test_who_was_never_started_is_missed() -> None:
-    pair = Pair("siblings.expect(2); time.sleep(60)".replace("siblings.", "siblings._watch._late = 0; siblings.", 1))
+    pair = Pair(
+        "peer_watchdog.set_world_size(2); time.sleep(60)".replace(
+            "peer_watchdog.", "peer_watchdog._watchdog._start_deadline = 0; peer_watchdog.", 1
+        )
+    )
     end, said = pair.end(0)
     assert end == 1
     assert "another process of this run (local rank 1) was not there within" in said
 
 
 def test_a_process_that_can_not_end_is_ended() -> None:
-    pair = Pair(f"siblings.end_early(2); {HANGS}", "time.sleep(60)")
+    pair = Pair(f"peer_watchdog.abort(2); {HANGS}", "time.sleep(60)")
     assert pair.end(0)[0] == 1
 
 
 def test_an_error_ends_without_what_the_interpreter_would_wait_for() -> None:
     """As it would for a process group that a stack trace holds, whose threads wait for the interpreter."""
-    code = f"import sys; sys.held = type('Held', (), {{'__del__': lambda _: {HANGS}}})(); siblings.end_early(2); print('said')"
+    code = (
+        f"import sys; sys.held = type('Held', (), {{'__del__': lambda _: {HANGS}}})(); peer_watchdog.abort(2); print('said')"
+    )
     assert Pair(code, "time.sleep(60)").end(0)[0] == 2
 
 
 @pytest.mark.parametrize(("after", "code"), [("", 0), ("; raise ValueError", 1)])
 def test_a_good_end_takes_no_time_that_nobody_watches(after: str, code: int) -> None:
     held = f"import sys; sys.held = type('Held', (), {{'__del__': lambda _: {HANGS}}})()"
-    end, said = Pair(f"{held}; siblings.leave(ends=True){after}", "siblings.leave()").end(0)
+    end, said = Pair(f"{held}; peer_watchdog.stop(ends=True){after}", "peer_watchdog.stop()").end(0)
     assert end == code
     assert ("ValueError" in said) == bool(code)
 
 
 def test_a_program_that_goes_on_after_its_run_keeps_its_exit_code() -> None:
-    pair = Pair("siblings.leave(); raise SystemExit(3)", "siblings.leave()")
+    pair = Pair("peer_watchdog.stop(); raise SystemExit(3)", "peer_watchdog.stop()")
     assert pair.end(0)[0] == 3
 
 
