@@ -298,7 +298,7 @@ class CausalLMModule(EvaluationModule):
             self.offloader.apply_draw(self.trainer.optimizers)  # blocks may have been drawn just now
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Looks at a training batch while that needs no wait for a device."""
+        """Computes target positions and padding while the batch is in host memory, so that no step waits for the GPU."""
         return precompute_on_host(batch) if self.trainer.training else batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -312,7 +312,7 @@ class CausalLMModule(EvaluationModule):
         return self.step.add(parts, tokens, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Makes the gradients of a loss that is not finite NaN, if they are not: on every process the step is skipped then."""
+        """If the loss is not finite, sets all gradients to NaN, so that every process skips the step."""
         super().backward(loss * torch.where(loss.isfinite(), 1.0, float("nan")), *args, **kwargs)
 
     def configure_gradient_clipping(

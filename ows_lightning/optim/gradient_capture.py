@@ -212,7 +212,7 @@ class GradientCapture(Optimizer):
     # ------------------------------------------------------------------ projection
 
     def _project_all(self, renew: bool = True) -> None:
-        """Projects ``grad`` and what waits in host memory, where without ``renew`` gradients wait that need a new subspace."""
+        """Projects every ``grad`` and every gradient in host memory; without ``renew``, those whose subspace is due stay in host memory."""
         for p in self._group_and_index:
             if not p.requires_grad:  # frozen since backward; its ``grad`` is None then, too
                 self._discard_gradients(p)

@@ -25,7 +25,7 @@ CONFIG = "config.yaml"
 TEXTS = {"Answers while it trained": "generations.csv", "Base and tuned model": "comparison.csv"}
 
 
-class Interval(NamedTuple):
+class Draw(NamedTuple):
     """One draw of blocks: the interval's number, the optimizer step of the draw, and the blocks it activated."""
 
     interval: int
@@ -52,7 +52,7 @@ class RunRecord:
     name: str
     path: Path
     scores: dict[str, Any] | None = None
-    history: list[Interval] = field(default_factory=list)
+    history: list[Draw] = field(default_factory=list)
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     texts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
@@ -196,9 +196,9 @@ def _read_rows(path: Path, convert: Callable[[dict[str, str]], T]) -> list[T]:
     return rows
 
 
-def _read_history(path: Path) -> list[Interval]:
-    def interval(row: dict[str, str]) -> Interval:
-        return Interval(int(row["interval"]), int(row["step"]), tuple(int(block) for block in row["blocks"].split()))
+def _read_history(path: Path) -> list[Draw]:
+    def interval(row: dict[str, str]) -> Draw:
+        return Draw(int(row["interval"]), int(row["step"]), tuple(int(block) for block in row["blocks"].split()))
 
     # A resumed run writes the interval in which it was cut off again: the later row counts.
     return sorted({draw.interval: draw for draw in _read_rows(path, interval)}.values())
