@@ -164,7 +164,7 @@ def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
 
 
 def _renewals(settings: PlanSettings, draws: Sequence[Sequence[int]]) -> float:
-    """Subspace renewals of an active block per optimizer step: one when it becomes active, then one every `update_proj_gap` steps."""
+    """Subspace renewals per optimizer step: one when a block becomes active, then one every `update_proj_gap` steps."""
     if settings.method.rank is None:
         return 0.0
     gap, interval = settings.update_proj_gap, settings.interval_steps

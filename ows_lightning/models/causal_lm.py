@@ -28,16 +28,12 @@ class LossParts(NamedTuple):
 class CausalLM(nn.Module):
     """A causal LM of transformers, or a peft model around one, whose forward is the loss.
 
-    All that runs the model goes through this module: ``forward``, ``loss_and_predictions``, ``log_likelihoods``, ``generate`` and ``check_logits``. So
-    it can be the root of sharding (see ``shard_model``), whose hooks gather the weights before any of them.
+    All that runs the model goes through this module: ``forward`` and ``forward_methods``. So it can be the root of sharding
+    (see ``shard_model``), whose hooks gather the weights before any of them.
     """
 
-    forward_methods = (
-        "loss_and_predictions",
-        "log_likelihoods",
-        "generate",
-        "check_logits",
-    )  # what needs the weights beside ``forward``
+    # what needs the weights beside ``forward``
+    forward_methods = ("loss_and_predictions", "log_likelihoods", "generate", "check_logits")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -28,8 +28,8 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], as_on: torch.
     Args:
         model: A causal LM of transformers.
         batch: ``input_ids`` and ``labels`` of shape (B, L), int64, labels not shifted and -100 where there is no
-            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is. Of `precompute_on_host` if
-            no device is to be waited for.
+            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is. From
+            `precompute_on_host` if no device is to be waited for.
         as_on: Another device than the batch's, whose chunks to take.
     """
     hidden, targets = _hidden_and_targets(model, batch)

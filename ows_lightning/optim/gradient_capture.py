@@ -212,7 +212,7 @@ class GradientCapture(Optimizer):
     # ------------------------------------------------------------------ projection
 
     def _project_all(self, renew: bool = True) -> None:
-        """Projects every ``grad`` and every gradient in host memory; without ``renew``, those whose subspace is due stay in host memory."""
+        """Projects all gradients; without ``renew``, those in host memory that need a new subspace stay there."""
         for p in self._group_and_index:
             if not p.requires_grad:  # frozen since backward; its ``grad`` is None then, too
                 self._discard_gradients(p)

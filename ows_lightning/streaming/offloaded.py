@@ -27,7 +27,7 @@ def packed_nbytes(tensors: Sequence[Tensor]) -> int:
 
 
 def views_into(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Makes views of memory (uint8, one-dimensional, `packed_nbytes(tensors)`) with the dtypes, shapes and strides of tensors."""
+    """Views memory (uint8, one-dimensional, `packed_nbytes(tensors)`) with the dtypes, shapes and strides of tensors."""
     return [
         memory[start : start + tensor.nbytes]
         .view(tensor.dtype)

@@ -300,7 +300,7 @@ class BlockOffloader:
                 self._load_for_training(index)
             self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate_slots()
-            self._started_stream.wait_for_computation()  # which has written offloaded weights, and had the slots' memory before
+            self._started_stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
             offloaded = self.timeline.order
             self.arrangement = object()
             self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
