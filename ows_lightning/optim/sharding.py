@@ -71,7 +71,7 @@ def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
 
 
 def reduce_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
-    """Turns each process's local product into the projected gradient; all-reduces it where the projected dimension is sharded."""
+    """Turns each process's local product into the projected gradient; all-reduced where that dimension is sharded."""
     if not is_sharded(weight):
         return part
     dim = _projected_dim(weight, side)
