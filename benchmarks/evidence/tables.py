@@ -94,9 +94,14 @@ def length_table(lengths: dict[int, Values], reference: str) -> str:
             runs = values.get(name, {}).values()
             cells.append(f"{mean(run['test_loss'] for run in runs):.3f} ({len(runs)} seeds)" if runs else "")
         for cost in costs:
-            logs, losses = np.log(_mean(lengths, name, cost)), _mean(lengths, name, "test_loss")
+            logs, losses = np.log(_mean(lengths, name, cost)), np.array(_mean(lengths, name, "test_loss"))
+            known = ~np.isnan(logs)  # not every run has its seconds
             targets = np.log(_mean(with_reference, reference, cost))
-            cells += [_plain(float(loss)) for loss in np.interp(targets, logs, losses, left=math.nan, right=math.nan)]
+            if not known.any():
+                cells += [""] * len(targets)
+                continue
+            found = np.interp(targets, logs[known], losses[known], left=math.nan, right=math.nan)
+            cells += [_plain(float(loss)) for loss in np.where(np.isnan(targets), math.nan, found)]
         rows.append([*cells, f"{_mean(lengths, name, 'peak_mb')[-1]:,.0f}"])
     return markdown([*header, "Peak memory (MB)"], rows)
 

@@ -153,6 +153,16 @@ def test_lengths_are_compared_at_equal_steps_and_at_equal_cost(tmp_path):
     assert (tmp_path / "t.png").is_file()
 
 
+def test_seconds_that_were_not_written_down_are_not_compared(tmp_path):
+    counted = ledger.Ledger(tmp_path / "s.csv", ledger.COUNTED)
+    figures = dict.fromkeys(ledger.COUNTED, 1.0) | {"task": "t", "seed": 0, "commit": "c"}
+    for method, steps, seconds, loss in [("ows", 32, 5.0, 4.0), ("ows", 128, None, 2.0), ("lora", 128, None, 1.0)]:
+        counted.add({**figures, "method": method, "steps": steps, "time_s": seconds, "test_loss": loss})
+    ours, theirs = tables.length_table(tables.of_lengths(counted.rows, "t"), "ows").splitlines()[2:]
+    assert [cell.strip() for cell in ours.split("|")[-4:-2]] == ["4.000", ""]
+    assert [cell.strip() for cell in theirs.split("|")[-4:-2]] == ["", ""]
+
+
 def test_the_p_of_paired_differences_rarely_sees_what_is_not_there():
     chance = np.random.default_rng(0).standard_normal((400, 5))
     for p_value in (tables.t_test_p, tables.bootstrap_p):
