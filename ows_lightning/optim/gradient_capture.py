@@ -46,7 +46,7 @@ class _Progress:
     offering: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
 
 
-def _progress(name: str, doc: str) -> Any:
+def _property_of_progress(name: str, doc: str) -> Any:
     def get(optimizer: GradientCapture) -> Any:
         return getattr(optimizer._progress, name)
 
@@ -79,13 +79,13 @@ class GradientCapture(Optimizer):
     _new_subspace: Callable[[Tensor, Tensor, Side], Tensor | Sketch]
     resting_projector: Callable[[Tensor], Tensor | None]
 
-    accumulating = _progress(
+    accumulating = _property_of_progress(
         "accumulating", "Set it True while backward runs for a micro-batch that is not the last of its step."
     )
-    ddp_averaging = _progress(
+    ddp_averaging = _property_of_progress(
         "ddp_averaging", "Set it True once where ``average_gradients()`` comes before every step: backward takes no subspace."
     )
-    known_finite = _progress(
+    known_finite = _property_of_progress(
         "known_finite", "Set it True where the norm of ``gradients()`` is known to be finite: the next step does not wait."
     )
 
