@@ -16,7 +16,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ows_lightning.checkpoints.fixed_settings import check_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
@@ -72,6 +72,8 @@ def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps
             "model.warmup_steps: %d are no less than the run's %d steps: the rate never reaches its value", warmup, steps
         )
     name = "constant_with_warmup" if kind == "constant" else kind
+    from transformers import get_scheduler  # it imports peft
+
     return get_scheduler(
         name, optimizer, num_warmup_steps=warmup, num_training_steps=None if math.isinf(steps) else int(steps)
     )
