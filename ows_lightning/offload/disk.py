@@ -18,9 +18,9 @@ from ows_lightning.models.large_tensors import map_file, release_mapped_pages
 from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.offload.offloaded import (
     OffloadedWeights,
+    as_bytes,
     byte_offsets,
     copy_packed,
-    flat,
     packed_nbytes,
     page_locked,
     tensor_at,
@@ -66,7 +66,7 @@ class DiskWeights(OffloadedWeights):
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
         for target, (part, offset) in zip(slot, self.places, strict=True):
-            self.disk.read_into(lambda buffer, part=part, offset=offset: part.read(offset, buffer), flat(target))  # type: ignore[misc]
+            self.disk.read_into(lambda buffer, part=part, offset=offset: part.read(offset, buffer), as_bytes(target))  # type: ignore[misc]
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained into the scratch file."""
