@@ -40,7 +40,7 @@ def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
 
 
 def remove_access_hooks(offloader: BlockOffloader, handles: list[RemovableHandle]) -> None:
-    """Takes them away."""
+    """Removes what `add_access_hooks` added."""
     for handle in handles:
         handle.remove()
     for block in offloader.blocks:

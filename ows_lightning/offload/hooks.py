@@ -35,7 +35,7 @@ class ComputeHooks:
             ]
 
     def remove(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
 

@@ -55,7 +55,7 @@ def copy_packed(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Views the memory of a tensor without gaps as bytes: uint8, one-dimensional."""
+    """Views a tensor without gaps as bytes: uint8, one-dimensional."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 

@@ -137,7 +137,7 @@ class BlockOffloader:
             self._set_active([])
 
     def set_device(self, device: torch.device) -> None:
-        """Takes another device for the one that computes."""
+        """Sets the device that computes."""
         if device == self.device:
             self.schedule.invalidate()
             return
@@ -268,7 +268,7 @@ class BlockOffloader:
             self._versions[index] = _versions_of(self.parameters[index])
 
     def refresh_after_weight_swap(self) -> None:
-        """Between training and evaluation, weight averaging exchanges weights with its copy of the model, unseen by torch."""
+        """Re-reads the weights: averaging swaps them with its copy's between training and evaluation, unseen by torch."""
         self.schedule.invalidate()
         for index in self.schedule.order if self.was_copied else ():
             self.refresh(index)
@@ -287,7 +287,7 @@ class BlockOffloader:
 
     @torch.no_grad()
     def _set_active(self, active: Sequence[int]) -> None:
-        """Lets these blocks train and offloads the others."""
+        """Gives these blocks memory of their own on the device, to train in, and offloads the others."""
         with torch.inference_mode(False):  # what is made within inference mode can't be saved for backward
             self.end_pass()
             self._stop_fetches()

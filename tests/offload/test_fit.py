@@ -1,4 +1,4 @@
-"""Runs whose frozen blocks wait in host memory or on the disk: the same figures, draws, checkpoints and exports to the bit."""
+"""Runs whose frozen blocks are offloaded to host memory or disk: the same figures, draws, checkpoints, exports to the bit."""
 
 from __future__ import annotations
 
