@@ -340,6 +340,16 @@ class CausalLMModule(EvaluationModule):
 
     # ------------------------------------------------------------------ checkpoints
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As checkpoints have it: what offloaded blocks learn at rest is in the optimizer's. ``model``'s has it itself."""
+        if self.offloader is None:
+            return super().state_dict(*args, **kwargs)
+        self.offloader.saves_updates_apart = True
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self.offloader.saves_updates_apart = False
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the settings that have to be the same when the run is resumed; weights alone are saved whole."""
         checkpoint["settings"] = self._fixed_settings()
