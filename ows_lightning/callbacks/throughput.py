@@ -55,10 +55,10 @@ class Throughput(StepCallback):
         # Tensors on the host: for a number, Lightning would wait for the device and put it there.
         pl_module.log("tokens_per_second", torch.tensor(pl_module.last_step.tokens / self._seconds), prog_bar=True)
         self._seconds = 0.0
-        figures = self._sums(trainer)
+        metrics = self._sums(trainer)
         if (peak := _peak_memory_mb(pl_module.device)) is not None:
-            figures["peak_memory_mb"] = peak
-        pl_module.log_dict({name: torch.tensor(figure) for name, figure in figures.items()})
+            metrics["peak_memory_mb"] = peak
+        pl_module.log_dict({name: torch.tensor(metric) for name, metric in metrics.items()})
 
     def _sums(self, trainer: Trainer) -> dict[str, float]:
         here = {"tokens": self._tokens, "target_tokens": self._targets, "time_s": time.perf_counter() - self._start}

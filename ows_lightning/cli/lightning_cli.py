@@ -55,8 +55,8 @@ class OWSCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
-        words = sys.argv[1:] if args is None else args
-        self._asked = words[0] if isinstance(words, list) and words else None
+        argv = sys.argv[1:] if args is None else args
+        self._asked = argv[0] if isinstance(argv, list) and argv else None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -81,8 +81,8 @@ class OWSCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose ``--config`` also takes names of shipped files."""
         parser = self.parser_class(**kwargs)
-        what = "A YAML file, or the name of a shipped one (see `configs`); several are laid over one another"
-        parser.add_argument("-c", "--config", action=ConfigFile, help=what)
+        description = "A YAML file, or the name of a shipped one (see `configs`); several are laid over one another"
+        parser.add_argument("-c", "--config", action=ConfigFile, help=description)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -109,13 +109,13 @@ class OWSCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the arguments, and checks what the parser does not."""
-        words = sys.argv[1:] if args is None else args
-        if isinstance(words, list):
+        argv = sys.argv[1:] if args is None else args
+        if isinstance(argv, list):
             # Without what ends the program. What was parsed is what is meant, unless other classes begin with other arguments.
-            asked = [word for word in words if not word.startswith("--print_config")]
+            asked = [word for word in argv if not word.startswith("--print_config")]
             self.config = parser.parse_args(asked)
-            again = self._start_from_named_classes() or asked != words
-        if not isinstance(words, list) or again:
+            again = self._start_from_named_classes() or asked != argv
+        if not isinstance(argv, list) or again:
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         config = self.config.get(str(command), self.config)
@@ -197,8 +197,8 @@ class OWSCLI(LightningCLI):
             raise
         except (ValueError, TypeError, MisconfigurationException, RuntimeError) as error:
             slurm = "SLURM_NTASKS" in os.environ and "SLURM" in str(error)
-            mend = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
-            raise UsageError(f"trainer: {' '.join(str(error).split())}{mend}") from error
+            hint = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
+            raise UsageError(f"trainer: {' '.join(str(error).split())}{hint}") from error
         if self.subcommand is not None:
             check_run(self.subcommand, self.model, self.datamodule, given, trainer)
         return trainer

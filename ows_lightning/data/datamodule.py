@@ -29,7 +29,7 @@ from ows_lightning.errors import UsageError
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _ALL_PARTS = ("train", "val", "test")
-_FEW_ROWS = 256  # up to so many, a batch may be larger than the data
+_SMALL_DATASET = 256  # up to so many, a batch may be larger than the data
 # The ranges of settings. Values that no machine can handle are refused: it would seem to hang.
 _BOUNDS = {
     "batch_size": (1, 8192),
@@ -145,7 +145,7 @@ class InstructionDataModule(LightningDataModule):
         """Raises a UsageError for what is wrong in files, their syntax, columns and types; it needs no tokenizer."""
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
         rows = self.batch_size if self.streaming else len(self._splits.examples_of("dataset"))
-        if self.batch_size > max(rows, _FEW_ROWS):  # the predicted memory would be wrong
+        if self.batch_size > max(rows, _SMALL_DATASET):  # the predicted memory would be wrong
             what = f"{self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
             raise UsageError(f"data.batch_size: {what}")
 
@@ -153,7 +153,7 @@ class InstructionDataModule(LightningDataModule):
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
         self.check()
         for part in _PARTS.get(self._stage(), _ALL_PARTS):
-            if (key := self._splits.key(part)) and len(self._splits.examples_of(key)):
+            if (key := self._splits.setting_of(part)) and len(self._splits.examples_of(key)):
                 self._splits.tokens_of(key, self._encoder())
 
     def setup(self, stage: str | None = None) -> None:
@@ -165,10 +165,10 @@ class InstructionDataModule(LightningDataModule):
             kind = "packed rows have" if self.packing else "rows of a stream may have"
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
         for part in parts:
-            if part not in self._rows and self._splits.key(part):
+            if part not in self._rows and self._splits.setting_of(part):
                 self._rows[part] = self._splits.rows(part, self._encoder(), self.packing and part == "train")
                 longest = max(self._rows[part].lengths)
-                self._check_positions(longest, f"data.{self._splits.key(part)} has a row of {longest} tokens")
+                self._check_positions(longest, f"data.{self._splits.setting_of(part)} has a row of {longest} tokens")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training rows, one rank's share of them."""
@@ -208,7 +208,7 @@ class InstructionDataModule(LightningDataModule):
         documents = [document for row in rows.rows for document in row]
         for name, counted in (("truncated_rows", "truncated"), ("tokens", "length"), ("target_tokens", "targets")):
             figures[name] = int(column(rows.documents, counted)[documents].sum())
-        dropped = len(self._splits.dropped("dataset"))
+        dropped = len(self._splits.indices_without_target("dataset"))
         return {"rows": len(rows), "documents": len(documents), "dropped_rows": dropped, **figures}
 
     def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
@@ -254,7 +254,7 @@ class InstructionDataModule(LightningDataModule):
             raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {mend}")
 
     def _require_rows(self, part: str, what_for: str) -> None:
-        if self._splits.key(part) is None:
+        if self._splits.setting_of(part) is None:
             key, hint = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
             raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {hint} or a val_size")
 
@@ -317,7 +317,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _stream_rows(self, length: int) -> StreamRows:
         rank, world_size = self._ranks()
-        return StreamRows(self._splits.endless(), self._encoder(), length, self.packing, rank, world_size, self.seed)
+        return StreamRows(self._splits.training_stream(), self._encoder(), length, self.packing, rank, world_size, self.seed)
 
     def _collate_training(self) -> Any:
         """`collate`; packed rows are flattened where the attention needs it, and refused where the model mixes documents."""

@@ -74,7 +74,7 @@ class Delta:
                     self.places |= dict.fromkeys(file.keys(), path)
             whole = len(self.places) == about["tensors"] and all(Path(file).name == file for file in self.files)
             expected = {**self.hashes, **self._packed}
-            if not whole or any(_hash(name, self._stored(name)) != expected.get(name) for name in self.places):
+            if not whole or any(_tensor_hash(name, self._stored(name)) != expected.get(name) for name in self.places):
                 raise ValueError("tensors have changed since it was written, or are missing")
             for name, value in about["other_files"].items():
                 if _file_hash(self.directory / Path(name).name) != value:
@@ -95,9 +95,9 @@ class Delta:
         """Raises a UsageError if a model is not the base, bit for bit, or is in another dtype."""
         if model.dtype != self.dtype:
             raise UsageError(f"delta: the base is in {model.dtype}, and the delta was made in {self.dtype}; load it in that")
-        hashes = {name: _hash(name, tensor) for name, tensor in _tensors(model)}
+        hashes = {name: _tensor_hash(name, tensor) for name, tensor in _file_tensors(model)}
         lacks = any(hashes.get(name) != value for name, value in self.hashes.items() if name not in self.places)
-        if _hash_of_all(hashes) != self._base_hash or lacks:
+        if _combined_hash(hashes) != self._base_hash or lacks:
             raise UsageError(f"delta: this base is not the one that {str(self.directory)!r} was made from; give {self.base!r}")
 
     def sizes(self, model: Mapping[str, Tensor]) -> DeltaSize:
@@ -114,8 +114,8 @@ def write_delta(
 ) -> DeltaSize:
     """Writes the tensors in which an export of `save_huggingface` differs from its base, loaded in the run's dtype."""
     target = check_replaceable(directory, base)
-    of_base = dict(_tensors(load_model(base, dtype, None, trust_remote_code)))
-    before = {name: _hash(name, tensor) for name, tensor in of_base.items()}
+    of_base = dict(_file_tensors(load_model(base, dtype, None, trust_remote_code)))
+    before = {name: _tensor_hash(name, tensor) for name, tensor in of_base.items()}
     files: dict[str, dict[str, str]] = {}
     packed: dict[str, str] = {}
     model_bytes = 0
@@ -128,7 +128,7 @@ def write_delta(
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (it is no mapping)
                     tensor = file.get_tensor(name)
-                    value = files[path.name][name] = _hash(name, tensor)
+                    value = files[path.name][name] = _tensor_hash(name, tensor)
                     model_bytes += tensor.nbytes
                     if value == before.get(name):
                         continue
@@ -136,13 +136,13 @@ def write_delta(
                     if old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape):
                         stored = min(compress(tensor, old), tensor, key=lambda one: one.nbytes)
                     if stored is not tensor:
-                        packed[name] = _hash(name, stored)
+                        packed[name] = _tensor_hash(name, stored)
                     shards.add(name, stored)
         shards.flush()
         local = Path(base).expanduser()
         about = {
             "base": local.absolute().name if local.exists() else base,  # without the folders of this machine
-            "base_sha256": _hash_of_all(before),
+            "base_sha256": _combined_hash(before),
             "dtype": str(dtype).removeprefix("torch."),
             "tensors": shards.tensors,
             "packed": packed,
@@ -161,7 +161,7 @@ def apply_delta(
     change = Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
     change.check_base(model)
-    of_base = dict(_tensors(model))
+    of_base = dict(_file_tensors(model))
     with atomic_directory(target, "model") as partial:
         _copy_all_but_weights(change.directory, partial)
         for file, names in change.files.items():
@@ -188,7 +188,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
     """
     change = Delta(path)
     change.check_base(model)
-    sizes = change.sizes(dict(_tensors(model)))
+    sizes = change.sizes(dict(_file_tensors(model)))
     config = type(model.config).from_pretrained(change.directory)
     if (rows := config.get_text_config().vocab_size) != model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -253,14 +253,14 @@ def _copy_all_but_weights(source: Path, target: Path) -> None:
             shutil.copy(path, target)
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _file_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the names and in the form of its files."""
     plain = without_weight_conversions(model)
     for weight in untied_weights(model):
         yield from revert_weight_conversion(plain, {weight.name: weight.tensor.detach()}).items()
 
 
-def _hash(name: str, tensor: Tensor) -> str:
+def _tensor_hash(name: str, tensor: Tensor) -> str:
     value = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
     value.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return value.hexdigest()
@@ -270,5 +270,5 @@ def _file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _hash_of_all(hashes: Mapping[str, str]) -> str:
+def _combined_hash(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()

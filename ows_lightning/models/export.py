@@ -41,7 +41,7 @@ MODEL_FILES = (
 )  # fmt: skip
 
 
-class _Weight(NamedTuple):
+class _PlainWeight(NamedTuple):
     """A weight of the plain model: where it is now, and the adapter layers to merge into it."""
 
     name: str
@@ -176,7 +176,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
     empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
     layout = revert_weight_conversion(model, dict(empty))
     written = _shapes(layout)
-    alone_or_joined: dict[bool, list[_Weight]] = {True: [], False: []}
+    alone_or_joined: dict[bool, list[_PlainWeight]] = {True: [], False: []}
     for weight in weights:
         by_itself = revert_weight_conversion(model, {weight.name: empty[weight.name]})
         alone_or_joined[_shapes(by_itself) <= written].append(weight)
@@ -201,7 +201,7 @@ def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
     return {(name, tensor.shape) for name, tensor in tensors.items()}
 
 
-def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:
+def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_PlainWeight]:
     """Yields the weights under the names that they have without peft, in the same order on every rank."""
     if hasattr(module, "base_layer"):  # a layer with an adapter; with several, one lies in the other
         yield from weights_without_peft(module.base_layer, prefix, (*adapters, module))
@@ -212,21 +212,21 @@ def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...
         yield from weights_without_peft(active, prefix)
     else:
         attributes = [*own_parameters(module), *persistent_buffers(module)]
-        yield from (_Weight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
+        yield from (_PlainWeight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
         for name, child in module.named_children():
             yield from weights_without_peft(child, f"{prefix}{name}.")
 
 
-def untied_weights(model: nn.Module) -> list[_Weight]:
+def untied_weights(model: nn.Module) -> list[_PlainWeight]:
     """Returns the weights as ``weights_without_peft`` does, but a tied one once, under its first name."""
-    weights: dict[tuple[int, ...], _Weight] = {}
+    weights: dict[tuple[int, ...], _PlainWeight] = {}
     for weight in weights_without_peft(model):
         weights.setdefault((id(weight.tensor), *map(id, weight.adapters)), weight)
     return list(weights.values())
 
 
 @contextlib.contextmanager
-def _merged_weight(weight: _Weight) -> Iterator[Tensor]:
+def _merged_weight(weight: _PlainWeight) -> Iterator[Tensor]:
     """The weight as one whole tensor with its adapters merged in; all ranks have to enter.
 
     The merge happens in copies that take the parameters' places for as long as it takes.
@@ -236,7 +236,7 @@ def _merged_weight(weight: _Weight) -> Iterator[Tensor]:
         yield _full_tensor(weight.tensor)
         return
     parameters = {module: dict(own_parameters(module)) for module in adapters[0].modules()}
-    device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may wait in host memory
+    device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may be offloaded
     try:
         for module, named in parameters.items():
             for name, parameter in named.items():

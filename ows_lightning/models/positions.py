@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ows_lightning.models.pretrained import loading
+from ows_lightning.models.pretrained import loading_errors
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 
@@ -28,7 +28,7 @@ def exceeded_positions(config: PretrainedConfig, length: int, trust_remote_code:
     small = copy.deepcopy(config)
     if not getattr(config, "layer_types", None):
         small.num_hidden_layers = 1
-    with torch.device("meta"), loading(str(config.name_or_path)):
+    with torch.device("meta"), loading_errors(str(config.name_or_path)):
         model = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
     limits = {config.max_seq_len} if config.model_type == "mpt" else set()
     for module in model.modules():

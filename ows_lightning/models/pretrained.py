@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ows_lightning.compat import own_parameters
-from ows_lightning.errors import UsageError, closest
+from ows_lightning.errors import UsageError, closest_name
 from ows_lightning.models.large_tensors import all_finite, release_mapped_pages
-from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
+from ows_lightning.models.source import MODEL_KEY, ModelSource, check_model_name, locate
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Loads a model's config; a UsageError says that there is no such model, or no causal LM that can be trained."""
     check_model_name(name)
     source = locate(name)
-    with loading(name):
+    with loading_errors(name):
         if source.gguf_file is None:
             config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
         else:
@@ -63,11 +63,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     grow; only if it has neither is a new token `<pad>` added (see `resize_embeddings`).
     """
     check_model_name(name)
-    with loading(name, what="the tokenizer of "):
+    with loading_errors(name, what="the tokenizer of "):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
     # Some classes make themselves up from nothing but their special tokens when a directory has no tokenizer.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
-        raise _no_tokenizer(name)
+        raise _no_tokenizer_error(name)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -97,7 +97,7 @@ def load_model(
     elif hasattr(transformers, "GgufConfig"):  # else this version of transformers always dequantises
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    with loading(name):  # sizes that do not match are reported below, in one line
+    with loading_errors(name):  # sizes that do not match are reported below, in one line
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **arguments, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -187,7 +187,7 @@ def add_eos_token_id(model: PreTrainedModel, token: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _gguf_config(source: Source, modified: float) -> PretrainedConfig:
+def _gguf_config(source: ModelSource, modified: float) -> PretrainedConfig:
     """Parses a GGUF file's header, which takes seconds (its vocabulary is in it), once for each state of the file."""
     return AutoConfig.from_pretrained(**source.arguments)
 
@@ -231,7 +231,7 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
     """Refuses an attention that is unknown, not installed or not supported, before any weights are fetched."""
     known = sorted({"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if not key.startswith("paged|"))})
     if attention not in known and "/" not in attention:  # with a slash it is a kernel on the hub
-        hint = f"did you mean '{closest(attention, known, cutoff=0)}'? Known: {', '.join(known)}"
+        hint = f"did you mean '{closest_name(attention, known, cutoff=0)}'? Known: {', '.join(known)}"
         raise UsageError(f"model.attn_implementation: unknown attention {attention!r}; {hint}")
     options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
     try:
@@ -243,7 +243,7 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
 
 
 @contextlib.contextmanager
-def loading(name: str, what: str = "") -> Iterator[None]:
+def loading_errors(name: str, what: str = "") -> Iterator[None]:
     """Turns transformers' long errors about a model's files (``what`` is loaded of it) into a UsageError of one line."""
     try:
         yield
@@ -258,13 +258,13 @@ def loading(name: str, what: str = "") -> Iterator[None]:
         elif "does not recognize this architecture" in text or "Unrecognized model" in text:
             fault = f"{name!r} has a model_type {known}; upgrade transformers or correct config.json"
         elif "instantiate the backend tokenizer" in text:
-            raise _no_tokenizer(name) from error
+            raise _no_tokenizer_error(name) from error
         elif isinstance(error, ImportError):
             fault = f"{what}{name!r} needs a package that is not installed: {_shortened(error)}"
         raise UsageError(f"{MODEL_KEY}: {fault}") from error
 
 
-def _no_tokenizer(name: str) -> UsageError:
+def _no_tokenizer_error(name: str) -> UsageError:
     return UsageError(f"{MODEL_KEY}: {name!r} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
 
 

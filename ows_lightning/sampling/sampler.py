@@ -35,7 +35,7 @@ from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
 
-DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
+NORM_DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
 
 
 class BlockSampler:
@@ -255,7 +255,7 @@ class BlockSampler:
                 self._norms = norm.new_zeros(len(self._blocks))
             self._norms = self._norms.to(norm.device)
             before = self._norms[index]
-            mean = torch.where(before > 0, DECAY * before + (1 - DECAY) * norm, norm)
+            mean = torch.where(before > 0, NORM_DECAY * before + (1 - NORM_DECAY) * norm, norm)
             before.copy_(torch.where((norm > 0) & norm.isfinite(), mean, before))
 
     def activate(self, optimizers: Iterable[Optimizer]) -> None:
