@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.models.loss import next_token_loss
+from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
 from ows_lightning.sampling.distributions import sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks
-from ows_lightning.streaming.offloader import BlockOffloader
 
 LR = 1e-4
 

@@ -30,6 +30,10 @@ from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import precompute_on_host
 from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.models.recomputation import Kernels, fuse_
+from ows_lightning.offload.disk import Disk
+from ows_lightning.offload.mapped_model import load_mapped_model
+from ows_lightning.offload.offloader import BlockOffloader
+from ows_lightning.offload.options import check_offloading, offloader_for, offloads
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, merge_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
@@ -38,10 +42,6 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.lightning_support import RestoreAfterFit, check_strategy
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import Step, StepFigures
-from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.mapped_model import load_mapped_model
-from ows_lightning.streaming.offloader import BlockOffloader
-from ows_lightning.streaming.options import check_offloading, offloader_for, offloads
 
 # Of the hook below, which suits any data module; Lightning says so at every start.
 warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")

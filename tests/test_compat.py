@@ -39,7 +39,7 @@ OUTSIDE = {
     "optim/galore.py": {"super()._init_unsaved"},  # its own
     "optim/gradient_capture.py": {"GradientCapture._project_in_backward", "optimizer._progress"},  # its own
     "sampling/outliers.py": {"config._experts_implementation"},  # set and put back, which no function can do better
-    "streaming/access_hooks.py": {"block._apply", "type(block)._apply"},  # overridden where nn.Module calls it
+    "offload/access_hooks.py": {"block._apply", "type(block)._apply"},  # overridden where nn.Module calls it
 }  # fmt: skip
 
 

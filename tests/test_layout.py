@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "ows_lightning"
 FLOORS = [
     ["errors", "compat"],
     ["models"],
-    ["optim", "streaming"],
+    ["optim", "offload"],
     ["checkpoints", "metrics", "data", "sampling", "report"],
     ["distributed"],
     ["step", "evaluation", "module"],

@@ -37,10 +37,10 @@ from ows_lightning.memory.prediction import predict
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora
 from ows_lightning.module import DTYPES, CausalLMModule
+from ows_lightning.offload import int8
+from ows_lightning.offload.streams import CopyStream, copy_stream_for
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.streaming import int8
-from ows_lightning.streaming.streams import CopyStream, copy_stream_for
 
 
 def main() -> None:

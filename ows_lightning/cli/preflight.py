@@ -28,9 +28,9 @@ from ows_lightning.memory.plan_settings import find_dimensions, number_of_device
 from ows_lightning.models.lora import lora_config
 from ows_lightning.models.recomputation import liger_for
 from ows_lightning.module import CausalLMModule
+from ows_lightning.offload.options import check_offloading
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
-from ows_lightning.streaming.options import check_offloading
 
 log = logging.getLogger(__name__)
 

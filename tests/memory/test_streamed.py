@@ -13,7 +13,7 @@ from ows_lightning.memory import plan_from_config
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import fetched_blocks, predict
 from ows_lightning.memory.tracker import HOST
-from ows_lightning.streaming.int8 import Int8Weights
+from ows_lightning.offload.int8 import Int8Weights
 from tests.memory.test_plan import Track, llama_7b, make_config, run_and_track
 
 LLAMA_70B = {"model__model_name_or_path": "meta-llama/Llama-2-70b-hf"}

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.compat import version_counter
+from ows_lightning.offload.access_hooks import add_access_hooks, remove_access_hooks
+from ows_lightning.offload.disk import Disk, DiskWeights
+from ows_lightning.offload.hooks import ComputeHooks
+from ows_lightning.offload.int8 import Int8Weights, StagingBuffer
+from ows_lightning.offload.offloaded import OffloadedWeights, host_weights, packed_nbytes, views_into
+from ows_lightning.offload.streams import CopyStream, copy_stream_for
+from ows_lightning.offload.timeline import Timeline
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import compute_with
 from ows_lightning.optim.projected_adamw import merge_update_
-from ows_lightning.streaming.access_hooks import add_access_hooks, remove_access_hooks
-from ows_lightning.streaming.disk import Disk, DiskWeights
-from ows_lightning.streaming.hooks import ComputeHooks
-from ows_lightning.streaming.int8 import Int8Weights, StagingBuffer
-from ows_lightning.streaming.offloaded import OffloadedWeights, host_weights, packed_nbytes, views_into
-from ows_lightning.streaming.streams import CopyStream, copy_stream_for
-from ows_lightning.streaming.timeline import Timeline
 
 
 class BlockOffloader:

@@ -12,7 +12,7 @@ from ows_lightning.compat import backward_pass_id, in_backward, on_backward_end
 from ows_lightning.errors import RunError
 
 if TYPE_CHECKING:
-    from ows_lightning.streaming.offloader import BlockOffloader
+    from ows_lightning.offload.offloader import BlockOffloader
 
 
 class ComputeHooks:

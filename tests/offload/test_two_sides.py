@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling
 from ows_lightning.models.export import save_huggingface
-from tests.streaming.fake_gpu import GPU, FakeGpu
-from tests.streaming.test_fit import assert_identical
+from tests.offload.fake_gpu import GPU, FakeGpu
+from tests.offload.test_fit import assert_identical
 from tests.tiny import tiny_batch
 
 STEPS, SAVED = 4, 2

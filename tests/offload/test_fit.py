@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ows_lightning.cli.main import main
-from ows_lightning.streaming.timeline import Timeline
+from ows_lightning.offload.timeline import Timeline
 from tests.distributed.launch import Launch
 
 SETTINGS = [

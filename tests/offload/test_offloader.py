@@ -13,10 +13,10 @@ import torch
 from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.recomputation import checkpoint_activations
-from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.offloader import BlockOffloader
-from tests.streaming.fake_gpu import FakeGpu
-from tests.streaming.steps import LateOffloader, Run, evaluate, train
+from ows_lightning.offload.disk import Disk
+from ows_lightning.offload.offloader import BlockOffloader
+from tests.offload.fake_gpu import FakeGpu
+from tests.offload.steps import LateOffloader, Run, evaluate, train
 from tests.tiny import KINDS, tiny_batch, tiny_model
 
 

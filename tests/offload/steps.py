@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks, unfreeze
-from ows_lightning.streaming.offloader import BlockOffloader
-from tests.streaming.fake_gpu import POISON
+from tests.offload.fake_gpu import POISON
 from tests.tiny import tiny_batch
 
 DRAWS = [[1], [3], [0, 2]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ows_lightning.streaming.timeline import Timeline
+from ows_lightning.offload.timeline import Timeline
 
 
 class Recorder:

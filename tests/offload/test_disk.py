@@ -19,11 +19,11 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.safetensors_file import SafetensorsFile
-from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.mapped_model import load_mapped_model
-from ows_lightning.streaming.offloader import BlockOffloader
+from ows_lightning.offload.disk import Disk
+from ows_lightning.offload.mapped_model import load_mapped_model
+from ows_lightning.offload.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
-from tests.streaming.steps import LateOffloader, evaluate, train
+from tests.offload.steps import LateOffloader, evaluate, train
 from tests.tiny import KINDS, tiny_model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ows_lightning.streaming.offloaded import OffloadedWeights, packed_nbytes, views_into
+from ows_lightning.offload.offloaded import OffloadedWeights, packed_nbytes, views_into
 
 _LARGEST = 127  # symmetric: -128 is left out
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
-    from ows_lightning.streaming.offloader import BlockOffloader
+    from ows_lightning.offload.offloader import BlockOffloader
 
 
 def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ows_lightning.errors import UsageError
-from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.offloader import BlockOffloader
+from ows_lightning.offload.disk import Disk
+from ows_lightning.offload.offloader import BlockOffloader
 
 
 def offloads(settings: Mapping[str, Any]) -> bool:

@@ -29,10 +29,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ows_lightning.streaming import streams
-from ows_lightning.streaming.disk import DiskWeights, FileRegion
-from ows_lightning.streaming.int8 import Int8Weights
-from ows_lightning.streaming.offloader import BlockOffloader
+from ows_lightning.offload import streams
+from ows_lightning.offload.disk import DiskWeights, FileRegion
+from ows_lightning.offload.int8 import Int8Weights
+from ows_lightning.offload.offloader import BlockOffloader
 
 aten = torch.ops.aten
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
@@ -243,7 +243,7 @@ class FakeGpu:
         """Takes the place of ``torch.cuda``."""
         with pytest.MonkeyPatch.context() as patch, _Operators(self), _Devices(self):
             self._patch_cuda(patch)
-            self._patch_streaming(patch)
+            self._patch_offloading(patch)
             yield self
             gc.collect()  # models that are dropped, with what they had begun to fetch
             self.finish()
@@ -289,7 +289,7 @@ class FakeGpu:
     def cudaHostUnregister(self, address: int) -> None:
         self.locked.pop(address, None)  # None if an earlier one of these GPUs locked it
 
-    def _patch_streaming(self, patch: pytest.MonkeyPatch) -> None:
+    def _patch_offloading(self, patch: pytest.MonkeyPatch) -> None:
         """Poisons slots, marks offloaded blocks, and tells what reads a file."""
         kept: dict[int, bytes] = {}  # of a released slot, by address, until something is fetched into it
 

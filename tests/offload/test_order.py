@@ -22,13 +22,13 @@ import pytest
 import torch
 from torch import nn
 
-import ows_lightning.streaming
+import ows_lightning.offload
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.streaming.disk import Disk
-from ows_lightning.streaming.offloader import BlockOffloader
-from ows_lightning.streaming.streams import _CudaStream
-from tests.streaming.fake_gpu import FakeGpu
-from tests.streaming.steps import Run, train
+from ows_lightning.offload.disk import Disk
+from ows_lightning.offload.offloader import BlockOffloader
+from ows_lightning.offload.streams import _CudaStream
+from tests.offload.fake_gpu import FakeGpu
+from tests.offload.steps import Run, train
 from tests.tiny import tiny_batch, tiny_model
 
 # Where frozen blocks are, and where copies of them in int8.
@@ -242,7 +242,7 @@ ORDERING = {
     "wait_event", "wait_stream", "record", "synchronize", "wait", "release", "result", "exception", "wait_for_computation",
     "_stop_fetches", "finalize", "_synchronize",
 }  # fmt: skip
-PACKAGE = Path(ows_lightning.streaming.__file__).parent
+PACKAGE = Path(ows_lightning.offload.__file__).parent
 
 
 class Mutant(NamedTuple):
@@ -285,7 +285,7 @@ def mutants() -> Iterator[Mutant]:
 
 def remove(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
     """Takes a statement out of the package."""
-    module: ModuleType = import_module(f"ows_lightning.streaming.{mutant.file}")
+    module: ModuleType = import_module(f"ows_lightning.offload.{mutant.file}")
     *owner_name, name = mutant.function.split(".")
     owner: Any = getattr(module, owner_name[0]) if owner_name else module
     tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(owner, name))))

@@ -13,7 +13,7 @@ from ows_lightning.compat import own_parameters
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import check_finite, check_surplus_blocks, empty_model, load_model
 from ows_lightning.models.safetensors_file import StoredWeight, stored_weights
-from ows_lightning.streaming.disk import Disk
+from ows_lightning.offload.disk import Disk
 
 
 def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) -> PreTrainedModel:

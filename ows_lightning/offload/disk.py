@@ -16,7 +16,7 @@ from torch import Tensor
 from ows_lightning.errors import RunError
 from ows_lightning.models.large_tensors import map_file, release_mapped_pages
 from ows_lightning.models.safetensors_file import StoredWeight
-from ows_lightning.streaming.offloaded import (
+from ows_lightning.offload.offloaded import (
     OffloadedWeights,
     byte_offsets,
     copy_packed,
