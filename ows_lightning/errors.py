@@ -36,10 +36,8 @@ def message_and_exit_code(error: BaseException) -> tuple[str, int]:
     """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
     error = _original_error(error)
     text = " ".join(_message_without_trace(error).split()) or type(error).__name__
-    if isinstance(error, UsageError):
-        return text, 2
-    if isinstance(error, RunError):
-        return text, 1
+    if isinstance(error, (UsageError, RunError)):
+        return text, 2 if isinstance(error, UsageError) else 1
     if found := re.search(r"Sharding propagation failed for (aten\.\w+)", text):
         mend = "take another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
         return f"trainer.strategy: fsdp2 shards the weights, and torch can't do `{found[1]}` on shards; {mend}", 2
@@ -75,15 +73,13 @@ def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``; did you mean 'X'?`` with the nearest of the known names, or nothing."""
-    near = closest_name(name, known)
-    return f"; did you mean '{near}'?" if near else ""
+    return f"; did you mean '{near}'?" if (near := closest_name(name, known)) else ""
 
 
 def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
     likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
-    near = max(likeness, key=likeness.__getitem__, default=None)
-    return near if near is not None and likeness[near] >= cutoff else None
+    return max((other for other in likeness if likeness[other] >= cutoff), key=likeness.__getitem__, default=None)
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:

@@ -16,13 +16,13 @@ from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.sampling.distributions import sampling_probabilities
+from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 _DRAWS = 4000  # the mean over so many is within 0.3 % of the expectation
-_MEASURED = ("outlier", "outlier_reverse", "weight_norm", "gradient_norm")  # made of what only a run or a file of scores knows
+_MEASURED = (*OUTLIER_DISTRIBUTIONS, "weight_norm", "gradient_norm")  # made of what only a run or a file of scores knows
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,9 @@ def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
         known = OutlierScores.load(Path(scores))
         ratios = known.ratios_for(count, architecture_of(settings.model), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
+    if isinstance(distribution, str) and distribution in _MEASURED:
+        return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"
     origin = distribution if isinstance(distribution, str) else "a list of weights"
-    if distribution in _MEASURED:
-        distribution, origin = "uniform", f"uniform, for want of sampling.scores ({distribution})"
-    elif distribution == "window":
-        distribution, origin = "uniform", "window, uniform for want of sampling.scores"
     return sampling_probabilities([1.0] * count, distribution), origin
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -42,30 +42,23 @@ SHIPPED_DIMENSIONS = {
 """Folders of dimensions that come with this package -> the models', whole: a name that only begins alike is another model."""
 
 
-class Dimensions(NamedTuple):
-    """A model's dimensions: the config of transformers, and where it was found, in words."""
-
-    config: PretrainedConfig
-    source: str
-
-
-def find_dimensions(name: str, trust_remote_code: bool = False) -> Dimensions:
-    """Finds a model's dimensions, without its weights and, where it can, without a network.
+def find_dimensions(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
+    """Finds a model's config without its weights and, where it can, without a network; returns also where, in words.
 
     What is on this machine comes first: a directory's ``config.json``, then that of an earlier download. Then come
     `SHIPPED_DIMENSIONS`, and at last whatever `load_config` finds, or its UsageError.
     """
     directory = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
     if directory.is_dir():
-        return Dimensions(_read(name, directory, trust_remote_code), str(directory / "config.json"))
+        return _read(name, directory, trust_remote_code), str(directory / "config.json")
     folder = next((folder for folder, names in SHIPPED_DIMENSIONS.items() if name in names), None)
     if folder is None:
         source = name if "://" in name or directory.is_file() else f"the hub, {name}"
-        return Dimensions(load_config(name, trust_remote_code), source)
+        return load_config(name, trust_remote_code), source
     cached = None if "://" in name else try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
-        return Dimensions(_read(name, Path(cached).parent, trust_remote_code), cached)
-    return Dimensions(_read(name, _FOLDER / folder, False), f"shipped with ows_lightning for {name}")
+        return _read(name, Path(cached).parent, trust_remote_code), cached
+    return _read(name, _FOLDER / folder, False), f"shipped with ows_lightning for {name}"
 
 
 def _read(name: str, directory: Path, trust_remote_code: bool) -> PretrainedConfig:
