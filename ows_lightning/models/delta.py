@@ -1,7 +1,7 @@
 """A delta: the tensors in which an exported model differs from the model that it was made from.
 
 Its directory holds ``delta.json``, the tensors that differ as ``delta-*.safetensors``, and all other files of the export. A
-tensor that the base has in the same dtype and shape is stored as `compression.compress` makes it, where that is smaller;
+tensor that the base has in the same dtype and shape is stored as `compress` makes it, where that is smaller;
 ``delta.json`` has the SHA-256 of what is stored then. It also has the base's name, the dtype that it is loaded in, a SHA-256
 of all its weights, and the layout of the export: its files, in each of weights the names and SHA-256 of its tensors, and of
 the others (but the model card, which may be edited) theirs. A tensor's SHA-256 is over its name, dtype, shape and bytes; the
@@ -15,10 +15,12 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,13 +30,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
-from ows_lightning.models.compression import compress, decompress
 from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, atomic_directory, check_replaceable, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
 log = logging.getLogger(__name__)
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _METADATA = {"format": "pt"}  # without which transformers does not read a safetensors file
 
 
@@ -272,3 +274,27 @@ def _file_hash(path: Path) -> str:
 
 def _combined_hash(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+
+
+def compress(tensor: Tensor, base: Tensor) -> Tensor:
+    """Returns the compressed difference of a tensor, of any dtype and shape, from its base, as uint8 of shape ``(bytes,)``."""
+    # Of a trained weight's bits, read as an integer, the upper ones hardly change. So the integers are subtracted, their signs
+    # put last (0, -1, 1, -2, ... become 0, 1, 2, 3, ...), bytes of the same place put together, and compressed.
+    difference = _integers(tensor) - _integers(base)
+    bits = 8 * difference.itemsize
+    unsigned = (difference << 1) ^ (difference >> (bits - 1))
+    planes: Any = np.ascontiguousarray(unsigned.view(np.uint8).reshape(-1, difference.itemsize).T)
+    return torch.frombuffer(bytearray(zlib.compress(planes, 1)), dtype=torch.uint8)
+
+
+def decompress(compressed: Tensor, base: Tensor) -> Tensor:
+    """Returns the tensor that `compress` was given, to the bit; a zlib.error or ValueError if the bytes are damaged."""
+    before = _integers(base)
+    planes: Any = np.frombuffer(zlib.decompress(compressed.numpy().data), np.uint8).reshape(before.itemsize, before.size)
+    unsigned: Any = np.ascontiguousarray(planes.T).view(f"u{before.itemsize}").reshape(-1)
+    difference = (unsigned >> 1) ^ (~(unsigned & 1) + 1)
+    return torch.from_numpy(before + difference.view(before.dtype)).view(base.dtype).view(base.shape)
+
+
+def _integers(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()]).numpy()
