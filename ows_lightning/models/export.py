@@ -24,7 +24,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import end_pass
-from ows_lightning.models.large_tensors import any_mapped, release_mapped_pages
+from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
@@ -63,8 +63,8 @@ def save_huggingface(
 
     `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once; the
     weights keep their dtype. A model inside peft is written merged, as a plain model, and is itself left as it was,
-    bit for bit. A model sharded by FSDP2 is gathered and merged one weight at a time, and one that lies in files is read
-    so. Shards have about 2 GB. A vision-language model also gets the processor's files of the model that it was made from.
+    bit for bit. Weights are gathered (FSDP2), merged or read from files one at a time. Shards have about 2 GB. A
+    vision-language model also gets the processor's files of the model that it was made from.
 
     The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
     holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that the weights
@@ -74,8 +74,7 @@ def save_huggingface(
     for block in model.modules():
         end_pass(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
-    is_peft = hasattr(model, "get_base_model")
-    base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[assignment,operator]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost one stays gathered after a forward pass
@@ -91,10 +90,8 @@ def save_huggingface(
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
-        if sharded or is_peft or any_mapped(model.parameters()):
+        if writes or sharded:
             _save_one_by_one(base, partial, writes)
-        elif writes:
-            base.save_pretrained(partial, max_shard_size=SHARD_BYTES)
     if sharded:
         distributed.barrier()
 
@@ -162,7 +159,7 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 
 
 def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
-    """Writes a sharded or peft-wrapped model, or one that lies in files, with one weight of it in memory at any time."""
+    """Writes what ``save_pretrained`` would, but with a weight of a sharded, adapted or mapped model in memory at a time."""
     weights = untied_weights(model)
     kept_apart = {weight.name for weight in weights} & model.all_tied_weights_keys.keys()
     if writes:
