@@ -66,13 +66,11 @@ class Splits:
 
     def setting_of(self, part: str) -> str | None:
         """The setting that a part's rows come from; None where there are none, or a stream of them."""
-        if part == "test" and self.test_dataset:
-            return "test_dataset"
-        if part != "train" and self.eval_dataset:
-            return "eval_dataset"
         if part == "train":
             return None if self.streaming else "dataset"
-        return "dataset" if self.val_size else None
+        if part == "test" and self.test_dataset:
+            return "test_dataset"
+        return "eval_dataset" if self.eval_dataset else "dataset" if self.val_size else None
 
     def examples(self, part: str) -> datasets.Dataset:
         """The examples of a part."""

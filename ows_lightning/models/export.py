@@ -42,7 +42,7 @@ MODEL_FILES = (
 
 
 class _PlainWeight(NamedTuple):
-    """A weight of the plain model: where it is now, and the adapter layers to merge into it."""
+    """A weight or buffer of the plain model: where it is now, and the adapter layers to merge into it."""
 
     name: str
     module: nn.Module

@@ -127,13 +127,12 @@ def find_run_folder(path: Path) -> Path:
     """The run folder that ``path`` is, or the newest of the ``version_N`` folders in it; a UsageError if there is no run."""
     if is_run_folder(path):
         return path
-    versions = {number: folder for folder in path.glob("version_*") if (number := _version_number(folder)) is not None}
-    runs = [number for number, folder in versions.items() if is_run_folder(folder)]
+    runs = [folder for folder in path.glob("version_*") if _version_number(folder) >= 0 and is_run_folder(folder)]
     if not runs:
         missing = f"{METRICS_FILE}, {HISTORY_FILE} or {SCORES_FILE}"
         what = f"not a run folder, it has no {missing}" if path.is_dir() else "no such folder"
         raise UsageError(f"{path}: {what}; give the folder that `fit` or `score` wrote")
-    return versions[max(runs)]
+    return max(runs, key=_version_number)
 
 
 def run_folder_of(model: Path) -> Path | None:
@@ -147,14 +146,14 @@ def is_run_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in (SCORES_FILE, HISTORY_FILE, METRICS_FILE))
 
 
-def _version_number(folder: Path) -> int | None:
+def _version_number(folder: Path) -> int:
     match = re.fullmatch(r"version_(\d+)", folder.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def _run_name(folder: Path) -> str:
     folder = folder.resolve()
-    return folder.name if _version_number(folder) is None else f"{folder.parent.name}/{folder.name}"
+    return folder.name if _version_number(folder) < 0 else f"{folder.parent.name}/{folder.name}"
 
 
 @contextmanager

@@ -25,15 +25,10 @@ _CERTAIN = 1 - 1e-9  # a block with at least this chance is always taken
 
 
 class GroupedDraws:
-    """Draws of distinct blocks: m from the linear program, the others by their chances given m.
+    """Draws of ``count`` distinct blocks: m from the linear program, the others by their chances given m.
 
-    Args:
-        probabilities: Shape (num_layers,), those of independent draws; some may be zero.
-        count: How many blocks to draw, at most the number of those whose probability is not zero.
-
-    Attributes:
-        lowest: Shape (num_layers,), float64: the chance of each block to be the lowest one.
-        others: Shape (num_layers, num_layers), float64: the chance of each block to be drawn above each lowest one.
+    ``lowest`` (num_layers,) has the chance of each block to be the lowest one, and ``others`` (num_layers, num_layers) that of
+    each to be drawn above each lowest one. At least ``count`` of the ``probabilities``, of independent draws, are not 0.
     """
 
     def __init__(self, probabilities: tuple[float, ...], count: int) -> None:

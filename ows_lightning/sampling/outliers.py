@@ -17,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import run_causal_lm
 from ows_lightning.models.decoder import causal_lm, decoder_layers, on_device
+from ows_lightning.models.export import weights_without_peft
 
 _CHUNK_ELEMENTS = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums so many ones exactly
 
@@ -121,26 +123,14 @@ class _ScoredWeight:
 
 
 def _block_weights(block: nn.Module) -> list[_ScoredWeight]:
-    """Lists the matrices of a block: those of its linear modules, and bare parameters such as stacks of experts."""
+    """Lists the matrices of a block: those of its linear modules, and raw parameters such as stacks of experts."""
     weights = []
-    for module in _without_adapters(block):
-        if isinstance(module, (nn.Linear, Conv1D)):
-            weights.append(_ScoredWeight(module, "weight", transposed=isinstance(module, Conv1D)))
-        elif not isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
-                    weights.append(_ScoredWeight(module, name))
+    for _, module, name, _ in weights_without_peft(block):
+        if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or name not in own_parameters(module):
+            continue
+        if getattr(module, name).dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
+            weights.append(_ScoredWeight(module, name, transposed=isinstance(module, Conv1D)))
     return weights
-
-
-def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields a module and its submodules; of an adapter around a layer (peft), only the layer."""
-    if isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        yield from _without_adapters(base)
-        return
-    yield module
-    for child in module.children():
-        yield from _without_adapters(child)
 
 
 def _outlier_ratio(index: int, weights: list[_ScoredWeight], threshold: float) -> float:
