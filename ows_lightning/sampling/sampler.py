@@ -27,10 +27,9 @@ from ows_lightning.sampling.activation import (
     trains_outside_blocks,
     unfreeze,
 )
-from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
-from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
+from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
