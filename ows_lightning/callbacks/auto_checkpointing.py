@@ -25,10 +25,7 @@ MEMORY_FRACTION = 0.9
 class AutoCheckpointing(Callback):
     """Chooses the number of recomputed blocks before training, if the module's ``gradient_checkpointing`` is ``auto``.
 
-    The number changes no bit of the results, so a resumed run may choose another.
-
-    Args:
-        config: The parsed config, from which the memory is predicted.
+    The memory is predicted from the parsed ``config``. The number changes no bit, so a resumed run may choose another.
     """
 
     def __init__(self, config: Any) -> None:

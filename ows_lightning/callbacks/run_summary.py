@@ -37,11 +37,8 @@ _SHOWN_METRICS = {"val_loss": ("loss", "{:.3f}"), "val_exact_match": ("exact mat
 class RunSummary(Callback):
     """Logs a summary before the sanity check, and the validation metrics before and after the training at the end.
 
-    The figures from before are those of the sanity check: of all validation batches with ``num_sanity_val_steps: -1``, else of
-    the first ones, and the log says how many these are.
-
-    Args:
-        config: The parsed config, from which the memory is predicted; None leaves that out.
+    The metrics from before are the sanity check's: of all validation batches with ``num_sanity_val_steps: -1``, else of the
+    first ones, and the log says how many these are. Memory is predicted from the parsed ``config``, if it is given.
     """
 
     def __init__(self, config: Any = None) -> None:

@@ -55,8 +55,7 @@ _LOGS = {
 def main(args: Any = None) -> None:
     """Runs one command; an error ends it with one line, and exit code 2 (usage) or 1 (run).
 
-    Args:
-        args: A list of words, or what LightningCLI takes; by default the words that the program was started with.
+    ``args`` are words, or what LightningCLI takes; by default those that the program was started with.
     """
     argv = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -25,6 +25,7 @@ from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, 
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import causal_lm
 
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -321,10 +322,8 @@ class InstructionDataModule(LightningDataModule):
 
     def _collate_training(self) -> Any:
         """`collate`; packed rows are flattened where the attention needs it, and refused where the model mixes documents."""
-        modules = self.trainer.lightning_module.modules() if self.trainer else ()
-        model: Any = next((m for m in modules if hasattr(m, "generate") and hasattr(m, "config")), None)
         flatten = False
-        if self.packing and self.trainer and model is not None:
+        if self.packing and self.trainer and hasattr(model := causal_lm(self.trainer.lightning_module), "config"):
             flatten = "flash" in str(attn_implementation_of(model.config))
             with self.trainer.precision_plugin.forward_context():
                 require_separate_documents(self.trainer.lightning_module, flatten)

@@ -91,9 +91,8 @@ class ChatTemplate:
         probed = _Probed(messages, tools)
         if (text := self._try_render(probed.messages, probed.tools)) is None:
             return 10_000
-        quoted_wrongly = (
-            f"'{probe}'" in text or f'\\"{probe}' in text for probe in probed.places
-        )  # Python's repr, or JSON twice
+        # Python's repr, or JSON twice
+        quoted_wrongly = (f"'{probe}'" in text or f'\\"{probe}' in text for probe in probed.places)
         printed_none = False
         if any(message["content"] is None for message in messages):
             without = self._try_render(_in_form(probed.messages, "", lambda arguments: arguments), probed.tools)

@@ -25,14 +25,9 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor]:
     """Returns the summed cross entropy of a batch, and over how many target tokens: scalars, float32 with a graph, and int64.
 
-    Only positions that have a target reach the LM head, and those in chunks.
-
-    Args:
-        model: A causal LM of transformers.
-        batch: ``input_ids`` and ``labels`` of shape (B, L), int64, labels not shifted and -100 where there is no
-            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is. From
-            `precompute_on_host` if no device is to be waited for.
-        chunks_of: Another device than the batch's, whose chunks to take.
+    Only positions that have a target reach the LM head, and those in chunks: of the device ``chunks_of``, if not of the batch's.
+    The batch has ``input_ids`` and ``labels`` (B, L), int64, labels not shifted and -100 where there is no target, and what
+    else the model's forward takes; it comes from `precompute_on_host` if no device is to be waited for.
     """
     hidden, targets = _hidden_and_targets(model, batch)
     return summed_cross_entropy(model, hidden, targets, chunks_of), torch.full((), targets.numel(), device=targets.device)

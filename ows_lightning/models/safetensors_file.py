@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ _DTYPE_NAMES = {
 _DTYPE_ORDER = {dtype: place for place, dtype in enumerate(_DTYPE_NAMES)}  # that of safetensors' own list, by which it sorts
 
 
-class SafetensorsFile:
+class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
     """Writes a file, byte for byte as safetensors would: its header at once, then tensors in any order.
 
     `safetensors.torch.save_file` wants all of them in memory. Of the ``layout`` only names, shapes and dtypes count.
@@ -46,10 +47,6 @@ class SafetensorsFile:
         assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), name
         self._file.seek(self._data + place)
         self._file.write(tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def __enter__(self) -> SafetensorsFile:
-        """Returns itself."""
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Closes the file."""

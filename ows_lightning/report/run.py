@@ -59,11 +59,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
-        """Read a folder with ``metrics.csv``, ``sampling_history.csv`` or ``outlier_scores.json``, or the newest run within.
-
-        Raises:
-            UsageError: The folder is missing, is not a run's, or one of its files is damaged.
-        """
+        """Reads a run's folder, or the newest run within; a UsageError says that there is none, or which file is damaged."""
         folder = find_run_folder(Path(path))
         try:
             run = cls(

@@ -64,11 +64,7 @@ PICTURES_OF_ONE_RUN = (
 
 
 def write_pictures(run_dir: str | Path) -> list[Path]:
-    """Draw a run into its own folder, and return the PNG files; what it has no data for (scores, say) is left out.
-
-    Raises:
-        UsageError: One of the folder's files is damaged.
-    """
+    """Draws a run into its own folder, and returns the PNG files; what it has no data for (scores, say) is left out."""
     if not is_run_folder(Path(run_dir)):
         return []
     run = RunRecord.read(run_dir)
@@ -78,18 +74,11 @@ def write_pictures(run_dir: str | Path) -> list[Path]:
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | None = None) -> Path:
-    """Draw one run or compare several: PNG pictures, a CSV file with the numbers beside each, and ``report.html``.
+    """Draws one run or compares several: PNG pictures, a CSV file with the numbers beside each, and ``report.html``.
 
-    Args:
-        runs: Run folders, or folders with ``version_N`` folders of which the newest counts.
-        output: Folder to write to; made where it is missing.
-        refresh: Seconds after which a browser asks for the page again; None for a page that stays.
-
-    Returns:
-        The path of ``report.html``, which holds the pictures and opens without a network.
-
-    Raises:
-        UsageError: A run is missing, damaged or has no figures yet, or the output folder can't be written.
+    Of a folder with ``version_N`` folders the newest counts. The page, whose path is returned, holds the pictures and opens
+    without a network; a browser asks for it again after ``refresh`` seconds. A UsageError says that a run is missing, damaged
+    or has no figures yet, or that the output folder can't be written.
     """
     records = _unique_runs([RunRecord.read(run) for run in runs])
     if not records:
