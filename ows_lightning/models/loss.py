@@ -25,7 +25,7 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor]:
     """Returns the summed cross entropy of a batch, and over how many target tokens: scalars, float32 with a graph, and int64.
 
-    Only positions that have a target reach the LM head, and those in chunks: of the device ``chunks_of``, if not of the batch's.
+    Only positions that have a target reach the LM head, in chunks of the size for ``chunks_of``, or for the batch's device.
     The batch has ``input_ids`` and ``labels`` (B, L), int64, labels not shifted and -100 where there is no target, and what
     else the model's forward takes; it comes from `precompute_on_host` if no device is to be waited for.
     """
