@@ -89,9 +89,12 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
     sampling = settings.sampling
-    scored = sampling.get("distribution", "outlier") in ("outlier", "outlier_reverse") and not sampling.get("scores")
+    scored = sampling.get("distribution", "outlier") in OUTLIER_DISTRIBUTIONS and not sampling.get("scores")
     if method.ours and sampling and scored and settings.max_steps is not None:
-        scored_tokens = int(sampling.get("calibration_samples", 128)) * settings.max_seq_length
+        times = (
+            ceil(ceil(settings.max_steps / settings.interval_steps) / every) if (every := sampling.get("rescore_every")) else 1
+        )
+        scored_tokens = times * int(sampling.get("calibration_samples", 128)) * settings.max_seq_length
         trained_on = tokens * settings.accumulate_grad_batches * settings.devices * settings.max_steps
         per_token += scored_tokens / trained_on * count * block_forward
     return Compute(per_token, block_forward, draws, origin)
