@@ -128,10 +128,8 @@ class InstructionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.dataset, self.eval_dataset, self.test_dataset = dataset, eval_dataset, test_dataset
-        self.val_size = val_size
-        self.batch_size = batch_size
+        self.val_size, self.batch_size, self.max_seq_length = val_size, batch_size, max_seq_length
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.max_seq_length = max_seq_length
         self.train_on_prompt, self.last_turn_only = train_on_prompt, last_turn_only
         self.packing, self.group_by_length, self.streaming = packing, group_by_length, streaming
         self.exact_match_rows = exact_match_rows

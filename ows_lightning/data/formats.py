@@ -29,7 +29,7 @@ def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool 
     """
     if missing := _first_missing(data_format, row, requires_answer):
         names = " or ".join(f"'{name}'" for name in missing)
-        raise UsageError(f"{row_name} has no column {names}, which {data_format} rows need ({_columns_text(row)})")
+        raise UsageError(f"{row_name} has no column {names}, which {data_format} rows need ({_columns(row)})")
     example = FORMATS[data_format][1](row, row_name)
     if row.get("tools"):
         tools, what = row["tools"], f"{row_name}: 'tools'"
@@ -58,7 +58,7 @@ def rename(row: Row, columns: Mapping[str, str], row_name: str) -> Row:
     for name, column in columns.items():
         if column not in row and name not in row:
             raise UsageError(
-                f"data.columns.{name}: {row_name} has no column '{column}' ({_columns_text(row)}){did_you_mean(column, row)}"
+                f"data.columns.{name}: {row_name} has no column '{column}' ({_columns(row)}){did_you_mean(column, row)}"
             )
     renamed = {name: row[column] for name, column in columns.items() if column in row}
     return {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
@@ -135,9 +135,7 @@ def _answer(row: Row, column: str, row_name: str) -> list[Message]:
     if isinstance(choices, list) and (index := index_of_choice(answer, choices)) is not None:
         answer = choices[index]
     elif isinstance(choices, list) and isinstance(answer, bool):
-        raise UsageError(
-            f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one of them, or its index"
-        )
+        raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one, or its index")
     return [{"role": "assistant", "content": "" if answer is None else str(answer)}]
 
 
@@ -182,9 +180,8 @@ def _message(turn: Any, row_name: str) -> Message:
         for call in _objects(message["tool_calls"], f"{row_name}: 'tool_calls'"):
             function = call.get("function", {})
             if not isinstance(function, dict):
-                raise UsageError(
-                    f"{row_name}: the function of a tool call must be an object with a name, got {_type_text(function)}"
-                )
+                found = _type_text(function)
+                raise UsageError(f"{row_name}: the function of a tool call must be an object with a name, got {found}")
             if isinstance(function.get("arguments"), str):  # as in OpenAI's API; chat templates expect the object
                 function["arguments"] = _parsed_json(function["arguments"], f"{row_name}: the arguments of a tool call")
     return message
@@ -239,5 +236,5 @@ def _shortened(name: str) -> str:
     return " ".join(name.split())[:60]
 
 
-def _columns_text(row: Iterable[str]) -> str:
+def _columns(row: Iterable[str]) -> str:
     return f"columns: {', '.join(map(_shortened, row))}"

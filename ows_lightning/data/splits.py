@@ -147,12 +147,11 @@ class Splits:
         if not isinstance(self.dataset, Mapping):
             return rows
         ends = np.cumsum([len(table) for table in self._read_tables("dataset")])
-        parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
-        for name, part in zip(self.dataset, parts, strict=True):
-            if not len(part):
-                raise UsageError(f"data.dataset: '{name}' has no row left to train on; lower val_size or give an eval_dataset")
-        mixed = mix(dict(zip(self.dataset, parts, strict=True)), self.dataset, self.seed)
-        for name, part, repeated in zip(self.dataset, parts, mixed, strict=True):
+        parts = dict(zip(self.dataset, np.split(rows, np.searchsorted(rows, ends[:-1])), strict=True))
+        if empty := [name for name, part in parts.items() if not len(part)]:
+            raise UsageError(f"data.dataset: '{empty[0]}' has no row left to train on; lower val_size or give an eval_dataset")
+        mixed = mix(parts, self.dataset, self.seed)
+        for (name, part), repeated in zip(parts.items(), mixed, strict=True):
             times = f"{len(repeated) / len(part):.2f} times"
             rank_zero_info(f"data.dataset: {name} gives {len(repeated)} rows an epoch, each {times}.")
         return np.concatenate(mixed)

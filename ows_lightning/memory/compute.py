@@ -91,12 +91,10 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     sampling = settings.sampling
     scored = sampling.get("distribution", "outlier") in OUTLIER_DISTRIBUTIONS and not sampling.get("scores")
     if method.ours and sampling and scored and settings.max_steps is not None:
-        times = (
-            ceil(ceil(settings.max_steps / settings.interval_steps) / every) if (every := sampling.get("rescore_every")) else 1
-        )
-        scored_tokens = times * int(sampling.get("calibration_samples", 128)) * settings.max_seq_length
+        intervals, every = ceil(settings.max_steps / settings.interval_steps), sampling.get("rescore_every")
+        samples = int(sampling.get("calibration_samples", 128)) * (ceil(intervals / every) if every else 1)
         trained_on = tokens * settings.accumulate_grad_batches * settings.devices * settings.max_steps
-        per_token += scored_tokens / trained_on * count * block_forward
+        per_token += samples * settings.max_seq_length / trained_on * count * block_forward
     return Compute(per_token, block_forward, draws, origin)
 
 

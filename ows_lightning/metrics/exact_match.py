@@ -45,9 +45,8 @@ class TeacherForcedAnswers:
             start = len(positions) - 1  # of the last answer
             while start and positions[start - 1] == positions[start] - 1:
                 start -= 1
-            self._prefixes[ids[: positions[start]].numpy().tobytes()] = self._prefix(
-                ids[positions[start:]].tolist(), tokens[start:]
-            )
+            prompt = ids[: positions[start]].numpy().tobytes()
+            self._prefixes[prompt] = self._prefix(ids[positions[start:]].tolist(), tokens[start:])
 
     def answers(self, batch: dict[str, Any]) -> list[str | None]:
         """Returns the answers to prompts that are known, or known to differ from ``reference`` as far; None for the others."""
