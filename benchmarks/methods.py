@@ -122,7 +122,7 @@ def ours_host(model: PreTrainedModel, setting: Setting) -> Training:
     """The same with frozen blocks in host memory, from where they pass through a offloader of two."""
     training = ours_frozen(model, setting)
     offloader, draw = BlockOffloader(decoder_layers(model)), training.draw
-    offloader.move(model.device)
+    offloader.set_device(model.device)
 
     def draw_and_settle() -> None:
         draw()

@@ -40,7 +40,7 @@ from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.lightning_support import RestoreAfterFit, check_strategy
 from ows_lightning.sampling.scores import architecture_of
-from ows_lightning.step import Step, StepFigures
+from ows_lightning.step import StepAccumulator, StepMetrics
 
 # Of the hook below, which suits any data module; Lightning says so at every start.
 warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
@@ -154,7 +154,7 @@ class CausalLMModule(EvaluationModule):
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
         self.offloader: BlockOffloader | None = None  # of frozen blocks
-        self.last_step: StepFigures | None = None  # of the latest optimizer step
+        self.last_step: StepMetrics | None = None  # of the latest optimizer step
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -209,7 +209,7 @@ class CausalLMModule(EvaluationModule):
         return optimizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Returns what is to happen when a fit has ended, where it is not among the callbacks already."""
+        """Adds the clean-up after a fit, unless the Trainer has it."""
         return [] if RestoreAfterFit.is_in(self.trainer) else [RestoreAfterFit()]
 
     def setup(self, stage: str) -> None:
@@ -217,7 +217,7 @@ class CausalLMModule(EvaluationModule):
         if stage == "fit":
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
-            self.step = Step(self.trainer.world_size)
+            self.step = StepAccumulator(self.trainer.world_size)
             self.last_step = None
 
     def configure_model(self) -> None:

@@ -17,10 +17,10 @@ from ows_lightning.optim.sharding import clip_, local, total_norm
 
 log = logging.getLogger(__name__)
 
-_UNIT = 1024.0  # a power of two, which rounds nothing, of about the targets of a micro-batch
+_PROVISIONAL_TARGETS = 1024.0  # a power of two, which rounds nothing, of about the targets of a micro-batch
 
 
-class StepFigures(NamedTuple):
+class StepMetrics(NamedTuple):
     """What an optimizer step came to, over all its micro-batches and processes."""
 
     loss: Tensor  # mean over all target tokens (nats), float32, a scalar on the host
@@ -28,10 +28,10 @@ class StepFigures(NamedTuple):
     tokens: int  # targets or not
     targets: int
     skipped: bool  # it changes nothing, because a gradient held NaN or Inf
-    notes: int  # sum of the processes' ``Step.note``
+    codes: int  # sum of the processes' ``StepAccumulator.code``
 
 
-class Step:
+class StepAccumulator:
     """The optimizer step that is under way.
 
     The step's loss is the mean over the target tokens of all its micro-batches and processes, whose number is known when the
@@ -41,24 +41,24 @@ class Step:
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
-        self.note = 0  # a small number that the others get with the next step; they see the sum
-        self._totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, notes
-        self._unit: float | Tensor = _UNIT
+        self.code = 0  # a small number that the others get with the next step; they see the sum
+        self._totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, codes
+        self._divisor: float | Tensor = _PROVISIONAL_TARGETS
 
     def add(self, parts: LossParts, tokens: Tensor, last: bool) -> Tensor:
         """Adds a micro-batch of ``tokens`` (a scalar), maybe its step's last; returns the loss to call backward with."""
-        counts = [parts.targets, tokens, torch.full_like(tokens, self.note if last else 0)]
+        counts = [parts.targets, tokens, torch.full_like(tokens, self.code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
         first, self._totals = self._totals is None, here if self._totals is None else self._totals + here
         if last and self.processes > 1:
             dist.all_reduce(self._totals)  # strategy.reduce would hold all processes up with a barrier
         if first:
-            self._unit = self._totals[1].clamp(min=1) / self.processes if last else _UNIT
-        return parts.total / self._unit
+            self._divisor = self._totals[1].clamp(min=1) / self.processes if last else _PROVISIONAL_TARGETS
+        return parts.total / self._divisor
 
     def finish(
         self, optimizer: Optimizer, micro_batches: int, limit: float | None = None, algorithm: str | None = None
-    ) -> StepFigures:
+    ) -> StepMetrics:
         """Makes the gradient that of the step's mean loss, clips what the optimizer consumes, and begins the next step.
 
         Args:
@@ -69,14 +69,14 @@ class Step:
         """
         assert self._totals is not None
         trained_on = self._totals[1].clamp(min=1)
-        gradients = _consumed(optimizer)
+        gradients = _gradients_of(optimizer)
         norm = total_norm(gradients)
         if micro_batches > 1:
-            factor = self._unit * micro_batches * self.processes / trained_on
+            factor = self._divisor * micro_batches * self.processes / trained_on
             norm = norm * factor
             foreach_mul_([local(gradient) for gradient in gradients], factor)
         # Only here does a step wait for the device.
-        loss, grad_norm, targets, tokens, notes = torch.stack([self._totals[0] / trained_on, norm, *self._totals[1:]]).cpu()
+        loss, grad_norm, targets, tokens, codes = torch.stack([self._totals[0] / trained_on, norm, *self._totals[1:]]).cpu()
         skipped = not grad_norm.isfinite()
         if isinstance(optimizer, GaLoreAdamW):  # else it skips, and names the weight, by itself
             optimizer.known_finite = not skipped
@@ -86,10 +86,10 @@ class Step:
         if limit and not skipped:
             clip_(gradients, norm, limit, algorithm or "norm")
         self._totals = None
-        return StepFigures(loss, grad_norm, int(tokens), int(targets), skipped, int(notes))
+        return StepMetrics(loss, grad_norm, int(tokens), int(targets), skipped, int(codes))
 
 
-def _consumed(optimizer: Optimizer) -> list[Tensor]:
+def _gradients_of(optimizer: Optimizer) -> list[Tensor]:
     if isinstance(optimizer, GaLoreAdamW):
         return optimizer.gradients()
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -29,14 +29,14 @@ REQUIRED_KEYS = ("state_dict", "loops", "global_step")
 # What torch and pickle raise on a file that is truncated or not a checkpoint.
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
 UNSAFE = "it holds more than tensors and plain values, which could run code when it is read"
-_COMMENT = b"sum32 %08x"
-_LENGTH = len(_COMMENT % 0).to_bytes(2, "little")  # the archive's last two bytes, which are 0 without a comment
-_CHUNK = 1 << 22
+_CHECKSUM = b"sum32 %08x"
+_COMMENT_LENGTH = len(_CHECKSUM % 0).to_bytes(2, "little")  # the archive's last two bytes, which are 0 without a comment
+_READ_BYTES = 1 << 22
 
 
 def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, Any]:
     """Reads a file of tensors and plain values, whose checksum is verified first; tensors are memory-mapped."""
-    summed = check_comment(path)
+    verified = verify_checksum(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -45,7 +45,7 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
         raise pickle.UnpicklingError(UNSAFE) from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")
-    if checkpoint.pop("has_checksum", False) and not summed:
+    if checkpoint.pop("has_checksum", False) and not verified:
         raise ValueError("its checksum is lost: bytes have changed since it was written")
     return checkpoint
 
@@ -58,7 +58,7 @@ def save_file(value: dict[str, Any], path: Path) -> None:
         except RuntimeError as error:
             raise root_cause(error) from error
         file.seek(-2, os.SEEK_END)
-        file.write(_LENGTH + _COMMENT % file.sum)
+        file.write(_COMMENT_LENGTH + _CHECKSUM % file.crc32)
         file.flush()
         os.fsync(file.fileno())
 
@@ -108,11 +108,11 @@ class ChecksummedFile(io.BufferedWriter):
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "w"))
-        self.sum = 0
+        self.crc32 = 0
 
     def write(self, data: Any) -> int:
         """Writes bytes."""
-        self.sum = zlib.crc32(data, self.sum)
+        self.crc32 = zlib.crc32(data, self.crc32)
         written = super().write(data)
         release_mapped_pages()  # of the weight that was written
         return written
@@ -121,25 +121,25 @@ class ChecksummedFile(io.BufferedWriter):
 def file_crc32(path: Path, length: int | None = None) -> int:
     """The CRC-32 of a file, or of its first ``length`` bytes; read once as long as the file stays as it is."""
     about = path.stat()
-    return _file_sum(path, about.st_size if length is None else length, about.st_size, about.st_mtime_ns, about.st_ino)
+    return _cached_crc32(path, about.st_size if length is None else length, about.st_size, about.st_mtime_ns, about.st_ino)
 
 
 @functools.lru_cache(maxsize=1024)
-def _file_sum(path: Path, left: int, *_: int) -> int:
+def _cached_crc32(path: Path, left: int, *_: int) -> int:
     total = 0
     with path.open("rb") as file:
-        while left and (data := file.read(min(_CHUNK, left))):
+        while left and (data := file.read(min(_READ_BYTES, left))):
             total, left = zlib.crc32(data, total), left - len(data)
     return total
 
 
-def check_comment(path: Path) -> bool:
+def verify_checksum(path: Path) -> bool:
     """Whether an archive has a comment with its sum; a ValueError says that the file has changed."""
-    end = path.stat().st_size - len(_LENGTH + _COMMENT % 0)
+    end = path.stat().st_size - len(_COMMENT_LENGTH + _CHECKSUM % 0)
     with path.open("rb") as file:
         file.seek(max(end, 0))
         length, comment = file.read(2), file.read()
     found = re.fullmatch(rb"sum32 ([0-9a-f]{8})", comment)
-    if found and (length != _LENGTH or int(found[1], 16) != zlib.crc32(b"\0\0", file_crc32(path, end))):
+    if found and (length != _COMMENT_LENGTH or int(found[1], 16) != zlib.crc32(b"\0\0", file_crc32(path, end))):
         raise ValueError("its checksum is wrong: bytes have changed since it was written")
     return found is not None

@@ -73,8 +73,8 @@ def load_without_tensors(path: Path) -> dict[str, Any]:
     return contents
 
 
-def read_checkpoint(path: Path, how: Callable[[Path], T]) -> T:
-    """Reads a checkpoint by a function; any fault becomes one line that names the last good checkpoint beside it."""
+def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
+    """Returns `read(path)` after verifying all checksums; a fault becomes a UsageError that names the last good checkpoint."""
     if not path.exists():
         raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_hint(path)}")
     if path.is_dir() and not any((path / name).exists() for name in (META, METADATA)):
@@ -83,7 +83,7 @@ def read_checkpoint(path: Path, how: Callable[[Path], T]) -> T:
         raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {hint}")
     try:
         load_without_tensors(path)
-        return how(path)
+        return read(path)
     except UsageError:
         raise
     except READ_ERRORS as error:

@@ -59,7 +59,8 @@ class ExactEpochLoop(_TrainingEpochLoop):
     def rewind(self) -> None:
         """Sets the counters back to the end of the last optimizer step: checkpoints hold no gradients."""
         batches: Any = self.batch_progress  # Lightning declares less than its counters have
-        # A checkpoint of a batch's end has the batch not completed. In mid-step the validation of the last step is long over.
+        # In a checkpoint written at a batch's end, `completed` is one below `processed`. In one written within a step, the
+        # last step's validation has already run.
         self._validated = self._unfinished > 0 or batches.current.completed == batches.current.processed
         surplus = self._unfinished
         loader: Any = self.trainer.train_dataloader

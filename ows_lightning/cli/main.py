@@ -111,11 +111,11 @@ def _run(argv: Any, args: Any) -> None:
             if command is not None and os.environ.get("LOCAL_RANK", "0") == "0":
                 log.info("%s: loading libraries", command)  # which takes seconds
         from ows_lightning.cli.lightning_cli import OWSCLI
-        from ows_lightning.distributed.process_group import leave_process_group
+        from ows_lightning.distributed.process_group import destroy_process_group
 
         logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
         OWSCLI(args)
-        leave_process_group()
+        destroy_process_group()
         peer_watchdog.stop(ends=args is None)
 
 

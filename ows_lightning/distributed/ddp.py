@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ows_lightning.distributed.process_group import leave_at_exit
+from ows_lightning.distributed.process_group import destroy_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import average_, flagged_elsewhere
 
@@ -32,7 +32,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Starts the processes' communication."""
         super().setup_environment()
-        leave_at_exit()
+        destroy_at_exit()
 
     def configure_ddp(self) -> None:
         """Gives all processes rank 0's weights; the model is not wrapped."""

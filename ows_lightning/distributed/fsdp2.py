@@ -22,7 +22,7 @@ from ows_lightning.checkpoints.files import META, METADATA, file_crc32, partial_
 from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
-from ows_lightning.distributed.process_group import leave_at_exit
+from ows_lightning.distributed.process_group import destroy_at_exit
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.optim.sharding import shard_replicated
 
@@ -58,7 +58,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Starts the processes' communication."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        leave_at_exit()
+        destroy_at_exit()
 
     # ------------------------------------------------------------------ saving
 

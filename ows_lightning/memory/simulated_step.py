@@ -133,7 +133,7 @@ class _Simulation:
             self.optimizer.zero_grad()
 
         if method.resting_updates_kept and self.galore is not None:
-            self.galore.keep_updates_at_rest(decoder_layers(model).parameters(), fold=lambda weights: None)
+            self.galore.keep_updates_at_rest(decoder_layers(model).parameters(), merge=lambda weights: None)
         # What has a state by then: what trains always, every block if states are kept, or at rest.
         draw(range(count) if method.keeps_states else ())
         take_empty_step(_trainable(model))

@@ -83,7 +83,7 @@ def _is_pretrained(module: nn.Module) -> TypeGuard[Any]:
 def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which a block's weights are on the device where it computes, also if the block is offloaded."""
     offloader = getattr(block, "offloader", None)
-    return contextlib.nullcontext() if offloader is None else offloader.resident(block)
+    return contextlib.nullcontext() if offloader is None else offloader.on_device(block)
 
 
 def end_pass(block: nn.Module) -> None:

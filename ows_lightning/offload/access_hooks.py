@@ -40,7 +40,7 @@ def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
 
 
 def remove_access_hooks(offloader: BlockOffloader, handles: list[RemovableHandle]) -> None:
-    """Takes them away."""
+    """Removes what `add_access_hooks` added."""
     for handle in handles:
         handle.remove()
     for block in offloader.blocks:
@@ -73,7 +73,7 @@ def _write(offloader: BlockOffloader, index: int, write: Callable[..., Any], *ar
 
 def _apply_to_block(offloader: BlockOffloader, index: int, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Takes the place of a block's ``_apply``, through which ``to``, ``half`` and the like pass."""
-    offloader.move(fn(torch.empty(0, device=offloader.device)).device)
+    offloader.set_device(fn(torch.empty(0, device=offloader.device)).device)
     block, parameters = offloader.blocks[index], offloader.parameters[index]
     if any(fn(torch.empty(0, dtype=p.dtype)).dtype != p.dtype for p in parameters):
         offloader.offload_all()

@@ -1,4 +1,4 @@
-"""Blocks that wait on the disk: in the model's own files, and in a scratch file once they have changed."""
+"""Blocks offloaded to the disk: in the model's own files, and in a scratch file once they have changed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,9 +19,9 @@ from ows_lightning.models.large_tensors import map_file, release_mapped_pages
 from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.offload.offloaded import (
     OffloadedWeights,
+    as_bytes,
     byte_offsets,
     copy_packed,
-    flat,
     packed_nbytes,
     page_locked,
     tensor_at,
@@ -65,8 +66,8 @@ class DiskWeights(OffloadedWeights):
 
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
-        for target, (part, offset) in zip(slot, self.places, strict=True):
-            self.disk.read_into(lambda buffer, part=part, offset=offset: part.read(offset, buffer), flat(target))  # type: ignore[misc]
+        for target, (part, start) in zip(slot, self.places, strict=True):
+            self.disk.read_into(partial(part.read, start), as_bytes(target))
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained into the scratch file."""
@@ -96,7 +97,7 @@ class DiskWeights(OffloadedWeights):
 
 
 class Disk:
-    """The files that blocks wait in.
+    """The files that blocks are offloaded to.
 
     The scratch file has no name: what it takes is free again when the process ends, however that comes about.
 
@@ -151,7 +152,7 @@ class Disk:
         if target.device.type == "cpu":
             read(target)
             return
-        with self._lock:  # a block may be lent while the next one is fetched
+        with self._lock:  # the main thread may load a block for training while the reader thread fetches another
             if not self._staging or self._staging[0][0].numel() < target.numel():  # freed when copies from it have ended
                 self._staging = [(page_locked(target.numel(), target.device), torch.cuda.Event()) for _ in range(2)]
             buffer, copied = self._staging.pop(0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ComputeHooks:
-    """The events of `Timeline`, from hooks on an offloader's blocks.
+    """The events of `FetchSchedule`, from hooks on an offloader's blocks.
 
     * forward pre-hook and hook: *enter* and *leave forward*;
     * tensor hooks on a block's output and on its inputs: *enter* and *leave backward*. The first fires before checkpointing
@@ -35,7 +35,7 @@ class ComputeHooks:
             ]
 
     def remove(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -46,11 +46,11 @@ class ComputeHooks:
         if index == 0:
             self._begin_forward(block.training)
         self.offloader.prepare()
-        timeline = self.offloader.timeline
-        if timeline.is_offloaded(index):
-            timeline.enter(index)
+        schedule = self.offloader.schedule
+        if schedule.is_offloaded(index):
+            schedule.enter(index)
             inputs = _tensors_with_gradient((args, kwargs))
-            leave = partial(self._leave_backward, index, self.offloader.arrangement)
+            leave = partial(self._leave_backward, index, self.offloader.layout_id)
             if len(inputs) == 1:
                 inputs[0].register_hook(leave)
             elif inputs:
@@ -58,37 +58,37 @@ class ComputeHooks:
 
     @torch.compiler.disable
     def _after_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        timeline = self.offloader.timeline
-        if in_backward() or not timeline.is_offloaded(index):
+        schedule = self.offloader.schedule
+        if in_backward() or not schedule.is_offloaded(index):
             return
         outputs = _tensors_with_gradient(output)
         for tensor in outputs:
-            tensor.register_hook(partial(self._enter_backward, index, self.offloader.arrangement))
-        timeline.leave_forward(index, needed_in_backward=bool(outputs))
+            tensor.register_hook(partial(self._enter_backward, index, self.offloader.layout_id))
+        schedule.leave_forward(index, needed_in_backward=bool(outputs))
 
     def _begin_forward(self, training: bool) -> None:
         self.offloader.end_pass()
         if torch.is_grad_enabled():
             self.offloader.apply_draw()
-        self.offloader.timeline.begin_forward()
+        self.offloader.schedule.begin_forward()
         if self._training is not None and training != self._training:
             self.offloader.refresh_after_weight_swap()
         self._training = training
 
-    def _enter_backward(self, index: int, arrangement: object, gradient: Tensor) -> None:
-        self._check_unchanged(arrangement)
+    def _enter_backward(self, index: int, layout_id: object, gradient: Tensor) -> None:
+        self._check_unchanged(layout_id)
         running = backward_pass_id()
         if running != self._backward:
             self._backward = running
-            on_backward_end(self.offloader.timeline.end_backward)
-        self.offloader.timeline.enter(index)
+            on_backward_end(self.offloader.schedule.end_backward)
+        self.offloader.schedule.enter(index)
 
-    def _leave_backward(self, index: int, arrangement: object, gradient: Any) -> None:
-        self._check_unchanged(arrangement)
-        self.offloader.timeline.leave_backward(index)
+    def _leave_backward(self, index: int, layout_id: object, gradient: Any) -> None:
+        self._check_unchanged(layout_id)
+        self.offloader.schedule.leave_backward(index)
 
-    def _check_unchanged(self, arrangement: object) -> None:
-        if arrangement is not self.offloader.arrangement:
+    def _check_unchanged(self, layout_id: object) -> None:
+        if layout_id is not self.offloader.layout_id:
             raise RunError(
                 "model.frozen_in: other blocks train in backward than did in forward, so that frozen ones have moved; change "
                 "`requires_grad` and the device between two steps"

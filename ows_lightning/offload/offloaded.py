@@ -54,8 +54,8 @@ def copy_packed(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
     return [tensor_at(weight, memory, start).copy_(weight) for weight, start in places]
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """Views the memory of a tensor without gaps as bytes: uint8, one-dimensional."""
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Views a tensor without gaps as bytes: uint8, one-dimensional."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
@@ -117,7 +117,7 @@ def _unlock(address: int, device: torch.device) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
-def host_weights(weights: Sequence[Tensor], device: torch.device) -> OffloadedWeights:
+def offload_to_host(weights: Sequence[Tensor], device: torch.device) -> OffloadedWeights:
     """Offloads weights to host memory, one at a time, that a device can fetch from: a GPU does so by itself."""
     if device.type != "cuda":
         return OffloadedWeights(weights)

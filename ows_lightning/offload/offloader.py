@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from ows_lightning.compat import version_counter
 from ows_lightning.offload.access_hooks import add_access_hooks, remove_access_hooks
 from ows_lightning.offload.disk import Disk, DiskWeights
+from ows_lightning.offload.fetch_schedule import FetchSchedule
 from ows_lightning.offload.hooks import ComputeHooks
 from ows_lightning.offload.int8 import Int8Weights, StagingBuffer
-from ows_lightning.offload.offloaded import OffloadedWeights, host_weights, packed_nbytes, views_into
+from ows_lightning.offload.offloaded import OffloadedWeights, offload_to_host, packed_nbytes, views_into
 from ows_lightning.offload.streams import CopyStream, copy_stream_for
-from ows_lightning.offload.timeline import Timeline
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import compute_with
 from ows_lightning.optim.projected_adamw import merge_update_
@@ -32,11 +32,11 @@ class BlockOffloader:
     A block's parameters stay where they are in the model; what changes is their ``data``: the offloaded weights while the
     block is frozen, views of a slot while the frozen block computes, and memory of its own on the device while the block
     trains (any of its parameters requires a gradient). So every optimizer, checkpoint and export sees ordinary parameters.
-    No bit of what is computed changes. `Timeline` decides what is fetched when, `ComputeHooks` tell it what computes, and
+    No bit of what is computed changes. `FetchSchedule` decides what is fetched when, `ComputeHooks` tell it what computes, and
     `add_access_hooks` lets state dicts, ``to`` and peft find the weights.
 
-    Weights are offloaded and slots allocated at first use, for the device that ``move`` named last. Deep copies and pickles of
-    the model are independent of it.
+    Weights are offloaded and slots allocated at first use, for the device that ``set_device`` named last. Deep copies and
+    pickles of the model are independent of it.
 
     With `attach_optimizer`, frozen blocks that train at rest stay offloaded, and compute with W + B Q^T.
 
@@ -67,7 +67,7 @@ class BlockOffloader:
         self.make_stream = copy_stream_for
         self._disk = disk
         self._int8_in = int8_in
-        self._optimizer: Callable[[], GaLoreAdamW | None] = _none
+        self._optimizer: Callable[[], GaLoreAdamW | None] = _no_optimizer
         blocks_of = Counter(p for block in self.blocks for p in block.parameters())  # what several share stays on the device
         self.parameters = [
             [p for p in block.parameters() if p.numel() and blocks_of[p] == 1 and not (frozen_only and p.requires_grad)]
@@ -81,14 +81,14 @@ class BlockOffloader:
 
     def _clear(self) -> None:
         self.offloaded: list[OffloadedWeights] = []
-        self.timeline = Timeline(self, self.num_slots)
-        self.arrangement = object()  # of blocks in slots; another one after every change
+        self.schedule = FetchSchedule(self, self.num_slots)
+        self.layout_id = object()  # of blocks in slots; another one after every change
         self.slots: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}  # of a slot, that an offloaded block's parameters get
         self._stream: CopyStream | None = None
         self._staging: StagingBuffer | None = None
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
-        self._added: dict[int, list[Any]] = {}  # which updates of a resting block a slot's contents have in them
+        self._slot_updates: dict[int, list[Any]] = {}  # which updates of a resting block a slot's contents have in them
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies find their weights in their own parameters, and are offloaded to host memory."""
@@ -96,9 +96,9 @@ class BlockOffloader:
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self.was_copied = True
-        made_at_use = ("offloaded", "timeline", "arrangement", "slots", "_views", "_stream", "_staging", "_versions", "_added")
-        kept = {key: value for key, value in vars(self).items() if key not in made_at_use}
-        return kept | {"_disk": None, "_optimizer": _none}
+        remade = ("offloaded", "schedule", "layout_id", "slots", "_views", "_stream", "_staging", "_versions", "_slot_updates")
+        kept = {key: value for key, value in vars(self).items() if key not in remade}
+        return kept | {"_disk": None, "_optimizer": _no_optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -109,7 +109,7 @@ class BlockOffloader:
     @property
     def active(self) -> list[int]:
         """The blocks that train, which have memory of their own on the device."""
-        return [i for i in range(len(self.blocks)) if not self.timeline.is_offloaded(i)] if self.offloaded else []
+        return [i for i in range(len(self.blocks)) if not self.schedule.is_offloaded(i)] if self.offloaded else []
 
     def apply_draw(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Gives the blocks that train now memory of their own on the device, and offloads those that no longer do.
@@ -122,8 +122,8 @@ class BlockOffloader:
         """
         trains = [i for i, weights in enumerate(self.parameters) if any(map(self._needs_own_memory, weights))]
         if not self.offloaded or trains != self.active:
-            self._arrange(trains)
-            self.timeline.fetch_first()
+            self._set_active(trains)
+            self.schedule.fetch_first()
         for optimizer in optimizers:
             for p in (p for weights in self.parameters for p in weights):
                 state = optimizer.state.get(p, {})
@@ -134,12 +134,12 @@ class BlockOffloader:
     def offload_all(self) -> None:
         """Offloads all blocks, and leaves the slots empty; those that train get their memory again when it is needed."""
         if self.offloaded:
-            self._arrange([])
+            self._set_active([])
 
-    def move(self, device: torch.device) -> None:
-        """Takes another device for the one that computes."""
+    def set_device(self, device: torch.device) -> None:
+        """Sets the device that computes."""
         if device == self.device:
-            self.timeline.forget()
+            self.schedule.invalidate()
             return
         self.offload_all()
         self.device = device
@@ -148,23 +148,23 @@ class BlockOffloader:
     def prepare(self) -> None:
         """Offloads the blocks, if they are not yet."""
         if not self.offloaded:
-            self._arrange([])
+            self._set_active([])
 
     @contextmanager
-    def resident(self, block: nn.Module) -> Iterator[None]:
+    def on_device(self, block: nn.Module) -> Iterator[None]:
         """Keeps a block on the device while its weights are looked at outside a forward pass."""
         index = self.blocks.index(block)
         self.prepare()
-        if not self.timeline.is_offloaded(index):
+        if not self.schedule.is_offloaded(index):
             yield
             return
         self.end_pass()
-        self.timeline.enter(index)
-        self._add_updates(index, self.timeline.slot_of(index), in_layers=False)
+        self.schedule.enter(index)
+        self._apply_updates(index, self.schedule.slot_of(index), in_layers=False)
         try:
             yield
         finally:
-            self.timeline.finish()
+            self.schedule.release_all()
 
     @contextmanager
     def exact_weights(self) -> Iterator[None]:
@@ -173,13 +173,13 @@ class BlockOffloader:
         in_int8 = [weights for weights in self.offloaded if isinstance(weights, Int8Weights)]
         for weights in in_int8:
             weights.fetch_exact = True
-        self.timeline.forget()
+        self.schedule.invalidate()
         try:
             yield
         finally:
             for weights in in_int8:
                 weights.fetch_exact = False
-            self.timeline.forget()
+            self.schedule.invalidate()
 
     def remove(self) -> None:
         """Offloads all blocks and takes the hooks away: the model is an ordinary one in host memory."""
@@ -193,10 +193,10 @@ class BlockOffloader:
     def attach_optimizer(self, optimizer: GaLoreAdamW) -> None:
         """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
         self._optimizer = ref(optimizer)
-        optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.fold)
+        optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.merge_updates)
 
     @torch.no_grad()
-    def fold(self, weights: Sequence[Tensor]) -> None:
+    def merge_updates(self, weights: Sequence[Tensor]) -> None:
         """Writes what weights have learned at rest into them, W + B Q^T, where they are offloaded."""
         ids = {id(p) for p in weights}
         self.prepare()
@@ -209,7 +209,7 @@ class BlockOffloader:
             self._load_for_training(index)
             for p, (update, projector) in updates.items():
                 merge_update_(p.data, update, projector)
-            self._retire(index)
+            self._offload_trained(index)
         self._started_stream.wait_for_computation()  # which has written offloaded weights
 
     def _needs_own_memory(self, p: nn.Parameter) -> bool:
@@ -223,13 +223,13 @@ class BlockOffloader:
         return {p: found for p in self.parameters[block] if (found := optimizer.update_of(p)) is not None}
 
     @torch.no_grad()
-    def _add_updates(self, block: int, slot: int, in_layers: bool = True) -> None:
+    def _apply_updates(self, block: int, slot: int, in_layers: bool = True) -> None:
         """Adds what a block has learned at rest: in its linear layers, or in its slot, once for every fetch."""
         found = self._updates_of(block)
         handed_over = compute_with(self.blocks[block], found if in_layers else {})
         updates = {p: update for p, update in found.items() if p not in handed_over}
         added = [(block, id(update), version_counter(update)) for update, _ in updates.values()]
-        before = self._added.get(slot, [])
+        before = self._slot_updates.get(slot, [])
         if added == before:
             return
         if before:  # of an earlier step: the weights themselves are needed again
@@ -237,7 +237,7 @@ class BlockOffloader:
             self._started_stream.wait(slot)
         for p, (update, projector) in updates.items():
             merge_update_(p.data, update, projector)
-        self._added[slot] = added
+        self._slot_updates[slot] = added
 
     # ------------------------------------------------------------------ when others write into offloaded weights
 
@@ -246,7 +246,7 @@ class BlockOffloader:
 
         torch counts writes in place. Whoever writes otherwise (``p.data``) says so, by `make_writable` and `refresh`.
         """
-        self.timeline.finish()
+        self.schedule.release_all()
         changed = [index for index, versions in self._versions.items() if versions != _versions_of(self.parameters[index])]
         for act in (self.make_writable, self.refresh):  # all at once: refreshing lets go of pages that others wrote into
             for index in changed:
@@ -257,20 +257,20 @@ class BlockOffloader:
         self.prepare()
         self._stop_fetches()
         self.offloaded[index].make_writable()
-        if self.timeline.is_offloaded(index):
+        if self.schedule.is_offloaded(index):
             _set_data(self.parameters[index], self.offloaded[index].tensors)
 
     def refresh(self, index: int) -> None:
         """Takes in what others have written into a block's offloaded weights."""
-        if self.timeline.is_offloaded(index):
+        if self.schedule.is_offloaded(index):
             self._stop_fetches()
             self.offloaded[index].refresh()
             self._versions[index] = _versions_of(self.parameters[index])
 
     def refresh_after_weight_swap(self) -> None:
-        """Between training and evaluation, weight averaging exchanges weights with its copy of the model, unseen by torch."""
-        self.timeline.forget()
-        for index in self.timeline.order if self.was_copied else ():
+        """Re-reads the weights: averaging swaps them with its copy's between training and evaluation, unseen by torch."""
+        self.schedule.invalidate()
+        for index in self.schedule.order if self.was_copied else ():
             self.refresh(index)
 
     @torch.no_grad()
@@ -281,13 +281,13 @@ class BlockOffloader:
         self.offloaded[index] = self._offload(weights)
         _set_data(self.parameters[index], self.offloaded[index].tensors)
         self.slots = []  # they are as large as the largest block
-        self._arrange([])
+        self._set_active([])
 
     # ------------------------------------------------------------------ slots and memory
 
     @torch.no_grad()
-    def _arrange(self, active: Sequence[int]) -> None:
-        """Lets these blocks train and offloads the others."""
+    def _set_active(self, active: Sequence[int]) -> None:
+        """Gives these blocks memory of their own on the device, to train in, and offloads the others."""
         with torch.inference_mode(False):  # what is made within inference mode can't be saved for backward
             self.end_pass()
             self._stop_fetches()
@@ -295,16 +295,16 @@ class BlockOffloader:
             if not self.offloaded:
                 self._offload_first()
             for index in set(before) - set(active):  # first, so that their memory can be used again
-                self._retire(index)
+                self._offload_trained(index)
             for index in sorted(set(active) - set(before)):
                 self._load_for_training(index)
-            self.timeline.arrange([i for i, weights in enumerate(self.parameters) if weights and i not in active])
+            self.schedule.set_blocks([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate_slots()
             self._started_stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
-            offloaded = self.timeline.order
-            self.arrangement = object()
+            offloaded = self.schedule.order
+            self.layout_id = object()
             self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
-            self._views = {i: views_into(self.slots[self.timeline.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
+            self._views = {i: views_into(self.slots[self.schedule.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
 
     def _offload_first(self) -> None:
         self._staging = StagingBuffer(self.device) if self._int8_in in ("host", "disk") else None
@@ -318,7 +318,7 @@ class BlockOffloader:
         self.offloaded[index].load_for_training(own)
         _set_data(self.parameters[index], own)
 
-    def _retire(self, index: int) -> None:
+    def _offload_trained(self, index: int) -> None:
         """Offloads a block that has trained."""
         self.offloaded[index].write_back([p.data for p in self.parameters[index]])
         _set_data(self.parameters[index], self.offloaded[index].tensors)
@@ -326,7 +326,7 @@ class BlockOffloader:
     def _offload(self, weights: Sequence[Tensor]) -> OffloadedWeights:
         to: dict[str, Callable[[Sequence[Tensor]], OffloadedWeights]] = {
             "device": partial(OffloadedWeights, device=self.device),
-            "host": partial(host_weights, device=self.device),
+            "host": partial(offload_to_host, device=self.device),
         }
         to["disk"] = partial(DiskWeights, self._disk) if self._disk else to["host"]
         exact = to["disk"](weights)
@@ -342,7 +342,7 @@ class BlockOffloader:
 
     def _stop_fetches(self) -> None:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""
-        self.timeline.forget()
+        self.schedule.invalidate()
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -351,18 +351,18 @@ class BlockOffloader:
         assert self._stream is not None
         return self._stream
 
-    # ------------------------------------------------------------------ events, as the timeline orders them
+    # ------------------------------------------------------------------ events, as the schedule orders them
 
     def issue(self, block: int, slot: int) -> None:
         """Starts to fetch a block: when ``fetch`` is done, the weights in the slot are complete."""
-        self._added.pop(slot, None)
+        self._slot_updates.pop(slot, None)
         self._started_stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
 
     def wait(self, block: int, slot: int) -> None:
         """Lets a block's parameters be the slot, once the block has arrived."""
         self._started_stream.wait(slot)
         _set_data(self.parameters[block], self._views[block])
-        self._add_updates(block, slot)
+        self._apply_updates(block, slot)
 
     def release(self, block: int, slot: int) -> None:
         """Lets a block's parameters be its offloaded weights again, and the slot be written."""
@@ -371,7 +371,7 @@ class BlockOffloader:
         self._started_stream.release(slot)
 
 
-def _none() -> None:
+def _no_optimizer() -> None:
     """Stands for an optimizer that is not there."""
 
 

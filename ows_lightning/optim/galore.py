@@ -112,14 +112,14 @@ class GaLoreAdamW(GradientCapture):
             "max_grad_norm": max_grad_norm,
             "state_warmup_steps": state_warmup_steps,
         }
-        _check(defaults)
+        _check_options(defaults)
         self._init_unsaved()
         super().__init__(params, defaults)
 
     def _init_unsaved(self) -> None:
         super()._init_unsaved()
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
-        self._fold_by: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_at_rest``
+        self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_at_rest``
 
     @property
     def skipped_steps(self) -> int:
@@ -130,7 +130,7 @@ class GaLoreAdamW(GradientCapture):
         """Adds a group; a projected one gets the defaults of the keys that it does not set."""
         if param_group.get("rank") is not None:
             param_group = {**PROJECTION_DEFAULTS, **param_group}
-        _check(param_group)
+        _check_options(param_group)
         super().add_param_group(param_group)
         self._index_parameters()
         self._claim_gradients(self.param_groups[-1:])
@@ -177,9 +177,9 @@ class GaLoreAdamW(GradientCapture):
                     self.state[p][key] = value.detach().to("cpu", copy=True)
                 elif isinstance(value, Tensor) and key != "step":
                     dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
-                    self.state[p][key] = self._place(p, key, value.detach().to(p.device, dtype, copy=True))
-            if "update" in self.state.get(p, ()) and p not in self._fold_by:  # from a run with offloaded weights
-                self._take_in([p])
+                    self.state[p][key] = self._shard_state(p, key, value.detach().to(p.device, dtype, copy=True))
+            if "update" in self.state.get(p, ()) and p not in self._merge_callbacks:  # from a run with offloaded weights
+                self._merge_kept([p])
 
     def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
         """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
@@ -204,7 +204,7 @@ class GaLoreAdamW(GradientCapture):
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
-        self._take_in([p for p in self._group_and_index if p not in resting])
+        self._merge_kept([p for p in self._group_and_index if p not in resting])
         for p in self._group_and_index:
             if (p in resting) == self.rests(p):
                 continue
@@ -218,13 +218,13 @@ class GaLoreAdamW(GradientCapture):
         """Whether a parameter trains at rest."""
         return "rest" in self.state.get(p, ())
 
-    def keep_updates_at_rest(self, weights: Iterable[Tensor], fold: Callable[[Sequence[Tensor]], None]) -> None:
+    def keep_updates_at_rest(self, weights: Iterable[Tensor], merge: Callable[[Sequence[Tensor]], None]) -> None:
         """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``update_of``.
 
         It is for weights that are offloaded between two passes, and only read. Their state has one tensor more: B (m x r).
-        ``fold`` is called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
+        ``merge`` is called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
         """
-        self._fold_by.update((p, fold) for p in weights if p in self._group_and_index)
+        self._merge_callbacks.update((p, merge) for p in weights if p in self._group_and_index)
 
     def update_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
         """B (..., m, r) and Q (..., n, r) of what a weight has learned at rest, if that is kept beside it."""
@@ -234,19 +234,19 @@ class GaLoreAdamW(GradientCapture):
     @torch.no_grad()
     def take_in_updates(self) -> None:
         """Writes what weights have learned at rest into them, where it is kept beside them; they go on resting."""
-        self._take_in(self._group_and_index)
+        self._merge_kept(self._group_and_index)
 
-    def _take_in(self, weights: Iterable[Tensor]) -> None:
-        by_fold: dict[Any, list[Tensor]] = {}
+    def _merge_kept(self, weights: Iterable[Tensor]) -> None:
+        by_callback: dict[Any, list[Tensor]] = {}
         for p in (p for p in weights if "update" in self.state.get(p, ())):
-            by_fold.setdefault(self._fold_by.get(p, self._fold), []).append(p)
-        for fold, found in by_fold.items():
-            fold(found)
+            by_callback.setdefault(self._merge_callbacks.get(p, self._merge), []).append(p)
+        for merge, found in by_callback.items():
+            merge(found)
             for p in found:
                 del self.state[p]["update"]
 
     @torch.no_grad()
-    def _fold(self, weights: Sequence[Tensor]) -> None:
+    def _merge(self, weights: Sequence[Tensor]) -> None:
         for p in weights:
             if (found := self.update_of(p)) is not None:
                 merge_update_(local(p), local(found[0]), local(found[1]))
@@ -257,7 +257,7 @@ class GaLoreAdamW(GradientCapture):
             return None
         if p not in self.resting_projectors:
             found = _resting_subspace(p, self.state[p]["rest"], self._group_and_index[p][1])
-            self.resting_projectors[p] = self._place(p, "projector", found)
+            self.resting_projectors[p] = self._shard_state(p, "projector", found)
         return self.resting_projectors[p]
 
     # ------------------------------------------------------------------ subspaces
@@ -358,13 +358,13 @@ class GaLoreAdamW(GradientCapture):
         if p in self._new_projectors:
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
         projector = self.resting_projectors[p] if rests else state["projector"]
-        step = self._count(state, gradient, group)
+        step = self._advance_state(state, gradient, group)
         moments = [local(state["exp_avg"])], [local(state["exp_avg_sq"])]
         settings = self._settings(p, step, group)
         if rests:  # decay would shrink all of a weight of which a few directions learn
             settings["weight_decay"] = 0.0
         settings |= {"side": side, "scale": group.get("scale", 1.0)}
-        if rests and p in self._fold_by:  # B <- B - lr * scale * Adam(R)
+        if rests and p in self._merge_callbacks:  # B <- B - lr * scale * Adam(R)
             if "update" not in state:
                 state["update"] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
             settings["round_weights"] = False
@@ -383,7 +383,7 @@ class GaLoreAdamW(GradientCapture):
         for p in parameters:
             state, gradient = self.state[p], p.grad
             assert gradient is not None
-            step = self._count(state, gradient, group)
+            step = self._advance_state(state, gradient, group)
             settings = self._settings(p, step, group)
             rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
             tensors = [local(tensor) for tensor in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
@@ -409,7 +409,7 @@ class GaLoreAdamW(GradientCapture):
             settings["generator"] = generator.manual_seed(1_000_003 * self._group_and_index[p][1] + step)
         return settings
 
-    def _count(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
+    def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
         """Counts a step of one parameter and returns its number; makes moments, or converts them to the configured dtype."""
         if "step" not in state:
             state["step"] = torch.zeros(())  # a tensor on the CPU, as in torch.optim: sharded checkpoints want tensors
@@ -439,7 +439,7 @@ class GaLoreAdamW(GradientCapture):
         for moment, turn in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
             local(moment).copy_(project(local(moment), turn, side))
 
-    def _place(self, p: Tensor, key: str, value: Tensor) -> Tensor:
+    def _shard_state(self, p: Tensor, key: str, value: Tensor) -> Tensor:
         """Takes this process's part of a saved state tensor where the weight is sharded and the tensor is not."""
         if not is_sharded(p) or is_sharded(value):
             return value
@@ -470,7 +470,7 @@ def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
     return random_subspace(weight, rest.numel(), (1_000_003 * int(rest[0]) + number) % 2**63)
 
 
-def _check(options: dict[str, Any]) -> None:
+def _check_options(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range by a ValueError that names one."""
     valid: dict[str, Callable[[Any], bool]] = {
         "lr": lambda value: value >= 0,

@@ -43,7 +43,7 @@ class _Progress:
     skipped_steps: int = 0
     renewal_s: float = 0.0
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-    offering: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
+    projected_linears: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
 
 
 def _property_of_progress(name: str, doc: str) -> Any:
@@ -135,10 +135,10 @@ class GradientCapture(Optimizer):
         self._progress.in_backward = enabled
         self._claim_gradients(self.param_groups)
         if not enabled:
-            to_plain_linear(self._progress.offering)
-            self._progress.offering.clear()
+            to_plain_linear(self._progress.projected_linears)
+            self._progress.projected_linears.clear()
         elif model is not None:
-            self._progress.offering.update(to_projected_linear(decoder_layers(model).modules()))
+            self._progress.projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
 
     # ------------------------------------------------------------------ what a step consumes
 

@@ -33,7 +33,7 @@ def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[
     for p in parameters:
         remove_hook(p)
         trains = p.requires_grad
-        p.requires_grad_(True)  # torch refuses to hook a frozen weight, whose hook would hold all the same
+        p.requires_grad_(True)  # torch accepts no hook on a frozen weight, but keeps one if it is frozen later
         handles.append(_Hook(p, owner, consume).handle)
         p.requires_grad_(trains)
     weakref.finalize(owner, _remove, handles).atexit = False

@@ -39,7 +39,7 @@ class ProjectedLinear(nn.Linear):
         output: Tensor
         if projector is None or projector.dtype != input.dtype:
             learned = None if update is None else F.linear(input @ update[1], update[0].to(input.dtype))
-            output = F.linear(input, weight, bias) if plain else _Linear.apply(input, weight, bias)
+            output = F.linear(input, weight, bias) if plain else _FactoredLinear.apply(input, weight, bias)
             return output if learned is None else output.add_(learned)
         projected = (input.detach() if update is None else input) @ projector
         kept = _SaveProjectedInput.apply(projected.detach(), weight, consumer)
@@ -61,10 +61,10 @@ def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor
 
 def to_projected_linear(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     """Makes linear layers ProjectedLinear, in place; returns those. Subclasses of ``nn.Linear`` stay what they are."""
-    offered = [module for module in modules if type(module) is nn.Linear]
-    for module in offered:
+    plain = [module for module in modules if type(module) is nn.Linear]
+    for module in plain:
         module.__class__ = ProjectedLinear
-    return offered
+    return plain
 
 
 def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
@@ -78,7 +78,7 @@ def _casts_or_compiles(input: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
 
 
-class _Linear(torch.autograd.Function):
+class _FactoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
@@ -123,7 +123,7 @@ class _SaveProjectedInput(torch.autograd.Function):
 
 
 class _DuplicateGradient(torch.autograd.Function):
-    """Returns Y, whose gradient goes to what stands for it, too."""
+    """Returns Y; in backward its gradient also goes to the node of `_SaveProjectedInput`."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, kept: Tensor) -> Tensor:

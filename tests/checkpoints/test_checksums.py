@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ows_lightning.checkpoints.files import check_comment
+from ows_lightning.checkpoints.files import verify_checksum
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.errors import UsageError
@@ -85,4 +85,4 @@ def test_a_bit_anywhere_in_a_folder_of_shards(arguments: Arguments, tmp_path: Pa
 
 def test_files_of_other_programs_have_no_sum(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(3)}, tmp_path / "plain.ckpt")
-    assert check_comment(tmp_path / "plain.ckpt") is False
+    assert verify_checksum(tmp_path / "plain.ckpt") is False

@@ -313,7 +313,7 @@ class FakeGpu:
             kept[address] = ctypes.string_at(address, size)
             ctypes.memset(address, POISON, size)
 
-        def arrange(original: Any, offloader: BlockOffloader, active: Any) -> None:
+        def set_active(original: Any, offloader: BlockOffloader, active: Any) -> None:
             kept.clear()
             original(offloader, active)
             for index, weights in enumerate(offloader.offloaded):
@@ -337,7 +337,7 @@ class FakeGpu:
             (BlockOffloader, "issue", issue),
             (BlockOffloader, "wait", wait),
             (BlockOffloader, "release", release),
-            (BlockOffloader, "_arrange", arrange),
+            (BlockOffloader, "_set_active", set_active),
             (Int8Weights, "_quantize_again", quantize),
             (DiskWeights, "fetch", fetch_file),
             (FileRegion, "read", read),

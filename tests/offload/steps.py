@@ -92,7 +92,7 @@ def train(
         with torch.no_grad():  # after which blocks are fetched that rest
             run.losses.append(model(**batch, use_cache=False).loss.cpu())
         activate_blocks(layers, [], others, [optimizer])  # what was learned at rest is written into the weights
-        with torch.no_grad(), contextlib.nullcontext() if offloader is None else offloader.resident(layers[-1]):
+        with torch.no_grad(), contextlib.nullcontext() if offloader is None else offloader.on_device(layers[-1]):
             run.losses.append(torch.stack([p.sum() for p in layers[-1].parameters()]).cpu())
     run.weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
     return run

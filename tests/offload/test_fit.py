@@ -1,4 +1,4 @@
-"""Runs whose frozen blocks wait in host memory or on the disk: the same figures, draws, checkpoints and exports to the bit."""
+"""Runs whose frozen blocks are offloaded to host memory or disk: the same figures, draws, checkpoints, exports to the bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ows_lightning.cli.main import main
-from ows_lightning.offload.timeline import Timeline
+from ows_lightning.offload.fetch_schedule import FetchSchedule
 from tests.distributed.launch import Launch
 
 SETTINGS = [
@@ -91,8 +91,8 @@ def test_host_and_disk_leave_what_device_leaves(
     ]
     expected = outcome(fit(tmp_path / "device", *common))
     fetched = []
-    issue = Timeline._issue
-    monkeypatch.setattr(Timeline, "_issue", lambda self, block: (fetched.append(block), issue(self, block))[1])
+    issue = FetchSchedule._issue
+    monkeypatch.setattr(FetchSchedule, "_issue", lambda self, block: (fetched.append(block), issue(self, block))[1])
     for mode in ("host", "disk"):
         assert_identical(outcome(fit(tmp_path / mode, *common, f"--model.frozen_in={mode}")), expected, mode)
         assert set(fetched) == set(range(5))

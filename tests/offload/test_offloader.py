@@ -308,7 +308,7 @@ def test_a_block_is_held_on_the_device_while_it_is_looked_at() -> None:
     model = tiny_model("llama")
     offloader = BlockOffloader(decoder_layers(model))
     block = decoder_layers(model)[3]
-    with offloader.resident(block):
+    with offloader.on_device(block):
         held = block.mlp.up_proj.weight
         assert held.data_ptr() in range(
             offloader.slots[1].data_ptr(), offloader.slots[1].data_ptr() + offloader.slots[1].nbytes
@@ -341,5 +341,5 @@ def test_on_a_gpu_the_bits_are_those_of_a_resident_model(slots: int, checkpointi
     expected = train(on_gpu(make(), None), **options)
     model = make()
     offloader = BlockOffloader(decoder_layers(model), slots)
-    offloader.move(torch.device("cuda"))
+    offloader.set_device(torch.device("cuda"))
     train(on_gpu(model, offloader), offloader, **options).assert_equals(expected)

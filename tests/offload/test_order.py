@@ -62,7 +62,7 @@ def validated(subject: Subject) -> Any:
     """Between training and training, as in validation, and with a block that is looked at, as in scoring."""
     losses = [*subject.train([2]).losses]
     block = decoder_layers(subject.model)[1]
-    with torch.inference_mode(), subject.offloader.resident(block) if subject.offloader else torch.inference_mode():
+    with torch.inference_mode(), subject.offloader.on_device(block) if subject.offloader else torch.inference_mode():
         losses.append(sum(p.float().abs().sum() for p in block.parameters()).cpu())
     subject.model.eval()
     with torch.inference_mode():
@@ -319,13 +319,15 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
         dropped_while_a_fetch_runs
     ),
     Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
-    Mutant("offloader", "BlockOffloader.fold", "self._stop_fetches()"): _killed_by("rested", "host"),
-    Mutant("offloader", "BlockOffloader.fold", "self._started_stream.wait_for_computation()"): _killed_by("rested", "int8"),
-    Mutant("offloader", "BlockOffloader._add_updates", "self._started_stream.wait(slot)"): _killed_by("rested", "host"),
+    Mutant("offloader", "BlockOffloader.merge_updates", "self._stop_fetches()"): _killed_by("rested", "host"),
+    Mutant("offloader", "BlockOffloader.merge_updates", "self._started_stream.wait_for_computation()"): _killed_by(
+        "rested", "int8"
+    ),
+    Mutant("offloader", "BlockOffloader._apply_updates", "self._started_stream.wait(slot)"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.make_writable", "self._stop_fetches()"): _killed_by("loaded", "host"),
     Mutant("offloader", "BlockOffloader.refresh", "self._stop_fetches()"): _killed_by("copied", "int8"),
-    Mutant("offloader", "BlockOffloader._arrange", "self._stop_fetches()"): _killed_by("trained", "int8"),
-    Mutant("offloader", "BlockOffloader._arrange", "self._started_stream.wait_for_computation()"): _killed_by(
+    Mutant("offloader", "BlockOffloader._set_active", "self._stop_fetches()"): _killed_by("trained", "int8"),
+    Mutant("offloader", "BlockOffloader._set_active", "self._started_stream.wait_for_computation()"): _killed_by(
         "trained", "int8"
     ),
     Mutant("offloader", "BlockOffloader._stop_fetches", "self._stream.synchronize()"): _killed_by("trained", "int8"),
@@ -356,8 +358,12 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     ),
     Mutant("streams", "_ReaderThread.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
     Mutant("streams", "_ReaderThread.synchronize", "self.stream.synchronize()"): _killed_by("trained", "int8 above disk"),
-    Mutant("timeline", "Timeline.enter", "self.events.wait(block, self.slot_of(block))"): _killed_by("trained", "host"),
-    Mutant("timeline", "Timeline._release", "self.events.release(block, self.slot_of(block))"): _killed_by("trained", "host"),
+    Mutant("fetch_schedule", "FetchSchedule.enter", "self.events.wait(block, self.slot_of(block))"): _killed_by(
+        "trained", "host"
+    ),
+    Mutant("fetch_schedule", "FetchSchedule._release", "self.events.release(block, self.slot_of(block))"): _killed_by(
+        "trained", "host"
+    ),
 }
 
 

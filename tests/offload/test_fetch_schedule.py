@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ows_lightning.offload.timeline import Timeline
+from ows_lightning.offload.fetch_schedule import FetchSchedule
 
 
 class Recorder:
@@ -28,34 +28,34 @@ class Recorder:
         self.events.append(f"release {block}")
 
 
-def micro_batch(timeline: Timeline, blocks: int, lowest: int | None, first_left: bool) -> None:
+def micro_batch(schedule: FetchSchedule, blocks: int, lowest: int | None, first_left: bool) -> None:
     """Forward and backward over all blocks; gradients reach those from `lowest` on, whose input has a hook if `first_left`."""
-    timeline.begin_forward()
+    schedule.begin_forward()
     for block in range(blocks):
-        if timeline.is_offloaded(block):
-            timeline.enter(block)
-            timeline.leave_forward(block, needed_in_backward=lowest is not None and block >= lowest)
+        if schedule.is_offloaded(block):
+            schedule.enter(block)
+            schedule.leave_forward(block, needed_in_backward=lowest is not None and block >= lowest)
     if lowest is None:
         return
-    entered = [block for block in reversed(range(lowest, blocks)) if timeline.is_offloaded(block)]
+    entered = [block for block in reversed(range(lowest, blocks)) if schedule.is_offloaded(block)]
     left = None
     for block in reversed(range(lowest, blocks)):
         if block in entered:
-            timeline.enter(block)
+            schedule.enter(block)
         if left is not None:  # the hook on the output of this block comes before that on the input of the one above
-            timeline.leave_backward(left)
+            schedule.leave_backward(left)
         left = block if block in entered else None
     if left is not None and first_left:
-        timeline.leave_backward(left)
-    timeline.end_backward()
+        schedule.leave_backward(left)
+    schedule.end_backward()
 
 
 def test_in_forward_the_next_block_comes_while_one_computes_and_in_backward_the_one_below() -> None:
     recorder = Recorder()
-    timeline = Timeline(recorder, slots=2)
-    timeline.arrange([0, 1, 3, 4])  # block 2 trains
-    timeline.fetch_first()
-    micro_batch(timeline, 5, lowest=2, first_left=True)
+    schedule = FetchSchedule(recorder, slots=2)
+    schedule.set_blocks([0, 1, 3, 4])  # block 2 trains
+    schedule.fetch_first()
+    micro_batch(schedule, 5, lowest=2, first_left=True)
     assert recorder.events == [
         "issue 0", "issue 1",
         "wait 0", "release 0", "issue 3",
@@ -74,13 +74,13 @@ def test_a_micro_batch_fetches_the_least(slots: int, trained: list[int], embeddi
     blocks = 7
     waiting = [block for block in range(blocks) if block not in trained]
     lowest = 0 if embeddings else min(trained, default=None)
-    timeline = Timeline(Recorder(), slots)
-    timeline.arrange(waiting)
+    schedule = FetchSchedule(Recorder(), slots)
+    schedule.set_blocks(waiting)
     for _ in range(2):
-        micro_batch(timeline, blocks, lowest, first_left=embeddings)
-    before = timeline.fetches
+        micro_batch(schedule, blocks, lowest, first_left=embeddings)
+    before = schedule.fetches
     for _ in range(3):
-        micro_batch(timeline, blocks, lowest, first_left=embeddings)
+        micro_batch(schedule, blocks, lowest, first_left=embeddings)
 
     needed = [rank for rank, block in enumerate(waiting) if lowest is not None and block >= lowest]
     still_there = 0
@@ -89,29 +89,29 @@ def test_a_micro_batch_fetches_the_least(slots: int, trained: list[int], embeddi
         last = min(set(ranks) & set(needed), default=max(ranks))  # what lies in the slot when backward is over
         still_there += last == slot
     least = len(waiting) + len(needed) - min(slots, len(needed)) - still_there
-    assert timeline.fetches - before == 3 * least
+    assert schedule.fetches - before == 3 * least
 
 
 def test_a_pass_without_gradients_fetches_each_block_once() -> None:
-    timeline = Timeline(Recorder(), slots=2)
-    timeline.arrange(range(6))
-    micro_batch(timeline, 6, lowest=None, first_left=False)
-    before = timeline.fetches
-    micro_batch(timeline, 6, lowest=None, first_left=False)
-    assert timeline.fetches - before == 6
+    schedule = FetchSchedule(Recorder(), slots=2)
+    schedule.set_blocks(range(6))
+    micro_batch(schedule, 6, lowest=None, first_left=False)
+    before = schedule.fetches
+    micro_batch(schedule, 6, lowest=None, first_left=False)
+    assert schedule.fetches - before == 6
 
 
 def test_the_lowest_adapters_block_is_left_when_backward_ends() -> None:
     recorder = Recorder()
-    timeline = Timeline(recorder, slots=2)
-    timeline.arrange(range(4))
-    micro_batch(timeline, 4, lowest=0, first_left=False)
+    schedule = FetchSchedule(recorder, slots=2)
+    schedule.set_blocks(range(4))
+    micro_batch(schedule, 4, lowest=0, first_left=False)
     assert not recorder.computing
     assert recorder.events[-1] == "release 0"
 
 
 def test_a_block_that_is_left_without_having_been_entered_is_an_error() -> None:
-    timeline = Timeline(Recorder(), slots=2)
-    timeline.arrange(range(4))
+    schedule = FetchSchedule(Recorder(), slots=2)
+    schedule.set_blocks(range(4))
     with pytest.raises(RuntimeError, match="block 3 without"):
-        timeline.leave_backward(3)
+        schedule.leave_backward(3)

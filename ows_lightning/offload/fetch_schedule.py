@@ -1,4 +1,4 @@
-"""The order of events: which waiting block is fetched into which slot, and when a slot is free again."""
+"""The order of events: which offloaded block is fetched into which slot, and when a slot is free again."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 
-class Timeline:
+class FetchSchedule:
     """Decides what is fetched when, from where computation is; ``events`` does it, as `BlockOffloader` or a test that watches.
 
-    A waiting block has a rank among the waiting ones, and always comes into the slot of its rank modulo the number of slots.
-    Autograd keeps views of weights from the forward pass, so in backward a block has to lie where it lay in forward.
+    An offloaded block has a rank among the offloaded ones, and always comes into the slot of its rank modulo the number of
+    slots. Autograd keeps views of weights from the forward pass, so in backward a block has to lie where it lay in forward.
 
     In a forward pass a block's slot is free when the block is left; the block `slots` ranks above is fetched then, while the
-    next one computes. In backward the block `slots` ranks below is fetched, and nothing below the lowest block that a gradient
-    reaches: `bottom`. A slot that nothing more of the pass needs gets what the next forward pass needs from it first.
-    With R waiting blocks, of which B are needed in backward, and n slots, a micro-batch fetches
+    next one computes. In backward the block `slots` ranks below is fetched, and nothing below `lowest_in_backward`, the lowest
+    block that a gradient reaches. A slot that nothing more of the pass needs gets what the next forward pass needs from it
+    first.
+    With R offloaded blocks, of which B are needed in backward, and n slots, a micro-batch fetches
 
         R + B - min(n, B) - (ranks below n that are in their slots after backward)
 
     which is the least, as a forward pass needs all R and only n of the last ones are still there for backward.
 
     Attributes:
-        order: The waiting blocks, ascending: the block at a rank.
+        order: The offloaded blocks, ascending: the block at a rank.
         fetches: Blocks fetched so far.
     """
 
@@ -30,27 +31,27 @@ class Timeline:
         self.events = events
         self.slots = slots
         self.fetches = 0
-        self.arrange(())
+        self.set_blocks(())
 
-    def arrange(self, order: Sequence[int]) -> None:
-        """Takes other blocks for the waiting ones; no slot holds anything of use afterwards."""
+    def set_blocks(self, order: Sequence[int]) -> None:
+        """Sets which blocks are offloaded; no slot holds anything of use afterwards."""
         self.order = list(order)
         self._rank = {block: rank for rank, block in enumerate(self.order)}
         self._in_use: set[int] = set()
-        self.forget()
+        self.invalidate()
 
-    def forget(self) -> None:
-        """Drops what the slots hold: it was fetched before something wrote into the waiting blocks."""
-        self.finish()
+    def invalidate(self) -> None:
+        """Drops what the slots hold: it was fetched before something wrote into the offloaded blocks."""
+        self.release_all()
         self._holds: list[int | None] = [None] * self.slots
-        self.bottom = len(self.order)
+        self.lowest_in_backward = len(self.order)
 
     def is_offloaded(self, block: int) -> bool:
-        """Whether a block is one of those that wait."""
+        """Whether a block is offloaded, and does not train."""
         return block in self._rank
 
     def slot_of(self, block: int) -> int:
-        """The slot that a waiting block comes into."""
+        """The slot that an offloaded block comes into."""
         return self._rank[block] % self.slots
 
     def fetch_first(self) -> None:
@@ -62,8 +63,8 @@ class Timeline:
 
     def begin_forward(self) -> None:
         """A forward pass begins: nothing is known yet of what its backward pass will need."""
-        self.finish()
-        self.bottom = len(self.order)
+        self.release_all()
+        self.lowest_in_backward = len(self.order)
 
     def enter(self, block: int) -> None:
         """A block is about to compute, forward, backward or again: it comes into its slot now, if it is not there yet."""
@@ -77,7 +78,7 @@ class Timeline:
         rank = self._rank[block]
         self._release(block)
         if needed_in_backward:
-            self.bottom = min(self.bottom, rank)
+            self.lowest_in_backward = min(self.lowest_in_backward, rank)
         if rank + self.slots < len(self.order):
             self._issue(self.order[rank + self.slots])
         elif not needed_in_backward:
@@ -97,15 +98,15 @@ class Timeline:
     def _after_backward(self, block: int) -> None:
         rank = self._rank[block]
         self._release(block)
-        if rank - self.slots >= self.bottom:
+        if rank - self.slots >= self.lowest_in_backward:
             self._issue(self.order[rank - self.slots])
         else:
             self._issue(self.order[rank % self.slots])  # for the next forward pass
 
     # ------------------------------------------------------------------ slots
 
-    def finish(self) -> None:
-        """Ends all computation from slots, also where a pass was interrupted."""
+    def release_all(self) -> None:
+        """Releases all slots that a block computes from, also where a pass was interrupted."""
         for block in sorted(self._in_use):
             self._release(block)
 
