@@ -39,8 +39,8 @@ def message_and_exit_code(error: BaseException) -> tuple[str, int]:
     if isinstance(error, (UsageError, RunError)):
         return text, 2 if isinstance(error, UsageError) else 1
     if found := re.search(r"Sharding propagation failed for (aten\.\w+)", text):
-        mend = "take another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
-        return f"trainer.strategy: fsdp2 shards the weights, and torch can't do `{found[1]}` on shards; {mend}", 2
+        hint = "take another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
+        return f"trainer.strategy: fsdp2 shards the weights, and torch can't do `{found[1]}` on shards; {hint}", 2
     misconfigured = _class_if_imported("lightning.fabric.utilities.exceptions", "MisconfigurationException")
     if isinstance(error, misconfigured) or any(words in text for words in _REFUSALS):
         return text, 2

@@ -77,8 +77,8 @@ def check_memory(states: StateBytes | None) -> str | None:
     """Compares the optimizer's state with what LISA would hold."""
     if states is None or states.held < LISA_STATE_RATIO * states.lisas:
         return None
-    mend = "lower model.rank or sampling.activated_layers, or leave embeddings and head out of sampling.always_train"
-    return f"memory as LISA's ({_state_text(states)}); {mend}"
+    hint = "lower model.rank or sampling.activated_layers, or leave embeddings and head out of sampling.always_train"
+    return f"memory as LISA's ({_state_text(states)}); {hint}"
 
 
 def check_draws(probabilities: Sequence[float]) -> str | None:

@@ -249,8 +249,8 @@ class InstructionDataModule(LightningDataModule):
         """Refuse rows that are longer than what the model has positions for."""
         exceeded = getattr(self.trainer and self.trainer.lightning_module, "exceeded_positions", lambda _: None)
         if (limit := exceeded(length + generated)) is not None:
-            mend = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
-            raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {mend}")
+            hint = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
+            raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {hint}")
 
     def _require_rows(self, part: str, what_for: str) -> None:
         if self._splits.setting_of(part) is None:
@@ -376,5 +376,5 @@ def check_bounds(settings: Mapping[str, Any]) -> None:
         if isinstance(size, float):
             raise UsageError(f"data.val_size: {size} of a stream is not known; give a number of rows, or 0")
         if isinstance(sources, Mapping):
-            mend = "give an eval_dataset, or 0"
-            raise UsageError(f"data.val_size: a mixture repeats rows, also those for validation; {mend}")
+            hint = "give an eval_dataset, or 0"
+            raise UsageError(f"data.val_size: a mixture repeats rows, also those for validation; {hint}")

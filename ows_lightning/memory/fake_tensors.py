@@ -53,11 +53,11 @@ class FakeOperators:
             tensor, size, dim = (*args, 0)[:3]
             last = (_chunks(*args) - 1) * size
             return [self(aten.slice.Tensor, (tensor, dim, at, at + size), {}) for at in (0, size, last)]
-        given = (*args, *kwargs.values())
-        key = func, tuple(kwargs), _layout(given)
+        inputs = (*args, *kwargs.values())
+        key = func, tuple(kwargs), _layout(inputs)
         if key not in self._results:
             self._results[key] = self._infer(func, args, kwargs)
-        return _make_result(self._results[key], given)
+        return _make_result(self._results[key], inputs)
 
     def _infer(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Returns an operator's result with an `_TensorSpec` in each tensor's place."""
@@ -74,8 +74,8 @@ class FakeOperators:
             else:
                 result = func(*args, **kwargs)
         # What is lifted is a real tensor, of which a fake one is to be made.
-        given = () if func is aten.lift_fresh.default else (*args, *kwargs.values())
-        return tree_map_only(Tensor, partial(_TensorSpec.of, given=given), result)
+        inputs = () if func is aten.lift_fresh.default else (*args, *kwargs.values())
+        return tree_map_only(Tensor, partial(_TensorSpec.of, inputs=inputs), result)
 
 
 def to_fake_(model: nn.Module) -> None:
@@ -101,7 +101,7 @@ class _Fake(FakeTensor):
 
 @dataclass(frozen=True, slots=True)
 class _TensorSpec:
-    """A tensor that an operator returns: a new one, one on the storage of a given one, or that one ``is_input``."""
+    """A tensor that an operator returns: a new one, one on the storage of an input, or an input itself."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -112,15 +112,15 @@ class _TensorSpec:
     is_input: bool
 
     @classmethod
-    def of(cls, tensor: Tensor, given: Sequence[Any]) -> _TensorSpec:
+    def of(cls, tensor: Tensor, inputs: Sequence[Any]) -> _TensorSpec:
         storage = storage_key(tensor)
-        shares = (i for i, x in enumerate(given) if isinstance(x, Tensor) and storage_key(x) == storage)
+        shares = (i for i, x in enumerate(inputs) if isinstance(x, Tensor) and storage_key(x) == storage)
         source = next(shares, None)
         layout = tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device
-        return cls(*layout, source, source is not None and tensor is given[source])
+        return cls(*layout, source, source is not None and tensor is inputs[source])
 
-    def make(self, given: Sequence[Any]) -> Tensor:
-        source: Any = None if self.source is None else given[self.source]
+    def make(self, inputs: Sequence[Any]) -> Tensor:
+        source: Any = None if self.source is None else inputs[self.source]
         if self.is_input and source.shape == self.shape and source.stride() == self.stride:
             return source
         layout: dict[str, Any] = {"strides": self.stride, "dtype": self.dtype, "device": self.device}
@@ -131,10 +131,10 @@ class _TensorSpec:
             return made.set_(source.untyped_storage(), self.offset, self.shape, self.stride)
 
 
-def _make_result(result: Any, given: Sequence[Any]) -> Any:
+def _make_result(result: Any, inputs: Sequence[Any]) -> Any:
     if isinstance(result, _TensorSpec):
-        return result.make(given)
-    return [_make_result(part, given) for part in result] if isinstance(result, (list, tuple)) else result
+        return result.make(inputs)
+    return [_make_result(part, inputs) for part in result] if isinstance(result, (list, tuple)) else result
 
 
 def _chunks(tensor: Tensor, size: int, dim: int = 0) -> int:

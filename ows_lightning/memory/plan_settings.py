@@ -205,23 +205,23 @@ def settings_from_config(config: Any) -> PlanSettings:
     )
 
 
-def _optimizer(given: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:
+def _optimizer(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:
     """From what a config says of an optimizer to what makes it from parameters."""
-    if given is None or callable(given):
-        return given or GaLoreAdamW
-    path = given["class_path"]
+    if setting is None or callable(setting):
+        return setting or GaLoreAdamW
+    path = setting["class_path"]
     try:
         kind: Any = GaLoreAdamW if path == "GaLoreAdamW" else resolve_name(path if "." in path else f"torch.optim.{path}")
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"model.optimizer: no class {path!r}; give an optimizer's full path") from error
-    settings = dict(given.get("init_args") or {})
+    settings = dict(setting.get("init_args") or {})
     if "foreach" in inspect.signature(kind).parameters and not settings.get("fused") and settings.get("foreach") is None:
         settings["foreach"] = on_gpu  # fake tensors hide from torch.optim that they stand for a GPU's
     return partial(kind, **settings)
 
 
-def _strategy(given: Any) -> str | None:
-    name = given.get("class_path") if isinstance(given, dict) else given
+def _strategy(setting: Any) -> str | None:
+    name = setting.get("class_path") if isinstance(setting, dict) else setting
     name = str(name or "auto").rpartition(".")[2].lower()
     return None if name == "auto" else "fsdp2" if "modelparallel" in name else name
 

@@ -105,8 +105,8 @@ def _check_finite(model: nn.Module) -> None:
         broken = list(dict.fromkeys(name for rank in everywhere for name in rank))
     if broken:
         which = f"{len(broken)} of its {len(list(model.parameters()))} weights hold NaN or Inf ({broken[0]})"
-        mend = "export an earlier checkpoint, and train with a lower learning rate"
-        raise RunError(f"the model is not written: {which}; {mend}")
+        hint = "export an earlier checkpoint, and train with a lower learning rate"
+        raise RunError(f"the model is not written: {which}; {hint}")
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:

@@ -282,8 +282,8 @@ def loading_errors(name: str, what: str = "") -> Iterator[None]:
         text, known = str(error), f"that transformers {transformers.__version__} does not know"
         fault = f"can't load {what}{name!r} ({_shortened(error)}); check that its files are whole"
         if "trust_remote_code" in text:
-            mend = "read that code, then set model.trust_remote_code: true, or give another model"
-            fault = f"{name!r} needs Python code that comes with it; {mend}"
+            hint = "read that code, then set model.trust_remote_code: true, or give another model"
+            fault = f"{name!r} needs Python code that comes with it; {hint}"
         elif "does not recognize this architecture" in text or "Unrecognized model" in text:
             fault = f"{name!r} has a model_type {known}; upgrade transformers or correct config.json"
         elif "instantiate the backend tokenizer" in text:

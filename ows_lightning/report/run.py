@@ -153,13 +153,13 @@ def _run_name(folder: Path) -> str:
 
 
 @contextmanager
-def _named_damage(path: Path, mend: str = "mend it, or delete it") -> Iterator[None]:
+def _named_damage(path: Path, hint: str = "mend it, or delete it") -> Iterator[None]:
     """Turns what a parser says of a file's content into a UsageError that names the file."""
     try:
         yield
     except (ValueError, KeyError, TypeError, csv.Error, yaml.YAMLError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UsageError(f"{path}: damaged ({reason}); {mend}") from error
+        raise UsageError(f"{path}: damaged ({reason}); {hint}") from error
 
 
 def _read_scores(path: Path) -> dict[str, Any] | None:
