@@ -51,18 +51,14 @@ class Encoded:
 class Encoder:
     """Turns examples into training rows and into prompts for generation.
 
-    Args:
-        tokenizer: A fast tokenizer with a chat template (see `with_chat_template`).
-        max_seq_length: Longest row in tokens. Of a longer one the start of the prompt is cut, and the end of the last answer
-            only when it alone is longer. A beginning-of-sequence token stays. Plain text is cut at its end.
-        train_on_prompt: Every token is a target, not the answers alone.
-        last_turn_only: Only the last answer of a conversation is a target.
+    Of a row that is too long the start of the prompt is cut, and the end of the last answer only when it alone is longer. A
+    beginning-of-sequence token stays. Plain text is cut at its end.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    max_seq_length: int
-    train_on_prompt: bool = False
-    last_turn_only: bool = False
+    tokenizer: PreTrainedTokenizerBase  # a fast one with a chat template, see `with_chat_template`
+    max_seq_length: int  # longest row in tokens
+    train_on_prompt: bool = False  # every token is a target, not the answers alone
+    last_turn_only: bool = False  # only the last answer of a conversation is a target
 
     def encode(self, example: Example, row_name: str) -> list[Encoded]:
         """Encodes an example: as no row when it has no target, one row, or several.

@@ -74,14 +74,11 @@ class StepMemory:
 
 
 def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
-    """Takes a method's worst optimizer steps under a tracker.
+    """Takes a method's worst optimizer steps under a tracker: the first one after a draw, which finds subspaces, and another.
 
-    They are the first one after a draw, which finds subspaces, and an ordinary one. Of all draws, the one that costs
-    most is taken: the lowest block trains, so that activations are kept from there up, and so do the highest ones, whose
-    gradients come when most activations are still there.
-
-    The model is a causal LM on the CPU, maybe within a peft model, real (its weights are changed) or fake (the tracker, a new
-    one, runs its operators).
+    Of all draws, the one that costs most is taken: the lowest block trains, so that activations are kept from there up, and so
+    do the highest ones, whose gradients come when most activations are still there. The model is a causal LM on the CPU, maybe
+    within a peft model, real (its weights are changed) or fake (the tracker, a new one, runs its operators).
     """
     consumed = 0
     with tracker:
