@@ -139,8 +139,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     flag("--seed", type=_number(0, int), default=0, help="Seed of the draws (default: 0)")
     flag("--system", help="The system message")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
-    dtypes = ("float32", "bfloat16", "float16")
-    flag("--dtype", choices=dtypes, help="Of the weights; bfloat16 on a GPU, else float32")
+    flag("--dtype", choices=("float32", "bfloat16", "float16"), help="Of the weights; bfloat16 on a GPU, else float32")
 
 
 def _number(least: int, kind: Callable[[str], float], most: int = 2**63 - 1) -> Callable[[str], float]:

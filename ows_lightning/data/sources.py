@@ -131,8 +131,7 @@ def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
         place: str | None = None
         for place, row in _READERS[str(_suffix_of(file))](file, source):
             if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise source.error(f"{file.name} {place} is a {kind}, not an object of columns and values")
+                raise source.error(f"{file.name} {place} is a {type(row).__name__}, not an object of columns and values")
             yield f"{file.name} {place}", row
         if place is None:
             raise source.error(f"{file} has no rows")

@@ -196,8 +196,7 @@ def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     """The blocks' probabilities, and where they come from: uniform ones stand for those that only a run can measure."""
     distribution, count = settings.method.distribution or settings.sampling.get("distribution", "outlier"), settings.blocks
     if settings.method.distribution is None and (scores := settings.sampling.get("scores")) is not None:
-        known = OutlierScores.load(Path(scores))
-        ratios = known.ratios_for(count, architecture_of(settings.model), distribution)
+        ratios = OutlierScores.load(Path(scores)).ratios_for(count, architecture_of(settings.model), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
     if isinstance(distribution, str) and distribution in _MEASURED:
         return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"

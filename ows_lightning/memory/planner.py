@@ -94,8 +94,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     if (own := plans.get("ows")) is not None and settings.on_gpu:
         advised = {str(size): advise(settings, size) for size in MEMORY_SIZES if not own.fits(size)}
         advice += [f"{', '.join(sizes)} GB: {words}" for words, sizes in _by_value(advised).items()]
-        fitting = [card.name for card in CARDS if own.fits(card.memory)]
-        notes.append(f"Fits as it is: {', '.join(fitting) or 'no card'}")
+        notes.append(f"Fits as it is: {', '.join(card.name for card in CARDS if own.fits(card.memory)) or 'no card'}")
     notes.append(f"Dimensions: {settings.dimensions}")
     parameters = sum(p.numel() for p in settings.meta_model.parameters())
     origins = _by_value({name: does.probabilities for name, does in computes.items()})

@@ -23,7 +23,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import compute_with
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
-from ows_lightning.sampling.activation import PARTS, activate_blocks, trainable_block_parameters, trains_outside_blocks
+from ows_lightning.sampling.activation import PARTS, activate_blocks, trainable_by_block, trains_outside_blocks
 
 _NOT_TRACKED = "between"
 
@@ -116,7 +116,7 @@ class _Simulation:
         model, method, count = self.model, self.method, len(decoder_layers(self.model))
         active = method.active_blocks(count)
         self._watch_stages(_block_spans(block_groups(active, count - active, count_checkpointed(model))))
-        in_blocks, others = trainable_block_parameters(model), trains_outside_blocks(model, method.always_train)
+        in_blocks, others = trainable_by_block(model), trains_outside_blocks(model, method.always_train)
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:

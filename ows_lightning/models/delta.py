@@ -47,8 +47,7 @@ class DeltaSize(NamedTuple):
     model: int
 
     def __str__(self) -> str:
-        share = self.delta / max(self.model, 1)
-        return f"{megabytes(self.delta)}, {share:.1%} of the model's {megabytes(self.model)}"
+        return f"{megabytes(self.delta)}, {self.delta / max(self.model, 1):.1%} of the model's {megabytes(self.model)}"
 
 
 def megabytes(count: int) -> str:

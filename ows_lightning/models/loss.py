@@ -102,8 +102,7 @@ def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Ten
     targets = batch["labels"][:, 1:]
     has_target = targets != -100
     losses = F.cross_entropy(logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
-    rows = has_target.nonzero()[:, 0]
-    return losses.new_zeros(len(targets)).index_add_(0, rows, -losses)
+    return losses.new_zeros(len(targets)).index_add_(0, has_target.nonzero()[:, 0], -losses)
 
 
 def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -60,8 +60,7 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
         right.set_ylabel("sampling probability (%)")
         right.tick_params(labelsize="small")
         right.spines["top"].set_visible(False)
-        handles = [artist for axis in (ax, right) for artist in axis.get_legend_handles_labels()[0]]
-        _legend(ax, handles, outside=True)
+        _legend(ax, [artist for axis in (ax, right) for artist in axis.get_legend_handles_labels()[0]], outside=True)
     else:
         style_axes(ax, "Sampling probabilities", "decoder block", "sampling probability (%)")
         ax.bar(blocks, probabilities, color=SKY)

@@ -15,7 +15,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 _FROZEN = "frozen_by_sampling"  # an attribute of parameters that are frozen here, and not by the user
 
 
-def trainable_block_parameters(model: nn.Module) -> list[nn.ParameterList]:
+def trainable_by_block(model: nn.Module) -> list[nn.ParameterList]:
     """Returns each block's trainable parameters, first block first, without what the user froze (LoRA's base)."""
     return [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in decoder_layers(model)]
 
