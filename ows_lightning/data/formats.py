@@ -34,10 +34,7 @@ def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool 
     if row.get("tools"):
         tools, what = row["tools"], f"{row_name}: 'tools'"
         example["tools"] = _objects(_parsed_json(tools, what) if isinstance(tools, str) else without_none(tools), what)
-    for name in ("answer", "choices"):
-        if row.get(name) is not None:
-            example[name] = row[name]
-    return example
+    return example | {name: row[name] for name in ("answer", "choices") if row.get(name) is not None}
 
 
 def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = True) -> str:
