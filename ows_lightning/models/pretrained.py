@@ -206,8 +206,7 @@ def _untrainable(config: PretrainedConfig) -> str | None:
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
         if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            only = "that transformers has only as AutoModelForImageTextToText"
-            return f"is a vision-language model ({kind}) {only}; give a text-only causal LM"
+            return f"({kind}) is in transformers only as AutoModelForImageTextToText; give one that AutoModelForCausalLM loads"
         return f"is no causal LM ({kind}); give a decoder-only language model"
     if hasattr(config, "lsh_attn_chunk_length"):  # Reformer
         return f"({kind}) trains on rows of whole chunks alone; give a model without chunks"

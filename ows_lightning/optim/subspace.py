@@ -86,14 +86,14 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     Args:
         matrix: Any tensor of shape (..., m, n), for its shape, dtype and device; all its matrices share the basis.
         rank: Number of columns r, at most n.
-        seed: Seeds the Gaussian, which is drawn in float32 on the CPU.
+        seed: Seeds the Gaussian, which is drawn in float32 and decomposed on the CPU: devices round otherwise.
 
     Returns:
         Orthonormal columns, of shape (..., n, r), in the matrix's dtype.
     """
     gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed))
     exact = torch.promote_types(matrix.dtype, torch.float32)
-    basis = torch.linalg.qr(gaussian.to(matrix.device, exact, non_blocking=True)).Q.to(matrix.dtype).contiguous()
+    basis = torch.linalg.qr(gaussian.to(exact)).Q.to(matrix.dtype).contiguous().to(matrix.device, non_blocking=True)
     return basis.expand(*matrix.shape[:-2], -1, -1)
 
 
