@@ -81,9 +81,6 @@ def available_bytes(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-# ------------------------------------------------------------------------------ what makes a run fit
-
-
 def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:
     """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does."""
 
