@@ -22,7 +22,7 @@ XAxis = Literal["step", "tokens", "time_s"]
 
 
 def scores_table(run: RunRecord) -> Table:
-    """Each block's score, a ratio in percent or a norm, and sampling probability (0 to 1); no scores where none were needed."""
+    """Each block's score, a ratio in percent or a norm, and sampling probability (0 to 1); no scores if none were needed."""
     if not run.scores:
         return {"block": [], "probability": []}
     table: Table = {"block": list(range(run.num_layers))}
