@@ -18,11 +18,11 @@ from ows_lightning.offload.access_hooks import add_access_hooks, remove_access_h
 from ows_lightning.offload.disk import Disk, DiskWeights
 from ows_lightning.offload.fetch_schedule import FetchSchedule
 from ows_lightning.offload.hooks import ComputeHooks
-from ows_lightning.offload.int8 import Int8Weights, StagingBuffer
+from ows_lightning.offload.int8 import Int8Weights
 from ows_lightning.offload.offloaded import OffloadedWeights, offload_to_host, packed_nbytes, views_into
 from ows_lightning.offload.streams import CopyStream, copy_stream_for
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.linear import compute_with
+from ows_lightning.optim.linear import ProjectedLinear, compute_with
 from ows_lightning.optim.projected_adamw import merge_update_
 
 
@@ -86,9 +86,10 @@ class BlockOffloader:
         self.slots: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}  # of a slot, that an offloaded block's parameters get
         self._stream: CopyStream | None = None
-        self._staging: StagingBuffer | None = None
+        self._staging: Tensor | None = None  # that int8 copies pass through, one at a time; as large as the largest of them
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
         self._slot_updates: dict[int, list[Any]] = {}  # which updates of a resting block a slot's contents have in them
+        self._updated_layers: dict[int, list[ProjectedLinear]] = {}  # of a block on the device, that compute with an update
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies find their weights in their own parameters, and are offloaded to host memory."""
@@ -96,8 +97,8 @@ class BlockOffloader:
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self.was_copied = True
-        remade = ("offloaded", "schedule", "layout_id", "slots", "_views", "_stream", "_staging", "_versions", "_slot_updates")
-        kept = {key: value for key, value in vars(self).items() if key not in remade}
+        remade = ("offloaded", "schedule", "layout_id", "slots", "_views", "_stream", "_staging", "_versions")
+        kept = {key: value for key, value in vars(self).items() if key not in (*remade, "_slot_updates", "_updated_layers")}
         return kept | {"_disk": None, "_optimizer": _no_optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,17 +117,15 @@ class BlockOffloader:
 
         Call it after a draw. Without, the next forward pass that records a gradient does it.
 
-        Args:
-            optimizers: Their state of blocks that train moves to the device; it may come from a checkpoint, loaded before
-                the draw was known.
+        The ``optimizers``' state of these blocks moves to the device, too: it may come from a checkpoint, loaded before the
+        draw was known.
         """
         trains = [i for i, weights in enumerate(self.parameters) if any(map(self._needs_own_memory, weights))]
         if not self.offloaded or trains != self.active:
             self._set_active(trains)
             self.schedule.fetch_first()
         for optimizer in optimizers:
-            for p in (p for weights in self.parameters for p in weights):
-                state = optimizer.state.get(p, {})
+            for state in (optimizer.state.get(p, {}) for weights in self.parameters for p in weights):
                 for key, value in state.items():
                     if isinstance(value, Tensor) and key not in ("step", "rest") and value.device != self.device:
                         state[key] = value.to(self.device)
@@ -225,9 +224,12 @@ class BlockOffloader:
     @torch.no_grad()
     def _apply_updates(self, block: int, slot: int, in_layers: bool = True) -> None:
         """Adds what a block has learned at rest: in its linear layers, or in its slot, once for every fetch."""
-        found = self._updates_of(block)
-        handed_over = compute_with(self.blocks[block], found if in_layers else {})
-        updates = {p: update for p, update in found.items() if p not in handed_over}
+        self._reset_layers(block)
+        updates = self._updates_of(block)
+        if updates and in_layers:
+            self._updated_layers[block] = compute_with(self.blocks[block], updates)
+            for layer in self._updated_layers[block]:
+                del updates[layer.weight]
         added = [(block, id(update), version_counter(update)) for update, _ in updates.values()]
         before = self._slot_updates.get(slot, [])
         if added == before:
@@ -238,6 +240,10 @@ class BlockOffloader:
         for p, (update, projector) in updates.items():
             merge_update_(p.data, update, projector)
         self._slot_updates[slot] = added
+
+    def _reset_layers(self, block: int) -> None:
+        for layer in self._updated_layers.pop(block, ()):
+            layer.update = None
 
     # ------------------------------------------------------------------ when others write into offloaded weights
 
@@ -307,7 +313,8 @@ class BlockOffloader:
             self._views = {i: views_into(self.slots[self.schedule.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
 
     def _offload_first(self) -> None:
-        self._staging = StagingBuffer(self.device) if self._int8_in in ("host", "disk") else None
+        if self._int8_in in ("host", "disk"):
+            self._staging = torch.empty(0, dtype=torch.uint8, device=self.device)
         for parameters in self.parameters:
             self.offloaded.append(self._offload([p.data for p in parameters]))
             _set_data(parameters, self.offloaded[-1].tensors)
@@ -366,7 +373,7 @@ class BlockOffloader:
 
     def release(self, block: int, slot: int) -> None:
         """Lets a block's parameters be its offloaded weights again, and the slot be written."""
-        compute_with(self.blocks[block], {})
+        self._reset_layers(block)
         _set_data(self.parameters[block], self.offloaded[block].tensors)
         self._started_stream.release(slot)
 

@@ -83,13 +83,8 @@ def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
 def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     """Returns an orthonormal basis of a random subspace, Q of a Gaussian's QR decomposition: the same wherever it is made.
 
-    Args:
-        matrix: Any tensor of shape (..., m, n), for its shape, dtype and device; all its matrices share the basis.
-        rank: Number of columns r, at most n.
-        seed: Seeds the Gaussian, which is drawn in float32 on the CPU.
-
-    Returns:
-        Orthonormal columns, of shape (..., n, r), in the matrix's dtype.
+    ``matrix``, of shape (..., m, n), gives the shape, dtype and device; all its matrices share the basis (..., n, r), r <= n.
+    The Gaussian is drawn in float32 on the CPU.
     """
     gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed))
     exact = torch.promote_types(matrix.dtype, torch.float32)
