@@ -330,19 +330,29 @@ class CausalLMModule(EvaluationModule):
         """Steps, and drops the gradients at once: Lightning would keep full-rank ones through the next forward."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
+        if self.offloader is not None and self.offloader.was_copied:  # weight averaging reads whole weights after each step
+            self.offloader.take_in_updates()
+
+    def on_train_end(self) -> None:
+        """Writes what offloaded blocks have learned at rest into their weights: whoever looks at these next finds it there."""
+        if self.offloader is not None:
+            self.offloader.take_in_updates()
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the settings that have to be the same when the run is resumed."""
+        """Adds the settings that have to be the same when the run is resumed; weights alone are saved whole."""
         checkpoint["settings"] = self._fixed_settings()
+        for optimizer in () if "optimizer_states" in checkpoint else self.trainer.optimizers:
+            merge_saved_updates_(checkpoint["state_dict"], optimizer.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
+        resumes = self._trainer is not None and self.trainer.training
         if self._trainer is not None:
-            check_settings(checkpoint.get("settings"), self._fixed_settings(), resumes=self.trainer.training)
-            for optimizer in () if self.trainer.training else checkpoint.get("optimizer_states", ()):
-                merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
+            check_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
+        for optimizer in () if resumes else checkpoint.get("optimizer_states", ()):
+            merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
 
     def _fixed_settings(self) -> dict[str, Any]:
         architecture = architecture_of(self.language_model.config)

@@ -87,9 +87,10 @@ def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def end_pass(block: nn.Module) -> None:
-    """Makes an offloaded block's parameters its own weights again, also after an interrupted forward or backward pass."""
+    """Makes an offloaded block's parameters its own weights, with what they have learned, also after an interrupted pass."""
     if (offloader := getattr(block, "offloader", None)) is not None:
         offloader.end_pass()
+        offloader.take_in_updates()
 
 
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

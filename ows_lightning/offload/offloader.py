@@ -194,6 +194,11 @@ class BlockOffloader:
         self._optimizer = ref(optimizer)
         optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.merge_updates)
 
+    def take_in_updates(self) -> None:
+        """Writes what offloaded blocks have learned at rest into their weights; they go on resting."""
+        if (optimizer := self._optimizer()) is not None:
+            optimizer.take_in_updates()
+
     @torch.no_grad()
     def merge_updates(self, weights: Sequence[Tensor]) -> None:
         """Writes what weights have learned at rest into them, W + B Q^T, where they are offloaded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -226,8 +226,9 @@ class GaLoreAdamW(GradientCapture):
 
     def update_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
         """B (..., m, r) and Q (..., n, r) of what a weight has learned at rest, if that is kept beside it."""
-        projector = self.resting_projector(p)
-        return None if projector is None or "update" not in self.state[p] else (self.state[p]["update"], projector)
+        if "update" not in self.state.get(p, ()) or (projector := self.resting_projector(p)) is None:
+            return None
+        return self.state[p]["update"], projector
 
     @torch.no_grad()
     def take_in_updates(self) -> None:
@@ -254,8 +255,11 @@ class GaLoreAdamW(GradientCapture):
         if not self.rests(p):
             return None
         if p not in self.resting_projectors:
-            found = _resting_subspace(p, self.state[p]["rest"], self._group_and_index[p][1])
-            self.resting_projectors[p] = self._shard_state(p, "projector", found)
+            state = self.state[p]
+            with torch.inference_mode(False):  # else it could not be saved for backward later
+                found = _resting_subspace(p, state["rest"], self._group_and_index[p][1])
+                found = found.to(state.get("exp_avg", p).device)  # where it computes; the weight itself may be offloaded
+                self.resting_projectors[p] = self._shard_state(p, "projector", found)
         return self.resting_projectors[p]
 
     # ------------------------------------------------------------------ subspaces
@@ -444,17 +448,17 @@ class GaLoreAdamW(GradientCapture):
 
 
 @torch.no_grad()
-def merge_saved_updates_(weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-    """Takes what weights have learned at rest from an optimizer's state dict into that of a model, in place.
+def merge_saved_updates_(weights: MutableMapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+    """Takes what weights have learned at rest from an optimizer's state dict into that of a model, as other tensors.
 
     The model's names may have a prefix before those in the optimizer's groups. Of another optimizer nothing is taken.
     """
     names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
     for number, state in optimizer["state"].items():
         if "update" in state:
-            weight = next(weights[key] for key in weights if f".{key}".endswith(f".{names[number]}"))
-            projector = _resting_subspace(weight, state["rest"], number)
-            merge_update_(weight, state["update"].to(weight.device), projector)
+            key = next(key for key in weights if f".{key}".endswith(f".{names[number]}"))
+            weights[key] = weight = weights[key].clone()
+            merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number))
 
 
 def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:

@@ -68,6 +68,7 @@ def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
     """Makes ProjectedLinear layers linear layers again, in place."""
     for module in modules:
         if type(module) is ProjectedLinear:
+            module.update = None  # that of an interrupted pass
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 

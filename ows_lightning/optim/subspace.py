@@ -84,11 +84,11 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     """Returns an orthonormal basis of a random subspace, Q of a Gaussian's QR decomposition: the same wherever it is made.
 
     ``matrix``, of shape (..., m, n), gives the shape, dtype and device; all its matrices share the basis (..., n, r), r <= n.
-    The Gaussian is drawn in float32 on the CPU.
+    The Gaussian is drawn in float32 and decomposed on the CPU: devices round otherwise.
     """
     gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed))
     exact = torch.promote_types(matrix.dtype, torch.float32)
-    basis = torch.linalg.qr(gaussian.to(matrix.device, exact, non_blocking=True)).Q.to(matrix.dtype).contiguous()
+    basis = torch.linalg.qr(gaussian.to(exact)).Q.to(matrix.dtype).contiguous().to(matrix.device, non_blocking=True)
     return basis.expand(*matrix.shape[:-2], -1, -1)
 
 

@@ -38,6 +38,7 @@ class AnyAccelerator(CPUAccelerator):
 
 def fit(model: Path, folder: Path, gpu: FakeGpu | None = None, resume: Path | None = None, **settings: Any) -> dict[str, Any]:
     """Fits, validates, saves and exports; returns all that it leaves."""
+    resting_rank = settings.pop("resting_rank", 0)
     module = CausalLMModule(
         str(model),
         rank=4,
@@ -46,7 +47,7 @@ def fit(model: Path, folder: Path, gpu: FakeGpu | None = None, resume: Path | No
         optimizer=lambda groups: GaLoreAdamW(groups, lr=1e-2),
         **settings,
     )
-    sampling = LayerwiseSampling(2, 1, threshold=2.0, calibration_samples=2, always_train=("norm",))
+    sampling = LayerwiseSampling(2, 1, threshold=2.0, calibration_samples=2, always_train=("norm",), resting_rank=resting_rank)
     checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
         strategy=SingleDeviceStrategy(GPU if gpu else "cpu", accelerator=AnyAccelerator()), max_steps=STEPS, logger=False,
@@ -74,6 +75,7 @@ def fit(model: Path, folder: Path, gpu: FakeGpu | None = None, resume: Path | No
         {"frozen_in": "device", "frozen_dtype": "int8"},
         {"frozen_in": "host", "frozen_dtype": "int8"},
         {"frozen_in": "disk", "frozen_dtype": "int8"},
+        {"frozen_in": "host", "resting_rank": 2},
     ],
     ids=str,
 )
@@ -83,6 +85,9 @@ def test_a_whole_run_and_a_resumed_one_keep_both_sides_apart(
     monkeypatch.chdir(tmp_path)
     model = model_dir(num_hidden_layers=4)
     on_cpu = {"frozen_in": "host", "frozen_dtype": "int8"} if "frozen_dtype" in settings else {}
+    on_cpu = (
+        settings if "resting_rank" in settings else on_cpu
+    )  # what is learned at rest is rounded otherwise than on the device
     for name, resume in (("whole", None), ("resumed", Path("cpu", "whole", f"step={SAVED}.ckpt"))):
         expected = fit(model, Path("cpu", name), None, resume, **on_cpu)
         gpu = FakeGpu(late=True)

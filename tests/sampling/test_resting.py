@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,6 +19,7 @@ from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers, on_device
 from ows_lightning.models.delta import load_delta
+from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -283,7 +285,7 @@ def fit(
     distribution = settings.pop("distribution", "uniform")
     sampling = LayerwiseSampling(1, INTERVAL, distribution, always_train=("norm",), resting_rank=RANK)
     rows = [{name: values[0] for name, values in tiny_batch(1).items()}] * 32  # a plain loader begins anew on resuming
-    module = CausalLMModule(str(directory), **settings)
+    module = settings.pop("module", None) or CausalLMModule(str(directory), **settings)
     Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[sampling, *callbacks], default_root_dir=folder, gradient_clip_val=0.5,
@@ -395,3 +397,87 @@ class Seen(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self.losses[trainer.global_step] = float(pl_module(**tiny_batch(1)).loss)
+
+
+class AtEnd(Callback):
+    """The weights as a callback finds them that exports the trained model."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.weights = {name: p.clone() for name, p in pl_module.model.state_dict().items()}
+
+
+class SaveWeights(Callback):
+    """Saves the weights alone after five steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 5:
+            trainer.save_checkpoint(self.path, weights_only=True)
+
+
+class ExportAt5(Callback):
+    """Exports the model after five steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 5 and not self.path.exists():
+            save_huggingface(pl_module.model, pl_module.tokenizer, self.path)
+
+
+def test_all_that_leaves_a_run_has_what_offloaded_blocks_learned(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    found: dict[str, list[dict[str, Tensor]]] = {}
+    for where in ("device", "host"):
+        at_end, whole, alone = AtEnd(), tmp_path / f"{where}.ckpt", tmp_path / f"{where}-weights.ckpt"
+        fit(model_dir(), tmp_path, at_end, SaveAt(whole), SaveWeights(alone), frozen_in=where)
+        loaded = CausalLMModule.load_from_checkpoint(whole, weights_only=True, frozen_in="device")
+        fit(model_dir(), tmp_path, ExportAt5(tmp_path / where), frozen_in=where, trainer={"max_steps": 6})
+        exported = load_model(str(tmp_path / where)).state_dict()
+        weights = torch.load(alone, weights_only=True)["state_dict"]
+        found[where] = [at_end.weights, dict(loaded.model.state_dict()), exported, weights]
+    torch.testing.assert_close(found["host"], found["device"], rtol=0, atol=2e-4)  # as above
+
+
+def test_an_average_of_weights_has_what_offloaded_blocks_learned(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    def averaged(**settings: Any) -> nn.Module:
+        return fit(model_dir(), tmp_path, EMAWeightAveraging(device="cpu", decay=0.5), **settings).model
+
+    for p, q in zip(averaged().parameters(), averaged(frozen_in="host").parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-4)
+
+
+class FailAt5(Callback):
+    """Lets the forward pass of the fifth step fail within the last block."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 5:
+            mlp = decoder_layers(pl_module)[-1].mlp
+            handle = mlp.register_forward_hook(lambda *_: (handle.remove(), 1 / 0))
+
+
+def test_a_fit_after_a_failed_one_computes_with_the_weights_alone(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    module = CausalLMModule(str(model_dir()), rank=8, optimizer=lambda params: GaLoreAdamW(params, lr=LR), frozen_in="host")
+    with pytest.raises(ZeroDivisionError):
+        fit(model_dir(), tmp_path, FailAt5(), module=module)
+    plain = load_model(str(model_dir()))
+    plain.load_state_dict(module.model.state_dict())
+    assert not equal(plain, load_model(str(model_dir())))
+    module.offloader.remove()
+    GaLoreAdamW(galore_param_groups(module.model, rank=8)).project_in_backward(model=module.model)
+    assert torch.equal(module.model(**tiny_batch(2)).loss, plain(**tiny_batch(2)).loss)
+
+
+class LookAtOnce(Callback):
+    """Computes in inference mode right after a draw, before the blocks that begin to rest have trained."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        with torch.inference_mode():
+            pl_module(**tiny_batch(1))
+
+
+def test_what_is_made_in_inference_mode_can_train(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    seen = fit(model_dir(), tmp_path, LookAtOnce(), frozen_in="host")
+    assert equal(seen.model, fit(model_dir(), tmp_path, frozen_in="host").model)
