@@ -39,7 +39,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """
 
     def __init__(self, save_distributed_checkpoint: bool = True, **kwargs: Any) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **kwargs)
+        super().__init__("auto", 1, save_distributed_checkpoint, **kwargs)
 
     def setup_environment(self) -> None:
         """Starts the processes' communication."""

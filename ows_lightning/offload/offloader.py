@@ -85,7 +85,7 @@ class BlockOffloader:
         self.layout_id = object()  # of blocks in slots; another one after every change
         self.slots: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}  # of a slot, that an offloaded block's parameters get
-        self._stream: CopyStream | None = None
+        self._stream = CopyStream()
         self._staging: Tensor | None = None  # that int8 copies pass through, one at a time; as large as the largest of them
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
         self._slot_updates: dict[int, list[Any]] = {}  # which updates of a resting block a slot's contents have in them
@@ -214,7 +214,7 @@ class BlockOffloader:
             for p, (update, projector) in updates.items():
                 merge_update_(p.data, update, projector)
             self._offload_trained(index)
-        self._started_stream.wait_for_computation()  # which has written offloaded weights
+        self._stream.wait_for_computation()  # which has written offloaded weights
 
     def _needs_own_memory(self, p: nn.Parameter) -> bool:
         """Whether a parameter trains, and not at rest."""
@@ -241,7 +241,7 @@ class BlockOffloader:
             return
         if before:  # of an earlier step: the weights themselves are needed again
             self.issue(block, slot)
-            self._started_stream.wait(slot)
+            self._stream.wait(slot)
         for p, (update, projector) in updates.items():
             merge_update_(p.data, update, projector)
         self._slot_updates[slot] = added
@@ -311,7 +311,7 @@ class BlockOffloader:
                 self._load_for_training(index)
             self.schedule.set_blocks([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate_slots()
-            self._started_stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
+            self._stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
             offloaded = self.schedule.order
             self.layout_id = object()
             self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
@@ -355,24 +355,18 @@ class BlockOffloader:
     def _stop_fetches(self) -> None:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""
         self.schedule.invalidate()
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    @property
-    def _started_stream(self) -> CopyStream:
-        assert self._stream is not None
-        return self._stream
+        self._stream.synchronize()
 
     # ------------------------------------------------------------------ events, as the schedule orders them
 
     def issue(self, block: int, slot: int) -> None:
         """Starts to fetch a block: when ``fetch`` is done, the weights in the slot are complete."""
         self._slot_updates.pop(slot, None)
-        self._started_stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
+        self._stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
 
     def wait(self, block: int, slot: int) -> None:
         """Lets a block's parameters be the slot, once the block has arrived."""
-        self._started_stream.wait(slot)
+        self._stream.wait(slot)
         _set_data(self.parameters[block], self._views[block])
         self._apply_updates(block, slot)
 
@@ -380,7 +374,7 @@ class BlockOffloader:
         """Lets a block's parameters be its offloaded weights again, and the slot be written."""
         self._reset_layers(block)
         _set_data(self.parameters[block], self.offloaded[block].tensors)
-        self._started_stream.release(slot)
+        self._stream.release(slot)
 
 
 def _no_optimizer() -> None:

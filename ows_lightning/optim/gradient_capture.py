@@ -247,7 +247,9 @@ class GradientCapture(Optimizer):
             finite = total_norm([matrices]).isfinite()
             torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
             found = self._new_subspace(p, matrices, side)
-            projector = distribute_projector(found.basis if isinstance(found, Sketch) else found, p, side, processes)
+            # What is broadcast of a sketch are its vectors, below, which lie in the span of everybody's basis.
+            basis, group = (found.basis, None) if isinstance(found, Sketch) else (found, processes)
+            projector = distribute_projector(basis, p, side, group)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
         if isinstance(found, Sketch):
             self.sketches[p] = found, projected, processes

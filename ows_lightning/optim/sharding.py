@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ows_lightning.compat import foreach_clamp_max_, foreach_clamp_min_, foreach_mul_, foreach_norm
+from ows_lightning.compat import foreach_mul_, foreach_norm
 from ows_lightning.optim.subspace import Side
 
 if TYPE_CHECKING:  # slow to import; code that shards weights has imported it
@@ -140,8 +140,8 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
     if not parts:
         return
     if algorithm == "value":
-        foreach_clamp_min_(parts, -limit)
-        foreach_clamp_max_(parts, limit)
+        for part in parts:
+            part.clamp_(-limit, limit)
     else:
         foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
 

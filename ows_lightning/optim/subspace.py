@@ -32,20 +32,12 @@ class Sketch(NamedTuple):
 
 
 def find_subspace(gradient: Tensor, rank: int, side: Side, method: Method, seed: int = 0) -> Tensor | Sketch:
-    """Finds the top-``rank`` left or right singular vectors of a gradient, or nearly so.
+    """Finds the top r left (..., m, r) or right (..., n, r) singular vectors of a gradient (..., m, n), or nearly so.
 
-    Args:
-        gradient: Gradient of shape (..., m, n), any float dtype; leading dimensions are a batch (experts).
-        rank: Number of singular vectors r, smaller than the side's dimension.
-        side: ``"left"`` spans the rows' dimension m, ``"right"`` the columns' dimension n.
-        method: ``"svd"`` is exact (GaLore, arXiv 2403.03507); ``"randomized"`` is subspace iteration with one power iteration
-            (Halko et al., arXiv 0909.4061, algorithm 4.4): a few matrix products instead of a decomposition; ``"random"``
-            takes the shape of the gradient alone, see ``random_subspace``.
-        seed: Seeds the random matrix, so that every process and every resumed run finds the same subspace.
-
-    Returns:
-        Orthonormal columns of shape (..., m, r) or (..., n, r), in the gradient's dtype; of ``randomized`` a sketch of them,
-        which does not wait for the device.
+    ``svd`` is exact (GaLore, arXiv 2403.03507); ``randomized`` is subspace iteration with one power iteration (Halko et al.,
+    arXiv 0909.4061, algorithm 4.4), a few matrix products instead of a decomposition, and returns a sketch, which does not
+    wait for the device; ``random`` takes the shape of the gradient alone, see ``random_subspace``. Every process and every
+    resumed run finds the same by the same ``seed``. Leading dimensions are a batch (experts); the dtype is the gradient's.
     """
     if method == "random":
         return random_subspace(gradient if side == "right" else gradient.mT, rank, seed).contiguous()
