@@ -41,24 +41,15 @@ class BlockOffloader:
     With `attach_optimizer`, frozen blocks that train at rest stay offloaded, and compute with W + B Q^T.
 
     With copies in int8, what a frozen block computes with is not its own weight to the bit; what trains and is saved is.
-
-    Args:
-        blocks: The decoder blocks, first block first.
-        slots: Blocks that fit on the device at a time, at least 2.
-        frozen_only: Only parameters that are frozen now are offloaded, and the others stay on the device: the base below
-            adapters.
-        disk: Blocks are offloaded to it, and not to host memory.
-        int8_in: Where copies of the blocks lie in int8 (``device``, ``host`` or ``disk``), from which they compute while they
-            are frozen; None: they compute from their own weights.
     """
 
     def __init__(
         self,
-        blocks: Iterable[nn.Module],
-        slots: int = 2,
-        frozen_only: bool = False,
-        disk: Disk | None = None,
-        int8_in: str | None = None,
+        blocks: Iterable[nn.Module],  # decoder blocks, first block first
+        slots: int = 2,  # blocks that fit on the device at a time, at least 2
+        frozen_only: bool = False,  # leave on the device what trains now: adapters
+        disk: Disk | None = None,  # offload to it, not to host memory
+        int8_in: str | None = None,  # ``device``, ``host`` or ``disk``, where copies in int8 lie; None makes none
     ) -> None:
         self.blocks = list(blocks)
         self.num_slots = slots

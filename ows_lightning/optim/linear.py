@@ -23,12 +23,9 @@ class ProjectedLinear(nn.Linear):
     """An ``nn.Linear`` that offers its weight's gradient as factors to the optimizer that projects it within backward.
 
     Where nobody does, it computes what ``nn.Linear`` does, and so it does in mixed precision and in compiled code.
-
-    Attributes:
-        update: B (m, r) and Q (n, r) of a weight that computes as W + B Q^T; None computes with W.
     """
 
-    update: tuple[Tensor, Tensor] | None = None
+    update: tuple[Tensor, Tensor] | None = None  # B (m, r) and Q (n, r) of a weight that computes as W + B Q^T; None: as W
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""

@@ -16,19 +16,12 @@ OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 
 
 
 class Sketch(NamedTuple):
-    """A randomized subspace, whose basis `singular_vectors` turns.
+    """A randomized subspace, whose basis `singular_vectors` turns."""
 
-    Attributes:
-        basis: Orthonormal columns of shape (..., n, k), of the gradient's dtype: the leading vectors' span, and some more.
-        triangle: R of the QR decomposition that gave the basis, of shape (..., k, k), whose left singular vectors turn it.
-        rank: Number of vectors asked for.
-        generator: Gives the directions beyond the gradient's numerical rank.
-    """
-
-    basis: Tensor
-    triangle: Tensor
-    rank: int
-    generator: torch.Generator
+    basis: Tensor  # orthonormal columns (..., n, k), of the gradient's dtype: the leading vectors' span, and some more
+    triangle: Tensor  # R (..., k, k) of the QR decomposition that gave the basis, whose left singular vectors turn it
+    rank: int  # number of vectors asked for
+    generator: torch.Generator  # gives the directions beyond the gradient's numerical rank
 
 
 def find_subspace(gradient: Tensor, rank: int, side: Side, method: Method, seed: int = 0) -> Tensor | Sketch:
