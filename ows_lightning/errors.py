@@ -26,25 +26,23 @@ def command_line(command: str) -> str:
 EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}
 """Packages that are not always needed, and this project's extras that bring them."""
 
-_REFUSED = ("`val_check_interval` (", '")` is set but')
+_REFUSALS = ("`val_check_interval` (", '")` is set but')
 """What Lightning begins with, or says, where it refuses a setting by a mere ValueError."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def explain(error: BaseException) -> tuple[str, int]:
+def message_and_exit_code(error: BaseException) -> tuple[str, int]:
     """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
     error = _original_error(error)
-    text = " ".join(_own_text(error).split()) or type(error).__name__
-    if isinstance(error, UsageError):
-        return text, 2
-    if isinstance(error, RunError):
-        return text, 1
+    text = " ".join(_message_without_trace(error).split()) or type(error).__name__
+    if isinstance(error, (UsageError, RunError)):
+        return text, 2 if isinstance(error, UsageError) else 1
     if found := re.search(r"Sharding propagation failed for (aten\.\w+)", text):
-        mend = "take another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
-        return f"trainer.strategy: fsdp2 shards the weights, and torch can't do `{found[1]}` on shards; {mend}", 2
+        hint = "take another model.optimizer, such as AdamW or GaLoreAdamW, or trainer.strategy: ddp_layerwise"
+        return f"trainer.strategy: fsdp2 shards the weights, and torch can't do `{found[1]}` on shards; {hint}", 2
     misconfigured = _class_if_imported("lightning.fabric.utilities.exceptions", "MisconfigurationException")
-    if isinstance(error, misconfigured) or any(words in text for words in _REFUSED):
+    if isinstance(error, misconfigured) or any(words in text for words in _REFUSALS):
         return text, 2
     if isinstance(error, ModuleNotFoundError):
         extra = next((f'; pip install "ows_lightning[{extra}]"' for package, extra in EXTRAS.items() if package in text), "")
@@ -73,17 +71,15 @@ def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
     return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {hint}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``; did you mean 'X'?`` with the nearest of the known names, or nothing."""
-    near = closest(name, known)
-    return f"; did you mean '{near}'?" if near else ""
+    return f"; did you mean '{near}'?" if (near := closest_name(name, known)) else ""
 
 
-def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
     likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
-    near = max(likeness, key=likeness.__getitem__, default=None)
-    return near if near is not None and likeness[near] >= cutoff else None
+    return max((other for other in likeness if likeness[other] >= cutoff), key=likeness.__getitem__, default=None)
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:
@@ -106,7 +102,7 @@ def _original_error(error: BaseException) -> BaseException:
     return ours or (chain[-1] if "Does not validate against" in str(error) else error)
 
 
-def _own_text(error: BaseException) -> str:
+def _message_without_trace(error: BaseException) -> str:
     """The error's text, without the stack trace that a worker of a DataLoader sends with it."""
     text = str(error)
     raised = re.findall(r"^[\w.]+: (.*)", text, flags=re.MULTILINE) if "DataLoader worker process" in text else []

@@ -50,7 +50,7 @@ class EvaluationModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.val_metrics, self.test_metrics, self.test_choices = EvaluationMetrics(), EvaluationMetrics(), ChoiceAccuracy()
-        self._known: TeacherForcedAnswers | None = None  # of the rows whose loss has been taken
+        self._greedy: TeacherForcedAnswers | None = None  # of the rows whose loss has been taken
 
     @property
     def _lm(self) -> CausalLM:
@@ -64,7 +64,7 @@ class EvaluationModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Resets the validation metrics."""
         self.val_metrics.restart()
-        self._known = self._start_known_answers(self.trainer.num_val_batches)
+        self._greedy = self._start_greedy_answers(self.trainer.num_val_batches)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss of a validation batch, or compares generated answers where the batch has a ``reference``."""
@@ -78,7 +78,7 @@ class EvaluationModule(LightningModule):
         """Resets the test metrics."""
         self.test_metrics.restart()
         self.test_choices.reset()
-        self._known = self._start_known_answers(self.trainer.num_test_batches)
+        self._greedy = self._start_greedy_answers(self.trainer.num_test_batches)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
@@ -97,14 +97,14 @@ class EvaluationModule(LightningModule):
         if "reference" in batch:
             metrics.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
             return
-        if self._known is None:
+        if self._greedy is None:
             parts = self._lm(**batch)
         else:
             parts, likeliest = self._lm.loss_and_predictions(batch)
-            self._known.add(batch, likeliest)
+            self._greedy.add(batch, likeliest)
         metrics["loss"].update(parts.loss, weight=parts.targets)
 
-    def _start_known_answers(self, loaders: Sequence[int | float]) -> TeacherForcedAnswers | None:
+    def _start_greedy_answers(self, loaders: Sequence[int | float]) -> TeacherForcedAnswers | None:
         """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""
         if len(loaders) < 2 or self.device_mesh is not None:
             return None
@@ -114,7 +114,7 @@ class EvaluationModule(LightningModule):
     def _answers(self, batch: dict[str, Any]) -> list[str]:
         """The greedy answers; of one that is known to be wrong, as much as is known."""
         rows = range(len(batch["reference"]))
-        known: list[str | None] = [None] * len(rows) if self._known is None else self._known.answers(batch)
+        known: list[str | None] = [None] * len(rows) if self._greedy is None else self._greedy.answers(batch)
         if left := [row for row in rows if known[row] is None]:
             rest = {name: batch[name][left] for name in ("input_ids", "attention_mask")}
             for row, answer in zip(left, self.generate(rest), strict=True):

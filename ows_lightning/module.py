@@ -28,7 +28,6 @@ from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import precompute_on_host
-from ows_lightning.models.positions import exceeded_positions
 from ows_lightning.models.recomputation import Kernels, fuse_
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.mapped_model import load_mapped_model
@@ -198,7 +197,7 @@ class CausalLMModule(EvaluationModule):
     def exceeded_positions(self, length: int) -> int | None:
         """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""
         options = self.hparams["model_name_or_path"], self.hparams["trust_remote_code"]
-        return exceeded_positions(pretrained.load_config(*options), length, options[1])
+        return pretrained.exceeded_positions(pretrained.load_config(*options), length, options[1])
 
     def check_optimizer(self) -> Optimizer:
         """Makes the optimizer for a small matrix and a vector; a UsageError says what is wrong, or that it can't project."""

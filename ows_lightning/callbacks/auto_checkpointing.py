@@ -18,17 +18,14 @@ from ows_lightning.module import CausalLMModule
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.9
+MEMORY_FRACTION = 0.9
 """Of the free memory. The rest is for what is not predicted: workspaces of kernels, fragmentation, and 5 % of error."""
 
 
 class AutoCheckpointing(Callback):
     """Chooses the number of recomputed blocks before training, if the module's ``gradient_checkpointing`` is ``auto``.
 
-    The number changes no bit of the results, so a resumed run may choose another.
-
-    Args:
-        config: The parsed config, from which the memory is predicted.
+    The memory is predicted from the parsed ``config``. The number changes no bit, so a resumed run may choose another.
     """
 
     def __init__(self, config: Any) -> None:
@@ -41,14 +38,14 @@ class AutoCheckpointing(Callback):
         number = count = len(decoder_layers(pl_module))
         if trainer.is_global_zero:
             try:
-                number, budget = self._fewest(trainer, pl_module)
+                number, budget = self._fewest_blocks_and_budget(trainer, pl_module)
                 what = "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)"
                 log.info(what, number, count, budget / 1e9)
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
                 log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", first_line(error))
         checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))
 
-    def _fewest(self, trainer: Trainer, module: CausalLMModule) -> tuple[int, float]:
+    def _fewest_blocks_and_budget(self, trainer: Trainer, module: CausalLMModule) -> tuple[int, float]:
         device = module.device
         available = available_bytes(device)
         if available is None:
@@ -57,4 +54,4 @@ class AutoCheckpointing(Callback):
             available = available // trainer.num_devices + sum(p.nbytes for p in module.parameters())
         with torch.random.fork_rng(devices=[]):
             settings = replace(settings_from_config(self.config), on_gpu=device.type == "cuda")
-            return fewest_checkpointed(settings, SHARE * available), SHARE * available
+            return fewest_checkpointed(settings, MEMORY_FRACTION * available), MEMORY_FRACTION * available

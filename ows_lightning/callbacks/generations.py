@@ -62,7 +62,7 @@ class ShowGenerations(StepCallback):
         module.eval()
         answers = []
         for prompt in self.prompts:
-            _, ids = encoder.encode_prompt({"messages": [{"role": "user", "content": prompt}]}, where="a prompt")
+            _, ids = encoder.encode_prompt({"messages": [{"role": "user", "content": prompt}]}, row_name="a prompt")
             batch = torch.tensor([ids], device=module.device)
             with trainer.precision_plugin.forward_context():
                 answers += module.generate({"input_ids": batch, "attention_mask": torch.ones_like(batch)})

@@ -135,8 +135,7 @@ def _copy_rows(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> 
     if before is None:
         return
     with (before / "metrics.csv").open(newline="") as file:
-        reader = csv.DictReader(file)
-        logged = [row for row in reader if row["step"]][: saved.get("logged")]
+        logged = [row for row in csv.DictReader(file) if row["step"]][: saved.get("logged")]
     # The resumed run repeats a step that was not complete.
     rows: list[dict[str, Any]] = [row for row in logged if int(float(row["step"])) < checkpoint["global_step"]]
     rows += [saved["row"]] if saved.get("row") else []

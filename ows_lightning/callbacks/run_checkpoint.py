@@ -50,7 +50,6 @@ def remove_interrupted(trainer: Trainer, saved: Path) -> None:
     if not trainer.is_global_zero or "://" in str(saved) or not saved.exists():
         return
     resumed = Path(trainer.ckpt_path or "")
-    left = {*saved.parent.glob("interrupted-step=*.ckpt"), resumed} - {saved}
-    for path in left:
+    for path in {*saved.parent.glob("interrupted-step=*.ckpt"), resumed} - {saved}:
         if path.name.startswith("interrupted-step=") and path.exists():
             trainer.strategy.remove_checkpoint(path)

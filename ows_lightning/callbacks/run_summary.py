@@ -30,18 +30,15 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 400  # characters of a sample row
-_FIGURES = {"val_loss": ("loss", "{:.3f}"), "val_exact_match": ("exact match", "{:.1%}")}
+_MAX_SAMPLE_CHARS = 400  # characters of a sample row
+_SHOWN_METRICS = {"val_loss": ("loss", "{:.3f}"), "val_exact_match": ("exact match", "{:.1%}")}
 
 
 class RunSummary(Callback):
     """Logs a summary before the sanity check, and the validation metrics before and after the training at the end.
 
-    The figures from before are those of the sanity check: of all validation batches with ``num_sanity_val_steps: -1``, else of
-    the first ones, and the log says how many these are.
-
-    Args:
-        config: The parsed config, from which the memory is predicted; None leaves that out.
+    The metrics from before are the sanity check's: of all validation batches with ``num_sanity_val_steps: -1``, else of the
+    first ones, and the log says how many these are. Memory is predicted from the parsed ``config``, if it is given.
     """
 
     def __init__(self, config: Any = None) -> None:
@@ -62,9 +59,9 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        lines = {"Model": _model(pl_module), **_data(data), "Training": _training(trainer, pl_module, steps)}
+        lines = {"Model": _model_text(pl_module), **_data_texts(data), "Training": _training_text(trainer, pl_module, steps)}
         if self.config is not None and isinstance(pl_module, CausalLMModule):
-            lines["Memory"] = self._memory(pl_module)
+            lines["Memory"] = self._memory_text(pl_module)
         lines["Run folder"] = str(folder)
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
@@ -75,20 +72,20 @@ class RunSummary(Callback):
         if sampling is None or not trainer.is_global_zero or steps == float("inf"):
             return
         if (drawn := sampling.planned_blocks(int(steps))) is not None:  # else later draws depend on scores to come
-            share = _share(_count(_sampled(pl_module, sampling, drawn)), pl_module)
+            share = _size_text(_numel(_sampled_weights(pl_module, sampling, drawn)), pl_module)
             log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(decoder_layers(pl_module)), share)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the metrics from before the training; a resumed run keeps those of its first start."""
-        if not self.before and (figures := _logged(trainer, *_FIGURES)):
+        if not self.before and (metrics := _logged_metrics(trainer, *_SHOWN_METRICS)):
             checked, there = trainer.num_sanity_val_batches, trainer.num_val_batches
-            self.before = figures
+            self.before = metrics
             self.batches_before = "" if checked == there else f" ({checked[0]} of {there[0]} batches)"
-            log.info("Before training%s: validation %s", self.batches_before, _figures(figures))
+            log.info("Before training%s: validation %s", self.batches_before, _metrics_text(metrics))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the time of scores, draws and subspaces, and the loss with int8 blocks beside that of exact weights."""
-        sampling, times = LayerwiseSampling.of(trainer), _logged(trainer, "time_s", "renewal_s")
+        sampling, times = LayerwiseSampling.of(trainer), _logged_metrics(trainer, "time_s", "renewal_s")
         seconds = times.get("renewal_s", 0.0) + (0.0 if sampling is None else sampling.seconds)
         if seconds and trainer.is_global_zero and (whole := times.get("time_s")):
             log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
@@ -102,9 +99,9 @@ class RunSummary(Callback):
             return
         if self.first_step in (None, trainer.global_step):  # a resumed run that had ended
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
-        if after := _logged(trainer, *_FIGURES):
-            log.info("After training: validation %s", _figures(after, self.before, self.batches_before))
-        if isinstance(pl_module, CausalLMModule) and (sizes := _sizes(pl_module, LayerwiseSampling.of(trainer))) is not None:
+        if after := _logged_metrics(trainer, *_SHOWN_METRICS):
+            log.info("After training: validation %s", _metrics_text(after, self.before, self.batches_before))
+        if isinstance(pl_module, CausalLMModule) and (sizes := _delta_size(pl_module, LayerwiseSampling.of(trainer))):
             reached = f"training reached {megabytes(sizes.delta)} ({100 * sizes.delta / sizes.model:.0f}%)"
             whole = megabytes(sizes.model)
             log.info("The model has %s, of which %s; a delta (export --delta) holds that, compressed", whole, reached)
@@ -131,7 +128,7 @@ class RunSummary(Callback):
         """Restores them in a resumed run."""
         self.before, self.batches_before = state_dict["before"], state_dict.get("batches_before", "")
 
-    def _memory(self, module: CausalLMModule) -> str:
+    def _memory_text(self, module: CausalLMModule) -> str:
         """Returns the predicted memory, or why it can't be predicted."""
         device = module.device
         available = available_bytes(device)
@@ -144,7 +141,7 @@ class RunSummary(Callback):
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
         if needs.host_bytes:
-            self.predicted += f"; {needs.host_bytes / 1e9:.1f} GB of host memory for blocks that wait"
+            self.predicted += f"; {needs.host_bytes / 1e9:.1f} GB of host memory for offloaded blocks"
             if device.type == "cpu":
                 needed += needs.host_bytes
             elif (free := available_bytes(torch.device("cpu"))) is not None:
@@ -154,52 +151,52 @@ class RunSummary(Callback):
         return self.predicted + (f"; too little: see `{command_line('plan')}`" if available and needed > available else "")
 
 
-def _model(module: LightningModule) -> str:
-    count, dtypes = _count(module.parameters()), {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
-    size = f"{_short(count)} weights in {', '.join(sorted(dtypes))}"
+def _model_text(module: LightningModule) -> str:
+    count, dtypes = _numel(module.parameters()), {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+    size = f"{_human_count(count)} weights in {', '.join(sorted(dtypes))}"
     if not isinstance(module, CausalLMModule):
         return f"{type(module).__name__}, {size}"
     kind, name = type(module.language_model).__name__, module.hparams["model_name_or_path"]
     return f"{name} ({kind}), {size}, {len(decoder_layers(module))} blocks"
 
 
-def _data(data: object) -> dict[str, str]:
+def _data_texts(data: object) -> dict[str, str]:
     if not isinstance(data, InstructionDataModule):
         return {}
-    figures, text = data.summary(), "a stream"
-    if "rows" in figures:
-        text = f"{figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['target_tokens']:,} of them targets"
+    summary, text = data.summary(), "a stream"
+    if "rows" in summary:
+        text = f"{summary['rows']:,} rows, {summary['tokens']:,} tokens, {summary['target_tokens']:,} of them targets"
     row = ""  # in one line, the trained parts in guillemets; long untrained parts lose their middle
     for piece, trained in data.sample_row():
         piece = piece.replace("\n", "\\n")
-        if len(piece) > _SHOWN:
-            piece = f"{piece[: _SHOWN // 2]} [...] {piece[-_SHOWN // 2 :]}"
+        if len(piece) > _MAX_SAMPLE_CHARS:
+            piece = f"{piece[: _MAX_SAMPLE_CHARS // 2]} [...] {piece[-_MAX_SAMPLE_CHARS // 2 :]}"
         row += f"«{piece}»" if trained else piece
     return {
-        "Data": f"{text}; {figures['validation_rows']:,} validation rows",
+        "Data": f"{text}; {summary['validation_rows']:,} validation rows",
         "A row": f"{row}  (trained: what is in «»)",
     }
 
 
-def _training(trainer: Trainer, module: LightningModule, steps: float) -> str:
+def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> str:
     text = f"{int(steps):,} steps" if steps != float("inf") else "no end"
     sampling = LayerwiseSampling.of(trainer)
     if sampling is None:
-        return f"{text}; {_share(_count(p for p in module.parameters() if p.requires_grad), module)}"
+        return f"{text}; {_size_text(_numel(p for p in module.parameters() if p.requires_grad), module)}"
     layers = decoder_layers(module)
-    in_blocks = sum(_count(p for p in layer.parameters() if p.requires_grad) for layer in layers)
-    count = round(sampling.activated_layers * in_blocks / len(layers)) + _count(_sampled(module, sampling))
+    in_blocks = sum(_numel(p for p in layer.parameters() if p.requires_grad) for layer in layers)
+    count = round(sampling.activated_layers * in_blocks / len(layers)) + _numel(_sampled_weights(module, sampling))
     what = " + ".join([f"{sampling.activated_layers} blocks", *sampling.always_train])
-    return f"{text}; at a time {what}: {_share(count, module)}; new blocks every {sampling.interval_steps} steps"
+    return f"{text}; at a time {what}: {_size_text(count, module)}; new blocks every {sampling.interval_steps} steps"
 
 
-def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> DeltaSize | None:
+def _delta_size(module: CausalLMModule, sampling: LayerwiseSampling | None) -> DeltaSize | None:
     """Upper bound of a delta's size, from all weights that trained; None if the base's vocabulary can't be looked up."""
     model = module.language_model
     if sampling is None:
         trained = [p for p in module.parameters() if p.requires_grad]
     else:
-        trained = _sampled(module, sampling, sampling.trained_blocks())
+        trained = _sampled_weights(module, sampling, sampling.trained_blocks())
     try:
         base = load_config(module.hparams["model_name_or_path"], module.hparams["trust_remote_code"])
     except UsageError:  # it is no longer there
@@ -210,34 +207,34 @@ def _sizes(module: CausalLMModule, sampling: LayerwiseSampling | None) -> DeltaS
     return max_delta_size(module.model, trained)
 
 
-def _sampled(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:
+def _sampled_weights(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:
     """The parameters of some blocks, and those outside the blocks that always train."""
     layers = decoder_layers(module)
     outside = (p for p, trains in trains_outside_blocks(module, sampling.always_train).items() if trains)
     return list(dict.fromkeys([*outside, *(p for block in blocks for p in layers[block].parameters())]))
 
 
-def _share(count: int, module: LightningModule) -> str:
-    return f"{_short(count)} weights ({count / _count(module.parameters()):.1%})"
+def _size_text(count: int, module: LightningModule) -> str:
+    return f"{_human_count(count)} weights ({count / _numel(module.parameters()):.1%})"
 
 
-def _count(parameters: Iterable[Tensor]) -> int:
+def _numel(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _short(count: int) -> str:
+def _human_count(count: int) -> str:
     unit, letter = next(((unit, letter) for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= unit), (1, ""))
     return f"{count / unit:.4g}{letter}"
 
 
-def _logged(trainer: Trainer, *names: str) -> dict[str, float]:
+def _logged_metrics(trainer: Trainer, *names: str) -> dict[str, float]:
     return {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
 
 
-def _figures(after: dict[str, float], before: dict[str, float] | None = None, batches: str = "") -> str:
+def _metrics_text(after: dict[str, float], before: dict[str, float] | None = None, batches: str = "") -> str:
     parts = []
     for key, value in after.items():
-        name, form = _FIGURES[key]
+        name, form = _SHOWN_METRICS[key]
         first = f"{form.format(before[key])}{batches} -> " if before and key in before else ""
         parts.append(f"{name} {first}{form.format(value)}")
     return ", ".join(parts)

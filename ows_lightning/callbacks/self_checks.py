@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 POOR_LOSS_RATIO = 0.95  # a loss that ends above this share of where it began is a poor result
 LISA_STATE_RATIO = 0.9  # and an optimizer's state above this share of LISA's saves nothing
 UNIFORM_RATIO = 0.95  # draws among blocks as even as this are LISA's
-LEAST_STEPS = 20  # fewer tell nothing about learning
+MIN_STEPS = 20  # fewer tell nothing about learning
 LISA_BLOCKS = 2
 
 
-class States(NamedTuple):
+class StateBytes(NamedTuple):
     """Bytes of optimizer state on this process: what is held, and what LISA would hold of the same model."""
 
     held: int
@@ -37,7 +37,7 @@ class States(NamedTuple):
 
 
 class SelfChecks(Callback):
-    """Logs a line for each such failure that the metrics of a run that samples blocks show, or one line if there is none."""
+    """Warns at a run's end if the loss hardly fell, the state is no smaller than LISA's, or draws are nearly uniform."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks on rank 0."""
@@ -49,19 +49,19 @@ class SelfChecks(Callback):
         except UsageError:  # without a logger there may be no curves
             losses = []
         projecting = next((o for o in trainer.optimizers if isinstance(o, GaLoreAdamW)), None)
-        states = None if projecting is None else measure_states(projecting, pl_module)
-        found = [poor_result(losses, states), memory_as_lisa(states)]
+        states = None if projecting is None else measure_state_bytes(projecting, pl_module)
+        found = [check_loss(losses, states), check_memory(states)]
         if sampling.probabilities is not None and sampling.distribution in ("outlier", "window"):
-            found.append(no_gain_over_lisa(sampling.probabilities.tolist()))
+            found.append(check_draws(sampling.probabilities.tolist()))
         for line in filter(None, found):
             log.warning("Self-check: %s", line)
         if not any(found):
             log.info("Self-checks: none of the method's known failures shows in this run's figures")
 
 
-def poor_result(losses: Sequence[float], states: States | None) -> str | None:
+def check_loss(losses: Sequence[float], states: StateBytes | None) -> str | None:
     """Compares the mean training loss (nats) of the last tenth of the steps with that of the first; says what to try."""
-    if len(losses) < LEAST_STEPS:
+    if len(losses) < MIN_STEPS:
         return None
     tenth = len(losses) // 10
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
@@ -69,19 +69,19 @@ def poor_result(losses: Sequence[float], states: States | None) -> str | None:
         return None
     text = f"poor result, the training loss went from {first:.3f} to {last:.3f}; try other learning rates"
     if states is not None and states.held > states.lisas / 2:
-        return f"{text}, then a higher model.rank: memory is not what it lacks ({_share(states)})"
+        return f"{text}, then a higher model.rank: memory is not what it lacks ({_state_text(states)})"
     return text
 
 
-def memory_as_lisa(states: States | None) -> str | None:
+def check_memory(states: StateBytes | None) -> str | None:
     """Compares the optimizer's state with what LISA would hold."""
     if states is None or states.held < LISA_STATE_RATIO * states.lisas:
         return None
-    mend = "lower model.rank or sampling.activated_layers, or leave embeddings and head out of sampling.always_train"
-    return f"memory as LISA's ({_share(states)}); {mend}"
+    hint = "lower model.rank or sampling.activated_layers, or leave embeddings and head out of sampling.always_train"
+    return f"memory as LISA's ({_state_text(states)}); {hint}"
 
 
-def no_gain_over_lisa(probabilities: Sequence[float]) -> str | None:
+def check_draws(probabilities: Sequence[float]) -> str | None:
     """Checks whether blocks are drawn about uniformly, as LISA does, by the exponential of the distribution's entropy."""
     blocks, count = math.exp(-sum(p * math.log(p) for p in probabilities if p > 0)), len(probabilities)
     if blocks < UNIFORM_RATIO * count:
@@ -90,7 +90,7 @@ def no_gain_over_lisa(probabilities: Sequence[float]) -> str | None:
     return f"no gain over LISA to expect, outliers tell blocks hardly apart ({even}); try another sampling.threshold"
 
 
-def measure_states(optimizer: Optimizer, module: CausalLMModule) -> States:
+def measure_state_bytes(optimizer: Optimizer, module: CausalLMModule) -> StateBytes:
     """Measures the state that an optimizer holds, and computes LISA's.
 
     LISA keeps two moments, in the weights' dtype, of each weight of two blocks, of embeddings, head and norm.
@@ -99,10 +99,10 @@ def measure_states(optimizer: Optimizer, module: CausalLMModule) -> States:
     held = sum(local(value).nbytes for value in state if isinstance(value, torch.Tensor))
     layers = decoder_layers(module)
     within = {p for layer in layers for p in layer.parameters()}
-    block = max(sum(local(p).nbytes for p in layer.parameters()) for layer in layers)  # one that waits elsewhere has none
+    block = max(sum(local(p).nbytes for p in layer.parameters()) for layer in layers)  # an offloaded one has none
     others = sum(local(p).nbytes for p in module.parameters() if p not in within)
-    return States(held, 2 * (others + min(LISA_BLOCKS, len(layers)) * block))
+    return StateBytes(held, 2 * (others + min(LISA_BLOCKS, len(layers)) * block))
 
 
-def _share(states: States) -> str:
+def _state_text(states: StateBytes) -> str:
     return f"{states.held / 1e6:.4g} MB of optimizer state, LISA's would be {states.lisas / 1e6:.4g} MB"

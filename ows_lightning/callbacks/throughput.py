@@ -55,10 +55,10 @@ class Throughput(StepCallback):
         # Tensors on the host: for a number, Lightning would wait for the device and put it there.
         pl_module.log("tokens_per_second", torch.tensor(pl_module.last_step.tokens / self._seconds), prog_bar=True)
         self._seconds = 0.0
-        figures = self._sums(trainer)
+        metrics = self._sums(trainer)
         if (peak := _peak_memory_mb(pl_module.device)) is not None:
-            figures["peak_memory_mb"] = peak
-        pl_module.log_dict({name: torch.tensor(figure) for name, figure in figures.items()})
+            metrics["peak_memory_mb"] = peak
+        pl_module.log_dict({name: torch.tensor(metric) for name, metric in metrics.items()})
 
     def _sums(self, trainer: Trainer) -> dict[str, float]:
         here = {"tokens": self._tokens, "target_tokens": self._targets, "time_s": time.perf_counter() - self._start}
@@ -82,8 +82,8 @@ class LearningRates(Callback):
         """Logs the rates of the step that comes, in float64: a CSV file has them as they are written."""
         name, groups = f"lr-{type(optimizer).__name__}", optimizer.param_groups
         for number, group in enumerate(groups, start=1):
-            one = name if len(groups) == 1 else f"{name}/pg{number}"
-            pl_module.log(one, torch.tensor(group["lr"], dtype=torch.float64))
+            rate = torch.tensor(group["lr"], dtype=torch.float64)
+            pl_module.log(name if len(groups) == 1 else f"{name}/pg{number}", rate)
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 _HELP = "/reset forgets the conversation, /system TEXT also sets the system message, /exit ends"
 
 
-def chat(words: list[str]) -> None:
+def chat(argv: list[str]) -> None:
     """Loads the model, and answers each line."""
     parser = CommandParser("chat", f"Talk to a model. A line is a message; {_HELP}.")
     parser.add_argument("path", nargs="?", metavar="MODEL", help="The same as --model")
     parser.add_argument("--model", help="A directory, hub name, .gguf file, delta, run's folder or checkpoint")
     add_generation_flags(parser)
-    given = parser.parse_args(words)
-    if (given.path is None) == (given.model is None):
+    args = parser.parse_args(argv)
+    if (args.path is None) == (args.model is None):
         parser.error("give one model, as MODEL or as --model MODEL")
     from ows_lightning.cli.conversation import load
 
-    conversation = load(given.model or given.path, given)
+    conversation = load(args.model or args.path, args)
     lines = standard_input()
     typed = lines.isatty()
     if typed:
@@ -65,7 +65,7 @@ def _answer(conversation: Conversation, message: str) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-def compare(words: list[str]) -> None:
+def compare(argv: list[str]) -> None:
     """Asks both models, prints a table, and writes it where the run's report looks for it."""
     parser = CommandParser("compare", "Ask the base model and the tuned one the same, and show the answers side by side.")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="Questions; by default the lines of standard input")
@@ -73,24 +73,24 @@ def compare(words: list[str]) -> None:
     parser.add_argument("--base", help="The base model; by default the one that the run of --model started from")
     parser.add_argument("--output", type=Path, help="A folder for comparison.csv; by default the run's, whose report shows it")
     add_generation_flags(parser)
-    given = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from ows_lightning.cli.conversation import load
     from ows_lightning.cli.preflight import check_writable
     from ows_lightning.report.run import run_folder_of
 
-    run_folder = run_folder_of(Path(given.model))
-    base = given.base or _base(run_folder)
-    prompts = given.prompts or [line.strip() for line in standard_input() if line.strip()]
+    run_folder = run_folder_of(Path(args.model))
+    base = args.base or _base_of(run_folder)
+    prompts = args.prompts or [line.strip() for line in standard_input() if line.strip()]
     if not prompts:
         raise UsageError("compare: no prompt is given; write some, or send them through a pipe, a line each")
-    if (output := given.output or run_folder) is not None:
+    if (output := args.output or run_folder) is not None:
         check_writable("output", output)
     answers = []
-    for name in (base, given.model):
-        conversation = load(name, given)
+    for name in (base, args.model):
+        conversation = load(name, args)
         of_this = []
         for prompt in prompts:
-            conversation.reset(given.system)
+            conversation.reset(args.system)
             of_this.append(conversation.ask(prompt))
         answers.append(of_this)
         del conversation  # one model at a time
@@ -102,7 +102,7 @@ def compare(words: list[str]) -> None:
         print(f"Written: {output / 'comparison.csv'}")
 
 
-def _base(run_folder: Path | None) -> str:
+def _base_of(run_folder: Path | None) -> str:
     from ows_lightning.report.run import RunRecord
 
     model = ((RunRecord.read(run_folder).config if run_folder else None) or {}).get("model") or {}
@@ -132,18 +132,17 @@ def standard_input() -> TextIO:
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags for loading a model to talk to, and for generating its answers; `compare` has them, too."""
     flag = parser.add_argument
-    flag("--max_new_tokens", type=_from(1, int), default=256, help="Most tokens of an answer (default: 256)")
-    flag("--temperature", type=_from(0, float), default=0.0, help="0, the default, always takes the likeliest token")
-    flag("--top_p", type=_from(0, float, 1), default=1.0, help="Draw from the likeliest tokens that make this share (all)")
-    flag("--top_k", type=_from(0, int), default=0, help="Draw from this many likeliest tokens (default: all)")
-    flag("--seed", type=_from(0, int), default=0, help="Seed of the draws (default: 0)")
+    flag("--max_new_tokens", type=_number(1, int), default=256, help="Most tokens of an answer (default: 256)")
+    flag("--temperature", type=_number(0, float), default=0.0, help="0, the default, always takes the likeliest token")
+    flag("--top_p", type=_number(0, float, 1), default=1.0, help="Draw from the likeliest tokens that make this share (all)")
+    flag("--top_k", type=_number(0, int), default=0, help="Draw from this many likeliest tokens (default: all)")
+    flag("--seed", type=_number(0, int), default=0, help="Seed of the draws (default: 0)")
     flag("--system", help="The system message")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
-    dtypes = ("float32", "bfloat16", "float16")
-    flag("--dtype", choices=dtypes, help="Of the weights; bfloat16 on a GPU, else float32")
+    flag("--dtype", choices=("float32", "bfloat16", "float16"), help="Of the weights; bfloat16 on a GPU, else float32")
 
 
-def _from(least: int, kind: Callable[[str], float], most: int = 2**63 - 1) -> Callable[[str], float]:
+def _number(least: int, kind: Callable[[str], float], most: int = 2**63 - 1) -> Callable[[str], float]:
     def number(text: str) -> float:
         if not least <= (value := kind(text)) <= most:  # nor is NaN
             raise argparse.ArgumentTypeError(f"{value} is out of range; give a number from {least} to {most}")

@@ -42,7 +42,7 @@ class CommandTrainer(OWSTrainer):
             verbose: Print the figures.
             **kwargs: Lightning's.
         """
-        return self._show(super().validate(*args, verbose=False, **kwargs), verbose)  # type: ignore[misc]
+        return self._print_metrics(super().validate(*args, verbose=False, **kwargs), verbose)  # type: ignore[misc]
 
     def test(
         self, *args: Any, verbose: bool = True, tasks: list[str] | None = None, include_path: Path | None = None, **kwargs: Any
@@ -56,21 +56,21 @@ class CommandTrainer(OWSTrainer):
             include_path: A folder with YAML files of further tasks.
             **kwargs: Lightning's.
         """
-        figures = self._show(super().test(*args, verbose=False, **kwargs), verbose)  # type: ignore[misc]
+        metrics = self._print_metrics(super().test(*args, verbose=False, **kwargs), verbose)  # type: ignore[misc]
         module = self.lightning_module
         if tasks and isinstance(module, CausalLMModule):
             module.to(self.strategy.root_device)  # Lightning moves it to the CPU when a loop ends
             run_tasks(module.language_model, module.tokenizer, tasks, None if include_path is None else str(include_path))
-        return figures
+        return metrics
 
-    def _show(self, figures: Any, verbose: bool) -> Any:
+    def _print_metrics(self, metrics: Any, verbose: bool) -> Any:
         """Prints an evaluation's figures, each once (Lightning repeats them for every data loader), and returns them."""
-        merged = {name: value for part in figures for name, value in part.items()}
+        merged = {name: value for part in metrics for name, value in part.items()}
         for name, value in merged.items():
             if verbose and self.is_global_zero and not name.endswith("_stderr"):
                 error = merged.get(f"{name}_stderr")
                 print(f"{name:<20} {value:.4g}" + ("" if error is None else f" ± {error:.3g}"))
-        return figures
+        return metrics
 
     def score(self, model: LightningModule, datamodule: LightningDataModule, output: Path = Path(".")) -> OutlierScores:
         """Compute the blocks' outlier scores; prints them, and writes them as JSON and as a bar chart.

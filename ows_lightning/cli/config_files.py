@@ -11,10 +11,10 @@ import yaml
 from jsonargparse import ActionConfigFile
 
 from ows_lightning.cli.help import CommandParser
-from ows_lightning.errors import UsageError, nearest
+from ows_lightning.errors import UsageError, did_you_mean
 
 _PACKAGE = Path(__file__).parents[1]
-SHIPPED = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+SHIPPED_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 """The folder with ``configs/`` and ``examples/``: the installed package's, or the checkout's."""
 
 BASE = "base"
@@ -55,13 +55,13 @@ def find_config(name: str, folder: Path = Path()) -> Path:
             return shipped[key]
     if os.path.isdir(path):
         raise UsageError(f"config: '{name}' is a folder; give the path of a YAML file")
-    mend = nearest(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists"
-    raise UsageError(f"config: no such file '{name}'{mend}")
+    hint = did_you_mean(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists"
+    raise UsageError(f"config: no such file '{name}'{hint}")
 
 
 def shipped_configs() -> Iterator[tuple[str, Path]]:
     """Yields the name and the path of each config file that comes with this package."""
-    folder = SHIPPED / "configs"
+    folder = SHIPPED_FOLDER / "configs"
     for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.relative_to(folder).parts), path)):
         yield path.relative_to(folder).with_suffix("").as_posix(), path
 
@@ -69,14 +69,14 @@ def shipped_configs() -> Iterator[tuple[str, Path]]:
 def shipped_data(name: Any) -> Any:
     """Returns the path of a shipped file of rows or scores, if the working directory does not have it."""
     shipped = isinstance(name, str) and name.startswith(("examples/", "configs/scores/"))
-    if shipped and not Path(name).exists() and (SHIPPED / name).exists():
-        return str(SHIPPED / name)
+    if shipped and not Path(name).exists() and (SHIPPED_FOLDER / name).exists():
+        return str(SHIPPED_FOLDER / name)
     return name
 
 
-def configs(words: list[str]) -> None:
+def configs(argv: list[str]) -> None:
     """``configs``: the shipped files, each with its first line, which says what it is for."""
-    CommandParser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(words)
+    CommandParser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(argv)
     for name, path in shipped_configs():
         print(f"{name:<26} {path.read_text().splitlines()[0].removeprefix('# ')}")
 

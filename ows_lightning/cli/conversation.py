@@ -65,26 +65,26 @@ class Conversation:
             print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
 
 
-def load(name: str, given: argparse.Namespace) -> Conversation:
+def load(name: str, args: argparse.Namespace) -> Conversation:
     """Loads a model (a name, a run's folder, a checkpoint or a delta) to talk to, by the flags of `add_generation_flags`."""
-    asked = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: '{asked}' can't be used ({str(error).splitlines()[0]}); give cpu or cuda") from error
-    dtype = getattr(torch, given.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     with tempfile.TemporaryDirectory() as folder:
         directory = _model_directory(name, Path(folder))
         tokenizer = with_chat_template(load_tokenizer(directory))
         model = load_model(directory, dtype).eval().to(device)
     add_eos_token_id(model, end_of_turn_id(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    torch.manual_seed(given.seed)
-    drawn = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
-    sampling = drawn if given.temperature else dict.fromkeys(drawn)
-    model.generation_config.update(do_sample=bool(given.temperature), max_new_tokens=given.max_new_tokens, **sampling)
-    return Conversation(model, tokenizer, given.system)
+    torch.manual_seed(args.seed)
+    drawn = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+    sampling = drawn if args.temperature else dict.fromkeys(drawn)
+    model.generation_config.update(do_sample=bool(args.temperature), max_new_tokens=args.max_new_tokens, **sampling)
+    return Conversation(model, tokenizer, args.system)
 
 
 def _model_directory(name: str, folder: Path) -> str:
@@ -99,8 +99,8 @@ def _model_directory(name: str, folder: Path) -> str:
         try:
             check_model_name(base)
         except UsageError as error:
-            mend = f"make the model with `{command_line(f'apply-delta BASE {path}')}`, and give that"
-            raise UsageError(f"model: the base of '{path}', '{base}', is not at hand; {mend}") from error
+            hint = f"make the model with `{command_line(f'apply-delta BASE {path}')}`, and give that"
+            raise UsageError(f"model: the base of '{path}', '{base}', is not at hand; {hint}") from error
         apply_delta(base, path, folder / "model")
         return str(folder / "model")
     if path.suffix != ".ckpt":

@@ -7,36 +7,36 @@ from pathlib import Path
 from ows_lightning.cli.help import CommandParser
 
 
-def report(words: list[str]) -> None:
+def report(argv: list[str]) -> None:
     """``report RUN [RUN ...]``: draws runs, or serves the page of one that is running."""
     parser = CommandParser("report", "Draw one run or compare several, from their folders alone.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="A folder that `fit` or `score` wrote")
     parser.add_argument("--output", type=Path, help="Where to write; by default the folder of a single run, or `report`")
     parser.add_argument("--watch", metavar="RUN", help="Serve this run's page on 127.0.0.1 until the run ends or Ctrl-C")
     parser.add_argument("--port", type=int, default=0, help="The port of --watch; by default a free one")
-    given = parser.parse_args(words)
-    if given.watch is not None:
-        if given.runs or given.output:
+    args = parser.parse_args(argv)
+    if args.watch is not None:
+        if args.runs or args.output:
             parser.error("--watch takes one run, and writes nothing")
         from ows_lightning.report.watch import watch
 
-        watch(Path(given.watch), given.port)
+        watch(Path(args.watch), args.port)
         return
     from ows_lightning.report.write import write_report
 
-    output = given.output or (Path(given.runs[0]) / "report" if len(given.runs) == 1 else Path("report"))
-    print(f"Written: {write_report(given.runs, output)}")
+    output = args.output or (Path(args.runs[0]) / "report" if len(args.runs) == 1 else Path("report"))
+    print(f"Written: {write_report(args.runs, output)}")
 
 
-def apply_delta(words: list[str]) -> None:
+def apply_delta(argv: list[str]) -> None:
     """``apply-delta BASE DELTA``: writes the model, and says how much smaller the delta is."""
     parser = CommandParser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
     parser.add_argument("base", metavar="BASE", help="The model that the run started from: hub name, directory or .gguf file")
     parser.add_argument("delta", metavar="DELTA", help="The delta's directory")
     parser.add_argument("--output", type=Path, default=Path("model"), help="The directory to write (default: model)")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the base's repository")
-    given = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from ows_lightning.models import delta
 
-    sizes = delta.apply_delta(given.base, given.delta, given.output, given.trust_remote_code)
-    print(f"Written: {given.output} (the delta has {sizes})")
+    sizes = delta.apply_delta(args.base, args.delta, args.output, args.trust_remote_code)
+    print(f"Written: {args.output} (the delta has {sizes})")

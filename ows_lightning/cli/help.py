@@ -17,9 +17,9 @@ from ows_lightning.errors import UsageError, command_line
 DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}
 """Where the command line's default differs from the class's."""
 
-_HERE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[1]
 _NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "params"}
-_GENERAL = """\
+_GENERAL_OPTIONS = """\
 --config FILE
   A YAML file, or the name of a shipped one (see `configs`); several are laid over one another
 --print_config
@@ -27,7 +27,7 @@ _GENERAL = """\
 --seed_everything int (default: 0)
   Seed of all random numbers; true draws one
 """
-_MORE = """\
+_CLASS_HELP = """\
 Another model or optimizer is named by its class: --model my_package.MyModule, --model.optimizer torch.optim.AdamW.
 Its arguments follow: --model.optimizer.lr 1e-4; in YAML they stand below class_path and init_args.
 `{} --model.help CLASS` lists them."""
@@ -45,24 +45,25 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{self.command}: {message}; `{self.prog} --help` lists the options")
 
 
-def page(command: str, what: str) -> str:
-    """Returns the help of a command, which does ``what``: its own options, and the keys of each section of a config."""
+def help_text(command: str, description: str) -> str:
+    """Returns the help of a command: its description, its own options, and the keys of each section of a config."""
     (package,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
     lightning = Path(package) / "pytorch"
-    trainer, ours = lightning / "trainer" / "trainer.py", _HERE / "cli" / "commands.py"
+    trainer, ours = lightning / "trainer" / "trainer.py", _PACKAGE / "cli" / "commands.py"
     sections = {
-        "model": (_HERE / "module.py", "CausalLMModule"),
-        "model.optimizer": (_HERE / "optim" / "galore.py", "GaLoreAdamW"),
-        "data": (_HERE / "data" / "datamodule.py", "InstructionDataModule"),
-        "sampling": (_HERE / "sampling" / "sampler.py", "BlockSampler"),
+        "model": (_PACKAGE / "module.py", "CausalLMModule"),
+        "model.optimizer": (_PACKAGE / "optim" / "galore.py", "GaLoreAdamW"),
+        "data": (_PACKAGE / "data" / "datamodule.py", "InstructionDataModule"),
+        "sampling": (_PACKAGE / "sampling" / "sampler.py", "BlockSampler"),
         "checkpoint": (lightning / "callbacks" / "model_checkpoint.py", "ModelCheckpoint"),
         "trainer": (trainer, "Trainer"),
     }
     own = options(trainer, "Trainer", command) | options(ours, "CommandTrainer", command)
-    parts = [f"usage: {command_line(command)} [--config FILE ...] [--KEY VALUE ...]\n\n{what}.\n", _GENERAL, *own.values()]
+    usage = f"usage: {command_line(command)} [--config FILE ...] [--KEY VALUE ...]\n\n{description}.\n"
+    parts = [usage, _GENERAL_OPTIONS, *own.values()]
     for key, (file, name) in sections.items():
         parts += ["", f"{key}: {name}", *options(file, name, "__init__", f"{key}.").values()]
-    return "\n".join([*parts, "", _MORE.format(command_line(command))])
+    return "\n".join([*parts, "", _CLASS_HELP.format(command_line(command))])
 
 
 def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str, str]:
@@ -86,11 +87,11 @@ def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str
     for argument, default in zip([*plain, *named], defaults, strict=True):
         if argument.arg in _NO_OPTIONS:
             continue
-        name, what = f"{prefix}{argument.arg}", described.get(argument.arg, "")
-        if not file.is_relative_to(_HERE):
-            what = what.split(". ")[0]  # Lightning's documentation has the rest
+        name, description = f"{prefix}{argument.arg}", described.get(argument.arg, "")
+        if not file.is_relative_to(_PACKAGE):
+            description = description.split(". ")[0]  # Lightning's documentation has the rest
         type_ = "" if argument.annotation is None else f" {ast.unparse(argument.annotation)}"
         shown = DEFAULTS.get(name, "" if default is None else ast.unparse(default))
-        lines = textwrap.wrap(what, width, initial_indent="  ", subsequent_indent="  ")
+        lines = textwrap.wrap(description, width, initial_indent="  ", subsequent_indent="  ")
         found[name] = "\n".join([f"--{name}{type_}{f' (default: {shown})' if shown != '' else ''}", *lines])
     return found

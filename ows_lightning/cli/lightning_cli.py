@@ -55,8 +55,8 @@ class OWSCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
-        words = sys.argv[1:] if args is None else args
-        self._asked = words[0] if isinstance(words, list) and words else None
+        argv = sys.argv[1:] if args is None else args
+        self._asked = argv[0] if isinstance(argv, list) and argv else None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -81,8 +81,8 @@ class OWSCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose ``--config`` also takes names of shipped files."""
         parser = self.parser_class(**kwargs)
-        what = "A YAML file, or the name of a shipped one (see `configs`); several are laid over one another"
-        parser.add_argument("-c", "--config", action=ConfigFile, help=what)
+        description = "A YAML file, or the name of a shipped one (see `configs`); several are laid over one another"
+        parser.add_argument("-c", "--config", action=ConfigFile, help=description)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -109,13 +109,13 @@ class OWSCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the arguments, and checks what the parser does not."""
-        words = sys.argv[1:] if args is None else args
-        if isinstance(words, list):
+        argv = sys.argv[1:] if args is None else args
+        if isinstance(argv, list):
             # Without what ends the program. What was parsed is what is meant, unless other classes begin with other arguments.
-            asked = [word for word in words if not word.startswith("--print_config")]
+            asked = [word for word in argv if not word.startswith("--print_config")]
             self.config = parser.parse_args(asked)
-            again = self._start_from_named_classes() or asked != words
-        if not isinstance(words, list) or again:
+            again = self._start_from_named_classes() or asked != argv
+        if not isinstance(argv, list) or again:
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         config = self.config.get(str(command), self.config)
@@ -169,11 +169,11 @@ class OWSCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
-        given, sampling = self._get(self.config_init, "trainer"), self._get(self.config_init, "sampling")
-        callbacks = given["callbacks"] or []
+        trainer_args, sampling = self._get(self.config_init, "trainer"), self._get(self.config_init, "sampling")
+        callbacks = trainer_args["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
-        if sampling is not None or "ddp" not in str(given["strategy"]):
-            check_strategy(given["strategy"])  # before Lightning reports something else
+        if sampling is not None or "ddp" not in str(trainer_args["strategy"]):
+            check_strategy(trainer_args["strategy"])  # before Lightning reports something else
         # After the user's, which may log; before sampling, whose scores take a while.
         callbacks.append(SaveOnSignal())
         callbacks += [] if sampling is None else [sampling]
@@ -181,15 +181,15 @@ class OWSCLI(LightningCLI):
         callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
         if self.subcommand == "predict":
             callbacks.append(PredictionFile())
-        if given["enable_checkpointing"] is False:
+        if trainer_args["enable_checkpointing"] is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        if given["enable_progress_bar"] is not False:
+        if trainer_args["enable_progress_bar"] is not False:
             callbacks.append(ProgressBar())
-        kwargs["default_root_dir"] = given["default_root_dir"] or "runs"
-        if given["logger"] is not False:
-            kwargs["logger"] = with_csv_logger(given["logger"], kwargs["default_root_dir"])
+        kwargs["default_root_dir"] = trainer_args["default_root_dir"] or "runs"
+        if trainer_args["logger"] is not False:
+            kwargs["logger"] = with_csv_logger(trainer_args["logger"], kwargs["default_root_dir"])
             callbacks.append(LearningRates())
-        if given["enable_model_summary"] is None:
+        if trainer_args["enable_model_summary"] is None:
             kwargs["enable_model_summary"] = False  # RunSummary says more
         try:
             trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -197,28 +197,28 @@ class OWSCLI(LightningCLI):
             raise
         except (ValueError, TypeError, MisconfigurationException, RuntimeError) as error:
             slurm = "SLURM_NTASKS" in os.environ and "SLURM" in str(error)
-            mend = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
-            raise UsageError(f"trainer: {' '.join(str(error).split())}{mend}") from error
+            hint = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
+            raise UsageError(f"trainer: {' '.join(str(error).split())}{hint}") from error
         if self.subcommand is not None:
-            check_run(self.subcommand, self.model, self.datamodule, given, trainer)
+            check_run(self.subcommand, self.model, self.datamodule, trainer_args, trainer)
         return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Finds the checkpoint. Settings come from the user, not from the checkpoint (as they would in Lightning)."""
         command = str(self.config.get("subcommand"))
         config = self.config.get(command, Namespace())
-        given = config.get("ckpt_path")
-        if given is not None and not str(given).strip():
+        ckpt_path = config.get("ckpt_path")
+        if ckpt_path is not None and not str(ckpt_path).strip():
             raise UsageError("ckpt_path: it is empty; give a path or `last`, or leave it out")
-        if not given or given in ("best", "hpc"):
+        if not ckpt_path or ckpt_path in ("best", "hpc"):
             return
         root = Path(config.trainer.default_root_dir or "runs")
         places = [root / "checkpoints", root] if config.trainer.logger is False else [root]
         if config.checkpoint.dirpath:
             places = [Path(config.checkpoint.dirpath), *places]
-        if command == "export" and "://" in str(given):
-            raise UsageError(f"ckpt_path: export reads local checkpoints only; copy '{given}' to this machine first")
-        path = find_checkpoint(str(given), *places)
+        if command == "export" and "://" in str(ckpt_path):
+            raise UsageError(f"ckpt_path: export reads local checkpoints only; copy '{ckpt_path}' to this machine first")
+        path = find_checkpoint(str(ckpt_path), *places)
         config.ckpt_path = None if path is None else str(path)
         if path is None:
             if command != "fit":

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from ows_lightning.cli import peer_watchdog
-from ows_lightning.errors import UsageError, command_line, explain, nearest
+from ows_lightning.errors import UsageError, command_line, did_you_mean, message_and_exit_code
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,9 @@ _LOGS = {
 def main(args: Any = None) -> None:
     """Runs one command; an error ends it with one line, and exit code 2 (usage) or 1 (run).
 
-    Args:
-        args: A list of words, or what LightningCLI takes; by default the words that the program was started with.
+    ``args`` are words, or what LightningCLI takes; by default those that the program was started with.
     """
-    words = sys.argv[1:] if args is None else args
+    argv = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
     for message in _WARNINGS:
@@ -68,7 +67,7 @@ def main(args: Any = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
-        _run(words, args)
+        _run(argv, args)
     except (Exception, KeyboardInterrupt) as error:
         exit_with(error)
     except SystemExit as error:
@@ -81,29 +80,29 @@ def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
     return not any(message in record.getMessage() for message in unwanted)
 
 
-def _run(words: Any, args: Any) -> None:
-    command = words[0] if isinstance(words, list) and words else None
+def _run(argv: Any, args: Any) -> None:
+    command = argv[0] if isinstance(argv, list) and argv else None
     names = (*CONFIG_COMMANDS, *OTHER_COMMANDS)
     listed = f"; commands: {', '.join(names)}"
-    if words == []:
+    if argv == []:
         raise UsageError(f"no command is given{listed}")
     if command in ("-h", "--help"):
         print(usage())
-    elif command in OTHER_COMMANDS or (command in CONFIG_COMMANDS and {"-h", "--help"} & {*words}):
+    elif command in OTHER_COMMANDS or (command in CONFIG_COMMANDS and {"-h", "--help"} & {*argv}):
         try:
             if command in OTHER_COMMANDS:
                 module = importlib.import_module(f"ows_lightning.cli.{OTHER_COMMANDS[command][0]}")
-                getattr(module, command.replace("-", "_"))(words[1:])
+                getattr(module, command.replace("-", "_"))(argv[1:])
             else:
-                from ows_lightning.cli.help import page
+                from ows_lightning.cli.help import help_text
 
-                print(page(command, CONFIG_COMMANDS[command]))
+                print(help_text(command, CONFIG_COMMANDS[command]))
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of our output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
     elif command is not None and not command.startswith("-") and command not in CONFIG_COMMANDS:
-        raise UsageError(f"there is no command '{command}'{nearest(command, names) or listed}")
+        raise UsageError(f"there is no command '{command}'{did_you_mean(command, names) or listed}")
     else:
         if command == "plan":
             _import_without_plots()
@@ -134,15 +133,15 @@ def _import_without_plots() -> None:
 def usage() -> str:
     """Returns the general help: a line for each command."""
     lines = [f"usage: {command_line('COMMAND')} [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
-    lines += [f"  {name:<12} {what}" for name, what in CONFIG_COMMANDS.items()]
+    lines += [f"  {name:<12} {description}" for name, description in CONFIG_COMMANDS.items()]
     lines += ["", "Others:"]
-    lines += [f"  {name:<12} {what}" for name, (_, what) in OTHER_COMMANDS.items()]
+    lines += [f"  {name:<12} {description}" for name, (_, description) in OTHER_COMMANDS.items()]
     return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 
 def exit_with(error: BaseException) -> NoReturn:
     """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
-    line, code = explain(error)
+    line, code = message_and_exit_code(error)
     peer_watchdog.abort(code)
     if os.environ.get("OWS_DEBUG") == "1":
         raise error

@@ -17,20 +17,20 @@ from torch.optim import Optimizer
 
 from ows_lightning.cli.config_files import BASE
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, closest, command_line, nearest
+from ows_lightning.errors import UsageError, closest_name, command_line, did_you_mean
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 SECTIONS = {"model": CausalLMModule, "data": InstructionDataModule, "sampling": LayerwiseSampling}
 """The sections that describe a class, and the class that they describe by default."""
 
-_KINDS = {
+_TYPE_NAMES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
     "dict": "a mapping of keys to values", "collections.abc.Iterable": "a list", "tuple": "a list",
     "tuple with 2 elements": "a list of two values",
 }  # fmt: skip
 _NONE = "<class 'NoneType'>"
-_NOTHING = "{}: nothing is given below it; write its keys there, or delete the line"
+_EMPTY_SECTION_ERROR = "{}: nothing is given below it; write its keys there, or delete the line"
 _NAMEABLE = (LightningModule, LightningDataModule, Callback, Logger, Optimizer)
 
 # What jsonargparse says of a mistyped key, class or value.
@@ -61,17 +61,17 @@ class OneLineParser(LightningArgumentParser):
         """Raises the error as a UsageError, with the message in one line."""
         if not self.exit_on_error:  # a nested parser, whose error becomes part of the outer one's
             super().error(message, ex)
-        raise UsageError(explain_parser_message(message, self)) from ex
+        raise UsageError(one_line(message, self)) from ex
 
 
-def explain_parser_message(message: str, parser: argparse.ArgumentParser) -> str:
+def one_line(message: str, parser: argparse.ArgumentParser) -> str:
     """Turns one of jsonargparse's messages, of many lines and nested as the keys are, into one line."""
     keys: list[str] = []
     expected: list[str] = []  # of the innermost key
     reason = ""  # jsonargparse's own words
     owner: Any = None
     if found := _EMPTY_SECTION.match(message):
-        return _NOTHING.format(found[1])
+        return _EMPTY_SECTION_ERROR.format(found[1])
     for line in message.splitlines():
         line = line.strip().removeprefix("- ")
         while not reason and (found := _KEY.search(line)):
@@ -82,11 +82,11 @@ def explain_parser_message(message: str, parser: argparse.ArgumentParser) -> str
         if found := _CLASS_PATH.search(line):
             owner = locate(found[1])
         if found := _UNKNOWN.search(line):
-            return _unknown(key, found, owner, parser)
+            return _unknown_key_message(key, found, owner, parser)
         if found := _REQUIRED.search(line):
-            return _required(key, found[1])
+            return _missing_key_message(key, found[1])
         if found := _NO_CLASS.search(line):
-            return _no_class(key, found[1])
+            return _no_class_message(key, found[1])
         if found := _EXPECTED.match(line):
             expected.append(found[1])
         elif not line.startswith(_FRAME):
@@ -94,12 +94,12 @@ def explain_parser_message(message: str, parser: argparse.ArgumentParser) -> str
         if found := _VALUE.search(line):
             if reason or not set(expected) - {_NONE}:
                 break
-            return _wrong_type(key, found[1], expected)
-    reason = reason or f"the value does not fit; `{_help(parser)}` says which type it has"
+            return _wrong_type_message(key, found[1], expected)
+    reason = reason or f"the value does not fit; `{_help_command(parser)}` says which type it has"
     return f"{key}: {reason}" if key else reason
 
 
-def _unknown(key: str, found: re.Match[str], owner: Any, parser: argparse.ArgumentParser) -> str:
+def _unknown_key_message(key: str, found: re.Match[str], owner: Any, parser: argparse.ArgumentParser) -> str:
     of_class, of_command, as_typed = found.groups()
     if of_class:
         wrong, known = f"{key}.{of_class}", [f"{key}.{name}" for name in _arguments(owner)]
@@ -107,43 +107,44 @@ def _unknown(key: str, found: re.Match[str], owner: Any, parser: argparse.Argume
         wrong, known = (of_command or as_typed.lstrip("-").partition("=")[0]).replace(".init_args.", "."), []
     near = _nearest_key(wrong, {*known, *_known_keys(parser)})
     subject = f"{as_typed}: there is no such option" if as_typed else f"{wrong}: there is no such key"
-    return subject + (f"; did you mean '{near}'?" if near else f"; `{_help(parser)}` lists all")
+    return subject + (f"; did you mean '{near}'?" if near else f"; `{_help_command(parser)}` lists all")
 
 
-def _required(key: str, name: str) -> str:
+def _missing_key_message(key: str, name: str) -> str:
     command, _, rest = name.partition(".")
     name = f"{key}.{name}" if key else rest or command
     if name in SECTIONS:  # both have defaults, so the user has set them to null
-        return _NOTHING.format(name)
+        return _EMPTY_SECTION_ERROR.format(name)
     return f"{name}: not given, and it has no default; put it into the YAML file or write --{name}"
 
 
 def _nearest_key(key: str, known: Iterable[str]) -> str | None:
     """The key that is meant: it has the same last name or one like it, as `max_steps` and `trainer.max_steps` have."""
     names = {other: other.rpartition(".")[2] for other in known}
-    name = closest(key.rpartition(".")[2], names.values())
-    return closest(key, names) if name is None else closest(key, [other for other in names if names[other] == name], cutoff=0)
+    name = closest_name(key.rpartition(".")[2], names.values())
+    alike = [other for other in names if names[other] == name]
+    return closest_name(key, alike, cutoff=0) if alike else closest_name(key, names)
 
 
-def _help(parser: argparse.ArgumentParser) -> str:
+def _help_command(parser: argparse.ArgumentParser) -> str:
     _, *command = parser.prog.replace(" [options]", "").split(maxsplit=1)
     return command_line(" ".join([*command, "--help"]))
 
 
-def _wrong_type(key: str, value: str, expected: list[str]) -> str:
+def _wrong_type_message(key: str, value: str, expected: list[str]) -> str:
     choices = [choice for text in expected if "Literal" in text for choice in re.findall(r"'([^']+)'", text)]
     kinds = [text.removeprefix("<class '").removesuffix("'>") for text in expected if "Literal" not in text and text != _NONE]
     listed = ["one of " + ", ".join(choices)] if len(choices) > 1 else choices
-    wanted = [_KINDS.get(kind, kind) for kind in kinds] + listed
-    return f"{key}: '{value}' is not {' or '.join(dict.fromkeys(wanted))}{nearest(value, choices)}"
+    wanted = [_TYPE_NAMES.get(kind, kind) for kind in kinds] + listed
+    return f"{key}: '{value}' is not {' or '.join(dict.fromkeys(wanted))}{did_you_mean(value, choices)}"
 
 
-def _no_class(key: str, name: str) -> str:
+def _no_class_message(key: str, name: str) -> str:
     if key == "sampling":
         return f"sampling: '{name}' is no mapping of keys, such as sampling.distribution; null trains all blocks"
     short, known = name.rpartition(".")[2], set().union(*map(_subclasses, _NAMEABLE))
-    mend = nearest(short, known) if short not in known else ""  # it may be a class, but of another kind
-    return f"{key}: '{name}' is no class that fits here" + (mend or "; give its full path, as in my_package.my_module.MyClass")
+    hint = did_you_mean(short, known) if short not in known else ""  # it may be a class, but of another kind
+    return f"{key}: '{name}' is no class that fits here" + (hint or "; give its full path, as in my_package.my_module.MyClass")
 
 
 def _known_keys(parser: argparse.ArgumentParser) -> Iterator[str]:

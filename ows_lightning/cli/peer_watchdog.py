@@ -56,8 +56,7 @@ def set_world_size(number: int) -> None:
 def stop(ends: bool = False) -> None:
     """Stops the watchdog, so that the others don't mind the end of this process; a RunError if one of them died before.
 
-    Args:
-        ends: The program is through. Nobody watches its end, which takes seconds of a processor, a minute of a busy machine.
+    If the program ``ends``, it does so at once: its end takes seconds of a processor, a minute of a busy machine.
     """
     global _exit_code
     if _watchdog is None:

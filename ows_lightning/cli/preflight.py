@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, nearest, not_writable
+from ows_lightning.errors import UsageError, did_you_mean, not_writable
 from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
 from ows_lightning.models.lora import lora_config
 from ows_lightning.models.recomputation import liger_for
@@ -34,16 +34,16 @@ from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
 
-LOGGED = (
+LOGGED_METRICS = (
     "train_loss", "val_loss", "val_perplexity", "val_exact_match", "tokens_per_second", "grad_norm", "peak_memory_mb",
     "tokens", "time_s", "renewal_s", "epoch", "step",
 )  # fmt: skip
-"""The figures that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
+"""The metrics that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
 
-_MOST = 2**63 - 1
+_MAX_INT64 = 2**63 - 1
 _RANGES = {
-    "accumulate_grad_batches": (1, _MOST), "num_nodes": (1, _MOST), "gradient_clip_val": (0, _MOST), "num_workers": (0, _MOST),
-    "seed": (0, _MOST), "seed_everything": (0, 2**32 - 1),
+    "accumulate_grad_batches": (1, _MAX_INT64), "num_nodes": (1, _MAX_INT64), "gradient_clip_val": (0, _MAX_INT64),
+    "num_workers": (0, _MAX_INT64), "seed": (0, _MAX_INT64), "seed_everything": (0, 2**32 - 1),
 }  # fmt: skip
 """The least and the greatest value of a number, by the last word of its key, where nothing else checks it."""
 
@@ -58,9 +58,9 @@ _NOT_ZERO = {
 
 def check_settings(config: Mapping[str, Any], trains: bool) -> None:
     """Checks the numbers and names of a command's parsed config; if it trains, a learning rate of 0 is a mistake, too."""
-    for key, value in numbers(config):
+    for key, value in iter_numbers(config):
         name = key.rpartition(".")[2]
-        least, most = _RANGES.get(name, (-_MOST, _MOST))
+        least, most = _RANGES.get(name, (-_MAX_INT64, _MAX_INT64))
         if not least <= value <= most:  # nor is NaN
             raise UsageError(f"{key}: {value:.7g} is out of range; give a number from {least} to {most}")
         if trains and key.startswith("model.") and name in ("lr", "learning_rate") and value <= 0:
@@ -71,35 +71,35 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
         ("strategy", StrategyRegistry.available_strategies(), "auto, ddp_layerwise or fsdp2"),
         ("accelerator", [*AcceleratorRegistry.available_accelerators(), "gpu"], "auto"),
     ):
-        given = trainer[key]
-        if isinstance(given, str) and given not in ("auto", *known):
-            raise UsageError(f"trainer.{key}: there is no '{given}'{nearest(given, known) or f'; take {usual}'}")
+        name = trainer[key]
+        if isinstance(name, str) and name not in ("auto", *known):
+            raise UsageError(f"trainer.{key}: there is no '{name}'{did_you_mean(name, known) or f'; take {usual}'}")
 
 
-def numbers(config: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+def iter_numbers(config: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
     """Yields the key and the value of every number, keys as a user writes them: without ``init_args``."""
     if hasattr(config, "as_dict"):
         config = config.as_dict()
     if isinstance(config, Mapping):
         for name, value in config.items():
-            yield from numbers(value, key if name in ("init_args", "dict_kwargs") else f"{key}.{name}".lstrip("."))
+            yield from iter_numbers(value, key if name in ("init_args", "dict_kwargs") else f"{key}.{name}".lstrip("."))
     elif isinstance(config, Sequence) and not isinstance(config, (str, bytes)):
         for value in config:
-            yield from numbers(value, key)
+            yield from iter_numbers(value, key)
     elif isinstance(config, (int, float)) and not isinstance(config, bool):
         yield key, config
 
 
 def check_run(
-    command: str, model: LightningModule, data: LightningDataModule, given: Mapping[str, Any], trainer: Trainer
+    command: str, model: LightningModule, data: LightningDataModule, trainer_args: Mapping[str, Any], trainer: Trainer
 ) -> None:
     """Checks what a command is about to use: the module without its weights, the Trainer as it is given, the first rows."""
     for key in _NOT_ZERO.get(command, ()):
-        if given[key] == 0:
+        if trainer_args[key] == 0:
             raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")
     check_devices(trainer)
     if command in _NOT_ZERO:
-        _check_machines(trainer)
+        _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
     if command == "fit":
         for callback in (callbacks := trainer.callbacks):  # type: ignore[attr-defined]
@@ -118,10 +118,10 @@ def check_run(
         if command == "fit":
             sampling = LayerwiseSampling.of(trainer)
             some_are_frozen = sampling is not None or model.hparams["lora"] is not None
-            check_offloading(model.hparams, some_are_frozen, trainer.num_devices, str(given["strategy"]))
+            check_offloading(model.hparams, some_are_frozen, trainer.num_devices, str(trainer_args["strategy"]))
             if sampling is not None:
                 sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
-                _warn_of_scores(sampling, model.hparams["model_name_or_path"])
+                _warn_if_scores_of_other_model(sampling, model.hparams["model_name_or_path"])
     if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
         data.check()
 
@@ -156,7 +156,7 @@ def cpu_has_bfloat16() -> bool:
     return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
-def _check_machines(trainer: Trainer) -> None:
+def _check_nodes(trainer: Trainer) -> None:
     """Refuses several machines of which nothing says where they are: this one would wait for the others, silently."""
     unknown = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)  # no launcher's
     if trainer.num_nodes > 1 and unknown and "MASTER_ADDR" not in os.environ:
@@ -184,8 +184,8 @@ def _check_checkpoint(checkpoint: ModelCheckpoint) -> None:
     try:
         made = os.path.relpath(checkpoint.format_checkpoint_name({}), folder or ".")
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        mend = "write figures as {val_loss:.2f}"
-        raise UsageError(f"checkpoint.filename: '{name}' is no format of a name ({error}); {mend}") from error
+        hint = "write metrics as {val_loss:.2f}"
+        raise UsageError(f"checkpoint.filename: '{name}' is no format of a name ({error}); {hint}") from error
     if made.startswith(".."):
         raise UsageError(f"checkpoint.filename: '{name}' leaves its folder; set checkpoint.dirpath for another")
     if os.sep in made and not checkpoint.save_last:
@@ -196,24 +196,24 @@ def _check_checkpoint(checkpoint: ModelCheckpoint) -> None:
 
 
 def _check_monitors(model: LightningModule, data: LightningDataModule, callbacks: Sequence[Callback]) -> None:
-    """Refuses to monitor, or to name files by, figures that are never logged (as far as all that logs is known)."""
+    """Refuses to monitor, or to name files by, metrics that are never logged (as far as all that logs is known)."""
     known = all(type(part).__module__.startswith(("lightning.", "ows_lightning.")) for part in (model, *callbacks))
     for callback in callbacks:
         owner = "checkpoint" if isinstance(callback, RunCheckpoint) else f"trainer.callbacks.{type(callback).__name__}"
-        figures = [("monitor", getattr(callback, "monitor", None))]
+        names = [("monitor", getattr(callback, "monitor", None))]
         if isinstance(callback, ModelCheckpoint):
-            figures += [("filename", field) for _, field, _, _ in Formatter().parse(callback.filename or "")]
-        for key, figure in figures:
-            if known and figure and figure not in LOGGED and not figure.startswith("lr-"):
-                mend = nearest(figure, LOGGED) or f"; choose from {', '.join(LOGGED)}"
-                raise UsageError(f"{owner}.{key}: no figure '{figure}' is logged{mend}")
-            if figure and figure.startswith("val_") and isinstance(data, InstructionDataModule):
+            names += [("filename", field) for _, field, _, _ in Formatter().parse(callback.filename or "")]
+        for key, metric in names:
+            if known and metric and metric not in LOGGED_METRICS and not metric.startswith("lr-"):
+                hint = did_you_mean(metric, LOGGED_METRICS) or f"; choose from {', '.join(LOGGED_METRICS)}"
+                raise UsageError(f"{owner}.{key}: no metric '{metric}' is logged{hint}")
+            if metric and metric.startswith("val_") and isinstance(data, InstructionDataModule):
                 needs = {"data.val_size": data.val_size or data.eval_dataset}
-                needs |= {"data.exact_match_rows": data.exact_match_rows} if figure == "val_exact_match" else {}
+                needs |= {"data.exact_match_rows": data.exact_match_rows} if metric == "val_exact_match" else {}
                 for setting in (name for name, value in needs.items() if not value):
-                    raise UsageError(f"{owner}.{key}: there is no {figure} without {setting}; set it, or monitor train_loss")
+                    raise UsageError(f"{owner}.{key}: there is no {metric} without {setting}; set it, or monitor train_loss")
 
 
-def _warn_of_scores(sampling: LayerwiseSampling, model: str) -> None:
+def _warn_if_scores_of_other_model(sampling: LayerwiseSampling, model: str) -> None:
     if sampling.scores is not None and Path(of := OutlierScores.load(Path(sampling.scores)).model).name != Path(model).name:
         log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", sampling.scores, of, model)

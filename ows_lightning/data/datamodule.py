@@ -25,11 +25,12 @@ from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, 
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import causal_lm
 
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _ALL_PARTS = ("train", "val", "test")
-_FEW_ROWS = 256  # up to so many, a batch may be larger than the data
+_SMALL_DATASET = 256  # up to so many, a batch may be larger than the data
 # The ranges of settings. Values that no machine can handle are refused: it would seem to hang.
 _BOUNDS = {
     "batch_size": (1, 8192),
@@ -127,10 +128,8 @@ class InstructionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.dataset, self.eval_dataset, self.test_dataset = dataset, eval_dataset, test_dataset
-        self.val_size = val_size
-        self.batch_size = batch_size
+        self.val_size, self.batch_size, self.max_seq_length = val_size, batch_size, max_seq_length
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.max_seq_length = max_seq_length
         self.train_on_prompt, self.last_turn_only = train_on_prompt, last_turn_only
         self.packing, self.group_by_length, self.streaming = packing, group_by_length, streaming
         self.exact_match_rows = exact_match_rows
@@ -145,7 +144,7 @@ class InstructionDataModule(LightningDataModule):
         """Raises a UsageError for what is wrong in files, their syntax, columns and types; it needs no tokenizer."""
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
         rows = self.batch_size if self.streaming else len(self._splits.examples_of("dataset"))
-        if self.batch_size > max(rows, _FEW_ROWS):  # the predicted memory would be wrong
+        if self.batch_size > max(rows, _SMALL_DATASET):  # the predicted memory would be wrong
             what = f"{self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
             raise UsageError(f"data.batch_size: {what}")
 
@@ -153,7 +152,7 @@ class InstructionDataModule(LightningDataModule):
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
         self.check()
         for part in _PARTS.get(self._stage(), _ALL_PARTS):
-            if (key := self._splits.key(part)) and len(self._splits.examples_of(key)):
+            if (key := self._splits.setting_of(part)) and len(self._splits.examples_of(key)):
                 self._splits.tokens_of(key, self._encoder())
 
     def setup(self, stage: str | None = None) -> None:
@@ -165,10 +164,10 @@ class InstructionDataModule(LightningDataModule):
             kind = "packed rows have" if self.packing else "rows of a stream may have"
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
         for part in parts:
-            if part not in self._rows and self._splits.key(part):
+            if part not in self._rows and self._splits.setting_of(part):
                 self._rows[part] = self._splits.rows(part, self._encoder(), self.packing and part == "train")
                 longest = max(self._rows[part].lengths)
-                self._check_positions(longest, f"data.{self._splits.key(part)} has a row of {longest} tokens")
+                self._check_positions(longest, f"data.{self._splits.setting_of(part)} has a row of {longest} tokens")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training rows, one rank's share of them."""
@@ -208,7 +207,7 @@ class InstructionDataModule(LightningDataModule):
         documents = [document for row in rows.rows for document in row]
         for name, counted in (("truncated_rows", "truncated"), ("tokens", "length"), ("target_tokens", "targets")):
             figures[name] = int(column(rows.documents, counted)[documents].sum())
-        dropped = len(self._splits.dropped("dataset"))
+        dropped = len(self._splits.indices_without_target("dataset"))
         return {"rows": len(rows), "documents": len(documents), "dropped_rows": dropped, **figures}
 
     def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
@@ -250,11 +249,11 @@ class InstructionDataModule(LightningDataModule):
         """Refuse rows that are longer than what the model has positions for."""
         exceeded = getattr(self.trainer and self.trainer.lightning_module, "exceeded_positions", lambda _: None)
         if (limit := exceeded(length + generated)) is not None:
-            mend = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
-            raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {mend}")
+            hint = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
+            raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {hint}")
 
     def _require_rows(self, part: str, what_for: str) -> None:
-        if self._splits.key(part) is None:
+        if self._splits.setting_of(part) is None:
             key, hint = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
             raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {hint} or a val_size")
 
@@ -317,14 +316,12 @@ class InstructionDataModule(LightningDataModule):
 
     def _stream_rows(self, length: int) -> StreamRows:
         rank, world_size = self._ranks()
-        return StreamRows(self._splits.endless(), self._encoder(), length, self.packing, rank, world_size, self.seed)
+        return StreamRows(self._splits.training_stream(), self._encoder(), length, self.packing, rank, world_size, self.seed)
 
     def _collate_training(self) -> Any:
         """`collate`; packed rows are flattened where the attention needs it, and refused where the model mixes documents."""
-        modules = self.trainer.lightning_module.modules() if self.trainer else ()
-        model: Any = next((m for m in modules if hasattr(m, "generate") and hasattr(m, "config")), None)
         flatten = False
-        if self.packing and self.trainer and model is not None:
+        if self.packing and self.trainer and hasattr(model := causal_lm(self.trainer.lightning_module), "config"):
             flatten = "flash" in str(attn_implementation_of(model.config))
             with self.trainer.precision_plugin.forward_context():
                 require_separate_documents(self.trainer.lightning_module, flatten)
@@ -379,5 +376,5 @@ def check_bounds(settings: Mapping[str, Any]) -> None:
         if isinstance(size, float):
             raise UsageError(f"data.val_size: {size} of a stream is not known; give a number of rows, or 0")
         if isinstance(sources, Mapping):
-            mend = "give an eval_dataset, or 0"
-            raise UsageError(f"data.val_size: a mixture repeats rows, also those for validation; {mend}")
+            hint = "give an eval_dataset, or 0"
+            raise UsageError(f"data.val_size: a mixture repeats rows, also those for validation; {hint}")

@@ -20,13 +20,13 @@ from ows_lightning.compat import fingerprint
 from ows_lightning.data import formats, masking, rendering, sources
 from ows_lightning.data.formats import Row
 from ows_lightning.data.masking import Encoded, Encoder
-from ows_lightning.data.sources import Source
+from ows_lightning.data.sources import DataSource
 from ows_lightning.errors import UsageError
 
 if TYPE_CHECKING:
     import datasets
 
-MOST_REPEATS = 1000  # of the rows of a source of a mixture in an epoch
+MAX_REPEATS = 1000  # of the rows of a source of a mixture in an epoch
 _ROWS_PER_PROCESS = 5000
 
 
@@ -53,7 +53,7 @@ def token_features() -> datasets.Features:
     return Features({**ids, **numbers, "unshown": List(Value("string"))})
 
 
-def read_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
+def read_examples(source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
     """Reads and checks all rows of a source, or takes them from the cache if its content was read before.
 
     The format is recognised from the first row when not given. The table has the columns `example_features`.
@@ -61,7 +61,7 @@ def read_examples(source: Source, data_format: str | None, columns: Mapping[str,
     import datasets
 
     arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
-    key = _hash(sources.content_hash(source), source.name, source.answered, data_format, dict(columns), _versions())
+    key = _hash(sources.content_hash(source), source.name, source.requires_answer, data_format, dict(columns), _versions())
     features = example_features()
     try:
         return datasets.Dataset.from_generator(_examples, features=features, gen_kwargs=arguments, fingerprint=key)
@@ -72,7 +72,7 @@ def read_examples(source: Source, data_format: str | None, columns: Mapping[str,
         raise source.error(f"the rows of '{source.name}' can't be read: {type(cause).__name__}: {cause}") from cause
 
 
-def stream_examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> datasets.IterableDataset:
+def stream_examples(source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> datasets.IterableDataset:
     """The same as a stream, whose rows are checked as they come."""
     import datasets
 
@@ -115,10 +115,10 @@ def mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int
     once = max(parts, key=lambda name: len(parts[name]) / weights[name])
     per_weight = len(parts[once]) / weights[once]
     most = max(parts, key=lambda name: per_weight * weights[name] / len(parts[name]))
-    if (repeats := per_weight * weights[most] / len(parts[most])) > MOST_REPEATS:
+    if (repeats := per_weight * weights[most] / len(parts[most])) > MAX_REPEATS:
         raise UsageError(
             f"data.dataset: by these weights an epoch has each row of '{most}' {repeats:.3g} times, since no row of '{once}' "
-            f"is left out; at most {MOST_REPEATS} are possible: raise the weight of '{once}', or take fewer of its rows"
+            f"is left out; at most {MAX_REPEATS} are possible: raise the weight of '{once}', or take fewer of its rows"
         )
     random = np.random.default_rng(seed)
     mixed = []
@@ -132,41 +132,42 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _examples(source: Source, data_format: str | None, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    for where, row in sources.read_rows(source):
+def _examples(source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Iterator[Row]:
+    for row_name, row in sources.read_rows(source):
         if data_format is None:  # the first row tells it for all
-            data_format = formats.recognise(formats.rename(row, columns, where), where, source.answered)
-        yield _table_row(row, where, source, data_format, columns)
+            data_format = formats.recognise(formats.rename(row, columns, row_name), row_name, source.requires_answer)
+        yield _table_row(row, row_name, source, data_format, columns)
 
 
-def _stream_row(row: Row, index: int, source: Source, data_format: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
-    return _table_row(sources.plain(dict(row)), f"{source.name} row {index + 1}", source, data_format, columns)
+def _stream_row(row: Row, index: int, source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Row:
+    return _table_row(sources.drop_arrow_nulls(dict(row)), f"{source.name} row {index + 1}", source, data_format, columns)
 
 
-def _table_row(row: Row, where: str, source: Source, data_format: str | None, columns: Mapping[str, str]) -> dict[str, Any]:
-    renamed = formats.rename(row, columns, where)
-    entry = entry_of(renamed, data_format or formats.recognise(renamed, where, source.answered), where, source.answered)
+def _table_row(row: Row, row_name: str, source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Row:
+    renamed = formats.rename(row, columns, row_name)
+    data_format = data_format or formats.recognise(renamed, row_name, source.requires_answer)
+    entry = to_table_entry(renamed, data_format, row_name, source.requires_answer)
     return {**entry, "renamed": [name for name in columns.values() if name in row]}
 
 
-def entry_of(row: Row, data_format: str, where: str, answered: bool) -> dict[str, str]:
+def to_table_entry(row: Row, data_format: str, row_name: str, requires_answer: bool) -> dict[str, str]:
     """The columns ``where`` and ``example`` of a row whose columns have the names of its format; any fault names the row."""
     try:
-        example = json.dumps(formats.to_example(row, data_format, where, answered), ensure_ascii=False, default=str)
+        example = json.dumps(formats.to_example(row, data_format, row_name, requires_answer), ensure_ascii=False, default=str)
         example.encode()
     except UsageError:
         raise
     except Exception as error:  # any fault of the row: name the row
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UsageError(f"{where} can't be read as {data_format}: {reason}") from error
-    return {"where": where, "example": example}
+        raise UsageError(f"{row_name} can't be read as {data_format}: {reason}") from error
+    return {"where": row_name, "example": example}
 
 
 def _encode(batch: dict[str, list[Any]], indices: Sequence[int], encoder: Encoder) -> dict[str, list[Any]]:
     rows = []
-    for index, where, example in zip(indices, batch["where"], batch["example"], strict=True):
+    for index, row_name, example in zip(indices, batch["where"], batch["example"], strict=True):
         content = json.loads(example)
-        documents, unshown = encoder.encode(content, where), encoder.unshown(content)
+        documents, unshown = encoder.encode(content, row_name), encoder.dropped_parts(content)
         for row in documents or [Encoded([], [], truncated=False)]:
             rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index, unshown))
     return {name: [row[i] for row in rows] for i, name in enumerate(token_features())}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ows_lightning.errors import UsageError, nearest
+from ows_lightning.errors import UsageError, did_you_mean
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -21,43 +21,42 @@ _ROLES |= {role: role for role in ("system", "user", "assistant", "tool", "funct
 _WEIGHTS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 
 
-def to_example(row: Row, data_format: str, where: str, answered: bool = True) -> Example:
+def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool = True) -> Example:
     """Turns a row, whose columns have the names of its format, a key of `FORMATS`, into an example.
 
-    A UsageError names the row, such as ``train.jsonl line 7``, of which a column is missing (that of the answer only if it has
-    to be `answered`), empty where it must not be, or of a wrong type.
+    A UsageError names the row, such as ``train.jsonl line 7``, of which a column is missing (that of the answer only with
+    `requires_answer`), empty where it must not be, or of a wrong type.
     """
-    if missing := _missing(data_format, row, answered):
+    if missing := _first_missing(data_format, row, requires_answer):
         names = " or ".join(f"'{name}'" for name in missing)
-        raise UsageError(f"{where} has no column {names}, which {data_format} rows need ({_found(row)})")
-    example = FORMATS[data_format][1](row, where)
+        raise UsageError(f"{row_name} has no column {names}, which {data_format} rows need ({_columns(row)})")
+    example = FORMATS[data_format][1](row, row_name)
     if row.get("tools"):
-        tools, what = row["tools"], f"{where}: 'tools'"
+        tools, what = row["tools"], f"{row_name}: 'tools'"
         example["tools"] = _objects(_parsed_json(tools, what) if isinstance(tools, str) else without_none(tools), what)
-    for name in ("answer", "choices"):
-        if row.get(name) is not None:
-            example[name] = row[name]
-    return example
+    return example | {name: row[name] for name in ("answer", "choices") if row.get(name) is not None}
 
 
-def recognise(columns: Iterable[str], where: str, answered: bool = True) -> str:
-    """The format of rows with these columns (the answer's only if `answered`); an error names the nearest right name."""
+def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = True) -> str:
+    """The format of rows with these columns (the answer's only with `requires_answer`); an error names the nearest name."""
     columns = list(columns)
-    fitting = [name for required in (True, answered) for name in FORMATS if not _missing(name, columns, required)]
+    fitting = [name for required in (True, requires_answer) for name in FORMATS if not _first_missing(name, columns, required)]
     if fitting:
         return fitting[0]
     wanted = {column for needed, _ in FORMATS.values() for group in needed for column in group} - set(columns)
-    hint = next((f"; '{_short(column)}': {near[2:]}" for column in columns if (near := nearest(column, wanted))), "")
+    hint = next((f"; '{_shortened(column)}': {near[2:]}" for column in columns if (near := did_you_mean(column, wanted))), "")
     known = ", ".join(f"{name} ({', '.join('|'.join(group) for group in needed)})" for name, (needed, _) in FORMATS.items())
-    there = ", ".join(f"'{_short(column)}'" for column in columns)
-    raise UsageError(f"{where}: columns {there} fit no format; known are {known}{hint} (data.columns renames columns)")
+    there = ", ".join(f"'{_shortened(column)}'" for column in columns)
+    raise UsageError(f"{row_name}: columns {there} fit no format; known are {known}{hint} (data.columns renames columns)")
 
 
-def rename(row: Row, columns: Mapping[str, str], where: str) -> Row:
+def rename(row: Row, columns: Mapping[str, str], row_name: str) -> Row:
     """Puts the user's columns under the names of the format: ``columns={"instruction": "question"}``; one has to be there."""
     for name, column in columns.items():
         if column not in row and name not in row:
-            raise UsageError(f"data.columns.{name}: {where} has no column '{column}' ({_found(row)}){nearest(column, row)}")
+            raise UsageError(
+                f"data.columns.{name}: {row_name} has no column '{column}' ({_columns(row)}){did_you_mean(column, row)}"
+            )
     renamed = {name: row[column] for name, column in columns.items() if column in row}
     return {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
 
@@ -79,30 +78,30 @@ def index_of_choice(answer: Any, choices: Sequence[Any]) -> int | None:
     return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
 
 
-def _from_messages(row: Row, where: str, column: str = "messages") -> Example:
+def _from_messages(row: Row, row_name: str, column: str = "messages") -> Example:
     turns = row[column]
     if isinstance(turns, str):  # some parquet and CSV files hold it as text
-        turns = _parsed_json(turns, f"{where}: '{column}'")
+        turns = _parsed_json(turns, f"{row_name}: '{column}'")
     if not isinstance(turns, list) or not turns:
-        raise UsageError(f"{where}: '{column}' must be a list of messages, got {_kind(turns)}")
-    messages = [_message(turn, f"{where}: '{column}' entry {i}") for i, turn in enumerate(turns, start=1)]
-    return {"messages": _with_system(row, messages, where)}
+        raise UsageError(f"{row_name}: '{column}' must be a list of messages, got {_type_text(turns)}")
+    messages = [_message(turn, f"{row_name}: '{column}' entry {i}") for i, turn in enumerate(turns, start=1)]
+    return {"messages": _with_system(row, messages, row_name)}
 
 
-def _from_alpaca(row: Row, where: str) -> Example:
-    question = _text(row, "instruction", where)
-    context = _text(row, "input", where, optional=True)
-    return _one_turn(row, f"{question}\n\n{context}" if context else question, "output", where)
+def _from_alpaca(row: Row, row_name: str) -> Example:
+    question = _text(row, "instruction", row_name)
+    context = _text(row, "input", row_name, optional=True)
+    return _one_turn(row, f"{question}\n\n{context}" if context else question, "output", row_name)
 
 
-def _from_prompt_completion(row: Row, where: str) -> Example:
+def _from_prompt_completion(row: Row, row_name: str) -> Example:
     if not isinstance(row["prompt"], list):
-        return _one_turn(row, _text(row, "prompt", where), "completion", where)
-    prompt = _from_messages(row, where, column="prompt")["messages"]
+        return _one_turn(row, _text(row, "prompt", row_name), "completion", row_name)
+    prompt = _from_messages(row, row_name, column="prompt")["messages"]
     completion = row.get("completion")
     if isinstance(completion, str) or completion is None:
-        return {"messages": _untrained(prompt) + _answer(row, "completion", where)}
-    answer = _from_messages({"completion": completion}, where, column="completion")  # a system message is the prompt's
+        return {"messages": _untrained(prompt) + _answer(row, "completion", row_name)}
+    answer = _from_messages({"completion": completion}, row_name, column="completion")  # a system message is the prompt's
     return {"messages": _untrained(prompt) + answer["messages"]}
 
 
@@ -113,7 +112,7 @@ FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Examp
     "sharegpt": ((("conversations",),), partial(_from_messages, column="conversations")),
     "alpaca": ((("instruction",), ("output", "answer")), _from_alpaca),
     "prompt_completion": ((("prompt",), ("completion", "answer")), _from_prompt_completion),
-    "text": ((("text",),), lambda row, where: {"text": _text(row, "text", where)}),
+    "text": ((("text",),), lambda row, row_name: {"text": _text(row, "text", row_name)}),
 }
 #: Every column that a format reads: what `data.columns` may rename to.
 COLUMNS = sorted(
@@ -121,24 +120,24 @@ COLUMNS = sorted(
 )
 
 
-def _one_turn(row: Row, question: str, answer_column: str, where: str) -> Example:
-    messages = [{"role": "user", "content": question}, *_answer(row, answer_column, where)]
-    return {"messages": _with_system(row, messages, where)}
+def _one_turn(row: Row, question: str, answer_column: str, row_name: str) -> Example:
+    messages = [{"role": "user", "content": question}, *_answer(row, answer_column, row_name)]
+    return {"messages": _with_system(row, messages, row_name)}
 
 
-def _answer(row: Row, column: str, where: str) -> list[Message]:
+def _answer(row: Row, column: str, row_name: str) -> list[Message]:
     if row.get(column) is not None:
-        return [{"role": "assistant", "content": _text(row, column, where)}]
+        return [{"role": "assistant", "content": _text(row, column, row_name)}]
     answer, choices = row.get("answer"), row.get("choices")
     if isinstance(choices, list) and (index := index_of_choice(answer, choices)) is not None:
         answer = choices[index]
     elif isinstance(choices, list) and isinstance(answer, bool):
-        raise UsageError(f"{where}: the answer {str(answer).lower()} is none of the choices; give one of them, or its index")
+        raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one, or its index")
     return [{"role": "assistant", "content": "" if answer is None else str(answer)}]
 
 
-def _with_system(row: Row, messages: list[Message], where: str) -> list[Message]:
-    system = _text(row, "system", where, optional=True)
+def _with_system(row: Row, messages: list[Message], row_name: str) -> list[Message]:
+    system = _text(row, "system", row_name, optional=True)
     if not system or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
@@ -148,14 +147,14 @@ def _untrained(messages: list[Message]) -> list[Message]:
     return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 
-def _message(turn: Any, where: str) -> Message:
+def _message(turn: Any, row_name: str) -> Message:
     """One message in OpenAI's form from either spelling; everything else in it (tool calls, reasoning) is passed through."""
     if not isinstance(turn, dict):
-        raise UsageError(f"{where} must be an object with role and content, got {_kind(turn)}")
+        raise UsageError(f"{row_name} must be an object with role and content, got {_type_text(turn)}")
     message = without_none(turn, keep="arguments")  # an empty argument of a call is part of what the model has to write
     role = message.pop("from", None) or message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise UsageError(f"{where} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
+        raise UsageError(f"{row_name} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
     message["role"] = _ROLES[role]
     content = message.pop("value", None) if "value" in message else message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -166,21 +165,22 @@ def _message(turn: Any, where: str) -> Message:
         del message["tool_calls"]
     says_something_else = message["role"] == "assistant" and (message.get("tool_calls") or message.get("reasoning_content"))
     if not isinstance(content, str) and not (content is None and says_something_else):
-        raise UsageError(f"{where}: the content must be text, got {_kind(content)}")
+        raise UsageError(f"{row_name}: the content must be text, got {_type_text(content)}")
     message["content"] = content
     if "reasoning_content" in message and not isinstance(message["reasoning_content"], str):
-        raise UsageError(f"{where}: 'reasoning_content' must be text, got {_kind(message['reasoning_content'])}")
+        raise UsageError(f"{row_name}: 'reasoning_content' must be text, got {_type_text(message['reasoning_content'])}")
     if "weight" in message:
         if (weight := _WEIGHTS.get(str(message["weight"]).lower())) is None:
-            raise UsageError(f"{where}: 'weight' must be 0 (not trained) or 1, got {message['weight']!r}")
+            raise UsageError(f"{row_name}: 'weight' must be 0 (not trained) or 1, got {message['weight']!r}")
         message["weight"] = weight
     if "tool_calls" in message:
-        for call in _objects(message["tool_calls"], f"{where}: 'tool_calls'"):
+        for call in _objects(message["tool_calls"], f"{row_name}: 'tool_calls'"):
             function = call.get("function", {})
             if not isinstance(function, dict):
-                raise UsageError(f"{where}: the function of a tool call must be an object with a name, got {_kind(function)}")
+                found = _type_text(function)
+                raise UsageError(f"{row_name}: the function of a tool call must be an object with a name, got {found}")
             if isinstance(function.get("arguments"), str):  # as in OpenAI's API; chat templates expect the object
-                function["arguments"] = _parsed_json(function["arguments"], f"{where}: the arguments of a tool call")
+                function["arguments"] = _parsed_json(function["arguments"], f"{row_name}: the arguments of a tool call")
     return message
 
 
@@ -193,45 +193,45 @@ def without_none(value: Any, keep: str | None = None) -> Any:
 
 def _objects(value: Any, what: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise UsageError(f"{what} must be a list of objects, got {_kind(value)}")
+        raise UsageError(f"{what} must be a list of objects, got {_type_text(value)}")
     if others := [entry for entry in value if not isinstance(entry, dict)]:
-        raise UsageError(f"{what} must be a list of objects, got {_kind(others[0])} in it")
+        raise UsageError(f"{what} must be a list of objects, got {_type_text(others[0])} in it")
     return value
 
 
-def _parsed_json(text: str, where: str) -> Any:
+def _parsed_json(text: str, row_name: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not valid JSON: {error}") from None
+        raise UsageError(f"{row_name} is not valid JSON: {error}") from None
 
 
-def _text(row: Row, column: str, where: str, optional: bool = False) -> str:
+def _text(row: Row, column: str, row_name: str, optional: bool = False) -> str:
     value = row.get(column)
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise UsageError(f"{where}: '{column}' must be text, got {_kind(value)}")
+        raise UsageError(f"{row_name}: '{column}' must be text, got {_type_text(value)}")
     return value
 
 
-def _missing(data_format: str, columns: Iterable[str], answered: bool) -> tuple[str, ...]:
+def _first_missing(data_format: str, columns: Iterable[str], requires_answer: bool) -> tuple[str, ...]:
     """The first column that a format needs and that is not there, with its alternatives."""
     needed, columns = FORMATS[data_format][0], set(columns)
-    return next((group for group in needed[: None if answered else 1] if not columns.intersection(group)), ())
+    return next((group for group in needed[: None if requires_answer else 1] if not columns.intersection(group)), ())
 
 
-def _kind(value: Any) -> str:
+def _type_text(value: Any) -> str:
     names = {type(None): "nothing", bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list"}
     if value == [] and isinstance(value, list):
         return "an empty list"
     return names.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
 
 
-def _short(name: str) -> str:
+def _shortened(name: str) -> str:
     """A name from the data, shortened to fit a line."""
     return " ".join(name.split())[:60]
 
 
-def _found(row: Iterable[str]) -> str:
-    return f"columns: {', '.join(map(_short, row))}"
+def _columns(row: Iterable[str]) -> str:
+    return f"columns: {', '.join(map(_shortened, row))}"

@@ -43,8 +43,7 @@ class ShardedSampler(DistributedSampler):
         return iter(filled[self.rank :: self.num_replicas][skip:].tolist())
 
     def _grouped(self, order: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
-        starts = range(0, len(order), 50 * size)
-        parts = (order[start : start + 50 * size] for start in starts)
+        parts = (order[start : start + 50 * size] for start in range(0, len(order), 50 * size))
         order = np.concatenate([part[np.argsort(-self.lengths[part], kind="stable")] for part in parts])
         whole, rest = np.split(order, [len(order) // size * size])
         return np.append(random.permutation(whole.reshape(-1, size)).ravel(), rest)

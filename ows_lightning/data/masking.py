@@ -51,20 +51,16 @@ class Encoded:
 class Encoder:
     """Turns examples into training rows and into prompts for generation.
 
-    Args:
-        tokenizer: A fast tokenizer with a chat template (see `with_chat_template`).
-        max_seq_length: Longest row in tokens. Of a longer one the start of the prompt is cut, and the end of the last answer
-            only when it alone is longer. A beginning-of-sequence token stays. Plain text is cut at its end.
-        train_on_prompt: Every token is a target, not the answers alone.
-        last_turn_only: Only the last answer of a conversation is a target.
+    Of a row that is too long the start of the prompt is cut, and the end of the last answer only when it alone is longer. A
+    beginning-of-sequence token stays. Plain text is cut at its end.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    max_seq_length: int
-    train_on_prompt: bool = False
-    last_turn_only: bool = False
+    tokenizer: PreTrainedTokenizerBase  # a fast one with a chat template, see `with_chat_template`
+    max_seq_length: int  # longest row in tokens
+    train_on_prompt: bool = False  # every token is a target, not the answers alone
+    last_turn_only: bool = False  # only the last answer of a conversation is a target
 
-    def encode(self, example: Example, where: str) -> list[Encoded]:
+    def encode(self, example: Example, row_name: str) -> list[Encoded]:
         """Encodes an example: as no row when it has no target, one row, or several.
 
         Several when the template renders earlier answers differently from the last (Qwen3 drops their thinking) or does not
@@ -78,28 +74,29 @@ class Encoder:
             rows = [Encoded(kept, [IGNORED, *kept[1:]], truncated=len(kept) < len(ids))]
         else:
             messages, tools = self._relevant_messages(example), example.get("tools")
-            shown = self._template.without_empty_turns(messages, tools)
+            shown = self._template.without_hidden_answers(messages, tools)
             try:
-                rows = self._conversation(shown, tools, where)
+                rows = self._conversation(shown, tools, row_name)
             except UsageError:
                 if shown == messages:
                     raise
                 rows = []  # the template refuses the conversation without its calls
         return [row for row in rows if row.num_targets]
 
-    def unshown(self, example: Example) -> list[str]:
+    def dropped_parts(self, example: Example) -> list[str]:
         """What the chat template leaves out of an example, in words."""
-        return [] if "text" in example else self._template.unshown(self._relevant_messages(example), example.get("tools"))
+        template, tools = self._template, example.get("tools")
+        return [] if "text" in example else template.dropped_parts(self._relevant_messages(example), tools)
 
-    def encode_prompt(self, example: Example, where: str) -> tuple[str, list[int]]:
+    def encode_prompt(self, example: Example, row_name: str) -> tuple[str, list[int]]:
         """The rendered prompt of an example and its token ids; the start is cut when it is longer than `max_seq_length`."""
         if "text" in example:
             text, ids = example["text"], self.tokenizer(example["text"]).input_ids
         else:
             tools = example.get("tools")
-            messages = self._template.fitted(split_prompt(example["messages"])[0], tools)
-            messages = self._template.without_empty_turns(messages, tools)
-            text = self._template.render(messages, tools, where, add_generation_prompt=True)
+            messages = self._template.normalize_messages(split_prompt(example["messages"])[0], tools)
+            messages = self._template.without_hidden_answers(messages, tools)
+            text = self._template.render(messages, tools, row_name, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
 
@@ -108,19 +105,19 @@ class Encoder:
         messages = example["messages"]
         if not self.train_on_prompt:
             messages = messages[: 1 + max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)]
-        return self._template.fitted(messages, example.get("tools"))
+        return self._template.normalize_messages(messages, example.get("tools"))
 
-    def _conversation(self, messages: list[Message], tools: Any, where: str) -> list[Encoded]:
+    def _conversation(self, messages: list[Message], tools: Any, row_name: str) -> list[Encoded]:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             return []
-        text = self._template.render(messages, tools, where)
+        text = self._template.render(messages, tools, row_name)
         ends = "|".join(map(re.escape, sorted(self.end_tokens, key=len, reverse=True)))
         spans: list[Span] = []
         alone: list[int] = []
         for i in turns[-1:] if self.last_turn_only else turns:
             if i and _is_target(messages[i]):  # an assistant message at the start is no answer
-                span = self._answer_span(text, messages, i, tools, where)
+                span = self._answer_span(text, messages, i, tools, row_name)
                 if span is None:
                     alone.append(i)
                 elif re.sub(ends, "", text[slice(*span)]).strip():  # not where the template leaves out tool calls
@@ -128,36 +125,36 @@ class Encoder:
         if turns[-1] == len(messages) - 1:
             if turns[-1] in alone and (merged := merge_system_message(messages)):
                 # Mistral's templates show a system message only if a question comes last.
-                return self._conversation(merged, tools, where)
+                return self._conversation(merged, tools, row_name)
             text, spans = self._with_end_tokens(text, spans)
         rows = [self._encode_text(text, spans)]
         if not self.train_on_prompt:
             if turns[-1] in alone:
-                raise UsageError(f"{where}: the chat template renders the answer in a way that hides where it begins")
+                raise UsageError(f"{row_name}: the chat template renders the answer in a way that hides where it begins")
             for i in alone:
                 earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:i]]
-                rows += self._conversation([*earlier, messages[i]], tools, where)
+                rows += self._conversation([*earlier, messages[i]], tools, row_name)
         return rows
 
-    def _answer_span(self, text: str, messages: list[Message], i: int, tools: Any, where: str) -> Span | None:
+    def _answer_span(self, text: str, messages: list[Message], i: int, tools: Any, row_name: str) -> Span | None:
         """Where message `i` and its end-of-turn token stand in `text`.
 
         None if the template writes it, or its context, differently there than at the end, or ends only the last answer.
         """
-        head = self._template.render(messages[:i], tools, where, add_generation_prompt=True)
+        head = self._template.render(messages[:i], tools, row_name, add_generation_prompt=True)
         start = _common_prefix(head, text)
         if start < len(head):
             # The generation prompt may open something that the answer lacks (<think>), but the context must not change.
             # So the answer begins where the text changes with its content, or behind that.
             content = "." if (messages[i]["content"] or "").lstrip().startswith("!") else "!"
             other = [*messages[:i], {"role": "assistant", "content": content}]
-            start = min(start, _common_prefix(self._template.render(other, tools, where), text))
-            before = self._template.render(messages[:i], tools, where) if i else ""
+            start = min(start, _common_prefix(self._template.render(other, tools, row_name), text))
+            before = self._template.render(messages[:i], tools, row_name) if i else ""
             if start < len(self._without_eos(before)):
                 return None
         if i == len(messages) - 1:
             return start, len(text)
-        answer = self._template.render(messages[: i + 1], tools, where)
+        answer = self._template.render(messages[: i + 1], tools, row_name)
         if not text.startswith(answer):
             answer = self._without_eos(answer)  # some templates (Phi-3) end every conversation with one
         if not text.startswith(answer) or not answer.rstrip().endswith(self.end_tokens):
@@ -237,7 +234,7 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token with which the tokenizer's chat template ends an answer: where generation has to stop."""
     encoder = Encoder(tokenizer, max_seq_length=1 << 20)
-    (row,) = encoder.encode({"messages": _ANSWERED}, where="the chat template")
+    (row,) = encoder.encode({"messages": _ANSWERED}, row_name="the chat template")
     answer = [label for label in row.labels if label != IGNORED]
     last_content = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)
     ends = {tokenizer.convert_tokens_to_ids(end) for end in encoder.end_tokens}

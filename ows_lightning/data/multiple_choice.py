@@ -42,20 +42,20 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        row, where, example, options, right = self.rows[min(index, len(self) - 1)]
+        row, row_name, example, options, right = self.rows[min(index, len(self) - 1)]
         question = split_prompt(example["messages"])[0]
         items = []
         for i, text in enumerate(options):
             answered = {**example, "messages": [*question, {"role": "assistant", "content": text}]}
-            encoded = self.encoder.encode(answered, where)
+            encoded = self.encoder.encode(answered, row_name)
             if not encoded:
-                raise UsageError(f"{where}: the choice {text!r} has no token; give choices that are not empty")
+                raise UsageError(f"{row_name}: the choice {text!r} has no token; give choices that are not empty")
             facts = {"row": row, "right": i == right, "characters": len(text)}
             items.append({"input_ids": encoded[-1].input_ids, "labels": encoded[-1].labels, **facts})
         return items
 
 
-def choices_of(example: Example, where: str) -> tuple[list[str], int]:
+def choices_of(example: Example, row_name: str) -> tuple[list[str], int]:
     """Returns an example's choices and the index of the right one; no choices for an example that is not multiple choice.
 
     The choices are those of the columns ``choices`` (a list of texts) and ``answer`` (one of them, its index from 0, or
@@ -66,21 +66,21 @@ def choices_of(example: Example, where: str) -> tuple[list[str], int]:
         return [], -1
     if options is not None:
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
-            raise UsageError(f"{where}: 'choices' must be a list of two texts or more")
-        return options, _index(answer, options, where)
+            raise UsageError(f"{row_name}: 'choices' must be a list of two texts or more")
+        return options, _index(answer, options, row_name)
     question, reference = split_prompt(example["messages"])
     found = _ANSWER_FORMAT.search(question[-1]["content"] or "") if question else None
     if found is None:
         return [], -1
     options = found[1].split("/")
-    right = _index(answer, options, where)
+    right = _index(answer, options, row_name)
     before, _, after = reference.rpartition(options[right])
     return [f"{before}{option}{after}" for option in options], right
 
 
-def _index(answer: Any, options: Sequence[str], where: str) -> int:
+def _index(answer: Any, options: Sequence[str], row_name: str) -> int:
     if (index := index_of_choice(answer, options)) is None:
-        raise UsageError(f"{where}: the answer {answer!r} is none of the choices {', '.join(options)}")
+        raise UsageError(f"{row_name}: the answer {answer!r} is none of the choices {', '.join(options)}")
     return index
 
 

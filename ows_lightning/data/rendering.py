@@ -25,7 +25,7 @@ _TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
 _THINKING = re.compile(r"(</?think>)")
-_MARK = "qz{}zq"  # letters and digits, which no template escapes
+_PROBE = "qz{}zq"  # letters and digits, which no template escapes
 _ROLES = {
     "system": "a system message", "user": "a question", "assistant": "a part of an answer", "tool": "a tool's result"
 }  # fmt: skip
@@ -37,23 +37,23 @@ class ChatTemplate:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def render(self, messages: list[Message], tools: Any, where: str, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Message], tools: Any, row_name: str, add_generation_prompt: bool = False) -> str:
         """The conversation as text; a system message that the template refuses joins the first question."""
         try:
             return self._apply(messages, tools, add_generation_prompt)
         except _TEMPLATE_ERRORS as error:
             if merged := merge_system_message(messages):  # Gemma and old Mistral have no system message
-                return self.render(merged, tools, where, add_generation_prompt)
+                return self.render(merged, tools, row_name, add_generation_prompt)
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
+            raise UsageError(f"{row_name}: the tokenizer's chat template refuses the messages: {reason}") from None
 
-    def fitted(self, messages: list[Message], tools: Any) -> list[Message]:
+    def normalize_messages(self, messages: list[Message], tools: Any) -> list[Message]:
         """The messages with contents of None or "", and arguments as objects or text, as the template shows most of them."""
         forms = [_in_form(messages, content, arguments) for arguments in (_as_object, _as_text) for content in (None, "")]
         forms = [form for i, form in enumerate(forms) if form not in forms[:i]]
         return min(forms, key=lambda form: self._faults(form, tools)) if len(forms) > 1 else messages
 
-    def without_empty_turns(self, messages: list[Message], tools: Any) -> list[Message]:
+    def without_hidden_answers(self, messages: list[Message], tools: Any) -> list[Message]:
         """The messages without the answers that the template does not show, such as tool calls in a template without them."""
         kept: list[Message] = []
         for message in messages:
@@ -63,17 +63,17 @@ class ChatTemplate:
                 kept.append(message)
         return kept
 
-    def unshown(self, messages: list[Message], tools: Any) -> list[str]:
+    def dropped_parts(self, messages: list[Message], tools: Any) -> list[str]:
         """What the template leaves out, in words, each once; reasoning is shown if it is while its answer is the last."""
-        marked = _Marked(messages, tools)
-        if not marked.places or (text := self._try_render(marked.messages, marked.tools)) is None:
+        probed = _Probed(messages, tools)
+        if not probed.places or (text := self._try_render(probed.messages, probed.tools)) is None:
             return []
-        missing = {mark: place for mark, place in marked.places.items() if mark not in text}
+        missing = {probe: place for probe, place in probed.places.items() if probe not in text}
         for i in sorted({place[0] for place in missing.values()}):
             questions = (k for k in reversed(range(len(messages))) if messages[k]["role"] == "user")
             last = i if i >= 0 and messages[i]["role"] == "assistant" else next(questions, len(messages) - 1)
-            until = self._try_render(marked.messages[: last + 1], marked.tools) or ""
-            missing = {mark: place for mark, place in missing.items() if place[0] != i or mark not in until}
+            until = self._try_render(probed.messages[: last + 1], probed.tools) or ""
+            missing = {probe: place for probe, place in missing.items() if place[0] != i or probe not in until}
         return list(dict.fromkeys(what for _, what in missing.values()))
 
     def _apply(self, messages: list[Message], tools: Any, add_generation_prompt: bool) -> str:
@@ -88,17 +88,16 @@ class ChatTemplate:
 
     def _faults(self, messages: list[Message], tools: Any) -> int:
         """Faults in the rendering of this form: the number of parts of calls that are left out or wrongly written."""
-        marked = _Marked(messages, tools)
-        if (text := self._try_render(marked.messages, marked.tools)) is None:
+        probed = _Probed(messages, tools)
+        if (text := self._try_render(probed.messages, probed.tools)) is None:
             return 10_000
-        quoted_wrongly = (
-            f"'{mark}'" in text or f'\\"{mark}' in text for mark in marked.places
-        )  # Python's repr, or JSON twice
+        # Python's repr, or JSON twice
+        quoted_wrongly = (f"'{probe}'" in text or f'\\"{probe}' in text for probe in probed.places)
         printed_none = False
         if any(message["content"] is None for message in messages):
-            without = self._try_render(_in_form(marked.messages, "", lambda arguments: arguments), marked.tools)
+            without = self._try_render(_in_form(probed.messages, "", lambda arguments: arguments), probed.tools)
             printed_none = without is not None and text.count("None") > without.count("None")
-        return sum(mark not in text for mark in marked.places) + sum(quoted_wrongly) + printed_none
+        return sum(probe not in text for probe in probed.places) + sum(quoted_wrongly) + printed_none
 
     def _try_render(self, messages: list[Message], tools: Any) -> str | None:
         try:
@@ -141,7 +140,7 @@ def _as_text(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-class _Marked:
+class _Probed:
     """A conversation with a mark in each of its parts.
 
     ``places`` has for each mark the index of its message (-1: the `tools`), and what part it is of, in words.
@@ -155,12 +154,12 @@ class _Marked:
     def _message(self, index: int, message: Message) -> Message:
         what = _ROLES.get(message["role"], f"a message of the role {message['role']}")
         name = partial(self._text, index, "tool calls")
-        marked = {**message, **_with_calls(message, partial(self._arguments, index), name)}
+        probed = {**message, **_with_calls(message, partial(self._arguments, index), name)}
         if isinstance(content := message["content"], str):
-            marked["content"] = "".join(self._text(index, what, piece) for piece in _THINKING.split(content))
+            probed["content"] = "".join(self._text(index, what, piece) for piece in _THINKING.split(content))
         if "reasoning_content" in message:
-            marked["reasoning_content"] = self._text(index, "reasoning", message["reasoning_content"])
-        return marked
+            probed["reasoning_content"] = self._text(index, "reasoning", message["reasoning_content"])
+        return probed
 
     def _text(self, index: int, what: str, text: Any) -> Any:
         """The text with a mark in its middle, since templates may look at its beginning and end."""
@@ -168,14 +167,14 @@ class _Marked:
             return text
         start = len(text) - len(text.lstrip())
         middle = start + (len(text.strip()) + 1) // 2
-        return text[:middle] + self._new(index, what) + text[middle:]
+        return text[:middle] + self._new_probe(index, what) + text[middle:]
 
     def _arguments(self, index: int, arguments: Any) -> Any:
         """The object with a mark added as a key and as its value."""
         if not isinstance(as_object := _as_object(arguments), dict):
             return arguments
-        mark = self._new(index, "tool calls")
-        as_object = {**as_object, mark: mark}
+        probe = self._new_probe(index, "tool calls")
+        as_object = {**as_object, probe: probe}
         return _as_text(as_object) if isinstance(arguments, str) else as_object
 
     def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +182,7 @@ class _Marked:
             return {**tool, "function": self._tool(tool["function"])}
         return {**tool, "name": self._text(-1, "the functions of 'tools'", tool["name"])} if "name" in tool else tool
 
-    def _new(self, index: int, what: str) -> str:
-        mark = _MARK.format(len(self.places))
-        self.places[mark] = (index, what)
-        return mark
+    def _new_probe(self, index: int, what: str) -> str:
+        probe = _PROBE.format(len(self.places))
+        self.places[probe] = (index, what)
+        return probe

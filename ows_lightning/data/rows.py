@@ -36,13 +36,13 @@ class Rows(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         documents = self.documents[list(self.rows[min(index, len(self) - 1)])]
-        item = as_item(list(zip(documents["input_ids"], documents["labels"], strict=True)), self.packed)
+        item = join_documents(list(zip(documents["input_ids"], documents["labels"], strict=True)), self.packed)
         if index == len(self):
             item["labels"] = [IGNORED] * len(item["labels"])
         return item
 
 
-def as_item(documents: Sequence[tuple[list[int], list[int]]], packed: bool) -> Item:
+def join_documents(documents: Sequence[tuple[list[int], list[int]]], packed: bool) -> Item:
     """Join the token ids and labels of documents to a row; when packed, ``position_ids`` restart with every document."""
     item = {"input_ids": [x for ids, _ in documents for x in ids], "labels": [x for _, labels in documents for x in labels]}
     if packed:
@@ -130,7 +130,7 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     """
     one, other, probe = [1, 2, 3, 4, 5], [6, 7, 8, 9], [9, 3, 7]
     rows = [[one, probe], [other, one[:1], probe], [probe, other, one[:1]]]
-    batch = collate([as_item([(ids, ids) for ids in row], True) for row in rows], pad_token_id=0, flatten=flatten)
+    batch = collate([join_documents([(ids, ids) for ids in row], True) for row in rows], pad_token_id=0, flatten=flatten)
     device = next(model.parameters()).device
     training = model.training
     model.eval()

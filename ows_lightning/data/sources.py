@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ows_lightning.compat import fingerprint
 from ows_lightning.data.formats import without_none
-from ows_lightning.errors import UsageError, nearest
+from ows_lightning.errors import UsageError, did_you_mean
 
 Row = dict[str, Any]
 
@@ -39,14 +39,14 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")  # in eith
 _COMPRESSIONS: dict[str, Callable[[Path, str], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard
 }  # fmt: skip
-_KINDS = ".jsonl, .json, .parquet, .csv"  # for messages: the usual ones
+_FILE_KINDS = ".jsonl, .json, .parquet, .csv"  # for messages: the usual ones
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
 _PREFERRED = {"eval_dataset": ("validation", "test"), "test_dataset": ("test", "validation")}
 _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(["val", "valid", "validation", "dev", "eval"], "validation")
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One source of rows."""
 
     name: str  # as the user wrote it
@@ -55,7 +55,7 @@ class Source:
     splits: tuple[str, ...]  # the first that it has is taken
 
     @property
-    def answered(self) -> bool:
+    def requires_answer(self) -> bool:
         """Whether its rows need an answer; test rows may be prompts for `predict`."""
         return self.key != "test_dataset"
 
@@ -64,13 +64,13 @@ class Source:
         return UsageError(f"data.{self.key}: {message}")
 
 
-def resolve(name: str, key: str, split: str = "train") -> Source:
+def resolve(name: str, key: str, split: str = "train") -> DataSource:
     """Finds what a name stands for: a file, a directory, a glob, or a data set on the hub (``owner/name[/config][:split]``).
 
     Where there are splits, ``eval_dataset`` prefers validation and then test rows, ``test_dataset`` test and then validation
     rows; `split` is taken by other settings, or where there are none of these.
     """
-    source = Source(name, key, (), tuple(dict.fromkeys([*_PREFERRED.get(key, ()), split])))
+    source = DataSource(name, key, (), tuple(dict.fromkeys([*_PREFERRED.get(key, ()), split])))
     if not name.strip():
         raise source.error("'' names no source; give a file, a directory, a glob or a data set on the hub")
     try:
@@ -79,11 +79,11 @@ def resolve(name: str, key: str, split: str = "train") -> Source:
         raise source.error(f"can't look for '{name[:100]}': {getattr(error, 'strerror', None) or error}") from None
 
 
-def _resolve(source: Source, path: Path) -> Source:
+def _resolve(source: DataSource, path: Path) -> DataSource:
     name = source.name
     if path.is_file():
-        if not _format_of(path):
-            raise source.error(f"'{name}' is not a {_KINDS} file")
+        if not _suffix_of(path):
+            raise source.error(f"'{name}' is not a {_FILE_KINDS} file")
         return _without_splits(replace(source, files=(str(path),)))
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -94,19 +94,19 @@ def _resolve(source: Source, path: Path) -> Source:
         hint = f"give its name, '{hub[1]}'" if hub else "download the file and give its path"
         raise source.error(f"'{name}' is an address, from which no rows are read; {hint}")
     if path.exists() or path.is_symlink():
-        raise source.error(f"'{name}' is a device, a pipe or a broken link, not a file; save its rows as a {_KINDS} file")
+        raise source.error(f"'{name}' is a device, a pipe or a broken link, not a file; save its rows as a {_FILE_KINDS} file")
     if glob.has_magic(name):
-        files = sorted(f for f in glob.glob(str(path), recursive=True) if _format_of(Path(f)) and Path(f).is_file())
+        files = sorted(f for f in glob.glob(str(path), recursive=True) if _suffix_of(Path(f)) and Path(f).is_file())
         if not files:
-            raise source.error(f"no {_KINDS} file matches '{name}'")
+            raise source.error(f"no {_FILE_KINDS} file matches '{name}'")
         return _without_splits(replace(source, files=tuple(files)))
-    if _format_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
+    if _suffix_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise source.error(f"no file matches '{name}'{nearest(path.name, beside)}")
+        raise source.error(f"no file matches '{name}'{did_you_mean(path.name, beside)}")
     return source
 
 
-def _format_of(path: Path) -> str | None:
+def _suffix_of(path: Path) -> str | None:
     """The ending that says how a file is read, without that of its compression; None for other files."""
     name = path.name.lower()
     compressed = Path(name).suffix in _COMPRESSIONS
@@ -114,7 +114,7 @@ def _format_of(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES and not (compressed and suffix == ".parquet") else None
 
 
-def _without_splits(source: Source) -> Source:
+def _without_splits(source: DataSource) -> DataSource:
     """Refuse `data.split` for rows that have no splits."""
     if source.key == "dataset" and source.splits[-1] != "train":
         hint = "leave data.split out, or give the file that holds the rows (on the hub, 'owner/name:split' asks for one)"
@@ -122,23 +122,22 @@ def _without_splits(source: Source) -> Source:
     return source
 
 
-def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
+def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
     """Yields every row of a source with the words that name it in messages, such as ``train.jsonl line 7``."""
     if not source.files:
         for number, row in enumerate(open_dataset(source), start=1):
-            yield f"{source.name} row {number}", plain(row)
+            yield f"{source.name} row {number}", drop_arrow_nulls(row)
     for file in map(Path, source.files):
         place: str | None = None
-        for place, row in _READERS[str(_format_of(file))](file, source):
+        for place, row in _READERS[str(_suffix_of(file))](file, source):
             if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise source.error(f"{file.name} {place} is a {kind}, not an object of columns and values")
+                raise source.error(f"{file.name} {place} is a {type(row).__name__}, not an object of columns and values")
             yield f"{file.name} {place}", row
         if place is None:
             raise source.error(f"{file} has no rows")
 
 
-def content_hash(source: Source) -> str:
+def content_hash(source: DataSource) -> str:
     """A hash of the source's content: of the files' bytes, or of the fingerprint of a data set that is not made of files."""
     digest = hashlib.sha256()
     if not source.files:
@@ -153,17 +152,17 @@ def content_hash(source: Source) -> str:
     return digest.hexdigest()[:32]
 
 
-def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
+def _files_of_split(directory: Path, source: DataSource) -> tuple[str, ...]:
     """The data files below `directory`; where names name splits (train.jsonl, test/a.jsonl), those of one of `source`'s."""
-    files = [p for p in sorted(directory.rglob("*")) if _format_of(p) and p.is_file()]
+    files = [p for p in sorted(directory.rglob("*")) if _suffix_of(p) and p.is_file()]
     if not files:
-        raise source.error(f"the directory '{source.name}' holds no {_KINDS} file")
+        raise source.error(f"the directory '{source.name}' holds no {_FILE_KINDS} file")
     # By its outermost folder that names one, or by its own name.
     words = {p: re.split(r"[^a-z]+", str(p.relative_to(directory).with_suffix("")).lower()) for p in files}
     splits = {p: next((_SPLIT_WORDS[word] for word in words[p] if word in _SPLIT_WORDS), None) for p in files}
     if not any(splits.values()):
         return _without_splits(replace(source, files=tuple(map(str, files)))).files
-    chosen = _choose(source, [split for split in splits.values() if split])
+    chosen = _choose_split(source, [split for split in splits.values() if split])
     names = join_names([str(p.relative_to(directory)) for p in files if splits[p] is None or not chosen])
     if chosen is None:
         raise source.error(f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {names})")
@@ -173,7 +172,7 @@ def _files_of_split(directory: Path, source: Source) -> tuple[str, ...]:
     return tuple(str(p) for p in files if splits[p] == chosen)
 
 
-def _choose(source: Source, there: Collection[str]) -> str | None:
+def _choose_split(source: DataSource, there: Collection[str]) -> str | None:
     """The first of `source`'s splits that exists, under any of its names."""
     names = {_SPLIT_WORDS.get(split, split): split for split in there}
     names |= {split: split for split in there}
@@ -189,12 +188,12 @@ def join_names(names: Collection[str]) -> str:
     return ", ".join(itertools.islice(names, 10)) + (", ..." if len(names) > 10 else "")
 
 
-def plain(row: Row) -> Row:
+def drop_arrow_nulls(row: Row) -> Row:
     """A row of typed columns without the empty keys that Arrow adds to its objects."""
     return {column: without_none(value) for column, value in row.items()}
 
 
-def open_dataset(source: Source, streaming: bool = False) -> Any:
+def open_dataset(source: DataSource, streaming: bool = False) -> Any:
     """Open a data set of the hub, or one that `Dataset.save_to_disk` wrote, as a table or as a stream."""
     import datasets
 
@@ -219,16 +218,16 @@ def open_dataset(source: Source, streaming: bool = False) -> Any:
         raise source.error(said) from error
 
 
-def _one_split(data: Any, source: Source) -> Any:
+def _one_split(data: Any, source: DataSource) -> Any:
     if not isinstance(data, dict):
         return data
-    if (split := _choose(source, data)) is None:
+    if (split := _choose_split(source, data)) is None:
         hint = f"set data.split to one of those it has: {', '.join(data)}"
         raise source.error(f"'{source.name}' has no split '{source.splits[-1]}'; {hint}")
     return data[split]
 
 
-def _lines(file: Path, source: Source) -> Iterator[tuple[int, str]]:
+def _lines(file: Path, source: DataSource) -> Iterator[tuple[int, str]]:
     opened: Callable[[Path, str], Any] = _COMPRESSIONS.get(file.suffix.lower(), open)
     try:
         with opened(file, "rb") as stream:
@@ -241,7 +240,7 @@ def _lines(file: Path, source: Source) -> Iterator[tuple[int, str]]:
         raise source.error(f"can't read {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _read_jsonl(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     for number, line in _lines(file, source):
         if not line.strip():
             continue
@@ -252,7 +251,7 @@ def _read_jsonl(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
             raise source.error(f"{file.name} line {number} is not valid JSON: {fault}") from None
 
 
-def _read_json(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+def _read_json(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     """One JSON array of objects (or an object that holds one under its only key), or JSON lines under the name .json."""
     text = "".join(line for _, line in _lines(file, source))
     if not text.strip():
@@ -273,9 +272,9 @@ def _read_json(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
         yield f"row {number}", row
 
 
-def _read_csv(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+def _read_csv(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 30)
-    delimiter = "\t" if _format_of(file) == ".tsv" else ","
+    delimiter = "\t" if _suffix_of(file) == ".tsv" else ","
     reader = csv.DictReader((line for _, line in _lines(file, source)), strict=True, delimiter=delimiter)
     try:
         if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
@@ -291,14 +290,14 @@ def _read_csv(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
         raise source.error(f"{file.name} line {reader.line_num} is not valid CSV: {error}") from None
 
 
-def _read_parquet(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+def _read_parquet(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-            yield f"row {number}", plain(row)
+            yield f"row {number}", drop_arrow_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise source.error(f"{file.name} is not a readable parquet file: {str(error).splitlines()[0]}") from None
 

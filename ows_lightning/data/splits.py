@@ -14,7 +14,7 @@ from ows_lightning.data.examples import column, example_features, mix, read_exam
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.rows import Rows, pack
-from ows_lightning.data.sources import Source, join_names, resolve
+from ows_lightning.data.sources import DataSource, join_names, resolve
 from ows_lightning.data.stream import BLOCK
 from ows_lightning.errors import UsageError
 
@@ -49,7 +49,7 @@ class Splits:
                 self.examples_of(key)
         self._check_columns()
         self._train_and_validation()
-        if choices and self.key("test"):
+        if choices and self.setting_of("test"):
             for entry in self.examples("test"):
                 choices_of(json.loads(entry["example"]), entry["where"])
 
@@ -64,33 +64,31 @@ class Splits:
             if own not in there:
                 raise UsageError(f"data.columns.{name}: no row has a column '{own}'; correct the name, or leave it out")
 
-    def key(self, part: str) -> str | None:
+    def setting_of(self, part: str) -> str | None:
         """The setting that a part's rows come from; None where there are none, or a stream of them."""
-        if part == "test" and self.test_dataset:
-            return "test_dataset"
-        if part != "train" and self.eval_dataset:
-            return "eval_dataset"
         if part == "train":
             return None if self.streaming else "dataset"
-        return "dataset" if self.val_size else None
+        if part == "test" and self.test_dataset:
+            return "test_dataset"
+        return "eval_dataset" if self.eval_dataset else "dataset" if self.val_size else None
 
     def examples(self, part: str) -> datasets.Dataset:
         """The examples of a part."""
-        return self.examples_of(str(self.key(part))).select(self._indices(part))
+        return self.examples_of(str(self.setting_of(part))).select(self._indices(part))
 
     def rows(self, part: str, encoder: Encoder, packing: bool = False) -> Rows:
         """The tokenised rows of a part that have a target, at least one; with `packing` several documents to a row."""
-        key = str(self.key(part))
+        key = str(self.setting_of(part))
         documents = self.tokens_of(key, encoder)
         row_of, wanted = column(documents, "row"), self._indices(part)
         first, last = np.searchsorted(row_of, wanted, "left"), np.searchsorted(row_of, wanted, "right")
         has_target = column(documents, "length") > 0
         chosen = [i for a, b in zip(first.tolist(), last.tolist(), strict=True) for i in range(a, b) if has_target[i]]
         if not has_target.any():
-            unshown = ", ".join(self._unshown(key))
+            unshown = ", ".join(self._dropped_parts(key))
             raise UsageError(
                 f"data.{key}: none of {len(self.examples_of(key))} rows has a target token (an answer that is not empty): "
-                f"{self._named(key, self.dropped(key))}{'; `predict` needs none' if part == 'test' else ''}"
+                f"{self._row_names(key, self.indices_without_target(key))}{'; `predict` needs none' if part == 'test' else ''}"
                 f"{f'; the chat template does not show {unshown}' if unshown else ''}"
             )
         if not chosen:
@@ -106,31 +104,31 @@ class Splits:
 
         if key not in self._examples:
             is_stream = key == "dataset" and self.streaming
-            self._examples[key] = self._head_of_stream() if is_stream else concatenate_datasets(self._tables(key))
+            self._examples[key] = self._head_of_stream() if is_stream else concatenate_datasets(self._read_tables(key))
         return self._examples[key]
 
     def tokens_of(self, key: str, encoder: Encoder) -> datasets.Dataset:
         """The documents of all examples of a setting, see `token_features`; logs what was left out or cut."""
         if key not in self._tokens:
             self._tokens[key] = tokenise(self.examples_of(key), encoder, key)
-            self._report(key, encoder.max_seq_length)
+            self._log_what_is_lost(key, encoder.max_seq_length)
         return self._tokens[key]
 
-    def dropped(self, key: str) -> list[int]:
+    def indices_without_target(self, key: str) -> list[int]:
         """The examples of a tokenised setting that gave no document, having no target."""
         return column(self._tokens[key], "row")[column(self._tokens[key], "length") == 0].tolist()
 
-    def endless(self) -> datasets.IterableDataset:
+    def training_stream(self) -> datasets.IterableDataset:
         """The training examples of a stream, over and over, without those for validation."""
         return self._stream().skip(len(self.examples_of("dataset"))).repeat(None)
 
     def _indices(self, part: str) -> np.ndarray:
         """The examples of a part, by their index in what its setting names."""
-        key = self.key(part)
+        key = self.setting_of(part)
         if key != "dataset":
             return np.arange(len(self.examples_of(str(key))))
         train, val = self._train_and_validation()
-        return self._mixed(train) if part == "train" else val
+        return self._apply_mixture(train) if part == "train" else val
 
     def _train_and_validation(self) -> tuple[np.ndarray, np.ndarray]:
         """The examples of `dataset` to train on, and those for validation."""
@@ -145,24 +143,23 @@ class Splits:
         order = np.random.default_rng(self.seed).permutation(total)
         return np.sort(order[size:]), np.sort(order[:size])
 
-    def _mixed(self, rows: np.ndarray) -> np.ndarray:
+    def _apply_mixture(self, rows: np.ndarray) -> np.ndarray:
         if not isinstance(self.dataset, Mapping):
             return rows
-        ends = np.cumsum([len(table) for table in self._tables("dataset")])
-        parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
-        for name, part in zip(self.dataset, parts, strict=True):
-            if not len(part):
-                raise UsageError(f"data.dataset: '{name}' has no row left to train on; lower val_size or give an eval_dataset")
-        mixed = mix(dict(zip(self.dataset, parts, strict=True)), self.dataset, self.seed)
-        for name, part, repeated in zip(self.dataset, parts, mixed, strict=True):
+        ends = np.cumsum([len(table) for table in self._read_tables("dataset")])
+        parts = dict(zip(self.dataset, np.split(rows, np.searchsorted(rows, ends[:-1])), strict=True))
+        if empty := [name for name, part in parts.items() if not len(part)]:
+            raise UsageError(f"data.dataset: '{empty[0]}' has no row left to train on; lower val_size or give an eval_dataset")
+        mixed = mix(parts, self.dataset, self.seed)
+        for (name, part), repeated in zip(parts.items(), mixed, strict=True):
             times = f"{len(repeated) / len(part):.2f} times"
             rank_zero_info(f"data.dataset: {name} gives {len(repeated)} rows an epoch, each {times}.")
         return np.concatenate(mixed)
 
-    def _tables(self, key: str) -> list[datasets.Dataset]:
+    def _read_tables(self, key: str) -> list[datasets.Dataset]:
         return [read_examples(source, self.data_format, self.columns) for source in self._sources(key)]
 
-    def _sources(self, key: str) -> list[Source]:
+    def _sources(self, key: str) -> list[DataSource]:
         named = getattr(self, key)
         return [resolve(name, key, self.split) for name in ([named] if isinstance(named, str) else named)]
 
@@ -187,23 +184,23 @@ class Splits:
         shares = (weights / weights.sum()).tolist()
         return interleave_datasets(streams, shares, seed=self.seed, stopping_strategy="all_exhausted")
 
-    def _report(self, key: str, max_seq_length: int) -> None:
+    def _log_what_is_lost(self, key: str, max_seq_length: int) -> None:
         """Say which rows have no target, and how many were cut."""
-        dropped, total = self.dropped(key), len(self.examples_of(key))
+        dropped, total = self.indices_without_target(key), len(self.examples_of(key))
         documents = len(self._tokens[key]) - len(dropped)
         if 0 < len(dropped) < total:
-            named = self._named(key, dropped)
+            named = self._row_names(key, dropped)
             rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
         if documents > total - len(dropped):
             why = "since the template rewrites earlier answers: each is trained at the end of a row of its own."
             rank_zero_info(f"data.{key}: {total - len(dropped)} rows became {documents}, {why}")
         if truncated := int(column(self._tokens[key], "truncated").sum()):
             rank_zero_info(f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={max_seq_length} tokens.")
-        for what, rows in self._unshown(key).items():
-            which = f"{what}, which the chat template does not show: {self._named(key, rows)}"
+        for what, rows in self._dropped_parts(key).items():
+            which = f"{what}, which the chat template does not show: {self._row_names(key, rows)}"
             rank_zero_warn(f"data.{key}: {len(rows)} of {total} rows lose {which}")
 
-    def _unshown(self, key: str) -> dict[str, list[int]]:
+    def _dropped_parts(self, key: str) -> dict[str, list[int]]:
         """What the chat template leaves out, and the examples that lose it."""
         losses: dict[str, dict[int, None]] = {}
         for row, unshown in zip(column(self._tokens[key], "row").tolist(), self._tokens[key]["unshown"], strict=True):
@@ -211,6 +208,6 @@ class Splits:
                 losses.setdefault(what, {})[row] = None
         return {what: list(rows) for what, rows in losses.items()}
 
-    def _named(self, key: str, rows: Sequence[int]) -> str:
+    def _row_names(self, key: str, rows: Sequence[int]) -> str:
         """The names of the rows, of many the first ones."""
         return join_names(self.examples_of(key)[rows[:11]]["where"])

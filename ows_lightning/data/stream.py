@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ows_lightning.data.masking import Encoder
-from ows_lightning.data.rows import Item, as_item, pack
+from ows_lightning.data.rows import Item, join_documents, pack
 from ows_lightning.data.sources import join_names
 from ows_lightning.errors import UsageError
 
@@ -30,10 +30,9 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     """Endless rows from a stream of examples, tokenised, packed and shuffled a block at a time.
 
     Every row comes with the position after it: the state of the stream at the start of the block and the number of rows
-    seen, the same on all ranks. An iteration that begins there gives exactly the remaining rows, since a block is drawn anew
-    from the seed; the contents of the shuffle buffer of `datasets` would be lost. Rank r of w takes the rows r, r + w, ... of
-    the stream, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows, ``state`` the position at which the
-    next iteration begins.
+    seen, the same on all ranks. An iteration that begins there, at ``state``, gives exactly the remaining rows, since a block
+    is drawn anew from the seed; the contents of the shuffle buffer of `datasets` would be lost. Rank r of w takes the rows r,
+    r + w, ... of the stream, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows.
     """
 
     examples: datasets.IterableDataset
@@ -69,13 +68,13 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
         for entry in block:
             example = json.loads(entry["example"])
             encoded = self.encoder.encode(example, entry["where"])
-            for what in self.encoder.unshown(example) if number == 0 else ():
+            for what in self.encoder.dropped_parts(example) if number == 0 else ():
                 unshown.setdefault(what, {})[entry["where"]] = None
             documents += [(row.input_ids, row.labels) for row in encoded]
             dropped |= {} if encoded else {entry["where"]: None}
-        for what, wheres in unshown.items():
-            which = f"{what}, which the chat template does not show: {join_names(wheres)}"
-            rank_zero_warn(f"data.dataset: {len(wheres)} of the first {BLOCK} rows lose {which}")
+        for what, row_names in unshown.items():
+            which = f"{what}, which the chat template does not show: {join_names(row_names)}"
+            rank_zero_warn(f"data.dataset: {len(row_names)} of the first {BLOCK} rows lose {which}")
         if dropped and number == 0:
             named = join_names(dropped)
             if not documents:
@@ -85,7 +84,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
         if self.packing:
             rows = pack([len(ids) for ids, _ in documents], self.encoder.max_seq_length)
         order = np.random.default_rng([self.seed, number]).permutation(len(rows))
-        return [as_item([documents[i] for i in rows[k]], self.packing) for k in order]
+        return [join_documents([documents[i] for i in rows[k]], self.packing) for k in order]
 
 
 class StreamLoader(DataLoader[Any]):

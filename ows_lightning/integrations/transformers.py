@@ -58,9 +58,9 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
-        model, optimizer = kwargs["model"], _inner(kwargs["optimizer"])
+        model, optimizer = kwargs["model"], _unwrap(kwargs["optimizer"])
         _require_one_process(args)
-        _require_fitted(optimizer, args)
+        _require_use_galore(optimizer, args)
         if not isinstance(optimizer, GaLoreAdamW):
             for p in model.parameters():
                 remove_hook(p)  # of a run of ``use_galore`` that ended by an exception
@@ -78,14 +78,14 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draws new blocks where this step is the first of an interval."""
-        if self.advance(state.global_step, [_inner(kwargs["optimizer"])], self._compute):
+        if self.advance(state.global_step, [_unwrap(kwargs["optimizer"])], self._compute):
             self.write(self._written_to)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lets the norms of the gradients count, where the draws depend on them."""
-        self.observe([_inner(kwargs["optimizer"])])
+        self.observe([_unwrap(kwargs["optimizer"])])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Names the blocks that never trained, and unfreezes all."""
@@ -118,20 +118,20 @@ class _TrainersGaLoreAdamW(GaLoreAdamW):
         return not GradientState().sync_gradients
 
 
-class _GaLore(TrainerCallback):
+class _GaLoreCallback(TrainerCallback):
     """Has an optimizer of ``use_galore`` project within backward while its Trainer trains, and with its own settings."""
 
     def __init__(self, optimizer: GaLoreAdamW) -> None:
         self.optimizer = optimizer
         # But for those of the Trainer's arguments, which the Trainer itself takes from the checkpoint.
         others = {"params", "param_names", "lr", "betas", "eps", "weight_decay"}
-        self.given = [{name: group[name] for name in group.keys() - others} for group in optimizer.param_groups]
+        self.configured = [{name: group[name] for name in group.keys() - others} for group in optimizer.param_groups]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Takes over the gradients; a resumed run has loaded the checkpoint's state, and its settings with it."""
         if state.global_step > 0:
-            for group, given in zip(self.optimizer.param_groups, self.given, strict=True):
-                check_settings({name: group.get(name) for name in given}, given, named="use_galore")
+            for group, configured in zip(self.optimizer.param_groups, self.configured, strict=True):
+                check_settings({name: group.get(name) for name in configured}, configured, named="use_galore")
             _require_state(self.optimizer)
         self.optimizer.project_in_backward(model=kwargs["model"])
 
@@ -172,12 +172,12 @@ def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW
         groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, **options
     )
     trainer.accelerator.clip_grad_norm_ = lambda parameters, max_norm, norm_type=2: optimizer.clip_gradients(max_norm)
-    trainer.callback_handler.callbacks.insert(0, _GaLore(optimizer))  # it refuses before any other has frozen blocks
+    trainer.callback_handler.callbacks.insert(0, _GaLoreCallback(optimizer))  # it refuses before any other has frozen blocks
     trainer.optimizer = optimizer
     return optimizer
 
 
-def _inner(optimizer: Any) -> Any:
+def _unwrap(optimizer: Any) -> Any:
     """The optimizer that accelerate has wrapped."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -205,7 +205,7 @@ def _require_state(optimizer: Optimizer) -> None:
         )
 
 
-def _require_fitted(optimizer: Optimizer, args: TrainingArguments) -> None:
+def _require_use_galore(optimizer: Optimizer, args: TrainingArguments) -> None:
     """Refuses a GaLoreAdamW whose gradients the Trainer would not see."""
     if not isinstance(optimizer, GaLoreAdamW) or isinstance(optimizer, _TrainersGaLoreAdamW):
         return

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from ows_lightning.errors import UsageError, command_line, nearest
+from ows_lightning.errors import UsageError, command_line, did_you_mean
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
 from ows_lightning.memory.prediction import predict
 
@@ -40,7 +40,7 @@ CARDS = tuple(Card(name, int(memory), float(link), float(tflops), source) for na
 
 _SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
 _MAKERS = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}
-_FORMS = {"sxm", "sxm2", "sxm4", "sxm5", "pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e"}
+_FORM_FACTORS = {"sxm", "sxm2", "sxm4", "sxm5", "pcie", "nvl", "hbm2", "hbm2e", "hbm3", "hbm3e"}
 
 
 def find_card(name: str, key: str = "card") -> Card:
@@ -49,7 +49,7 @@ def find_card(name: str, key: str = "card") -> Card:
     It raises a UsageError, which begins with the key that gave the name, if there is none in `CARDS` or there are several.
     """
     whole, memory = _name_and_memory(name)
-    model, _ = _name_and_memory(name, _MAKERS | _FORMS)
+    model, _ = _name_and_memory(name, _MAKERS | _FORM_FACTORS)
     names = {card: _name_and_memory(card.name)[0] for card in CARDS}
     # The form counts if there is such a card: it tells an H100 PCIe from the others.
     found = [card for card in CARDS if names[card] == (whole if whole in names.values() else model)]
@@ -59,7 +59,7 @@ def find_card(name: str, key: str = "card") -> Card:
     if candidates := [f"'{card.name}' ({card.memory} GB)" for card in fitting or found]:
         raise UsageError(f"{key}: '{name}' is no card that is known; did you mean {' or '.join(candidates)}?")
     known = [card.name for card in CARDS]
-    raise UsageError(f"{key}: unknown card '{name}'{nearest(name.upper(), known) or ';'} Known: {', '.join(known)}")
+    raise UsageError(f"{key}: unknown card '{name}'{did_you_mean(name.upper(), known) or ';'} Known: {', '.join(known)}")
 
 
 def _name_and_memory(name: str, left_out: set[str] = _MAKERS) -> tuple[str, int | None]:
@@ -148,7 +148,7 @@ def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, di
     changes: dict[str, Any] = {}
     yield settings, {}
     milder: list[tuple[bool, str, Any]] = [
-        (settings.recomputed < settings.blocks, "model.gradient_checkpointing", True),
+        (settings.num_checkpointed < settings.blocks, "model.gradient_checkpointing", True),
         (settings.dtype == torch.float32, "trainer.precision", "bf16-true"),
         (offload, "model.frozen_in", "host"),
     ]
@@ -177,8 +177,10 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     changes = changes_that_fit(settings, chosen.memory)
     if changes is None:
         raise UsageError(f"fit: on {chosen.name} ({chosen.memory} GB) the run {advise(settings, chosen.memory)}")
-    given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
-    values = json.loads(json.dumps({name: given[name] for name in _SECTIONS if name in given}, default=str))  # plain values
+    sections = config.as_dict() if hasattr(config, "as_dict") else dict(config)
+    values = json.loads(
+        json.dumps({name: sections[name] for name in _SECTIONS if name in sections}, default=str)
+    )  # plain values
     for key, value in changes.items():
         section, name = key.split(".")
         values[section].get("init_args", values[section])[name] = value

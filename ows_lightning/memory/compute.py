@@ -16,13 +16,13 @@ from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.sampling.distributions import sampling_probabilities
+from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 _DRAWS = 4000  # the mean over so many is within 0.3 % of the expectation
-_MEASURED = ("outlier", "outlier_reverse", "weight_norm", "gradient_norm")  # made of what only a run or a file of scores knows
+_MEASURED = (*OUTLIER_DISTRIBUTIONS, "weight_norm", "gradient_norm")  # made of what only a run or a file of scores knows
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class _Flops(NamedTuple):
 
     forward: float
     head: float
-    lowest: float  # backward of the lowest active block; of other active ones; of a frozen one above it
-    active: float
-    frozen: float
-    rest: float  # more, of a frozen block that trains at rest
+    backward_lowest: float  # of the lowest active block; of other active ones; of a frozen one above it
+    backward_active: float
+    backward_frozen: float
+    resting: float  # more, of a frozen block that trains at rest
     update: float
-    rest_update: float
+    resting_update: float
     renewal: float  # more, of a step that renews subspaces
-    whole: float = 0.0  # and in each of its micro-batches, for gradients that other steps do without
+    full_gradient: float = 0.0  # and in each of its micro-batches, for gradients that other steps do without
 
 
 def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None) -> Compute:
@@ -59,18 +59,18 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     that of its weights, too; below it nothing is computed but forward. The blocks that were drawn in each interval of a run
     give its own FLOPs, in place of the expectation.
     """
-    method, count, recomputed = settings.method, settings.blocks, settings.recomputed
+    method, count, num_checkpointed = settings.method, settings.blocks, settings.num_checkpointed
     draws, origin = (drawn, "the run's") if drawn else _simulated_draws(settings)
-    flops = _micro_batch_flops(settings, recompute=recomputed == count)
-    recomputing = _micro_batch_flops(settings, recompute=True) if 0 < recomputed < count else flops
+    flops = _micro_batch_flops(settings, recompute=num_checkpointed == count)
+    checkpointed = _micro_batch_flops(settings, recompute=True) if 0 < num_checkpointed < count else flops
     embeddings_train = "embeddings" in method.always_train and method.lora is None
 
     def backward(blocks: Sequence[int]) -> float:
         def of(index: int) -> float:
-            does = recomputing if index < recomputed else flops
+            does = checkpointed if index < num_checkpointed else flops
             if index == lowest:
-                return does.lowest
-            return does.active if index in trained else does.frozen + does.rest * (index > lowest)
+                return does.backward_lowest
+            return does.backward_active if index in trained else does.backward_frozen + does.resting * (index > lowest)
 
         lowest, trained = min(blocks), set(blocks)
         return sum(of(index) for index in range(0 if embeddings_train else lowest, count))
@@ -83,34 +83,35 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
         matrices = (p for p in in_blocks.parameters() if p.dim() in (2, 3) and p.size(-1) > method.resting_rank)
         weights = sum(p.numel() for p in matrices if p not in apart) / count
         micro_batch += resting * 2 * 2 * method.resting_rank * weights
-    renewal = flops.renewal + settings.accumulate_grad_batches * flops.whole
-    step = len(draws[0]) * (flops.update + renewal * _renewals(settings, draws)) + resting * flops.rest_update
+    renewal = flops.renewal + settings.accumulate_grad_batches * flops.full_gradient
+    step = len(draws[0]) * (flops.update + renewal * _renewals(settings, draws)) + resting * flops.resting_update
     tokens = settings.batch_size * settings.max_seq_length
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
     sampling = settings.sampling
-    scored = sampling.get("distribution", "outlier") in ("outlier", "outlier_reverse") and not sampling.get("scores")
+    scored = sampling.get("distribution", "outlier") in OUTLIER_DISTRIBUTIONS and not sampling.get("scores")
     if method.ours and sampling and scored and settings.max_steps is not None:
-        scored_tokens = int(sampling.get("calibration_samples", 128)) * settings.max_seq_length
+        intervals, every = ceil(settings.max_steps / settings.interval_steps), sampling.get("rescore_every")
+        samples = int(sampling.get("calibration_samples", 128)) * (ceil(intervals / every) if every else 1)
         trained_on = tokens * settings.accumulate_grad_batches * settings.devices * settings.max_steps
-        per_token += scored_tokens / trained_on * count * block_forward
+        per_token += samples * settings.max_seq_length / trained_on * count * block_forward
     return Compute(per_token, block_forward, draws, origin)
 
 
 def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:
     """Counts those of a micro-batch, where all blocks recompute their activations or none.
 
-    Gradients are projected once a micro-batch, however many rows it has: what more rows take follows from one and two of them.
+    Extrapolates from one and two rows: gradients are projected once a micro-batch, however many rows it has.
     """
     one, rows = _count_flops(settings, recompute, rows=1), settings.batch_size
     if settings.method.rank is None:  # all is proportional to the rows but what is done once a step
-        once = {"update": one.update, "rest_update": one.rest_update, "renewal": one.renewal}
+        once = {"update": one.update, "resting_update": one.resting_update, "renewal": one.renewal}
         two = _Flops(*(2 * value for value in one))._replace(**once)
     else:
         two = _count_flops(settings, recompute, rows=2)
     flops = _Flops(*(a + (rows - 1) * (b - a) for a, b in zip(one, two, strict=True)))
     row = two.renewal - one.renewal
-    return flops._replace(renewal=one.renewal - row, whole=rows * row)
+    return flops._replace(renewal=one.renewal - row, full_gradient=rows * row)
 
 
 def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
@@ -144,21 +145,21 @@ def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
         steps = stages(trained, blocks - trained)
         lowest, frozen = total(steps, "backward lowest"), total(steps, "backward frozen")
         above = total(steps, "backward active") / max(1, trained - 1)
-    rest = rest_update = 0.0
+    resting_flops = resting_update = 0.0
     active, others = (1, count - 1) if blocks == count else (trained, blocks - trained)
     if resting.resting_rank and others:
         without, rests = (stages(active, others, one) for one in (method, resting))
-        rest_update = (total(rests, "step") - total(without, "step")) / others
-        rest = (total(rests) - total(without)) / others - rest_update
+        resting_update = (total(rests, "step") - total(without, "step")) / others
+        resting_flops = (total(rests) - total(without)) / others - resting_update
     return _Flops(
         forward=total(steps, "forward") / blocks,
         head=total(steps, "loss_head"),
-        lowest=lowest,
-        active=above,
-        frozen=frozen,
-        rest=rest,
+        backward_lowest=lowest,
+        backward_active=above,
+        backward_frozen=frozen,
+        resting=resting_flops,
         update=total(steps, "step") / trained,
-        rest_update=rest_update,
+        resting_update=resting_update,
         renewal=(total(steps, renews=True) - total(steps)) / trained,
     )
 
@@ -195,14 +196,11 @@ def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     """The blocks' probabilities, and where they come from: uniform ones stand for those that only a run can measure."""
     distribution, count = settings.method.distribution or settings.sampling.get("distribution", "outlier"), settings.blocks
     if settings.method.distribution is None and (scores := settings.sampling.get("scores")) is not None:
-        known = OutlierScores.load(Path(scores))
-        ratios = known.ratios_for(count, architecture_of(settings.model), distribution)
+        ratios = OutlierScores.load(Path(scores)).ratios_for(count, architecture_of(settings.model), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
+    if isinstance(distribution, str) and distribution in _MEASURED:
+        return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"
     origin = distribution if isinstance(distribution, str) else "a list of weights"
-    if distribution in _MEASURED:
-        distribution, origin = "uniform", f"uniform, for want of sampling.scores ({distribution})"
-    elif distribution == "window":
-        distribution, origin = "uniform", "window, uniform for want of sampling.scores"
     return sampling_probabilities([1.0] * count, distribution), origin
 
 
@@ -232,19 +230,19 @@ class Speed:
         )
 
 
-def speed(settings: PlanSettings, computes: Compute, card: Card) -> Speed:
+def speed(settings: PlanSettings, compute: Compute, card: Card) -> Speed:
     """Estimates a speed: the longer of what a method's FLOPs take at `UTILISATION`, and what its fetches take."""
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
     block = ModelSizes.of(settings).offloaded
-    fetches = sum(fetched_blocks(draw, settings, settings.blocks) for draw in computes.draws) / len(computes.draws)
+    fetches = sum(fetched_blocks(draw, settings, settings.blocks) for draw in compute.draws) / len(compute.draws)
     fetched = int(fetches * block) * settings.accumulate_grad_batches
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches
-    computing, fetching = tokens * computes.flops_per_token / rate, fetched / link
+    computing, fetching = tokens * compute.flops_per_token / rate, fetched / link
     return Speed(
         tokens_per_second=tokens / max(computing, fetching),
         bound_by="compute" if computing >= fetching else "link",
         compute_seconds=computing,
         fetched_bytes=fetched,
         fetch_seconds=fetching,
-        hides_from_tokens=-int(-block / link * rate // computes.block_forward) if fetched else 0,
+        hides_from_tokens=-int(-block / link * rate // compute.block_forward) if fetched else 0,
     )

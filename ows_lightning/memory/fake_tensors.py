@@ -19,26 +19,26 @@ from ows_lightning.models.decoder import causal_lm, decoder_layers
 
 aten = torch.ops.aten
 profiler = torch.ops.profiler
-_REAL = profiler._record_function_enter_new.default, profiler._record_function_exit._RecordFunction
+_RUN_AS_IS = profiler._record_function_enter_new.default, profiler._record_function_exit._RecordFunction
 
 
 class FakeOperators:
     """Runs operators on fake CPU tensors, for a `MemoryTracker`.
 
     The layout of an operator's result follows from those of its arguments. torch's FakeTensorMode tells it, and once for each:
-    to look it up again takes a tenth of the time. If abridged, only so many chunks of work that is done chunk by chunk are
-    followed as tell its peak.
+    to look it up again takes a tenth of the time. With ``skip_middle_chunks``, of work that is done chunk by chunk only those
+    chunks are followed that tell its peak.
     """
 
     _results: ClassVar[dict[Any, Any]] = {}
 
-    def __init__(self, abridged: bool = True) -> None:
-        self._abridged = abridged
+    def __init__(self, skip_middle_chunks: bool = True) -> None:
+        self._skip_middle_chunks = skip_middle_chunks
         self._fake_mode = FakeTensorMode()
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Returns what an operator does. What depends on values gets the worst answer: a mask selects all, a number is 1."""
-        if func in _REAL:
+        if func in _RUN_AS_IS:
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
@@ -48,16 +48,16 @@ class FakeOperators:
         if func is aten.nonzero.default:
             (mask,) = args
             func, args, kwargs = aten.new_empty.default, (mask, [mask.numel(), mask.dim()]), {"dtype": torch.int64}
-        if self._abridged and func is aten.split.Tensor and not torch.is_grad_enabled() and _chunks(*args) > 3:
+        if self._skip_middle_chunks and func is aten.split.Tensor and not torch.is_grad_enabled() and _chunks(*args) > 3:
             # Work chunk by chunk. From the second on, each meets its predecessor's leftovers, and the last may be smaller.
             tensor, size, dim = (*args, 0)[:3]
             last = (_chunks(*args) - 1) * size
             return [self(aten.slice.Tensor, (tensor, dim, at, at + size), {}) for at in (0, size, last)]
-        given = (*args, *kwargs.values())
-        key = func, tuple(kwargs), _layout(given)
+        inputs = (*args, *kwargs.values())
+        key = func, tuple(kwargs), _layout(inputs)
         if key not in self._results:
             self._results[key] = self._infer(func, args, kwargs)
-        return _materialize(self._results[key], given)
+        return _make_result(self._results[key], inputs)
 
     def _infer(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Returns an operator's result with an `_TensorSpec` in each tensor's place."""
@@ -74,11 +74,11 @@ class FakeOperators:
             else:
                 result = func(*args, **kwargs)
         # What is lifted is a real tensor, of which a fake one is to be made.
-        given = () if func is aten.lift_fresh.default else (*args, *kwargs.values())
-        return tree_map_only(Tensor, partial(_TensorSpec.of, given=given), result)
+        inputs = () if func is aten.lift_fresh.default else (*args, *kwargs.values())
+        return tree_map_only(Tensor, partial(_TensorSpec.of, inputs=inputs), result)
 
 
-def materialize_(model: nn.Module) -> None:
+def to_fake_(model: nn.Module) -> None:
     """Turns a meta model's tensors into fake ones (under `FakeOperators`). Shared weights stay shared."""
 
     def fake(tensor: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def materialize_(model: nn.Module) -> None:
 
 
 class _Fake(FakeTensor):
-    """For FakeTensors transformers builds attention masks without looking at their values; this says that ours are some."""
+    """Derives from FakeTensor because transformers reads no mask values of one."""
 
     device = Tensor.device
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -101,7 +101,7 @@ class _Fake(FakeTensor):
 
 @dataclass(frozen=True, slots=True)
 class _TensorSpec:
-    """A tensor that an operator returns: a new one, one on the storage of a given one, or that one ``itself``."""
+    """A tensor that an operator returns: a new one, one on the storage of an input, or an input itself."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -109,32 +109,32 @@ class _TensorSpec:
     dtype: torch.dtype
     device: torch.device
     source: int | None
-    itself: bool
+    is_input: bool
 
     @classmethod
-    def of(cls, tensor: Tensor, given: Sequence[Any]) -> _TensorSpec:
+    def of(cls, tensor: Tensor, inputs: Sequence[Any]) -> _TensorSpec:
         storage = storage_key(tensor)
-        shares = (i for i, x in enumerate(given) if isinstance(x, Tensor) and storage_key(x) == storage)
+        shares = (i for i, x in enumerate(inputs) if isinstance(x, Tensor) and storage_key(x) == storage)
         source = next(shares, None)
         layout = tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device
-        return cls(*layout, source, source is not None and tensor is given[source])
+        return cls(*layout, source, source is not None and tensor is inputs[source])
 
-    def make(self, given: Sequence[Any]) -> Tensor:
-        source: Any = None if self.source is None else given[self.source]
-        if self.itself and source.shape == self.shape and source.stride() == self.stride:
+    def make(self, inputs: Sequence[Any]) -> Tensor:
+        source: Any = None if self.source is None else inputs[self.source]
+        if self.is_input and source.shape == self.shape and source.stride() == self.stride:
             return source
         layout: dict[str, Any] = {"strides": self.stride, "dtype": self.dtype, "device": self.device}
-        made: Any = source if self.itself else Tensor._make_wrapper_subclass(_Fake, self.shape, **layout)
+        made: Any = source if self.is_input else Tensor._make_wrapper_subclass(_Fake, self.shape, **layout)
         if source is None:
             return made
         with torch._C._DisableTorchDispatch():
             return made.set_(source.untyped_storage(), self.offset, self.shape, self.stride)
 
 
-def _materialize(result: Any, given: Sequence[Any]) -> Any:
+def _make_result(result: Any, inputs: Sequence[Any]) -> Any:
     if isinstance(result, _TensorSpec):
-        return result.make(given)
-    return [_materialize(part, given) for part in result] if isinstance(result, (list, tuple)) else result
+        return result.make(inputs)
+    return [_make_result(part, inputs) for part in result] if isinstance(result, (list, tuple)) else result
 
 
 def _chunks(tensor: Tensor, size: int, dim: int = 0) -> int:

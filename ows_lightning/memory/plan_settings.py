@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -21,8 +21,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.positions import exceeded_positions
-from ows_lightning.models.pretrained import check_trainable, load_config, loading
+from ows_lightning.models.pretrained import check_trainable, exceeded_positions, load_config, loading_errors
 from ows_lightning.models.recomputation import Recomputation, check_recomputation, num_checkpointed
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -31,7 +30,7 @@ from ows_lightning.sampling.activation import PARTS
 T = TypeVar("T")
 _FOLDER = Path(__file__).parent / "models"
 _SMOLLM = ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct")
-SHIPPED = {
+SHIPPED_DIMENSIONS = {
     "Llama-2-7b": ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"),
     "Llama-2-70b": ("meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf"),
     "Meta-Llama-3-8B": ("meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct"),
@@ -42,34 +41,27 @@ SHIPPED = {
 """Folders of dimensions that come with this package -> the models', whole: a name that only begins alike is another model."""
 
 
-class Dimensions(NamedTuple):
-    """A model's dimensions: the config of transformers, and where it was found, in words."""
+def find_dimensions(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
+    """Finds a model's config without its weights and, where it can, without a network; returns also where, in words.
 
-    config: PretrainedConfig
-    source: str
-
-
-def find_dimensions(name: str, trust_remote_code: bool = False) -> Dimensions:
-    """Finds a model's dimensions, without its weights and, where it can, without a network.
-
-    What is on this machine comes first: a directory's ``config.json``, then that of an earlier download. Then come the
-    dimensions that this package brings along, see `SHIPPED`, and at last whatever `load_config` finds, or its UsageError.
+    What is on this machine comes first: a directory's ``config.json``, then that of an earlier download. Then come
+    `SHIPPED_DIMENSIONS`, and at last whatever `load_config` finds, or its UsageError.
     """
     directory = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
     if directory.is_dir():
-        return Dimensions(_read(name, directory, trust_remote_code), str(directory / "config.json"))
-    folder = next((folder for folder, names in SHIPPED.items() if name in names), None)
+        return _read(name, directory, trust_remote_code), str(directory / "config.json")
+    folder = next((folder for folder, names in SHIPPED_DIMENSIONS.items() if name in names), None)
     if folder is None:
         source = name if "://" in name or directory.is_file() else f"the hub, {name}"
-        return Dimensions(load_config(name, trust_remote_code), source)
+        return load_config(name, trust_remote_code), source
     cached = None if "://" in name else try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
-        return Dimensions(_read(name, Path(cached).parent, trust_remote_code), cached)
-    return Dimensions(_read(name, _FOLDER / folder, False), f"shipped with ows_lightning for {name}")
+        return _read(name, Path(cached).parent, trust_remote_code), cached
+    return _read(name, _FOLDER / folder, False), f"shipped with ows_lightning for {name}"
 
 
 def _read(name: str, directory: Path, trust_remote_code: bool) -> PretrainedConfig:
-    with loading(name):
+    with loading_errors(name):
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     check_trainable(name, config)
     return config
@@ -112,7 +104,7 @@ class PlanSettings:
     @property
     def meta_model(self) -> nn.Module:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
-        with loading(self.name):
+        with loading_errors(self.name):
             key = self.dtype, self.attention
             return self.cached(key, lambda: meta_model(self.model, *key))
 
@@ -122,7 +114,7 @@ class PlanSettings:
         return len(decoder_layers(self.meta_model))
 
     @property
-    def recomputed(self) -> int:
+    def num_checkpointed(self) -> int:
         """How many of the blocks, the first ones, recompute their activations."""
         return num_checkpointed(self.gradient_checkpointing, self.blocks)
 
@@ -131,8 +123,8 @@ class PlanSettings:
         """Says in a line what is planned."""
         batch, count = f"{self.batch_size} x {self.max_seq_length} tokens", self.accumulate_grad_batches
         parts = [self.name, f"{count} x {batch}" if count > 1 else batch, self.precision]
-        some = f" of {self.recomputed} blocks" if self.recomputed < self.blocks else ""
-        parts += [f"checkpointing{some}"] * (self.recomputed > 0)
+        some = f" of {self.num_checkpointed} blocks" if self.num_checkpointed < self.blocks else ""
+        parts += [f"checkpointing{some}"] * (self.num_checkpointed > 0)
         parts += [f"frozen blocks in {self.frozen_in}"] * (self.frozen_in != "device")
         parts += [f"frozen blocks in {self.frozen_dtype}"] * (self.frozen_dtype is not None)
         parts += [f"each of {self.devices} devices, {self.strategy or 'ddp'}"] if self.devices > 1 else []
@@ -213,23 +205,23 @@ def settings_from_config(config: Any) -> PlanSettings:
     )
 
 
-def _optimizer(given: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:
+def _optimizer(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:
     """From what a config says of an optimizer to what makes it from parameters."""
-    if given is None or callable(given):
-        return given or GaLoreAdamW
-    path = given["class_path"]
+    if setting is None or callable(setting):
+        return setting or GaLoreAdamW
+    path = setting["class_path"]
     try:
         kind: Any = GaLoreAdamW if path == "GaLoreAdamW" else resolve_name(path if "." in path else f"torch.optim.{path}")
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"model.optimizer: no class {path!r}; give an optimizer's full path") from error
-    settings = dict(given.get("init_args") or {})
+    settings = dict(setting.get("init_args") or {})
     if "foreach" in inspect.signature(kind).parameters and not settings.get("fused") and settings.get("foreach") is None:
         settings["foreach"] = on_gpu  # fake tensors hide from torch.optim that they stand for a GPU's
     return partial(kind, **settings)
 
 
-def _strategy(given: Any) -> str | None:
-    name = given.get("class_path") if isinstance(given, dict) else given
+def _strategy(setting: Any) -> str | None:
+    name = setting.get("class_path") if isinstance(setting, dict) else setting
     name = str(name or "auto").rpartition(".")[2].lower()
     return None if name == "auto" else "fsdp2" if "modelparallel" in name else name
 

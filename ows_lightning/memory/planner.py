@@ -81,21 +81,20 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     plans: dict[str, MethodPlan] = {}
     for name in methods or METHODS:
         try:
-            runs[name] = _with_number_of_recomputed(replace(settings, method=METHODS[name](settings)), chosen)
+            runs[name] = _with_num_checkpointed(replace(settings, method=METHODS[name](settings)), chosen)
             plans[name] = predict(runs[name])
         except UsageError as error:
             if methods or name == "ows":
                 raise
             advice.append(f"{name} is left out: {error}")  # nobody asked for it, and another tool may refuse the model
     if settings.gradient_checkpointing == "auto":
-        notes.append(_note_on_recomputed({name: runs[name] for name in plans}, chosen))
+        notes.append(_note_on_checkpointing({name: runs[name] for name in plans}, chosen))
     settings = runs.get("ows", settings)
     computes = {name: compute(runs[name]) for name in plans}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
         advised = {str(size): advise(settings, size) for size in MEMORY_SIZES if not own.fits(size)}
         advice += [f"{', '.join(sizes)} GB: {words}" for words, sizes in _by_value(advised).items()]
-        fitting = [card.name for card in CARDS if own.fits(card.memory)]
-        notes.append(f"Fits as it is: {', '.join(fitting) or 'no card'}")
+        notes.append(f"Fits as it is: {', '.join(card.name for card in CARDS if own.fits(card.memory)) or 'no card'}")
     notes.append(f"Dimensions: {settings.dimensions}")
     parameters = sum(p.numel() for p in settings.meta_model.parameters())
     origins = _by_value({name: does.probabilities for name, does in computes.items()})
@@ -116,7 +115,7 @@ def _by_value(words: dict[str, str]) -> dict[str, list[str]]:
     return {value: [key for key in words if words[key] == value] for value in words.values()}
 
 
-def _with_number_of_recomputed(settings: PlanSettings, card: Card | None) -> PlanSettings:
+def _with_num_checkpointed(settings: PlanSettings, card: Card | None) -> PlanSettings:
     """``auto`` as a number of blocks: the fewest for us, all or none for other tools, which know nothing between."""
     if settings.gradient_checkpointing != "auto":
         return settings
@@ -126,10 +125,10 @@ def _with_number_of_recomputed(settings: PlanSettings, card: Card | None) -> Pla
     return none if card is not None and predict(none).fits(card.memory) else replace(settings, gradient_checkpointing=True)
 
 
-def _note_on_recomputed(runs: dict[str, PlanSettings], card: Card | None) -> str:
+def _note_on_checkpointing(runs: dict[str, PlanSettings], card: Card | None) -> str:
     if card is None:
         return "model.gradient_checkpointing: auto stands for true; --card says how many blocks recompute on that card"
-    numbers = ", ".join(f"{name} {run.recomputed}" for name, run in runs.items())
+    numbers = ", ".join(f"{name} {run.num_checkpointed}" for name, run in runs.items())
     blocks = next(iter(runs.values())).blocks
     return f"model.gradient_checkpointing: auto on {card.name}, blocks of {blocks} that recompute: {numbers}"
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, materialize_
+from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, to_fake_
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
@@ -24,7 +24,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
 _CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
-_FEW = 3  # blocks of a group that are simulated one by one; more are extrapolated
+_MAX_SIMULATED = 3  # blocks of a group that are simulated one by one; more are extrapolated
 _STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a disk
 
 
@@ -87,7 +87,7 @@ def predict(settings: PlanSettings) -> MethodPlan:
     sizes = ModelSizes.of(settings)
     device, host = _offloaded_bytes(settings, sizes)
     peaks = [{**peak, "weights": peak["weights"] + device} for peak in memory.peaks.values()]
-    highest = max((_on_each_device(peak, settings, sizes) for peak in peaks), key=lambda peak: sum(peak.values()))
+    highest = max((_per_device_peak(peak, settings, sizes) for peak in peaks), key=lambda peak: sum(peak.values()))
     return MethodPlan(highest, host, _communicated_bytes(memory, settings, sizes))
 
 
@@ -101,13 +101,13 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
     number of blocks of each group: it is exact.
     """
     active = settings.method.active_blocks(settings.blocks)
-    groups = block_groups(active, settings.blocks - active, settings.recomputed)
-    few = {name: size if size <= _FEW or not alike else 2 for name, size in groups.items()}
+    groups = block_groups(active, settings.blocks - active, settings.num_checkpointed)
+    few = {name: size if size <= _MAX_SIMULATED or not alike else 2 for name, size in groups.items()}
 
     def of(groups: dict[str, int]) -> StepMemory:
         frozen, frozen_kept, active, active_kept = groups.values()
-        recomputed = min(settings.recomputed, 1 + frozen + active)
-        return simulate(settings, 1 + active + active_kept, frozen + frozen_kept, recomputed)
+        num_checkpointed = min(settings.num_checkpointed, 1 + frozen + active)
+        return simulate(settings, 1 + active + active_kept, frozen + frozen_kept, num_checkpointed)
 
     base = of(few)
     steps = [(size - few[name], of({**few, name: few[name] + 1})) for name, size in groups.items() if size > few[name]]
@@ -130,7 +130,7 @@ def alike(layers: nn.ModuleList) -> bool:
     return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
 
 
-def simulate(settings: PlanSettings, active: int, frozen: int, recomputed: int, rows: int | None = None) -> StepMemory:
+def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed: int, rows: int | None = None) -> StepMemory:
     """Simulates a step of a fake model with the first blocks of the settings' one, once for all that ask for it.
 
     So many of its blocks train, so many are frozen, and so many, from below, recompute their activations. Of the rows of a
@@ -145,19 +145,20 @@ def simulate(settings: PlanSettings, active: int, frozen: int, recomputed: int, 
 
     def simulated() -> StepMemory:
         model = first_blocks(settings.meta_model, active + frozen)
-        checkpoint_activations(model, recomputed)  # type: ignore[arg-type]
+        checkpoint_activations(model, num_checkpointed)  # type: ignore[arg-type]
         if method.lora is not None:
             config = lora_config(method.lora)  # says so where peft is missing
             from peft import get_peft_model
 
             model = get_peft_model(model, config, low_cpu_mem_usage=True)
-        tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(abridged=rows is None))
+        tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(skip_middle_chunks=rows is None))
         with tracker:
-            materialize_(model)
+            to_fake_(model)
         return simulate_steps(model, method, work, tracker)
 
     # A card's advice asks for the same step with frozen blocks here and there.
-    return settings.cached((settings.dtype, settings.attention, method, work, active + frozen, recomputed, rows), simulated)
+    key = settings.dtype, settings.attention, method, work, active + frozen, num_checkpointed, rows
+    return settings.cached(key, simulated)
 
 
 # ------------------------------------------------------------------------------ what lies where
@@ -216,7 +217,7 @@ def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, in
 
 
 def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:
-    """How many of so many blocks are fetched in a micro-batch: at the least that is possible, the first after a draw excepted.
+    """The fewest of ``count`` blocks that can be fetched in a micro-batch, the first one after a draw excepted.
 
     Forward fetches all R that are offloaded, backward the B of them that it reaches. The last of forward's are there when
     backward begins, and so may be the first of forward's when it ends, as far as there are slots.
@@ -231,7 +232,7 @@ def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> i
     return offloaded + reached - min(slots, reached) - max(0, slots - (offloaded - last))
 
 
-def _on_each_device(peak: dict[str, int], settings: PlanSettings, sizes: ModelSizes) -> dict[str, int]:
+def _per_device_peak(peak: dict[str, int], settings: PlanSettings, sizes: ModelSizes) -> dict[str, int]:
     """Turns the peak of one device into that of each of n.
 
     FSDP2 shards weights, gradients, moments and an elementwise optimizer's temporaries n ways. Beside its shards, a device

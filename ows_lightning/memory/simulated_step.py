@@ -23,9 +23,9 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import compute_with
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
-from ows_lightning.sampling.activation import PARTS, activate_blocks, trainable_block_parameters, trains_outside_blocks
+from ows_lightning.sampling.activation import PARTS, activate_blocks, trainable_by_block, trains_outside_blocks
 
-BETWEEN = "between"
+_NOT_TRACKED = "between"
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class TrainingMethod:
     rank: int | None = None  # of the projected gradients; None trains in full rank
     subspace: Subspace = "randomized"
     project_embeddings: bool = False  # and the LM head
-    ours: bool = (
-        False  # chunked loss, projection within backward; else the logits of the whole batch, and all gradients at once
-    )
+    ours: bool = False  # chunked loss, projection within backward; else all logits, and all gradients at once
     factored: bool = False  # gradients of linear layers are projected as factors, see `project_in_backward`
     keeps_states: bool = False  # optimizer states of blocks that are frozen again stay
     renews_with_state: bool = False  # a subspace lives shorter than a block is active
@@ -76,14 +74,11 @@ class StepMemory:
 
 
 def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
-    """Takes a method's worst optimizer steps under a tracker.
+    """Takes a method's worst optimizer steps under a tracker: the first one after a draw, which finds subspaces, and another.
 
-    They are the first one after a draw, which finds subspaces, and an ordinary one. Of all draws, the one that costs
-    most is taken: the lowest block trains, so that activations are kept from there up, and so do the highest ones, whose
-    gradients come when most activations are still there.
-
-    The model is a causal LM on the CPU, maybe within a peft model, real (its weights are changed) or fake (the tracker, a new
-    one, runs its operators).
+    Of all draws, the one that costs most is taken: the lowest block trains, so that activations are kept from there up, and so
+    do the highest ones, whose gradients come when most activations are still there. The model is a causal LM on the CPU, maybe
+    within a peft model, real (its weights are changed) or fake (the tracker, a new one, runs its operators).
     """
     consumed = 0
     with tracker:
@@ -99,7 +94,7 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
             consumed = simulation.step(renews)
             for hook in hooks:
                 hook.remove()
-    peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and BETWEEN not in span[-1]}
+    peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and _NOT_TRACKED not in span[-1]}
     return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed, dict(tracker.flops))
 
 
@@ -121,7 +116,7 @@ class _Simulation:
         model, method, count = self.model, self.method, len(decoder_layers(self.model))
         active = method.active_blocks(count)
         self._watch_stages(_block_spans(block_groups(active, count - active, count_checkpointed(model))))
-        in_blocks, others = trainable_block_parameters(model), trains_outside_blocks(model, method.always_train)
+        in_blocks, others = trainable_by_block(model), trains_outside_blocks(model, method.always_train)
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
@@ -159,11 +154,11 @@ class _Simulation:
         tracker.begin_span((renews, "forward"))
         batch = _batch(work, _trainable(model)[0].device)
         tracker.category = "activations"
-        as_on = torch.device("cuda" if work.host_memory else "cpu")
+        device = torch.device("cuda" if work.host_memory else "cpu")
         # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
         mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
         with mixed:
-            loss = next_token_loss(language_model, batch, as_on)[0] if method.ours else model(**batch, use_cache=False).loss
+            loss = next_token_loss(language_model, batch, device)[0] if method.ours else model(**batch, use_cache=False).loss
         loss.backward()
         del loss, batch
         tracker.category = "other"
@@ -267,24 +262,23 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def block_groups(active: int, frozen: int, recomputed: int) -> dict[str, int]:
+def block_groups(active: int, frozen: int, num_checkpointed: int) -> dict[str, int]:
     """Returns how many blocks of each kind there are above the lowest one, from below.
 
-    The lowest block and the highest ones are the active ones; ``recomputed`` ones, from below, recompute their activations.
+    The lowest block and the highest ones are the active ones; ``num_checkpointed`` ones, from below, recompute.
     """
-    above = max(0, recomputed - 1)
+    above = max(0, num_checkpointed - 1)
     some, more = min(frozen, above), min(active - 1, max(0, above - frozen))
     return {"frozen": some, "frozen, kept": frozen - some, "active": more, "active, kept": active - 1 - more}
 
 
 def _block_spans(groups: dict[str, int]) -> list[str]:
-    """Names each block by where it is among its like, which are alike in number whatever the depth.
+    """Returns a span name for each block: `lowest`, or its group and `first` or `last`.
 
-    The lowest block and each of the `block_groups` above it are a group. Memory rises or falls evenly
-    within a group, so that its highest point is at an end: blocks in between need not be told apart.
+    Blocks in between share `_NOT_TRACKED`, since memory rises or falls evenly in a group: its peak lies at one of its ends.
     """
     names = ["lowest"]
     for kind, size in groups.items():
         if size:
-            names += [f"{kind}, first", *[BETWEEN] * (size - 2), f"{kind}, last"][-size:]
+            names += [f"{kind}, first", *[_NOT_TRACKED] * (size - 2), f"{kind}, last"][-size:]
     return names

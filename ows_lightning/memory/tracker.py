@@ -40,8 +40,7 @@ def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: 
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
-    rows = prod(query.shape[:-1])
-    return 2 * rows * key.size(-2) * (query.size(-1) + value.size(-1))
+    return 2 * prod(query.shape[:-1]) * key.size(-2) * (query.size(-1) + value.size(-1))
 
 
 HOST = "host"

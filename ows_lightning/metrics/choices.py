@@ -36,9 +36,9 @@ class ChoiceAccuracy(Metric):
         """Returns ``accuracy``, ``accuracy_norm``, and the standard error of each as ``..._stderr``."""
         row, right = dim_zero_cat(self.row), dim_zero_cat(self.right)
         likelihood, characters = dim_zero_cat(self.likelihood), dim_zero_cat(self.characters)
-        figures = {}
+        metrics = {}
         for name, score in (("accuracy", likelihood), ("accuracy_norm", likelihood / characters)):
             hits = torch.stack([right[row == r][score[row == r].argmax()] for r in row.unique()]).double()
-            figures[name] = hits.mean()
-            figures[f"{name}_stderr"] = hits.std() / len(hits) ** 0.5 if len(hits) > 1 else torch.tensor(float("nan"))
-        return figures
+            metrics[name] = hits.mean()
+            metrics[f"{name}_stderr"] = hits.std() / len(hits) ** 0.5 if len(hits) > 1 else torch.tensor(float("nan"))
+        return metrics

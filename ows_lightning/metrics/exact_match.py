@@ -22,7 +22,7 @@ class TeacherForcedAnswers:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: set[int], limit: int) -> None:
         self._tokenizer, self._stops, self._limit = tokenizer, stops, limit
-        self._beginnings: dict[bytes, list[int]] = {}  # by prompt
+        self._prefixes: dict[bytes, list[int]] = {}  # by prompt
 
     @classmethod
     def of(cls, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> TeacherForcedAnswers | None:
@@ -45,16 +45,15 @@ class TeacherForcedAnswers:
             start = len(positions) - 1  # of the last answer
             while start and positions[start - 1] == positions[start] - 1:
                 start -= 1
-            self._beginnings[ids[: positions[start]].numpy().tobytes()] = self._beginning(
-                ids[positions[start:]].tolist(), tokens[start:]
-            )
+            prompt = ids[: positions[start]].numpy().tobytes()
+            self._prefixes[prompt] = self._prefix(ids[positions[start:]].tolist(), tokens[start:])
 
     def answers(self, batch: dict[str, Any]) -> list[str | None]:
         """Returns the answers to prompts that are known, or known to differ from ``reference`` as far; None for the others."""
         prompts = (ids[mask.bool()] for ids, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True))
         return [self._answer(prompt, right) for prompt, right in zip(prompts, batch["reference"], strict=True)]
 
-    def _beginning(self, right: list[int], likeliest: list[int]) -> list[int]:
+    def _prefix(self, right: list[int], likeliest: list[int]) -> list[int]:
         pairs = enumerate(zip(likeliest, right, strict=True), start=1)
         ends = (number for number, (token, expected) in pairs if token != expected or token in self._stops)
         return likeliest[: min(next(ends, len(right)), self._limit)]
@@ -62,10 +61,10 @@ class TeacherForcedAnswers:
     def _answer(self, prompt: Tensor, right: str | None) -> str | None:
         if right is None:
             return ""  # it fills up a rank's share
-        if (beginning := self._beginnings.get(prompt.numpy().tobytes())) is None:
+        if (prefix := self._prefixes.get(prompt.numpy().tobytes())) is None:
             return None
-        text = str(self._tokenizer.decode(beginning, skip_special_tokens=True))
-        ended = len(beginning) == self._limit or beginning[-1] in self._stops
+        text = str(self._tokenizer.decode(prefix, skip_special_tokens=True))
+        ended = len(prefix) == self._limit or prefix[-1] in self._stops
         # Half a character, or a space that is cleaned up later, tells nothing.
         return text if ended or not _without_spaces(right).startswith(_without_spaces(text.rstrip("\ufffd"))) else None
 

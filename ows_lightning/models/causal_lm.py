@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm
-from ows_lightning.models.loss import last_hidden_state, logits_of, loss_and_likeliest, next_token_loss, row_log_likelihoods
+from ows_lightning.models.loss import last_hidden_state, logits_of, loss_and_predictions, next_token_loss, row_log_likelihoods
 
 
 class LossParts(NamedTuple):
@@ -54,8 +54,8 @@ class CausalLM(nn.Module):
         return LossParts(*next_token_loss(self.language_model, {**inputs, "labels": labels}))
 
     def loss_and_predictions(self, batch: dict[str, Tensor]) -> tuple[LossParts, Tensor]:
-        """Returns the loss of a batch, without a graph, and the likeliest token at each target, see ``loss_and_likeliest``."""
-        total, likeliest = loss_and_likeliest(self.language_model, batch)
+        """Returns the loss of a batch, without a graph, and the likeliest token at each target."""
+        total, likeliest = loss_and_predictions(self.language_model, batch)
         return LossParts(total, torch.full((), likeliest.numel(), device=total.device)), likeliest
 
     def log_likelihoods(self, batch: dict[str, Tensor]) -> Tensor:

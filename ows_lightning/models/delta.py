@@ -1,7 +1,7 @@
 """A delta: the tensors in which an exported model differs from the model that it was made from.
 
 Its directory holds ``delta.json``, the tensors that differ as ``delta-*.safetensors``, and all other files of the export. A
-tensor that the base has in the same dtype and shape is stored as `compression.compress` makes it, where that is smaller;
+tensor that the base has in the same dtype and shape is stored as `compress` makes it, where that is smaller;
 ``delta.json`` has the SHA-256 of what is stored then. It also has the base's name, the dtype that it is loaded in, a SHA-256
 of all its weights, and the layout of the export: its files, in each of weights the names and SHA-256 of its tensors, and of
 the others (but the model card, which may be edited) theirs. A tensor's SHA-256 is over its name, dtype, shape and bytes; the
@@ -15,10 +15,12 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,13 +30,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
-from ows_lightning.models.compression import compress, decompress
 from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, atomic_directory, check_replaceable, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
 log = logging.getLogger(__name__)
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _METADATA = {"format": "pt"}  # without which transformers does not read a safetensors file
 
 
@@ -45,8 +47,7 @@ class DeltaSize(NamedTuple):
     model: int
 
     def __str__(self) -> str:
-        share = self.delta / max(self.model, 1)
-        return f"{megabytes(self.delta)}, {share:.1%} of the model's {megabytes(self.model)}"
+        return f"{megabytes(self.delta)}, {self.delta / max(self.model, 1):.1%} of the model's {megabytes(self.model)}"
 
 
 def megabytes(count: int) -> str:
@@ -74,7 +75,7 @@ class Delta:
                     self.places |= dict.fromkeys(file.keys(), path)
             whole = len(self.places) == about["tensors"] and all(Path(file).name == file for file in self.files)
             expected = {**self.hashes, **self._packed}
-            if not whole or any(_hash(name, self._stored(name)) != expected.get(name) for name in self.places):
+            if not whole or any(_tensor_hash(name, self._stored(name)) != expected.get(name) for name in self.places):
                 raise ValueError("tensors have changed since it was written, or are missing")
             for name, value in about["other_files"].items():
                 if _file_hash(self.directory / Path(name).name) != value:
@@ -95,9 +96,9 @@ class Delta:
         """Raises a UsageError if a model is not the base, bit for bit, or is in another dtype."""
         if model.dtype != self.dtype:
             raise UsageError(f"delta: the base is in {model.dtype}, and the delta was made in {self.dtype}; load it in that")
-        hashes = {name: _hash(name, tensor) for name, tensor in _tensors(model)}
+        hashes = {name: _tensor_hash(name, tensor) for name, tensor in _file_tensors(model)}
         lacks = any(hashes.get(name) != value for name, value in self.hashes.items() if name not in self.places)
-        if _hash_of_all(hashes) != self._base_hash or lacks:
+        if _combined_hash(hashes) != self._base_hash or lacks:
             raise UsageError(f"delta: this base is not the one that {str(self.directory)!r} was made from; give {self.base!r}")
 
     def sizes(self, model: Mapping[str, Tensor]) -> DeltaSize:
@@ -114,8 +115,8 @@ def write_delta(
 ) -> DeltaSize:
     """Writes the tensors in which an export of `save_huggingface` differs from its base, loaded in the run's dtype."""
     target = check_replaceable(directory, base)
-    of_base = dict(_tensors(load_model(base, dtype, None, trust_remote_code)))
-    before = {name: _hash(name, tensor) for name, tensor in of_base.items()}
+    of_base = dict(_file_tensors(load_model(base, dtype, None, trust_remote_code)))
+    before = {name: _tensor_hash(name, tensor) for name, tensor in of_base.items()}
     files: dict[str, dict[str, str]] = {}
     packed: dict[str, str] = {}
     model_bytes = 0
@@ -128,7 +129,7 @@ def write_delta(
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (it is no mapping)
                     tensor = file.get_tensor(name)
-                    value = files[path.name][name] = _hash(name, tensor)
+                    value = files[path.name][name] = _tensor_hash(name, tensor)
                     model_bytes += tensor.nbytes
                     if value == before.get(name):
                         continue
@@ -136,13 +137,13 @@ def write_delta(
                     if old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape):
                         stored = min(compress(tensor, old), tensor, key=lambda one: one.nbytes)
                     if stored is not tensor:
-                        packed[name] = _hash(name, stored)
+                        packed[name] = _tensor_hash(name, stored)
                     shards.add(name, stored)
         shards.flush()
         local = Path(base).expanduser()
         about = {
             "base": local.absolute().name if local.exists() else base,  # without the folders of this machine
-            "base_sha256": _hash_of_all(before),
+            "base_sha256": _combined_hash(before),
             "dtype": str(dtype).removeprefix("torch."),
             "tensors": shards.tensors,
             "packed": packed,
@@ -161,7 +162,7 @@ def apply_delta(
     change = Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
     change.check_base(model)
-    of_base = dict(_tensors(model))
+    of_base = dict(_file_tensors(model))
     with atomic_directory(target, "model") as partial:
         _copy_all_but_weights(change.directory, partial)
         for file, names in change.files.items():
@@ -188,7 +189,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
     """
     change = Delta(path)
     change.check_base(model)
-    sizes = change.sizes(dict(_tensors(model)))
+    sizes = change.sizes(dict(_file_tensors(model)))
     config = type(model.config).from_pretrained(change.directory)
     if (rows := config.get_text_config().vocab_size) != model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -253,14 +254,14 @@ def _copy_all_but_weights(source: Path, target: Path) -> None:
             shutil.copy(path, target)
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _file_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the names and in the form of its files."""
     plain = without_weight_conversions(model)
     for weight in untied_weights(model):
         yield from revert_weight_conversion(plain, {weight.name: weight.tensor.detach()}).items()
 
 
-def _hash(name: str, tensor: Tensor) -> str:
+def _tensor_hash(name: str, tensor: Tensor) -> str:
     value = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
     value.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return value.hexdigest()
@@ -270,5 +271,29 @@ def _file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _hash_of_all(hashes: Mapping[str, str]) -> str:
+def _combined_hash(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+
+
+def compress(tensor: Tensor, base: Tensor) -> Tensor:
+    """Returns the compressed difference of a tensor, of any dtype and shape, from its base, as uint8 of shape ``(bytes,)``."""
+    # Of a trained weight's bits, read as an integer, the upper ones hardly change. So the integers are subtracted, their signs
+    # put last (0, -1, 1, -2, ... become 0, 1, 2, 3, ...), bytes of the same place put together, and compressed.
+    difference = _integers(tensor) - _integers(base)
+    bits = 8 * difference.itemsize
+    unsigned = (difference << 1) ^ (difference >> (bits - 1))
+    planes: Any = np.ascontiguousarray(unsigned.view(np.uint8).reshape(-1, difference.itemsize).T)
+    return torch.frombuffer(bytearray(zlib.compress(planes, 1)), dtype=torch.uint8)
+
+
+def decompress(compressed: Tensor, base: Tensor) -> Tensor:
+    """Returns the tensor that `compress` was given, to the bit; a zlib.error or ValueError if the bytes are damaged."""
+    before = _integers(base)
+    planes: Any = np.frombuffer(zlib.decompress(compressed.numpy().data), np.uint8).reshape(before.itemsize, before.size)
+    unsigned: Any = np.ascontiguousarray(planes.T).view(f"u{before.itemsize}").reshape(-1)
+    difference = (unsigned >> 1) ^ (~(unsigned & 1) + 1)
+    return torch.from_numpy(before + difference.view(before.dtype)).view(base.dtype).view(base.shape)
+
+
+def _integers(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()]).numpy()

@@ -24,7 +24,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCE
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import end_pass
-from ows_lightning.models.large_tensors import any_mapped, release_mapped_pages
+from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.models.source import DELTA_FILE
@@ -41,8 +41,8 @@ MODEL_FILES = (
 )  # fmt: skip
 
 
-class _Weight(NamedTuple):
-    """A weight of the plain model: where it is now, and the adapter layers to merge into it."""
+class _PlainWeight(NamedTuple):
+    """A weight or buffer of the plain model: where it is now, and the adapter layers to merge into it."""
 
     name: str
     module: nn.Module
@@ -63,8 +63,8 @@ def save_huggingface(
 
     `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once; the
     weights keep their dtype. A model inside peft is written merged, as a plain model, and is itself left as it was,
-    bit for bit. A model sharded by FSDP2 is gathered and merged one weight at a time, and one that lies in files is read
-    so. Shards have about 2 GB. A vision-language model also gets the processor's files of the model that it was made from.
+    bit for bit. Weights are gathered (FSDP2), merged or read from files one at a time. Shards have about 2 GB. A
+    vision-language model also gets the processor's files of the model that it was made from.
 
     The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
     holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that the weights
@@ -74,8 +74,7 @@ def save_huggingface(
     for block in model.modules():
         end_pass(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
-    is_peft = hasattr(model, "get_base_model")
-    base: PreTrainedModel = model.get_base_model() if is_peft else model  # type: ignore[assignment,operator]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost one stays gathered after a forward pass
@@ -91,10 +90,8 @@ def save_huggingface(
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
-        if sharded or is_peft or any_mapped(model.parameters()):
+        if writes or sharded:
             _save_one_by_one(base, partial, writes)
-        elif writes:
-            base.save_pretrained(partial, max_shard_size=SHARD_BYTES)
     if sharded:
         distributed.barrier()
 
@@ -108,8 +105,8 @@ def _check_finite(model: nn.Module) -> None:
         broken = list(dict.fromkeys(name for rank in everywhere for name in rank))
     if broken:
         which = f"{len(broken)} of its {len(list(model.parameters()))} weights hold NaN or Inf ({broken[0]})"
-        mend = "export an earlier checkpoint, and train with a lower learning rate"
-        raise RunError(f"the model is not written: {which}; {mend}")
+        hint = "export an earlier checkpoint, and train with a lower learning rate"
+        raise RunError(f"the model is not written: {which}; {hint}")
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
@@ -162,7 +159,7 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 
 
 def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
-    """Writes a sharded or peft-wrapped model, or one that lies in files, with one weight of it in memory at any time."""
+    """Writes what ``save_pretrained`` would, but with a weight of a sharded, adapted or mapped model in memory at a time."""
     weights = untied_weights(model)
     kept_apart = {weight.name for weight in weights} & model.all_tied_weights_keys.keys()
     if writes:
@@ -176,7 +173,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
     empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
     layout = revert_weight_conversion(model, dict(empty))
     written = _shapes(layout)
-    alone_or_joined: dict[bool, list[_Weight]] = {True: [], False: []}
+    alone_or_joined: dict[bool, list[_PlainWeight]] = {True: [], False: []}
     for weight in weights:
         by_itself = revert_weight_conversion(model, {weight.name: empty[weight.name]})
         alone_or_joined[_shapes(by_itself) <= written].append(weight)
@@ -201,7 +198,7 @@ def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
     return {(name, tensor.shape) for name, tensor in tensors.items()}
 
 
-def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_Weight]:
+def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_PlainWeight]:
     """Yields the weights under the names that they have without peft, in the same order on every rank."""
     if hasattr(module, "base_layer"):  # a layer with an adapter; with several, one lies in the other
         yield from weights_without_peft(module.base_layer, prefix, (*adapters, module))
@@ -212,21 +209,21 @@ def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...
         yield from weights_without_peft(active, prefix)
     else:
         attributes = [*own_parameters(module), *persistent_buffers(module)]
-        yield from (_Weight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
+        yield from (_PlainWeight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
         for name, child in module.named_children():
             yield from weights_without_peft(child, f"{prefix}{name}.")
 
 
-def untied_weights(model: nn.Module) -> list[_Weight]:
+def untied_weights(model: nn.Module) -> list[_PlainWeight]:
     """Returns the weights as ``weights_without_peft`` does, but a tied one once, under its first name."""
-    weights: dict[tuple[int, ...], _Weight] = {}
+    weights: dict[tuple[int, ...], _PlainWeight] = {}
     for weight in weights_without_peft(model):
         weights.setdefault((id(weight.tensor), *map(id, weight.adapters)), weight)
     return list(weights.values())
 
 
 @contextlib.contextmanager
-def _merged_weight(weight: _Weight) -> Iterator[Tensor]:
+def _merged_weight(weight: _PlainWeight) -> Iterator[Tensor]:
     """The weight as one whole tensor with its adapters merged in; all ranks have to enter.
 
     The merge happens in copies that take the parameters' places for as long as it takes.
@@ -236,7 +233,7 @@ def _merged_weight(weight: _Weight) -> Iterator[Tensor]:
         yield _full_tensor(weight.tensor)
         return
     parameters = {module: dict(own_parameters(module)) for module in adapters[0].modules()}
-    device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may wait in host memory
+    device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may be offloaded
     try:
         for module, named in parameters.items():
             for name, parameter in named.items():

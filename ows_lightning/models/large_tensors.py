@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterable
 from typing import BinaryIO
 
 import torch
@@ -38,14 +37,6 @@ def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) ->
     memory = mmap.mmap(file.fileno(), length, access=access, offset=start)
     _maps.add(memory)
     return memory
-
-
-def any_mapped(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of these tensors, of any shapes, lies in a mapped file."""
-    files = [(torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory)) for memory in _maps]
-    return bool(files) and any(
-        start <= t.data_ptr() < start + size for t in tensors if t.device.type == "cpu" for start, size in files
-    )
 
 
 def release_mapped_pages() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ows_lightning.errors import UsageError, nearest
+from ows_lightning.errors import UsageError, did_you_mean
 
 
 def add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
@@ -33,7 +33,7 @@ def lora_config(settings: dict[str, Any]) -> Any:
     known = inspect.signature(LoraConfig).parameters
     for key in settings:
         if key not in known:
-            raise UsageError(f"model.lora.{key}: peft's LoraConfig has no such key{nearest(key, known)}")
+            raise UsageError(f"model.lora.{key}: peft's LoraConfig has no such key{did_you_mean(key, known)}")
     try:
         return LoraConfig(task_type="CAUSAL_LM", **settings)
     except TypeError as error:

@@ -15,29 +15,26 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from ows_lightning.models.decoder import backbone
 from ows_lightning.models.large_tensors import rows_at_a_time
 
-CHUNK = 1 << 25  # bytes of logits that a CPU holds at a time; below it, speed suffers before memory gains
+CPU_CHUNK_BYTES = 1 << 25  # bytes of logits that a CPU holds at a time; below it, speed suffers before memory gains
 # For each chunk a GPU reads the head twice, and reads and writes its gradient: 1,024 rows have products enough to hide that.
-GPU_ROWS, GPU_CHUNK = 1024, 1 << 28
+GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 1024, 1 << 28
 
 
-def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], as_on: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def next_token_loss(
+    model: PreTrainedModel, batch: dict[str, Any], chunks_of: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the summed cross entropy of a batch, and over how many target tokens: scalars, float32 with a graph, and int64.
 
-    Only positions that have a target reach the LM head, and those in chunks.
-
-    Args:
-        model: A causal LM of transformers.
-        batch: ``input_ids`` and ``labels`` of shape (B, L), int64, labels not shifted and -100 where there is no
-            target; what else the model's forward takes (``attention_mask``, ``position_ids``) as it is. From
-            `precompute_on_host` if no device is to be waited for.
-        as_on: Another device than the batch's, whose chunks to take.
+    Only positions that have a target reach the LM head, in chunks of the size for ``chunks_of``, or for the batch's device.
+    The batch has ``input_ids`` and ``labels`` (B, L), int64, labels not shifted and -100 where there is no target, and what
+    else the model's forward takes; it comes from `precompute_on_host` if no device is to be waited for.
     """
     hidden, targets = _hidden_and_targets(model, batch)
-    return summed_cross_entropy(model, hidden, targets, as_on), torch.full((), targets.numel(), device=targets.device)
+    return summed_cross_entropy(model, hidden, targets, chunks_of), torch.full((), targets.numel(), device=targets.device)
 
 
 @torch.no_grad()
-def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns the sum of `next_token_loss`, without a graph, and the likeliest token at each target, (N,), row by row."""
     hidden, targets = _hidden_and_targets(model, batch)
     total, likeliest = torch.zeros((), device=hidden.device), torch.empty_like(targets)
@@ -50,9 +47,9 @@ def loss_and_likeliest(model: PreTrainedModel, batch: dict[str, Tensor]) -> tupl
 
 
 def precompute_on_host(batch: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a batch in host memory what a device would have to be waited for.
+    """Returns a batch in host memory with facts for which a step would otherwise have to wait for a GPU.
 
-    That is ``targets_at``, where its targets stand in all rows put behind one another, int64; ``padded``, whether a mask hides
+    They are ``targets_at``, where targets stand in all rows put behind one another, int64; ``padded``, whether a mask hides
     anything; and ``packed``, whether positions are other than those of any row.
     """
     labels, mask, positions = batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
@@ -83,7 +80,7 @@ def _hidden_and_targets(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[
 
 @contextmanager
 def _patched_mask_checks(padded: bool, packed: bool) -> Iterator[None]:
-    """Answers for a model what transformers would ask its masks, and wait for: are all ones, is there one document a row?"""
+    """Replaces transformers' checks of mask values, each of which waits for a GPU, by the known answers."""
 
     def documents(position_ids: Tensor) -> Tensor | None:
         starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
@@ -105,8 +102,7 @@ def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Ten
     targets = batch["labels"][:, 1:]
     has_target = targets != -100
     losses = F.cross_entropy(logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
-    rows = has_target.nonzero()[:, 0]
-    return losses.new_zeros(len(targets)).index_add_(0, rows, -losses)
+    return losses.new_zeros(len(targets)).index_add_(0, has_target.nonzero()[:, 0], -losses)
 
 
 def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -130,13 +126,15 @@ def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
     return logits
 
 
-def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor, as_on: torch.device | None = None) -> Tensor:
+def summed_cross_entropy(
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunks_of: torch.device | None = None
+) -> Tensor:
     """Returns the summed cross entropy of a model's logits, of which a chunk exists at a time; its gradient, too.
 
-    Of last hidden states (N, hidden) and targets (N,), int64; the chunks are those of another device if ``as_on`` names one.
+    Of last hidden states (N, hidden) and targets (N,), int64; the chunks are the device's that ``chunks_of`` names, if any.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    rows = _rows_of_chunk(model, hidden, as_on)
+    rows = _rows_of_chunk(model, hidden, chunks_of)
     if not torch.is_grad_enabled():
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
@@ -144,10 +142,10 @@ def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor
     return _ChunkedCrossEntropy.apply(head, partial(_scaled, config), rows, targets, hidden, *trained)
 
 
-def _rows_of_chunk(model: PreTrainedModel, hidden: Tensor, as_on: torch.device | None = None) -> int:
+def _rows_of_chunk(model: PreTrainedModel, hidden: Tensor, chunks_of: torch.device | None = None) -> int:
     row = model.config.get_text_config().vocab_size * hidden.element_size()
-    on_cpu = (as_on or hidden.device).type == "cpu"
-    return max(1, CHUNK // row, 0 if on_cpu else min(GPU_ROWS, GPU_CHUNK // row))
+    on_cpu = (chunks_of or hidden.device).type == "cpu"
+    return max(1, CPU_CHUNK_BYTES // row, 0 if on_cpu else min(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // row))
 
 
 def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ows_lightning.compat import own_parameters
-from ows_lightning.errors import UsageError, closest
+from ows_lightning.errors import UsageError, closest_name
 from ows_lightning.models.large_tensors import all_finite, release_mapped_pages
-from ows_lightning.models.source import MODEL_KEY, Source, check_model_name, locate
+from ows_lightning.models.source import MODEL_KEY, ModelSource, check_model_name, locate
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,14 @@ _LOADING_ERRORS = (
     OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, ImportError,
     SafetensorError, StrictDataclassError, struct.error,
 )  # fmt: skip
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Loads a model's config; a UsageError says that there is no such model, or no causal LM that can be trained."""
     check_model_name(name)
     source = locate(name)
-    with loading(name):
+    with loading_errors(name):
         if source.gguf_file is None:
             config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
         else:
@@ -63,11 +64,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     grow; only if it has neither is a new token `<pad>` added (see `resize_embeddings`).
     """
     check_model_name(name)
-    with loading(name, what="the tokenizer of "):
+    with loading_errors(name, what="the tokenizer of "):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
     # Some classes make themselves up from nothing but their special tokens when a directory has no tokenizer.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
-        raise _no_tokenizer(name)
+        raise _no_tokenizer_error(name)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -97,7 +98,7 @@ def load_model(
     elif hasattr(transformers, "GgufConfig"):  # else this version of transformers always dequantises
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    with loading(name):  # sizes that do not match are reported below, in one line
+    with loading_errors(name):  # sizes that do not match are reported below, in one line
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **arguments, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -187,7 +188,7 @@ def add_eos_token_id(model: PreTrainedModel, token: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _gguf_config(source: Source, modified: float) -> PretrainedConfig:
+def _gguf_config(source: ModelSource, modified: float) -> PretrainedConfig:
     """Parses a GGUF file's header, which takes seconds (its vocabulary is in it), once for each state of the file."""
     return AutoConfig.from_pretrained(**source.arguments)
 
@@ -205,8 +206,7 @@ def _untrainable(config: PretrainedConfig) -> str | None:
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
         if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            only = "that transformers has only as AutoModelForImageTextToText"
-            return f"is a vision-language model ({kind}) {only}; give a text-only causal LM"
+            return f"({kind}) is in transformers only as AutoModelForImageTextToText; give one that AutoModelForCausalLM loads"
         return f"is no causal LM ({kind}); give a decoder-only language model"
     if hasattr(config, "lsh_attn_chunk_length"):  # Reformer
         return f"({kind}) trains on rows of whole chunks alone; give a model without chunks"
@@ -227,11 +227,39 @@ def _untrainable(config: PretrainedConfig) -> str | None:
     return None
 
 
+def exceeded_positions(config: PretrainedConfig, length: int, trust_remote_code: bool = False) -> int | None:
+    """The most tokens that the model has positions for, where `length` tokens are more; else None.
+
+    A config's ``max_position_embeddings`` is no limit by itself: rotary models compute further positions. So a model without
+    memory is made from the config, and asked for tables of this length: embeddings (GPT-2, OPT), or tensors of sines
+    (GPT-J, CTRL). MPT builds its biases for this length without a table.
+    """
+    config = config.get_text_config()
+    named = {value for name in _LENGTH_KEYS if isinstance(value := getattr(config, name, None), int)}
+    in_front = 1 + (getattr(config, "pad_token_id", None) or 0)  # positions that RoBERTa's kin count off
+    if not named or length + in_front <= min(named):
+        return None
+    small = copy.deepcopy(config)
+    if not getattr(config, "layer_types", None):
+        small.num_hidden_layers = 1
+    with torch.device("meta"), loading_errors(str(config.name_or_path)):
+        model = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
+    limits = {config.max_seq_len} if config.model_type == "mpt" else set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
+            rows = module.num_embeddings - int(getattr(module, "offset", 0))
+            limits |= {rows - (0 if module.padding_idx is None else module.padding_idx + 1)} if rows in named else set()
+        for tensor in [*module.buffers(recurse=False), *(value for value in vars(module).values() if torch.is_tensor(value))]:
+            limits |= {tensor.shape[0]} if tensor.dim() == 2 and tensor.shape[0] in named else set()
+    limit = min(limits, default=length)
+    return limit if length > limit else None
+
+
 def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> None:
     """Refuses an attention that is unknown, not installed or not supported, before any weights are fetched."""
     known = sorted({"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if not key.startswith("paged|"))})
     if attention not in known and "/" not in attention:  # with a slash it is a kernel on the hub
-        hint = f"did you mean '{closest(attention, known, cutoff=0)}'? Known: {', '.join(known)}"
+        hint = f"did you mean '{closest_name(attention, known, cutoff=0)}'? Known: {', '.join(known)}"
         raise UsageError(f"model.attn_implementation: unknown attention {attention!r}; {hint}")
     options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
     try:
@@ -243,7 +271,7 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
 
 
 @contextlib.contextmanager
-def loading(name: str, what: str = "") -> Iterator[None]:
+def loading_errors(name: str, what: str = "") -> Iterator[None]:
     """Turns transformers' long errors about a model's files (``what`` is loaded of it) into a UsageError of one line."""
     try:
         yield
@@ -253,18 +281,18 @@ def loading(name: str, what: str = "") -> Iterator[None]:
         text, known = str(error), f"that transformers {transformers.__version__} does not know"
         fault = f"can't load {what}{name!r} ({_shortened(error)}); check that its files are whole"
         if "trust_remote_code" in text:
-            mend = "read that code, then set model.trust_remote_code: true, or give another model"
-            fault = f"{name!r} needs Python code that comes with it; {mend}"
+            hint = "read that code, then set model.trust_remote_code: true, or give another model"
+            fault = f"{name!r} needs Python code that comes with it; {hint}"
         elif "does not recognize this architecture" in text or "Unrecognized model" in text:
             fault = f"{name!r} has a model_type {known}; upgrade transformers or correct config.json"
         elif "instantiate the backend tokenizer" in text:
-            raise _no_tokenizer(name) from error
+            raise _no_tokenizer_error(name) from error
         elif isinstance(error, ImportError):
             fault = f"{what}{name!r} needs a package that is not installed: {_shortened(error)}"
         raise UsageError(f"{MODEL_KEY}: {fault}") from error
 
 
-def _no_tokenizer(name: str) -> UsageError:
+def _no_tokenizer_error(name: str) -> UsageError:
     return UsageError(f"{MODEL_KEY}: {name!r} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
 
 

@@ -80,12 +80,12 @@ def liger_for(config: PretrainedConfig) -> Callable[..., None]:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
         raise UsageError('model.kernels: needs liger-kernel; pip install "ows_lightning[liger]"') from error
-    put: Callable[..., None] | None = MODEL_TYPE_TO_APPLY_LIGER_FN.get(config.model_type)
-    if put is None or not _FUSED & inspect.signature(put).parameters.keys():
+    apply_kernels: Callable[..., None] | None = MODEL_TYPE_TO_APPLY_LIGER_FN.get(config.model_type)
+    if apply_kernels is None or not _FUSED & inspect.signature(apply_kernels).parameters.keys():
         raise UsageError(f"model.kernels: liger-kernel has none for {config.model_type}; set it to null")
     if not torch.accelerator.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise UsageError("model.kernels: liger-kernel's kernels need a GPU; set it to null")
-    return put
+    return apply_kernels
 
 
 def fuse_(model: PreTrainedModel, kernels: Kernels | None) -> None:
@@ -95,9 +95,9 @@ def fuse_(model: PreTrainedModel, kernels: Kernels | None) -> None:
     """
     if kernels is None:
         return
-    put = liger_for(model.config)
-    flags = [name for name, p in inspect.signature(put).parameters.items() if isinstance(p.default, bool)]
+    apply_kernels = liger_for(model.config)
+    flags = [name for name, p in inspect.signature(apply_kernels).parameters.items() if isinstance(p.default, bool)]
     architecture: dict[str, Any] = vars(sys.modules[type(model).__module__])
     classes = {name: value for name, value in architecture.items() if isinstance(value, type)}
-    put(model=model, **{name: name in _FUSED for name in flags})
+    apply_kernels(model=model, **{name: name in _FUSED for name in flags})
     architecture.update(classes)  # of which models are made later

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,14 @@ from transformers.utils.hub import cached_file
 
 from ows_lightning.models.source import locate
 
-_NAMES = {
+_DTYPE_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
-_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}  # that of safetensors' own list, by which it sorts
+_DTYPE_ORDER = {dtype: place for place, dtype in enumerate(_DTYPE_NAMES)}  # that of safetensors' own list, by which it sorts
 
 
-class SafetensorsFile:
+class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
     """Writes a file, byte for byte as safetensors would: its header at once, then tensors in any order.
 
     `safetensors.torch.save_file` wants all of them in memory. Of the ``layout`` only names, shapes and dtypes count.
@@ -30,10 +31,10 @@ class SafetensorsFile:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         self._places: dict[str, tuple[int, Tensor]] = {}
-        for name, tensor in sorted(layout.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0])):
+        for name, tensor in sorted(layout.items(), key=lambda item: (-_DTYPE_ORDER[item[1].dtype], item[0])):
             self._places[name] = end, tensor
             start, end = end, end + tensor.nbytes
-            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._file = path.open("wb")
@@ -47,17 +48,13 @@ class SafetensorsFile:
         self._file.seek(self._data + place)
         self._file.write(tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    def __enter__(self) -> SafetensorsFile:
-        """Returns itself."""
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Closes the file."""
         self._file.close()
         assert kind is not None or not self._places, f"{', '.join(self._places)} not written"
 
 
-_TRAINED = {_NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+_FLOAT_DTYPES = {_DTYPE_NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 class StoredWeight(NamedTuple):
@@ -94,6 +91,6 @@ def _weights_in(path: Path) -> dict[str, StoredWeight]:
     header.pop("__metadata__", None)
     data = 8 + length
     return {
-        key: StoredWeight(path, key, data + about["data_offsets"][0], tuple(about["shape"]), _TRAINED.get(about["dtype"]))
+        key: StoredWeight(path, key, data + about["data_offsets"][0], tuple(about["shape"]), _FLOAT_DTYPES.get(about["dtype"]))
         for key, about in header.items()
     }

@@ -29,7 +29,7 @@ _HUB_ERRORS: dict[type[Exception], str] = {  # from special to general
 }
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """Where a model is: a directory or a hub name, and the GGUF file in it if it is one."""
 
     path: str
@@ -58,7 +58,7 @@ def check_model_name(name: str) -> None:
         _check_hub(name)
 
 
-def locate(name: str) -> Source:
+def locate(name: str) -> ModelSource:
     """Returns what a model's name stands for; only a GGUF file has to exist."""
     if not name:
         raise UsageError(f"{MODEL_KEY}: no model is named; give a hub name, a directory or a .gguf file")
@@ -68,13 +68,13 @@ def locate(name: str) -> Source:
     if name.endswith(".gguf"):
         if not path.is_file():
             raise UsageError(f"{MODEL_KEY}: no such file {name!r}; give the path of a .gguf file on this machine")
-        return Source(str(path.parent), path.name)
+        return ModelSource(str(path.parent), path.name)
     if path.is_file():
         raise UsageError(f"{MODEL_KEY}: {name!r} is a file; give the directory that it lies in, or a .gguf file")
-    return Source(str(path) if path.is_dir() else name)
+    return ModelSource(str(path) if path.is_dir() else name)
 
 
-def _locate_in_package(name: str) -> Source:
+def _locate_in_package(name: str) -> ModelSource:
     package, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
     if not package.isidentifier() or not file.endswith(".gguf"):
         raise UsageError(f"{MODEL_KEY}: {name!r} is no name in a package; give package://PACKAGE/FILE.gguf")
@@ -87,7 +87,7 @@ def _locate_in_package(name: str) -> Source:
     if not (folder / file).is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
         raise UsageError(f"{MODEL_KEY}: the package {package!r} has no file {file!r}; its .gguf files: {there}")
-    return Source(str((folder / file).parent), Path(file).name)
+    return ModelSource(str((folder / file).parent), Path(file).name)
 
 
 def _check_directory(name: str) -> None:

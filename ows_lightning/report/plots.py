@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ows_lightning.errors import UsageError
-from ows_lightning.report.run import HISTORY, METRICS, SCORES, RunRecord
+from ows_lightning.report.run import HISTORY_FILE, METRICS_FILE, SCORES_FILE, RunRecord
 from ows_lightning.report.tables import XAxis, block_frequency_table, loss_table, metric_table, scores_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MARKERS = "osD^vPX"
 DOTS: dict[str, Any] = {"color": VERMILLION, "markersize": 4, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
 # Up to so many intervals have borders of their own; more would hide what they enclose.
-FEW = 60
+MAX_BORDERS = 60
 
 Runs: TypeAlias = RunRecord | Sequence[RunRecord]
 
@@ -45,7 +45,7 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     Where sampling needed no scores (uniform, say), the bars are the probabilities.
     """
     table = scores_table(run)
-    fig, ax = _axes_for(table["block"], run, SCORES, ax)
+    fig, ax = _axes_for(table["block"], run, SCORES_FILE, ax)
     blocks, probabilities = table["block"], [100 * probability for probability in table["probability"]]
     if score := next((name for name in SCORE_LABELS if name in table), None):
         legend, label = SCORE_LABELS[score]
@@ -60,8 +60,7 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
         right.set_ylabel("sampling probability (%)")
         right.tick_params(labelsize="small")
         right.spines["top"].set_visible(False)
-        handles = [artist for axis in (ax, right) for artist in axis.get_legend_handles_labels()[0]]
-        _legend(ax, handles, outside=True)
+        _legend(ax, [artist for axis in (ax, right) for artist in axis.get_legend_handles_labels()[0]], outside=True)
     else:
         style_axes(ax, "Sampling probabilities", "decoder block", "sampling probability (%)")
         ax.bar(blocks, probabilities, color=SKY)
@@ -77,7 +76,7 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    fig, ax = _axes_for(run.history, run, HISTORY, ax)
+    fig, ax = _axes_for(run.history, run, HISTORY_FILE, ax)
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
     end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
@@ -85,7 +84,7 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     for column, draw in enumerate(run.history):
         active[list(draw.blocks), column] = 1
     rows, colours = np.arange(run.num_layers + 1) - 0.5, ListedColormap(["#EEF3F7", BLUE])
-    borders: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6} if len(starts) <= FEW else {"linewidth": 0}
+    borders: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6} if len(starts) <= MAX_BORDERS else {"linewidth": 0}
     ax.pcolormesh([*starts, end], rows, active, cmap=colours, vmin=0, vmax=1, **borders)
     for block in run.never_trained:
         ax.axhspan(block - 0.5, block + 0.5, color=ORANGE, alpha=0.45, linewidth=0)
@@ -104,7 +103,7 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
     The whiskers are two standard deviations of the binomial distribution: how far chance alone carries a share.
     """
     table = block_frequency_table(run)
-    fig, ax = _axes_for(table["block"], run, HISTORY, ax)
+    fig, ax = _axes_for(table["block"], run, HISTORY_FILE, ax)
     realised = [100 * share for share in table["realised_share"]]
     ax.bar(table["block"], realised, color=SKY, label=f"realised in {len(run.history)} intervals")
     top = max(realised)
@@ -129,7 +128,7 @@ def plot_loss(runs: Runs, x: XAxis = "step", ax: Axes | None = None) -> tuple[Fi
 
     runs = _as_runs(runs)
     table = loss_table(runs, x)
-    fig, ax = _axes_for(table["loss"], runs, METRICS, ax)
+    fig, ax = _axes_for(table["loss"], runs, METRICS_FILE, ax)
     scale, label = _unit(x, max(table[x]))
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         steps, losses = run.series("train_loss", x)
@@ -151,7 +150,7 @@ def plot_memory(runs: Runs, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """The run's peak memory up to each optimizer step, of one run or several; for one, lines mark where blocks were drawn."""
     fig, ax = _plot_metric(runs, "peak_memory_mb", "Peak memory so far", "peak memory so far (MB)", ax)
     runs = _as_runs(runs)
-    if len(runs) == 1 and 0 < len(runs[0].history) <= FEW:
+    if len(runs) == 1 and 0 < len(runs[0].history) <= MAX_BORDERS:
         starts = [draw.step for draw in runs[0].history]
         ax.vlines(starts, 0, ax.get_ylim()[1], color="0.7", linewidth=0.8, linestyle=":", label="blocks drawn", zorder=0)
         _legend(ax, outside=True)
@@ -168,7 +167,7 @@ def _plot_metric(runs: Runs, metric: str, title: str, label: str, ax: Axes | Non
 
     runs = _as_runs(runs)
     table = metric_table(runs, metric)
-    fig, ax = _axes_for(table[metric], runs, METRICS, ax)
+    fig, ax = _axes_for(table[metric], runs, METRICS_FILE, ax)
     for run, style in zip(runs, _styles(len(runs)), strict=True):
         steps, values = run.series(metric)
         ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**style, "linewidth": 1.2})

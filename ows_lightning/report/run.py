@@ -18,11 +18,11 @@ import yaml
 from ows_lightning.errors import UsageError, command_line
 
 T = TypeVar("T")
-SCORES = "outlier_scores.json"
-HISTORY = "sampling_history.csv"
-METRICS = "metrics.csv"
-CONFIG = "config.yaml"
-TEXTS = {"Answers while it trained": "generations.csv", "Base and tuned model": "comparison.csv"}
+SCORES_FILE = "outlier_scores.json"
+HISTORY_FILE = "sampling_history.csv"
+METRICS_FILE = "metrics.csv"
+CONFIG_FILE = "config.yaml"
+TEXT_FILES = {"Answers while it trained": "generations.csv", "Base and tuned model": "comparison.csv"}
 
 
 class Draw(NamedTuple):
@@ -59,29 +59,25 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
-        """Read a folder with ``metrics.csv``, ``sampling_history.csv`` or ``outlier_scores.json``, or the newest run within.
-
-        Raises:
-            UsageError: The folder is missing, is not a run's, or one of its files is damaged.
-        """
+        """Reads a run's folder, or the newest run within; a UsageError says that there is none, or which file is damaged."""
         folder = find_run_folder(Path(path))
         try:
             run = cls(
                 name=_run_name(folder),
                 path=folder,
-                scores=_read_scores(folder / SCORES),
-                history=_read_history(folder / HISTORY),
-                metrics=_read_columns(folder / METRICS, lambda cell: float(cell) if cell else None),
-                config=_read_config(folder / CONFIG),
-                texts={title: table for title, file in TEXTS.items() if (table := _read_columns(folder / file, str))},
+                scores=_read_scores(folder / SCORES_FILE),
+                history=_read_history(folder / HISTORY_FILE),
+                metrics=_read_columns(folder / METRICS_FILE, lambda cell: float(cell) if cell else None),
+                config=_read_config(folder / CONFIG_FILE),
+                texts={title: table for title, file in TEXT_FILES.items() if (table := _read_columns(folder / file, str))},
             )
         except OSError as error:
             raise UsageError(f"{error.filename}: can't be read ({error.strerror}); give a readable run folder") from error
         for draw in run.history:
             if not all(0 <= block < run.num_layers for block in draw.blocks):
                 raise UsageError(
-                    f"{folder / HISTORY}: interval {draw.interval} has a block that is not among the {run.num_layers} of "
-                    f"{SCORES}; put the files of one run together"
+                    f"{folder / HISTORY_FILE}: interval {draw.interval} has a block that is not among the {run.num_layers} of "
+                    f"{SCORES_FILE}; put the files of one run together"
                 )
         return run
 
@@ -127,43 +123,43 @@ def find_run_folder(path: Path) -> Path:
     """The run folder that ``path`` is, or the newest of the ``version_N`` folders in it; a UsageError if there is no run."""
     if is_run_folder(path):
         return path
-    versions = {number: folder for folder in path.glob("version_*") if (number := _version_number(folder)) is not None}
-    runs = [number for number, folder in versions.items() if is_run_folder(folder)]
+    runs = [folder for folder in path.glob("version_*") if _version_number(folder) >= 0 and is_run_folder(folder)]
     if not runs:
-        what = f"not a run folder, it has no {METRICS}, {HISTORY} or {SCORES}" if path.is_dir() else "no such folder"
+        missing = f"{METRICS_FILE}, {HISTORY_FILE} or {SCORES_FILE}"
+        what = f"not a run folder, it has no {missing}" if path.is_dir() else "no such folder"
         raise UsageError(f"{path}: {what}; give the folder that `fit` or `score` wrote")
-    return versions[max(runs)]
+    return max(runs, key=_version_number)
 
 
 def run_folder_of(model: Path) -> Path | None:
     """The run's folder that a checkpoint or a model's directory lies in, or that the path is; None if it is of no run."""
     parents = model.parents if len(model.parents) > 2 else model.absolute().parents
-    return next((folder for folder in (model, *parents[:2]) if (folder / CONFIG).is_file()), None)
+    return next((folder for folder in (model, *parents[:2]) if (folder / CONFIG_FILE).is_file()), None)
 
 
 def is_run_folder(path: Path) -> bool:
     """Whether the folder holds any of the files from which a report is made."""
-    return any((path / name).is_file() for name in (SCORES, HISTORY, METRICS))
+    return any((path / name).is_file() for name in (SCORES_FILE, HISTORY_FILE, METRICS_FILE))
 
 
-def _version_number(folder: Path) -> int | None:
+def _version_number(folder: Path) -> int:
     match = re.fullmatch(r"version_(\d+)", folder.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def _run_name(folder: Path) -> str:
     folder = folder.resolve()
-    return folder.name if _version_number(folder) is None else f"{folder.parent.name}/{folder.name}"
+    return folder.name if _version_number(folder) < 0 else f"{folder.parent.name}/{folder.name}"
 
 
 @contextmanager
-def _named_damage(path: Path, mend: str = "mend it, or delete it") -> Iterator[None]:
+def _named_damage(path: Path, hint: str = "mend it, or delete it") -> Iterator[None]:
     """Turns what a parser says of a file's content into a UsageError that names the file."""
     try:
         yield
     except (ValueError, KeyError, TypeError, csv.Error, yaml.YAMLError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UsageError(f"{path}: damaged ({reason}); {mend}") from error
+        raise UsageError(f"{path}: damaged ({reason}); {hint}") from error
 
 
 def _read_scores(path: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report.run import find_run_folder
-from ows_lightning.report.write import POLICY, render, write_report
+from ows_lightning.report.write import CONTENT_SECURITY_POLICY, render, write_report
 
 REFRESH = 3
 """Seconds after which the page asks for itself again."""
@@ -83,7 +83,7 @@ def serve(page: Page, port: int) -> ThreadingHTTPServer:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Cache-Control", "no-store")
-            self.send_header("Content-Security-Policy", POLICY)
+            self.send_header("Content-Security-Policy", CONTENT_SECURITY_POLICY)
             self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
             if self.command != "HEAD":

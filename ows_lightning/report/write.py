@@ -14,11 +14,11 @@ from jinja2 import Environment
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report import plots, tables
-from ows_lightning.report.run import CONFIG, RunRecord, is_run_folder
+from ows_lightning.report.run import CONFIG_FILE, RunRecord, is_run_folder
 from ows_lightning.report.tables import LABELS, UNKNOWN, formatted, key_figures
 
 # The page may load nothing at all: its pictures are in it, and there is no script.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,17 @@ COMPARISONS = (
     _metric("memory", "Most memory held up to each", plots.plot_memory, "peak_memory_mb"),
     _metric("throughput", "Tokens per second by", plots.plot_throughput, "tokens_per_second"),
 )
-_SCORES = "Score of each block, and the probability with which it is drawn."
-_FREQUENCY = "Share of the intervals in which each block trained, and the share that its probability makes expect."
+_SCORES_CAPTION = "Score of each block, and the probability with which it is drawn."
+_FREQUENCY_CAPTION = "Share of the intervals in which each block trained, and the share that its probability makes expect."
 PICTURES_OF_ONE_RUN = (
-    Picture("outlier_scores", _SCORES, plots.plot_scores, tables.scores_table),
+    Picture("outlier_scores", _SCORES_CAPTION, plots.plot_scores, tables.scores_table),
     Picture("sampling_history", "Blocks that trained in each interval.", plots.plot_blocks, tables.blocks_table),
-    Picture("block_frequency", _FREQUENCY, plots.plot_block_frequency, tables.block_frequency_table),
+    Picture("block_frequency", _FREQUENCY_CAPTION, plots.plot_block_frequency, tables.block_frequency_table),
 )
 
 
 def write_pictures(run_dir: str | Path) -> list[Path]:
-    """Draw a run into its own folder, and return the PNG files; what it has no data for (scores, say) is left out.
-
-    Raises:
-        UsageError: One of the folder's files is damaged.
-    """
+    """Draws a run into its own folder, and returns the PNG files; what it has no data for (scores, say) is left out."""
     if not is_run_folder(Path(run_dir)):
         return []
     run = RunRecord.read(run_dir)
@@ -78,18 +74,11 @@ def write_pictures(run_dir: str | Path) -> list[Path]:
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | None = None) -> Path:
-    """Draw one run or compare several: PNG pictures, a CSV file with the numbers beside each, and ``report.html``.
+    """Draws one run or compares several: PNG pictures, a CSV file with the numbers beside each, and ``report.html``.
 
-    Args:
-        runs: Run folders, or folders with ``version_N`` folders of which the newest counts.
-        output: Folder to write to; made where it is missing.
-        refresh: Seconds after which a browser asks for the page again; None for a page that stays.
-
-    Returns:
-        The path of ``report.html``, which holds the pictures and opens without a network.
-
-    Raises:
-        UsageError: A run is missing, damaged or has no figures yet, or the output folder can't be written.
+    Of a folder with ``version_N`` folders the newest counts. The page, whose path is returned, holds the pictures and opens
+    without a network; a browser asks for it again after ``refresh`` seconds. A UsageError says that a run is missing, damaged
+    or has no figures yet, or that the output folder can't be written.
     """
     records = _unique_runs([RunRecord.read(run) for run in runs])
     if not records:
@@ -110,7 +99,7 @@ def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> P
     for number, run in enumerate(runs, start=1):
         prefix = f"{number}-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', run.name)}-" if several else ""
         pictures = _pictures(PICTURES_OF_ONE_RUN, run, output, run.name, prefix)
-        settings = (run.path / CONFIG).read_text(encoding="utf-8") if run.config else None
+        settings = (run.path / CONFIG_FILE).read_text(encoding="utf-8") if run.config else None
         sections.append({"title": run.name if several else "Blocks", "pictures": pictures, "settings": settings})
         for title, table in run.texts.items():
             rows = list(zip(*table.values(), strict=True))
@@ -164,4 +153,4 @@ def render(
     shown = [section for section in sections if any(value for key, value in section.items() if key != "title")]
     values = {"title": title, "figures": rows, "labels": labels, "sections": shown, "refresh": refresh, "note": note}
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, trim_blocks=True).from_string(template).render(values, policy=POLICY)
+    return Environment(autoescape=True, trim_blocks=True).from_string(template).render(values, policy=CONTENT_SECURITY_POLICY)

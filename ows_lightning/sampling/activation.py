@@ -15,7 +15,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 _FROZEN = "frozen_by_sampling"  # an attribute of parameters that are frozen here, and not by the user
 
 
-def trainable_block_parameters(model: nn.Module) -> list[nn.ParameterList]:
+def trainable_by_block(model: nn.Module) -> list[nn.ParameterList]:
     """Returns each block's trainable parameters, first block first, without what the user froze (LoRA's base)."""
     return [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in decoder_layers(model)]
 
@@ -35,11 +35,11 @@ def activate_blocks(
     resting_rank: int = 0,
     resting_seed: int = 0,
 ) -> None:
-    """Lets some decoder blocks train, and freezes the rest or lets it rest.
+    """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two optimizer steps.
 
-    A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers: moments and
-    projectors are freed, so that memory does not grow with the blocks that have ever been active. A parameter that
-    several blocks share (Zamba2's attention) trains if any of them is active. Call it between two optimizer steps.
+    A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers, so that memory does not
+    grow with the blocks that have ever been active. A parameter that several blocks share (Zamba2's attention) trains if any
+    of them is active.
 
     With a ``resting_rank``, the matrices of the blocks above the lowest active one, which backward passes through anyway,
     keep ``requires_grad`` and train at rest, see ``GaLoreAdamW.rest``; vectors and the blocks below are frozen.
@@ -48,8 +48,7 @@ def activate_blocks(
         layers: The decoder blocks, see ``decoder_layers``, or lists of the parameters of each that may train.
         active: Indices of the blocks that train from now on.
         others: Parameters outside the blocks, each with whether it trains.
-        optimizers: Optimizers that hold the parameters; they must have been built before anything was frozen. With a
-            ``resting_rank``, what holds matrices of the blocks has to be GaLoreAdamW.
+        optimizers: Built before anything was frozen; with a ``resting_rank``, GaLoreAdamW for the blocks' matrices.
         resting_rank: Rank in which blocks train at rest; 0 freezes them.
         resting_seed: Seeds the subspaces of the matrices that begin to rest now.
     """

@@ -66,14 +66,14 @@ class LayerwiseSampling(BlockSampler, Callback):
         log_dir = trainer.log_dir if trainer.loggers else None  # every rank has to ask: `log_dir` is broadcast
         folder = self.folder or (Path(log_dir) if log_dir else None)
         self._written_to = folder if trainer.is_global_zero else None
-        figures = self.start(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
-        self._note(trainer, figures)
+        metrics = self.start(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
+        self._write_and_log(trainer, metrics)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draws new blocks where this batch is the first of an interval."""
-        figures = self.advance(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
-        if figures:
-            self._note(trainer, figures)
+        metrics = self.advance(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
+        if metrics:
+            self._write_and_log(trainer, metrics)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Notes the gradients' norms, before anything clips them."""
@@ -103,7 +103,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         scores: OutlierScores = trainer.strategy.broadcast(self.compute_scores(pl_module, trainer.train_dataloader))
         return scores
 
-    def _note(self, trainer: Trainer, figures: dict[str, float]) -> None:
+    def _write_and_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         self.write(self._written_to)
-        for logger in trainer.loggers if figures else ():
-            logger.log_metrics(figures, step=trainer.global_step)
+        for logger in trainer.loggers if metrics else ():
+            logger.log_metrics(metrics, step=trainer.global_step)

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ows_lightning.errors import UsageError, nearest
+from ows_lightning.errors import UsageError, did_you_mean
 
 Distribution = Literal[
     "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
@@ -72,7 +72,7 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         rank = torch.argsort(probabilities, stable=True)
         return torch.empty_like(probabilities).scatter_(0, rank, probabilities[rank.flip(0)])
     names = get_args(Distribution)
-    hint = nearest(distribution, names) or f"; give {', '.join(names)} or a list of weights"
+    hint = did_you_mean(distribution, names) or f"; give {', '.join(names)} or a list of weights"
     raise UsageError(f"distribution: unknown '{distribution}'{hint}")
 
 

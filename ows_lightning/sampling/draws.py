@@ -13,20 +13,14 @@ from ows_lightning.sampling.inclusion import window_probabilities
 def draw_blocks(
     probabilities: Tensor, count: int, generator: torch.Generator | None = None, grouping: float = 0.0
 ) -> list[int]:
-    """Draws distinct blocks, one after the other, each in proportion to the probabilities of those still left.
+    """Draws distinct blocks, each in proportion to the probabilities of those still left, and returns them in ascending order.
 
     Args:
         probabilities: Shape (num_layers,), see `sampling_probabilities`.
-        count: How many blocks to draw (gamma in the paper).
+        count: How many blocks to draw (gamma in the paper); a UsageError says that there are fewer.
         generator: The CPU random generator to draw with; None is torch's global one.
         grouping: The chance, 0 to 1, of a draw in which each block is as likely, but together with blocks of similar depth,
             see ``GroupedDraws``: so the lowest block lies on average so far between that of independent draws and the highest.
-
-    Returns:
-        The indices of the blocks, ascending.
-
-    Raises:
-        UsageError: `count` is above the number of blocks that can be drawn.
     """
     blocks, drawable = len(probabilities), int((probabilities > 0).sum())
     if count > drawable:

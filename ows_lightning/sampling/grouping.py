@@ -21,19 +21,14 @@ from numpy.typing import NDArray
 from ows_lightning.sampling.inclusion import inclusion_probabilities
 
 Floats = NDArray[np.float64]
-_SURE = 1 - 1e-9  # a block with at least this chance is always taken
+_CERTAIN = 1 - 1e-9  # a block with at least this chance is always taken
 
 
 class GroupedDraws:
-    """Draws of distinct blocks: m from the linear program, the others by their chances given m.
+    """Draws of ``count`` distinct blocks: m from the linear program, the others by their chances given m.
 
-    Args:
-        probabilities: Shape (num_layers,), those of independent draws; some may be zero.
-        count: How many blocks to draw, at most the number of those whose probability is not zero.
-
-    Attributes:
-        lowest: Shape (num_layers,), float64: the chance of each block to be the lowest one.
-        others: Shape (num_layers, num_layers), float64: the chance of each block to be drawn above each lowest one.
+    ``lowest`` (num_layers,) has the chance of each block to be the lowest one, and ``others`` (num_layers, num_layers) that of
+    each to be drawn above each lowest one. At least ``count`` of the ``probabilities``, of independent draws, are not 0.
     """
 
     def __init__(self, probabilities: tuple[float, ...], count: int) -> None:
@@ -55,7 +50,7 @@ class GroupedDraws:
         )
         # A feasible point exists, but the solver may miss it where chances differ by many orders of magnitude.
         for tolerance in (1e-10, 1e-8, 1e-6):
-            found = linprog(
+            solution = linprog(
                 np.append(-drawable.astype(np.float64), np.zeros(len(m))),
                 A_ub=at_most_q if len(m) else None,
                 b_ub=np.zeros(len(m)) if len(m) else None,
@@ -64,24 +59,24 @@ class GroupedDraws:
                 bounds=(0, 1),
                 options={"primal_feasibility_tolerance": tolerance},
             )
-            if found.success:
+            if solution.success:
                 break
         else:
-            raise ArithmeticError(f"grouping: the draws with the highest lowest block can't be found ({found.message})")
+            raise ArithmeticError(f"grouping: the draws with the highest lowest block can't be found ({solution.message})")
         self.lowest, self.others = np.zeros(len(pi)), np.zeros((len(pi), len(pi)))
-        self.lowest[drawable] = np.maximum(found.x[:n], 0)
-        self.others[drawable[m], drawable[other]] = np.maximum(found.x[n:], 0)
+        self.lowest[drawable] = np.maximum(solution.x[:n], 0)
+        self.others[drawable[m], drawable[other]] = np.maximum(solution.x[n:], 0)
 
     def draw(self, generator: torch.Generator | None = None) -> list[int]:
         """Draws once; returns the blocks, ascending."""
         ends = np.cumsum(self.lowest)
         lowest = int(np.searchsorted(ends, uniform(generator) * ends[-1], side="right"))
         chances = self.others[lowest] / self.lowest[lowest]
-        blocks = [lowest, *np.flatnonzero(chances >= _SURE).tolist()]
+        blocks = [lowest, *np.flatnonzero(chances >= _CERTAIN).tolist()]
         left = self._count - len(blocks)
         if left > 0:
             # Systematic sampling in a random order: as many as wanted, each with its own chance.
-            rest = np.flatnonzero((chances < _SURE) & (chances > 0))
+            rest = np.flatnonzero((chances < _CERTAIN) & (chances > 0))
             rest = rest[torch.randperm(len(rest), generator=generator).numpy()]
             ends = np.cumsum(chances[rest])
             points = (uniform(generator) + np.arange(left)) * (ends[-1] / left)

@@ -15,11 +15,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 
 
 def check_strategy(strategy: object) -> None:
-    """Refuses strategies, or names of them, in which the trained blocks can't change, or gradients can't be projected.
-
-    Raises:
-        UsageError: With the strategy to choose instead.
-    """
+    """Refuses a strategy, or its name, in which trained blocks can't change or gradients can't be projected: a UsageError."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
     fixed = isinstance(strategy, DDPStrategy) and not getattr(strategy, "averages_changing_blocks", False)
     if isinstance(strategy, FSDPStrategy) or name == "DeepSpeedStrategy" or re.match("fsdp(?!2$)|deepspeed", name):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,13 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.pytorch_utils import Conv1D
 
+from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import run_causal_lm
 from ows_lightning.models.decoder import causal_lm, decoder_layers, on_device
+from ows_lightning.models.export import weights_without_peft
 
-_CHUNK = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums so many ones exactly
+_CHUNK_ELEMENTS = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums so many ones exactly
 
 
 @torch.no_grad()
@@ -74,8 +79,32 @@ def layer_weight_norms(model: nn.Module) -> Tensor:
     return torch.tensor(norms, dtype=torch.float64)
 
 
+def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[str, Tensor]]:
+    """Returns batches of so many training rows, if there are, the same on every rank and in every run with that seed.
+
+    Of the train DataLoader the data set and the collate function are used, not its position.
+    """
+    if not isinstance(loader, DataLoader):
+        raise UsageError(
+            f"sampling.scores: give a file from `{command_line('score')}`; calibration needs a single train DataLoader"
+        )
+    dataset = loader.dataset
+    kind: Any = DataLoader
+    if isinstance(dataset, IterableDataset):
+        # Reading a copy leaves the run's position alone. Only the same class of loader can unpack the stream's rows.
+        dataset, kind = copy.deepcopy(dataset), type(loader)
+    else:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+        dataset = Subset(dataset, order[:samples].tolist())
+    # A loader that was given a batch sampler has no batch size.
+    size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, samples)
+    # Without a generator the DataLoader would draw from the global one, and change the order of the run's rows.
+    batches = kind(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
+    return itertools.islice(batches, -(-samples // size))
+
+
 @dataclass(eq=False)
-class _Weight:
+class _ScoredWeight:
     """A weight of a block, and the sum of squares of each of its input features over the text.
 
     It is found by its module and name, because FSDP2 puts another tensor there for every forward pass.
@@ -88,7 +117,7 @@ class _Weight:
     experts: int | None = None  # matrices that are concatenated into one, as in DBRX
 
     @property
-    def is_bare(self) -> bool:
+    def is_raw_parameter(self) -> bool:
         return not isinstance(self.owner, (nn.Linear, Conv1D))
 
     @property
@@ -116,40 +145,28 @@ class _Weight:
         squares = matrices.new_zeros(features, dtype=torch.float32) if self.squares is None else self.squares
         norms = squares.sqrt().to(matrices.device).reshape(-1, features)
         for matrix, norm in zip(matrices.reshape(-1, *matrices.shape[-2:]), norms, strict=True):
-            for rows in matrix.split(max(1, _CHUNK // features)):
+            for rows in matrix.split(max(1, _CHUNK_ELEMENTS // features)):
                 yield (rows * norm).abs_()
 
 
-def _block_weights(block: nn.Module) -> list[_Weight]:
-    """Lists the matrices of a block: those of its linear modules, and bare parameters such as stacks of experts."""
+def _block_weights(block: nn.Module) -> list[_ScoredWeight]:
+    """Lists the matrices of a block: those of its linear modules, and raw parameters such as stacks of experts."""
     weights = []
-    for module in _without_adapters(block):
-        if isinstance(module, (nn.Linear, Conv1D)):
-            weights.append(_Weight(module, "weight", transposed=isinstance(module, Conv1D)))
-        elif not isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
-                    weights.append(_Weight(module, name))
+    for _, module, name, _ in weights_without_peft(block):
+        if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or name not in own_parameters(module):
+            continue
+        if getattr(module, name).dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
+            weights.append(_ScoredWeight(module, name, transposed=isinstance(module, Conv1D)))
     return weights
 
 
-def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields a module and its submodules; of an adapter around a layer (peft), only the layer."""
-    if isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        yield from _without_adapters(base)
-        return
-    yield module
-    for child in module.children():
-        yield from _without_adapters(child)
-
-
-def _outlier_ratio(index: int, weights: list[_Weight], threshold: float) -> float:
+def _outlier_ratio(index: int, weights: list[_ScoredWeight], threshold: float) -> float:
     """The share of outliers among the pooled weights of the block with that index, in percent."""
     for weight in weights:
-        if weight.is_bare and weight.squares is None and weight.parameter.dim() == 3:
+        if weight.is_raw_parameter and weight.squares is None and weight.parameter.dim() == 3:
             kind = type(weight.owner).__name__
             warnings.warn(f"block {index}: {kind}.{weight.name} is used in no matrix product and not scored", stacklevel=3)
-    weights = [weight for weight in weights if not (weight.is_bare and weight.squares is None)]
+    weights = [weight for weight in weights if not (weight.is_raw_parameter and weight.squares is None)]
     if not all(weight.squares is None or weight.squares.isfinite().all() for weight in weights):
         raise UsageError(
             f"calibration_samples: block {index} has activations that are not finite on this text; "
@@ -176,18 +193,18 @@ class _InputRecorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.tokens: Tensor | None = None  # bool, (batch * length,): the positions that count; None: all
-        self._bare: list[_Weight] = []
+        self._raw_weights: list[_ScoredWeight] = []
         self._last: tuple[Tensor, Tensor] | None = None
 
     @contextmanager
-    def watching(self, layers: nn.ModuleList, blocks: list[list[_Weight]]) -> Iterator[None]:
+    def watching(self, layers: nn.ModuleList, blocks: list[list[_ScoredWeight]]) -> Iterator[None]:
         """Records the inputs of the blocks, whose weights are `blocks`, while the context is open."""
         with ExitStack() as hooks, self:
             for block, weights in zip(layers, blocks, strict=True):
-                bare = [weight for weight in weights if weight.is_bare]
-                hooks.enter_context(block.register_forward_pre_hook(partial(self._set_bare, bare)))
-                hooks.enter_context(block.register_forward_hook(partial(self._set_bare, [])))
-                for weight in (weight for weight in weights if not weight.is_bare):
+                raw_weights = [weight for weight in weights if weight.is_raw_parameter]
+                hooks.enter_context(block.register_forward_pre_hook(partial(self._set_raw_weights, raw_weights)))
+                hooks.enter_context(block.register_forward_hook(partial(self._set_raw_weights, [])))
+                for weight in (weight for weight in weights if not weight.is_raw_parameter):
                     hook = partial(self._on_linear, weight)
                     hooks.enter_context(weight.owner.register_forward_pre_hook(hook, with_kwargs=True))
             yield
@@ -197,19 +214,19 @@ class _InputRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self._bare and name in ("linear", "matmul", "mm", "bmm"):
+        if self._raw_weights and name in ("linear", "matmul", "mm", "bmm"):
             inputs, matrix = [*args, *kwargs.values()][:2]
             self._on_product(inputs, matrix, feature_dim=-1 if name == "linear" else -2)
         return func(*args, **kwargs)
 
-    def _set_bare(self, bare: list[_Weight], *_: Any) -> None:
-        self._bare = bare
+    def _set_raw_weights(self, raw_weights: list[_ScoredWeight], *_: Any) -> None:
+        self._raw_weights = raw_weights
 
-    def _on_linear(self, weight: _Weight, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_linear(self, weight: _ScoredWeight, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         weight.add(self._sum_squares([*args, *kwargs.values()][0]))
 
     def _on_product(self, inputs: Tensor, matrix: Tensor, feature_dim: int) -> None:
-        for weight in self._bare:
+        for weight in self._raw_weights:
             parameter = weight.parameter
             offset = (matrix.data_ptr() - parameter.data_ptr()) // parameter.element_size()
             if not 0 <= offset < parameter.numel():
@@ -229,18 +246,18 @@ class _InputRecorder(TorchFunctionMode):
             rows = inputs.reshape(-1, inputs.shape[-1])
             if self.tokens is not None:
                 rows = rows[self.tokens]
-            chunks = rows.split(max(1, _CHUNK // max(1, rows.shape[1])))
+            chunks = rows.split(max(1, _CHUNK_ELEMENTS // max(1, rows.shape[1])))
             # On CPUs this is up to ten times faster than torch.linalg.vector_norm over the tokens.
             self._last = inputs, torch.stack([chunk.float().square().sum(0) for chunk in chunks]).sum(0)
         return self._last[1]
 
 
 def _measure_inputs(
-    model: nn.Module, layers: nn.ModuleList, blocks: list[list[_Weight]], batches: Iterable[Mapping[str, Tensor]]
+    model: nn.Module, layers: nn.ModuleList, blocks: list[list[_ScoredWeight]], batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
     """Runs the text through the model, which fills in the squares of the weights."""
     language_model = causal_lm(model)
-    device = next(language_model.parameters()).device  # that of the embeddings: blocks may wait elsewhere
+    device = next(language_model.parameters()).device  # that of the embeddings: blocks may be offloaded
     accepted = inspect.signature(type(language_model).forward).parameters  # of the class: accelerate wraps the instance's
     options = {"use_cache": False, "logits_to_keep": 1}
     # Experts see tokens without their positions, so padding can only be left out beforehand.
@@ -251,7 +268,7 @@ def _measure_inputs(
     num_texts = 0
     with _evaluation_mode(model, blocks), recorder.watching(layers, blocks):
         for batch in batches:
-            for inputs, tokens in _texts(batch, device, row_by_row=has_experts):
+            for inputs, tokens in _inputs_and_mask(batch, device, row_by_row=has_experts):
                 recorder.tokens = tokens
                 run_causal_lm(model, **{key: value for key, value in (inputs | options).items() if key in accepted})
                 num_texts += 1
@@ -259,7 +276,7 @@ def _measure_inputs(
         raise UsageError("calibration_samples: there is no text to score the blocks with; give at least one batch")
 
 
-def _texts(
+def _inputs_and_mask(
     batch: Mapping[str, Tensor], device: torch.device, row_by_row: bool
 ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
     """Yields a batch on the device with a mask of its tokens (batch * length,), None where there is no padding.
@@ -287,10 +304,10 @@ def _texts(
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module, blocks: list[list[_Weight]]) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module, blocks: list[list[_ScoredWeight]]) -> Iterator[None]:
     """Turns dropout off and has transformers' experts use plain matrix products; restores both afterwards."""
     modes = {module: module.training for module in model.modules()}
-    owners = [weight.owner for weights in blocks for weight in weights if weight.is_bare]
+    owners = [weight.owner for weights in blocks for weight in weights if weight.is_raw_parameter]
     configs: list[Any] = [owner.config for owner in owners if hasattr(owner, "config")]
     configs = [config for config in configs if hasattr(config, "_experts_implementation")]
     implementations = [config._experts_implementation for config in configs]

@@ -19,23 +19,15 @@ from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_se
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
-from ows_lightning.sampling.activation import (
-    PARTS,
-    Part,
-    activate_blocks,
-    trainable_block_parameters,
-    trains_outside_blocks,
-    unfreeze,
-)
-from ows_lightning.sampling.calibration import calibration_batches
+from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, trainable_by_block, trains_outside_blocks, unfreeze
 from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
-from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
+from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
 
-DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
+NORM_DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
 
 
 class BlockSampler:
@@ -158,7 +150,7 @@ class BlockSampler:
         if self._loaded is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(causal_lm(model), "config", None)))
-        self._blocks, self._others = trainable_block_parameters(model), trains_outside_blocks(model, self.always_train)
+        self._blocks, self._others = trainable_by_block(model), trains_outside_blocks(model, self.always_train)
         fixed = [index for index, block in enumerate(self._blocks) if not len(block)]
         if len(fixed) == len(self._blocks):
             name = type(causal_lm(model)).__name__
@@ -255,7 +247,7 @@ class BlockSampler:
                 self._norms = norm.new_zeros(len(self._blocks))
             self._norms = self._norms.to(norm.device)
             before = self._norms[index]
-            mean = torch.where(before > 0, DECAY * before + (1 - DECAY) * norm, norm)
+            mean = torch.where(before > 0, NORM_DECAY * before + (1 - NORM_DECAY) * norm, norm)
             before.copy_(torch.where((norm > 0) & norm.isfinite(), mean, before))
 
     def activate(self, optimizers: Iterable[Optimizer]) -> None:

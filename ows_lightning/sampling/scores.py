@@ -67,11 +67,7 @@ class OutlierScores:
     def ratios_for(
         self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
     ) -> Sequence[float]:
-        """Returns the outlier ratios, after a check that they suit a model's dimensions and a distribution.
-
-        Raises:
-            UsageError: They don't.
-        """
+        """Returns the outlier ratios; a UsageError if they don't suit a model's dimensions and a distribution."""
         kind, wanted = (name == "weight_norm" for name in (self.distribution, distribution))
         if wanted or distribution in OUTLIER_DISTRIBUTIONS:
             found = "norms of weights" if kind else "outlier ratios" if any(self.outlier_ratios) else "no scores"

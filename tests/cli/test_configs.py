@@ -57,7 +57,7 @@ def check_on_meta(*configs: Path) -> OWSCLI:
     cli = OWSCLI([*arguments, "--trainer.accelerator", "cpu"], run=False)
     module = cli.model
     assert isinstance(module, CausalLMModule)
-    module.causal_lm = CausalLM(meta_model(find_dimensions(module.hparams.model_name_or_path).config, torch.bfloat16))
+    module.causal_lm = CausalLM(meta_model(find_dimensions(module.hparams.model_name_or_path)[0], torch.bfloat16))
     layers = decoder_layers(module)
     if (sampling := LayerwiseSampling.of(cli.trainer)) is not None:
         assert sampling.activated_layers < len(layers)

@@ -20,7 +20,7 @@ from transformers import BertConfig
 
 from ows_lightning.cli.main import main
 from ows_lightning.cli.preflight import check_devices, cpu_has_bfloat16
-from ows_lightning.errors import RunError, UsageError, explain
+from ows_lightning.errors import RunError, UsageError, message_and_exit_code
 from ows_lightning.module import CausalLMModule
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
@@ -506,7 +506,7 @@ def test_a_run_folder_that_can_not_be_locked(typed: Callable[[str], tuple[str, i
 def test_a_full_disk() -> None:
     with pytest.raises(OSError, match="No space left") as full:
         Path("/dev/full").write_text("a config")
-    assert explain(full.value) == ("No space left on device; free space or choose another folder", 1)
+    assert message_and_exit_code(full.value) == ("No space left on device; free space or choose another folder", 1)
 
 
 def test_missing_peft(typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,7 +556,7 @@ class Failing(Dataset[Any]):
 def test_error_in_a_worker_is_one_line(error: Exception, line: str, code: int) -> None:
     with pytest.raises(type(error)) as raised:
         next(iter(DataLoader(Failing(error), num_workers=1)))
-    assert explain(raised.value) == (line, code)
+    assert message_and_exit_code(raised.value) == (line, code)
 
 
 def test_validation_less_often_than_there_are_batches(
@@ -577,7 +577,7 @@ def test_what_shards_can_not_do_names_the_strategy(tmp_path: Path) -> None:
             norm.pow_(2)  # as torch.optim.Adafactor does
     finally:
         torch.distributed.destroy_process_group()
-    line, code = explain(raised.value)
+    line, code = message_and_exit_code(raised.value)
     assert line.startswith("trainer.strategy: fsdp2 shards the weights, and torch can't do `aten.pow_` on shards")
     assert code == 2
 
@@ -649,17 +649,19 @@ def test_base_model_without_template_is_said(
     ],
 )
 def test_every_error_is_one_line(error: BaseException, line: str, code: int) -> None:
-    assert explain(error) == (line, code)
+    assert message_and_exit_code(error) == (line, code)
 
 
 def test_errors_that_cause_each_other_end() -> None:
     first, second = KeyError("first"), KeyError("second")
     first.__context__, second.__context__ = second, first
-    assert explain(first) == ("KeyError: 'first' (set OWS_DEBUG=1 for the stack trace)", 1)
+    assert message_and_exit_code(first) == ("KeyError: 'first' (set OWS_DEBUG=1 for the stack trace)", 1)
 
 
 def test_out_of_memory_names_the_settings_to_change() -> None:
-    line, code = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."))
+    line, code = message_and_exit_code(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...")
+    )
     assert line.startswith("CUDA out of memory; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much)")
     for setting in (
         "model.gradient_checkpointing: true",

@@ -9,7 +9,7 @@ import pytest
 
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
-from ows_lightning.cli.preflight import numbers
+from ows_lightning.cli.preflight import iter_numbers
 
 GIVEN = [
     "fit", "--model.model_name_or_path=nothing", "--data.dataset=nothing.jsonl", "--sampling.threshold=13.0",
@@ -45,7 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_no_number_is_infinite_or_nan(capsys: pytest.CaptureFixture[str]) -> None:
     """Every key that has a number by default, and those whose default is null; of each, what no arithmetic survives."""
     config = ParsingCLI(GIVEN).config.fit
-    keys = {key for key, value in numbers(config) if isinstance(value, float)}
+    keys = {key for key, value in iter_numbers(config) if isinstance(value, float)}
     keys |= {"trainer.gradient_clip_val", "model.optimizer.lr", "trainer.limit_train_batches", "trainer.overfit_batches"}
     assert {"model.optimizer.eps", "model.warmup_steps", "model.scale", "data.val_size", "sampling.threshold"} <= keys
     wrong = []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ows_lightning.data import formats
-from ows_lightning.data.examples import entry_of
+from ows_lightning.data.examples import to_table_entry
 from ows_lightning.data.masking import Encoder, with_chat_template
 from ows_lightning.errors import UsageError
 from tests.data.samples import TEMPLATES, tiny_tokenizer
@@ -104,9 +104,9 @@ def test_any_row_is_well_encoded_or_refused_by_its_name(row: dict[str, Any], tem
     refused: UsageError | None = None
     try:
         name = formats.recognise(row, "line 7")
-        example = json.loads(entry_of(row, name, "line 7", answered=True)["example"])
+        example = json.loads(to_table_entry(row, name, "line 7", requires_answer=True)["example"])
         encoded = made.encode(example, "line 7")
-        made.unshown(example)
+        made.dropped_parts(example)
         prompt_ids = made.encode_prompt(example, "line 7")[1]
     except UsageError as error:
         refused = error

@@ -70,7 +70,7 @@ def test_tools_and_their_calls_reach_the_chat_template() -> None:
     ],
 )
 def test_prompts_need_no_answer(row: dict[str, Any], question: list[dict[str, Any]]) -> None:
-    made = to_example(row, recognise(row, "row 1", answered=False), "row 1", answered=False)
+    made = to_example(row, recognise(row, "row 1", requires_answer=False), "row 1", requires_answer=False)
     messages, reference = split_prompt(made["messages"])
     assert ([{k: v for k, v in m.items() if k != "weight"} for m in messages], reference) == (question, "")
 

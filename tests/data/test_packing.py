@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ows_lightning.data.rows import as_item, collate, pack, require_separate_documents
+from ows_lightning.data.rows import collate, join_documents, pack, require_separate_documents
 from ows_lightning.errors import UsageError
 from tests.tiny import tiny_model
 
@@ -45,8 +45,8 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_documents_apart(
 ) -> None:
     settings = {"sliding_window": window} if window else {}
     model = tiny_model(architecture, attn_implementation=attention, **settings).eval()
-    apart = collate([as_item([document], packed=False) for document in documents()], pad_token_id=0)
-    together = [as_item([documents()[i] for i in row], packed=True) for row in ROWS]
+    apart = collate([join_documents([document], packed=False) for document in documents()], pad_token_id=0)
+    together = [join_documents([documents()[i] for i in row], packed=True) for row in ROWS]
     packed = collate(together, pad_token_id=0, flatten=flatten)
     assert "attention_mask" not in packed
     expected, gradients = loss_and_gradients(model, apart)
@@ -62,7 +62,7 @@ def test_packed_rows_on_flash_attention() -> None:
     pytest.importorskip("flash_attn")
     settings = {"hidden_size": 256, "attn_implementation": "flash_attention_2", "dtype": torch.bfloat16}
     model = tiny_model("llama", **settings).cuda().eval()
-    items = [as_item([documents()[i] for i in row], packed=True) for row in ROWS]
+    items = [join_documents([documents()[i] for i in row], packed=True) for row in ROWS]
     batch = {k: v.cuda() for k, v in collate(items, 0, flatten=True).items() if k != "labels"}
     logits = model(**batch, use_cache=False).logits[0]
     order = [i for row in ROWS for i in row]

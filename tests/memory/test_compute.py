@@ -190,6 +190,18 @@ def test_says_where_probabilities_come_from(directory: Path, tmp_path: Path) -> 
     assert above.flops_per_token < planned(distribution="outlier").flops_per_token < below.flops_per_token
 
 
+def test_scores_count_as_often_as_they_are_computed(directory: Path) -> None:
+    def scoring(distribution: str, **changes: Any) -> float:
+        """Forward passes of a block over all calibration rows, of a run of 8 steps of 4 rows."""
+        config = make_config(directory, sampling__distribution=distribution, sampling__calibration_samples=16, **changes)
+        without, scored = (compute(replace(settings_from_config(config), max_steps=steps)) for steps in (None, 8))
+        return (scored.flops_per_token - without.flops_per_token) * 8 * 4 / 16 / scored.block_forward
+
+    for distribution, blocks in {"outlier": 5, "outlier_reverse": 5, "window": 5, "uniform": 0, "weight_norm": 0}.items():
+        assert scoring(distribution) == pytest.approx(blocks)
+    assert scoring("window", sampling__rescore_every=3) == pytest.approx(10)  # at the first and the fourth of four draws
+
+
 def test_grouped_draws_compute_less(directory: Path) -> None:
     alone, grouped = (
         compute(settings_from_config(make_config(directory, sampling__distribution="uniform", sampling__grouping=grouping)))

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_config_for_card
 from ows_lightning.memory.cards import advise, fewest_checkpointed
-from ows_lightning.memory.fake_tensors import FakeOperators, materialize_, meta_model
+from ows_lightning.memory.fake_tensors import FakeOperators, meta_model, to_fake_
 from ows_lightning.memory.plan_settings import find_dimensions, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict
 from ows_lightning.memory.simulated_step import Workload, simulate_steps
@@ -217,7 +217,7 @@ def test_follows_recurrent_and_hybrid_families(family: str, tmp_path: Path) -> N
 def test_the_loss_head_holds_the_chunk_of_the_device_that_is_planned_for(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 1)  # a CPU's, of one row; a GPU's holds all of these rows
+    monkeypatch.setattr(loss, "CPU_CHUNK_BYTES", 1)  # a CPU's, of one row; a GPU's holds all of these rows
     settings = settings_from_config(make_config(directory))
     peaks = []
     for host_memory in (False, True):
@@ -237,7 +237,7 @@ def test_absurd_batches_take_no_longer_than_others(directory: Path) -> None:
         counted = Counted(operators)
         tracker = MemoryTracker(1, counted)
         with tracker:
-            materialize_(model)
+            to_fake_(model)
         simulate_steps(model, settings.method, Workload(rows, LENGTH), tracker)
         calls[rows] = counted.count
     assert calls[100_000] < 1.5 * calls[1_000]
@@ -468,7 +468,7 @@ def test_double_precision_takes_twice_the_memory(directory: Path) -> None:
     ],
 )
 def test_shipped_dimensions_need_no_download(name: str, billions: float) -> None:
-    model = meta_model(find_dimensions(name).config, torch.bfloat16)
+    model = meta_model(find_dimensions(name)[0], torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
 
 
@@ -485,11 +485,10 @@ def test_names_that_only_look_like_a_known_model_get_no_shipped_dimensions(
 def test_local_files_come_before_shipped_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = "meta-llama/Llama-2-7b-hf"
-    assert "shipped" in find_dimensions(name).source
+    assert "shipped" in find_dimensions(name)[1]
     tiny_model("llama").config.save_pretrained(tmp_path / name)
-    found = find_dimensions(name)
-    assert found.config.num_hidden_layers == 4
-    assert found.source == f"{name}/config.json"
+    config, source = find_dimensions(name)
+    assert (config.num_hidden_layers, source) == (4, f"{name}/config.json")
 
 
 def test_a_step_is_followed_once_wherever_frozen_blocks_wait(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from ows_lightning.models.compression import compress, decompress
+from ows_lightning.models.delta import compress, decompress
 
 DTYPES = [
     torch.float64,

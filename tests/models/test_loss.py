@@ -13,7 +13,7 @@ from tests.tiny import KINDS, tiny_batch, tiny_model
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 5 * 128 * 4)  # five rows of logits at a time
+    monkeypatch.setattr(loss, "CPU_CHUNK_BYTES", 5 * 128 * 4)  # five rows of logits at a time
 
 
 def batch_with_prompt() -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def test_logits_of_a_whole_batch_never_exist() -> None:
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(watch)
     next_token_loss(model, tiny_batch(rows=8, length=32))[0].backward()
-    assert 0 < largest * 4 <= loss.CHUNK
+    assert 0 < largest * 4 <= loss.CPU_CHUNK_BYTES
 
 
 def test_a_gpus_chunk_has_rows_enough_to_hide_that_the_head_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +101,14 @@ def test_a_gpus_chunk_has_rows_enough_to_hide_that_the_head_is_read(monkeypatch:
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
 
-    def chunks(as_on: str) -> list[int]:
+    def chunks(chunks_of: str) -> list[int]:
         rows.clear()
-        next_token_loss(model, tiny_batch(1, 2001), torch.device(as_on))[0].backward()
+        next_token_loss(model, tiny_batch(1, 2001), torch.device(chunks_of))[0].backward()
         return list(rows)
 
     assert chunks("cpu") == [419, 419, 419, 419, 324]  # 32 MB
     assert chunks("cuda") == [1024, 976]
-    monkeypatch.setattr(loss, "GPU_CHUNK", 500 * 20_000 * 4)
+    monkeypatch.setattr(loss, "GPU_CHUNK_BYTES", 500 * 20_000 * 4)
     assert chunks("cuda") == [500, 500, 500, 500]
 
 

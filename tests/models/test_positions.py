@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.cli.main import main
-from ows_lightning.models.positions import exceeded_positions
+from ows_lightning.models.pretrained import exceeded_positions
 from tests.tiny import ARCHITECTURES, tiny_model
 
 POSITIONS = 40

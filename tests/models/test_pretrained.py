@@ -161,8 +161,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "vision": (edit_config(model_type="vit"), "{name} is no causal LM (vit); give a decoder-only language model"),
     "vision-language": (
         edit_config(model_type="llava"),
-        "{name} is a vision-language model (llava) that transformers has only as AutoModelForImageTextToText; "
-        "give a text-only causal LM",
+        "{name} (llava) is in transformers only as AutoModelForImageTextToText; give one that AutoModelForCausalLM loads",
     ),
     "own code": (
         edit_config(model_type="frob", auto_map={"AutoConfig": "frob.Config", "AutoModelForCausalLM": "frob.Model"}),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ows_lightning.cli.main import main
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.data.rows import as_item, collate
+from ows_lightning.data.rows import collate, join_documents
 from ows_lightning.errors import UsageError
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model, load_tokenizer
@@ -80,7 +80,7 @@ def test_trl_1230() -> None:
     """
     model = tiny_model("llama").eval()
     documents = [batch.tolist() for batch in tiny_batch(rows=3, length=9)["input_ids"]]
-    packed = collate([as_item([(ids, ids) for ids in documents], packed=True)], pad_token_id=0)
+    packed = collate([join_documents([(ids, ids) for ids in documents], packed=True)], pad_token_id=0)
     packed.pop("labels")
     with torch.no_grad():
         together = model(**packed, use_cache=False).logits.view(3, 9, -1)

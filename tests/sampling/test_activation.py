@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Zamba2Config, Zamba2ForCausalLM
 
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.sampling.activation import activate_blocks, trainable_block_parameters, trains_outside_blocks
+from ows_lightning.sampling.activation import activate_blocks, trainable_by_block, trains_outside_blocks
 from tests.tiny import tiny_batch, tiny_model
 
 
@@ -23,7 +23,7 @@ def test_a_block_that_several_others_share_trains_if_one_of_them_is_active() -> 
     assert shared
     optimizer = torch.optim.AdamW(model.parameters())
     for active in ([1], [3], [1, 4], [0, 5]):
-        activate_blocks(trainable_block_parameters(model) if active == [1] else layers, active, optimizers=[optimizer])
+        activate_blocks(trainable_by_block(model) if active == [1] else layers, active, optimizers=[optimizer])
         model(**tiny_batch(length=8)).loss.backward()
         trained = {p for index in active for p in layers[index].parameters()}
         assert {p for p in layers.parameters() if p.requires_grad} == trained
@@ -38,7 +38,7 @@ def test_what_was_frozen_before_and_what_is_not_of_the_language_model() -> None:
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     others = trains_outside_blocks(model, ["lm_head", "norm"])
     assert others == {model.model.embed_tokens.weight: False, model.lm_head.weight: True}
-    assert [len(block) for block in trainable_block_parameters(model)] == [8, 9, 9, 9]
+    assert [len(block) for block in trainable_by_block(model)] == [8, 9, 9, 9]
 
 
 def test_a_block_without_parameters_costs_nothing() -> None:
