@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -215,6 +216,12 @@ class CausalLMModule(EvaluationModule):
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
         if stage == "fit":
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+                raise UsageError(
+                    "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
+                    "average nothing; take WeightAveraging or EMAWeightAveraging"
+                )
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
             self.step = StepAccumulator(self.trainer.world_size)
@@ -338,6 +345,16 @@ class CausalLMModule(EvaluationModule):
             self.offloader.take_in_updates()
 
     # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As checkpoints have it: what offloaded blocks learn at rest is in the optimizer's. ``model``'s has it itself."""
+        if self.offloader is None:
+            return super().state_dict(*args, **kwargs)
+        self.offloader.saves_updates_apart = True
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self.offloader.saves_updates_apart = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the settings that have to be the same when the run is resumed; weights alone are saved whole."""

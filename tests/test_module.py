@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
@@ -321,6 +321,12 @@ def test_a_module_can_be_used_again_in_every_way(model_dir: ModelDir, tmp_path: 
     for final in finals[1:]:
         assert all(torch.equal(weight, final[name]) for name, weight in finals[0].items())
     trainer(tmp_path).fit(module, rows)
+
+
+def test_averages_of_weights_that_are_not_there_yet_are_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    module = CausalLMModule(str(model_dir()), rank=8, optimizer=galore)
+    with pytest.raises(UsageError, match="take WeightAveraging or EMAWeightAveraging"):
+        trainer(tmp_path, StochasticWeightAveraging(1e-3)).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
 
 
 class Teaching(LightningModule):

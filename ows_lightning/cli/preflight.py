@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -105,11 +105,6 @@ def check_run(
         for callback in (callbacks := trainer.callbacks):  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint):
                 _check_checkpoint(callback)
-            if isinstance(callback, StochasticWeightAveraging):
-                raise UsageError(
-                    "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
-                    "average nothing; take WeightAveraging or EMAWeightAveraging"
-                )
         _check_monitors(model, data, callbacks)
     if isinstance(model, CausalLMModule):
         config = model.check()

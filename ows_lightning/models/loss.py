@@ -54,8 +54,10 @@ def precompute_on_host(batch: dict[str, Any]) -> dict[str, Any]:
     """
     labels, mask, positions = batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
     padded = mask is not None and not bool(mask.all())
-    packed = positions is not None and not bool((positions == torch.arange(labels.size(1))).all())
-    return {**batch, "targets_at": _positions_of_targets(labels), "padded": padded, "packed": packed}
+    packed = positions is not None and not bool((positions == torch.arange(labels.size(1), device=positions.device)).all())
+    at = _positions_of_targets(labels)
+    at = at.pin_memory() if labels.is_pinned() else at  # else copying it waits for the GPU
+    return {**batch, "targets_at": at, "padded": padded, "packed": packed}
 
 
 def _positions_of_targets(labels: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class BlockOffloader:
         self.blocks = list(blocks)
         self.num_slots = slots
         self.device = torch.device("cpu")
+        self.saves_updates_apart = False  # whoever takes a state dict takes what is learned at rest from the optimizer's
         self.was_copied = False  # there is another copy of the model, with which weights may be exchanged
         self.make_stream = copy_stream_for
         self._disk = disk

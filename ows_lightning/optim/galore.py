@@ -455,7 +455,7 @@ def merge_saved_updates_(weights: MutableMapping[str, Tensor], optimizer: Mappin
     """
     names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
     for number, state in optimizer["state"].items():
-        if "update" in state:
+        if isinstance(state, dict) and {"rest", "update"} <= state.keys():
             key = next(key for key in weights if f".{key}".endswith(f".{names[number]}"))
             weights[key] = weight = weights[key].clone()
             merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number))

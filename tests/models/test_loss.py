@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ows_lightning.models import loss
 from ows_lightning.models.loss import next_token_loss, precompute_on_host
@@ -176,3 +176,19 @@ def test_a_target_of_no_probability_costs_what_its_logit_says() -> None:
     total = loss._cross_entropy_into_gradient_(logits, torch.tensor([0]))
     assert total == 300
     torch.testing.assert_close(logits, torch.tensor([[-1.0, 1.0, 0.0]]))
+
+
+def test_targets_of_a_page_locked_batch_are_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = tiny_batch(2)
+    locked = {id(batch["labels"])}  # as a GPU's loader has them
+
+    def lock(tensor: Tensor) -> Tensor:
+        locked.add(id(tensor))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: id(tensor) in locked)
+    monkeypatch.setattr(Tensor, "pin_memory", lock)
+    assert id(precompute_on_host(batch)["targets_at"]) in locked
+    locked.clear()
+    precompute_on_host(batch)
+    assert not locked

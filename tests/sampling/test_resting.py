@@ -418,13 +418,14 @@ class SaveWeights(Callback):
 
 
 class ExportAt5(Callback):
-    """Exports the model after five steps."""
+    """Takes the model's state dict after five steps, and exports it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == 5 and not self.path.exists():
+            self.weights = {name: p.clone() for name, p in pl_module.language_model.state_dict().items()}
             save_huggingface(pl_module.model, pl_module.tokenizer, self.path)
 
 
@@ -434,10 +435,11 @@ def test_all_that_leaves_a_run_has_what_offloaded_blocks_learned(model_dir: Call
         at_end, whole, alone = AtEnd(), tmp_path / f"{where}.ckpt", tmp_path / f"{where}-weights.ckpt"
         fit(model_dir(), tmp_path, at_end, SaveAt(whole), SaveWeights(alone), frozen_in=where)
         loaded = CausalLMModule.load_from_checkpoint(whole, weights_only=True, frozen_in="device")
-        fit(model_dir(), tmp_path, ExportAt5(tmp_path / where), frozen_in=where, trainer={"max_steps": 6})
+        export = ExportAt5(tmp_path / where)
+        fit(model_dir(), tmp_path, export, frozen_in=where, trainer={"max_steps": 6})
         exported = load_model(str(tmp_path / where)).state_dict()
         weights = torch.load(alone, weights_only=True)["state_dict"]
-        found[where] = [at_end.weights, dict(loaded.model.state_dict()), exported, weights]
+        found[where] = [at_end.weights, dict(loaded.model.state_dict()), export.weights, exported, weights]
     torch.testing.assert_close(found["host"], found["device"], rtol=0, atol=2e-4)  # as above
 
 
