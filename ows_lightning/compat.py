@@ -68,8 +68,6 @@ def keep_recomputation_out_of_inference_graphs() -> None:
 # gone: a loop over the tensors.
 foreach_add_ = torch._foreach_add_
 foreach_addcmul_ = torch._foreach_addcmul_
-foreach_clamp_max_ = torch._foreach_clamp_max_
-foreach_clamp_min_ = torch._foreach_clamp_min_
 foreach_div_ = torch._foreach_div_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_

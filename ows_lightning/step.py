@@ -61,11 +61,8 @@ class StepAccumulator:
     ) -> StepMetrics:
         """Makes the gradient that of the step's mean loss, clips what the optimizer consumes, and begins the next step.
 
-        Args:
-            optimizer: Whose gradients are complete, and averaged over the processes.
-            micro_batches: Micro-batches of a step, by whose number Lightning has divided each loss.
-            limit: Largest norm or value of what the optimizer consumes; 0 or None for none.
-            algorithm: Lightning's ``norm`` or ``value``.
+        Gradients have to be complete, and averaged over the processes. Lightning has divided each loss by the number of
+        ``micro_batches``. ``limit`` and ``algorithm`` are its ``gradient_clip_val`` (0 or None for none) and ``_algorithm``.
         """
         assert self._totals is not None
         trained_on = self._totals[1].clamp(min=1)

@@ -172,10 +172,7 @@ def _data_texts(data: object) -> dict[str, str]:
         if len(piece) > _MAX_SAMPLE_CHARS:
             piece = f"{piece[: _MAX_SAMPLE_CHARS // 2]} [...] {piece[-_MAX_SAMPLE_CHARS // 2 :]}"
         row += f"«{piece}»" if trained else piece
-    return {
-        "Data": f"{text}; {summary['validation_rows']:,} validation rows",
-        "A row": f"{row}  (trained: what is in «»)",
-    }
+    return {"Data": f"{text}; {summary['validation_rows']:,} validation rows", "A row": f"{row}  (trained: what is in «»)"}
 
 
 def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> str:

@@ -91,10 +91,7 @@ def check_draws(probabilities: Sequence[float]) -> str | None:
 
 
 def measure_state_bytes(optimizer: Optimizer, module: CausalLMModule) -> StateBytes:
-    """Measures the state that an optimizer holds, and computes LISA's.
-
-    LISA keeps two moments, in the weights' dtype, of each weight of two blocks, of embeddings, head and norm.
-    """
+    """Measures an optimizer's state, and computes LISA's: two moments, in the weights' dtype, of two blocks and the rest."""
     state = [value for of_one in optimizer.state.values() for value in of_one.values()]
     held = sum(local(value).nbytes for value in state if isinstance(value, torch.Tensor))
     layers = decoder_layers(module)

@@ -24,12 +24,10 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
     tensors = {f"state_dict.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
     rest["optimizer_states"] = []
     for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
-        rest["optimizer_states"].append({**optimizer, "state": {}})
-        for parameter, state in optimizer["state"].items():
-            rest["optimizer_states"][-1]["state"][parameter] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer_{number}.{parameter}.{key}"] = value
+        numbers = {p: {k: v for k, v in state.items() if not isinstance(v, Tensor)} for p, state in optimizer["state"].items()}
+        rest["optimizer_states"].append({**optimizer, "state": numbers})
+        values = ((p, key, value) for p, state in optimizer["state"].items() for key, value in state.items())
+        tensors |= {f"optimizer_{number}.{p}.{key}": value for p, key, value in values if isinstance(value, Tensor)}
     return tensors, rest
 
 

@@ -29,7 +29,7 @@ def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool 
     """
     if missing := _first_missing(data_format, row, requires_answer):
         names = " or ".join(f"'{name}'" for name in missing)
-        raise UsageError(f"{row_name} has no column {names}, which {data_format} rows need ({_columns(row)})")
+        raise UsageError(f"{row_name} has no column {names}, which {data_format} rows need ({_names(row)})")
     example = FORMATS[data_format][1](row, row_name)
     if row.get("tools"):
         tools, what = row["tools"], f"{row_name}: 'tools'"
@@ -52,11 +52,9 @@ def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = Tru
 
 def rename(row: Row, columns: Mapping[str, str], row_name: str) -> Row:
     """Puts the user's columns under the names of the format: ``columns={"instruction": "question"}``; one has to be there."""
-    for name, column in columns.items():
-        if column not in row and name not in row:
-            raise UsageError(
-                f"data.columns.{name}: {row_name} has no column '{column}' ({_columns(row)}){did_you_mean(column, row)}"
-            )
+    for name, own in columns.items():
+        if own not in row and name not in row:
+            raise UsageError(f"data.columns.{name}: {row_name} has no column '{own}' ({_names(row)}){did_you_mean(own, row)}")
     renamed = {name: row[column] for name, column in columns.items() if column in row}
     return {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
 
@@ -233,5 +231,5 @@ def _shortened(name: str) -> str:
     return " ".join(name.split())[:60]
 
 
-def _columns(row: Iterable[str]) -> str:
+def _names(row: Iterable[str]) -> str:
     return f"columns: {', '.join(map(_shortened, row))}"

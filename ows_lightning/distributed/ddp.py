@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.distributed.process_group import destroy_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.sharding import average_, flagged_elsewhere
+from ows_lightning.optim.sharding import average_, zero_missing_gradients
 
 
 class LayerwiseDDPStrategy(DDPStrategy):
@@ -68,6 +68,5 @@ def _average_gradients(optimizer: Optimizer) -> None:
         optimizer.average_gradients()
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    for p in flagged_elsewhere(parameters, [p.grad is not None for p in parameters]):
-        p.grad = p.new_zeros(p.shape)
+    zero_missing_gradients(parameters, [p.grad is not None for p in parameters])
     average_([p.grad for p in parameters if p.grad is not None])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -37,22 +35,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: Every process writes its shards into a directory; otherwise all is gathered, a tensor at
             a time, into one file on rank 0, as without sharding. Either kind loads on any number of processes.
-        process_group_backend: ``nccl`` on GPUs and ``gloo`` on CPUs unless given.
-        timeout: How long a process waits for the others before it gives up.
+        **kwargs: Lightning's, such as ``process_group_backend`` and ``timeout``.
     """
 
-    def __init__(
-        self,
-        save_distributed_checkpoint: bool = True,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-    ) -> None:
-        super().__init__(
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=save_distributed_checkpoint,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-        )
+    def __init__(self, save_distributed_checkpoint: bool = True, **kwargs: Any) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, **kwargs)
 
     def setup_environment(self) -> None:
         """Starts the processes' communication."""

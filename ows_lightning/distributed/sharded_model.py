@@ -22,11 +22,8 @@ from ows_lightning.models.safetensors_file import stored_weights
 def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
     """Shards a model's parameters over the processes of a one-dimensional mesh: they are replaced by DTensors.
 
-    Args:
-        model: A ``CausalLM``, or another module that contains a causal LM and is run by its forward alone.
-        mesh: The processes.
-        precision: The Trainer's; with ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16 and gradients are
-            added up over the processes in float32.
+    The model is a ``CausalLM``, or another module that contains a causal LM and is run by its forward alone. With the
+    Trainer's ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16, and gradients are added up in float32.
     """
 
     def placement(weight: nn.Parameter) -> Shard | None:

@@ -81,9 +81,6 @@ def available_bytes(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-# ------------------------------------------------------------------------------ what makes a run fit
-
-
 def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:
     """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does."""
 
@@ -177,10 +174,8 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     changes = changes_that_fit(settings, chosen.memory)
     if changes is None:
         raise UsageError(f"fit: on {chosen.name} ({chosen.memory} GB) the run {advise(settings, chosen.memory)}")
-    sections = config.as_dict() if hasattr(config, "as_dict") else dict(config)
-    values = json.loads(
-        json.dumps({name: sections[name] for name in _SECTIONS if name in sections}, default=str)
-    )  # plain values
+    parsed = config.as_dict() if hasattr(config, "as_dict") else dict(config)
+    values = json.loads(json.dumps({name: parsed[name] for name in _SECTIONS if name in parsed}, default=str))  # plain values
     for key, value in changes.items():
         section, name = key.split(".")
         values[section].get("init_args", values[section])[name] = value

@@ -157,12 +157,8 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str | No
 
 
 def first_blocks(model: nn.Module, count: int) -> nn.Module:
-    """Returns a copy of a causal LM that has only its first blocks.
-
-    Blocks are cut off the model and not out of its config, where each architecture says in its own way what kinds of blocks it
-    has.
-    """
-    layers = decoder_layers(model)
+    """Returns a copy of a causal LM that has only its first blocks."""
+    layers = decoder_layers(model)  # not by its config, where each architecture has its own words for kinds of blocks
     whole = list(layers)
     del layers[count:]
     try:

@@ -91,9 +91,6 @@ def predict(settings: PlanSettings) -> MethodPlan:
     return MethodPlan(highest, host, _communicated_bytes(memory, settings, sizes))
 
 
-# ------------------------------------------------------------------------------ a step of a model of few blocks
-
-
 def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
     """Simulates steps of models of few blocks, or of all blocks where these are not alike, and goes on linearly.
 
@@ -159,9 +156,6 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
     # A card's advice asks for the same step with frozen blocks here and there.
     key = settings.dtype, settings.attention, method, work, active + frozen, num_checkpointed, rows
     return settings.cached(key, simulated)
-
-
-# ------------------------------------------------------------------------------ what lies where
 
 
 class ModelSizes(NamedTuple):

@@ -263,10 +263,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def block_groups(active: int, frozen: int, num_checkpointed: int) -> dict[str, int]:
-    """Returns how many blocks of each kind there are above the lowest one, from below.
-
-    The lowest block and the highest ones are the active ones; ``num_checkpointed`` ones, from below, recompute.
-    """
+    """Returns how many blocks of each kind lie above the lowest one, from below; that and the highest ones are active."""
     above = max(0, num_checkpointed - 1)
     some, more = min(frozen, above), min(active - 1, max(0, above - frozen))
     return {"frozen": some, "frozen, kept": frozen - some, "active": more, "active, kept": active - 1 - more}

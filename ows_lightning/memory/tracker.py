@@ -118,8 +118,6 @@ class MemoryTracker(TorchDispatchMode):
                     sizes[allocation.category] += allocation.size
         return peaks
 
-    # ------------------------------------------------------------------ the count
-
     def _allocation(self, tensor: Tensor) -> _Allocation:
         storage = tensor.untyped_storage()
         key = storage_key(tensor)

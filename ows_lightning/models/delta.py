@@ -104,10 +104,8 @@ class Delta:
     def sizes(self, model: Mapping[str, Tensor]) -> DeltaSize:
         """Returns the sizes of the delta and of the restored model, given the base's tensors."""
         stored = {name: self._stored(name).nbytes for name in self.places}
-        whole = {name: count for name, count in stored.items() if name not in self._packed}
-        return DeltaSize(
-            sum(stored.values()), sum(whole[name] if name in whole else model[name].nbytes for name in self.hashes)
-        )
+        raw = {name: count for name, count in stored.items() if name not in self._packed}
+        return DeltaSize(sum(stored.values()), sum(raw[name] if name in raw else model[name].nbytes for name in self.hashes))
 
 
 def write_delta(

@@ -21,8 +21,7 @@ def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
     * What moves the model, ``to`` or a Trainer, leaves the blocks where they are offloaded and moves the offloader.
     * peft merges adapters into a weight's ``data``, which torch does not count as a write.
 
-    Returns:
-        Handles for `remove_access_hooks`.
+    Returns handles for `remove_access_hooks`.
     """
     handles: list[RemovableHandle] = []
     for index, block in enumerate(offloader.blocks):

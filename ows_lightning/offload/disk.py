@@ -99,10 +99,8 @@ class DiskWeights(OffloadedWeights):
 class Disk:
     """The files that blocks are offloaded to.
 
-    The scratch file has no name: what it takes is free again when the process ends, however that comes about.
-
-    Args:
-        folder: Where the scratch file is made, on a disk with room for the blocks that ever train; here if None.
+    The scratch file is made in ``folder`` (here if None), on a disk with room for the blocks that ever train. It has no name:
+    what it takes is free again when the process ends, however that comes about.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:

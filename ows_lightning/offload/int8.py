@@ -15,10 +15,8 @@ _LARGEST = 127  # symmetric: -128 is left out
 def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
     """Returns weights in int8 with a float32 scale a row: two tensors for each that has rows, and the others as they are.
 
-    A row's largest weight becomes 127, and every weight is off by half a scale at the most.
-
-    Args:
-        weights: Tensors of any floating dtype; a row is what the last dimension counts, an output of a linear layer.
+    A row, an output of a linear layer, lies along the last dimension. Its largest weight becomes 127, and every weight is off
+    by half a scale at the most.
     """
     quantized = []
     for weight in weights:
@@ -42,37 +40,22 @@ def dequantize(quantized: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
             torch.mul(next(parts), next(parts), out=weight)
 
 
-class StagingBuffer:
-    """Memory on the device that int8 copies from elsewhere pass through, one at a time: as large as the largest of them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def reserve(self, nbytes: int) -> None:
-        """Makes it larger, if it has to be."""
-        if nbytes > self.memory.numel():
-            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.memory.device)
-
-
 class Int8Weights(OffloadedWeights):
     """A block's exact weights, which train and are saved, and their int8 copy, which is fetched.
 
-    Args:
-        exact: Where the exact weights lie.
-        offload: Offloads the int8 copy.
-        staging: What a copy passes through that does not lie on the device; None if it does: then it is freed while the block
-            trains.
+    ``offload`` offloads the copy. If it does not lie on the device it passes through ``staging``, memory that all blocks share
+    and that grows here. If it does, it is freed while the block trains, and ``staging`` is None.
     """
 
     def __init__(
-        self, exact: OffloadedWeights, offload: Callable[[Sequence[Tensor]], OffloadedWeights], staging: StagingBuffer | None
+        self, exact: OffloadedWeights, offload: Callable[[Sequence[Tensor]], OffloadedWeights], staging: Tensor | None
     ) -> None:
         self.exact, self.offload, self.staging = exact, offload, staging
         self.fetch_exact = False
         self.copy: OffloadedWeights | None = None
         self.refresh()
         if staging is not None and self.copy is not None:
-            staging.reserve(packed_nbytes(self.copy.tensors))
+            staging.resize_(max(staging.numel(), packed_nbytes(self.copy.tensors)))
 
     @property
     def tensors(self) -> list[Tensor]:  # type: ignore[override]
@@ -87,7 +70,7 @@ class Int8Weights(OffloadedWeights):
             return
         quantized = self.copy.tensors
         if self.staging is not None:
-            quantized = views_into(self.staging.memory, quantized)
+            quantized = views_into(self.staging, quantized)
             self.copy.fetch(quantized)
         dequantize(quantized, slot)
 

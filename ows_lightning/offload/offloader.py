@@ -18,11 +18,11 @@ from ows_lightning.offload.access_hooks import add_access_hooks, remove_access_h
 from ows_lightning.offload.disk import Disk, DiskWeights
 from ows_lightning.offload.fetch_schedule import FetchSchedule
 from ows_lightning.offload.hooks import ComputeHooks
-from ows_lightning.offload.int8 import Int8Weights, StagingBuffer
+from ows_lightning.offload.int8 import Int8Weights
 from ows_lightning.offload.offloaded import OffloadedWeights, offload_to_host, packed_nbytes, views_into
 from ows_lightning.offload.streams import CopyStream, copy_stream_for
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.linear import compute_with
+from ows_lightning.optim.linear import ProjectedLinear, compute_with
 from ows_lightning.optim.projected_adamw import merge_update_
 
 
@@ -41,24 +41,15 @@ class BlockOffloader:
     With `attach_optimizer`, frozen blocks that train at rest stay offloaded, and compute with W + B Q^T.
 
     With copies in int8, what a frozen block computes with is not its own weight to the bit; what trains and is saved is.
-
-    Args:
-        blocks: The decoder blocks, first block first.
-        slots: Blocks that fit on the device at a time, at least 2.
-        frozen_only: Only parameters that are frozen now are offloaded, and the others stay on the device: the base below
-            adapters.
-        disk: Blocks are offloaded to it, and not to host memory.
-        int8_in: Where copies of the blocks lie in int8 (``device``, ``host`` or ``disk``), from which they compute while they
-            are frozen; None: they compute from their own weights.
     """
 
     def __init__(
         self,
-        blocks: Iterable[nn.Module],
-        slots: int = 2,
-        frozen_only: bool = False,
-        disk: Disk | None = None,
-        int8_in: str | None = None,
+        blocks: Iterable[nn.Module],  # decoder blocks, first block first
+        slots: int = 2,  # blocks that fit on the device at a time, at least 2
+        frozen_only: bool = False,  # leave on the device what trains now: adapters
+        disk: Disk | None = None,  # offload to it, not to host memory
+        int8_in: str | None = None,  # ``device``, ``host`` or ``disk``, where copies in int8 lie; None makes none
     ) -> None:
         self.blocks = list(blocks)
         self.num_slots = slots
@@ -86,10 +77,11 @@ class BlockOffloader:
         self.layout_id = object()  # of blocks in slots; another one after every change
         self.slots: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}  # of a slot, that an offloaded block's parameters get
-        self._stream: CopyStream | None = None
-        self._staging: StagingBuffer | None = None
+        self._stream = CopyStream()
+        self._staging: Tensor | None = None  # that int8 copies pass through, one at a time; as large as the largest of them
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
         self._slot_updates: dict[int, list[Any]] = {}  # which updates of a resting block a slot's contents have in them
+        self._updated_layers: dict[int, list[ProjectedLinear]] = {}  # of a block on the device, that compute with an update
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies find their weights in their own parameters, and are offloaded to host memory."""
@@ -97,8 +89,8 @@ class BlockOffloader:
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self.was_copied = True
-        remade = ("offloaded", "schedule", "layout_id", "slots", "_views", "_stream", "_staging", "_versions", "_slot_updates")
-        kept = {key: value for key, value in vars(self).items() if key not in remade}
+        remade = ("offloaded", "schedule", "layout_id", "slots", "_views", "_stream", "_staging", "_versions")
+        kept = {key: value for key, value in vars(self).items() if key not in (*remade, "_slot_updates", "_updated_layers")}
         return kept | {"_disk": None, "_optimizer": _no_optimizer}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,17 +109,15 @@ class BlockOffloader:
 
         Call it after a draw. Without, the next forward pass that records a gradient does it.
 
-        Args:
-            optimizers: Their state of blocks that train moves to the device; it may come from a checkpoint, loaded before
-                the draw was known.
+        The ``optimizers``' state of these blocks moves to the device, too: it may come from a checkpoint, loaded before the
+        draw was known.
         """
         trains = [i for i, weights in enumerate(self.parameters) if any(map(self._needs_own_memory, weights))]
         if not self.offloaded or trains != self.active:
             self._set_active(trains)
             self.schedule.fetch_first()
         for optimizer in optimizers:
-            for p in (p for weights in self.parameters for p in weights):
-                state = optimizer.state.get(p, {})
+            for state in (optimizer.state.get(p, {}) for weights in self.parameters for p in weights):
                 for key, value in state.items():
                     if isinstance(value, Tensor) and key not in ("step", "rest") and value.device != self.device:
                         state[key] = value.to(self.device)
@@ -216,7 +206,7 @@ class BlockOffloader:
             for p, (update, projector) in updates.items():
                 merge_update_(p.data, update, projector)
             self._offload_trained(index)
-        self._started_stream.wait_for_computation()  # which has written offloaded weights
+        self._stream.wait_for_computation()  # which has written offloaded weights
 
     def _needs_own_memory(self, p: nn.Parameter) -> bool:
         """Whether a parameter trains, and not at rest."""
@@ -231,19 +221,26 @@ class BlockOffloader:
     @torch.no_grad()
     def _apply_updates(self, block: int, slot: int, in_layers: bool = True) -> None:
         """Adds what a block has learned at rest: in its linear layers, or in its slot, once for every fetch."""
-        found = self._updates_of(block)
-        handed_over = compute_with(self.blocks[block], found if in_layers else {})
-        updates = {p: update for p, update in found.items() if p not in handed_over}
+        self._reset_layers(block)
+        updates = self._updates_of(block)
+        if updates and in_layers:
+            self._updated_layers[block] = compute_with(self.blocks[block], updates)
+            for layer in self._updated_layers[block]:
+                del updates[layer.weight]
         added = [(block, id(update), version_counter(update)) for update, _ in updates.values()]
         before = self._slot_updates.get(slot, [])
         if added == before:
             return
         if before:  # of an earlier step: the weights themselves are needed again
             self.issue(block, slot)
-            self._started_stream.wait(slot)
+            self._stream.wait(slot)
         for p, (update, projector) in updates.items():
             merge_update_(p.data, update, projector)
         self._slot_updates[slot] = added
+
+    def _reset_layers(self, block: int) -> None:
+        for layer in self._updated_layers.pop(block, ()):
+            layer.update = None
 
     # ------------------------------------------------------------------ when others write into offloaded weights
 
@@ -306,14 +303,15 @@ class BlockOffloader:
                 self._load_for_training(index)
             self.schedule.set_blocks([i for i, weights in enumerate(self.parameters) if weights and i not in active])
             self._allocate_slots()
-            self._started_stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
+            self._stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
             offloaded = self.schedule.order
             self.layout_id = object()
             self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
             self._views = {i: views_into(self.slots[self.schedule.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
 
     def _offload_first(self) -> None:
-        self._staging = StagingBuffer(self.device) if self._int8_in in ("host", "disk") else None
+        if self._int8_in in ("host", "disk"):
+            self._staging = torch.empty(0, dtype=torch.uint8, device=self.device)
         for parameters in self.parameters:
             self.offloaded.append(self._offload([p.data for p in parameters]))
             _set_data(parameters, self.offloaded[-1].tensors)
@@ -349,32 +347,26 @@ class BlockOffloader:
     def _stop_fetches(self) -> None:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""
         self.schedule.invalidate()
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    @property
-    def _started_stream(self) -> CopyStream:
-        assert self._stream is not None
-        return self._stream
+        self._stream.synchronize()
 
     # ------------------------------------------------------------------ events, as the schedule orders them
 
     def issue(self, block: int, slot: int) -> None:
         """Starts to fetch a block: when ``fetch`` is done, the weights in the slot are complete."""
         self._slot_updates.pop(slot, None)
-        self._started_stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
+        self._stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
 
     def wait(self, block: int, slot: int) -> None:
         """Lets a block's parameters be the slot, once the block has arrived."""
-        self._started_stream.wait(slot)
+        self._stream.wait(slot)
         _set_data(self.parameters[block], self._views[block])
         self._apply_updates(block, slot)
 
     def release(self, block: int, slot: int) -> None:
         """Lets a block's parameters be its offloaded weights again, and the slot be written."""
-        compute_with(self.blocks[block], {})
+        self._reset_layers(block)
         _set_data(self.parameters[block], self.offloaded[block].tensors)
-        self._started_stream.release(slot)
+        self._stream.release(slot)
 
 
 def _no_optimizer() -> None:

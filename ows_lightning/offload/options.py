@@ -26,17 +26,7 @@ def offloader_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk
 
 
 def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:
-    """Refuses runs in which no block is frozen, or whose weights several devices share.
-
-    Args:
-        model: The module's settings, of which ``frozen_in`` and ``frozen_dtype`` count.
-        some_are_frozen: Whether blocks are sampled, or below adapters.
-        devices: Number of devices.
-        strategy: Name of the strategy.
-
-    Raises:
-        UsageError: With what to use instead.
-    """
+    """Refuses, by a UsageError, to offload in runs in which no block is frozen, or whose weights several devices share."""
     if not offloads(model):
         return
     frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]

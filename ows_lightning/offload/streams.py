@@ -10,14 +10,29 @@ import torch
 
 
 class CopyStream:
-    """Orders fetches into slots against computation from them; on a CPU, as here, a fetch is done when it returns."""
+    """Orders fetches into slots against computation from them; on a CPU, as here, a fetch has run when it is issued.
+
+    Fetches that read a file run in a thread: computation goes on, and waits only for the block that it needs next.
+    """
+
+    def __init__(self, reads_files: bool = False) -> None:
+        self._thread = ThreadPoolExecutor(1, "fetch") if reads_files else None
+        self._fetches: dict[int, Future[None]] = {}  # by slot, of the thread
 
     def issue(self, slot: int, fetch: Callable[[], None]) -> None:
         """Runs ``fetch``, which writes into the slot, after all computation before the slot's last ``release``."""
+        if self._thread is None:
+            self._run(slot, fetch)
+        else:
+            self._fetches[slot] = self._thread.submit(self._run, slot, fetch)
+
+    def _run(self, slot: int, fetch: Callable[[], None]) -> None:
         fetch()
 
     def wait(self, slot: int) -> None:
         """Makes computation launched from now on see the last issued fetch."""
+        if slot in self._fetches:
+            self._fetches[slot].result()  # raises the thread's error if there was one
 
     def release(self, slot: int) -> None:
         """Marks the end of the computation that reads the slot."""
@@ -27,6 +42,8 @@ class CopyStream:
 
     def synchronize(self) -> None:
         """Holds the process up until no fetch runs: what they read and write may be written or freed."""
+        for fetch in self._fetches.values():
+            fetch.exception()  # waits
 
 
 class _CudaStream(CopyStream):
@@ -36,7 +53,8 @@ class _CudaStream(CopyStream):
     when used. What a fetch reads and writes lives at least until it has run, also where the model is dropped meanwhile.
     """
 
-    def __init__(self, device: torch.device, slots: int) -> None:
+    def __init__(self, device: torch.device, slots: int, reads_files: bool = False) -> None:
+        CopyStream.__init__(self, reads_files)
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.arrived = [torch.cuda.Event() for _ in range(slots)]
@@ -44,7 +62,7 @@ class _CudaStream(CopyStream):
         self._running: dict[int, Callable[[], None]] = {}  # by slot; it holds the memory
         weakref.finalize(self, _synchronize, self.stream, self._running).atexit = False
 
-    def issue(self, slot: int, fetch: Callable[[], None]) -> None:
+    def _run(self, slot: int, fetch: Callable[[], None]) -> None:
         self.stream.wait_event(self.released[slot])
         with torch.cuda.stream(self.stream):
             fetch()
@@ -52,6 +70,7 @@ class _CudaStream(CopyStream):
         self._running[slot] = fetch
 
     def wait(self, slot: int) -> None:
+        CopyStream.wait(self, slot)
         torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
 
     def release(self, slot: int) -> None:
@@ -61,6 +80,7 @@ class _CudaStream(CopyStream):
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def synchronize(self) -> None:
+        CopyStream.synchronize(self)
         _synchronize(self.stream, self._running)
 
 
@@ -69,34 +89,6 @@ def _synchronize(stream: torch.cuda.Stream, running: dict[int, Callable[[], None
     running.clear()
 
 
-class _ReaderThread(CopyStream):
-    """Fetches that read a file, in a separate thread: computation goes on, and waits only for the block that it needs next."""
-
-    def __init__(self, stream: CopyStream) -> None:
-        self.stream = stream
-        self.thread = ThreadPoolExecutor(1, "fetch")
-        self.fetches: dict[int, Future[None]] = {}
-
-    def issue(self, slot: int, fetch: Callable[[], None]) -> None:
-        self.fetches[slot] = self.thread.submit(self.stream.issue, slot, fetch)
-
-    def wait(self, slot: int) -> None:
-        self.fetches[slot].result()  # raises the thread's error if there was one
-        self.stream.wait(slot)
-
-    def release(self, slot: int) -> None:
-        self.stream.release(slot)
-
-    def wait_for_computation(self) -> None:
-        self.stream.wait_for_computation()
-
-    def synchronize(self) -> None:
-        for fetch in self.fetches.values():
-            fetch.exception()  # waits
-        self.stream.synchronize()
-
-
 def copy_stream_for(device: torch.device, slots: int, reads_files: bool = False) -> CopyStream:
     """Returns the kind of fetches that a device needs, by a thread if they read files."""
-    stream = _CudaStream(device, slots) if device.type == "cuda" else CopyStream()
-    return _ReaderThread(stream) if reads_files else stream
+    return _CudaStream(device, slots, reads_files) if device.type == "cuda" else CopyStream(reads_files)

@@ -23,6 +23,7 @@ from ows_lightning.optim.sharding import (
     total_norm,
     whole_matrices,
 )
+from ows_lightning.optim.state_dtypes import saved_tensors
 from ows_lightning.optim.subspace import Side, Sketch, find_subspace, random_subspace
 
 if TYPE_CHECKING:
@@ -170,16 +171,13 @@ class GaLoreAdamW(GradientCapture):
             if group.get("rank") is not None and "rank" not in saved:
                 raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
         super().load_state_dict(state_dict)
-        saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
-        for saved_id, p in zip(saved_ids, self._group_and_index, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if key == "rest":
-                    self.state[p][key] = value.detach().to("cpu", copy=True)
-                elif isinstance(value, Tensor) and key != "step":
-                    dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
-                    self.state[p][key] = self._shard_state(p, key, value.detach().to(p.device, dtype, copy=True))
-            if "update" in self.state.get(p, ()) and p not in self._merge_callbacks:  # from a run with offloaded weights
-                self._merge_kept([p])
+        for p, key, value in saved_tensors(self, state_dict):
+            if key == "rest":
+                self.state[p][key] = value.to("cpu", copy=True)
+            else:
+                dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
+                self.state[p][key] = self._shard_state(p, key, value.to(p.device, dtype, copy=True))
+        self._merge_kept(p for p in self._group_and_index if p not in self._merge_callbacks)  # from a run that offloads
 
     def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
         """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
@@ -380,30 +378,24 @@ class GaLoreAdamW(GradientCapture):
 
     def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
         """AdamW in full rank: small tensors together, large ones in parts, for few kernels and small temporaries."""
-        together: dict[Any, tuple[list[tuple[Any, ...]], dict[str, Any]]] = {}  # by rate, device and dtypes
-
-        def take(batch: list[tuple[Any, ...]], settings: Mapping[str, Any]) -> None:
-            weights, gradients, exp_avgs, exp_avg_sqs, steps = map(list, zip(*batch, strict=True))
-            projected_adamw_(weights, gradients, None, exp_avgs, exp_avg_sqs, steps, **settings)
-
+        together: dict[Any, tuple[dict[str, Any], list[list[tuple[Any, ...]]]]] = {}  # batches by settings, device and dtypes
         for p in parameters:
             state, gradient = self.state[p], p.grad
             assert gradient is not None
             step = self._advance_state(state, gradient, group)
             settings = self._settings(p, step, group)
             rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
-            tensors = [local(tensor) for tensor in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
-            for part in zip(*(torch.atleast_1d(t).split(rows) for t in tensors), strict=True):
-                if settings["generator"] is not None:  # of this weight's own
-                    take([(*part, step)], settings)
-                    continue
-                batch, _ = together.setdefault((settings["lr"], p.device, *(t.dtype for t in part)), ([], settings))
-                if batch and sum(w.numel() for w, *_ in batch) + part[0].numel() > rows_at_a_time(1, p.device):
-                    take(batch, settings)
-                    batch.clear()
-                batch.append((*part, step))
-        for batch, settings in together.values():
-            take(batch, settings)
+            tensors = [torch.atleast_1d(local(t)) for t in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
+            key = (settings["lr"], settings["generator"], p.device, *(t.dtype for t in tensors))  # a generator is one weight's
+            _, batches = together.setdefault(key, (settings, [[]]))
+            for part in zip(*(t.split(rows) for t in tensors), strict=True):
+                if batches[-1] and sum(w.numel() for w, *_ in batches[-1]) + part[0].numel() > rows_at_a_time(1, p.device):
+                    batches.append([])
+                batches[-1].append((*part, step))
+        for settings, batches in together.values():
+            for batch in batches:
+                weights, gradients, exp_avgs, exp_avg_sqs, steps = map(list, zip(*batch, strict=True))
+                projected_adamw_(weights, gradients, None, exp_avgs, exp_avg_sqs, steps, **settings)
 
     def _settings(self, p: Tensor, step: int, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of a parameter's update number ``step``, from 1; a generator only where it rounds."""

@@ -23,11 +23,11 @@ from ows_lightning.optim.sharding import (
     average_,
     clip_,
     distribute_projector,
-    flagged_elsewhere,
     local,
     reduce_projected,
     total_norm,
     whole_matrices,
+    zero_missing_gradients,
 )
 from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
 
@@ -187,8 +187,7 @@ class GradientCapture(Optimizer):
         waiting = (self.projected_gradients, self.offloaded_gradients)
         trained = [p for p in self._group_and_index if p.requires_grad]
         has_gradient = [p.grad is not None or any(p in some for some in waiting) for p in trained]
-        for p in flagged_elsewhere(trained, has_gradient, process_group):
-            p.grad = torch.zeros_like(p)
+        zero_missing_gradients(trained, has_gradient, process_group)
         self._project_all(renew=False)
         for p in [p for p in self._group_and_index if p in self.offloaded_gradients]:  # in one order on all processes
             p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
@@ -220,8 +219,8 @@ class GradientCapture(Optimizer):
                 self._project(p, renew)
         self._turn_subspaces()
 
-    def _project_in_backward(self, p: Tensor) -> None:
-        # torch calls hooks also where no gradient came, as after `consume_factors`.
+    def project_gradient(self, p: Tensor) -> None:
+        """Projects ``p.grad`` within backward, which is None after `consume_factors`."""
         if p.grad is not None and self._projected_side(p) is not None:
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
 
@@ -248,7 +247,9 @@ class GradientCapture(Optimizer):
             finite = total_norm([matrices]).isfinite()
             torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
             found = self._new_subspace(p, matrices, side)
-            projector = distribute_projector(found.basis if isinstance(found, Sketch) else found, p, side, processes)
+            # What is broadcast of a sketch are its vectors, below, which lie in the span of everybody's basis.
+            basis, group = (found.basis, None) if isinstance(found, Sketch) else (found, processes)
+            projector = distribute_projector(basis, p, side, group)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
         if isinstance(found, Sketch):
             self.sketches[p] = found, projected, processes
@@ -309,7 +310,7 @@ class GradientCapture(Optimizer):
                 remove_hook(p)
             if self._progress.in_backward:  # all matrices: one that trains in full rank may rest in a lower one
                 matrices = (p for p in group["params"] if p.dim() in (2, 3) and p.numel())
-                hook_gradients(matrices, self, GradientCapture._project_in_backward)
+                hook_gradients(matrices, self)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import gradient_hooks
 
+if TYPE_CHECKING:
+    from ows_lightning.optim.gradient_capture import GradientCapture
+
 
 class _Hook:
     """What torch calls when a parameter's gradient has added up; it does not keep its owner alive."""
 
-    def __init__(self, p: Tensor, owner: Any, consume: Callable[[Any, Tensor], None]) -> None:
-        self.owner, self.consume = weakref.ref(owner), consume
+    def __init__(self, p: Tensor, owner: GradientCapture) -> None:
+        self.owner = weakref.ref(owner)
         self.handle: RemovableHandle = p.register_post_accumulate_grad_hook(self)
 
     def __call__(self, p: Tensor) -> None:
         if (alive := self.owner()) is not None:
-            self.consume(alive, p)
+            alive.project_gradient(p)
 
 
-def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[Any, Tensor], None]) -> None:
-    """Calls ``consume(owner, p)`` within backward, as soon as the gradient of p has added up; it may set ``p.grad`` to None.
+def hook_gradients(parameters: Iterable[Tensor], owner: GradientCapture) -> None:
+    """Calls ``owner.project_gradient(p)`` within backward, as soon as the gradient of p has added up.
 
     The hook goes with its owner, and replaces another owner's. A frozen parameter is hooked for when it trains.
     """
@@ -34,7 +37,7 @@ def hook_gradients(parameters: Iterable[Tensor], owner: Any, consume: Callable[[
         remove_hook(p)
         trains = p.requires_grad
         p.requires_grad_(True)  # torch accepts no hook on a frozen weight, but keeps one if it is frozen later
-        handles.append(_Hook(p, owner, consume).handle)
+        handles.append(_Hook(p, owner).handle)
         p.requires_grad_(trains)
     weakref.finalize(owner, _remove, handles).atexit = False
 
@@ -46,7 +49,7 @@ def remove_hook(p: Tensor) -> None:
             hook.handle.remove()
 
 
-def only_hook_owner(p: Tensor) -> Any | None:
+def only_hook_owner(p: Tensor) -> GradientCapture | None:
     """Returns whose hook gets a parameter's gradient; None if nobody's does, or if others look at that gradient, too."""
     hooks = gradient_hooks(p)
     return hooks[0].owner() if len(hooks) == 1 and isinstance(hooks[0], _Hook) else None

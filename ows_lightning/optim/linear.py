@@ -23,18 +23,15 @@ class ProjectedLinear(nn.Linear):
     """An ``nn.Linear`` that offers its weight's gradient as factors to the optimizer that projects it within backward.
 
     Where nobody does, it computes what ``nn.Linear`` does, and so it does in mixed precision and in compiled code.
-
-    Attributes:
-        update: B (m, r) and Q (n, r) of a weight that computes as W + B Q^T; None computes with W.
     """
 
-    update: tuple[Tensor, Tensor] | None = None
+    update: tuple[Tensor, Tensor] | None = None  # B (m, r) and Q (n, r) of a weight that computes as W + B Q^T; None: as W
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
         weight, bias, update = self.weight, self.bias, self.update
         plain = not weight.requires_grad or not torch.is_grad_enabled() or _casts_or_compiles(input)
-        consumer: GradientCapture | None = None if plain else only_hook_owner(weight)
+        consumer = None if plain else only_hook_owner(weight)
         projector = None if consumer is None else consumer.resting_projector(weight)
         output: Tensor
         if projector is None or projector.dtype != input.dtype:
@@ -48,15 +45,12 @@ class ProjectedLinear(nn.Linear):
         return _DuplicateGradient.apply(output if learned is None else output.add_(learned), kept)
 
 
-def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> set[Tensor]:
-    """Has a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T for these weights' B and Q, and Y = X W^T for others.
-
-    Returns the weights of the former.
-    """
-    layers = [module for module in block.modules() if type(module) is ProjectedLinear]
+def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
+    """Has a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns those layers."""
+    layers = [module for module in block.modules() if type(module) is ProjectedLinear and module.weight in updates]
     for layer in layers:
-        layer.update = updates.get(layer.weight)
-    return {layer.weight for layer in layers if layer.update}
+        layer.update = updates[layer.weight]
+    return layers
 
 
 def to_projected_linear(modules: Iterable[nn.Module]) -> list[nn.Linear]:
@@ -95,7 +89,7 @@ class _FactoredLinear(torch.autograd.Function):
         weight_gradient = None
         if of_weight:
             inputs = input.reshape(-1, input.size(-1))
-            consumer: GradientCapture | None = only_hook_owner(ctx.parameter)
+            consumer = only_hook_owner(ctx.parameter)
             if consumer is None or not consumer.consume_factors(ctx.parameter, rows, inputs):
                 weight_gradient = rows.mT @ inputs
         return gradient @ weight if of_input else None, weight_gradient, rows.sum(0) if of_bias else None

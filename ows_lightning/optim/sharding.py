@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ows_lightning.compat import foreach_clamp_max_, foreach_clamp_min_, foreach_mul_, foreach_norm
+from ows_lightning.compat import foreach_mul_, foreach_norm
 from ows_lightning.optim.subspace import Side
 
 if TYPE_CHECKING:  # slow to import; code that shards weights has imported it
@@ -140,27 +140,28 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
     if not parts:
         return
     if algorithm == "value":
-        foreach_clamp_min_(parts, -limit)
-        foreach_clamp_max_(parts, limit)
+        for part in parts:
+            part.clamp_(-limit, limit)
     else:
         foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
-def flagged_elsewhere(
-    parameters: Sequence[Tensor], here: Sequence[bool], group: dist.ProcessGroup | None = None
-) -> list[Tensor]:
-    """Returns the parameters, of any shapes, whose flag is set on some process of the group, but not here.
+def zero_missing_gradients(
+    parameters: Sequence[Tensor], has_gradient: Sequence[bool], group: dist.ProcessGroup | None = None
+) -> None:
+    """Gives parameters that have a gradient on some process of the group, but not here, a ``grad`` of zeros.
 
-    Where all flags are set here, as with a gradient of every weight, the answer is known and no device is waited for.
+    Where all have one here, none is missing, and no device is waited for.
     """
     if not parameters:
-        return []
-    flags, device = torch.tensor(here, dtype=torch.uint8), parameters[0].device
-    anywhere = torch.ones_like(flags, device=device) if all(here) else flags.to(device)
+        return
+    flags, device = torch.tensor(has_gradient, dtype=torch.uint8), parameters[0].device
+    anywhere = torch.ones_like(flags, device=device) if all(has_gradient) else flags.to(device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
-    if all(here):
-        return []
-    return [p for p, own, other in zip(parameters, here, anywhere.tolist(), strict=True) if other and not own]
+    if not all(has_gradient):
+        for p, here, somewhere in zip(parameters, has_gradient, anywhere.tolist(), strict=True):
+            if somewhere and not here:
+                p.grad = torch.zeros_like(p)
 
 
 def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:

@@ -16,36 +16,21 @@ OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 
 
 
 class Sketch(NamedTuple):
-    """A randomized subspace, whose basis `singular_vectors` turns.
+    """A randomized subspace, whose basis `singular_vectors` turns."""
 
-    Attributes:
-        basis: Orthonormal columns of shape (..., n, k), of the gradient's dtype: the leading vectors' span, and some more.
-        triangle: R of the QR decomposition that gave the basis, of shape (..., k, k), whose left singular vectors turn it.
-        rank: Number of vectors asked for.
-        generator: Gives the directions beyond the gradient's numerical rank.
-    """
-
-    basis: Tensor
-    triangle: Tensor
-    rank: int
-    generator: torch.Generator
+    basis: Tensor  # orthonormal columns (..., n, k), of the gradient's dtype: the leading vectors' span, and some more
+    triangle: Tensor  # R (..., k, k) of the QR decomposition that gave the basis, whose left singular vectors turn it
+    rank: int  # number of vectors asked for
+    generator: torch.Generator  # gives the directions beyond the gradient's numerical rank
 
 
 def find_subspace(gradient: Tensor, rank: int, side: Side, method: Method, seed: int = 0) -> Tensor | Sketch:
-    """Finds the top-``rank`` left or right singular vectors of a gradient, or nearly so.
+    """Finds the top r left (..., m, r) or right (..., n, r) singular vectors of a gradient (..., m, n), or nearly so.
 
-    Args:
-        gradient: Gradient of shape (..., m, n), any float dtype; leading dimensions are a batch (experts).
-        rank: Number of singular vectors r, smaller than the side's dimension.
-        side: ``"left"`` spans the rows' dimension m, ``"right"`` the columns' dimension n.
-        method: ``"svd"`` is exact (GaLore, arXiv 2403.03507); ``"randomized"`` is subspace iteration with one power iteration
-            (Halko et al., arXiv 0909.4061, algorithm 4.4): a few matrix products instead of a decomposition; ``"random"``
-            takes the shape of the gradient alone, see ``random_subspace``.
-        seed: Seeds the random matrix, so that every process and every resumed run finds the same subspace.
-
-    Returns:
-        Orthonormal columns of shape (..., m, r) or (..., n, r), in the gradient's dtype; of ``randomized`` a sketch of them,
-        which does not wait for the device.
+    ``svd`` is exact (GaLore, arXiv 2403.03507); ``randomized`` is subspace iteration with one power iteration (Halko et al.,
+    arXiv 0909.4061, algorithm 4.4), a few matrix products instead of a decomposition, and returns a sketch, which does not
+    wait for the device; ``random`` takes the shape of the gradient alone, see ``random_subspace``. Every process and every
+    resumed run finds the same by the same ``seed``. Leading dimensions are a batch (experts); the dtype is the gradient's.
     """
     if method == "random":
         return random_subspace(gradient if side == "right" else gradient.mT, rank, seed).contiguous()
@@ -83,13 +68,8 @@ def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
 def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     """Returns an orthonormal basis of a random subspace, Q of a Gaussian's QR decomposition: the same wherever it is made.
 
-    Args:
-        matrix: Any tensor of shape (..., m, n), for its shape, dtype and device; all its matrices share the basis.
-        rank: Number of columns r, at most n.
-        seed: Seeds the Gaussian, which is drawn in float32 and decomposed on the CPU: devices round otherwise.
-
-    Returns:
-        Orthonormal columns, of shape (..., n, r), in the matrix's dtype.
+    ``matrix``, of shape (..., m, n), gives the shape, dtype and device; all its matrices share the basis (..., n, r), r <= n.
+    The Gaussian is drawn in float32 and decomposed on the CPU: devices round otherwise.
     """
     gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed))
     exact = torch.promote_types(matrix.dtype, torch.float32)

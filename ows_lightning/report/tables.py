@@ -22,11 +22,7 @@ XAxis = Literal["step", "tokens", "time_s"]
 
 
 def scores_table(run: RunRecord) -> Table:
-    """Each block's score and sampling probability (0 to 1).
-
-    The score is the outlier ratio in percent, the norm of the weights where these were sampled by it, and left out
-    where the distribution needed none (the file then has zeros).
-    """
+    """Each block's score, a ratio in percent or a norm, and sampling probability (0 to 1); no scores if none were needed."""
     if not run.scores:
         return {"block": [], "probability": []}
     table: Table = {"block": list(range(run.num_layers))}

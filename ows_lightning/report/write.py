@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Environment
 
@@ -17,6 +17,7 @@ from ows_lightning.report import plots, tables
 from ows_lightning.report.run import CONFIG_FILE, RunRecord, is_run_folder
 from ows_lightning.report.tables import LABELS, UNKNOWN, formatted, key_figures
 
+Dicts: TypeAlias = Sequence[dict[str, Any]]
 # The page may load nothing at all: its pictures are in it, and there is no script.
 CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -137,13 +138,7 @@ def _unique_runs(runs: list[RunRecord]) -> list[RunRecord]:
     return runs
 
 
-def render(
-    title: str,
-    figures: Sequence[dict[str, Any]] = (),
-    sections: Sequence[dict[str, Any]] = (),
-    refresh: int | None = None,
-    note: str | None = None,
-) -> str:
+def render(title: str, figures: Dicts = (), sections: Dicts = (), refresh: int | None = None, note: str | None = None) -> str:
     """The page as text, made of ``page.html``: key figures of one run as a list, those of several as a row each, and sections.
 
     Sections have a ``title``, and ``pictures``, ``columns`` and ``rows`` of texts, or ``settings`` as text.

@@ -45,26 +45,24 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
     scores = torch.as_tensor(ratios, dtype=torch.float64).cpu()
     if scores.dim() != 1 or len(scores) == 0:
         raise UsageError(f"scores: expected one number a block, got shape {tuple(scores.shape)}; give a flat list")
-    num_layers = len(scores)
+    blocks = len(scores)
 
     if not isinstance(distribution, str):
         weights = torch.as_tensor(distribution, dtype=torch.float64).cpu()
         if weights.shape != scores.shape:
-            raise UsageError(
-                f"distribution: a list of {weights.numel()} weights for {num_layers} blocks; give one weight a block"
-            )
+            raise UsageError(f"distribution: a list of {weights.numel()} weights for {blocks} blocks; give one weight a block")
         return _normalised(weights, "distribution", "give at least one positive weight")
     if distribution == "uniform":
-        return torch.full_like(scores, 1 / num_layers)
+        return torch.full_like(scores, 1 / blocks)
     if distribution in ("increasing", "decreasing"):
-        ranks = torch.arange(1, num_layers + 1, dtype=torch.float64)
+        ranks = torch.arange(1, blocks + 1, dtype=torch.float64)
         return _normalised(ranks if distribution == "increasing" else ranks.flip(0))
     if distribution == "weight_norm":
         return _normalised(scores, hint="the weights of the model are all zero; load a trained model")
     if distribution == "gradient_norm":
         seen = scores > 0
         filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
-        return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / num_layers
+        return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / blocks
     if distribution in OUTLIER_DISTRIBUTIONS:
         probabilities = _normalised(scores, hint="no weight of any block exceeds the threshold; lower `threshold`")
         if distribution != "outlier_reverse":

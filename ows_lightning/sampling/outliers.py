@@ -85,9 +85,7 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
     Of the train DataLoader the data set and the collate function are used, not its position.
     """
     if not isinstance(loader, DataLoader):
-        raise UsageError(
-            f"sampling.scores: give a file from `{command_line('score')}`; calibration needs a single train DataLoader"
-        )
+        raise UsageError(f"sampling.scores: give a file from `{command_line('score')}`; calibration needs one DataLoader")
     dataset = loader.dataset
     kind: Any = DataLoader
     if isinstance(dataset, IterableDataset):

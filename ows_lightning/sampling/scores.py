@@ -15,10 +15,7 @@ from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
-    """Returns the values of a transformers config (of another object: none) that models with the same scores share.
-
-    A model and its fine-tuned or exported copies share it, whatever their names and vocabularies.
-    """
+    """Returns what configs of a model and of its fine-tuned or exported copies share (of no config: nothing)."""
     config = config.get_text_config() if isinstance(config, PretrainedConfig) else None
     keys = ("model_type", "hidden_size", "intermediate_size")
     return {key: value for key in keys if (value := getattr(config, key, None)) is not None}

@@ -201,7 +201,7 @@ def dropped_while_a_fetch_runs(folder: Path) -> None:
         model.offloader = BlockOffloader(decoder_layers(model))
         model.to("cuda")
         train(model, model.offloader, draws=[[1]], device="cuda")
-        stream = model.offloader._started_stream
+        stream = model.offloader._stream
         del model
         gc.collect()
         del stream
@@ -320,26 +320,22 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     ),
     Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
     Mutant("offloader", "BlockOffloader.merge_updates", "self._stop_fetches()"): _killed_by("rested", "host"),
-    Mutant("offloader", "BlockOffloader.merge_updates", "self._started_stream.wait_for_computation()"): _killed_by(
-        "rested", "int8"
-    ),
-    Mutant("offloader", "BlockOffloader._apply_updates", "self._started_stream.wait(slot)"): _killed_by("rested", "host"),
+    Mutant("offloader", "BlockOffloader.merge_updates", "self._stream.wait_for_computation()"): _killed_by("rested", "int8"),
+    Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.wait(slot)"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.make_writable", "self._stop_fetches()"): _killed_by("loaded", "host"),
     Mutant("offloader", "BlockOffloader.refresh", "self._stop_fetches()"): _killed_by("copied", "int8"),
     Mutant("offloader", "BlockOffloader._set_active", "self._stop_fetches()"): _killed_by("trained", "int8"),
-    Mutant("offloader", "BlockOffloader._set_active", "self._started_stream.wait_for_computation()"): _killed_by(
-        "trained", "int8"
-    ),
+    Mutant("offloader", "BlockOffloader._set_active", "self._stream.wait_for_computation()"): _killed_by("trained", "int8"),
     Mutant("offloader", "BlockOffloader._stop_fetches", "self._stream.synchronize()"): _killed_by("trained", "int8"),
-    Mutant("offloader", "BlockOffloader.wait", "self._started_stream.wait(slot)"): _killed_by("trained", "host"),
-    Mutant("offloader", "BlockOffloader.release", "self._started_stream.release(slot)"): _killed_by("trained", "host"),
+    Mutant("offloader", "BlockOffloader.wait", "self._stream.wait(slot)"): _killed_by("trained", "host"),
+    Mutant("offloader", "BlockOffloader.release", "self._stream.release(slot)"): _killed_by("trained", "host"),
     Mutant("streams", "_synchronize", "stream.synchronize()"): _killed_by("trained", "int8"),
     Mutant(
         "streams", "_CudaStream.__init__", "weakref.finalize(self, _synchronize, self.stream, self._running).atexit = False"
     ): dropped_before_its_stream,
-    Mutant("streams", "_CudaStream.issue", "self.stream.wait_event(self.released[slot])"): _killed_by("trained", "host"),
-    Mutant("streams", "_CudaStream.issue", "self.arrived[slot].record(self.stream)"): _killed_by("trained", "host"),
-    Mutant("streams", "_CudaStream.issue", "self._running[slot] = fetch"): dropped_before_its_stream,
+    Mutant("streams", "_CudaStream._run", "self.stream.wait_event(self.released[slot])"): _killed_by("trained", "host"),
+    Mutant("streams", "_CudaStream._run", "self.arrived[slot].record(self.stream)"): _killed_by("trained", "host"),
+    Mutant("streams", "_CudaStream._run", "self._running[slot] = fetch"): dropped_before_its_stream,
     Mutant("streams", "_CudaStream.wait", "torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])"): (
         _killed_by("trained", "host")
     ),
@@ -350,14 +346,10 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
         _killed_by("trained", "host")
     ),
     Mutant("streams", "_CudaStream.synchronize", "_synchronize(self.stream, self._running)"): _killed_by("trained", "int8"),
-    Mutant("streams", "_ReaderThread.wait", "self.fetches[slot].result()"): _killed_by("trained", "disk"),
-    Mutant("streams", "_ReaderThread.wait", "self.stream.wait(slot)"): _killed_by("trained", "disk"),
-    Mutant("streams", "_ReaderThread.release", "self.stream.release(slot)"): _killed_by("trained", "disk"),
-    Mutant("streams", "_ReaderThread.wait_for_computation", "self.stream.wait_for_computation()"): _killed_by(
-        "trained", "disk"
-    ),
-    Mutant("streams", "_ReaderThread.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
-    Mutant("streams", "_ReaderThread.synchronize", "self.stream.synchronize()"): _killed_by("trained", "int8 above disk"),
+    Mutant("streams", "_CudaStream.wait", "CopyStream.wait(self, slot)"): _killed_by("trained", "disk"),
+    Mutant("streams", "_CudaStream.synchronize", "CopyStream.synchronize(self)"): _killed_by("loaded", "disk"),
+    Mutant("streams", "CopyStream.wait", "self._fetches[slot].result()"): _killed_by("trained", "disk"),
+    Mutant("streams", "CopyStream.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
     Mutant("fetch_schedule", "FetchSchedule.enter", "self.events.wait(block, self.slot_of(block))"): _killed_by(
         "trained", "host"
     ),

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ows_lightning.checkpoints.shards import load_weights
+from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers, on_device
+from ows_lightning.models.delta import load_delta
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.module import CausalLMModule
@@ -344,6 +346,21 @@ def test_a_run_with_offloaded_blocks_is_resumed_bit_by_bit_and_evaluated_with_wh
         exported, DataLoader([{name: values[0] for name, values in tiny_batch(1).items()}]), tmp_path / "at5.ckpt"
     )
     assert figures[0]["val_loss"] == pytest.approx(seen.losses[5], abs=tolerance)
+
+
+@pytest.mark.parametrize("settings", [{"frozen_in": "host"}, {"frozen_in": "disk"}], ids=str)
+def test_a_delta_has_what_offloaded_blocks_learned_at_rest(
+    settings: dict, model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    seen, checkpoint = Seen(), tmp_path / "at5.ckpt"
+    fit(model_dir(), tmp_path, SaveAt(checkpoint), seen, **settings)
+    trainer: Any = CommandTrainer(accelerator="cpu", logger=False)
+    trainer.export(CausalLMModule(str(model_dir()), **settings), None, checkpoint, tmp_path / "delta", delta=True)
+    model = load_model(str(model_dir()))
+    untrained = model(**tiny_batch(1)).loss.item()
+    load_delta(model, tmp_path / "delta")
+    assert float(model(**tiny_batch(1)).loss) == pytest.approx(seen.losses[5], abs=1e-4)
+    assert seen.losses[5] < untrained - 0.1
 
 
 def test_whoever_looks_at_an_offloaded_block_sees_what_it_has_learned(model_dir: Callable[..., Path], tmp_path: Path) -> None:
