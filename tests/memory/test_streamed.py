@@ -71,7 +71,8 @@ class Device(Track):
             if isinstance(home, Int8Weights) and home.copy
             for tensor in home.copy.tensors
         ]
-        staging = [home.staging.memory for home in offloader.offloaded if isinstance(home, Int8Weights) and home.staging]
+        shared = [home.staging for home in offloader.offloaded if isinstance(home, Int8Weights)]
+        staging = [memory for memory in shared if memory is not None]
         if module.hparams["frozen_in"] != "device":
             elsewhere |= {tensor.data_ptr(): tensor for tensor in copies}
         self.tracker.label(HOST, elsewhere.values())
