@@ -170,6 +170,8 @@ class OWSCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
         trainer_args, sampling = self._get(self.config_init, "trainer"), self._get(self.config_init, "sampling")
+        for key in ("logger", "enable_checkpointing", "enable_progress_bar") if trainer_args["barebones"] else ():
+            trainer_args[key] = False
         callbacks = trainer_args["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(trainer_args["strategy"]):

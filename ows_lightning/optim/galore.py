@@ -240,9 +240,11 @@ class GaLoreAdamW(GradientCapture):
         for p in (p for p in weights if "update" in self.state.get(p, ())):
             by_callback.setdefault(self._merge_callbacks.get(p, self._merge), []).append(p)
         for merge, found in by_callback.items():
-            merge(found)
-            for p in found:
-                del self.state[p]["update"]
+            try:
+                merge(found)
+            finally:  # an error leaves none to be merged twice
+                for p in found:
+                    del self.state[p]["update"]
 
     @torch.no_grad()
     def _merge(self, weights: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -10,8 +11,11 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.optim import Optimizer
 
+from ows_lightning.checkpoints.files import first_line
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW
+
+log = logging.getLogger(__name__)
 
 
 def check_strategy(strategy: object) -> None:
@@ -69,4 +73,7 @@ class RestoreAfterFit(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception."""
-        self.teardown(trainer, pl_module, "fit")
+        try:
+            self.teardown(trainer, pl_module, "fit")
+        except RuntimeError as error:  # a full GPU has no room for a block either, and the first error is what counts
+            log.warning("What offloaded blocks have learned at rest is lost (%s)", first_line(error))

@@ -322,6 +322,12 @@ def test_interrupt_is_one_line(config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+def test_barebones_leaves_the_model_alone(config: Path) -> None:
+    config.write_text(re.sub(r"num_sanity_val_steps: -1,|log_every_n_steps: 1", "", config.read_text()))
+    run("fit", config, "--trainer.barebones=true", "--checkpoint.monitor=null")
+    assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["model"]
+
+
 def test_without_checkpoints(config: Path) -> None:
     run("fit", config, "--trainer.enable_checkpointing", "false")
     assert Path("runs/version_0/model/model.safetensors").is_file()

@@ -22,6 +22,7 @@ from ows_lightning.models.delta import load_delta
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.module import CausalLMModule
+from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import random_subspace
@@ -470,6 +471,26 @@ def test_a_fit_after_a_failed_one_computes_with_the_weights_alone(model_dir: Cal
     module.offloader.remove()
     GaLoreAdamW(galore_param_groups(module.model, rank=8)).project_in_backward(model=module.model)
     assert torch.equal(module.model(**tiny_batch(2)).loss, plain(**tiny_batch(2)).loss)
+
+
+def test_a_full_gpu_hides_no_error(
+    model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class FullAt5(FailAt5):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            super().on_train_batch_start(trainer, pl_module)
+            if trainer.global_step == 5:
+                self.optimizer = trainer.optimizers[0]
+                monkeypatch.setattr(BlockOffloader, "_load_for_training", full)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    failing = FullAt5()
+    with pytest.raises(ZeroDivisionError):
+        fit(model_dir(), tmp_path, failing, frozen_in="host")
+    assert "learned at rest is lost (no room)" in caplog.text
+    assert not any("update" in state for state in failing.optimizer.state.values())
 
 
 class LookAtOnce(Callback):
