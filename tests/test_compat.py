@@ -37,7 +37,7 @@ OUTSIDE = {
         "aten._scaled_dot_product_flash_attention_for_cpu_backward", "aten._grouped_mm",
     },
     "optim/galore.py": {"super()._init_unsaved"},  # its own
-    "optim/gradient_capture.py": {"GradientCapture._project_in_backward", "optimizer._progress"},  # its own
+    "optim/gradient_capture.py": {"optimizer._progress"},  # its own
     "sampling/outliers.py": {"config._experts_implementation"},  # set and put back, which no function can do better
     "offload/access_hooks.py": {"block._apply", "type(block)._apply"},  # overridden where nn.Module calls it
 }  # fmt: skip

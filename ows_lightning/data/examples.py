@@ -167,9 +167,9 @@ def _encode(batch: dict[str, list[Any]], indices: Sequence[int], encoder: Encode
     rows = []
     for index, row_name, example in zip(indices, batch["where"], batch["example"], strict=True):
         content = json.loads(example)
-        documents, unshown = encoder.encode(content, row_name), encoder.dropped_parts(content)
+        documents, hidden = encoder.encode(content, row_name), encoder.dropped_parts(content)
         for row in documents or [Encoded([], [], truncated=False)]:
-            rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index, unshown))
+            rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index, hidden))
     return {name: [row[i] for row in rows] for i, name in enumerate(token_features())}
 
 

@@ -2,7 +2,7 @@
 
 Templates differ in what they expect of a message. Some test whether the content is None (DeepSeek-R1), some concatenate it;
 some write a call's arguments as JSON, some concatenate them. And many show only a part of a conversation: no tool calls, no
-system message, no reasoning. What is shown is found by rendering the conversation with a mark in each of its parts.
+system message, no reasoning. What is shown is found by rendering the conversation with a probe in each of its parts.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ def _as_text(arguments: Any) -> Any:
 
 
 class _Probed:
-    """A conversation with a mark in each of its parts.
+    """A conversation with a probe in each of its parts.
 
-    ``places`` has for each mark the index of its message (-1: the `tools`), and what part it is of, in words.
+    ``places`` has for each probe the index of its message (-1: the `tools`), and what part it is of, in words.
     """
 
     def __init__(self, messages: list[Message], tools: Any) -> None:
@@ -153,16 +153,16 @@ class _Probed:
 
     def _message(self, index: int, message: Message) -> Message:
         what = _ROLES.get(message["role"], f"a message of the role {message['role']}")
-        name = partial(self._text, index, "tool calls")
+        name = partial(self._insert_probe, index, "tool calls")
         probed = {**message, **_with_calls(message, partial(self._arguments, index), name)}
         if isinstance(content := message["content"], str):
-            probed["content"] = "".join(self._text(index, what, piece) for piece in _THINKING.split(content))
+            probed["content"] = "".join(self._insert_probe(index, what, piece) for piece in _THINKING.split(content))
         if "reasoning_content" in message:
-            probed["reasoning_content"] = self._text(index, "reasoning", message["reasoning_content"])
+            probed["reasoning_content"] = self._insert_probe(index, "reasoning", message["reasoning_content"])
         return probed
 
-    def _text(self, index: int, what: str, text: Any) -> Any:
-        """The text with a mark in its middle, since templates may look at its beginning and end."""
+    def _insert_probe(self, index: int, what: str, text: Any) -> Any:
+        """The text with a probe in its middle, since templates may look at its beginning and end."""
         if not isinstance(text, str) or not text.strip() or _THINKING.fullmatch(text):
             return text
         start = len(text) - len(text.lstrip())
@@ -170,7 +170,7 @@ class _Probed:
         return text[:middle] + self._new_probe(index, what) + text[middle:]
 
     def _arguments(self, index: int, arguments: Any) -> Any:
-        """The object with a mark added as a key and as its value."""
+        """The object with a probe added as a key and as its value."""
         if not isinstance(as_object := _as_object(arguments), dict):
             return arguments
         probe = self._new_probe(index, "tool calls")
@@ -180,7 +180,7 @@ class _Probed:
     def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
         if isinstance(tool.get("function"), dict):
             return {**tool, "function": self._tool(tool["function"])}
-        return {**tool, "name": self._text(-1, "the functions of 'tools'", tool["name"])} if "name" in tool else tool
+        return {**tool, "name": self._insert_probe(-1, "the functions of 'tools'", tool["name"])} if "name" in tool else tool
 
     def _new_probe(self, index: int, what: str) -> str:
         probe = _PROBE.format(len(self.places))

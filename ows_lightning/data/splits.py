@@ -85,11 +85,11 @@ class Splits:
         has_target = column(documents, "length") > 0
         chosen = [i for a, b in zip(first.tolist(), last.tolist(), strict=True) for i in range(a, b) if has_target[i]]
         if not has_target.any():
-            unshown = ", ".join(self._dropped_parts(key))
+            hidden = ", ".join(self._dropped_parts(key))
             raise UsageError(
                 f"data.{key}: none of {len(self.examples_of(key))} rows has a target token (an answer that is not empty): "
                 f"{self._row_names(key, self.indices_without_target(key))}{'; `predict` needs none' if part == 'test' else ''}"
-                f"{f'; the chat template does not show {unshown}' if unshown else ''}"
+                f"{f'; the chat template does not show {hidden}' if hidden else ''}"
             )
         if not chosen:
             raise UsageError(f"data.{key}: no row for {part} has an answer to train on")
@@ -203,8 +203,8 @@ class Splits:
     def _dropped_parts(self, key: str) -> dict[str, list[int]]:
         """What the chat template leaves out, and the examples that lose it."""
         losses: dict[str, dict[int, None]] = {}
-        for row, unshown in zip(column(self._tokens[key], "row").tolist(), self._tokens[key]["unshown"], strict=True):
-            for what in unshown:
+        for row, parts in zip(column(self._tokens[key], "row").tolist(), self._tokens[key]["unshown"], strict=True):
+            for what in parts:
                 losses.setdefault(what, {})[row] = None
         return {what: list(rows) for what, rows in losses.items()}
 

@@ -64,15 +64,15 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
         documents: list[tuple[list[int], list[int]]] = []
         dropped: dict[str, None] = {}  # in order, each once
-        unshown: dict[str, dict[str, None]] = {}
+        dropped_parts: dict[str, dict[str, None]] = {}
         for entry in block:
             example = json.loads(entry["example"])
             encoded = self.encoder.encode(example, entry["where"])
             for what in self.encoder.dropped_parts(example) if number == 0 else ():
-                unshown.setdefault(what, {})[entry["where"]] = None
+                dropped_parts.setdefault(what, {})[entry["where"]] = None
             documents += [(row.input_ids, row.labels) for row in encoded]
             dropped |= {} if encoded else {entry["where"]: None}
-        for what, row_names in unshown.items():
+        for what, row_names in dropped_parts.items():
             which = f"{what}, which the chat template does not show: {join_names(row_names)}"
             rank_zero_warn(f"data.dataset: {len(row_names)} of the first {BLOCK} rows lose {which}")
         if dropped and number == 0:
