@@ -197,6 +197,7 @@ def plot(lengths: dict[int, Values], path: Path) -> None:
     """Test loss against time, FLOPs and memory, a line a method through its lengths, bars over the seeds' range."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(1, len(COSTS), figsize=(12, 4), sharey=True, layout="constrained")
     for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
@@ -210,6 +211,9 @@ def plot(lengths: dict[int, Values], path: Path) -> None:
         axis.set_xlabel(label)
         if len(lengths) > 1 and cost != "peak_mb":
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            axis.xaxis.set_major_formatter(ticker.EngFormatter())
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].set_ylabel("Test loss (nats a target token)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
