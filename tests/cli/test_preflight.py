@@ -77,7 +77,6 @@ def test_no_number_is_infinite_or_nan(capsys: pytest.CaptureFixture[str]) -> Non
         (["--checkpoint.every_n_train_steps=-1"], "Invalid value for every_n_train_steps=-1"),
         (["--model.optimizer=torch.optim.Adamm"], "model.optimizer"),
         (["--model.optimizer=torch.nn.Linear"], "model.optimizer"),
-        (["--trainer.barebones=true"], "trainer: `Trainer(barebones=True, logger="),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
