@@ -25,7 +25,9 @@ def keep_state_dtypes(optimizer: Optimizer) -> None:
 
     def restore(_: Optimizer) -> None:
         for p, key, value in saved_tensors(optimizer, loading):
-            optimizer.state[p][key] = value.to(optimizer.state[p][key].device, copy=True)
+            loaded = optimizer.state[p][key]
+            if value.dtype != loaded.dtype:
+                optimizer.state[p][key] = value.to(loaded.device, copy=True)
         loading.clear()
 
     optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: loading.update(state_dict))
