@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from benchmarks.evidence.ledger import COUNTED, Ledger
+from benchmarks.evidence.ledger import COUNTED, TUNED, Ledger
 from benchmarks.evidence.study import Study
 from benchmarks.evidence.tasks import MULTIPLE_CHOICE
 from benchmarks.report import markdown
@@ -27,14 +27,14 @@ Values = dict[str, dict[int, dict[str, float]]]
 def write_tables(study: Study, counted: Ledger, folder: Path) -> str:
     """Writes ``STUDY.md`` and a picture a task, and returns the text."""
     parts = [f"# {study.name}", study.question]
+    tuned = Ledger(folder / f"{study.name}_rates.csv", TUNED)
     for task in study.tasks:
         values, before = of_task(counted, task)
-        if not values:
-            parts.append(f"## {task}\n\nNo run has been made yet.")
-            continue
-        parts += [f"## {task}", task_table(values, before, study.reference)]
+        parts += [f"## {task}", task_table(values, before, study.reference) if values else "No run counts yet."]
         if error := metric_error(values, study, task):
             parts.append(error)
+        if rates := rates_table(tuned, task):
+            parts += ["Rates, chosen on validation rows with seeds that don't count; the best of a method first:", rates]
     rows = counted.rows + (Ledger(folder / f"{study.shorter}.csv", COUNTED).rows if study.shorter else [])
     for task in dict.fromkeys(name.partition("@")[0] for name in study.tasks):
         if of_lengths(counted.rows, task):
@@ -128,6 +128,19 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
         rows.append(["before training", "", "", loss, "", "", "", metric, forgetting, "", "", ""])
     header = ["Method", "Rate", "Seeds", "Test loss", f"Minus {reference}, by seed", "p (t, Holm)", "p (bootstrap, Holm)"]
     return markdown([*header, "Metric", "Unrelated text", *COSTS.values()], rows)
+
+
+def rates_table(tuned: Ledger, task: str) -> str:
+    """Validation losses of a task by method and rate, mean over the seeds, the lowest first; empty where none was tried."""
+    losses: dict[str, dict[float, list[float]]] = {}
+    for row in tuned.rows:
+        if row["task"] == task:
+            losses.setdefault(row["method"], {}).setdefault(float(row["lr"]), []).append(float(row["validation_loss"]))
+    tried = {name: sorted((mean(runs), rate) for rate, runs in by_rate.items()) for name, by_rate in losses.items()}
+    rows = []
+    for name, (best, *others) in sorted(tried.items(), key=lambda item: item[1]):
+        rows.append([name, f"{best[1]:g}", f"{best[0]:.3f}", ", ".join(f"{loss:.3f} ({rate:g})" for loss, rate in others)])
+    return markdown(["Method", "Rate", "Validation loss", "At other rates"], rows) if rows else ""
 
 
 def metric_error(values: Values, study: Study, task: str) -> str:

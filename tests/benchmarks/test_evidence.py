@@ -136,6 +136,17 @@ def test_tables_are_made_from_the_rows_alone(tmp_path):
     assert order == ["ows", "lora", "full", "before training"]
 
 
+def test_rates_that_were_tried_stand_with_the_best_one_first(tmp_path):
+    tuned = ledger.Ledger(tmp_path / "s_rates.csv", ledger.TUNED)
+    ours = [("ows", 1e-3, 0, 4.0), ("ows", 3e-3, 0, 3.0), ("ows", 3e-3, 1, 3.5)]
+    for row in [*ours, ("lora", 1e-3, 0, math.inf), ("lora", 1e-4, 0, 2.0)]:
+        known = dict(zip(("method", "lr", "seed", "validation_loss"), row, strict=True))
+        tuned.add({**known, "task": "t", "steps": 8, "commit": "c"})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.rates_table(tuned, "t").splitlines()[2:]]
+    assert lines == [["lora", "0.0001", "2.000", "inf (0.001)"], ["ows", "0.003", "3.250", "4.000 (0.001)"]]
+    assert tables.rates_table(tuned, "another") == ""
+
+
 def test_lengths_are_compared_at_equal_steps_and_at_equal_cost(tmp_path):
     counted = ledger.Ledger(tmp_path / "s.csv", ledger.COUNTED)
     figures = dict.fromkeys(ledger.COUNTED, 1.0) | {"seed": 0, "time_s": None, "commit": "c"}
