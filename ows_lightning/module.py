@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -307,6 +307,12 @@ class CausalLMModule(EvaluationModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Computes target positions and padding while the batch is in host memory, so that no step waits for the GPU."""
+        needed = {"labels"} if self.trainer.training else {"labels", "reference"}
+        if not self.trainer.predicting and not (isinstance(batch, Mapping) and batch.keys() & needed):
+            found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise UsageError(
+                f"a batch ({found}) must be a dict of input_ids and labels (their copy, -100 where nothing is to be learned)"
+            )
         return precompute_on_host(batch) if self.trainer.training else batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
@@ -289,6 +289,17 @@ def test_a_rank_for_an_optimizer_that_cannot_project_is_refused(model_dir: Model
     module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=8)
     with pytest.raises(UsageError, match=r"model\.rank: AdamW can't project"):
         trainer(tmp_path).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+
+
+@pytest.mark.parametrize("stage", ["train", "validate"])
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_batches_without_labels_are_refused_in_a_line(stage: str, as_tuple: bool, model_dir: ModelDir, tmp_path: Path) -> None:
+    ids = tiny_batch()["input_ids"]
+    bad = DataLoader(TensorDataset(ids) if as_tuple else [{"input_ids": row} for row in ids], batch_size=2)
+    good = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=2)
+    run = trainer(tmp_path, LayerwiseSampling(distribution="uniform", activated_layers=2))
+    with pytest.raises(UsageError, match="must be a dict of input_ids and labels"):
+        run.fit(CausalLMModule(str(model_dir()), rank=4), *((bad,) if stage == "train" else (good, bad)))
 
 
 def test_unknown_lora_keys_are_refused(model_dir: ModelDir, tmp_path: Path) -> None:
