@@ -104,6 +104,29 @@ class KeptRest(Callback):
             optimizer.state.update({p: self._kept[p] for p in begins})
 
 
+class SlowRest(Callback):
+    """Multiplies the learning rate of blocks at rest by a factor.
+
+    Adam moves each of the m x r' numbers of a resting matrix about as far as each of the m x r of an active one, however
+    little of the gradient its random subspace sees.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the settings of each weight's update over."""
+        (optimizer,) = trainer.optimizers
+        assert isinstance(optimizer, galore.GaLoreAdamW)
+        optimizer._settings = partial(self._settings, optimizer, optimizer._settings)  # type: ignore[method-assign]
+
+    def _settings(
+        self, optimizer: galore.GaLoreAdamW, settings: Callable[..., dict[str, Any]], p: nn.Parameter, *which: Any
+    ) -> dict[str, Any]:
+        found = settings(p, *which)
+        return {**found, "lr": found["lr"] * self.factor} if optimizer.rests(p) else found
+
+
 class PolarDirection(Callback):
     """Projected matrices move along the polar factor of their first moment instead of Adam's quotient.
 

@@ -14,6 +14,7 @@ from benchmarks.evidence.recipes import (
     KeptRest,
     PolarDirection,
     RateByInclusion,
+    SlowRest,
     balanced_blocks,
     polar_factor,
 )
@@ -112,6 +113,22 @@ def test_a_block_that_rests_again_goes_on_where_it_was(tmp_path: Path) -> None:
         assert [step for step, _ in of_block] == [float(i + 1) for i in range(len(of_block))]
         assert all(subspace == of_block[0][1] for _, subspace in of_block)
     assert max(step for _, step, _ in steps) > 4  # rests of two steps each were joined
+
+
+def test_only_blocks_at_rest_move_by_the_factor(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = decoder_layers(Projected())
+    plain, sampling = trained(tmp_path / "plain", "uniform", 1, resting_rank=2)
+    slow, _ = trained(tmp_path / "slow", "uniform", 1, SlowRest(0.25), resting_rank=2)
+    moved = 0
+    for block in range(LAYERS):
+        start, far, near = (layers[block].self_attn.q_proj.weight for layers in (before, *map(decoder_layers, (plain, slow))))
+        if block in sampling.active_blocks:
+            assert torch.equal(far, near)
+        else:
+            torch.testing.assert_close(near - start, 0.25 * (far - start), rtol=1e-3, atol=1e-7)
+            moved += not torch.equal(near, start)
+    assert moved
 
 
 def test_the_polar_factor_turns_all_directions_alike() -> None:
