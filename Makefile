@@ -14,10 +14,10 @@ fast:  ## the tests that a developer runs all the time
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow:  ## the tests that `make fast` leaves out
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --durations 20
 
 test:  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "" --durations 20
 
 lint:  ## style, format and types
 	$(BIN)/ruff check .
