@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,6 +115,10 @@ class Splits:
             self._log_what_is_lost(key, encoder.max_seq_length)
         return self._tokens[key]
 
+    def forget_tokens(self) -> None:
+        """Forgets the documents, as another tokenizer makes others."""
+        self._tokens.clear()
+
     def indices_without_target(self, key: str) -> list[int]:
         """The examples of a tokenised setting that gave no document, having no target."""
         return column(self._tokens[key], "row")[column(self._tokens[key], "length") == 0].tolist()
@@ -161,7 +166,7 @@ class Splits:
 
     def _sources(self, key: str) -> list[DataSource]:
         named = getattr(self, key)
-        return [resolve(name, key, self.split) for name in ([named] if isinstance(named, str) else named)]
+        return [resolve(str(name), key, self.split) for name in ([named] if isinstance(named, (str, Path)) else named)]
 
     def _head_of_stream(self) -> datasets.Dataset:
         from datasets import Dataset
