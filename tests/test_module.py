@@ -25,6 +25,7 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.outliers import layer_outlier_ratios
+from ows_lightning.trainer import OWSTrainer
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
 
@@ -332,6 +333,18 @@ def test_a_module_can_be_used_again_in_every_way(model_dir: ModelDir, tmp_path: 
     for final in finals[1:]:
         assert all(torch.equal(weight, final[name]) for name, weight in finals[0].items())
     trainer(tmp_path).fit(module, rows)
+
+
+def test_a_model_named_by_a_path_is_saved_and_resumed(model_dir: ModelDir, tmp_path: Path) -> None:
+    directory, rows = model_dir(), DataLoader(rows_with_uneven_targets(), batch_size=4)
+    for ckpt_path, steps in ((None, 1), (tmp_path / "one.ckpt", 2)):
+        run = OWSTrainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, default_root_dir=tmp_path, max_steps=steps,
+        )  # fmt: skip
+        run.fit(CausalLMModule(directory, rank=4), rows, ckpt_path=ckpt_path)  # type: ignore[arg-type]
+        run.save_checkpoint(tmp_path / "one.ckpt")
+        assert run.global_step == steps
 
 
 def test_averages_of_weights_that_are_not_there_yet_are_refused(model_dir: ModelDir, tmp_path: Path) -> None:
