@@ -335,6 +335,19 @@ def test_a_module_can_be_used_again_in_every_way(model_dir: ModelDir, tmp_path: 
     trainer(tmp_path).fit(module, rows)
 
 
+def test_a_copy_made_in_mid_run_trains_all_its_blocks(model_dir: ModelDir, tmp_path: Path) -> None:
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            self.made = copy.deepcopy(module)
+
+    copies, rows = Copies(), DataLoader(rows_with_uneven_targets(), batch_size=4)
+    for module in (CausalLMModule(str(model_dir()), rank=8), None):
+        run = trainer(tmp_path, LayerwiseSampling(1, 1, distribution="uniform"), copies, max_steps=2)
+        run.fit(module or copies.made, rows)
+    assert len(run.optimizers[0].state_dict()["param_groups"][0]["params"]) == 4 * 7
+    assert all(p.requires_grad for p in run.lightning_module.parameters())
+
+
 def test_a_model_named_by_a_path_is_saved_and_resumed(model_dir: ModelDir, tmp_path: Path) -> None:
     directory, rows = model_dir(), DataLoader(rows_with_uneven_targets(), batch_size=4)
     for ckpt_path, steps in ((None, 1), (tmp_path / "one.ckpt", 2)):
