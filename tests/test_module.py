@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Stochasti
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
+from ows_lightning.callbacks.generations import ShowGenerations
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
@@ -346,6 +347,19 @@ def test_a_copy_made_in_mid_run_trains_all_its_blocks(model_dir: ModelDir, tmp_p
         run.fit(module or copies.made, rows)
     assert len(run.optimizers[0].state_dict()["param_groups"][0]["params"]) == 4 * 7
     assert all(p.requires_grad for p in run.lightning_module.parameters())
+
+
+def test_modules_keep_the_mode_that_the_user_gave_them(model_dir: ModelDir, tmp_path: Path) -> None:
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+            self.training = [layer.training for layer in decoder_layers(module)]
+
+    modes, module = Modes(), CausalLMModule(str(model_dir()), rank=8)
+    module.configure_model()
+    decoder_layers(module)[1].eval()  # no dropout there
+    shown = ShowGenerations(["why?"])
+    trainer(tmp_path, modes, shown, max_steps=1).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+    assert modes.training == [True, False, True, True]
 
 
 def test_a_model_named_by_a_path_is_saved_and_resumed(model_dir: ModelDir, tmp_path: Path) -> None:

@@ -344,13 +344,13 @@ class InstructionDataModule(LightningDataModule):
             except UsageError as error:
                 raise UsageError(str(error).replace("model.model_name_or_path", "data.tokenizer")) from None
         if self._tokenised_by is None or ask_model:
-            module = None if self.trainer is None else self.trainer.lightning_module
-            if (tokenizer := self.tokenizer or getattr(module, "tokenizer", None)) is None:
+            model = self.trainer and self.trainer.lightning_module
+            if (tokenizer := self.tokenizer or getattr(model, "tokenizer", None)) is None:
                 raise UsageError("data.tokenizer: name a tokenizer, since the model brings none")
             if tokenizer is not self._tokenised_by:
                 self._tokenised_by = with_chat_template(tokenizer)
                 self._rows.clear()
-                self._splits.forget_tokens()
+                self._splits.tokens.clear()
         return Encoder(self._tokenised_by, self.max_seq_length, self.train_on_prompt, self.last_turn_only)
 
     @property

@@ -261,8 +261,7 @@ class BlockSampler:
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model."""
         unfreeze(nn.ParameterList([*(p for block in self._blocks for p in block), *self._others]))
-        self._frozen.clear()
-        self._blocks, self._others = [], {}
+        self._blocks, self._others, self._frozen[:] = [], {}, []
 
     def warn_of_never_trained(self) -> None:
         """Warns of the blocks that were never drawn, and never trained at rest either."""
