@@ -349,6 +349,22 @@ def test_a_copy_made_in_mid_run_trains_all_its_blocks(model_dir: ModelDir, tmp_p
     assert all(p.requires_grad for p in run.lightning_module.parameters())
 
 
+def test_a_copy_has_what_offloaded_blocks_have_learned_at_rest(model_dir: ModelDir, tmp_path: Path) -> None:
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            self.made = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+            self.there = weights(module)
+
+    directory = str(model_dir())
+    module, copies = CausalLMModule(directory, rank=4, optimizer=galore, warmup_steps=0, frozen_in="host"), Copies()
+    sampling = LayerwiseSampling(1, 1, distribution=[1.0, 0.0, 0.0, 0.0], resting_rank=2)
+    trainer(tmp_path, sampling, copies, max_steps=1).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+    start = dict(load_model(directory).named_parameters())
+    for made in copies.made:
+        assert all(torch.equal(weight, copies.there[name]) for name, weight in weights(made).items())
+        assert not any(torch.equal(weight, start[name]) for name, weight in weights(made).items() if "proj" in name)
+
+
 def test_modules_keep_the_mode_that_the_user_gave_them(model_dir: ModelDir, tmp_path: Path) -> None:
     class Modes(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
