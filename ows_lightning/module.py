@@ -151,6 +151,7 @@ class CausalLMModule(EvaluationModule):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
         recomputation.check_recomputation(gradient_checkpointing)
+        model_name_or_path = str(model_name_or_path)  # a Path could not be read from a checkpoint
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Stochasti
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
+from ows_lightning.callbacks.generations import ShowGenerations
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
@@ -25,6 +26,7 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.outliers import layer_outlier_ratios
+from ows_lightning.trainer import OWSTrainer
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
 
@@ -332,6 +334,60 @@ def test_a_module_can_be_used_again_in_every_way(model_dir: ModelDir, tmp_path: 
     for final in finals[1:]:
         assert all(torch.equal(weight, final[name]) for name, weight in finals[0].items())
     trainer(tmp_path).fit(module, rows)
+
+
+def test_a_copy_made_in_mid_run_trains_all_its_blocks(model_dir: ModelDir, tmp_path: Path) -> None:
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            self.made = copy.deepcopy(module)
+
+    copies, rows = Copies(), DataLoader(rows_with_uneven_targets(), batch_size=4)
+    for module in (CausalLMModule(str(model_dir()), rank=8), None):
+        run = trainer(tmp_path, LayerwiseSampling(1, 1, distribution="uniform"), copies, max_steps=2)
+        run.fit(module or copies.made, rows)
+    assert len(run.optimizers[0].state_dict()["param_groups"][0]["params"]) == 4 * 7
+    assert all(p.requires_grad for p in run.lightning_module.parameters())
+
+
+def test_a_copy_has_what_offloaded_blocks_have_learned_at_rest(model_dir: ModelDir, tmp_path: Path) -> None:
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            self.made = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+            self.there = weights(module)
+
+    directory = str(model_dir())
+    module, copies = CausalLMModule(directory, rank=4, optimizer=galore, warmup_steps=0, frozen_in="host"), Copies()
+    sampling = LayerwiseSampling(1, 1, distribution=[1.0, 0.0, 0.0, 0.0], resting_rank=2)
+    trainer(tmp_path, sampling, copies, max_steps=1).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+    start = dict(load_model(directory).named_parameters())
+    for made in copies.made:
+        assert all(torch.equal(weight, copies.there[name]) for name, weight in weights(made).items())
+        assert not any(torch.equal(weight, start[name]) for name, weight in weights(made).items() if "proj" in name)
+
+
+def test_modules_keep_the_mode_that_the_user_gave_them(model_dir: ModelDir, tmp_path: Path) -> None:
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+            self.training = [layer.training for layer in decoder_layers(module)]
+
+    modes, module = Modes(), CausalLMModule(str(model_dir()), rank=8)
+    module.configure_model()
+    decoder_layers(module)[1].eval()  # no dropout there
+    shown = ShowGenerations(["why?"])
+    trainer(tmp_path, modes, shown, max_steps=1).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+    assert modes.training == [True, False, True, True]
+
+
+def test_a_model_named_by_a_path_is_saved_and_resumed(model_dir: ModelDir, tmp_path: Path) -> None:
+    directory, rows = model_dir(), DataLoader(rows_with_uneven_targets(), batch_size=4)
+    for ckpt_path, steps in ((None, 1), (tmp_path / "one.ckpt", 2)):
+        run = OWSTrainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, default_root_dir=tmp_path, max_steps=steps,
+        )  # fmt: skip
+        run.fit(CausalLMModule(directory, rank=4), rows, ckpt_path=ckpt_path)  # type: ignore[arg-type]
+        run.save_checkpoint(tmp_path / "one.ckpt")
+        assert run.global_step == steps
 
 
 def test_averages_of_weights_that_are_not_there_yet_are_refused(model_dir: ModelDir, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ows_lightning.callbacks import StepCallback
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data.masking import Encoder, with_chat_template
 from ows_lightning.errors import UsageError
+from ows_lightning.models.causal_lm import evaluating
 from ows_lightning.module import CausalLMModule
 
 log = logging.getLogger(__name__)
@@ -58,15 +59,12 @@ class ShowGenerations(StepCallback):
         if not isinstance(module, CausalLMModule):
             raise UsageError(f"ShowGenerations: {type(module).__name__} can't generate; use CausalLMModule")
         encoder = Encoder(with_chat_template(module.tokenizer), max_seq_length=1 << 20)
-        was_training = module.training
-        module.eval()
         answers = []
         for prompt in self.prompts:
             _, ids = encoder.encode_prompt({"messages": [{"role": "user", "content": prompt}]}, row_name="a prompt")
             batch = torch.tensor([ids], device=module.device)
-            with trainer.precision_plugin.forward_context():
+            with trainer.precision_plugin.forward_context(), evaluating(module):
                 answers += module.generate({"input_ids": batch, "attention_mask": torch.ones_like(batch)})
-        module.train(was_training)
         folder = run_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero:
             return

@@ -20,6 +20,7 @@ from ows_lightning.errors import UsageError, command_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
+from ows_lightning.models.causal_lm import evaluating
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.delta import DeltaSize, max_delta_size, megabytes
 from ows_lightning.models.pretrained import load_config
@@ -241,14 +242,10 @@ def _losses_with_int8(trainer: Trainer, module: CausalLMModule) -> tuple[float, 
     """The validation loss with frozen blocks in int8, and with exact weights; None without int8 or validation rows."""
     if module.offloader is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
         return None
-    training = module.training
-    module.eval()
-    try:
+    with evaluating(module):
         rounded = _validation_loss(trainer, module)
         with module.offloader.exact_weights():
             return rounded, _validation_loss(trainer, module)
-    finally:
-        module.train(training)
 
 
 @torch.inference_mode()

@@ -138,6 +138,7 @@ class InstructionDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         check_bounds(vars(self))
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
+        self._tokenised_by: PreTrainedTokenizerBase | None = None  # `tokenizer`, or the model's
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
 
     def check(self) -> None:
@@ -151,21 +152,24 @@ class InstructionDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
         self.check()
+        encoder = self._encoder(ask_model=True)
         for part in _PARTS.get(self._stage(), _ALL_PARTS):
             if (key := self._splits.setting_of(part)) and len(self._splits.examples_of(key)):
-                self._splits.tokens_of(key, self._encoder())
+                self._splits.tokens_of(key, encoder)
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenise (or take from the cache) the rows that `stage` needs; a UsageError says that none has a target."""
         parts = _PARTS.get(stage or "", _ALL_PARTS)
+        self._resume_at = {}  # of a run that failed before it made its loader
         if stage in ("validate", "test"):
             self._require_rows(parts[0], "evaluate")
         if "train" in parts and (self.packing or self.streaming):
             kind = "packed rows have" if self.packing else "rows of a stream may have"
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
+        encoder = self._encoder(ask_model=True)
         for part in parts:
             if part not in self._rows and self._splits.setting_of(part):
-                self._rows[part] = self._splits.rows(part, self._encoder(), self.packing and part == "train")
+                self._rows[part] = self._splits.rows(part, encoder, self.packing and part == "train")
                 longest = max(self._rows[part].lengths)
                 self._check_positions(longest, f"data.{self._splits.setting_of(part)} has a row of {longest} tokens")
 
@@ -330,9 +334,8 @@ class InstructionDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _encoder(self) -> Encoder:
-        if self.tokenizer is None and self.trainer is not None:
-            self.tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+    def _encoder(self, ask_model: bool = False) -> Encoder:
+        """The encoder of `tokenizer` or else the model's, which is asked for it: a later fit may be another model's."""
         if isinstance(self.tokenizer, str):
             from ows_lightning.models.pretrained import load_tokenizer
 
@@ -340,10 +343,15 @@ class InstructionDataModule(LightningDataModule):
                 self.tokenizer = load_tokenizer(self.tokenizer)
             except UsageError as error:
                 raise UsageError(str(error).replace("model.model_name_or_path", "data.tokenizer")) from None
-        if self.tokenizer is None:
-            raise UsageError("data.tokenizer: name a tokenizer, since the model brings none")
-        tokenizer = with_chat_template(self.tokenizer)
-        return Encoder(tokenizer, self.max_seq_length, self.train_on_prompt, self.last_turn_only)
+        if self._tokenised_by is None or ask_model:
+            model = self.trainer and self.trainer.lightning_module
+            if (tokenizer := self.tokenizer or getattr(model, "tokenizer", None)) is None:
+                raise UsageError("data.tokenizer: name a tokenizer, since the model brings none")
+            if tokenizer is not self._tokenised_by:
+                self._tokenised_by = with_chat_template(tokenizer)
+                self._rows.clear()
+                self._splits.tokens.clear()
+        return Encoder(self._tokenised_by, self.max_seq_length, self.train_on_prompt, self.last_turn_only)
 
     @property
     def _pad_token_id(self) -> int:

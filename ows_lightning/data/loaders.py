@@ -65,7 +65,7 @@ class ResumableLoader(DataLoader[Any]):
             yield from super().__iter__()
             return
         # A generator: this runs at the first `next`, when the epoch is set. A position in another epoch does not count.
-        epoch = self.trainer.current_epoch if self.trainer else 0
+        epoch = self.trainer.current_epoch if self.trainer else self.sampler.epoch
         rows = self._resume_at[1] if self._resume_at[0] == epoch else 0
         self._resume_at = (0, 0)
         self.sampler.set_epoch(epoch)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.masking import IGNORED, Encoder
 from ows_lightning.errors import UsageError
-from ows_lightning.models.causal_lm import run_causal_lm
+from ows_lightning.models.causal_lm import evaluating, run_causal_lm
 from ows_lightning.models.decoder import causal_lm
 
 Item = dict[str, list[int]]
@@ -132,11 +132,9 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     rows = [[one, probe], [other, one[:1], probe], [probe, other, one[:1]]]
     batch = collate([join_documents([(ids, ids) for ids in row], True) for row in rows], pad_token_id=0, flatten=flatten)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-    logits = run_causal_lm(model, **inputs, use_cache=False).logits
-    model.train(training)
+    with evaluating(model):
+        logits = run_causal_lm(model, **inputs, use_cache=False).logits
     first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()
     tolerance = 64 * torch.finfo(logits.dtype).eps * alone.abs().max()
     if any((said[5:8] - alone[:3]).abs().max() > tolerance for said in (first, second)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +41,7 @@ class Splits:
     split: str
     seed: int
     _examples: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
-    _tokens: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
+    tokens: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
 
     def check(self, choices: bool) -> None:
         """Reads all sources, and with `choices` looks for a test row whose answer is none of its choices."""
@@ -109,14 +110,14 @@ class Splits:
 
     def tokens_of(self, key: str, encoder: Encoder) -> datasets.Dataset:
         """The documents of all examples of a setting, see `token_features`; logs what was left out or cut."""
-        if key not in self._tokens:
-            self._tokens[key] = tokenise(self.examples_of(key), encoder, key)
+        if key not in self.tokens:
+            self.tokens[key] = tokenise(self.examples_of(key), encoder, key)
             self._log_what_is_lost(key, encoder.max_seq_length)
-        return self._tokens[key]
+        return self.tokens[key]
 
     def indices_without_target(self, key: str) -> list[int]:
         """The examples of a tokenised setting that gave no document, having no target."""
-        return column(self._tokens[key], "row")[column(self._tokens[key], "length") == 0].tolist()
+        return column(self.tokens[key], "row")[column(self.tokens[key], "length") == 0].tolist()
 
     def training_stream(self) -> datasets.IterableDataset:
         """The training examples of a stream, over and over, without those for validation."""
@@ -161,7 +162,7 @@ class Splits:
 
     def _sources(self, key: str) -> list[DataSource]:
         named = getattr(self, key)
-        return [resolve(name, key, self.split) for name in ([named] if isinstance(named, str) else named)]
+        return [resolve(str(name), key, self.split) for name in ([named] if isinstance(named, (str, Path)) else named)]
 
     def _head_of_stream(self) -> datasets.Dataset:
         from datasets import Dataset
@@ -187,14 +188,14 @@ class Splits:
     def _log_what_is_lost(self, key: str, max_seq_length: int) -> None:
         """Say which rows have no target, and how many were cut."""
         dropped, total = self.indices_without_target(key), len(self.examples_of(key))
-        documents = len(self._tokens[key]) - len(dropped)
+        documents = len(self.tokens[key]) - len(dropped)
         if 0 < len(dropped) < total:
             named = self._row_names(key, dropped)
             rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
         if documents > total - len(dropped):
             why = "since the template rewrites earlier answers: each is trained at the end of a row of its own."
             rank_zero_info(f"data.{key}: {total - len(dropped)} rows became {documents}, {why}")
-        if truncated := int(column(self._tokens[key], "truncated").sum()):
+        if truncated := int(column(self.tokens[key], "truncated").sum()):
             rank_zero_info(f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={max_seq_length} tokens.")
         for what, rows in self._dropped_parts(key).items():
             which = f"{what}, which the chat template does not show: {self._row_names(key, rows)}"
@@ -203,7 +204,7 @@ class Splits:
     def _dropped_parts(self, key: str) -> dict[str, list[int]]:
         """What the chat template leaves out, and the examples that lose it."""
         losses: dict[str, dict[int, None]] = {}
-        for row, parts in zip(column(self._tokens[key], "row").tolist(), self._tokens[key]["unshown"], strict=True):
+        for row, parts in zip(column(self.tokens[key], "row").tolist(), self.tokens[key]["unshown"], strict=True):
             for what in parts:
                 losses.setdefault(what, {})[row] = None
         return {what: list(rows) for what, rows in losses.items()}

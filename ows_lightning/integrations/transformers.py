@@ -27,6 +27,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.sampling.activation import unfreeze
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 
@@ -55,6 +56,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Unfreezes what a run that ended by an exception left frozen, before an optimizer is made."""
         self.release()
+        unfreeze(kwargs["model"] or nn.Module())  # with another callback of this kind; there is none yet for ``model_init``
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
@@ -91,6 +93,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         """Names the blocks that never trained, and unfreezes all."""
         self.warn_of_never_trained()
         self.release()
+        vars(self).pop("_compute", None)  # it holds the model
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints keep of this callback: plain values."""

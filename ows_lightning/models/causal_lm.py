@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -72,22 +74,32 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def check_logits(self, input_ids: Tensor) -> None:
         """Raises a UsageError if our logits, of which the loss is made, are not the model's own on these tokens (B, L)."""
-        model, training = self.language_model, self.training
+        model, name = self.language_model, type(self.language_model).__name__
         ids = input_ids % model.config.get_text_config().vocab_size
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self.eval()
-        try:
-            expected = model(**inputs, use_cache=False).logits
-        except (ValueError, TypeError, AttributeError) as error:  # e.g. a draft model, which wants another model's states
-            name = type(model).__name__
-            raise UsageError(f"model.model_name_or_path: {name} does not run on text alone ({error})") from error
-        try:
-            ours = logits_of(model, last_hidden_state(model, inputs))
-        except RuntimeError:  # something between decoder and head changes the width
-            ours = torch.full_like(expected, float("nan"))
-        self.train(training)
+        with evaluating(self):
+            try:
+                expected = model(**inputs, use_cache=False).logits
+            except (ValueError, TypeError, AttributeError) as error:  # e.g. a draft model, which wants another model's states
+                raise UsageError(f"model.model_name_or_path: {name} does not run on text alone ({error})") from error
+            try:
+                ours = logits_of(model, last_hidden_state(model, inputs))
+            except RuntimeError:  # something between decoder and head changes the width
+                ours = torch.full_like(expected, float("nan"))
         if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2):
-            raise UsageError(f"model.model_name_or_path: the loss does not know how {type(model).__name__} makes its logits")
+            raise UsageError(f"model.model_name_or_path: the loss does not know how {name} makes its logits")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turns dropout off; afterwards every module is in its own mode again, as a user or Lightning set it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def run_causal_lm(model: nn.Module, **inputs: Any) -> Any:

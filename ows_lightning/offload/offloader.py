@@ -84,8 +84,8 @@ class BlockOffloader:
         self._updated_layers: dict[int, list[ProjectedLinear]] = {}  # of a block on the device, that compute with an update
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies find their weights in their own parameters, and are offloaded to host memory."""
-        self.end_pass()
+        """Copies find their weights, with what they learned at rest, in their own parameters, and lie in host memory."""
+        self.take_in_updates()
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self.was_copied = True

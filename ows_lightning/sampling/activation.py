@@ -34,8 +34,8 @@ def activate_blocks(
     optimizers: Sequence[Any] = (),
     resting_rank: int = 0,
     resting_seed: int = 0,
-) -> None:
-    """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two optimizer steps.
+) -> list[nn.Parameter]:
+    """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two steps. Returns what it froze.
 
     A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers, so that memory does not
     grow with the blocks that have ever been active. A parameter that several blocks share (Zamba2's attention) trains if any
@@ -77,10 +77,16 @@ def activate_blocks(
         p.grad = None
         for optimizer in optimizers:
             optimizer.state.pop(p, None)
+    return [p for p in trains if _FROZEN in vars(p)]
 
 
-def unfreeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Lets those parameters train again that `activate_blocks` froze, in any run, and none that the user did."""
-    for p in parameters:
+def unfreeze(model: nn.Module) -> None:
+    """Lets those parameters train again that `activate_blocks` froze, in any run, and none that the user did.
+
+    Where a model was copied in mid-run, they have lost their marks; a list in the model has them.
+    """
+    for p in [p for module in model.modules() for p in vars(module).pop(_FROZEN, ())]:
+        vars(p)[_FROZEN] = True
+    for p in model.parameters():
         if vars(p).pop(_FROZEN, False):
             p.requires_grad_(True)

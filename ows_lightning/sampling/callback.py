@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ows_lightning.sampling.activation import unfreeze
 from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, unpatch_clipping
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
@@ -55,6 +56,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         if stage == "fit":
             check_strategy(trainer.strategy)
             patch_clipping(trainer.precision_plugin)
+            unfreeze(pl_module)  # a copy that was made in mid-run, before an optimizer is made of it
             self.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, command_line
-from ows_lightning.models.causal_lm import run_causal_lm
+from ows_lightning.models.causal_lm import evaluating, run_causal_lm
 from ows_lightning.models.decoder import causal_lm, decoder_layers, on_device
 from ows_lightning.models.export import weights_without_peft
 
@@ -304,18 +304,15 @@ def _inputs_and_mask(
 @contextmanager
 def _evaluation_mode(model: nn.Module, blocks: list[list[_ScoredWeight]]) -> Iterator[None]:
     """Turns dropout off and has transformers' experts use plain matrix products; restores both afterwards."""
-    modes = {module: module.training for module in model.modules()}
     owners = [weight.owner for weights in blocks for weight in weights if weight.is_raw_parameter]
     configs: list[Any] = [owner.config for owner in owners if hasattr(owner, "config")]
     configs = [config for config in configs if hasattr(config, "_experts_implementation")]
     implementations = [config._experts_implementation for config in configs]
     try:
-        model.eval()
         for config in configs:
             config._experts_implementation = "eager"
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for config, implementation in zip(configs, implementations, strict=True):
             config._experts_implementation = implementation

@@ -116,6 +116,7 @@ class BlockSampler:
         self.resting_rank = resting_rank
         self._blocks: list[nn.ParameterList] = []
         self._others: dict[nn.Parameter, bool] = {}
+        self._frozen: list[nn.Parameter] = []
         self.reset()
 
     @property
@@ -146,11 +147,12 @@ class BlockSampler:
         An earlier run is forgotten, but for a state that was loaded; what it left frozen is unfrozen.
         """
         self.release()
-        unfreeze(model.parameters())  # else what a run without its end left frozen would count as frozen by the user
+        unfreeze(model)  # else what a run without its end left frozen would count as frozen by the user
         if self._loaded is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(causal_lm(model), "config", None)))
         self._blocks, self._others = trainable_by_block(model), trains_outside_blocks(model, self.always_train)
+        causal_lm(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # see `unfreeze`
         fixed = [index for index, block in enumerate(self._blocks) if not len(block)]
         if len(fixed) == len(self._blocks):
             name = type(causal_lm(model)).__name__
@@ -253,13 +255,13 @@ class BlockSampler:
     def activate(self, optimizers: Iterable[Optimizer]) -> None:
         """Lets the active blocks train, and freezes the others or lets them rest."""
         seed = 1_000_003 * self.seed + self.history[-1][0]
-        others = self._others.items()
-        activate_blocks(self._blocks, self.active_blocks, others, list(optimizers), self.resting_rank, seed)
+        held, active, others = list(optimizers), self.active_blocks, self._others.items()
+        self._frozen[:] = activate_blocks(self._blocks, active, others, held, self.resting_rank, seed)
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model."""
-        unfreeze([*(p for block in self._blocks for p in block), *self._others])
-        self._blocks, self._others = [], {}
+        unfreeze(nn.ParameterList([*(p for block in self._blocks for p in block), *self._others]))
+        self._blocks, self._others, self._frozen[:] = [], {}, []
 
     def warn_of_never_trained(self) -> None:
         """Warns of the blocks that were never drawn, and never trained at rest either."""
@@ -316,7 +318,7 @@ class BlockSampler:
     def planned_blocks(self, steps: int) -> set[int] | None:
         """Returns all blocks that train in a run of ``steps`` optimizer steps; None if that can't be known before it."""
         at_other_times = getattr(self.should_draw, "__func__", None) is not BlockSampler.should_draw
-        if self.rescore_every is not None or self.distribution == "gradient_norm" or at_other_times:
+        if not self.history or self.rescore_every is not None or self.distribution == "gradient_norm" or at_other_times:
             return None
         coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
         return self.trained_blocks(map(self.blocks_of, coming))

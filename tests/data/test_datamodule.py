@@ -494,3 +494,40 @@ def test_a_tokenizer_that_is_not_there(jsonl: Write) -> None:
 def test_without_a_tokenizer(jsonl: Write) -> None:
     with pytest.raises(UsageError, match=r"^data.tokenizer: name a tokenizer"):
         ready(jsonl(pairs(3)), tokenizer=None)
+
+
+def test_another_model_trains_on_the_tokens_of_its_own_tokenizer(jsonl: Write) -> None:
+    file = jsonl(pairs(4))
+    data, second, alone = make(file, tokenizer=None), Recorder(), Recorder()
+    second.tokenizer = alone.tokenizer = tiny_tokenizer("llama3")
+    fit(data, module=Recorder(), max_epochs=1)
+    fit(data, module=second, max_epochs=1)
+    fit(make(file, tokenizer=None), module=alone, max_epochs=1)
+    assert second.seen == alone.seen
+
+
+def test_a_resume_that_failed_leaves_no_position_to_the_next_run(jsonl: Write, tmp_path: Path) -> None:
+    class Fails(Recorder):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            raise RuntimeError
+
+    data, checkpoints = make(jsonl(pairs(8))), ModelCheckpoint(tmp_path, "half", every_n_train_steps=1)
+    first = fit(data, max_steps=2, callbacks=[checkpoints]).seen
+    with pytest.raises(RuntimeError):
+        fit(data, tmp_path / "half.ckpt", Fails(), max_steps=4)
+    assert fit(data, max_steps=2).seen == first
+
+
+def test_without_a_trainer_the_sampler_knows_the_epoch(jsonl: Write) -> None:
+    data = ready(jsonl(pairs(8)))
+    loader, orders = data.train_dataloader(), []
+    for number in (0, 1, 0):
+        loader.sampler.set_epoch(number)
+        orders.append([row for batch in loader for row in answers(data.tokenizer, batch)])
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_source_may_be_a_path(jsonl: Write) -> None:
+    file = Path(jsonl(pairs(3)))
+    for source in (file, [file], {file: 1.0}):
+        assert len(epoch(ready(source))) == 3

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import gc
 import signal
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
@@ -22,6 +24,7 @@ pytest.importorskip("trl", reason='needs TRL: pip install "ows_lightning[trl]"')
 from ows_lightning.integrations.transformers import LayerwiseSamplingCallback, use_galore
 from tests.distributed.launch import Launch, free_port
 from tests.integrations.trainers import ACCUMULATE, INTERVAL, STEPS, make_trainer, run
+from tests.tiny import tiny_batch, tiny_model
 
 
 class Watcher(TrainerCallback):
@@ -166,6 +169,33 @@ def test_a_callback_used_again_starts_afresh_also_after_an_exception(tmp_path: P
     again.train()
     assert sampling.history[:2] == first
     assert len(sampling.history) == 4
+
+
+def test_a_model_can_be_trained_again_with_a_new_callback_and_is_not_kept(tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    def make(model: Any, *others: TrainerCallback) -> tuple[Trainer, LayerwiseSamplingCallback]:
+        sampling = LayerwiseSamplingCallback(activated_layers=1, interval_steps=1, distribution="uniform")
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        rows = [{name: value[0] for name, value in tiny_batch(1).items()}] * 16
+        made = Trainer(model, args=args, train_dataset=rows, callbacks=[sampling, *others])
+        use_galore(made, rank=4)
+        return made, sampling
+
+    model = tiny_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        make(model, Fails())[0].train()
+    trainer, sampling = make(model)
+    trainer.train()
+    assert len(sampling.history) == 2
+    kept = weakref.ref(model)
+    del model, trainer
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:

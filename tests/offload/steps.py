@@ -63,7 +63,7 @@ def train(
 ) -> Run:
     """Trains with redraws, accumulation and projection in backward, and other blocks at rest."""
     run, layers = Run(), decoder_layers(model)
-    unfreeze(model.parameters())  # of an earlier call: an optimizer gets all that may ever train
+    unfreeze(model)  # of an earlier call: an optimizer gets all that may ever train
     optimizer = GaLoreAdamW(galore_param_groups(model, rank=4, update_proj_gap=3), lr=1e-2)
     optimizer.project_in_backward()
     if resting_rank and offloader is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_one_run_after_another_in_ones_own_loop() -> None:
     assert sampler.history == first[:2]
 
 
-@pytest.mark.parametrize("again", ["the same", "reset", "another"])
+@pytest.mark.parametrize("again", ["the same", "reset", "another", "of a copy"])
 def test_what_an_interrupted_run_left_frozen_trains_in_the_next(again: str) -> None:
     model = tiny_model("llama")
     model.model.norm.requires_grad_(False)  # by the user: stays so
@@ -102,6 +103,8 @@ def test_what_an_interrupted_run_left_frozen_trains_in_the_next(again: str) -> N
         sampler.reset()
     elif again == "another":  # a cell of a notebook that is run a second time
         sampler = BlockSampler(**SETTINGS)
+    elif again == "of a copy":
+        model = copy.deepcopy(model)
     train(sampler, model, range(1))
     sampler.release()
     assert trainable(model) == free
@@ -171,3 +174,7 @@ def test_a_head_beside_the_language_model_is_named(caplog: pytest.LogCaptureFixt
     model["value"].requires_grad_(False)
     sampler.attach(model)
     assert not caplog.text
+
+
+def test_what_trains_is_not_known_before_a_run() -> None:
+    assert BlockSampler(**SETTINGS).planned_blocks(10) is None
