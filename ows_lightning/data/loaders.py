@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -61,16 +62,16 @@ class ResumableLoader(DataLoader[Any]):
     _position = _resume_at = (0, 0)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if not isinstance(self.sampler, ShardedSampler):  # overfit_batches replaces the sampler
-            yield from super().__iter__()
-            return
         # A generator: this runs at the first `next`, when the epoch is set. A position in another epoch does not count.
-        epoch = self.trainer.current_epoch if self.trainer else self.sampler.epoch
+        epoch = self.trainer.current_epoch if self.trainer else getattr(self.sampler, "epoch", 0)
         rows = self._resume_at[1] if self._resume_at[0] == epoch else 0
         self._resume_at = (0, 0)
-        self.sampler.set_epoch(epoch)
-        self.sampler.skip = rows
-        for batch in super().__iter__():
+        if isinstance(self.sampler, ShardedSampler):
+            self.sampler.set_epoch(epoch)
+            self.sampler.skip, skipped_batches = rows, 0
+        else:  # overfit_batches replaces the sampler
+            skipped_batches = rows // (self.batch_size or 1)
+        for batch in islice(super().__iter__(), skipped_batches, None):
             rows += self.batch_size or 0
             self._position = (epoch, rows) if rows < len(self.sampler) else (epoch + 1, 0)
             yield batch

@@ -271,6 +271,7 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"max_steps": 12, "max_epochs": -1}, {"group_by_length": True}),
     ({"max_steps": 8, "max_epochs": -1, "limit_train_batches": 3}, {"val_size": 2}),
     ({"max_epochs": 2}, {"num_workers": 1, "packing": True, "max_seq_length": 40}),
+    ({"max_steps": 8, "max_epochs": -1, "overfit_batches": 3}, {}),
     ({"max_steps": 9}, STREAM),
     ({"max_steps": 5, "accumulate_grad_batches": 2}, {**STREAM, "packing": True, "max_seq_length": 64}),
     ({"max_steps": 6}, {**STREAM, "num_workers": 1}),
