@@ -71,9 +71,10 @@ class ResumableLoader(DataLoader[Any]):
             self.sampler.skip, skipped_batches = rows, 0
         else:  # overfit_batches replaces the sampler
             skipped_batches = rows // (self.batch_size or 1)
+        in_epoch = len(self.sampler)  # type: ignore[arg-type]
         for batch in islice(super().__iter__(), skipped_batches, None):
             rows += self.batch_size or 0
-            self._position = (epoch, rows) if rows < len(self.sampler) else (epoch + 1, 0)
+            self._position = (epoch, rows) if rows < in_epoch else (epoch + 1, 0)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
