@@ -119,7 +119,7 @@ def ours_frozen(model: PreTrainedModel, setting: Setting) -> Training:
 
 
 def ours_host(model: PreTrainedModel, setting: Setting) -> Training:
-    """The same with frozen blocks in host memory, from where they pass through a offloader of two."""
+    """The same with frozen blocks in host memory, from where they pass through two slots on the device."""
     training = ours_frozen(model, setting)
     offloader, draw = BlockOffloader(decoder_layers(model)), training.draw
     offloader.set_device(model.device)
@@ -139,6 +139,12 @@ def ours_grouped(model: PreTrainedModel, setting: Setting) -> Training:
 def ours_resting(model: PreTrainedModel, setting: Setting) -> Training:
     """The same as `ours_frozen` with `sampling.resting_rank` 16: frozen blocks above the lowest active one learn, too."""
     return _ours(model, setting, frozen=("embeddings", "lm_head"), resting_rank=16)
+
+
+def ours_thin(model: PreTrainedModel, setting: Setting) -> Training:
+    """The same as `ours_frozen` with more blocks in a smaller rank: two thirds of them, in a quarter of it."""
+    thin = replace(setting, rank=setting.rank // 4)
+    return _ours(model, thin, frozen=("embeddings", "lm_head"), active=2 * len(setting.probabilities) // 3)
 
 
 def ours_grouped_resting(model: PreTrainedModel, setting: Setting) -> Training:
@@ -169,6 +175,7 @@ METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] =
     "ours_host": ("Ours, embeddings frozen, blocks on the host", ours_host),
     "ours_grouped": ("Ours, embeddings frozen, grouping 1", ours_grouped),
     "ours_resting": ("Ours, embeddings frozen, resting rank 16", ours_resting),
+    "ours_thin": ("Ours, embeddings frozen, two thirds of the blocks in a quarter of the rank", ours_thin),
     "ours_grouped_resting": ("Ours, embeddings frozen, grouping 1, resting rank 16", ours_grouped_resting),
     "ours_whole": ("The same, whole gradients", ours_whole),
     "forward_backward": ("Forward and backward of ours, grouping 0", forward_backward),
@@ -196,6 +203,7 @@ def _ours(
     grouping: float = 0.0,
     factored: bool = True,
     resting_rank: int = 0,
+    active: int = 5,
 ) -> Training:
     if model.is_gradient_checkpointing:
         model.disable_input_require_grads()  # as CausalLMModule does
@@ -210,7 +218,7 @@ def _ours(
         total, targets = next_token_loss(model, batch)
         return total / targets
 
-    draw = _draws(model, setting.probabilities, 5, setting, others, [optimizer], grouping, resting_rank)
+    draw = _draws(model, setting.probabilities, active, setting, others, [optimizer], grouping, resting_rank)
     return Training(model, optimizer, loss, draw)
 
 
