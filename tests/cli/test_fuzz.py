@@ -12,11 +12,12 @@ import pytest
 
 
 @pytest.mark.slow
-def test_random_settings_train_and_resume() -> None:
+@pytest.mark.parametrize("first", range(0, 20, 5))
+def test_random_settings_train_and_resume(first: int) -> None:
     seed = os.environ.get("OWS_FUZZ_SEED", "0")
-    command = [sys.executable, "-m", "tests.cli.fuzz", "20", "--seed", seed]
+    command = [sys.executable, "-m", "tests.cli.fuzz", "5", "--seed", seed, "--first", str(first)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
     print(done.stdout)
     assert done.returncode == 0, done.stdout
-    assert int(re.search(r": (\d+) trained", done.stdout)[1]) >= 10  # type: ignore[index]
+    assert int(re.search(r": (\d+) trained", done.stdout)[1]) >= 2  # type: ignore[index]
