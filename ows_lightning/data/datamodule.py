@@ -152,7 +152,8 @@ class InstructionDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
         self.check()
-        encoder = self._encoder(ask_model=True)
+        self._choose_tokenizer()
+        encoder = self._encoder()
         for part in _PARTS.get(self._stage(), _ALL_PARTS):
             if (key := self._splits.setting_of(part)) and len(self._splits.examples_of(key)):
                 self._splits.tokens_of(key, encoder)
@@ -166,7 +167,8 @@ class InstructionDataModule(LightningDataModule):
         if "train" in parts and (self.packing or self.streaming):
             kind = "packed rows have" if self.packing else "rows of a stream may have"
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
-        encoder = self._encoder(ask_model=True)
+        self._choose_tokenizer()
+        encoder = self._encoder()
         for part in parts:
             if part not in self._rows and self._splits.setting_of(part):
                 self._rows[part] = self._splits.rows(part, encoder, self.packing and part == "train")
@@ -334,8 +336,12 @@ class InstructionDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _encoder(self, ask_model: bool = False) -> Encoder:
-        """The encoder of `tokenizer` or else the model's, which is asked for it: a later fit may be another model's."""
+    def _encoder(self) -> Encoder:
+        tokenizer = self._tokenised_by or self._choose_tokenizer()
+        return Encoder(tokenizer, self.max_seq_length, self.train_on_prompt, self.last_turn_only)
+
+    def _choose_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Takes `tokenizer`, or else that of the model, which may be another one than in an earlier fit."""
         if isinstance(self.tokenizer, str):
             from ows_lightning.models.pretrained import load_tokenizer
 
@@ -343,15 +349,14 @@ class InstructionDataModule(LightningDataModule):
                 self.tokenizer = load_tokenizer(self.tokenizer)
             except UsageError as error:
                 raise UsageError(str(error).replace("model.model_name_or_path", "data.tokenizer")) from None
-        if self._tokenised_by is None or ask_model:
-            model = self.trainer and self.trainer.lightning_module
-            if (tokenizer := self.tokenizer or getattr(model, "tokenizer", None)) is None:
-                raise UsageError("data.tokenizer: name a tokenizer, since the model brings none")
-            if tokenizer is not self._tokenised_by:
-                self._tokenised_by = with_chat_template(tokenizer)
-                self._rows.clear()
-                self._splits.tokens.clear()
-        return Encoder(self._tokenised_by, self.max_seq_length, self.train_on_prompt, self.last_turn_only)
+        model = self.trainer and self.trainer.lightning_module
+        if (tokenizer := self.tokenizer or getattr(model, "tokenizer", None)) is None:
+            raise UsageError("data.tokenizer: name a tokenizer, since the model brings none")
+        if tokenizer is not self._tokenised_by:
+            self._tokenised_by = with_chat_template(tokenizer)
+            self._rows.clear()
+            self._splits.tokens.clear()
+        return tokenizer
 
     @property
     def _pad_token_id(self) -> int:
