@@ -350,7 +350,8 @@ class InstructionDataModule(LightningDataModule):
             except UsageError as error:
                 raise UsageError(str(error).replace("model.model_name_or_path", "data.tokenizer")) from None
         model = self.trainer and self.trainer.lightning_module
-        if (tokenizer := self.tokenizer or getattr(model, "tokenizer", None)) is None:
+        tokenizer: PreTrainedTokenizerBase | None = self.tokenizer or getattr(model, "tokenizer", None)
+        if tokenizer is None:
             raise UsageError("data.tokenizer: name a tokenizer, since the model brings none")
         if tokenizer is not self._tokenised_by:
             self._tokenised_by = with_chat_template(tokenizer)
