@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ows_lightning.errors import UsageError
@@ -211,6 +212,9 @@ class GaLoreAdamW(GradientCapture):
             self._discard_gradients(p)
             if p in resting:
                 self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
+        for p in (p for p in self._group_and_index if p in resting and self.ddp_averaging):  # another CPU may round otherwise
+            if p not in self.resting_projectors and (projector := self.resting_projector(p)) is not None:
+                dist.broadcast(projector if p.dim() == 2 else projector[0], src=0)
 
     def rests(self, p: Tensor) -> bool:
         """Whether a parameter trains at rest."""
