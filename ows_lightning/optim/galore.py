@@ -200,6 +200,7 @@ class GaLoreAdamW(GradientCapture):
         Raises:
             ValueError: A weight is no matrix that the rank makes smaller.
         """
+        self._progress.draw_seed = seed
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
@@ -299,6 +300,8 @@ class GaLoreAdamW(GradientCapture):
     def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
         group, index = self._group_and_index[p]
         seed = index + int(self.state[p].get("step", 0))
+        if group["subspace"] == "random":  # another one whenever a block becomes active, too
+            seed = (1_000_003 * self._progress.draw_seed + seed) % 2**63
         return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     # ------------------------------------------------------------------ the step
