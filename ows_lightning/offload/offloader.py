@@ -232,6 +232,7 @@ class BlockOffloader:
         if added == before:
             return
         if before:  # of an earlier step: the weights themselves are needed again
+            self._stream.release(slot)  # which others, that are in it now, were just written into
             self.issue(block, slot)
             self._stream.wait(slot)
         for p, (update, projector) in updates.items():
