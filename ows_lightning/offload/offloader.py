@@ -117,9 +117,11 @@ class BlockOffloader:
             self._set_active(trains)
             self.schedule.fetch_first()
         for optimizer in optimizers:
+            on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")  # where torch wants `step`
+            kept = {"rest"} if on_device else {"rest", "step"}
             for state in (optimizer.state.get(p, {}) for weights in self.parameters for p in weights):
                 for key, value in state.items():
-                    if isinstance(value, Tensor) and key not in ("step", "rest") and value.device != self.device:
+                    if isinstance(value, Tensor) and key not in kept and value.device != self.device:
                         state[key] = value.to(self.device)
 
     def offload_all(self) -> None:
