@@ -181,7 +181,7 @@ class OWSCLI(LightningCLI):
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
         callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
-        if self.subcommand == "predict":
+        if self.subcommand == "predict" and isinstance(self.model, CausalLMModule):  # what others return is their own
             callbacks.append(PredictionFile())
         if trainer_args["enable_checkpointing"] is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")

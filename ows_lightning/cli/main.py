@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import warnings
-from functools import partial
 from typing import Any, NoReturn
 
 from ows_lightning.cli import peer_watchdog
@@ -63,21 +62,17 @@ def main(args: Any = None) -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")
     for name, messages in _LOGS.items():
-        logging.getLogger(name).addFilter(partial(_is_wanted, messages))
+        logging.getLogger(name).addFilter(lambda record, ours=messages: not any(text in record.getMessage() for text in ours))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
         _run(argv, args)
     except (Exception, KeyboardInterrupt) as error:
-        exit_with(error)
+        exit_with(error, argv)
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
-        exit_with(error.__context__)
-
-
-def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
-    return not any(message in record.getMessage() for message in unwanted)
+        exit_with(error.__context__, argv)
 
 
 def _run(argv: Any, args: Any) -> None:
@@ -139,9 +134,9 @@ def usage() -> str:
     return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 
-def exit_with(error: BaseException) -> NoReturn:
-    """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
-    line, code = message_and_exit_code(error)
+def exit_with(error: BaseException, argv: Any) -> NoReturn:
+    """Ends the program with one line about an error of a command, or with its stack trace if OWS_DEBUG is 1."""
+    line, code = message_and_exit_code(error, argv[0] if isinstance(argv, list) and argv else "fit")
     peer_watchdog.abort(code)
     if os.environ.get("OWS_DEBUG") == "1":
         raise error

@@ -652,6 +652,14 @@ def test_every_error_is_one_line(error: BaseException, line: str, code: int) -> 
     assert message_and_exit_code(error) == (line, code)
 
 
+def test_hints_are_for_the_command() -> None:
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    line, _ = message_and_exit_code(memory, "test")
+    assert line.startswith("CUDA out of memory; lower data.eval_batch_size or data.max_seq_length, or set trainer.precision")
+    assert message_and_exit_code(memory, "chat") == ("CUDA out of memory", 1)
+    assert message_and_exit_code(KeyboardInterrupt(), "report") == ("interrupted", 130)
+
+
 def test_errors_that_cause_each_other_end() -> None:
     first, second = KeyError("first"), KeyError("second")
     first.__context__, second.__context__ = second, first
