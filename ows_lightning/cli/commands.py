@@ -26,7 +26,7 @@ from ows_lightning.report.model_card import model_card, upload
 from ows_lightning.report.plots import plot_scores
 from ows_lightning.report.run import RunRecord, run_folder_of
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
+from ows_lightning.sampling.distributions import score_of
 from ows_lightning.sampling.scores import OutlierScores
 from ows_lightning.trainer import OWSTrainer
 
@@ -83,8 +83,8 @@ class CommandTrainer(OWSTrainer):
         check_writable("output", output)
         sampling = copy.copy(LayerwiseSampling.of(self)) or LayerwiseSampling()
         sampling.scores = None
-        if sampling.distribution not in (*OUTLIER_DISTRIBUTIONS, "weight_norm"):
-            sampling.distribution = "outlier"  # the other distributions need no scores
+        if score_of(sampling.distribution) in (None, "gradient_norm"):
+            sampling.distribution = "outlier"  # the other distributions need no scores, or those of a run
         self.strategy.connect(model)
         model.trainer = datamodule.trainer = self
         model.configure_model()
@@ -93,8 +93,7 @@ class CommandTrainer(OWSTrainer):
         model.to(self.strategy.root_device)
         scores = sampling.compute_scores(model, datamodule.train_dataloader())
         scores.save(output / "outlier_scores.json")
-        figure, _ = plot_scores(RunRecord(name=scores.model, path=output, scores=asdict(scores)))
-        figure.savefig(output / "outlier_scores.png")
+        plot_scores(RunRecord(name=scores.model, path=output, scores=asdict(scores)))[0].savefig(output / "outlier_scores.png")
         print(f"{scores.table()}\nWritten: {output / 'outlier_scores.json'} and outlier_scores.png")
         return scores
 

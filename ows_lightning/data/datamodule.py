@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -120,7 +120,7 @@ class InstructionDataModule(LightningDataModule):
         group_by_length: bool = False,
         streaming: bool = False,
         exact_match_rows: int = 0,
-        data_format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = None,
+        data_format: formats.DataFormat | None = None,
         columns: dict[str, str] | None = None,
         split: str = "train",
         tokenizer: str | PreTrainedTokenizerBase | None = None,

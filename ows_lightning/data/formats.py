@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from ows_lightning.errors import UsageError, did_you_mean
 
@@ -103,6 +103,7 @@ def _from_prompt_completion(row: Row, row_name: str) -> Example:
     return {"messages": _untrained(prompt) + answer["messages"]}
 
 
+DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 #: name -> (the columns it needs, each a tuple of alternatives, the answer's last; the conversion). `answer` stands in for an
 #: answer column that is missing, as in test sets.
 FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Example]]] = {

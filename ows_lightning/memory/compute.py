@@ -16,13 +16,12 @@ from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, sampling_probabilities
+from ows_lightning.sampling.distributions import sampling_probabilities, score_of
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 _DRAWS = 4000  # the mean over so many is within 0.3 % of the expectation
-_MEASURED = (*OUTLIER_DISTRIBUTIONS, "weight_norm", "gradient_norm")  # made of what only a run or a file of scores knows
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
     sampling = settings.sampling
-    scored = sampling.get("distribution", "outlier") in OUTLIER_DISTRIBUTIONS and not sampling.get("scores")
+    scored = score_of(sampling.get("distribution", "outlier")) == "outlier_ratio_percent" and not sampling.get("scores")
     if method.ours and sampling and scored and settings.max_steps is not None:
         intervals, every = ceil(settings.max_steps / settings.interval_steps), sampling.get("rescore_every")
         samples = int(sampling.get("calibration_samples", 128)) * (ceil(intervals / every) if every else 1)
@@ -198,7 +197,7 @@ def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     if settings.method.distribution is None and (scores := settings.sampling.get("scores")) is not None:
         ratios = OutlierScores.load(Path(scores)).ratios_for(count, architecture_of(settings.model), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
-    if isinstance(distribution, str) and distribution in _MEASURED:
+    if score_of(distribution) is not None:  # which only a run or a file of scores knows
         return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"
     origin = distribution if isinstance(distribution, str) else "a list of weights"
     return sampling_probabilities([1.0] * count, distribution), origin

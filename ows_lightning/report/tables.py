@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from ows_lightning.report.run import RunRecord
+from ows_lightning.sampling.distributions import score_of
 from ows_lightning.sampling.inclusion import inclusion_probabilities, window_inclusion
 
 Table: TypeAlias = dict[str, list[Any]]
@@ -27,9 +28,8 @@ def scores_table(run: RunRecord) -> Table:
         return {"block": [], "probability": []}
     table: Table = {"block": list(range(run.num_layers))}
     if any(run.scores["outlier_ratios"]):
-        distribution = run.scores.get("distribution")
-        name = distribution if distribution in ("weight_norm", "gradient_norm") else "outlier_ratio_percent"
-        table[name] = list(run.scores["outlier_ratios"])
+        score = score_of(run.scores.get("distribution", "outlier")) or "outlier_ratio_percent"
+        table[score] = list(run.scores["outlier_ratios"])
     return {**table, "probability": list(run.scores["probabilities"])}
 
 

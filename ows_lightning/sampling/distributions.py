@@ -13,10 +13,14 @@ from ows_lightning.errors import UsageError, did_you_mean
 Distribution = Literal[
     "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
 ]  # fmt: skip
-OUTLIER_DISTRIBUTIONS = ("outlier", "outlier_reverse", "window")
-"""The distributions that are computed from outlier ratios."""
-UNIFORM_SHARE = 0.1
-"""Share of ``gradient_norm`` that is uniform, so that no block starves."""
+SCORES = dict.fromkeys(("outlier", "outlier_reverse", "window"), "outlier_ratio_percent")
+SCORES |= {"weight_norm": "weight_norm", "gradient_norm": "gradient_norm"}
+UNIFORM_SHARE = 0.1  # of `gradient_norm`, so that no block starves
+
+
+def score_of(distribution: str | Sequence[float]) -> str | None:
+    """Returns what a distribution is computed from, as tables and pictures call it; None where no scores are needed."""
+    return SCORES.get(distribution) if isinstance(distribution, str) else None
 
 
 def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str | Sequence[float] = "outlier") -> Tensor:
@@ -63,7 +67,7 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         seen = scores > 0
         filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
         return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / blocks
-    if distribution in OUTLIER_DISTRIBUTIONS:
+    if score_of(distribution) == "outlier_ratio_percent":
         probabilities = _normalised(scores, hint="no weight of any block exceeds the threshold; lower `threshold`")
         if distribution != "outlier_reverse":
             return probabilities

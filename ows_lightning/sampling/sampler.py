@@ -20,7 +20,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
 from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, trainable_by_block, trains_outside_blocks, unfreeze
-from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS, Distribution, sampling_probabilities
+from ows_lightning.sampling.distributions import Distribution, sampling_probabilities, score_of
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
@@ -349,7 +349,7 @@ class BlockSampler:
             threshold, samples = known.threshold, known.calibration_samples
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(model)
-        elif self.distribution in OUTLIER_DISTRIBUTIONS:
+        elif score_of(self.distribution) == "outlier_ratio_percent":
             samples = self.calibration_samples
             ratios = layer_outlier_ratios(model, calibration_batches(loader, samples, self.seed), self.threshold)
         return OutlierScores(

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError, command_line
-from ows_lightning.sampling.distributions import OUTLIER_DISTRIBUTIONS
+from ows_lightning.sampling.distributions import score_of
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
@@ -65,14 +65,12 @@ class OutlierScores:
         self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
     ) -> Sequence[float]:
         """Returns the outlier ratios; a UsageError if they don't suit a model's dimensions and a distribution."""
-        kind, wanted = (name == "weight_norm" for name in (self.distribution, distribution))
-        if wanted or distribution in OUTLIER_DISTRIBUTIONS:
-            found = "norms of weights" if kind else "outlier ratios" if any(self.outlier_ratios) else "no scores"
-            if kind != wanted or not any(self.outlier_ratios):
-                raise UsageError(
-                    f"sampling.scores: holds {found} (its distribution is {self.distribution}), from which {distribution} "
-                    f"can't be computed; run `{command_line('score')}` with sampling.distribution {distribution}"
-                )
+        held = score_of(self.distribution) or "outlier_ratio_percent" if any(self.outlier_ratios) else "no scores"
+        if score_of(distribution) not in (None, "gradient_norm", held):  # a run by gradient_norm finds its own
+            raise UsageError(
+                f"sampling.scores: holds {held} (its distribution is {self.distribution}), from which {distribution} "
+                f"can't be computed; run `{command_line('score')}` with sampling.distribution {distribution}"
+            )
         needed = {**architecture, "number of blocks": num_layers}
         for key, value in {"number of blocks": len(self.outlier_ratios), **self.architecture}.items():
             if (other := needed.get(key, value)) != value:
@@ -84,8 +82,8 @@ class OutlierScores:
 
     def table(self) -> str:
         """Returns the scores as lines of text, a block a line."""
-        rows = zip(self.outlier_ratios, self.probabilities, strict=True)
-        return "\n".join(
-            ["block   outliers %   probability"]
-            + [f"{index:>5}   {ratio:>10.4f}   {probability:>11.4f}" for index, (ratio, probability) in enumerate(rows)]
-        )
+        score = score_of(self.distribution) or "outlier_ratio_percent"
+        lines = [f"block   {score}   probability"]
+        for index, (ratio, probability) in enumerate(zip(self.outlier_ratios, self.probabilities, strict=True)):
+            lines.append(f"{index:>5}   {ratio:>{len(score)}.4f}   {probability:>11.4f}")
+        return "\n".join(lines)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from ows_lightning.data.formats import recognise, rename, split_prompt, to_example
+from ows_lightning.data.formats import FORMATS, DataFormat, recognise, rename, split_prompt, to_example
 from ows_lightning.errors import UsageError
 
 QUESTION = {"role": "user", "content": "q"}
@@ -41,6 +41,10 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
 )
 def test_every_format_becomes_a_conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> None:
     assert example(row)["messages"] == messages
+
+
+def test_every_format_can_be_asked_for() -> None:
+    assert get_args(DataFormat) == tuple(FORMATS)
 
 
 def test_plain_text() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord, plots, write_pictures
 from ows_lightning.report.tables import block_frequency_table
+from ows_lightning.sampling.distributions import SCORES
 
 ALL = [
     plots.plot_scores,
@@ -59,6 +61,12 @@ def test_scores_are_bars_and_probabilities_dots_on_them(run):
     np.testing.assert_allclose(dots, np.multiply(run.scores["probabilities"], 100))
     # p is proportional to the ratio, so both stand at the same height of the picture.
     np.testing.assert_allclose(dots / right.get_ylim()[1], np.divide(run.scores["outlier_ratios"], ax.get_ylim()[1]))
+
+
+@pytest.mark.parametrize("distribution", SCORES)
+def test_every_kind_of_score_is_drawn_under_its_name(distribution, run):
+    _, ax = plots.plot_scores(replace(run, scores={**run.scores, "distribution": distribution}))
+    assert ax.get_ylabel() == plots.SCORE_LABELS[SCORES[distribution]][1]
 
 
 def test_uniform_sampling_draws_no_empty_scores(tmp_path, make_run):

@@ -235,7 +235,12 @@ def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
         (
             "weight_norm",
             [1.0] * LAYERS,
-            "sampling.scores: holds norms of weights (its distribution is weight_norm), from which",
+            "sampling.scores: holds weight_norm (its distribution is weight_norm), from which",
+        ),
+        (
+            "gradient_norm",  # what a run by it leaves in its folder
+            [1.0] * LAYERS,
+            "sampling.scores: holds gradient_norm (its distribution is gradient_norm), from which outlier can't",
         ),
         (
             "uniform",
@@ -248,6 +253,12 @@ def test_scores_of_another_kind_are_refused(distribution: str, ratios: list, mes
     OutlierScores("m", LAYERS, 13.0, 8, distribution, ratios, ratios).save(tmp_path / "scores.json")
     with pytest.raises(UsageError, match=re.escape(message)):
         LayerwiseSampling(activated_layers=2, scores=tmp_path / "scores.json").check(LAYERS, {})
+
+
+def test_the_table_of_scores_names_them() -> None:
+    norms, ratios = (OutlierScores("m", 1, 13.0, 8, name, [250.5], [1.0]) for name in ("weight_norm", "outlier"))
+    assert norms.table() == "block   weight_norm   probability\n    0      250.5000        1.0000"
+    assert "outlier_ratio_percent" in ratios.table()
 
 
 def test_fewer_drawable_blocks_than_are_to_train_are_refused_before_there_is_a_model() -> None:
