@@ -21,16 +21,10 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
-    "CausalLMModule": "module",
-    "GaLoreAdamW": "optim",
-    "InstructionDataModule": "data",
-    "LayerwiseSampling": "sampling.callback",
-    "OWSTrainer": "trainer",
-    "decoder_layers": "models.decoder",
-    "galore_param_groups": "optim",
-    "layer_outlier_ratios": "sampling.outliers",
-    "sampling_probabilities": "sampling.distributions",
-}
+    "CausalLMModule": "module", "GaLoreAdamW": "optim", "InstructionDataModule": "data", "OWSTrainer": "trainer",
+    "LayerwiseSampling": "sampling.callback", "decoder_layers": "models.decoder", "galore_param_groups": "optim",
+    "layer_outlier_ratios": "sampling.outliers", "sampling_probabilities": "sampling.distributions",
+}  # fmt: skip
 _FOR_LIGHTNING = ("CausalLMModule", "InstructionDataModule", "LayerwiseSampling", "OWSTrainer")
 
 

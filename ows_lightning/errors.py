@@ -32,8 +32,8 @@ _REFUSALS = ("`val_check_interval` (", '")` is set but')
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def message_and_exit_code(error: BaseException) -> tuple[str, int]:
-    """Returns the line that a user sees of an error, and the exit code: 2 for a wrong setting, 1 for all else."""
+def message_and_exit_code(error: BaseException, command: str | None = "fit") -> tuple[str, int]:
+    """Returns the line that a user sees of a command's error, and the exit code: 2 for a wrong setting, 1 for all else."""
     error = _original_error(error)
     text = " ".join(_message_without_trace(error).split()) or type(error).__name__
     if isinstance(error, (UsageError, RunError)):
@@ -48,7 +48,7 @@ def message_and_exit_code(error: BaseException) -> tuple[str, int]:
         extra = next((f'; pip install "ows_lightning[{extra}]"' for package, extra in EXTRAS.items() if package in text), "")
         return f"{text.rstrip('.')}{extra}", 2
     if is_out_of_memory(error):
-        return _out_of_memory(text, getattr(error, "__notes__", ())), 1
+        return _out_of_memory(text, getattr(error, "__notes__", ()), command), 1
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         named = (inner.filename for inner in _causes(error) if isinstance(inner, OSError) and inner.filename)
         where = next((f"'{name}': " for name in named), "")
@@ -56,7 +56,7 @@ def message_and_exit_code(error: BaseException) -> tuple[str, int]:
     if "gloo/transport" in text or isinstance(error, _class_if_imported("torch.distributed", "DistBackendError")):
         return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; `--ckpt_path last` goes on from the newest checkpoint", 130
+        return "interrupted" + "; `--ckpt_path last` goes on from the newest checkpoint" * (command == "fit"), 130
     return f"{type(error).__name__}: {text} (set OWS_DEBUG=1 for the stack trace)", 1
 
 
@@ -109,10 +109,14 @@ def _message_without_trace(error: BaseException) -> str:
     return raised[-1] if raised else text
 
 
-def _out_of_memory(text: str, notes: Iterable[str]) -> str:
-    happened = text.rpartition("DefaultCPUAllocator: ")[2].split(". ")[0]
+def _out_of_memory(text: str, notes: Iterable[str], command: str | None) -> str:
+    happened = "; ".join([text.rpartition("DefaultCPUAllocator: ")[2].split(". ")[0], *notes])
+    if command in ("validate", "test", "predict"):
+        return f"{happened}; lower data.eval_batch_size or data.max_seq_length, or set trainer.precision: bf16-true"
+    if command not in ("fit", "score"):
+        return happened
     return (
-        f"{'; '.join([happened, *notes])}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), "
+        f"{happened}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), "
         "data.max_seq_length or sampling.activated_layers, set model.gradient_checkpointing: true, "
         "sampling.always_train: [norm] or trainer.precision: bf16-true; "
         f"`{command_line('plan')}` with the same config says how much each saves"

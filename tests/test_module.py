@@ -238,6 +238,19 @@ def test_held_out_figures_are_means_over_tokens(model_dir: ModelDir, tmp_path: P
     assert figures["val_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
 
 
+def test_a_validation_loss_that_is_no_number_is_not_left_out_of_the_mean(model_dir: ModelDir, tmp_path: Path) -> None:
+    module = CausalLMModule(str(model_dir()))
+    rows = rows_with_uneven_targets()
+    rows[0]["input_ids"] = torch.full_like(rows[0]["input_ids"], 5)
+    module.trainer = run = trainer(tmp_path)
+    module.configure_model()
+    with torch.no_grad():
+        module.language_model.get_input_embeddings().weight[5] = float("nan")
+    figures = run.validate(module, DataLoader(rows, batch_size=1), verbose=False)[0]
+    assert math.isnan(figures["val_loss"])
+    assert math.isnan(figures["val_perplexity"])
+
+
 def test_trains_on_real_rows_and_generates_the_answers(model_dir: ModelDir, rows_file: Path, tmp_path: Path) -> None:
     seed_everything(0)
     module = CausalLMModule(

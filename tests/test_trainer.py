@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,19 @@ def test_a_callback_that_is_given_is_not_added_again() -> None:
     given = Resume()
     trainer = OWSTrainer(accelerator="cpu", callbacks=[given], logger=False, enable_checkpointing=False)
     assert [callback for callback in trainer.callbacks if isinstance(callback, Resume)] == [given]  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell the peak of the whole process alone")
+def test_the_peak_of_memory_is_not_that_of_an_earlier_run(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    held = bytearray(500_000_000)
+    held[::4096] = b"1" * len(held[::4096])
+    del held
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    trainer = OWSTrainer(
+        accelerator="cpu", max_steps=1, default_root_dir=tmp_path, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(CausalLMModule(str(tmp_path), rank=4), DataLoader([tiny_batch()], batch_size=None))
+    assert 0 < trainer.callback_metrics["peak_memory_mb"] < before - 300

@@ -116,7 +116,7 @@ def measured(wanted: list[Row], device: str, deadline: float) -> Iterator[tuple[
             yield row, gpu_tests(min(row["limit"], left))
         else:
             worker = worker or _Worker(device)
-            figures = worker.measure(row, min(row["limit"], deadline - time.monotonic()))
+            figures = worker.measure(row, min(row["limit"], max(deadline - time.monotonic(), 0)))  # a start may take long
             if "died" in figures:
                 worker.stop()
                 worker = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ class Throughput(StepCallback):
     ``tokens_per_second`` counts the time from each batch's start to its end, so neither validation nor generation, scoring,
     saving or waiting for data. ``tokens``, ``target_tokens``, ``time_s`` and ``renewal_s`` are sums since the run began:
     ``time_s`` of all time, ``renewal_s`` of the time that subspaces took. ``peak_memory_mb`` is the most memory held so far,
-    in MB: allocated on a GPU, resident of the process on a CPU (not on Windows, which does not tell).
+    in MB: allocated on a GPU, resident of the process on a CPU (on macOS since its start; Windows does not tell).
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,10 @@ class Throughput(StepCallback):
         """Forgets an earlier run."""
         if stage == "fit":
             Throughput.__init__(self)
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+            with contextlib.suppress(OSError):  # on Linux alone the peak need not be that of earlier runs of this process
+                Path("/proc/self/clear_refs").write_text("5")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the clock."""

@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,7 +84,9 @@ def replace_atomically(partial: Path, path: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Flushes a file, or a directory's entries, to the disk."""
+    """Flushes a file, or a directory's entries, to the disk; Windows can't open a directory."""
+    if sys.platform == "win32":
+        return
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -8,7 +8,7 @@ import io
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -85,16 +85,15 @@ def compare(argv: list[str]) -> None:
         raise UsageError("compare: no prompt is given; write some, or send them through a pipe, a line each")
     if (output := args.output or run_folder) is not None:
         check_writable("output", output)
-    answers = []
-    for name in (base, args.model):
+
+    def answers(name: str) -> Iterator[str]:
         conversation = load(name, args)
-        of_this = []
         for prompt in prompts:
             conversation.reset(args.system)
-            of_this.append(conversation.ask(prompt))
-        answers.append(of_this)
-        del conversation  # one model at a time
-    rows = [("prompt", "base", "tuned"), *zip(prompts, *answers, strict=True)]
+            yield conversation.ask(prompt)
+
+    one_after_the_other = ([*answers(name)] for name in (base, args.model))
+    rows = [("prompt", "base", "tuned"), *zip(prompts, *one_after_the_other, strict=True)]
     print(_table(rows))
     if output is not None:
         with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:

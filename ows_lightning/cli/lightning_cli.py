@@ -122,6 +122,11 @@ class OWSCLI(LightningCLI):
         for section in ("trainer", "checkpoint"):
             if not isinstance(value := config[section], Namespace):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
+        holders = (config["trainer"], config["checkpoint"], config["sampling"] or {}, config, config)
+        for holder, key in zip(holders, ("default_root_dir", "dirpath", "scores", "ckpt_path", "output"), strict=True):
+            # The ~ of --key=~/folder, which shells leave as it is.
+            if isinstance(value := holder.get(key), (str, Path)):
+                holder[key] = type(value)(os.path.expanduser(value))
         check_settings(config, trains=command == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
@@ -181,7 +186,7 @@ class OWSCLI(LightningCLI):
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
         callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
-        if self.subcommand == "predict":
+        if self.subcommand == "predict" and isinstance(self.model, CausalLMModule):  # what others return is their own
             callbacks.append(PredictionFile())
         if trainer_args["enable_checkpointing"] is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")

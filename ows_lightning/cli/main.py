@@ -69,11 +69,11 @@ def main(args: Any = None) -> None:
     try:
         _run(argv, args)
     except (Exception, KeyboardInterrupt) as error:
-        exit_with(error)
+        exit_with(error, argv)
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
-        exit_with(error.__context__)
+        exit_with(error.__context__, argv)
 
 
 def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
@@ -139,9 +139,9 @@ def usage() -> str:
     return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 
-def exit_with(error: BaseException) -> NoReturn:
-    """Ends the program with one line about an error, or with its stack trace if OWS_DEBUG is 1."""
-    line, code = message_and_exit_code(error)
+def exit_with(error: BaseException, argv: Any) -> NoReturn:
+    """Ends the program with one line about an error of a command, or with its stack trace if OWS_DEBUG is 1."""
+    line, code = message_and_exit_code(error, argv[0] if isinstance(argv, list) and argv else "fit")
     peer_watchdog.abort(code)
     if os.environ.get("OWS_DEBUG") == "1":
         raise error

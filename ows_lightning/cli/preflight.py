@@ -49,10 +49,8 @@ _RANGES = {
 
 _NOT_ZERO = {
     "fit": ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch"),
-    "validate": ("limit_val_batches",),
-    "test": ("limit_test_batches",),
-    "predict": ("limit_predict_batches",),
-}
+    "validate": ("limit_val_batches",), "test": ("limit_test_batches",), "predict": ("limit_predict_batches",),
+}  # fmt: skip
 """The commands that write into a run's folder, and the Trainer's arguments with which 0 makes each useless."""
 
 

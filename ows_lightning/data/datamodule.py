@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -295,9 +296,13 @@ class InstructionDataModule(LightningDataModule):
 
     def _prompt_dataloader(self, examples: Any) -> DataLoader:
         prompts = PromptRows(examples, self._encoder())
+        whole = PromptRows(examples, dataclasses.replace(prompts.encoder, max_seq_length=1 << 20))
+        lengths = [len(whole[i]["input_ids"]) for i in range(len(whole))]
+        if cut := sum(length > self.max_seq_length for length in lengths):
+            rank_zero_warn(f"data.max_seq_length: {cut} of {len(lengths)} prompts have more tokens, and lose their start")
         model = self.trainer.lightning_module if self.trainer else None
         if (generated := getattr(model, "hparams", {}).get("max_new_tokens")) is not None:
-            longest = max((len(prompts[i]["input_ids"]) for i in range(len(prompts))), default=0)
+            longest = min(max(lengths, default=0), self.max_seq_length)
             what = f"a prompt has {longest} tokens, to which model.max_new_tokens adds {generated}"
             self._check_positions(longest, what, generated)
         return self._ordered_dataloader(prompts, collate_prompts)

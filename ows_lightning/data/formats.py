@@ -130,8 +130,8 @@ def _answer(row: Row, column: str, row_name: str) -> list[Message]:
     answer, choices = row.get("answer"), row.get("choices")
     if isinstance(choices, list) and (index := index_of_choice(answer, choices)) is not None:
         answer = choices[index]
-    elif isinstance(choices, list) and isinstance(answer, bool):
-        raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one, or its index")
+    elif isinstance(choices, list) and isinstance(answer, (int, float)):  # also a truth value
+        raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one, or its index from 0")
     return [{"role": "assistant", "content": "" if answer is None else str(answer)}]
 
 

@@ -110,8 +110,7 @@ def merge_system_message(messages: list[Message]) -> list[Message] | None:
     """The messages with the system message at the head of the first user message; None if one of them is missing."""
     if len(messages) < 2 or [message["role"] for message in messages[:2]] != ["system", "user"]:
         return None
-    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-    return [{**messages[1], "content": content}, *messages[2:]]
+    return [{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
 
 
 def _in_form(messages: list[Message], content: str | None, arguments: Callable[[Any], Any]) -> list[Message]:

@@ -154,7 +154,8 @@ def content_hash(source: DataSource) -> str:
 
 def _files_of_split(directory: Path, source: DataSource) -> tuple[str, ...]:
     """The data files below `directory`; where names name splits (train.jsonl, test/a.jsonl), those of one of `source`'s."""
-    files = [p for p in sorted(directory.rglob("*")) if _suffix_of(p) and p.is_file()]
+    visible = [p for p in sorted(directory.rglob("*")) if "/." not in f"/{p.relative_to(directory).as_posix()}"]
+    files = [p for p in visible if _suffix_of(p) and p.is_file()]  # not Jupyter's old copies in .ipynb_checkpoints
     if not files:
         raise source.error(f"the directory '{source.name}' holds no {_FILE_KINDS} file")
     # By its outermost folder that names one, or by its own name.

@@ -7,6 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+_STATES = ("row", "right", "characters", "likelihood")
+
 
 class ChoiceAccuracy(Metric):
     """Share of the rows whose likeliest choice is the right one, raw and normalised by the choice's length.
@@ -15,27 +17,21 @@ class ChoiceAccuracy(Metric):
     """
 
     full_state_update = False
-    row: list[Tensor]
-    right: list[Tensor]
-    characters: list[Tensor]
-    likelihood: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("row", "right", "characters", "likelihood"):
+        for name in _STATES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, batch: dict[str, Tensor], likelihood: Tensor) -> None:
         """Adds a batch of choices, see `collate_choices`, with their log-likelihoods (B,)."""
-        self.row.append(batch["row"])
-        self.right.append(batch["right"])
-        self.characters.append(batch["characters"])
-        self.likelihood.append(likelihood)
+        for name in _STATES:
+            getattr(self, name).append(likelihood if name == "likelihood" else batch[name])
 
     def compute(self) -> dict[str, Tensor]:
         """Returns ``accuracy``, ``accuracy_norm``, and the standard error of each as ``..._stderr``."""
-        row, right = dim_zero_cat(self.row), dim_zero_cat(self.right)
-        likelihood, characters = dim_zero_cat(self.likelihood), dim_zero_cat(self.characters)
+        # On the CPU: Apple's GPUs have no float64, and others would be waited for at every row.
+        row, right, characters, likelihood = (dim_zero_cat(getattr(self, name)).cpu() for name in _STATES)
         metrics = {}
         for name, score in (("accuracy", likelihood), ("accuracy_norm", likelihood / characters)):
             hits = torch.stack([right[row == r][score[row == r].argmax()] for r in row.unique()]).double()

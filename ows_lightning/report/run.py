@@ -62,8 +62,9 @@ class RunRecord:
         """Reads a run's folder, or the newest run within; a UsageError says that there is none, or which file is damaged."""
         folder = find_run_folder(Path(path))
         try:
+            whole = folder.resolve()
             run = cls(
-                name=_run_name(folder),
+                name="/".join(whole.parts[-1 if _version_number(whole) < 0 else -2 :]),
                 path=folder,
                 scores=_read_scores(folder / SCORES_FILE),
                 history=_read_history(folder / HISTORY_FILE),
@@ -120,7 +121,7 @@ class RunRecord:
 
 
 def find_run_folder(path: Path) -> Path:
-    """The run folder that ``path`` is, or the newest of the ``version_N`` folders in it; a UsageError if there is no run."""
+    """The run folder that ``path`` is, or in it the newest ``version_N`` that trained; a UsageError if there is no run."""
     if is_run_folder(path):
         return path
     runs = [folder for folder in path.glob("version_*") if _version_number(folder) >= 0 and is_run_folder(folder)]
@@ -128,7 +129,7 @@ def find_run_folder(path: Path) -> Path:
         missing = f"{METRICS_FILE}, {HISTORY_FILE} or {SCORES_FILE}"
         what = f"not a run folder, it has no {missing}" if path.is_dir() else "no such folder"
         raise UsageError(f"{path}: {what}; give the folder that `fit` or `score` wrote")
-    return max(runs, key=_version_number)
+    return max(runs, key=lambda folder: (_has_trained(folder), _version_number(folder)))
 
 
 def run_folder_of(model: Path) -> Path | None:
@@ -142,14 +143,16 @@ def is_run_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in (SCORES_FILE, HISTORY_FILE, METRICS_FILE))
 
 
+def _has_trained(folder: Path) -> bool:
+    """Whether it is of a ``fit``: ``validate`` and ``test`` log into a folder of their own, too."""
+    metrics = folder / METRICS_FILE
+    columns = metrics.read_text("utf-8", "replace").partition("\n")[0] if metrics.is_file() else ""
+    return (folder / HISTORY_FILE).is_file() or "train_loss" in columns
+
+
 def _version_number(folder: Path) -> int:
     match = re.fullmatch(r"version_(\d+)", folder.name)
     return int(match[1]) if match else -1
-
-
-def _run_name(folder: Path) -> str:
-    folder = folder.resolve()
-    return folder.name if _version_number(folder) < 0 else f"{folder.parent.name}/{folder.name}"
 
 
 @contextmanager

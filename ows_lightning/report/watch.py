@@ -133,7 +133,5 @@ def is_running(run: Path) -> bool:
             with FileLock(lock, timeout=0):
                 pass
         return False
-    except UsageError:
-        return False
-    except Timeout:
-        return True
+    except (UsageError, Timeout) as error:
+        return isinstance(error, Timeout)

@@ -77,9 +77,9 @@ def write_pictures(run_dir: str | Path) -> list[Path]:
 def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | None = None) -> Path:
     """Draws one run or compares several: PNG pictures, a CSV file with the numbers beside each, and ``report.html``.
 
-    Of a folder with ``version_N`` folders the newest counts. The page, whose path is returned, holds the pictures and opens
-    without a network; a browser asks for it again after ``refresh`` seconds. A UsageError says that a run is missing, damaged
-    or has no figures yet, or that the output folder can't be written.
+    Of a folder with ``version_N`` folders the newest that trained counts. The page, whose path is returned, holds the
+    pictures and opens without a network; a browser asks for it again after ``refresh`` seconds. A UsageError says that a run
+    is missing, damaged or has no figures yet, or that the output folder can't be written.
     """
     records = _unique_runs([RunRecord.read(run) for run in runs])
     if not records:

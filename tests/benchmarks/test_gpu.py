@@ -1,6 +1,7 @@
 """The benchmark of a card, as a dry run on a CPU: every kind of row is measured, and what fails is a row as well."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -94,3 +95,14 @@ def test_the_command_goes_on_behind_a_row_that_hangs_and_stops_in_time(tiny, tmp
     assert found["about"]["torch"] == torch.__version__
     gpu.main(["--device", "cpu", "--minutes", "0", "--output", str(tmp_path)])
     assert capsys.readouterr().out.count("left out: no time was left") == 6
+
+
+def test_a_process_that_starts_behind_the_deadline_costs_its_row(tiny, tmp_path, monkeypatch):
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nsleep 0.5\necho ready\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(gpu, "LEAST", 0)
+    monkeypatch.setattr("sys.executable", str(slow))
+    wanted = [tiny["plan", "ours"], tiny["plan", "LoRA r=16"]]
+    found = [figures["error"] for _, figures in gpu.measured(wanted, "cpu", time.monotonic() + 0.3)]
+    assert found == ["not done within 0 s", "left out: no time was left"]

@@ -34,6 +34,17 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_checkpoint_is_written_where_no_directory_can_be_opened(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_as_windows_does(path: Path, flags: int) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("os.open", open_as_windows_does)
+    content = {"state_dict": {"w": torch.randn(2)}, "loops": {}, "global_step": 3}
+    AtomicCheckpointIO().save_checkpoint(content, saved / "third.ckpt")
+    assert AtomicCheckpointIO().load_checkpoint(saved / "third.ckpt")["global_step"] == 3
+
+
 def flip(file: Path, whole: bytes, place: int, bit: int) -> None:
     changed = bytearray(whole)
     changed[place] ^= 1 << bit

@@ -272,6 +272,9 @@ class PlainModule(LightningModule):
         self.log("train_loss", loss)
         return loss
 
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch).logits[:, -1]
+
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
 
@@ -282,18 +285,21 @@ class PlainData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(torch.randint(3, 100, (16, 12)), batch_size=4)
 
+    predict_dataloader = train_dataloader
+
 
 def test_classes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["main.py"])
-    arguments = (
-        "fit --model tests.cli.test_cli.PlainModule --data tests.cli.test_cli.PlainData --sampling.distribution uniform"
-    )
-    arguments += " --sampling.activated_layers 1 --sampling.interval_steps 2 --trainer.max_steps 4 --trainer.accelerator cpu"
-    main([*arguments.split(), "--trainer.enable_progress_bar", "false"])
+    classes = ["--model", "tests.cli.test_cli.PlainModule", "--data", "tests.cli.test_cli.PlainData"]
+    classes += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    sampling = "--sampling.distribution uniform --sampling.activated_layers 1 --sampling.interval_steps 2"
+    main(["fit", *classes, *sampling.split(), "--trainer.max_steps", "4"])
     assert Path("runs/version_0/sampling_history.csv").read_text().count("\n") == 3
     model = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())["model"]
     assert model["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"  # the module's own default
+    main(["predict", *classes])
+    assert not Path("runs/version_1/predictions.jsonl").exists()  # its predictions need not be texts
 
 
 @pytest.mark.slow

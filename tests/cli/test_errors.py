@@ -598,6 +598,17 @@ def test_bfloat16_on_a_cpu_without_it(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ([] if cpu_has_bfloat16() else [line])
 
 
+def test_the_home_of_a_path_that_the_shell_left_as_it_was(
+    typed: Callable[[str], tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = "--trainer.default_root_dir=~/runs --checkpoint.dirpath=~/kept"
+    line, _ = typed(f"validate --config base.yaml {paths} --ckpt_path last")
+    assert line.startswith(f"ckpt_path: no run has saved a checkpoint in '{tmp_path}/kept' or '{tmp_path}/runs'")
+    line, _ = typed("validate --config base.yaml --ckpt_path=~/last.ckpt")
+    assert line.startswith(f"ckpt_path: no checkpoint '{tmp_path}/last.ckpt'")
+
+
 def test_no_network_for_the_upload(
     model_dir: Callable[..., Path], rows_file: Path, typed: Callable[[str], tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,6 +661,14 @@ def test_base_model_without_template_is_said(
 )
 def test_every_error_is_one_line(error: BaseException, line: str, code: int) -> None:
     assert message_and_exit_code(error) == (line, code)
+
+
+def test_hints_are_for_the_command() -> None:
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    line, _ = message_and_exit_code(memory, "test")
+    assert line.startswith("CUDA out of memory; lower data.eval_batch_size or data.max_seq_length, or set trainer.precision")
+    assert message_and_exit_code(memory, "chat") == ("CUDA out of memory", 1)
+    assert message_and_exit_code(KeyboardInterrupt(), "report") == ("interrupted", 130)
 
 
 def test_errors_that_cause_each_other_end() -> None:

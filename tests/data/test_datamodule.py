@@ -128,6 +128,14 @@ def test_prompts_with_their_references(jsonl: Write) -> None:
     assert data.tokenizer.decode(batch["input_ids"][1]) == batch["prompt"][1]
 
 
+def test_prompts_that_lose_their_start_are_counted(jsonl: Write) -> None:
+    test = jsonl([{"prompt": "q"}, {"prompt": "q" * 40}], "prompts.jsonl")
+    data = make(jsonl(pairs(4)), test_dataset=test, max_seq_length=24)
+    with pytest.warns(UserWarning, match="data.max_seq_length: 1 of 2 prompts have more tokens, and lose their start"):
+        (batch,) = data.predict_dataloader()
+    assert batch["input_ids"].shape == (2, 24)
+
+
 @pytest.mark.parametrize(
     "row",
     [

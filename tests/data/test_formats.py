@@ -149,6 +149,7 @@ def test_a_renamed_column_that_is_not_there() -> None:
         rename({"instruction": "q", "response": "a"}, {"output": "respones"}, "row 1")
 
 
-def test_a_truth_that_is_none_of_the_choices_is_refused() -> None:
-    with pytest.raises(UsageError, match="row 1: the answer true is none of the choices"):
-        example({"prompt": "q", "choices": ["yes", "no"], "answer": True})
+@pytest.mark.parametrize("answer", [True, 2, -1, 1.0])  # an index that counts from 1, and one that pandas made a float
+def test_a_number_or_truth_that_is_none_of_the_choices_is_refused(answer: object) -> None:
+    with pytest.raises(UsageError, match=f"row 1: the answer {str(answer).lower()} is none of the choices"):
+        example({"prompt": "q", "choices": ["yes", "no"], "answer": answer})

@@ -107,6 +107,13 @@ def test_directories_and_globs(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "*.jsonl") == ROWS
 
 
+def test_hidden_files_of_a_directory_are_no_rows(tmp_path: Path) -> None:
+    write(tmp_path / ".data" / "a.jsonl")
+    write(tmp_path / ".data" / ".ipynb_checkpoints" / "a-checkpoint.jsonl", ROWS[:1])  # Jupyter's copy of an older state
+    write(tmp_path / ".data" / ".a.jsonl", ROWS[:1])
+    assert rows_of(tmp_path / ".data") == ROWS
+
+
 def test_a_directory_whose_files_name_splits_gives_the_split(tmp_path: Path) -> None:
     write(tmp_path / "boolq_train.jsonl", ROWS[:1])
     write(tmp_path / "boolq_test.jsonl", ROWS[1:])

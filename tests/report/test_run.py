@@ -40,6 +40,16 @@ def test_takes_the_newest_version_by_number(tmp_path, make_run):
     assert run.name == "lightning_logs/version_10"
 
 
+def test_a_run_is_not_hidden_by_those_that_evaluate_it(tmp_path, make_run):
+    make_run(tmp_path / "version_0", sampled=False)
+    for version, metric in enumerate(("test_loss", "val_loss"), start=1):
+        (tmp_path / f"version_{version}").mkdir()
+        (tmp_path / f"version_{version}" / "metrics.csv").write_text(f"epoch,step,{metric}\n0,0,2.0\n")
+    assert RunRecord.read(tmp_path).path.name == "version_0"
+    shutil.rmtree(tmp_path / "version_0")
+    assert RunRecord.read(tmp_path).path.name == "version_2"
+
+
 def test_validation_rows_get_tokens_and_time_of_their_step(tmp_path, make_run):
     run = RunRecord.read(make_run(tmp_path / "ows", steps=100, seconds_per_step=2.0))
     assert run.series("val_loss", "tokens")[0] == [50 * 1500, 100 * 1500]
