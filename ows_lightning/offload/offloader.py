@@ -117,8 +117,7 @@ class BlockOffloader:
             self._set_active(trains)
             self.schedule.fetch_first()
         for optimizer in optimizers:
-            on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")  # where torch wants `step`
-            kept = {"rest"} if on_device else {"rest", "step"}
+            kept = {"rest"} if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable") else {"rest", "step"}
             for state in (optimizer.state.get(p, {}) for weights in self.parameters for p in weights):
                 for key, value in state.items():
                     if isinstance(value, Tensor) and key not in kept and value.device != self.device:

@@ -206,16 +206,14 @@ class GaLoreAdamW(GradientCapture):
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
         self._merge_kept([p for p in self._group_and_index if p not in resting])
         for p in self._group_and_index:
-            if (p in resting) == self.rests(p):
-                continue
-            self.state.pop(p, None)
-            self.resting_projectors.pop(p, None)
-            self._discard_gradients(p)
-            if p in resting:
-                self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
-        for p in (p for p in self._group_and_index if p in resting and self.ddp_averaging):  # another CPU may round otherwise
-            if p not in self.resting_projectors and (projector := self.resting_projector(p)) is not None:
-                dist.broadcast(projector if p.dim() == 2 else projector[0], src=0)
+            if (p in resting) != self.rests(p):
+                self.state.pop(p, None)
+                self.resting_projectors.pop(p, None)
+                self._discard_gradients(p)
+                if p in resting:
+                    self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
+            if self.ddp_averaging and p not in self.resting_projectors and (q := self.resting_projector(p)) is not None:
+                dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round otherwise
 
     def rests(self, p: Tensor) -> bool:
         """Whether a parameter trains at rest."""
