@@ -178,6 +178,8 @@ def test_export_of_the_last_checkpoint_is_the_model_of_the_run(config: Path) -> 
     files = [load_file(folder / "model.safetensors") for folder in (trained / "model", trained / "model-last")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    run("export", config, "--ckpt_path", "last", "--output", "half", "--trainer.precision", "16-true")  # needs no GPU
+    assert all(torch.equal(value, files[0][name].half()) for name, value in load_file("half/model.safetensors").items())
     cards = [(folder / "README.md").read_text() for folder in (trained / "model", trained / "model-last")]
     for card in cards:
         assert "| Sampling | outlier, 2 blocks every 2 steps |" in card
