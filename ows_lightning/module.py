@@ -317,7 +317,7 @@ class CausalLMModule(EvaluationModule):
         return precompute_on_host(batch) if self.trainer.training else batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the loss of a micro-batch; ``configure_gradient_clipping`` makes its gradient that of the step's mean."""
+        """Returns the loss of a micro-batch; ``optimizer_step`` makes its gradient that of the step's mean."""
         last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, GaLoreAdamW):
@@ -333,15 +333,21 @@ class CausalLMModule(EvaluationModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Completes the step's gradient, clips what the optimizer consumes, and logs loss and norm."""
-        micro_batches = self.trainer.accumulate_grad_batches  # a GradientAccumulationScheduler may have changed it
-        self.last_step = self.step.finish(optimizer, micro_batches, gradient_clip_val, gradient_clip_algorithm)
+        """Clips what the optimizer consumes, and logs loss and norm."""
+        self.last_step = self.step.finish(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train_loss", self.last_step.loss, prog_bar=True)
         self.log("grad_norm", self.last_step.grad_norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, and drops the gradients at once: Lightning would keep full-rank ones through the next forward."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        own: Any = self.optimizers(use_pl_optimizer=False)
+
+        def closure() -> Any:
+            loss = optimizer_closure()
+            self.step.complete(own, self.trainer.accumulate_grad_batches)  # which a GradientAccumulationScheduler may change
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         optimizer.zero_grad()
         if self.offloader is not None and self.offloader.was_copied:  # weight averaging reads whole weights after each step
             self.offloader.take_in_updates()

@@ -35,7 +35,7 @@ class StepAccumulator:
     """The optimizer step that is under way.
 
     The step's loss is the mean over the target tokens of all its micro-batches and processes, whose number is known when the
-    last micro-batch has come. Until then gradients are those of sums over a fixed number; ``finish`` makes them those of the
+    last micro-batch has come. Until then gradients are those of sums over a fixed number; ``complete`` makes them those of the
     mean. Processes, over which the strategy averages gradients, communicate once a step.
     """
 
@@ -56,24 +56,28 @@ class StepAccumulator:
             self._divisor = self._totals[1].clamp(min=1) / self.processes if last else _PROVISIONAL_TARGETS
         return parts.total / self._divisor
 
-    def finish(
-        self, optimizer: Optimizer, micro_batches: int, limit: float | None = None, algorithm: str | None = None
-    ) -> StepMetrics:
-        """Makes the gradient that of the step's mean loss, clips what the optimizer consumes, and begins the next step.
+    def complete(self, optimizer: Optimizer, micro_batches: int) -> None:
+        """Makes the gradient that of the step's mean loss, before hooks look at it.
 
         Gradients have to be complete, and averaged over the processes. Lightning has divided each loss by the number of
-        ``micro_batches``. ``limit`` and ``algorithm`` are its ``gradient_clip_val`` (0 or None for none) and ``_algorithm``.
+        ``micro_batches``.
         """
         assert self._totals is not None
-        trained_on = self._totals[1].clamp(min=1)
+        if micro_batches > 1:
+            factor = self._divisor * micro_batches * self.processes / self._totals[1].clamp(min=1)
+            foreach_mul_([local(gradient) for gradient in _gradients_of(optimizer)], factor)
+
+    def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepMetrics:
+        """Clips what the optimizer consumes, and begins the next step; call it after `complete`.
+
+        ``limit`` and ``algorithm`` are Lightning's ``gradient_clip_val`` (0 or None for none) and ``_algorithm``.
+        """
+        assert self._totals is not None
         gradients = _gradients_of(optimizer)
         norm = total_norm(gradients)
-        if micro_batches > 1:
-            factor = self._divisor * micro_batches * self.processes / trained_on
-            norm = norm * factor
-            foreach_mul_([local(gradient) for gradient in gradients], factor)
+        mean = self._totals[0] / self._totals[1].clamp(min=1)
         # Only here does a step wait for the device.
-        loss, grad_norm, targets, tokens, codes = torch.stack([self._totals[0] / trained_on, norm, *self._totals[1:]]).cpu()
+        loss, grad_norm, targets, tokens, codes = torch.stack([mean, norm, *self._totals[1:]]).cpu()
         skipped = not grad_norm.isfinite()
         if isinstance(optimizer, GaLoreAdamW):  # else it skips, and names the weight, by itself
             optimizer.known_finite = not skipped

@@ -88,6 +88,30 @@ def test_micro_batches_of_uneven_targets_equal_one_large_batch(
         assert difference < (0.05 if rank else 0.01) * update
 
 
+class SeenNorms(Callback):
+    """The norms of the gradients that a callback sees before each step."""
+
+    def __init__(self) -> None:
+        self.norms: list[torch.Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.norms.append(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]))
+
+
+def test_hooks_and_draws_by_gradients_see_the_gradient_of_one_large_batch(model_dir: ModelDir, tmp_path: Path) -> None:
+    seen, scores = [], []
+    for batch_size, micro_batches in ((8, 1), (2, 4)):
+        module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=None, warmup_steps=0)
+        sampling, norms = LayerwiseSampling(4, distribution="gradient_norm"), SeenNorms()
+        run = trainer(tmp_path, norms, sampling, max_steps=2, max_epochs=2, accumulate_grad_batches=micro_batches)
+        run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=batch_size))
+        torch.testing.assert_close(norms.norms[-1], run.callback_metrics["grad_norm"])
+        seen.append(norms.norms)
+        scores.append(sampling.gradient_norms)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-3, atol=0)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
+
+
 def test_a_last_window_with_fewer_micro_batches_is_still_a_mean(model_dir: ModelDir, tmp_path: Path) -> None:
     rows = rows_with_uneven_targets(3)
     module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=None, warmup_steps=0)

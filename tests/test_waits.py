@@ -171,8 +171,9 @@ class Begin(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.waits.phase = trainer.global_step, "draw"
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self.waits.phase = trainer.global_step, "step"
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fit_loop._should_accumulate():
+            self.waits.phase = trainer.global_step, "step"
 
 
 class End(Callback):

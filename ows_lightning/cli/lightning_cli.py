@@ -236,8 +236,7 @@ class OWSCLI(LightningCLI):
 
 def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
     """Returns the default section ``model``, with an optimizer."""
-    path = f"{CausalLMModule.__module__}.{CausalLMModule.__name__}"
-    return {"class_path": path, "init_args": {"optimizer": optimizer}}
+    return {"class_path": f"{CausalLMModule.__module__}.{CausalLMModule.__name__}", "init_args": {"optimizer": optimizer}}
 
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ows_lightning.distributed.process_group import destroy_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -38,7 +37,8 @@ class LayerwiseDDPStrategy(DDPStrategy):
         """Gives all processes rank 0's weights; the model is not wrapped."""
         assert self.model is not None
         for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+            if self.world_size > 1:  # one process may offload blocks, and NCCL takes nothing from host memory
+                dist.broadcast(tensor.detach(), src=0)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -54,19 +54,14 @@ class LayerwiseDDPStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
-                optimizer.ddp_averaging = True
+                optimizer.ddp_averaging = self.world_size > 1
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages the gradients of a step that is complete."""
-        if not self._accumulates:
-            for optimizer in self.optimizers:
-                _average_gradients(optimizer)
-
-
-def _average_gradients(optimizer: Optimizer) -> None:
-    if isinstance(optimizer, GaLoreAdamW):
-        optimizer.average_gradients()
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    zero_missing_gradients(parameters, [p.grad is not None for p in parameters])
-    average_([p.grad for p in parameters if p.grad is not None])
+        for optimizer in self.optimizers if not self._accumulates and self.world_size > 1 else ():
+            if isinstance(optimizer, GaLoreAdamW):
+                optimizer.average_gradients()
+                continue
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            zero_missing_gradients(parameters, [p.grad is not None for p in parameters])
+            average_([p.grad for p in parameters if p.grad is not None])

@@ -232,7 +232,7 @@ class Speed:
 def speed(settings: PlanSettings, compute: Compute, card: Card) -> Speed:
     """Estimates a speed: the longer of what a method's FLOPs take at `UTILISATION`, and what its fetches take."""
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
-    block = ModelSizes.of(settings).offloaded
+    block = sum(ModelSizes.of(settings).offloaded) / settings.blocks  # the mean, where they differ
     fetches = sum(fetched_blocks(draw, settings, settings.blocks) for draw in compute.draws) / len(compute.draws)
     fetched = int(fetches * block) * settings.accumulate_grad_batches
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches

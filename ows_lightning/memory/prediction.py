@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -159,24 +160,27 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
 
 
 class ModelSizes(NamedTuple):
-    """The sizes of a model's blocks, and of all else."""
+    """The sizes of a model's blocks, the largest first, and of all else. What several blocks share counts as all else."""
 
-    block: int  # parameters of a block
+    blocks: list[int]  # parameters of each
     root: int  # parameters of all else
-    on_device: int  # bytes of the largest block as it trains
-    offloaded: int  # bytes of the largest block while it is offloaded, or in int8
+    on_device: list[int]  # bytes of each block as it trains
+    offloaded: list[int]  # bytes of each while it is offloaded, or in int8
     largest_weight: int  # bytes, of a block's
 
     @classmethod
     def of(cls, settings: PlanSettings) -> ModelSizes:
         """Returns those of the settings' model."""
-        layers = [list(layer.parameters()) for layer in decoder_layers(settings.meta_model)]
-        block = sum(p.numel() for p in layers[0])
-        root = sum(p.numel() for p in settings.meta_model.parameters()) - len(layers) * block
-        on_device = offloaded = max(sum(p.nbytes for p in layer) for layer in layers)
+        layers = decoder_layers(settings.meta_model)
+        blocks_of = Counter(p for layer in layers for p in layer.parameters())
+        own = [[p for p in layer.parameters() if blocks_of[p] == 1] for layer in layers]
+        own.sort(key=lambda layer: sum(p.nbytes for p in layer), reverse=True)
+        blocks = [sum(p.numel() for p in layer) for layer in own]
+        root = sum(p.numel() for p in settings.meta_model.parameters()) - sum(blocks)
+        on_device = offloaded = [sum(p.nbytes for p in layer) for layer in own]
         if settings.frozen_dtype == "int8":  # a byte a weight and a float32 scale an output row; the rest as it is
-            offloaded = max(sum(_int8(p) for p in layer) for layer in layers)
-        return cls(block, root, on_device, offloaded, max(p.nbytes for layer in layers for p in layer))
+            offloaded = [sum(_int8(p) for p in layer) for layer in own]
+        return cls(blocks, root, on_device, offloaded, max(p.nbytes for layer in own for p in layer))
 
 
 def _int8(p: nn.Parameter) -> int:
@@ -194,20 +198,20 @@ def _offloaded_blocks(settings: PlanSettings, count: int) -> int:
 def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, int]:
     """What the device holds more than a whole model's weights (less, if negative), and what host memory holds.
 
-    Blocks that train, embeddings, head and norm stay as they are; for those that are offloaded there are slots. Blocks in int8
-    are dequantised into the slots, from copies on the device or from memory that the copies pass through one by one. The host
-    has every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone.
+    Blocks that train (the largest, where they differ), embeddings, head and norm stay as they are; for offloaded ones there
+    are slots. Blocks in int8 are dequantised into the slots, from copies on the device or from memory that the copies pass
+    through one by one. The host has every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone.
     """
     offloaded, is_int8 = _offloaded_blocks(settings, settings.blocks), settings.frozen_dtype == "int8"
     if not offloaded:
         return 0, 0
-    slots = min(settings.window_blocks, offloaded)
-    copies = offloaded if settings.frozen_in == "device" else int(is_int8)
-    on_device = (slots - offloaded) * sizes.on_device + copies * sizes.offloaded
+    frozen = slice(settings.blocks - offloaded, None)
+    on_device = min(settings.window_blocks, offloaded) * sizes.on_device[0] - sum(sizes.on_device[frozen])
+    if is_int8:
+        on_device += sum(sizes.offloaded[frozen]) if settings.frozen_in == "device" else sizes.offloaded[0]
     if settings.frozen_in == "disk":
         return on_device, _STAGING * sizes.largest_weight if settings.on_gpu else 0
-    copy = sizes.offloaded if is_int8 and settings.frozen_in == "host" else 0
-    return on_device, settings.blocks * (sizes.on_device + copy)
+    return on_device, sum(sizes.on_device) + (sum(sizes.offloaded) if is_int8 and settings.frozen_in == "host" else 0)
 
 
 def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:
@@ -238,9 +242,9 @@ def _per_device_peak(peak: dict[str, int], settings: PlanSettings, sizes: ModelS
         return peak
     sharded = {"weights", "gradients", "moments"} | ({"other"} if settings.method.rank is None else set())
     each = {name: -(-size // settings.devices) if name in sharded else size for name, size in peak.items()}
-    each["weights"] += (sizes.root + 2 * sizes.block) * settings.compute_dtype.itemsize
+    each["weights"] += (sizes.root + sum(sizes.blocks[:2])) * settings.compute_dtype.itemsize
     if settings.method.lora is None:
-        each["gradients"] += 2 * sizes.block * settings.compute_dtype.itemsize
+        each["gradients"] += sum(sizes.blocks[:2]) * settings.compute_dtype.itemsize
     return each
 
 
@@ -253,7 +257,7 @@ def _communicated_bytes(memory: StepMemory, settings: PlanSettings, sizes: Model
     """
     n = settings.devices
     if settings.is_sharded:
-        gathered = (2 * settings.blocks * sizes.block + sizes.root) * settings.compute_dtype.itemsize
+        gathered = (2 * sum(sizes.blocks) + sizes.root) * settings.compute_dtype.itemsize
         return settings.accumulate_grad_batches * (gathered + 4 * memory.trained) * (n - 1) // n
     reduced = memory.consumed if settings.method.ours else memory.trained * settings.dtype.itemsize
     return 2 * reduced * (n - 1) // n

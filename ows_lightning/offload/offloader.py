@@ -117,9 +117,10 @@ class BlockOffloader:
             self._set_active(trains)
             self.schedule.fetch_first()
         for optimizer in optimizers:
+            kept = {"rest"} if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable") else {"rest", "step"}
             for state in (optimizer.state.get(p, {}) for weights in self.parameters for p in weights):
                 for key, value in state.items():
-                    if isinstance(value, Tensor) and key not in ("step", "rest") and value.device != self.device:
+                    if isinstance(value, Tensor) and key not in kept and value.device != self.device:
                         state[key] = value.to(self.device)
 
     def offload_all(self) -> None:
@@ -232,6 +233,7 @@ class BlockOffloader:
         if added == before:
             return
         if before:  # of an earlier step: the weights themselves are needed again
+            self._stream.release(slot)  # which others, that are in it now, were just written into
             self.issue(block, slot)
             self._stream.wait(slot)
         for p, (update, projector) in updates.items():

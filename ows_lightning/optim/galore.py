@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ows_lightning.errors import UsageError
@@ -199,18 +200,20 @@ class GaLoreAdamW(GradientCapture):
         Raises:
             ValueError: A weight is no matrix that the rank makes smaller.
         """
+        self._progress.draw_seed = seed
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
         self._merge_kept([p for p in self._group_and_index if p not in resting])
         for p in self._group_and_index:
-            if (p in resting) == self.rests(p):
-                continue
-            self.state.pop(p, None)
-            self.resting_projectors.pop(p, None)
-            self._discard_gradients(p)
-            if p in resting:
-                self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
+            if (p in resting) != self.rests(p):
+                self.state.pop(p, None)
+                self.resting_projectors.pop(p, None)
+                self._discard_gradients(p)
+                if p in resting:
+                    self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
+            if self.ddp_averaging and p not in self.resting_projectors and (q := self.resting_projector(p)) is not None:
+                dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round otherwise
 
     def rests(self, p: Tensor) -> bool:
         """Whether a parameter trains at rest."""
@@ -295,6 +298,8 @@ class GaLoreAdamW(GradientCapture):
     def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
         group, index = self._group_and_index[p]
         seed = index + int(self.state[p].get("step", 0))
+        if group["subspace"] == "random":  # another one whenever a block becomes active, too
+            seed = (1_000_003 * self._progress.draw_seed + seed) % 2**63
         return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     # ------------------------------------------------------------------ the step

@@ -41,6 +41,7 @@ class _Progress:
     ddp_averaging: bool = False
     known_finite: bool = False
     skipped_steps: int = 0
+    draw_seed: int = 0  # of the latest draw
     renewal_s: float = 0.0
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     projected_linears: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)

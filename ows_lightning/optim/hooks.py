@@ -32,14 +32,12 @@ def hook_gradients(parameters: Iterable[Tensor], owner: GradientCapture) -> None
 
     The hook goes with its owner, and replaces another owner's. A frozen parameter is hooked for when it trains.
     """
-    handles = []
     for p in parameters:
         remove_hook(p)
         trains = p.requires_grad
         p.requires_grad_(True)  # torch accepts no hook on a frozen weight, but keeps one if it is frozen later
-        handles.append(_Hook(p, owner).handle)
+        weakref.finalize(owner, _Hook(p, owner).handle.remove).atexit = False
         p.requires_grad_(trains)
-    weakref.finalize(owner, _remove, handles).atexit = False
 
 
 def remove_hook(p: Tensor) -> None:
@@ -53,8 +51,3 @@ def only_hook_owner(p: Tensor) -> GradientCapture | None:
     """Returns whose hook gets a parameter's gradient; None if nobody's does, or if others look at that gradient, too."""
     hooks = gradient_hooks(p)
     return hooks[0].owner() if len(hooks) == 1 and isinstance(hooks[0], _Hook) else None
-
-
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

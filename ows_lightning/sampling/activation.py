@@ -50,7 +50,7 @@ def activate_blocks(
         others: Parameters outside the blocks, each with whether it trains.
         optimizers: Built before anything was frozen; with a ``resting_rank``, GaLoreAdamW for the blocks' matrices.
         resting_rank: Rank in which blocks train at rest; 0 freezes them.
-        resting_seed: Seeds the subspaces of the matrices that begin to rest now.
+        resting_seed: Seeds the random subspaces of the matrices that begin to rest, or to train in one, now.
     """
     trains = dict(others)
     first: dict[nn.Parameter, int] = {}  # the lowest block that each is in

@@ -86,13 +86,15 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
     """
     if not isinstance(loader, DataLoader):
         raise UsageError(f"sampling.scores: give a file from `{command_line('score')}`; calibration needs one DataLoader")
-    dataset = loader.dataset
+    dataset: Any = loader.dataset
     kind: Any = DataLoader
     if isinstance(dataset, IterableDataset):
         # Reading a copy leaves the run's position alone. Only the same class of loader can unpack the stream's rows.
         dataset, kind = copy.deepcopy(dataset), type(loader)
+        if hasattr(dataset, "num_replicas"):  # it is a rank's share
+            dataset.rank, dataset.num_replicas = 0, 1
     else:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         dataset = Subset(dataset, order[:samples].tolist())
     # A loader that was given a batch sampler has no batch size.
     size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, samples)

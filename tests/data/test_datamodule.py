@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import inspect
 import itertools
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ows_lightning.data import InstructionDataModule, examples, masking, stream
 from ows_lightning.errors import UsageError
+from ows_lightning.sampling.outliers import calibration_batches
 from tests.data.samples import pairs, tiny_tokenizer
 from tests.tiny import tiny_model
 
@@ -362,6 +364,21 @@ def test_two_processes_share_the_batches_of_one(jsonl: Write, tmp_path: Path, st
         parts = [row for row in itertools.chain(*zip(one, two, strict=True)) if row]
         assert parts == batch, step
     assert [sum(sizes) for _, sizes in ranks] == [2, 2]
+
+
+def test_every_process_scores_blocks_on_the_same_rows_of_a_stream(jsonl: Write) -> None:
+    module = fit(make(jsonl(pairs(18)), streaming=True, val_size=3), max_steps=1)
+    loader: Any = module.trainer.train_dataloader
+
+    def scored_on(**share: int) -> list[list[str]]:
+        rows = dataclasses.replace(loader.dataset, **share)
+        batches = calibration_batches(stream.StreamLoader(rows, batch_size=2, collate_fn=loader.collate_fn), 6, seed=0)
+        return [answers(module.tokenizer, batch) for batch in batches]
+
+    alone = scored_on()
+    assert sum(map(len, alone)) == 6
+    for rank in range(2):
+        assert scored_on(rank=rank, num_replicas=2) == alone
 
 
 def test_streams_hold_out_their_first_rows_and_repeat(jsonl: Write) -> None:

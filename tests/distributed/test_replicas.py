@@ -5,18 +5,26 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from ows_lightning import CausalLMModule, LayerwiseSampling
+from ows_lightning.distributed import ddp
+from ows_lightning.optim import galore, sharding
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling import sampler
 from tests.distributed.fixtures import Arguments
 from tests.distributed.launch import main_without_prediction, run
+from tests.tiny import tiny_batch
 
 RANKS = 2
 
@@ -62,6 +70,54 @@ def with_a_flipped_column(arguments: list[str]) -> None:
 
 def test_replicas_take_the_first_ones_subspaces(tmp_path: Path) -> None:
     run([], tmp_path, RANKS, target=with_a_flipped_column)
+
+
+def with_another_rounding_at_rest(arguments: list[str]) -> None:
+    """Rank 1's random subspaces are rounded otherwise, as another CPU might."""
+    dist.init_process_group("gloo")
+    exact = galore.random_subspace
+    if dist.get_rank() == 1:
+        galore.random_subspace = lambda p, *given: (exact(p.view(-1, 6), *given) + 1e-3).expand(*p.shape[:-2], -1, -1)
+    weights = [nn.Parameter(torch.rand(shape, generator=torch.Generator().manual_seed(0))) for shape in ((8, 6), (3, 8, 6))]
+    optimizer = GaLoreAdamW(weights, lr=0.1)
+    optimizer.ddp_averaging = True
+    before = [w.detach().clone() for w in weights]
+    optimizer.rest(weights, rank=2)
+    for step in range(2):
+        inputs = torch.rand(5, 6, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        torch.stack([(inputs @ w.mT).square().mean() for w in weights]).sum().backward()
+        optimizer.average_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+    for weight, old in zip(weights, before, strict=True):
+        assert not torch.equal(weight, old)
+        assert torch.equal(*everywhere(weight))
+    dist.destroy_process_group()
+
+
+def test_replicas_take_the_first_ones_subspaces_at_rest(tmp_path: Path) -> None:
+    run([], tmp_path, RANKS, target=with_another_rounding_at_rest)
+
+
+def alone_with_offloaded_blocks(arguments: list[str]) -> None:
+    """As on a GPU, whose processes send one another nothing that lies in host memory."""
+
+    def refuse(tensor: Tensor, *more: Any, **named: Any) -> None:
+        raise RuntimeError("No backend type associated with device type cpu")
+
+    ddp.dist = sharding.dist = SimpleNamespace(broadcast=refuse, all_reduce=refuse, ReduceOp=dist.ReduceOp)
+    module = CausalLMModule(arguments[0], rank=4, frozen_in="host", warmup_steps=0, update_proj_gap=1)
+    rows = [{key: value[0] for key, value in tiny_batch(1, seed=seed).items()} for seed in range(8)]
+    trainer = Trainer(
+        strategy="ddp_layerwise", accelerator="cpu", devices=1, max_steps=2, accumulate_grad_batches=2, logger=False,
+        callbacks=[LayerwiseSampling(1, 1, "uniform", always_train=["norm"])], enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(rows, batch_size=2))
+    assert trainer.optimizers[0].renewal_s > 0
+
+
+def test_one_process_needs_no_other(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    run([str(model_dir())], tmp_path, 1, target=alone_with_offloaded_blocks)
 
 
 def with_a_gradient_missing(arguments: list[str]) -> None:

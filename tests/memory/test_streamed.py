@@ -13,8 +13,12 @@ from ows_lightning.memory import plan_from_config
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import fetched_blocks, predict
 from ows_lightning.memory.tracker import HOST
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.offload.int8 import Int8Weights
+from ows_lightning.offload.offloader import BlockOffloader
+from ows_lightning.sampling.activation import activate_blocks
 from tests.memory.test_plan import Track, llama_7b, make_config, run_and_track
+from tests.tiny import tiny_model
 
 LLAMA_70B = {"model__model_name_or_path": "meta-llama/Llama-2-70b-hf"}
 
@@ -98,6 +102,29 @@ def test_the_device_holds_what_was_predicted(
     config = make_config(directory, **waits, model__gradient_checkpointing=True, data__batch_size=1)
     needs = plan_from_config(config, ["ows"]).methods["ows"]
     assert run_and_track(config, Device()) == pytest.approx(needs.peak_bytes, rel=0.005)
+
+
+def test_blocks_of_several_sizes_count_each_as_it_is(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe", num_hidden_layers=5, mlp_only_layers=[1, 2, 3], num_experts=16)  # the others are larger
+    model.save_pretrained(tmp_path)
+    layers = decoder_layers(model)
+    small, large = (sum(p.nbytes for p in layers[index].parameters()) for index in (1, 0))
+    assert large > 3 * small
+    whole = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    settings = settings_from_config(make_config(tmp_path, model__rank=4, model__frozen_in="host", data__batch_size=1))
+    needs = predict(settings)
+    offloader = BlockOffloader(layers)
+    activate_blocks(layers, [0, 4])
+    offloader.apply_draw()
+    elsewhere = [t for index in offloader.schedule.order for t in offloader.offloaded[index].tensors]
+    here = whole + sum(slot.nbytes for slot in offloader.slots) - sum(t.nbytes for t in elsewhere)
+    assert needs.bytes["weights"] == pytest.approx(here, rel=0.01)
+    assert needs.host_bytes == 2 * large + 3 * small
+
+    sharded = predict(replace(settings, frozen_in="device", strategy="fsdp2", devices=2))
+    root = whole - 2 * large - 3 * small
+    assert sharded.bytes["weights"] == pytest.approx(whole / 2 + root + 2 * large, rel=0.01)
+    assert sharded.communicated_bytes == pytest.approx((root + 2 * (2 * large + 3 * small) + 2 * large) / 2, rel=0.03)
 
 
 @pytest.mark.parametrize("window", [2, 3])

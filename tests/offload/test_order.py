@@ -27,6 +27,9 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.offload.streams import _CudaStream
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.sampling.activation import activate_blocks
 from tests.offload.fake_gpu import FakeGpu
 from tests.offload.steps import Run, train
 from tests.tiny import tiny_batch, tiny_model
@@ -230,6 +233,34 @@ def dropped_before_its_stream(folder: Path) -> None:
         del stream
 
 
+def looked_at_while_it_rests(folder: Path) -> None:
+    """A resting block, of whose weights linear layers have one kind of update, and the slot itself has the other."""
+
+    class OtherLinear(nn.Linear):
+        """Not one that computes with an update."""
+
+    with FakeGpu(late=True).installed():
+        model = tiny_model("llama", num_hidden_layers=3)
+        layers = decoder_layers(model)
+        layers[2].mlp.down_proj.__class__ = OtherLinear
+        offloader = BlockOffloader(layers)
+        model.to("cuda")
+        optimizer = GaLoreAdamW(galore_param_groups(model, rank=4), lr=1e-2)
+        optimizer.project_in_backward(model=model)
+        offloader.attach_optimizer(optimizer)
+        activate_blocks(layers, [0], (), [optimizer], resting_rank=2)
+        offloader.apply_draw([optimizer])
+        Subject(model, offloader, "cuda").loss().backward()
+        optimizer.step()
+        with torch.no_grad(), offloader.on_device(layers[2]):
+            assert all(p.isfinite().all() for p in layers[2].parameters())
+        del model, layers, offloader, optimizer
+
+
+def test_a_block_may_be_looked_at_while_it_rests(tmp_path: Path) -> None:
+    looked_at_while_it_rests(tmp_path)
+
+
 def test_what_a_fetch_uses_lives_until_it_has_run(tmp_path: Path) -> None:
     dropped_while_a_fetch_runs(tmp_path)
     dropped_before_its_stream(tmp_path)
@@ -321,6 +352,7 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
     Mutant("offloader", "BlockOffloader.merge_updates", "self._stop_fetches()"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.merge_updates", "self._stream.wait_for_computation()"): _killed_by("rested", "int8"),
+    Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.release(slot)"): looked_at_while_it_rests,
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.wait(slot)"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.make_writable", "self._stop_fetches()"): _killed_by("loaded", "host"),
     Mutant("offloader", "BlockOffloader.refresh", "self._stop_fetches()"): _killed_by("copied", "int8"),

@@ -21,10 +21,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
+from ows_lightning.offload.offloader import BlockOffloader
+from ows_lightning.sampling.activation import activate_blocks
 from tests.offload.fake_gpu import GPU, FakeGpu
 from tests.offload.test_fit import assert_identical
-from tests.tiny import tiny_batch
+from tests.tiny import tiny_batch, tiny_model
 
 STEPS, SAVED = 4, 2
 
@@ -64,6 +67,22 @@ def fit(model: Path, folder: Path, gpu: FakeGpu | None = None, resume: Path | No
     left["model"] = load_file(folder / "model" / "model.safetensors")
     saved = torch.load(folder / f"step={STEPS}.ckpt", weights_only=True)
     return left | {"weights": saved["state_dict"], "states": saved["optimizer_states"]}
+
+
+@pytest.mark.parametrize(("options", "step"), [({}, "cpu"), ({"fused": True}, "cuda"), ({"capturable": True}, "cuda")])
+def test_a_state_that_was_loaded_before_the_draw_comes_to_the_device(options: dict[str, bool], step: str) -> None:
+    with FakeGpu(late=True).installed():
+        model = tiny_model("llama", num_hidden_layers=3)
+        layers, offloader = decoder_layers(model), BlockOffloader(decoder_layers(model))
+        model.to("cuda")
+        activate_blocks(layers, [1])
+        weight = layers[1].mlp.up_proj.weight
+        optimizer = torch.optim.AdamW(layers.parameters(), **options)
+        optimizer.state[weight] = {"step": torch.zeros(()), "exp_avg": torch.zeros(64, 32), "exp_avg_sq": torch.zeros(64, 32)}
+        offloader.apply_draw([optimizer])
+        found = {key: value.device.type for key, value in optimizer.state[weight].items()}
+        del model, layers, offloader, weight, optimizer
+    assert found == {"step": step, "exp_avg": "cuda", "exp_avg_sq": "cuda"}
 
 
 @pytest.mark.slow

@@ -256,6 +256,18 @@ def test_the_subspace_is_orthonormal_and_another_for_every_seed() -> None:
     assert (one.mT @ other).abs().max() < 0.9
 
 
+def test_a_block_that_trains_in_random_subspaces_has_another_whenever_it_is_drawn() -> None:
+    run = Run(resting_rank=0)
+    for group in run.optimizer.param_groups:
+        group.update(subspace="random")
+    weight, found = decoder_layers(run.model)[DRAWS[0][0]].mlp.up_proj.weight, []
+    for interval in range(len(DRAWS)):
+        run.train(1).step = (interval + 1) * INTERVAL
+        found += [run.optimizer.state[weight]["projector"].clone()] if weight.requires_grad else []
+    assert len(found) > 1
+    assert not torch.allclose(found[0], found[-1], atol=0.1)
+
+
 def test_any_seed_of_a_run_is_one_of_its_subspaces() -> None:
     model = tiny_model("llama")
     weights = [p for p in model.parameters() if p.dim() == 2]
