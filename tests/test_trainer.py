@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, OWSTrainer
@@ -41,6 +44,29 @@ def test_a_run_that_is_told_to_end_saves_itself(tmp_path: Path) -> None:
     found = find_checkpoint("last", tmp_path)
     assert found is not None
     assert Path(found).name == "interrupted-step=2.ckpt"
+
+
+class Overflow(Callback):
+    """Makes every gradient of the run infinite."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        for p in pl_module.parameters():
+            p.grad = None if p.grad is None else p.grad * float("inf")
+
+
+@pytest.mark.parametrize(("fault", "name"), [(Terminate, "interrupted-step=2"), (Overflow, "stopped-step=2")])
+def test_what_is_saved_at_the_end_lies_where_checkpoints_lie(fault: Any, name: str, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    trainer = OWSTrainer(
+        accelerator="cpu", max_steps=4, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        callbacks=[fault(), ModelCheckpoint("memory://kept")], enable_model_summary=False,
+    )  # fmt: skip
+    module = CausalLMModule(str(tmp_path), rank=None, optimizer=torch.optim.AdamW, max_skipped_steps=2)
+    with pytest.raises(RunError, match=f"memory://kept/{name}.ckpt"):
+        trainer.fit(module, DataLoader([tiny_batch()] * 4, batch_size=None))
+    assert fsspec.filesystem("memory").exists(f"memory://kept/{name}.ckpt")
+    assert not Path("memory:").exists()
 
 
 def test_a_callback_that_is_given_is_not_added_again() -> None:

@@ -67,9 +67,9 @@ class SaveOnSignal(StepCallback):
         if number != signal.SIGTERM and callable(requeue := self._previous_handlers.get(signal.Signals(number))):
             requeue(number, None)
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints"
-        path = Path(folder, f"interrupted-step={trainer.global_step}.ckpt")
+        path = f"{folder}/interrupted-step={trainer.global_step}.ckpt"  # Path would make a local folder of an address
         trainer.save_checkpoint(path, weights_only=False)
-        remove_interrupted(trainer, path)
+        remove_interrupted(trainer, Path(path))
         name = signal.Signals(number).name
         raise RunError(f"stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
 

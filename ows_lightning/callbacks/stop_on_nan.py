@@ -32,9 +32,9 @@ class StopOnNaN(StepCallback):
         if self._in_a_row < pl_module.hparams["max_skipped_steps"]:
             return
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        good = trainer.strategy.broadcast(last_good(Path(folder)) if folder else None)
+        good: Path | str | None = trainer.strategy.broadcast(last_good(Path(folder)) if folder else None)
         if folder and good is None:
-            good = Path(folder) / f"stopped-step={trainer.global_step}.ckpt"
+            good = f"{folder}/stopped-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(good)
         where = f"the last checkpoint is '{good}'" if good else "checkpoints are switched off"
         raise RunError(

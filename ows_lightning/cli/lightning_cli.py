@@ -167,7 +167,7 @@ class OWSCLI(LightningCLI):
             config = self.config.plan
             CommandTrainer.plan(config, **{name: config[name] for name in self._subcommand_method_arguments["plan"]})
             return
-        launcher = self.trainer.strategy.launcher
+        launcher = self.trainer.strategy.launcher if subcommand in LightningCLI.subcommands() else None  # ours launch nothing
         if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
             peer_watchdog.set_world_size(self.trainer.num_devices)
         super()._run_subcommand(subcommand)
@@ -236,8 +236,7 @@ class OWSCLI(LightningCLI):
 
 def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
     """Returns the default section ``model``, with an optimizer."""
-    path = f"{CausalLMModule.__module__}.{CausalLMModule.__name__}"
-    return {"class_path": path, "init_args": {"optimizer": optimizer}}
+    return {"class_path": f"{CausalLMModule.__module__}.{CausalLMModule.__name__}", "init_args": {"optimizer": optimizer}}
 
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:

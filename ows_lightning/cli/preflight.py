@@ -95,7 +95,8 @@ def check_run(
     for key in _NOT_ZERO.get(command, ()):
         if trainer_args[key] == 0:
             raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")
-    check_devices(trainer)
+    if command != "export":  # which computes nothing
+        check_devices(trainer)
     if command in _NOT_ZERO:
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))

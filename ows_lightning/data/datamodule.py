@@ -34,13 +34,9 @@ _ALL_PARTS = ("train", "val", "test")
 _SMALL_DATASET = 256  # up to so many, a batch may be larger than the data
 # The ranges of settings. Values that no machine can handle are refused: it would seem to hang.
 _BOUNDS = {
-    "batch_size": (1, 8192),
-    "eval_batch_size": (1, 8192),
-    "max_seq_length": (2, 1 << 20),
-    "exact_match_rows": (0, 1_000_000),
-    "num_workers": (0, 512),
-    "seed": (0, 2**32 - 1),
-}
+    "batch_size": (1, 8192), "eval_batch_size": (1, 8192), "max_seq_length": (2, 1 << 20),
+    "exact_match_rows": (0, 1_000_000), "num_workers": (0, 512), "seed": (0, 2**32 - 1),
+}  # fmt: skip
 _WEIGHTS = (1e-6, 1e6)  # of the sources of a mixture
 
 
@@ -297,7 +293,10 @@ class InstructionDataModule(LightningDataModule):
     def _prompt_dataloader(self, examples: Any) -> DataLoader:
         prompts = PromptRows(examples, self._encoder())
         whole = PromptRows(examples, dataclasses.replace(prompts.encoder, max_seq_length=1 << 20))
-        lengths = [len(whole[i]["input_ids"]) for i in range(len(whole))]
+        lengths, references = [], []
+        for row in (whole[i] for i in range(len(whole))):
+            lengths.append(len(row["input_ids"]))
+            references.append(len(whole.encoder.tokenizer(row["reference"], add_special_tokens=False).input_ids))
         if cut := sum(length > self.max_seq_length for length in lengths):
             rank_zero_warn(f"data.max_seq_length: {cut} of {len(lengths)} prompts have more tokens, and lose their start")
         model = self.trainer.lightning_module if self.trainer else None
@@ -305,6 +304,8 @@ class InstructionDataModule(LightningDataModule):
             longest = min(max(lengths, default=0), self.max_seq_length)
             what = f"a prompt has {longest} tokens, to which model.max_new_tokens adds {generated}"
             self._check_positions(longest, what, generated)
+            if cut := sum(length > generated for length in references):
+                rank_zero_warn(f"model.max_new_tokens: {cut} of {len(references)} answers are longer, and can't match")
         return self._ordered_dataloader(prompts, collate_prompts)
 
     def _ordered_dataloader(

@@ -146,6 +146,14 @@ def test_scores_serve_the_models_that_were_made_of_the_scored_one(config: Path, 
         assert f"sampling.scores: '{file}' holds the scores of '{without['model']}'" in caplog.text
 
 
+def test_commands_of_one_process_wait_for_no_other(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    awaited: list[int] = []  # the watchdog would end the command if so many were not there in time
+    monkeypatch.setattr("ows_lightning.cli.peer_watchdog.set_world_size", awaited.append)
+    run("score", config, "--trainer.devices", "2", "--trainer.strategy", "ddp_layerwise")
+    assert awaited == []
+    assert Path("outlier_scores.json").is_file()
+
+
 def test_scores_are_outlier_ratios_whatever_the_config_samples_by(config: Path) -> None:
     run("score", config, "--output", "by_outliers")
     run("score", config, "--output", "uniform", "--sampling.distribution", "uniform")
@@ -178,6 +186,8 @@ def test_export_of_the_last_checkpoint_is_the_model_of_the_run(config: Path) -> 
     files = [load_file(folder / "model.safetensors") for folder in (trained / "model", trained / "model-last")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    run("export", config, "--ckpt_path", "last", "--output", "half", "--trainer.precision", "16-true")  # needs no GPU
+    assert all(torch.equal(value, files[0][name].half()) for name, value in load_file("half/model.safetensors").items())
     cards = [(folder / "README.md").read_text() for folder in (trained / "model", trained / "model-last")]
     for card in cards:
         assert "| Sampling | outlier, 2 blocks every 2 steps |" in card

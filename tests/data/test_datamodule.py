@@ -136,6 +136,15 @@ def test_prompts_that_lose_their_start_are_counted(jsonl: Write) -> None:
     assert batch["input_ids"].shape == (2, 24)
 
 
+def test_answers_that_are_too_long_to_be_generated_are_counted(jsonl: Write) -> None:
+    rows = [*pairs(3), {"prompt": "q", "completion": "a" * 40}]
+    data, module = make(jsonl(pairs(4)), eval_dataset=jsonl(rows, "eval.jsonl"), exact_match_rows=9), Recorder()
+    module.hparams.update(max_new_tokens=9)
+    trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    with pytest.warns(UserWarning, match="model.max_new_tokens: 1 of 4 answers are longer, and can't match"):
+        trainer.validate(module, data, verbose=False)
+
+
 @pytest.mark.parametrize(
     "row",
     [
