@@ -140,12 +140,12 @@ def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
 def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, dict[str, Any]]]:
     """Yields settings that need less and less, each with the keys that differ."""
     method, count = settings.method, settings.method.activated_layers
-    some_are_frozen = count is not None or method.lora is not None
-    offload = some_are_frozen and settings.frozen_in == "device" and not settings.is_sharded
+    offload = (count is not None or method.lora is not None) and settings.frozen_in == "device" and not settings.is_sharded
+    recompute = settings.num_checkpointed < settings.blocks and bool(settings.meta_model.supports_gradient_checkpointing)
     changes: dict[str, Any] = {}
     yield settings, {}
     milder: list[tuple[bool, str, Any]] = [
-        (settings.num_checkpointed < settings.blocks, "model.gradient_checkpointing", True),
+        (recompute, "model.gradient_checkpointing", True),
         (settings.dtype == torch.float32, "trainer.precision", "bf16-true"),
         (offload, "model.frozen_in", "host"),
     ]

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, OpenAIGPTConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_config_for_card
@@ -351,6 +351,12 @@ def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pyt
         "fits with data.batch_size 2, trainer.accumulate_grad_batches 2, model.gradient_checkpointing true "
         "and trainer.precision bf16-true"
     )
+
+
+def test_advice_for_a_model_that_can_not_recompute(tmp_path: Path) -> None:
+    OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=100, n_positions=LENGTH).save_pretrained(tmp_path)
+    settings = settings_from_config(make_config(tmp_path, model__rank=4))
+    assert advise(settings, 0).startswith("does not fit, takes 0.0 GB at the least")
 
 
 # ---------------------------------------------------------------------- several devices
