@@ -37,7 +37,7 @@ def next_token_loss(
 def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns the sum of `next_token_loss`, without a graph, and the likeliest token at each target, (N,), row by row."""
     hidden, targets = _hidden_and_targets(model, batch)
-    total, likeliest = torch.zeros((), device=hidden.device), torch.empty_like(targets)
+    total, likeliest = torch.zeros((), dtype=torch.float32, device=hidden.device), torch.empty_like(targets)
     rows = _rows_of_chunk(model, hidden)
     for h, t, into in zip(hidden.split(rows), targets.split(rows), likeliest.split(rows), strict=True):
         logits = logits_of(model, h).float()

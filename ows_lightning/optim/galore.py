@@ -415,7 +415,7 @@ class GaLoreAdamW(GradientCapture):
     def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
         """Counts a step of one parameter and returns its number; makes moments, or converts them to the configured dtype."""
         if "step" not in state:
-            state["step"] = torch.zeros(())  # a tensor on the CPU, as in torch.optim: sharded checkpoints want tensors
+            state["step"] = torch.zeros((), dtype=torch.float32)  # a tensor, as in torch.optim: sharded checkpoints want one
         exact = group["moments_dtype"] == "float32"
         dtype = torch.promote_types(gradient.dtype, torch.float32) if exact else torch.bfloat16
         for moment in ("exp_avg", "exp_avg_sq"):

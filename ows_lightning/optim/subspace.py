@@ -60,7 +60,7 @@ def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
         # depend on it.
         left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
         if left_open.any():
-            free = torch.randn(basis.size(-2), rank, generator=generator, device=basis.device)
+            free = torch.randn(basis.size(-2), rank, generator=generator, dtype=torch.float32, device=basis.device)
             vectors = _orthonormal(torch.where(left_open.to(basis.device, non_blocking=True), free, vectors))
         yield vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
 
@@ -71,7 +71,7 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     ``matrix``, of shape (..., m, n), gives the shape, dtype and device; all its matrices share the basis (..., n, r), r <= n.
     The Gaussian is drawn in float32 and decomposed on the CPU: devices round otherwise.
     """
-    gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed))
+    gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     exact = torch.promote_types(matrix.dtype, torch.float32)
     basis = torch.linalg.qr(gaussian.to(exact)).Q.to(matrix.dtype).contiguous().to(matrix.device, non_blocking=True)
     return basis.expand(*matrix.shape[:-2], -1, -1)
@@ -82,7 +82,7 @@ def _sketch(matrix: Tensor, rank: int, seed: int) -> Sketch:
     generator = torch.Generator(matrix.device).manual_seed(seed)
     # The products run in the matrix's own dtype: no float32 copy of it is made.
     # All experts share it: a process with some of the experts finds the same subspaces as one that has them all.
-    test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, device=matrix.device)
+    test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, dtype=torch.float32, device=matrix.device)
     rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)
     columns = _orthonormal(matrix @ rows).to(matrix.dtype)
     basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())

@@ -384,4 +384,4 @@ class BlockSampler:
         self.probabilities = state_dict["probabilities"]
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]
         self.seconds = state_dict.get("seconds", 0.0)
-        self._norms = torch.tensor(state_dict.get("gradient_norms", []))
+        self._norms = torch.tensor(state_dict.get("gradient_norms", []), dtype=torch.float32)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 
 from ows_lightning.models import loss
-from ows_lightning.models.loss import next_token_loss, precompute_on_host
+from ows_lightning.models.loss import loss_and_predictions, next_token_loss, precompute_on_host
 from tests.tiny import KINDS, tiny_batch, tiny_model
 
 
@@ -80,6 +81,15 @@ def test_evaluation_builds_no_graph_and_agrees() -> None:
     trained, _ = next_token_loss(model, batch_with_prompt())
     assert not evaluated.requires_grad
     torch.testing.assert_close(evaluated, trained.detach())
+
+
+def test_the_loss_is_float32_whatever_dtype_new_tensors_have() -> None:
+    model, batch = tiny_model("llama", dtype=torch.bfloat16), tiny_batch()
+    with torch.no_grad(), HalfPrecision("bf16-true").forward_context():  # as in a validation step
+        expected, _ = next_token_loss(model, batch)
+        found, _ = loss_and_predictions(model, batch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
 
 
 def test_logits_of_a_whole_batch_never_exist() -> None:

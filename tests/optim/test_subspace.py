@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor
 
+from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.subspace import Sketch, find_subspace, singular_vectors
 from tests.tiny import tiny_batch, tiny_model
 
@@ -50,6 +52,26 @@ def test_captures_a_models_gradients_as_well_as_the_exact_subspace() -> None:
         if p.dim() == 2:
             side = "right" if p.size(0) >= p.size(1) else "left"
             assert captured(p.grad, 16, side, "randomized") >= 0.99 * captured(p.grad, 16, side, "svd")
+
+
+@pytest.mark.parametrize("method", ["randomized", "random"])
+def test_is_the_same_whatever_dtype_new_tensors_have(method: str) -> None:
+    gradient = torch.randn(60, 40).bfloat16()
+    expected = leading_singular_vectors(gradient, 8, "right", method)
+    with HalfPrecision("bf16-true").forward_context():  # as in a training step
+        assert torch.get_default_dtype() == torch.bfloat16
+        found = leading_singular_vectors(gradient, 8, "right", method)
+    assert torch.equal(found, expected)
+
+
+def test_a_weights_steps_are_counted_whatever_dtype_new_tensors_have() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = GaLoreAdamW([weight])
+    with HalfPrecision("bf16-true").forward_context():  # as in a script that sets the default dtype
+        for _ in range(300):
+            weight.grad = torch.ones(2, dtype=torch.float32)
+            optimizer.step()
+    assert optimizer.state[weight]["step"] == 300
 
 
 def test_is_the_same_for_the_same_seed_alone() -> None:
