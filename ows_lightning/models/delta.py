@@ -120,7 +120,7 @@ def write_delta(
     model_bytes = 0
     with atomic_directory(target, "delta") as partial:
         _copy_all_but_weights(export, partial)
-        others = {path.name: _file_hash(path) for path in sorted(partial.iterdir()) if path.name != "README.md"}
+        others = {p.name: _file_hash(p) for p in sorted(partial.iterdir()) if p.is_file() and p.name != "README.md"}
         shards = _Shards(partial)
         for path in sorted(export.glob("*.safetensors")):
             files[path.name] = {}
@@ -248,8 +248,8 @@ class _Shards:
 def _copy_all_but_weights(source: Path, target: Path) -> None:
     for path in source.iterdir():
         wanted = any(map(path.match, MODEL_FILES)) and path.suffix != ".safetensors" and path.name != DELTA_FILE
-        if wanted and path.is_file():  # the hub's cache has links to files
-            shutil.copy(path, target)
+        if wanted and path.exists():  # the hub's cache has links to files; chat templates with names are a folder
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, target / path.name)
 
 
 def _file_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
+from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
@@ -37,7 +37,7 @@ _WEIGHTS = "model.safetensors"
 MODEL_FILES = (
     DELTA_FILE, "README.md", "LICENSE*", ".gitattributes", "*.safetensors", "*.safetensors.index.json", "*config.json",
     "*token*.json", "*.jinja", "vocab.json", "vocab.txt", "merges.txt", "*.model",
-    "configuration_*.py", "modeling_*.py", "tokenization_*.py",
+    "configuration_*.py", "modeling_*.py", "tokenization_*.py", CHAT_TEMPLATE_DIR,
 )  # fmt: skip
 
 
@@ -119,7 +119,8 @@ def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.Path
         raise UsageError(f"output: {str(target)!r} {why}")
     if not target.is_dir():
         raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")
-    foreign = [path.name for path in target.iterdir() if path.is_dir() or not any(map(path.match, MODEL_FILES))]
+    known = [path for path in target.iterdir() if any(map(path.match, MODEL_FILES))]
+    foreign = [p.name for p in target.iterdir() if p not in known or (p.is_dir() and p.name != CHAT_TEMPLATE_DIR)]
     if foreign or (any(target.iterdir()) and not (target / "config.json").is_file()):
         what = f"holds {foreign[0]!r}, which is no part of a model" if foreign else "holds something else than a model"
         raise UsageError(f"{str(target)!r} {what}, and would be replaced; give a new directory")

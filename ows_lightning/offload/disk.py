@@ -136,7 +136,11 @@ class Disk:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.scratch = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # it lives as long as the blocks
             start, length = self.scratch.seek(0, os.SEEK_END), -(-max(length, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-            os.posix_fallocate(self.scratch.fileno(), start, length)  # writing into a mapping could only end in a signal
+            if hasattr(os, "posix_fallocate"):  # now: a disk that is full while a mapping is written to ends in a signal
+                os.posix_fallocate(self.scratch.fileno(), start, length)
+            else:  # macOS
+                self.scratch.writelines([bytes(mmap.PAGESIZE)] * (length // mmap.PAGESIZE))
+                self.scratch.flush()
         except OSError as error:
             raise RunError(
                 f"model.frozen_in: {str(self.folder)!r} has no room for {length / 1e6:.0f} MB of blocks "

@@ -51,12 +51,9 @@ def block_frequency_table(run: RunRecord) -> Table:
         chances = window_inclusion if distribution == "window" else inclusion_probabilities
         shares = [n * chances(run.scores["probabilities"], size) for size, n in sizes.items()]
         expected = (np.sum(shares, axis=0) / len(run.history)).tolist()
-    return {
-        "block": list(blocks),
-        "intervals": [counts[block] for block in blocks],
-        "realised_share": [counts[block] / len(run.history) for block in blocks],
-        "expected_share": expected,
-    }
+    counted = [counts[block] for block in blocks]
+    realised = [count / len(run.history) for count in counted]
+    return {"block": list(blocks), "intervals": counted, "realised_share": realised, "expected_share": expected}
 
 
 def loss_table(runs: Sequence[RunRecord], x: XAxis = "step") -> Table:
@@ -168,10 +165,7 @@ def formatted(key: str, row: dict[str, Any], every_block: bool = True) -> str:
 
 
 _FORMATS: dict[str, Callable[[Any], str]] = {
-    "model": lambda name: "/".join(name.split("/")[-2:]),
-    "final_val_loss": "{:.4f}".format,
-    "best_val_loss": "{:.4f}".format,
-    "val_exact_match": lambda share: f"{100 * share:.1f} %",
+    "model": lambda name: "/".join(name.split("/")[-2:]), "val_exact_match": lambda share: f"{100 * share:.1f} %",
+    "final_val_loss": "{:.4f}".format, "best_val_loss": "{:.4f}".format, "peak_memory_mb": "{:,.0f} MB".format,
     "time_s": lambda seconds: f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}",
-    "peak_memory_mb": "{:,.0f} MB".format,
-}
+}  # fmt: skip

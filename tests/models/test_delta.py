@@ -79,6 +79,18 @@ def test_only_what_trained_is_kept(model_dir: Callable[..., Path], tied: bool, d
     check_restored(base, dtype)
 
 
+def test_chat_templates_with_names_are_files_of_a_model(model_dir: Callable[..., Path]) -> None:
+    base = model_dir()
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    for _ in range(2):  # an export and a delta are replaced by others
+        make_delta(base, lambda model: train(model, 1))
+        apply_delta(str(base), base.parent / "delta", base.parent / "again")
+    for made in ("whole", "again"):
+        assert load_tokenizer(str(base.parent / made)).chat_template == tokenizer.chat_template
+
+
 def test_small_updates_make_a_small_delta(model_dir: Callable[..., Path]) -> None:
     """What differs by the last bits of a bfloat16 takes less than half of its bytes."""
     base = model_dir()

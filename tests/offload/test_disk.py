@@ -36,6 +36,14 @@ def scratch_bytes(disk: Disk) -> int:
     return 0 if disk.scratch is None else os.fstat(disk.scratch.fileno()).st_size
 
 
+def test_a_system_that_can_not_allocate_writes_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    disk = Disk(tmp_path)
+    regions = [disk.extend_scratch(length) for length in (100, 5000)]
+    assert scratch_bytes(disk) == 3 * 4096
+    assert [(region.start, bytes(region.memory)) for region in regions] == [(0, bytes(4096)), (4096, bytes(8192))]
+
+
 def mapped_bytes(path: Path) -> int:
     """How much of a mapped file counts as this process's memory."""
     here, total = False, 0
