@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, OpenAIGPTConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_config_for_card
-from ows_lightning.memory.cards import advise, fewest_checkpointed
+from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_checkpointed
 from ows_lightning.memory.fake_tensors import FakeOperators, meta_model, to_fake_
 from ows_lightning.memory.plan_settings import find_dimensions, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict
@@ -357,6 +357,15 @@ def test_advice_for_a_model_that_can_not_recompute(tmp_path: Path) -> None:
     OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=100, n_positions=LENGTH).save_pretrained(tmp_path)
     settings = settings_from_config(make_config(tmp_path, model__rank=4))
     assert advise(settings, 0).startswith("does not fit, takes 0.0 GB at the least")
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy", "offloads"),
+    [(1, "auto", True), (1, "fsdp2", False), (2, "fsdp2", False), (2, "ddp_layerwise", False)],
+)
+def test_advises_to_offload_where_a_run_may(devices: int, strategy: str, offloads: bool, directory: Path) -> None:
+    settings = settings_from_config(make_config(directory, trainer__devices=devices, trainer__strategy=strategy))
+    assert any("model.frozen_in" in changes for _, changes in _cheaper_settings(settings)) == offloads
 
 
 # ---------------------------------------------------------------------- several devices
