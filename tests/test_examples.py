@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TINY = [
     "--model.model_name_or_path=my-model", "--model.rank=4", "--model.max_new_tokens=2", "--sampling.threshold=2",
-    "--data.exact_match_rows=2", "--data.eval_dataset=few.jsonl", "--trainer.max_steps=2",
+    "--sampling.activated_layers=5", "--data.exact_match_rows=2", "--data.eval_dataset=few.jsonl", "--trainer.max_steps=2",
     "--trainer.val_check_interval=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
 ]  # fmt: skip
 

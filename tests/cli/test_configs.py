@@ -113,6 +113,7 @@ def test_no_config_is_left_out() -> None:
         "ows",
         "ows_paper",
         "ows_resting",
+        "ows_thin",
     }
     assert {path.stem for path in STRATEGIES} == {"fsdp2", "ddp_layerwise", "host", "disk"}
     assert set(CONFIGS.rglob("*.yaml")) == {CONFIGS / "base.yaml", *MODELS, *METHODS, *STRATEGIES}
@@ -180,9 +181,11 @@ def test_method_trains(method: Path, model_dir: Callable[..., Path], rows_file: 
         "--data.exact_match_rows=4", "--trainer.max_steps=4", "--trainer.val_check_interval=2",
         "--checkpoint.every_n_train_steps=2",
     ]  # fmt: skip
-    if yaml.safe_load(method.read_text())["sampling"]:
+    blocks = 6
+    if sampling := yaml.safe_load(method.read_text())["sampling"]:
         overrides += ["--sampling.threshold=2", "--sampling.interval_steps=2"]  # random weights have hardly any outliers
-    main(over(method, model_dir(num_hidden_layers=6), tmp_path / "runs", *overrides))
+        blocks = max(blocks, sampling["activated_layers"] + 1)
+    main(over(method, model_dir(num_hidden_layers=blocks), tmp_path / "runs", *overrides))
     assert_complete(tmp_path / "runs" / "version_0", method, steps=4)
 
 
