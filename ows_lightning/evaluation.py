@@ -21,7 +21,8 @@ class EvaluationMetrics(MetricCollection):
     """Mean loss over target tokens, its exponential, and the share of generated answers that equal their reference."""
 
     def __init__(self) -> None:
-        super().__init__({"loss": MeanMetric(nan_strategy="disable"), "exact_match": MeanMetric()})  # else a NaN is left out
+        # A NaN stays one: "warn" leaves it out, and "disable" also the weights.
+        super().__init__({"loss": MeanMetric(nan_strategy=float("nan")), "exact_match": MeanMetric()})
 
     def restart(self) -> None:
         """Resets all, in float32 whatever dtype the Trainer's precision gave the metrics with the rest of the module."""
