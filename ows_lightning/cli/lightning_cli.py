@@ -122,11 +122,9 @@ class OWSCLI(LightningCLI):
         for section in ("trainer", "checkpoint"):
             if not isinstance(value := config[section], Namespace):
                 raise UsageError(f"{section}: '{value}' is no mapping of keys to values")
-        holders = (config["trainer"], config["checkpoint"], config["sampling"] or {}, config, config)
-        for holder, key in zip(holders, ("default_root_dir", "dirpath", "scores", "ckpt_path", "output"), strict=True):
-            # The ~ of --key=~/folder, which shells leave as it is.
-            if isinstance(value := holder.get(key), (str, Path)):
-                holder[key] = type(value)(os.path.expanduser(value))
+        for key in ("trainer.default_root_dir", "checkpoint.dirpath", "sampling.scores", "ckpt_path", "output"):
+            if isinstance(value := config.get(key), (str, Path)):  # the ~ of --key=~/folder, which shells leave as it is
+                config[key] = type(value)(os.path.expanduser(value))
         check_settings(config, trains=command == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):

@@ -133,5 +133,7 @@ def is_running(run: Path) -> bool:
             with FileLock(lock, timeout=0):
                 pass
         return False
-    except (UsageError, Timeout) as error:
-        return isinstance(error, Timeout)
+    except UsageError:
+        return False
+    except Timeout:
+        return True
