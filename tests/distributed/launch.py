@@ -33,7 +33,7 @@ def main_without_prediction(arguments: list[str]) -> None:
     from ows_lightning.callbacks.run_summary import RunSummary
     from ows_lightning.cli.main import main
 
-    with mock.patch.object(RunSummary, "_memory_text", lambda *given: "not predicted in tests"):
+    with mock.patch.object(RunSummary, "_memory_text", return_value="not predicted in tests"):
         main(arguments)
 
 
@@ -58,7 +58,7 @@ def _run(target: Target, arguments: Sequence[str], environment: dict[str, str], 
 
     datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])  # which is imported already
     torch.set_num_threads(1)
-    with mock.patch.object(run_folder, "write_pictures", lambda folder: []):  # they take longer than these runs, too
+    with mock.patch.object(run_folder, "write_pictures", return_value=[]):  # they take longer than these runs, too
         target(list(arguments))
 
 
