@@ -22,7 +22,7 @@ SETTINGS = [
     "--config=configs/quickstart.yaml", "--data.eval_dataset=null", "--data.val_size=4", "--data.batch_size=2",
     "--data.exact_match_rows=2", "--trainer.max_steps=4", "--trainer.val_check_interval=4",
     "--checkpoint.every_n_train_steps=2", "--checkpoint.save_top_k=-1", "--trainer.accumulate_grad_batches=2",
-    "--sampling.threshold=2", "--sampling.interval_steps=1", "--sampling.activated_layers=2",
+    "--sampling.threshold=2", "--sampling.interval_steps=1", "--sampling.activated_layers=2", "--sampling.resting_rank=0",
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
 ]  # fmt: skip
 
