@@ -138,14 +138,13 @@ class GaLoreAdamW(GradientCapture):
         self._claim_gradients(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        progress = self._progress
-        return {**super().__getstate__(), "in_backward": progress.in_backward, "draw_seed": progress.draw_seed}
+        return {**super().__getstate__(), "progress": (self._progress.in_backward, self._progress.draw_seed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Sets up a copy or an unpickled optimizer, or takes over a loaded state (torch calls it in ``load_state_dict``)."""
         if "_progress" not in self.__dict__:
             self._init_unsaved()
-            self._progress.in_backward, self._progress.draw_seed = state.pop("in_backward"), state.pop("draw_seed")
+            self._progress.in_backward, self._progress.draw_seed = state.pop("progress")
             super().__setstate__(state)
         else:
             self._discard_gradients()
