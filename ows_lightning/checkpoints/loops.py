@@ -83,8 +83,8 @@ class ExactEpochLoop(_TrainingEpochLoop):
     @property
     def within_step(self) -> bool:
         """Whether a batch has come for a step that is not done, as when a checkpoint is saved at an exception."""
-        batches = self.batch_progress.current
-        return batches.ready > batches.processed or self._should_accumulate()
+        current: Any = self.batch_progress.current
+        return current.ready > current.processed or self._should_accumulate()
 
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Saves the number of batches of an unfinished step."""
