@@ -20,6 +20,8 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if trainer.fast_dev_run:  # Lightning 2.6 saves `last.ckpt` at the end of such a run, too
+            return
         newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
         if not (filepath == self.last_model_path != newest and newest and self._link(trainer, Path(newest), Path(filepath))):
             super()._save_checkpoint(trainer, filepath)
