@@ -1,4 +1,4 @@
-"""Two methods on the same data with the command line, and a report that compares them.
+"""Trains several methods on the same data by the command line, and writes a report that compares them.
 
 Run it with ``python examples/compare_methods.py ows lisa``.
 """

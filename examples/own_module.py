@@ -1,4 +1,4 @@
-"""OWS in a LightningModule of your own: nothing of this package but the callback.
+"""OWS in a LightningModule of your own, which uses nothing of this package but the callback.
 
 Run it with ``python examples/own_module.py --model my-model``.
 """
@@ -17,7 +17,7 @@ from ows_lightning import LayerwiseSampling
 
 
 class MyModule(LightningModule):
-    """Any module that holds a causal LM will do, with any optimizer over all of its weights."""
+    """Any module that holds a causal LM works, with any optimizer over all of its weights."""
 
     def __init__(self, model: str) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class MyModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Returns an optimizer over everything: the callback freezes blocks, and frees their state, later."""
+        """Returns an optimizer over all weights: later the callback freezes blocks and frees their state."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 

@@ -46,7 +46,7 @@ def main() -> None:
             loss = model(input_ids=ids, labels=ids).loss / 2
             loss.backward()
             total += float(loss)
-        gradients = optimizer.gradients()  # what the step consumes: clip these, p.grad is empty
+        gradients = optimizer.gradients()  # clip these, which the step consumes; p.grad is empty for projected matrices
         norm = torch.nn.utils.get_total_norm(gradients)
         for gradient in gradients:
             gradient.mul_((1.0 / norm).clamp(max=1.0))

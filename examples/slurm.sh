@@ -1,5 +1,5 @@
 #!/bin/bash
-# Two machines of eight GPUs; a run that is requeued goes on where its last checkpoint was. The signal leaves two minutes for saving.
+# Two machines of eight GPUs. A requeued job goes on from its last checkpoint; the signal comes two minutes before the end, to leave time for saving.
 #SBATCH --job-name=ows
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -82,36 +82,36 @@ def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps
 class CausalLMModule(EvaluationModule):
     """Fine-tunes a causal LM: loss over the target tokens of each optimizer step, projected AdamW, warm-up and decay.
 
-    The loss, and with it the gradient, is the mean over all target tokens of an optimizer step, over its micro-batches and
-    ranks: what one large batch would give. ``grad_norm``, which ``gradient_clip_val`` bounds, is the norm of what the
-    optimizer consumes: projected gradients where a weight is projected. Called, it returns a batch's loss, see ``CausalLM``.
+    The loss is the mean over all target tokens of an optimizer step, over its micro-batches and ranks, as one large batch
+    would give it; so is the gradient. ``grad_norm``, which ``gradient_clip_val`` limits, is the norm of what the optimizer
+    consumes: projected gradients for projected weights. Calling the module returns a batch's loss, see ``CausalLM``.
 
     Args:
         model_name_or_path: Hub name, local directory, ``.gguf`` file, or ``package://PACKAGE/FILE.gguf``.
-        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None is transformers' choice.
-        gradient_checkpointing: Recompute activations in backward: of all blocks, the first N, or by ``auto`` the fewest that
-            fit (callback ``AutoCheckpointing``; without it all). Blocks below the lowest active one store nothing either way.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; with None transformers chooses.
+        gradient_checkpointing: Recompute activations in backward: for all blocks, the first N, or with ``auto`` as few as fit
+            the memory (needs the callback ``AutoCheckpointing``, else all). Blocks below the lowest active one store none.
         compile: Compile each decoder block with ``torch.compile``.
-        optimizer: From parameter groups to an optimizer.
-        rank: Rank of the projected gradients of GaLoreAdamW; None trains in full rank (and is needed for other optimizers).
+        optimizer: Callable that makes the optimizer from parameter groups.
+        rank: Rank of GaLoreAdamW's projected gradients; None trains in full rank, which other optimizers need.
         update_proj_gap: Optimizer steps between two renewals of a subspace.
-        scale: Factor of the projected updates.
+        scale: Factor of the updates of projected weights.
         proj_type: Which dimension of a weight is projected.
-        subspace: How subspaces are found: ``randomized`` or ``svd``.
-        project_embeddings: Project embeddings and LM head, too, where they train.
+        subspace: How subspaces are found: ``randomized``, ``svd`` or ``random``.
+        project_embeddings: Also project embeddings and LM head, if they train.
         lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.
-        warmup_steps: Optimizer steps of warm-up; below 1 a share of all steps.
-        lora: Settings of peft's ``LoraConfig``; the base model is frozen then. Needs the extra ``lora``.
-        frozen_in: Where frozen blocks lie: ``device``, or ``host`` memory or ``disk``, from where each is fetched to compute.
-        frozen_dtype: ``int8``: frozen blocks compute in int8; their exact weights, which train and are saved, lie elsewhere.
-        window_blocks: Offloaded blocks that are on the device at a time, 2 or 3.
+        warmup_steps: Optimizer steps of warm-up; a value below 1 is a share of all steps.
+        lora: Settings of peft's ``LoraConfig``; the base model is then frozen. Needs the extra ``lora``.
+        frozen_in: Where frozen blocks are: ``device``, or ``host`` memory or ``disk``, from which each is fetched to compute.
+        frozen_dtype: ``int8``: frozen blocks compute in int8; their exact weights, which train and are saved, are elsewhere.
+        window_blocks: How many offloaded blocks are on the device at a time, 2 or 3.
         max_new_tokens: Length limit of generated answers.
-        max_skipped_steps: Stop the run after so many skipped steps (gradients with NaN or Inf) in a row, by ``StopOnNaN``.
-        trust_remote_code: Run code that the model's repository brings along.
+        max_skipped_steps: ``StopOnNaN`` ends the run after so many skipped steps (gradients with NaN or Inf) in a row.
+        trust_remote_code: Run code from the model's repository.
         kernels: ``liger``: RMSNorm, SwiGLU and RoPE by liger-kernel's fused kernels, on a GPU. Needs the extra ``liger``.
 
     Raises:
-        UsageError: A setting is out of its range, or settings contradict each other.
+        UsageError: A setting is out of range, or settings contradict each other.
     """
 
     def __init__(

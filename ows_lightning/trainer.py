@@ -1,4 +1,4 @@
-"""The Trainer of the command line: runs that resume exactly, stop safely, and whose checkpoints are whole."""
+"""OWSTrainer: a Trainer whose runs resume exactly and stop safely, and whose checkpoints are whole."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ows_lightning.checkpoints.io import AtomicCheckpointIO
 
 
 class OWSTrainer(Trainer):
-    """Lightning's Trainer with what makes a run safe; a plain ``Trainer`` trains the same, but lacks all of this.
+    """Lightning's Trainer with what makes a run safe; a plain ``Trainer`` trains the same way, but lacks all of this.
 
-    Its checkpoints are written whole or not at all (``AtomicCheckpointIO``), and it adds these callbacks, unless one of the
-    kind is given: ``SaveOnSignal`` saves when the process is told to end, ``Resume`` goes on exactly, ``StopOnNaN`` ends a run
-    whose gradients stay NaN or Inf, and ``Throughput`` logs tokens, time and memory.
+    Its checkpoints are written whole or not at all (``AtomicCheckpointIO``). It adds these callbacks, unless you give one of
+    the kind: ``SaveOnSignal`` saves when the process is told to end, ``Resume`` makes a resumed run exact, ``StopOnNaN`` ends
+    a run whose gradients stay NaN or Inf, and ``Throughput`` logs tokens, time and memory.
 
     Args:
-        *args: Lightning's.
+        *args: Arguments of Lightning's Trainer.
         callbacks: Further callbacks.
-        **kwargs: Lightning's.
+        **kwargs: Arguments of Lightning's Trainer.
     """
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:

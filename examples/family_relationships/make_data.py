@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reasoning_gym import create_dataset
 
-# Train and held-out rows come from different seeds, and a question of the one is never a question of the other.
+# Training and test rows come from different seeds and share no question.
 SIZES = {"train": (3000, 1), "test": (128, 2)}
 SYSTEM = "Answer in one word."  # the model's own system message is three times as long, in every row
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,11 +17,22 @@ class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint whose ``last.ckpt`` is made of hard links to the checkpoint that was just saved, if there is one.
 
     A hard link stays when the checkpoint is removed, being no longer among the best, and needs no second writing. Where
-    the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole.
+    the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole; so it is
+    before the first validation, where Lightning would save nothing, for want of what ``monitor`` names.
     """
 
+    def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:
+        """Saves ``last.ckpt`` although the best has to wait for a validation."""
+        waited, self._defer_save_until_validation = self._defer_save_until_validation, False
+        super().on_train_batch_end(trainer, *batch)
+        if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
+            saved = self._last_global_step_saved
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._last_global_step_saved = saved  # or the validation of this step would find that all is saved
+        self._defer_save_until_validation |= waited
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if trainer.fast_dev_run:  # Lightning 2.6 saves `last.ckpt` at the end of such a run, too
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning 2.6 saves `last.ckpt` at its end
             return
         newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
         if not (filepath == self.last_model_path != newest and newest and self._link(trainer, Path(newest), Path(filepath))):

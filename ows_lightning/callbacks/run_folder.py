@@ -72,7 +72,7 @@ class RunFolder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the plots."""
-        if trainer.fast_dev_run:  # of which nothing is kept
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # nothing of it is kept
             return
         folder = run_folder(trainer)
         if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import partial
 from typing import Any, NoReturn
 
 from ows_lightning.cli import peer_watchdog
@@ -62,9 +63,7 @@ def main(args: Any = None) -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")
     for name, messages in _LOGS.items():
-        logging.getLogger(name).addFilter(
-            lambda record, texts=messages: not any(text in record.getMessage() for text in texts)
-        )
+        logging.getLogger(name).addFilter(partial(_is_wanted, messages))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
@@ -75,6 +74,10 @@ def main(args: Any = None) -> None:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
         exit_with(error.__context__, argv)
+
+
+def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not any(message in record.getMessage() for message in unwanted)
 
 
 def _run(argv: Any, args: Any) -> None:

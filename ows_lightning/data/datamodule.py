@@ -41,7 +41,7 @@ _WEIGHTS = (1e-6, 1e6)  # of the sources of a mixture
 
 
 class InstructionDataModule(LightningDataModule):
-    """Instruction data from files or the hub, tokenised with the model's chat template, with loss on the answers alone.
+    """Instruction data from files or the hub, tokenised with the model's chat template, with loss only on the answers.
 
     A source is a ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file (text also as ``.gz``, ``.bz2``, ``.xz`` or ``.zst``), a
     directory or glob of them, a directory written by `datasets.Dataset.save_to_disk`, or a data set on the hub
@@ -57,47 +57,47 @@ class InstructionDataModule(LightningDataModule):
     text               text                                         plain text, every token a target
     ================== ============================================ ==========================================
 
-    ``answer`` and ``choices`` are kept for scoring, see `choices_of`; where a test set has no output or completion, ``answer``
-    stands in for it. To predict, `test_dataset` needs no answers at all.
+    ``answer`` and ``choices`` are kept for scoring, see `choices_of`; ``answer`` stands in for a missing output or completion.
+    To predict, `test_dataset` needs no answers at all.
 
     Training batches are dicts of int64 tensors (B, L), padded on the right to the longest row: ``input_ids``, ``labels``
     (-100: no target; not shifted), and ``attention_mask``, or with `packing` ``position_ids`` that restart with each document.
     `predict_dataloader` gives prompts, padded on the left, with their reference answers.
 
-    The order of the rows depends on `seed` and the epoch alone. Ranks share each global batch, and a run that is resumed in
-    mid-epoch sees the remaining batches exactly (the loader's position is in Lightning's checkpoint).
+    The order of the rows depends only on `seed` and the epoch. Ranks share each global batch, and a run that is resumed in
+    mid-epoch sees exactly the remaining batches (the loader's position is in Lightning's checkpoint).
 
-    With `streaming` the training rows are never held as a whole: they are read, tokenised and shuffled a thousand at a time.
-    The run is then one endless epoch, which needs the Trainer's ``max_steps``; `val_size` counts the first rows of the stream.
+    With `streaming` the training rows are read, tokenised and shuffled a thousand at a time, and never held all at once. The
+    run is one endless epoch, which needs the Trainer's ``max_steps``; `val_size` is how many of the first rows validate.
 
     Args:
         dataset: The source of the training rows; a list of sources, whose rows are joined; or a mapping from sources to
-            weights, the shares that they have in an epoch: rows of a source too small for its share are repeated.
-        eval_dataset: Rows for validation. Without it, `val_size` of the training rows. Of a source with splits those for
-            validation, or for testing where there are none.
-        test_dataset: Rows for testing and prediction, for the latter also without answers. Without it, the validation rows.
-            Of a source with splits those for testing, or for validation where there are none.
+            weights, their shares of an epoch: rows of a source too small for its share are repeated.
+        eval_dataset: Rows for validation; without it, `val_size` of the training rows. From a source with splits, the
+            validation rows, or else the test rows.
+        test_dataset: Rows for testing and prediction, for the latter also without answers; without it, the validation rows.
+            From a source with splits, the test rows, or else the validation rows.
         val_size: Fraction (below 1) or number of rows to split off by `seed` when there is no `eval_dataset`; 0 for none.
         batch_size: Rows in a batch of one rank.
         eval_batch_size: The same outside training; `batch_size` when not given.
         max_seq_length: Longest row in tokens. Longer rows lose the start of their prompt, and the end of their last answer
-            only where it alone is too long.
-        train_on_prompt: Train on every token, not on the answers alone.
-        last_turn_only: Train on the last answer of a conversation alone.
+            only if that alone is too long.
+        train_on_prompt: Train on every token instead of only on the answers.
+        last_turn_only: Train only on the last answer of a conversation.
         packing: Put several documents into a training row of `max_seq_length` tokens; they don't see one another.
-        group_by_length: Batches of rows of similar length, for less padding.
+        group_by_length: Put rows of similar length into a batch, for less padding.
         streaming: Read the training rows as a stream, with at most one worker.
-        exact_match_rows: Validation and test rows (the first ones with an answer) whose answers are also generated, in a
-            second loader after that of the loss, for comparison with the reference.
-        data_format: Name of the format, for rows that it can't be recognised from.
-        columns: Own column names by the format's names: ``{instruction: question, output: reply}``.
+        exact_match_rows: How many validation and test rows (the first ones with an answer) also have their answers generated,
+            in a second loader after that of the loss, and compared with the reference.
+        data_format: Name of the format, if it can't be recognised from the rows.
+        columns: Your column names by the format's names: ``{instruction: question, output: reply}``.
         split: Split of a `dataset` on the hub, or in a directory whose files or folders name splits.
-        tokenizer: A tokenizer or the name of one. Without it, the LightningModule's ``tokenizer``.
+        tokenizer: A tokenizer or its name; without it, the LightningModule's ``tokenizer``.
         num_workers: Processes that collate batches.
         seed: Seed of the split, the mixture and the order.
 
     Raises:
-        UsageError: For a setting out of range.
+        UsageError: A setting is out of range.
     """
 
     def __init__(

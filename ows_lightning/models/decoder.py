@@ -43,8 +43,8 @@ def backbone(model: Any) -> nn.Module:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Returns the decoder blocks of the causal LM in `model`, first block first.
 
-    The blocks are the outermost `nn.ModuleList` that holds the most parameters; in a vision-language model only
-    the language part is searched. No model names are involved, so a new architecture needs no entry anywhere.
+    The blocks are the outermost `nn.ModuleList` that holds the most parameters; in a vision-language model only the language
+    part is searched. Models are not known by name, so a new architecture needs no entry anywhere.
 
     Args:
         model: A causal LM, or any module that contains one (LightningModule, peft model, vision-language model).

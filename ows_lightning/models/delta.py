@@ -173,7 +173,7 @@ def apply_delta(
 def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSize:
     """Applies a delta to its base model, in place, bit for bit.
 
-    Embeddings get the delta's rows, and a head that was trained apart from them is parted. On an error the model is as before.
+    Embeddings get the delta's rows, and a tied head is untied if the run untied it. On an error the model is unchanged.
 
     Args:
         model: The base, in the dtype that the run loaded it in, as `load_model` or `from_pretrained` gives it.
@@ -183,7 +183,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
         The sizes of both.
 
     Raises:
-        UsageError: The model is not the delta's base, or the delta is none or damaged.
+        UsageError: The model is not the delta's base, or the path has no undamaged delta.
     """
     change = Delta(path)
     change.check_base(model)

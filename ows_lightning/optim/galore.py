@@ -47,27 +47,27 @@ class GaLoreAdamW(GradientCapture):
         W <- W - lr * scale * Adam(R) Q^T
 
     and with the left singular vectors for m < n (GaLore, arXiv 2403.03507, algorithm 2). A leading dimension is a batch: a
-    3-D expert weight has one subspace an expert. All else trains by AdamW in full rank: a group without ``rank``, a vector, a
+    3-D expert weight has one subspace per expert. All else trains by AdamW in full rank: a group without ``rank``, a vector, a
     matrix that ``rank`` does not make smaller, a weight with more than three dimensions. Works in any training loop.
 
     Weight decay comes after the step, as in galore-torch: W <- (1 - lr * weight_decay) (W - ...). torch's AdamW decays first.
 
-    Clipping: set ``max_grad_norm``, and every step bounds the norm of what it consumes. Clipping of ``grad``, such
-    as ``torch.nn.utils.clip_grad_norm_`` or Lightning's ``gradient_clip_val`` for your own module, misses gradients that were
+    Clipping: with ``max_grad_norm``, every step limits the norm of what it consumes. Clipping ``grad``, as
+    ``torch.nn.utils.clip_grad_norm_`` or Lightning's ``gradient_clip_val`` for your own module do, misses gradients that were
     projected in backward. (With LayerwiseSampling or CausalLMModule, Lightning's clipping acts on ``gradients()``.)
 
     Also worth knowing:
 
     * ``project_in_backward()`` projects each gradient as soon as backward has produced it: full gradients never add up.
-    * ``gradients()`` returns what a step consumes, projected gradients where there is a rank; clip those by any rule.
+    * ``gradients()`` returns what a step consumes, projected gradients for groups with a rank; clip those by any rule.
     * A step with a NaN or Inf in any gradient is skipped as a whole: weights, moments and subspaces stay as they were. A
-      warning names the weight, ``skipped_steps`` counts.
+      warning names the weight, and ``skipped_steps`` counts such steps.
     * ``rest()`` lets weights that would be frozen learn a little, in a random subspace of a small rank.
     * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
       ``average_gradients()`` averages what a step consumes: r/n of the bytes of the gradients.
-    * All settings are options of the groups, as the learning rate is: a copy, a pickle and a loaded state carry them, and a
-      changed one holds from the next step on (``rank`` and ``proj_type``, which give the state its shape, stay as they are).
-      Gradients that wait for a step are not carried.
+    * All settings are options of the groups, as the learning rate is: a copy, a pickle and a loaded state have them, and a
+      change takes effect at the next step (``rank`` and ``proj_type``, which give the state its shape, can't change).
+      Gradients that wait for a step are not copied.
 
     Args:
         params: Parameters, named parameters or groups, e.g. from ``galore_param_groups``. Keys of a projected group:
@@ -75,7 +75,7 @@ class GaLoreAdamW(GradientCapture):
             ``subspace`` (``randomized | svd | random``; with ``svd`` the updates equal those of galore-torch's GaLoreAdamW).
         lr: Learning rate.
         betas: Decay rates of the first and second moment.
-        eps: Added to the root of the second moment.
+        eps: Added to the square root of the second moment.
         weight_decay: Decoupled weight decay; acts on W.
         moments_dtype: ``float32`` or ``bfloat16``, which halves the state; moments are then rounded stochastically. Moments
             that were saved in the other dtype are converted when they are next used.
@@ -83,11 +83,11 @@ class GaLoreAdamW(GradientCapture):
             ``reproject`` them onto the new subspace, or ``reset`` them.
         stochastic_rounding: Round bfloat16 weights up or down at random, with the right mean, instead of to nearest.
         max_grad_norm: Limit of the joint 2-norm of all gradients that a step consumes, see ``gradients``; None clips nothing.
-        state_warmup_steps: The rate of a weight rises linearly over this many first steps of its state, while its moments rest
-            on few gradients. A frozen block's state is freed, so a block that is drawn warms up each time. 0 is the paper's.
+        state_warmup_steps: A weight's rate rises linearly over this many first steps of its state, while its moments come from
+            few gradients. A frozen block's state is freed, so a block warms up each time it is drawn. The paper has 0.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
     """
 
     def __init__(

@@ -20,9 +20,9 @@ def galore_param_groups(
     subspace: Method = "randomized",
     project_embeddings: bool = False,
 ) -> list[dict[str, Any]]:
-    """Splits a causal LM's trainable parameters into a projected group and a full-rank group.
+    """Splits a causal LM's trainable parameters into a projected group and two full-rank groups.
 
-    Call it before anything is frozen: a parameter that no group holds never trains.
+    Call it before anything is frozen: a parameter that is in no group never trains.
 
     Args:
         model: A module that contains a causal LM.
@@ -30,12 +30,12 @@ def galore_param_groups(
         update_proj_gap: Optimizer steps T between two renewals of a subspace.
         scale: Factor alpha of the projected updates.
         proj_type: The dimension that is projected: ``std`` the smaller, ``reverse_std`` the larger, or ``left`` / ``right``.
-        subspace: ``randomized`` or ``svd``.
-        project_embeddings: Project the embeddings and the LM head, too.
+        subspace: ``randomized``, ``svd`` or ``random``.
+        project_embeddings: Also project the embeddings and the LM head.
 
     Returns:
-        Groups of ``(name, parameter)`` pairs: the weight matrices of the decoder blocks (3-D expert weights included), other
-        matrices in full rank, and vectors (norms, biases) without weight decay, as is usual.
+        Groups of ``(name, parameter)`` pairs: the weight matrices of the decoder blocks (with 3-D expert weights), other
+        matrices in full rank, and vectors (norms, biases) without weight decay. Empty groups are left out.
     """
     blocks = {id(p) for p in decoder_layers(model).parameters() if p.dim() >= 2}
     if project_embeddings:

@@ -18,28 +18,28 @@ from ows_lightning.sampling.scores import OutlierScores
 class LayerwiseSampling(BlockSampler, Callback):
     """Trains a few sampled decoder blocks at a time: OWS (arXiv 2405.18380), LISA and their relatives.
 
-    Every ``interval_steps`` optimizer steps, ``activated_layers`` distinct blocks are drawn, in proportion to the
-    blocks' share of outliers for OWS and uniformly for LISA. Only these train until the next draw; frozen blocks have
-    no gradient and no optimizer state, and their weights stay bit-identical. Works with any optimizer and any
-    LightningModule that holds a causal LM. The rules, and all arguments, are those of ``BlockSampler``.
+    Every ``interval_steps`` optimizer steps, ``activated_layers`` distinct blocks are drawn: by their share of outliers for
+    OWS, uniformly for LISA. Only these train until the next draw; frozen blocks have no gradient and no optimizer state, and
+    their weights stay bit-identical. Works with any optimizer and any LightningModule that holds a causal LM. The rules and
+    the arguments are those of ``BlockSampler``.
 
-    When it acts: every ``fit`` starts afresh, in ``setup``. Scores are computed and the first blocks drawn in
-    ``on_train_start``, when every parameter is registered with the optimizer and a checkpoint's state is restored; each
-    further draw happens in ``on_train_batch_start`` of the first batch after the boundary, so once per boundary whatever
-    ``accumulate_grad_batches`` is. Everything is unfrozen again when ``fit`` ends, also by an exception.
+    When it acts: every ``fit`` starts afresh, in ``setup``. ``on_train_start`` computes the scores and draws the first blocks,
+    when every parameter is registered with the optimizer and a checkpoint's state is restored. Each further draw happens in
+    ``on_train_batch_start`` of an interval's first batch, so once per interval whatever ``accumulate_grad_batches`` is.
+    Everything is unfrozen when ``fit`` ends, even by an exception.
 
     Scores and draws are written as ``outlier_scores.json`` and ``sampling_history.csv`` into the folder of the Trainer's
-    logger; without a logger nothing is written, unless ``folder`` is set.
+    logger, or into ``folder`` if that is set; without either, nothing is written.
 
     Lightning's clipping, by ``gradient_clip_val`` or the module's ``clip_gradients``, acts on what a projecting optimizer
-    consumes. ``torch.nn.utils.clip_grad_norm_`` sees ``grad`` alone: call ``optimizer.clip_gradients(limit)`` instead.
+    consumes. ``torch.nn.utils.clip_grad_norm_`` sees only ``grad``: call ``optimizer.clip_gradients(limit)`` instead.
 
-    Not supported: optimizers that are built from the parameters trainable at the moment (freeze nothing
-    yourself before ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (``ddp``: use
-    ``ddp_layerwise``; ``fsdp``: use ``fsdp2``).
+    Not supported are optimizers that hold only some of the parameters (freeze nothing yourself before
+    ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (instead of ``ddp`` use
+    ``ddp_layerwise``, instead of ``fsdp`` use ``fsdp2``).
 
     Attributes:
-        folder: Where scores and draws are written; None takes the logger's folder, if there is a logger.
+        folder: Where scores and draws are written; None takes the logger's folder, if there is one.
     """
 
     folder: Path | None = None
@@ -67,7 +67,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
         log_dir = trainer.log_dir if trainer.loggers else None  # every rank has to ask: `log_dir` is broadcast
         folder = self.folder or (Path(log_dir) if log_dir else None)
-        self._written_to = folder if trainer.is_global_zero and not trainer.fast_dev_run else None
+        self._written_to = folder if trainer.is_global_zero and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
         metrics = self.start(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
         self._write_and_log(trainer, metrics)
 

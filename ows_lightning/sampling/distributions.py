@@ -27,18 +27,18 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
     """Turns the blocks' scores into sampling probabilities.
 
     Args:
-        ratios: Shape (num_layers,), one score a block, first block first: the outlier ratios D_l in percent, or for
-            `weight_norm` the norms of the weights. The distributions that use no score take their length alone.
-        distribution: How p_l comes from the score, or a list of weights that replace the scores.
+        ratios: Shape (num_layers,), one score per block, first block first: the outlier ratios D_l in percent, or for
+            `weight_norm` the norms of the weights. Distributions that need no score use only their number.
+        distribution: How p_l follows from the scores, or a list of weights that replace the scores.
 
             - `outlier`: p_l = D_l / sum_k D_k, which is OWS (arXiv 2405.18380).
             - `uniform`: p_l = 1 / L, which is LISA.
             - `decreasing`: p_l proportional to L - l, which is LISA-D; `increasing` is its mirror image.
-            - `outlier_reverse`: the probabilities of `outlier`, the largest for the block with the fewest outliers.
+            - `outlier_reverse`: the probabilities of `outlier` in reverse, the largest for the block with the fewest outliers.
             - `weight_norm`: p_l proportional to the norm of the block's weights.
-            - `window`: the probabilities of `outlier`; neighbouring blocks are drawn, see `draw_window`.
-            - `gradient_norm`: p_l = 0.9 s_l / sum_k s_k + 0.1 / L, where the score s_l is an exponential mean of the norm of
-              the block's gradient per weight. A block without a score (0) counts as the mean of the others.
+            - `window`: the probabilities of `outlier`, by which neighbouring blocks are drawn, see `draw_window`.
+            - `gradient_norm`: p_l = 0.9 s_l / sum_k s_k + 0.1 / L, where the score s_l is a moving average of the norm of the
+              block's gradient per weight. A block without a score (0) counts as the mean of the others.
 
     Returns:
         Shape (num_layers,), float64 on the CPU, sums to 1.

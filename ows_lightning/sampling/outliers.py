@@ -41,15 +41,15 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
         D_l  = 100 * mean over all A of block l of [A > threshold * mean(A of block l)]
 
     The weights of a block are those of its `nn.Linear` and `Conv1D` modules, and the bare parameters that activations
-    are multiplied with (experts, routers). An expert's norms run over the tokens that are routed to it. Biases do not
-    count, nor do LoRA's adapters. The model's mode, hooks and gradients come back as they were.
-    Under FSDP2 all ranks pass the same batches.
+    are multiplied with (experts, routers). An expert's norms run over the tokens that are routed to it. Biases and LoRA's
+    adapters do not count. The model's mode, hooks and gradients are left as they were. Under FSDP2 all ranks have to pass the
+    same batches.
 
     Args:
         model: A causal LM, or any module that contains one.
         batches: Batches with `input_ids` and, optionally, `attention_mask` (1 = token; padding is left out) and
             `position_ids`, each int64 of shape (batch, length), on any device.
-        threshold: How many times the mean of its block an A_ij must exceed to be an outlier (tau in the paper).
+        threshold: An A_ij is an outlier if it exceeds this many times the mean of its block (tau in the paper).
 
     Returns:
         Shape (num_layers,), float64 on the CPU, in percent.

@@ -33,46 +33,45 @@ NORM_DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
 class BlockSampler:
     """Draws the blocks that train, freezes the others, and remembers what a resumed run needs.
 
-    It knows no training framework: ``LayerwiseSampling`` drives it from Lightning's hooks, and your own loop can,
-    too::
+    It knows no training framework: ``LayerwiseSampling`` drives it from Lightning's hooks, and your own loop can do the same::
 
         sampler.load_state_dict(state)                             # only to resume a run; before or after `attach`
         sampler.attach(model)                                      # once every parameter is in the optimizer
-        sampler.start(step, [optimizer], compute)                  # the first draw, or those of a resumed run again
+        sampler.start(step, [optimizer], compute)                  # the first draw, or the last one of a resumed run again
         sampler.advance(step, [optimizer], compute)                # before every step's forward pass
         sampler.observe([optimizer])                               # before every optimizer.step(), for `gradient_norm`
         sampler.release()                                          # at the end, also after an exception
 
-    The draw of interval i depends on ``seed``, i and the probabilities alone: a resumed run draws what the uninterrupted
-    one would have drawn, and every rank draws the same.
+    The draw of interval i depends only on ``seed``, i and the probabilities: a resumed run draws what the uninterrupted one
+    would have drawn, and every rank draws the same.
 
     Args:
         activated_layers: Blocks that train at a time (gamma).
         interval_steps: Optimizer steps between two draws (K).
         distribution: ``outlier`` (OWS) | ``uniform`` (LISA) | ``decreasing`` (LISA-D) | ``increasing`` | ``outlier_reverse`` |
-            ``weight_norm`` | ``window`` (neighbouring blocks, by their sum of outliers) | ``gradient_norm`` (by the mean norm
-            of each block's gradients), or a list with a weight for each block.
+            ``weight_norm`` | ``window`` (neighbouring blocks, by the sum of their outliers) | ``gradient_norm`` (by the mean
+            norm of each block's gradients), or a list with a weight for each block.
         threshold: A weight is an outlier if its score exceeds ``threshold`` (tau) times the block's mean.
-        calibration_samples: Training rows whose activations the scores are computed from.
-        scores: A JSON file written by ``score`` or by an earlier run; nothing is computed then.
-        rescore_every: Compute the scores anew after this many intervals; None keeps the first ones.
-        always_train: What outside the blocks trains at all: ``embeddings``, ``lm_head``, ``norm``. A weight that
-            embeddings and head share trains if either is named.
+        calibration_samples: How many training rows the scores are computed from.
+        scores: A JSON file written by ``score`` or by an earlier run; then no scores are computed.
+        rescore_every: Compute the scores again after this many intervals; None keeps the first ones.
+        always_train: What trains outside the blocks: any of ``embeddings``, ``lm_head``, ``norm``. A weight that embeddings
+            and head share trains if either is named.
         seed: Seeds the draws and the choice of calibration rows.
         grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with blocks
-            of similar depth, so that the lowest active block, which decides a step's time, lies higher on average; 1 is the
-            most that is possible.
+            of similar depth, so that the lowest active block, which decides a step's time, is higher on average; 1 makes it
+            as high as possible.
         resting_rank: Rank in which the matrices of frozen blocks above the lowest active one train in a random subspace, drawn
-            anew whenever a block begins to rest; needs GaLoreAdamW. 0, the paper's method, leaves them as they are.
+            anew whenever a block begins to rest; needs GaLoreAdamW. 0, the paper's method, does not train them.
 
     Attributes:
         history: (interval, optimizer step, blocks) of every draw so far.
         probabilities: Shape (num_layers,), float64; None before the first draw.
-        outlier_scores: What the probabilities come from; None before the first draw.
-        seconds: Spent on scores and draws so far.
+        outlier_scores: The scores that the probabilities come from; None before the first draw.
+        seconds: Time spent on scores and draws so far.
 
     Raises:
-        UsageError: A setting is out of its range.
+        UsageError: A setting is out of range.
     """
 
     def __init__(

@@ -52,6 +52,23 @@ def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Argum
     assert load_without_tensors(folder / "last.ckpt")["global_step"] == 4
 
 
+def test_last_is_saved_before_the_first_validation(arguments: Arguments, tmp_path: Path) -> None:
+    """Lightning would save nothing before it, since what is monitored is not known yet."""
+    every = ["--checkpoint.every_n_train_steps=2", "--checkpoint.monitor=val_loss", "--data.val_size=4"]
+    settings = arguments(
+        "--trainer.max_steps=8", "--trainer.val_check_interval=8", "--trainer.check_val_every_n_epoch=null", *every
+    )
+    kill = ["--trainer.callbacks=tests.distributed.probe.Kill", "--trainer.callbacks.moment=on_train_batch_end"]
+    launch = Launch([*settings, *kill, "--trainer.callbacks.step=7"], tmp_path / "killed")
+    assert launch.wait() == [-signal.SIGKILL], launch.output
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    assert load_without_tensors(folder / "last.ckpt")["global_step"] == 6
+    run([*settings, "--ckpt_path=last"], tmp_path / "resumed")
+    (best,) = folder.parents[1].glob("version_*/checkpoints/epoch=*.ckpt")
+    assert load_without_tensors(best)["global_step"] == 8
+    assert load_without_tensors(best.with_name("last.ckpt"))["global_step"] == 8
+
+
 def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tmp_path: Path) -> None:
     command = arguments("--trainer.max_steps=40", "--checkpoint.every_n_train_steps=30")
     folder = tmp_path / "runs" / "version_0" / "checkpoints"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 Target = Callable[[list[str]], None]
 
@@ -22,7 +23,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         "ows_lightning.cli.lightning_cli", "tests.distributed.probe", "datasets", "scipy.optimize",
-        "transformers.models.llama.modeling_llama", "tests.distributed.warm",
+        "transformers.models.llama.modeling_llama", "transformers.optimization", "tests.distributed.warm",
     ]
 )  # fmt: skip
 
@@ -32,8 +33,8 @@ def main_without_prediction(arguments: list[str]) -> None:
     from ows_lightning.callbacks.run_summary import RunSummary
     from ows_lightning.cli.main import main
 
-    RunSummary._memory = lambda *given: "not predicted in tests"  # type: ignore[method-assign]
-    main(arguments)
+    with mock.patch.object(RunSummary, "_memory_text", return_value="not predicted in tests"):
+        main(arguments)
 
 
 def _run(target: Target, arguments: Sequence[str], environment: dict[str, str], output: str, file_bytes: int | None) -> None:
@@ -57,8 +58,8 @@ def _run(target: Target, arguments: Sequence[str], environment: dict[str, str], 
 
     datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])  # which is imported already
     torch.set_num_threads(1)
-    run_folder.write_pictures = lambda folder: []  # type: ignore[assignment]  # they take longer than these runs, too
-    target(list(arguments))
+    with mock.patch.object(run_folder, "write_pictures", return_value=[]):  # they take longer than these runs, too
+        target(list(arguments))
 
 
 class Launch:

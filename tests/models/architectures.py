@@ -184,10 +184,9 @@ def _train_and_export(random: PreTrainedModel, folder: Path) -> None:
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _TEXT = """# Architectures
 
-Any decoder-only model of transformers works whose decoder blocks are in a list and whose logits follow from its last hidden
-states by its LM head. Nothing depends on names of models. The tables say what became of each model type of
-transformers {version} when a model of two small blocks was scored, trained for a step with one block frozen, exported,
-and reloaded to logits equal to the bit.
+Any decoder-only model of transformers works if its decoder blocks are in a list and its LM head makes the logits from the last
+hidden states. No model is known by its name. For each model type of transformers {version} a model of two small blocks was
+scored, trained for a step with one block frozen, exported, and reloaded; its logits had to be equal bit for bit.
 `python -m tests.models.architectures` makes this page; a test checks each line.
 
 ## Trained, {trained} types
