@@ -37,7 +37,7 @@ def main() -> None:
     for step in range(6):
         if step % 2 == 0:
             blocks = draw_blocks(probabilities, 2, generator)
-            activate_blocks(layers, blocks, others, [optimizer])
+            activate_blocks(layers, blocks, others, [optimizer], resting_seed=step)
         optimizer.zero_grad()
         total = 0.0
         for micro_batch in range(2):

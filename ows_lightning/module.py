@@ -36,6 +36,7 @@ from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.offload.options import check_offloading, offloader_for, offloads
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, merge_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -212,7 +213,7 @@ class CausalLMModule(EvaluationModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds the clean-up after a fit, unless the Trainer has it."""
-        return [] if RestoreAfterFit.is_in(self.trainer) else [RestoreAfterFit()]
+        return [] if RestoreAfterFit in map(type, self.trainer.callbacks) else [RestoreAfterFit()]  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain."""
@@ -231,6 +232,10 @@ class CausalLMModule(EvaluationModule):
     def configure_model(self) -> None:
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
         if self.causal_lm is not None:
+            if self.device_mesh is not None and not any(map(is_sharded, self.parameters())):
+                raise UsageError(
+                    "trainer.strategy: fsdp2 shards a model as it loads it; this one is loaded: make a new module"
+                )
             return
         disk = Disk(self.trainer.log_dir if self._trainer else None) if self.hparams["frozen_in"] == "disk" else None
         if self.device_mesh is None:

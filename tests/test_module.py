@@ -142,6 +142,8 @@ def test_weights_have_the_dtype_that_precision_asks_for(
     run = trainer(tmp_path, LayerwiseSampling(activated_layers=1, distribution="uniform"), precision=precision)
     run.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
     assert {p.dtype for p in module.model.parameters()} == {dtype}
+    frequencies = dict(load_model(str(model_dir()), dtype).named_buffers())  # which no precision rounds
+    torch.testing.assert_close(dict(module.model.named_buffers()), frequencies, rtol=0, atol=0)
     moments = [state["exp_avg"] for state in run.optimizers[0].state.values()]
     assert moments
     assert {m.dtype for m in moments} == {torch.float32}

@@ -80,10 +80,16 @@ class ExactEpochLoop(_TrainingEpochLoop):
         if self.trainer.lightning_module.automatic_optimization:
             self._batches_that_stepped = self.global_step - (not done)
 
+    @property
+    def within_step(self) -> bool:
+        """Whether a batch has come for a step that is not done, as when a checkpoint is saved at an exception."""
+        current: Any = self.batch_progress.current
+        return current.ready > current.processed or self._should_accumulate()
+
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Saves the number of batches of an unfinished step."""
         batches: Any = self.batch_progress
-        unfinished = batches.current.processed % self.trainer.accumulate_grad_batches if self._should_accumulate() else 0
+        unfinished = batches.current.processed % self.trainer.accumulate_grad_batches if self.within_step else 0
         return {**super().on_save_checkpoint(), "unfinished": unfinished}
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
@@ -105,14 +111,14 @@ class ExactFitLoop(_FitLoop):
         return not self.epoch_loop.replays_step_end and super().done
 
     def remember_position(self) -> None:
-        """Remembers the loaders' position at the start of a step of several batches."""
-        if self.trainer.accumulate_grad_batches > 1 and self._combined_loader is not None:
+        """Remembers the loaders' position at the start of a step."""
+        if self._combined_loader is not None:
             self._position = self._combined_loader._state_dicts()
 
     def on_save_checkpoint(self) -> dict[str, Any]:
         """Saves the loaders' position as of the end of the last step."""
         state = super().on_save_checkpoint()
-        if self._position and self._should_accumulate():
+        if self._position and self.epoch_loop.within_step:
             state["combined_loader"] = self._position
         return state
 

@@ -58,7 +58,9 @@ class LayerwiseDDPStrategy(DDPStrategy):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Averages the gradients of a step that is complete."""
-        for optimizer in self.optimizers if not self._accumulates and self.world_size > 1 else ():
+        if self._accumulates or self.world_size == 1:
+            return
+        for optimizer in self.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
                 optimizer.average_gradients()
                 continue

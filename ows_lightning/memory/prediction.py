@@ -179,19 +179,15 @@ class ModelSizes(NamedTuple):
         root = sum(p.numel() for p in settings.meta_model.parameters()) - sum(blocks)
         on_device = offloaded = [sum(p.nbytes for p in layer) for layer in own]
         if settings.frozen_dtype == "int8":  # a byte a weight and a float32 scale an output row; the rest as it is
-            offloaded = [sum(_int8(p) for p in layer) for layer in own]
+            offloaded = [sum(p.numel() + 4 * p[..., 0].numel() if p.dim() > 1 else p.nbytes for p in layer) for layer in own]
         return cls(blocks, root, on_device, offloaded, max(p.nbytes for layer in own for p in layer))
 
 
-def _int8(p: nn.Parameter) -> int:
-    return p.numel() + 4 * (p.numel() // p.size(-1)) if p.dim() > 1 else p.nbytes
-
-
-def _offloaded_blocks(settings: PlanSettings, count: int) -> int:
-    """How many blocks are offloaded or in int8: those that are frozen, under LoRA all; none for other tools' methods."""
+def _offloaded_blocks(settings: PlanSettings, count: int) -> int | None:
+    """How many blocks are offloaded or in int8: those that are frozen, under LoRA all; None for methods that offload none."""
     method = settings.method
     if not method.ours or (settings.frozen_in == "device" and settings.frozen_dtype is None):
-        return 0
+        return None
     return count if method.lora is not None else count - method.active_blocks(count)
 
 
@@ -203,10 +199,10 @@ def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, in
     through one by one. The host has every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone.
     """
     offloaded, is_int8 = _offloaded_blocks(settings, settings.blocks), settings.frozen_dtype == "int8"
-    if not offloaded:
+    if offloaded is None:
         return 0, 0
     frozen = slice(settings.blocks - offloaded, None)
-    on_device = min(settings.window_blocks, offloaded) * sizes.on_device[0] - sum(sizes.on_device[frozen])
+    on_device = settings.window_blocks * sizes.on_device[0] - sum(sizes.on_device[frozen])
     if is_int8:
         on_device += sum(sizes.offloaded[frozen]) if settings.frozen_in == "device" else sizes.offloaded[0]
     if settings.frozen_in == "disk":
@@ -222,7 +218,7 @@ def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> i
     """
     if settings.frozen_in == "device":
         return 0
-    offloaded = _offloaded_blocks(settings, count)
+    offloaded = _offloaded_blocks(settings, count) or 0
     below = 0 if "embeddings" in settings.method.always_train or settings.method.lora is not None else min(draw)
     reached = offloaded - below
     slots = min(settings.window_blocks, offloaded)

@@ -121,8 +121,7 @@ class MemoryTracker(TorchDispatchMode):
     def _allocation(self, tensor: Tensor) -> _Allocation:
         storage = tensor.untyped_storage()
         key = storage_key(tensor)
-        allocation = self._alive.get(key)
-        if allocation is None:
+        if (allocation := self._alive.get(key)) is None:
             size = -(-storage.nbytes() // self._alignment) * self._alignment
 
             def forget(_: Any) -> None:

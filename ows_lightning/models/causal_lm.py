@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ows_lightning.compat import persistent_buffers
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm
 from ows_lightning.models.loss import last_hidden_state, logits_of, loss_and_predictions, next_token_loss, row_log_likelihoods
@@ -45,6 +46,21 @@ class CausalLM(nn.Module):
     def language_model(self) -> PreTrainedModel:
         """The transformers model itself, also within a peft model."""
         return cast(PreTrainedModel, causal_lm(self.model))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
+        """Converts and moves weights as any module does, but computed buffers, RoPE's frequencies, keep their dtype.
+
+        So it does to what transformers and peft keep in float32 in half precision. A Trainer's ``bf16-true`` would round all.
+        """
+        buffers = [(m, name, b) for m in self.modules() for name, b in m.named_buffers(recurse=False)]
+        computed = {id(b) for m, name, b in buffers if name not in persistent_buffers(m)}
+        in_half = self.language_model.dtype in (torch.bfloat16, torch.float16)
+
+        def convert(tensor: Tensor) -> Tensor:
+            kept = id(tensor) in computed or (in_half and tensor.dtype == torch.float32)
+            return tensor.to(fn(tensor).device) if kept else fn(tensor)
+
+        return super()._apply(convert, recurse)
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> Any:
         """Returns a batch's ``LossParts``; without labels the model's own output, with logits of shape (B, L, vocabulary).

@@ -76,10 +76,10 @@ def stored_weights(name: str) -> dict[str, StoredWeight]:
     if (source := locate(name)).gguf_file is not None:
         return {}
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    files = {"model.safetensors"}
-    if index := cached_file(source.path, "model.safetensors.index.json", **options):
+    paths = [cached_file(source.path, "model.safetensors", **options)]  # for transformers, it counts before an index
+    if paths == [None] and (index := cached_file(source.path, "model.safetensors.index.json", **options)):
         files = set(json.loads(Path(index).read_text())["weight_map"].values())
-    paths = [cached_file(source.path, file, **options) for file in sorted(files)]
+        paths = [cached_file(source.path, file, **options) for file in sorted(files)]
     return {key: weight for path in paths if path for key, weight in _weights_in(Path(path)).items()}
 
 

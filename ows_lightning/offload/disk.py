@@ -39,11 +39,7 @@ class FileRegion:
         self.memory = map_file(file, writable, start, length)
 
     def read(self, offset: int, target: Tensor) -> None:
-        """Reads as many bytes as a tensor of uint8 in host memory has into it.
-
-        Raises:
-            RunError: The file has become shorter.
-        """
+        """Reads as many bytes as a tensor of uint8 in host memory has into it; a RunError if the file has become shorter."""
         view, position = memoryview(target.numpy().data), self.start + offset
         while view:
             read = os.preadv(self.file.fileno(), [view], position)
@@ -126,11 +122,7 @@ class Disk:
         return weight
 
     def extend_scratch(self, length: int) -> FileRegion:
-        """Makes the scratch file longer, and returns the new part.
-
-        Raises:
-            RunError: The disk is full, or the folder can't be written to.
-        """
+        """Makes the scratch file longer, and returns the new part; a RunError if the disk or the folder takes no more."""
         try:
             if self.scratch is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,8 +143,10 @@ class Disk:
     @torch.no_grad()
     def read_into(self, read: Callable[[Tensor], None], target: Tensor) -> None:
         """Reads bytes into a target; for a GPU through one of two page-locked buffers, while the other one is copied."""
-        if target.device.type == "cpu":
-            read(target)
+        if target.device.type != "cuda":  # nothing else copies by itself
+            part = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
+            read(part)
+            target.copy_(part)
             return
         with self._lock:  # the main thread may load a block for training while the reader thread fetches another
             if not self._staging or self._staging[0][0].numel() < target.numel():  # freed when copies from it have ended

@@ -77,8 +77,7 @@ class ComputeHooks:
 
     def _enter_backward(self, index: int, layout_id: object, gradient: Tensor) -> None:
         self._check_unchanged(layout_id)
-        running = backward_pass_id()
-        if running != self._backward:
+        if (running := backward_pass_id()) != self._backward:
             self._backward = running
             on_backward_end(self.offloader.schedule.end_backward)
         self.offloader.schedule.enter(index)

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ows_lightning.offload.offloaded import OffloadedWeights, packed_nbytes, views_into
 
-_LARGEST = 127  # symmetric: -128 is left out
-
 
 def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
     """Returns weights in int8 with a float32 scale a row: two tensors for each that has rows, and the others as they are.
@@ -24,7 +22,7 @@ def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
             quantized.append(weight)
             continue
         values = weight.float()
-        scale = values.abs().amax(-1, keepdim=True) / _LARGEST
+        scale = values.abs().amax(-1, keepdim=True) / 127  # -128 is left out
         codes = values / scale.clamp_min(torch.finfo(torch.float32).tiny)
         quantized += [codes.round_().to(torch.int8), scale]
     return quantized

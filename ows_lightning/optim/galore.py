@@ -138,14 +138,14 @@ class GaLoreAdamW(GradientCapture):
         self._claim_gradients(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "in_backward": self._progress.in_backward}
+        return {**super().__getstate__(), "progress": (self._progress.in_backward, self._progress.draw_seed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Sets up a copy or an unpickled optimizer, or takes over a loaded state (torch calls it in ``load_state_dict``)."""
         if "_progress" not in self.__dict__:
             self._init_unsaved()
-            self._progress.in_backward = state["in_backward"]
-            super().__setstate__({key: value for key, value in state.items() if key != "in_backward"})
+            self._progress.in_backward, self._progress.draw_seed = state.pop("progress")
+            super().__setstate__(state)
         else:
             self._discard_gradients()
             self.resting_projectors.clear()
@@ -403,17 +403,19 @@ class GaLoreAdamW(GradientCapture):
                 projected_adamw_(weights, gradients, None, exp_avgs, exp_avg_sqs, steps, **settings)
 
     def _settings(self, p: Tensor, step: int, group: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a parameter's update number ``step``, from 1; a generator only where it rounds."""
+        """The settings of a parameter's update number ``step``, see `_advance_state`; a generator only where it rounds."""
         lr = group["lr"] * min(1.0, step / (group["state_warmup_steps"] + 1))
         settings = {"lr": lr, **{key: group[key] for key in ("betas", "eps", "weight_decay")}, "generator": None}
         settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         if settings["round_weights"] or self.state[p]["exp_avg"].dtype == torch.bfloat16:
-            generator = torch.Generator(self.state[p]["exp_avg"].device)
-            settings["generator"] = generator.manual_seed(1_000_003 * self._group_and_index[p][1] + step)
+            # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.
+            number, steps = self._group_and_index[p][1], int(self.state[p]["step"])
+            seed = (1_000_003 * (1_000_003 * self._progress.draw_seed + number) + steps) % 2**63
+            settings["generator"] = torch.Generator(self.state[p]["exp_avg"].device).manual_seed(seed)
         return settings
 
     def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
-        """Counts a step of one parameter and returns its number; makes moments, or converts them to the configured dtype."""
+        """Makes moments, or converts them to the configured dtype, and returns the number of their coming step, from 1."""
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)  # a tensor, as in torch.optim: sharded checkpoints want one
         exact = group["moments_dtype"] == "float32"
@@ -424,7 +426,7 @@ class GaLoreAdamW(GradientCapture):
             elif state[moment].dtype != dtype:  # the option has changed
                 state[moment] = state[moment].to(dtype)
         state["step"] += 1
-        return int(state["step"])
+        return int(state["step"]) - state.get("reset_at", 0)
 
     @staticmethod
     def _renew(state: dict[str, Any], projector: Tensor, side: Side, moments: str) -> None:
@@ -435,7 +437,7 @@ class GaLoreAdamW(GradientCapture):
             return
         if moments == "reset":
             del state["exp_avg"], state["exp_avg_sq"]
-            state["step"].zero_()
+            state["reset_at"] = int(state["step"])  # which goes on: it seeds the next subspace
             return
         # First moments are linear in the gradient; second ones are moved as if coordinates were independent.
         rotation = (whole_matrices(old).mT @ whole_matrices(projector)).to(state["exp_avg"].dtype)

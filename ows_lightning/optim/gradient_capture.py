@@ -244,9 +244,9 @@ class GradientCapture(Optimizer):
             return
         with self._measured(p.device):
             matrices = whole_matrices(gradient)
-            # Decompositions fail on NaN and Inf. The projection is made NaN below, so that step() skips.
+            # Decompositions fail on NaN, Inf and overflows. The projection is made NaN below, so that step() skips.
             finite = total_norm([matrices]).isfinite()
-            torch.nan_to_num_(matrices, 0.0, 0.0, 0.0)
+            matrices.masked_fill_(~finite, 0.0)
             found = self._new_subspace(p, matrices, side)
             # What is broadcast of a sketch are its vectors, below, which lie in the span of everybody's basis.
             basis, group = (found.basis, None) if isinstance(found, Sketch) else (found, processes)

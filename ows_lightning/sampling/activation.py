@@ -12,7 +12,6 @@ from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 Part = Literal["embeddings", "lm_head", "norm"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model outside its blocks, as ``always_train`` names them."""
-_FROZEN = "frozen_by_sampling"  # an attribute of parameters that are frozen here, and not by the user
 
 
 def trainable_by_block(model: nn.Module) -> list[nn.ParameterList]:
@@ -50,7 +49,7 @@ def activate_blocks(
         others: Parameters outside the blocks, each with whether it trains.
         optimizers: Built before anything was frozen; with a ``resting_rank``, GaLoreAdamW for the blocks' matrices.
         resting_rank: Rank in which blocks train at rest; 0 freezes them.
-        resting_seed: Seeds the random subspaces of the matrices that begin to rest, or to train in one, now.
+        resting_seed: Another one for every draw: it seeds the random subspaces of this interval, and the noise of rounding.
     """
     trains = dict(others)
     first: dict[nn.Parameter, int] = {}  # the lowest block that each is in
@@ -67,26 +66,16 @@ def activate_blocks(
         if hasattr(optimizer, "rest"):
             optimizer.rest((p for p in first if rests[p]), resting_rank, resting_seed)
     for p, trainable in trains.items():
-        if trainable or rests.get(p, False):
-            vars(p).pop(_FROZEN, None)
-            p.requires_grad_(True)
-            continue
-        if p.requires_grad:
-            vars(p)[_FROZEN] = True
-        p.requires_grad_(False)
+        p.requires_grad_(trainable or rests.get(p, False))
+    frozen = [p for p in trains if not p.requires_grad]
+    for p in frozen:
         p.grad = None
         for optimizer in optimizers:
             optimizer.state.pop(p, None)
-    return [p for p in trains if _FROZEN in vars(p)]
+    return frozen
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Lets those parameters train again that `activate_blocks` froze, in any run, and none that the user did.
-
-    Where a model was copied in mid-run, they have lost their marks; a list in the model has them.
-    """
-    for p in [p for module in model.modules() for p in vars(module).pop(_FROZEN, ())]:
-        vars(p)[_FROZEN] = True
-    for p in model.parameters():
-        if vars(p).pop(_FROZEN, False):
-            p.requires_grad_(True)
+    """Lets those parameters train again that a BlockSampler froze, in any run, and none that the user did."""
+    for p in [p for module in model.modules() for p in vars(module).pop("frozen_by_sampling", ())]:
+        p.requires_grad_(True)

@@ -73,8 +73,7 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draws new blocks where this batch is the first of an interval."""
-        metrics = self.advance(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
-        if metrics:
+        if metrics := self.advance(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module)):
             self._write_and_log(trainer, metrics)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

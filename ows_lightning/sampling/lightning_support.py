@@ -59,11 +59,6 @@ def unpatch_clipping(precision: Precision) -> None:
 class RestoreAfterFit(Callback):
     """Leaves gradients to ``grad``, and weights whole, when a fit has ended, also by an exception: any code may train them."""
 
-    @classmethod
-    def is_in(cls, trainer: Trainer) -> bool:
-        """Whether a Trainer has this callback."""
-        return any(isinstance(callback, cls) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves them so."""
         for optimizer in trainer.optimizers:

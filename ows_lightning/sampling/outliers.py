@@ -26,6 +26,7 @@ from ows_lightning.models.causal_lm import evaluating, run_causal_lm
 from ows_lightning.models.decoder import causal_lm, decoder_layers, on_device
 from ows_lightning.models.export import weights_without_peft
 from ows_lightning.models.loss import token_mask
+from ows_lightning.optim.sharding import total_norm
 
 _CHUNK_ELEMENTS = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums so many ones exactly
 
@@ -75,7 +76,7 @@ def layer_weight_norms(model: nn.Module) -> Tensor:
     norms = []
     for block in decoder_layers(model):
         with on_device(block):
-            each = [torch.linalg.vector_norm(weight.full(), dtype=torch.float32).item() for weight in _block_weights(block)]
+            each = [total_norm([weight.full()]).item() for weight in _block_weights(block)]
         norms.append(math.hypot(*each))
     return torch.tensor(norms, dtype=torch.float64)
 

@@ -151,7 +151,7 @@ class BlockSampler:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(causal_lm(model), "config", None)))
         self._blocks, self._others = trainable_by_block(model), trains_outside_blocks(model, self.always_train)
-        causal_lm(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # see `unfreeze`
+        causal_lm(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # a copy has it, too
         fixed = [index for index, block in enumerate(self._blocks) if not len(block)]
         if len(fixed) == len(self._blocks):
             name = type(causal_lm(model)).__name__
@@ -259,7 +259,8 @@ class BlockSampler:
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model."""
-        unfreeze(nn.ParameterList([*(p for block in self._blocks for p in block), *self._others]))
+        for p in self._frozen:
+            p.requires_grad_(True)
         self._blocks, self._others, self._frozen[:] = [], {}, []
 
     def warn_of_never_trained(self) -> None:

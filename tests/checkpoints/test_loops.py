@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -64,6 +64,18 @@ class Terminated(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class FailsAt(Callback):
+    """Fails in the middle of one batch, counted over all epochs."""
+
+    def __init__(self, batch: int) -> None:
+        self.left = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self.left == 0:
+            raise ZeroDivisionError
+        self.left -= 1
+
+
 class Seen(Callback):
     """Notes the rows of each epoch."""
 
@@ -88,6 +100,7 @@ class Runs:
         self.folder, self.devices = folder, devices
         self.trainer, self.checkpoint, self.data = SCENARIOS[scenario]
         self.seen = Seen()
+        self.callbacks: list[Callback] = []  # further ones
 
     def fit(self, name: str, ckpt_path: Path | None = None, ended_in: tuple[int, ...] = ()) -> tuple[dict[str, Tensor], Rows]:
         """Trains, from a checkpoint if it is given; returns the weights and what was logged."""
@@ -103,7 +116,7 @@ class Runs:
             default_root_dir=self.folder / name,
             logger=CSVLogger(self.folder / name, name="", version=0, flush_logs_every_n_steps=1),
             callbacks=[SaveOnSignal(), sampling, ContinueMetricsCSV(), LearningRateMonitor("step"), Terminated(ended_in),
-                       self.seen, ModelCheckpoint(**saves)],
+                       self.seen, ModelCheckpoint(**saves), *self.callbacks],
             accelerator="cpu", devices=self.devices, strategy="auto" if self.devices == 1 else "ddp_layerwise",
             log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
             **self.trainer,
@@ -182,6 +195,21 @@ def test_terminated_in_the_last_step_of_each_epoch(scenario: str, runs_of: Calla
             runs.fit(f"until-{end}", saved, ended_in=(end,))
         saved = runs.folder / f"until-{end}" / "version_0" / "checkpoints" / f"interrupted-step={end}.ckpt"
     weights, curves = runs.fit("last", saved)
+    assert all(torch.equal(weights[name], through[0][name]) for name in weights)
+    assert curves == through[1]
+
+
+@pytest.mark.parametrize("scenario", ["epochs", "accumulated"])
+def test_what_lightning_saves_at_an_exception_within_a_step_is_resumed_behind_the_last_one(
+    scenario: str, runs_of: Callable[[str], Runs]
+) -> None:
+    runs = runs_of(scenario)
+    through = runs.fit("through")
+    runs.callbacks = [OnExceptionCheckpoint(runs.folder), FailsAt(7)]
+    with pytest.raises(ZeroDivisionError):
+        runs.fit("until")
+    runs.callbacks = []
+    weights, curves = runs.fit("resumed", runs.folder / "on_exception.ckpt")
     assert all(torch.equal(weights[name], through[0][name]) for name in weights)
     assert curves == through[1]
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, LayerwiseSampling
 from ows_lightning.distributed import ddp
+from ows_lightning.errors import UsageError
 from ows_lightning.optim import galore, sharding
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling import sampler
@@ -118,6 +119,19 @@ def alone_with_offloaded_blocks(arguments: list[str]) -> None:
 
 def test_one_process_needs_no_other(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     run([str(model_dir())], tmp_path, 1, target=alone_with_offloaded_blocks)
+
+
+def loaded_before(arguments: list[str]) -> None:
+    """A module that has its weights already is fitted under ``fsdp2``, which could not average whole ones."""
+    module, rows = CausalLMModule(arguments[0]), [{key: value[0] for key, value in tiny_batch(1).items()}]
+    module.configure_model()
+    trainer = Trainer(strategy="fsdp2", accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(UsageError, match=r"^trainer\.strategy: fsdp2 shards a model as it loads it; this one is loaded"):
+        trainer.fit(module, DataLoader(rows))
+
+
+def test_whole_weights_are_not_trained_as_if_they_were_sharded(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    run([str(model_dir())], tmp_path, 1, target=loaded_before)
 
 
 def with_a_gradient_missing(arguments: list[str]) -> None:

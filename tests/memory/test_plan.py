@@ -147,6 +147,7 @@ FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path"
         {**FULL, "model__gradient_checkpointing": True},
         {**FULL, "trainer__precision": "bf16-true", "data__batch_size": 1},
         {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear"}},
+        {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear"}, "trainer__precision": "bf16-true"},
         {"model__attn_implementation": "eager"},
     ],
     ids=lambda changes: " ".join(f"{key.partition('__')[2] or key}={value}" for key, value in changes.items())[:70] or "base",

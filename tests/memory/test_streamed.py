@@ -17,7 +17,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.offload.int8 import Int8Weights
 from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.sampling.activation import activate_blocks
-from tests.memory.test_plan import Track, llama_7b, make_config, run_and_track
+from tests.memory.test_plan import SHAPE, Track, llama_7b, make_config, run_and_track
 from tests.tiny import tiny_model
 
 LLAMA_70B = {"model__model_name_or_path": "meta-llama/Llama-2-70b-hf"}
@@ -125,6 +125,20 @@ def test_blocks_of_several_sizes_count_each_as_it_is(tmp_path: Path) -> None:
     root = whole - 2 * large - 3 * small
     assert sharded.bytes["weights"] == pytest.approx(whole / 2 + root + 2 * large, rel=0.01)
     assert sharded.communicated_bytes == pytest.approx((root + 2 * (2 * large + 3 * small) + 2 * large) / 2, rel=0.03)
+
+
+@pytest.mark.parametrize(("active", "slots"), [(4, 2), (5, 2), (3, 3)])
+def test_slots_are_there_where_fewer_blocks_are_frozen(active: int, slots: int, directory: Path) -> None:
+    model = tiny_model("llama", **SHAPE)
+    whole, layers = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]), decoder_layers(model)
+    changes = {"model__frozen_in": "host", "model__window_blocks": slots, "sampling__activated_layers": active}
+    needs = predict(settings_from_config(make_config(directory, **changes)))
+    offloader = BlockOffloader(layers, slots)
+    activate_blocks(layers, range(active))
+    offloader.apply_draw()
+    elsewhere = [t for index in offloader.schedule.order for t in offloader.offloaded[index].tensors]
+    here = whole + sum(slot.nbytes for slot in offloader.slots) - sum(t.nbytes for t in elsewhere)
+    assert needs.bytes["weights"] == pytest.approx(here, rel=0.001)
 
 
 @pytest.mark.parametrize("window", [2, 3])

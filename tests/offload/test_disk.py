@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ows_lightning.checkpoints import files as checkpoints
 from ows_lightning.checkpoints.files import ChecksummedFile
@@ -53,6 +53,22 @@ def mapped_bytes(path: Path) -> int:
         elif here and line.startswith("Rss:"):
             total += 1024 * int(line.split()[1])
     return total
+
+
+def test_a_whole_file_counts_beside_an_index_as_for_transformers(tmp_path: Path) -> None:
+    old, new = tiny_model("llama"), tiny_model("llama", seed=1)
+    old.save_pretrained(tmp_path, max_shard_size=50_000)  # whose shards are left behind
+    save_file(
+        {name: p.detach().clone() for name, p in new.named_parameters()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    model = load_mapped_model(str(tmp_path), 0, Disk(tmp_path))
+    torch.testing.assert_close(dict(model.named_parameters()), dict(new.named_parameters()), rtol=0, atol=0)
+
+
+def test_a_gpu_that_is_not_cudas_copies_from_ordinary_memory(tmp_path: Path) -> None:
+    sizes = []
+    Disk(tmp_path).read_into(lambda part: sizes.append((part.device.type, part.numel())), torch.empty(8, device="meta"))
+    assert sizes == [("cpu", 8)]
 
 
 @pytest.mark.parametrize("dtypes", ["the file's", "another"])

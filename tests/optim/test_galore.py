@@ -248,6 +248,15 @@ class TestNonFinite:
         train(model, optimizer, range(6, 9))
         assert all(p.isfinite().all() for p in model.parameters())
 
+    @pytest.mark.parametrize("subspace", ["svd", "randomized"])
+    def test_a_gradient_whose_products_overflow_skips_the_step(self, subspace: str) -> None:
+        weight = nn.Parameter(torch.ones(64, 40))
+        optimizer = GaLoreAdamW([{"params": [weight], "rank": RANK, "subspace": subspace}])
+        weight.grad = torch.full_like(weight, 1e38)
+        optimizer.step()
+        assert optimizer.skipped_steps == 1
+        assert torch.equal(weight, torch.ones(64, 40))
+
     def test_zero_gradients_do_no_harm(self) -> None:
         model = net()
         before = copy.deepcopy(model)
@@ -326,6 +335,40 @@ def test_stochastic_rounding_keeps_small_updates_alive() -> None:
 
     assert final(False) == 1.0  # 1e-4 is below half a step of bfloat16 at 1
     assert final(True) == pytest.approx(1 - 100 * 1e-4, abs=5e-4)  # standard error of the mean: 64 * 64 weights
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_noise_of_rounding_is_another_after_every_draw(copied: bool) -> None:
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = GaLoreAdamW([weight], lr=1e-4, stochastic_rounding=True)
+    for draw in range(40):
+        optimizer.rest([], seed=draw)  # as sampling does
+        optimizer.state.clear()
+        if copied:
+            weight, optimizer = copy.deepcopy((weight, optimizer))
+        for _ in range(2):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    # Moves of 2^-8, each with the chance 80 * 1e-4 / 2^-8 of a binomial distribution; the same noise gave a few all.
+    assert weight.float().std().item() < 2 * (80 * 1e-4 / 2**-8) ** 0.5 * 2**-8
+
+
+def test_random_subspaces_are_others_at_each_renewal_also_where_moments_are_reset() -> None:
+    weight, found = nn.Parameter(torch.randn(12, 10)), []
+    group = {"params": [weight], "rank": RANK, "update_proj_gap": 2, "subspace": "random"}
+    optimizer = GaLoreAdamW([group], lr=1e-2, eps=0.0, moments_at_renewal="reset")
+    for step in range(8):
+        before = weight.detach().clone()
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        projector = optimizer.state[weight]["projector"]
+        if step % 2 == 0:
+            found.append(projector.clone())
+            # Moments begin anew: Adam's first step is the sign, of size 1.
+            torch.testing.assert_close(
+                ((before - weight) @ projector).abs(), torch.full((12, RANK), 1e-2), rtol=1e-3, atol=1e-5
+            )
+    assert not any(torch.equal(q, other) for i, q in enumerate(found) for other in found[:i])
 
 
 def test_moments_in_bfloat16_decay_as_those_in_float32_do() -> None:

@@ -284,6 +284,7 @@ def test_weight_norms_pool_the_matrices_of_a_block(architecture: str) -> None:
     norms = layer_weight_norms(model)
     assert norms.dtype == torch.float64
     assert norms.tolist() == pytest.approx(expected, rel=1e-5)
+    assert layer_weight_norms(model.double()).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), float("inf")])
