@@ -63,6 +63,11 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], _unwrap(kwargs["optimizer"])
         _require_one_process(args)
         _require_use_galore(optimizer, args)
+        if self.distribution == "gradient_norm" and args.max_grad_norm > 0:
+            raise UsageError(
+                "max_grad_norm: the Trainer clips before any callback sees the gradients, by whose norms gradient_norm draws; "
+                "set it to 0 (and clip by use_galore(trainer, max_grad_norm=...)), or take another distribution"
+            )
         if not isinstance(optimizer, GaLoreAdamW):
             for p in model.parameters():
                 remove_hook(p)  # of a run of ``use_galore`` that ended by an exception

@@ -132,6 +132,18 @@ def test_clipping_acts_on_what_the_optimizer_consumes_and_is_logged(tmp_path: Pa
     assert clipped.norms == pytest.approx([1e-3] * 4, rel=1e-2)
 
 
+def test_draws_by_norms_of_gradients_are_refused_where_the_trainer_has_clipped_them(tmp_path: Path) -> None:
+    def make(limit: float, **options: Any) -> Trainer:
+        sampling = LayerwiseSamplingCallback(activated_layers=1, interval_steps=1, distribution="gradient_norm")
+        trainer, _ = make_trainer(tmp_path / str(limit), sampling=sampling, max_grad_norm=limit, max_steps=2)
+        use_galore(trainer, rank=4, **options)
+        return trainer
+
+    with pytest.raises(UsageError, match=r"^max_grad_norm: the Trainer clips .*set it to 0 \(and clip by use_galore"):
+        make(1.0).train()
+    make(0.0, max_grad_norm=1.0).train()
+
+
 def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     weights = []
     for size, accumulate in ((2, ACCUMULATE), (2 * ACCUMULATE, 1)):
