@@ -91,7 +91,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lets the norms of the gradients count, where the draws depend on them."""
+        """Lets the norms of the gradients count, where the draws depend on them; the Trainer has clipped them already."""
         self.observe([_unwrap(kwargs["optimizer"])])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -141,6 +141,7 @@ class _GaLoreCallback(TrainerCallback):
             for group, configured in zip(self.optimizer.param_groups, self.configured, strict=True):
                 check_settings({name: group.get(name) for name in configured}, configured, named="use_galore")
             _require_state(self.optimizer)
+        self.optimizer.zero_grad()  # what a run has left that an exception ended within a step
         self.optimizer.project_in_backward(model=kwargs["model"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -187,9 +188,7 @@ def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW
 
 def _unwrap(optimizer: Any) -> Any:
     """The optimizer that accelerate has wrapped."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _require_one_process(args: TrainingArguments) -> None:

@@ -287,6 +287,23 @@ def test_a_trainer_with_galore_trains_again_also_after_others_and_after_an_excep
     assert trainer.state.global_step == 2
 
 
+def test_a_run_that_ended_within_a_step_leaves_no_gradient_for_the_next(tmp_path: Path) -> None:
+    class FailsOnce(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.remove_callback(self)
+            raise torch.OutOfMemoryError  # as auto_find_batch_size catches it
+
+    ends = []
+    for callbacks in ((), (FailsOnce(),)):
+        trainer, _ = make_trainer(tmp_path, "sft", True, *callbacks, max_steps=1, save_strategy="no")
+        with pytest.raises(torch.OutOfMemoryError) if callbacks else nullcontext():
+            trainer.train()
+        if callbacks:
+            trainer.train()
+        ends.append(trainer.model.state_dict())
+    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
+
+
 def test_trainers_of_one_model_leave_no_hook_on_it(tmp_path: Path) -> None:
     class Counts(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
