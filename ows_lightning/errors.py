@@ -23,11 +23,9 @@ def command_line(command: str) -> str:
     return f"{'python main.py' if Path(sys.argv[0]).name == 'main.py' else 'ows-lightning'} {command}"
 
 
-EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}
-"""Packages that are not always needed, and this project's extras that bring them."""
+EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}  # which of our extras brings a package
 
-_REFUSALS = ("`val_check_interval` (", '")` is set but')
-"""What Lightning begins with, or says, where it refuses a setting by a mere ValueError."""
+_REFUSALS = ("`val_check_interval` (", '")` is set but')  # what Lightning says where it refuses a setting by a ValueError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ows_lightning.checkpoints.fixed_settings import check_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
@@ -28,7 +28,7 @@ from ows_lightning.models import pretrained, recomputation
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora, lora_config
-from ows_lightning.models.loss import precompute_on_host
+from ows_lightning.models.loss import precompute_on_host, token_mask
 from ows_lightning.models.recomputation import Kernels, fuse_
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.mapped_model import load_mapped_model
@@ -75,9 +75,8 @@ def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps
     name = "constant_with_warmup" if kind == "constant" else kind
     from transformers import get_scheduler  # it imports peft
 
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=None if math.isinf(steps) else int(steps)
-    )
+    total = None if math.isinf(steps) else int(steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
 
 
 class CausalLMModule(EvaluationModule):
@@ -190,12 +189,12 @@ class CausalLMModule(EvaluationModule):
 
     # ------------------------------------------------------------------ set-up
 
-    def check(self) -> PretrainedConfig:
-        """Returns the model's config; a UsageError names any setting that is wrong and needs no weights to be found."""
+    def check(self, find: Callable[[str, bool], Any] = pretrained.load_config) -> Any:
+        """Returns the model's config, or what `find` finds; a UsageError names any setting that is wrong, without weights."""
         self.check_optimizer()
         if self.hparams["lora"] is not None:
             lora_config(self.hparams["lora"])
-        return pretrained.load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+        return find(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
 
     def exceeded_positions(self, length: int) -> int | None:
         """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""
@@ -328,8 +327,7 @@ class CausalLMModule(EvaluationModule):
         if isinstance(optimizer, GaLoreAdamW):
             optimizer.accumulating = not last
         parts = self._lm(**batch)
-        tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
-        return self.step.add(parts, tokens, last)
+        return self.step.add(parts, token_mask(batch).sum(), last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """If the loss is not finite, sets all gradients to NaN, so that every process skips the step."""

@@ -18,8 +18,7 @@ from ows_lightning.module import CausalLMModule
 
 log = logging.getLogger(__name__)
 
-MEMORY_FRACTION = 0.9
-"""Of the free memory. The rest is for what is not predicted: workspaces of kernels, fragmentation, and 5 % of error."""
+MEMORY_FRACTION = 0.9  # of the free memory: workspaces of kernels, fragmentation and 5 % of error are not predicted
 
 
 class AutoCheckpointing(Callback):

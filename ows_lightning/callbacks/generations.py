@@ -71,7 +71,7 @@ class ShowGenerations(StepCallback):
         step, pairs = trainer.global_step, [*zip(self.prompts, answers, strict=True)]
         shown = "\n".join(f"  {prompt!r} -> {answer!r}" for prompt, answer in pairs)
         log.info("Answers after step %d:\n%s", step, shown)
-        if trainer.loggers:
+        if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "generations.csv").open("a", newline="", encoding="utf-8") as file:
                 header = [["step", "prompt", "answer"]] if file.tell() == 0 else []

@@ -19,8 +19,7 @@ from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import mark_step_saved
 
-RESUMABLE_TRAINER_ARGUMENTS = ("max_steps", "accumulate_grad_batches")
-"""Arguments of the Trainer that a resumed run may change; a change is logged."""
+RESUMABLE_TRAINER_ARGUMENTS = ("max_steps", "accumulate_grad_batches")  # a change is logged
 
 
 class Resume(Callback):

@@ -32,6 +32,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._defer_save_until_validation |= waited
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning 2.6 saves `last.ckpt` at its end
+            return
         newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
         if not (filepath == self.last_model_path != newest and newest and self._link(trainer, Path(newest), Path(filepath))):
             super()._save_checkpoint(trainer, filepath)

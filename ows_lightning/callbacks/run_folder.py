@@ -72,6 +72,8 @@ class RunFolder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``model/`` and the plots."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # nothing of it is kept
+            return
         folder = run_folder(trainer)
         if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module.hparams, folder))

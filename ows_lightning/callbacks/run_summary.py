@@ -96,7 +96,7 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the validation metrics before and after, the run's folder, and the next commands."""
         folder = run_folder(trainer)  # asks all ranks
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves no files
             return
         if self.first_step in (None, trainer.global_step):  # a resumed run that had ended
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)

@@ -138,6 +138,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     flag("--seed", type=_number(0, int), default=0, help="Seed of the draws (default: 0)")
     flag("--system", help="The system message")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
+    flag("--trust_remote_code", action="store_true", help="Run code that the model's repository brings along")
     flag("--dtype", choices=("float32", "bfloat16", "float16"), help="Of the weights; bfloat16 on a GPU, else float32")
 
 

@@ -17,8 +17,7 @@ _PACKAGE = Path(__file__).parents[1]
 SHIPPED_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 """The folder with ``configs/`` and ``examples/``: the installed package's, or the checkout's."""
 
-BASE = "base"
-"""The key of a config file that names its base, by a path relative to the file or by the name of a shipped one."""
+BASE = "base"  # the key of a config file that names its base, by a path relative to the file or a shipped one's name
 
 
 class ConfigFile(ActionConfigFile):

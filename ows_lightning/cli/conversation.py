@@ -75,9 +75,9 @@ def load(name: str, args: argparse.Namespace) -> Conversation:
         raise UsageError(f"device: '{asked}' can't be used ({str(error).splitlines()[0]}); give cpu or cuda") from error
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     with tempfile.TemporaryDirectory() as folder:
-        directory = _model_directory(name, Path(folder))
-        tokenizer = with_chat_template(load_tokenizer(directory))
-        model = load_model(directory, dtype).eval().to(device)
+        directory = _model_directory(name, Path(folder), args.trust_remote_code)
+        tokenizer = with_chat_template(load_tokenizer(directory, args.trust_remote_code))
+        model = load_model(directory, dtype, None, args.trust_remote_code).eval().to(device)
     add_eos_token_id(model, end_of_turn_id(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(args.seed)
@@ -87,7 +87,7 @@ def load(name: str, args: argparse.Namespace) -> Conversation:
     return Conversation(model, tokenizer, args.system)
 
 
-def _model_directory(name: str, folder: Path) -> str:
+def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
     """The path of a model for `load_model`; a checkpoint or a delta is turned into a model in a folder first."""
     path = Path(name).expanduser()
     if (path / "model" / "config.json").is_file():
@@ -101,7 +101,7 @@ def _model_directory(name: str, folder: Path) -> str:
         except UsageError as error:
             hint = f"make the model with `{command_line(f'apply-delta BASE {path}')}`, and give that"
             raise UsageError(f"model: the base of '{path}', '{base}', is not at hand; {hint}") from error
-        apply_delta(base, path, folder / "model")
+        apply_delta(base, path, folder / "model", trust_remote_code)
         return str(folder / "model")
     if path.suffix != ".ckpt":
         return name

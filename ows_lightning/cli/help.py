@@ -14,8 +14,7 @@ import docstring_parser
 
 from ows_lightning.errors import UsageError, command_line
 
-DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}
-"""Where the command line's default differs from the class's."""
+DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}  # other ones than the classes'
 
 _PACKAGE = Path(__file__).parents[1]
 _NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "params"}

@@ -14,6 +14,7 @@ from typing import Any
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -188,7 +189,7 @@ class OWSCLI(LightningCLI):
             callbacks.append(PredictionFile())
         if trainer_args["enable_checkpointing"] is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        if trainer_args["enable_progress_bar"] is not False:
+        if trainer_args["enable_progress_bar"] is not False and not any(isinstance(one, AnyProgressBar) for one in callbacks):
             callbacks.append(ProgressBar())
         kwargs["default_root_dir"] = trainer_args["default_root_dir"] or "runs"
         if trainer_args["logger"] is not False:
@@ -218,7 +219,10 @@ class OWSCLI(LightningCLI):
         if not ckpt_path or ckpt_path in ("best", "hpc"):
             return
         root = Path(config.trainer.default_root_dir or "runs")
-        places = [root / "checkpoints", root] if config.trainer.logger is False else [root]
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        own = [logger.init_args for logger in loggers if "CSVLogger" in str(logger)]  # whose folder is the run's
+        places = [Path(str(logger.save_dir), logger.get("name") or "") for logger in own] or [root]
+        places = [root / "checkpoints", root] if loggers == [False] else places
         if config.checkpoint.dirpath:
             places = [Path(config.checkpoint.dirpath), *places]
         if command == "export" and "://" in str(ckpt_path):
@@ -226,10 +230,10 @@ class OWSCLI(LightningCLI):
         path = find_checkpoint(str(ckpt_path), *places)
         config.ckpt_path = None if path is None else str(path)
         if path is None:
+            where = " or ".join(f"'{place}'" for place in places)
             if command != "fit":
-                where = " or ".join(f"'{place}'" for place in places)
                 raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
-            log.warning("ckpt_path: there is no checkpoint of an earlier run yet; this one starts anew")
+            log.warning("ckpt_path: no earlier run has saved a checkpoint in %s yet; this one starts anew", where)
 
 
 def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:

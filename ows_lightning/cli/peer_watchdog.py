@@ -80,8 +80,7 @@ def abort(code: int) -> None:
 def _end_at_once() -> None:
     """Ends this process without the interpreter's own end.
 
-    That collects process groups which an error's stack trace or a mesh still holds, and waits for gloo's threads, which
-    after an error wait for the interpreter in turn: forever.
+    That collects process groups, and waits for gloo's threads, which after an error wait for the interpreter in turn: forever.
     """
     if _exit_code is not None:
         for stream in (sys.stdout, sys.stderr):

@@ -25,7 +25,6 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable
 from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
-from ows_lightning.models.lora import lora_config
 from ows_lightning.models.recomputation import liger_for
 from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.options import check_offloading
@@ -64,6 +63,8 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
         if trains and key.startswith("model.") and name in ("lr", "learning_rate") and value <= 0:
             raise UsageError(f"{key}: {value} must be above 0; with it nothing would train")
     trainer = config["trainer"]
+    if "://" in str(folder := trainer["default_root_dir"]):
+        raise UsageError(f"trainer.default_root_dir: '{folder}' is an address; give a folder, and that as checkpoint.dirpath")
     number_of_devices(trainer["devices"])
     for key, known, usual in (
         ("strategy", StrategyRegistry.available_strategies(), "auto, ddp_layerwise or fsdp2"),
@@ -123,10 +124,7 @@ def check_run(
 def check_plan(model: LightningModule, sampling: LayerwiseSampling | None) -> None:
     """Checks what a plan is made of as `check_run` does, but for what depends on this machine; the data may be elsewhere."""
     if isinstance(model, CausalLMModule):
-        model.check_optimizer()
-        if model.hparams["lora"] is not None:
-            lora_config(model.hparams["lora"])
-        config, _ = find_dimensions(model.hparams["model_name_or_path"], model.hparams["trust_remote_code"])
+        config, _ = model.check(find_dimensions)
         if sampling is not None:
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
 

@@ -292,10 +292,9 @@ class InstructionDataModule(LightningDataModule):
     def _prompt_dataloader(self, examples: Any) -> DataLoader:
         prompts = PromptRows(examples, self._encoder())
         whole = PromptRows(examples, dataclasses.replace(prompts.encoder, max_seq_length=1 << 20))
-        lengths, references = [], []
-        for row in (whole[i] for i in range(len(whole))):
-            lengths.append(len(row["input_ids"]))
-            references.append(len(whole.encoder.tokenizer(row["reference"], add_special_tokens=False).input_ids))
+        rows, tokenizer = [whole[i] for i in range(len(whole))], whole.encoder.tokenizer
+        lengths = [len(row["input_ids"]) for row in rows]
+        references = [len(tokenizer(row["reference"], add_special_tokens=False).input_ids) for row in rows]
         if cut := sum(length > self.max_seq_length for length in lengths):
             rank_zero_warn(f"data.max_seq_length: {cut} of {len(lengths)} prompts have more tokens, and lose their start")
         model = self.trainer.lightning_module if self.trainer else None

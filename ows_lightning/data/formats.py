@@ -228,8 +228,8 @@ def _type_text(value: Any) -> str:
 
 
 def _shortened(name: str) -> str:
-    """A name from the data, shortened to fit a line."""
-    return " ".join(name.split())[:60]
+    """A name from the data, shortened to fit a line, with what white space it has."""
+    return repr(name[:60])[1:-1]
 
 
 def _names(row: Iterable[str]) -> str:

@@ -19,9 +19,8 @@ class ShardedSampler(DistributedSampler):
     the same step as one process with batches of w * b rows. When the rows don't divide evenly, ranks are filled up with the
     index behind the last, a row without targets: all ranks make the same number of steps and no row counts twice.
 
-    With `group_size`, rows are sorted by their `lengths` in tokens within every 50 groups of so many rows, and the groups are
-    shuffled: the rows of a batch then have similar lengths. It is a `DistributedSampler`, which Lightning leaves in place and
-    tells the epoch.
+    With `group_size`, rows are sorted by their tokens within every 50 groups of so many rows, and the groups shuffled, so that
+    a batch's rows have similar lengths. Lightning leaves a `DistributedSampler` in place, and tells it the epoch.
     """
 
     def __init__(

@@ -87,6 +87,5 @@ def _index(answer: Any, options: Sequence[str], row_name: str) -> int:
 def collate_choices(rows: Sequence[list[dict[str, Any]]], pad_token_id: int) -> dict[str, Tensor]:
     """Pads the choices of all rows as `collate` does; adds ``row``, ``right`` and ``characters``, int64 (B,)."""
     items = [item for row in rows for item in row]
-    facts = ("row", "right", "characters")
-    batch = collate([{k: v for k, v in item.items() if k not in facts} for item in items], pad_token_id)
-    return batch | {name: tensor([int(item[name]) for item in items]) for name in facts}
+    facts = {name: tensor([int(item[name]) for item in items]) for name in ("row", "right", "characters")}
+    return collate(items, pad_token_id) | facts

@@ -75,7 +75,7 @@ def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> 
     """Pads rows on the right to the longest, or puts packed ones behind one another, where flash attention finds documents.
 
     Returns ``input_ids`` and ``labels``, and either ``attention_mask`` or, for packed rows, ``position_ids``; int64 (B, L).
-    The padding of a packed row is a document of its own.
+    Each token of a packed row's padding is a document of its own, at position 0: see ``token_mask``.
     """
     packed = "position_ids" in items[0]
     if packed and flatten:
@@ -85,9 +85,7 @@ def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> 
     batch = {"input_ids": pad_sequence(ids, True, pad_token_id), "labels": pad_sequence(labels, True, IGNORED)}
     if not packed:
         return batch | {"attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True)}
-    length = batch["input_ids"].size(1)
-    positions = [item["position_ids"] + list(range(length - len(item["position_ids"]))) for item in items]
-    return batch | {"position_ids": _tensor(positions)}
+    return batch | {"position_ids": pad_sequence([_tensor(item["position_ids"]) for item in items], True)}
 
 
 def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
@@ -125,8 +123,7 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     """Refuses a model (any module that contains a causal LM, sharded or not) that lets packed documents see each other.
 
     transformers keeps them apart by their restarting positions, but not in every architecture: OPT and models with ALiBi make
-    a mask of their own. So we test it on a few tokens: the logits of a document must not depend on what stands before it
-    in the row.
+    a mask of their own. So we test it on a few tokens: a document's logits must not depend on what stands before it.
     """
     one, other, probe = [1, 2, 3, 4, 5], [6, 7, 8, 9], [9, 3, 7]
     rows = [[one, probe], [other, one[:1], probe], [probe, other, one[:1]]]

@@ -63,6 +63,11 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], _unwrap(kwargs["optimizer"])
         _require_one_process(args)
         _require_use_galore(optimizer, args)
+        if self.distribution == "gradient_norm" and args.max_grad_norm > 0:
+            raise UsageError(
+                "max_grad_norm: the Trainer clips before any callback sees the gradients, by whose norms gradient_norm draws; "
+                "set it to 0 (and clip by use_galore(trainer, max_grad_norm=...)), or take another distribution"
+            )
         if not isinstance(optimizer, GaLoreAdamW):
             for p in model.parameters():
                 remove_hook(p)  # of a run of ``use_galore`` that ended by an exception
@@ -86,7 +91,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lets the norms of the gradients count, where the draws depend on them."""
+        """Lets the norms of the gradients count, where the draws depend on them; the Trainer has clipped them already."""
         self.observe([_unwrap(kwargs["optimizer"])])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -97,8 +102,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints keep of this callback: plain values."""
-        names = ("activated_layers", "interval_steps", "distribution", "threshold", "calibration_samples", "rescore_every")
-        settings = {name: getattr(self, name) for name in (*names, "seed", "grouping", "resting_rank")}
+        settings = {name: getattr(self, name) for name in signature(BlockSampler).parameters}
         settings |= {"always_train": list(self.always_train), "scores": None if self.scores is None else str(self.scores)}
         probabilities = None if self.probabilities is None else self.probabilities.tolist()
         return {"args": settings, "attributes": {"resumed": {**self.state_dict(), "probabilities": probabilities}}}
@@ -136,6 +140,7 @@ class _GaLoreCallback(TrainerCallback):
             for group, configured in zip(self.optimizer.param_groups, self.configured, strict=True):
                 check_settings({name: group.get(name) for name in configured}, configured, named="use_galore")
             _require_state(self.optimizer)
+        self.optimizer.zero_grad()  # what a run has left that an exception ended within a step
         self.optimizer.project_in_backward(model=kwargs["model"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -182,9 +187,7 @@ def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW
 
 def _unwrap(optimizer: Any) -> Any:
     """The optimizer that accelerate has wrapped."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _require_one_process(args: TrainingArguments) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -58,6 +58,14 @@ def precompute_on_host(batch: dict[str, Any]) -> dict[str, Any]:
     at = _positions_of_targets(labels)
     at = at.pin_memory() if labels.is_pinned() else at  # else copying it waits for the GPU
     return {**batch, "targets_at": at, "padded": padded, "packed": packed}
+
+
+def token_mask(batch: Mapping[str, Any]) -> Tensor:
+    """Where a batch has tokens and no padding, (B, L). In packed rows each place of the padding has position 0."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None or positions is None:
+        return torch.ones_like(batch["input_ids"]) if mask is None else mask
+    return (positions > 0) | (F.pad(positions[:, 1:], (0, 1)) == 1)
 
 
 def _positions_of_targets(labels: Tensor) -> Tensor:

@@ -42,15 +42,9 @@ def galore_param_groups(
         outside = non_block_parameters(model)
         blocks |= {id(p) for part in ("embeddings", "lm_head") for p in outside.get(part, []) if p.dim() == 2}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    settings = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "subspace": subspace}
     groups: list[dict[str, Any]] = [
-        {
-            "params": [(name, p) for name, p in trainable if id(p) in blocks],
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "subspace": subspace,
-        },
+        {"params": [(name, p) for name, p in trainable if id(p) in blocks], **settings},
         {"params": [(name, p) for name, p in trainable if id(p) not in blocks and p.dim() >= 2]},
         {"params": [(name, p) for name, p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]

@@ -16,8 +16,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.report.run import find_run_folder
 from ows_lightning.report.write import CONTENT_SECURITY_POLICY, render, write_report
 
-REFRESH = 3
-"""Seconds after which the page asks for itself again."""
+REFRESH = 3  # seconds after which the page asks for itself again
 
 
 class Page:
@@ -133,7 +132,7 @@ def is_running(run: Path) -> bool:
             with FileLock(lock, timeout=0):
                 pass
         return False
-    except UsageError:
-        return False
     except Timeout:
         return True
+    except (UsageError, OSError):  # there is no folder any more, or the lock is another user's
+        return False

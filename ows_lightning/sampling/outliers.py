@@ -25,6 +25,7 @@ from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import evaluating, run_causal_lm
 from ows_lightning.models.decoder import causal_lm, decoder_layers, on_device
 from ows_lightning.models.export import weights_without_peft
+from ows_lightning.models.loss import token_mask
 from ows_lightning.optim.sharding import total_norm
 
 _CHUNK_ELEMENTS = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums so many ones exactly
@@ -291,14 +292,14 @@ def _inputs_and_mask(
         )
     keys = ("input_ids", "attention_mask", "position_ids")
     inputs = {key: batch[key].to(device) for key in keys if batch.get(key) is not None}
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.all():
+    mask = token_mask(inputs)
+    if mask.all():
         inputs.pop("attention_mask", None)
         yield inputs, None
     elif not row_by_row and mask.any():
         yield inputs, mask.flatten().bool()
     else:
-        del inputs["attention_mask"]
+        inputs.pop("attention_mask", None)
         for row, is_token in enumerate(mask.bool()):
             if is_token.any():
                 yield {key: value[row : row + 1, is_token] for key, value in inputs.items()}, None

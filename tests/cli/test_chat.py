@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
@@ -118,6 +119,29 @@ def test_run_checkpoint_and_directory_are_one_model(config: Path, say: Callable[
         say(Path("runs/version_0") / part, "is 3 odd?").splitlines()[-1] for part in ("", "model", "checkpoints/last.ckpt")
     }
     assert len(answers) == 1
+
+
+def test_code_that_comes_with_a_model_runs_if_asked_for(
+    model_dir: Callable[..., Path], say: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_dir()
+    said, values = say(model, "who are you?"), json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "frob.Config", "AutoModelForCausalLM": "frob.Model"}
+    (model / "config.json").write_text(json.dumps({**values, "model_type": "frob", "auto_map": classes}))
+    (model / "frob.py").write_text("""
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class Config(LlamaConfig):
+    model_type = "frob"
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+""")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])  # to which transformers adds it
+    assert say(model, "who are you?", flags="--trust_remote_code") == said
+    with pytest.raises(SystemExit, match="2"):
+        say(model, "who are you?")
 
 
 def test_compare_shows_both_and_the_report_too(config: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

@@ -344,6 +344,17 @@ def test_barebones_leaves_the_model_alone(config: Path) -> None:
     assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["model"]
 
 
+def test_a_development_run_leaves_no_files_and_a_bar_of_the_users_is_the_only_one(
+    config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    generations = "{class_path: ows_lightning.callbacks.generations.ShowGenerations, init_args: {prompts: [a?]}}"
+    callbacks = ("--trainer.callbacks", f"[{{class_path: TQDMProgressBar}}, {generations}]")
+    run("fit", config, "--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "true", *callbacks)
+    assert not [path for path in Path("runs").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert "checkpoints/" not in caplog.text  # nor is anything said to be there
+
+
 def test_without_checkpoints(config: Path) -> None:
     run("fit", config, "--trainer.enable_checkpointing", "false")
     assert Path("runs/version_0/model/model.safetensors").is_file()

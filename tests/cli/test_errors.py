@@ -412,6 +412,9 @@ CASES = {
     "score's output below a file": Case(
         "score --config base.yaml --output rows.txt/scores", "output", "choose another folder"
     ),
+    "address as the root": Case(
+        fit("--trainer.default_root_dir s3://bucket/runs"), "trainer.default_root_dir", "give a folder"
+    ),
     "no run to report": Case("report", "report", "give one or more run folders"),
     "missing run to report": Case("report runs/nothing", "runs/nothing", "give the folder that `fit` or `score` wrote"),
     "report of no run": Case("report model", "model", "give the folder that `fit` or `score` wrote"),
@@ -607,6 +610,14 @@ def test_the_home_of_a_path_that_the_shell_left_as_it_was(
     assert line.startswith(f"ckpt_path: no run has saved a checkpoint in '{tmp_path}/kept' or '{tmp_path}/runs'")
     line, _ = typed("validate --config base.yaml --ckpt_path=~/last.ckpt")
     assert line.startswith(f"ckpt_path: no checkpoint '{tmp_path}/last.ckpt'")
+
+
+def test_last_is_looked_for_where_a_csv_logger_of_the_users_writes(typed: Callable[[str], tuple[str, int]]) -> None:
+    command = "validate --config base.yaml --trainer.logger CSVLogger --trainer.logger.save_dir logs"
+    line, _ = typed(f"{command} --ckpt_path last")
+    assert line.startswith("ckpt_path: no run has saved a checkpoint in 'logs/lightning_logs';")
+    line, _ = typed(f"{command} --trainer.logger.name mine --checkpoint.dirpath kept --ckpt_path last")
+    assert line.startswith("ckpt_path: no run has saved a checkpoint in 'kept' or 'logs/mine';")
 
 
 def test_no_network_for_the_upload(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ows_lightning.data import InstructionDataModule, examples, masking, stream
 from ows_lightning.errors import UsageError
+from ows_lightning.models.loss import token_mask
 from ows_lightning.sampling.outliers import calibration_batches
 from tests.data.samples import pairs, tiny_tokenizer
 from tests.tiny import tiny_model
@@ -274,6 +275,7 @@ def test_packing_makes_full_rows_of_documents_that_start_anew(jsonl: Write) -> N
     assert (starts == -100).all()
     labels = torch.cat([batch["labels"].flatten() for batch in batches])
     assert (labels != -100).sum() == summary["target_tokens"]
+    assert sum(token_mask(batch).sum() for batch in batches) == summary["tokens"] < labels.numel()
 
 
 def test_packing_is_refused_for_a_model_that_would_mix_documents(jsonl: Write) -> None:

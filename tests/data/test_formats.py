@@ -115,6 +115,10 @@ def test_columns_are_renamed() -> None:
             {"instruction": "q", "ouput": "a"},
             "columns 'instruction', 'ouput' fit no format; .* 'ouput': did you mean 'output'",
         ),
+        (
+            {"instruction": "q", " output": "a"},
+            "' output': did you mean 'output'",
+        ),  # of a CSV file with a space after its comma
         ({"messages": []}, "row 1: 'messages' must be a list of messages, got an empty list"),
         ({"messages": [{"role": "usr", "content": "q"}]}, "row 1: 'messages' entry 1 has the role 'usr'; known are .*user"),
         ({"messages": [{"role": "user"}]}, "row 1: 'messages' entry 1: the content must be text, got nothing"),

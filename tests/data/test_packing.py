@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from ows_lightning.data.rows import collate, join_documents, pack, require_separate_documents
 from ows_lightning.errors import UsageError
+from ows_lightning.models.loss import token_mask
+from ows_lightning.sampling.outliers import layer_outlier_ratios
 from tests.tiny import tiny_model
 
 LENGTHS = [5, 1, 7, 4, 30, 3]
@@ -97,3 +99,13 @@ def test_pack_fills_rows_and_loses_nothing() -> None:
 
 def test_pack_puts_a_document_where_it_leaves_the_least_room() -> None:
     assert pack([6, 5, 4, 3], 10) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_the_padding_of_packed_rows_is_neither_counted_nor_scored(architecture: str) -> None:
+    model, ids = tiny_model(architecture), [document for document, _ in documents() if len(document) > 1]
+    rows = [join_documents([(document, document) for document in row], True) for row in (ids[:3], ids[3:4], ids[4:])]
+    batch = collate(rows, pad_token_id=0)
+    assert token_mask(batch).sum(1).tolist() == [len(row["input_ids"]) for row in rows]
+    apart = [collate([row], pad_token_id=0) for row in rows]
+    torch.testing.assert_close(layer_outlier_ratios(model, [batch], 2.0), layer_outlier_ratios(model, apart, 2.0))

@@ -132,6 +132,18 @@ def test_clipping_acts_on_what_the_optimizer_consumes_and_is_logged(tmp_path: Pa
     assert clipped.norms == pytest.approx([1e-3] * 4, rel=1e-2)
 
 
+def test_draws_by_norms_of_gradients_are_refused_where_the_trainer_has_clipped_them(tmp_path: Path) -> None:
+    def make(limit: float, **options: Any) -> Trainer:
+        sampling = LayerwiseSamplingCallback(activated_layers=1, interval_steps=1, distribution="gradient_norm")
+        trainer, _ = make_trainer(tmp_path / str(limit), sampling=sampling, max_grad_norm=limit, max_steps=2)
+        use_galore(trainer, rank=4, **options)
+        return trainer
+
+    with pytest.raises(UsageError, match=r"^max_grad_norm: the Trainer clips .*set it to 0 \(and clip by use_galore"):
+        make(1.0).train()
+    make(0.0, max_grad_norm=1.0).train()
+
+
 def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     weights = []
     for size, accumulate in ((2, ACCUMULATE), (2 * ACCUMULATE, 1)):
@@ -273,6 +285,23 @@ def test_a_trainer_with_galore_trains_again_also_after_others_and_after_an_excep
     trainer.remove_callback(Fails)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_a_run_that_ended_within_a_step_leaves_no_gradient_for_the_next(tmp_path: Path) -> None:
+    class FailsOnce(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.remove_callback(self)
+            raise torch.OutOfMemoryError  # as auto_find_batch_size catches it
+
+    ends = []
+    for callbacks in ((), (FailsOnce(),)):
+        trainer, _ = make_trainer(tmp_path, "sft", True, *callbacks, max_steps=1, save_strategy="no")
+        with pytest.raises(torch.OutOfMemoryError) if callbacks else nullcontext():
+            trainer.train()
+        if callbacks:
+            trainer.train()
+        ends.append(trainer.model.state_dict())
+    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
 
 
 def test_trainers_of_one_model_leave_no_hook_on_it(tmp_path: Path) -> None:
