@@ -75,9 +75,8 @@ def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps
     name = "constant_with_warmup" if kind == "constant" else kind
     from transformers import get_scheduler  # it imports peft
 
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=None if math.isinf(steps) else int(steps)
-    )
+    total = None if math.isinf(steps) else int(steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
 
 
 class CausalLMModule(EvaluationModule):

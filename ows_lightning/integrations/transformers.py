@@ -102,8 +102,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints keep of this callback: plain values."""
-        names = ("activated_layers", "interval_steps", "distribution", "threshold", "calibration_samples", "rescore_every")
-        settings = {name: getattr(self, name) for name in (*names, "seed", "grouping", "resting_rank")}
+        settings = {name: getattr(self, name) for name in signature(BlockSampler).parameters}
         settings |= {"always_train": list(self.always_train), "scores": None if self.scores is None else str(self.scores)}
         probabilities = None if self.probabilities is None else self.probabilities.tolist()
         return {"args": settings, "attributes": {"resumed": {**self.state_dict(), "probabilities": probabilities}}}

@@ -59,7 +59,7 @@ class BlockOffloader:
         self.make_stream = copy_stream_for
         self._disk = disk
         self._int8_in = int8_in
-        self._optimizer: Callable[[], GaLoreAdamW | None] = _no_optimizer
+        self._optimizer: Callable[[], GaLoreAdamW | None] = type(None)  # which gives None
         blocks_of = Counter(p for block in self.blocks for p in block.parameters())  # what several share stays on the device
         self.parameters = [
             [p for p in block.parameters() if p.numel() and blocks_of[p] == 1 and not (frozen_only and p.requires_grad)]
@@ -91,7 +91,7 @@ class BlockOffloader:
         self.was_copied = True
         remade = ("offloaded", "schedule", "layout_id", "slots", "_views", "_stream", "_staging", "_versions")
         kept = {key: value for key, value in vars(self).items() if key not in (*remade, "_slot_updates", "_updated_layers")}
-        return kept | {"_disk": None, "_optimizer": _no_optimizer}
+        return kept | {"_disk": None, "_optimizer": type(None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -112,7 +112,8 @@ class BlockOffloader:
         The ``optimizers``' state of these blocks moves to the device, too: it may come from a checkpoint, loaded before the
         draw was known.
         """
-        trains = [i for i, weights in enumerate(self.parameters) if any(map(self._needs_own_memory, weights))]
+        rests = own.rests if (own := self._optimizer()) is not None else (lambda p: False)
+        trains = [i for i, weights in enumerate(self.parameters) if any(p.requires_grad and not rests(p) for p in weights)]
         if not self.offloaded or trains != self.active:
             self._set_active(trains)
             self.schedule.fetch_first()
@@ -208,11 +209,6 @@ class BlockOffloader:
                 merge_update_(p.data, update, projector)
             self._offload_trained(index)
         self._stream.wait_for_computation()  # which has written offloaded weights
-
-    def _needs_own_memory(self, p: nn.Parameter) -> bool:
-        """Whether a parameter trains, and not at rest."""
-        optimizer = self._optimizer()
-        return p.requires_grad and not (optimizer is not None and optimizer.rests(p))
 
     def _updates_of(self, block: int) -> dict[Tensor, tuple[Tensor, Tensor]]:
         if (optimizer := self._optimizer()) is None:
@@ -369,10 +365,6 @@ class BlockOffloader:
         self._reset_layers(block)
         _set_data(self.parameters[block], self.offloaded[block].tensors)
         self._stream.release(slot)
-
-
-def _no_optimizer() -> None:
-    """Stands for an optimizer that is not there."""
 
 
 def _versions_of(parameters: Iterable[nn.Parameter]) -> list[int]:

@@ -177,11 +177,11 @@ class BlockSampler:
 
     def _require_held(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuses optimizers that hold no parameter of some block, which would then never train, or can't let it rest."""
-        for name in (type(optimizer).__name__ for optimizer in optimizers if not hasattr(optimizer, "rest")):
-            if self.resting_rank:
-                raise UsageError(
-                    f"sampling.resting_rank: {name} can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0"
-                )
+        if self.resting_rank and (unable := [type(each).__name__ for each in optimizers if not hasattr(each, "rest")]):
+            name = unable[0]
+            raise UsageError(
+                f"sampling.resting_rank: {name} can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0"
+            )
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
             raise UsageError(
