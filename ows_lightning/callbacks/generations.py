@@ -42,8 +42,7 @@ class ShowGenerations(StepCallback):
             raise UsageError("ShowGenerations.prompts: give one prompt at least")
         if every_n_steps < 1:
             raise UsageError(f"ShowGenerations.every_n_steps: {every_n_steps} must be at least 1")
-        self.prompts = list(prompts)
-        self.every_n_steps = every_n_steps
+        self.prompts, self.every_n_steps = list(prompts), every_n_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows what the model answers at first."""

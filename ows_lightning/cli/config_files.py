@@ -14,9 +14,7 @@ from ows_lightning.cli.help import CommandParser
 from ows_lightning.errors import UsageError, did_you_mean
 
 _PACKAGE = Path(__file__).parents[1]
-SHIPPED_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
-"""The folder with ``configs/`` and ``examples/``: the installed package's, or the checkout's."""
-
+SHIPPED_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent  # with configs/ and examples/
 BASE = "base"  # the key of a config file that names its base, by a path relative to the file or a shipped one's name
 
 

@@ -21,9 +21,8 @@ from ows_lightning.errors import UsageError, closest_name, command_line, did_you
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
+# The sections that describe a class, and the class that they describe by default.
 SECTIONS = {"model": CausalLMModule, "data": InstructionDataModule, "sampling": LayerwiseSampling}
-"""The sections that describe a class, and the class that they describe by default."""
-
 _TYPE_NAMES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
     "dict": "a mapping of keys to values", "collections.abc.Iterable": "a list", "tuple": "a list",
@@ -120,6 +119,8 @@ def _missing_key_message(key: str, name: str) -> str:
 
 def _nearest_key(key: str, known: Iterable[str]) -> str | None:
     """The key that is meant: it has the same last name or one like it, as `max_steps` and `trainer.max_steps` have."""
+    if key in ("model.learning_rate", "model.lr", "learning_rate", "lr"):
+        return "model.optimizer.lr"
     names = {other: other.rpartition(".")[2] for other in known}
     name = closest_name(key.rpartition(".")[2], names.values())
     alike = [other for other in names if names[other] == name]

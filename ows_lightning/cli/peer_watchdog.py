@@ -103,8 +103,7 @@ class _Watchdog:
         self._start_deadline = time.monotonic() + START_TIMEOUT
         self._exit_timeout = EXIT_TIMEOUT
         self._failure = ""  # what is wrong with whom
-        self._stopped = threading.Event()
-        self._lock = threading.Lock()
+        self._stopped, self._lock = threading.Event(), threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX)
         try:
             self._listener.bind(self._name(rank))

@@ -27,8 +27,7 @@ class ShardedSampler(DistributedSampler):
         self, lengths: Sequence[int], rank: int = 0, num_replicas: int = 1, group_size: int | None = None, **options: Any
     ) -> None:
         super().__init__(lengths, num_replicas, rank, **options)  # type: ignore[arg-type]
-        self.lengths = np.asarray(lengths)
-        self.group_size = group_size
+        self.lengths, self.group_size = np.asarray(lengths), group_size
         self.skip = 0  # rows of this rank that the next iteration skips
 
     def __iter__(self) -> Iterator[int]:

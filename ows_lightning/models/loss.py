@@ -65,7 +65,7 @@ def token_mask(batch: Mapping[str, Any]) -> Tensor:
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None or positions is None:
         return torch.ones_like(batch["input_ids"]) if mask is None else mask
-    return (positions > 0) | (F.pad(positions[:, 1:], (0, 1)) == 1)
+    return (positions > 0) | (F.pad(positions[..., 1:], (0, 1)) == 1)
 
 
 def _positions_of_targets(labels: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from ows_lightning.report.run import RunRecord
 from ows_lightning.sampling.distributions import score_of
 from ows_lightning.sampling.inclusion import inclusion_probabilities, window_inclusion
 
-Table: TypeAlias = dict[str, list[Any]]
-"""Columns of one length; a table without rows means that the run has no such data."""
+Table: TypeAlias = dict[str, list[Any]]  # columns of one length; a table without rows: the run has no such data
 
 XAxis = Literal["step", "tokens", "time_s"]
 

@@ -23,8 +23,7 @@ class Page:
     """The page of a run's folder, drawn in another one; what a browser may ask for, and nothing else."""
 
     def __init__(self, run: Path, output: Path) -> None:
-        self.run = run
-        self.output = output
+        self.run, self.output = run, output
         self._drawing = threading.Lock()
         self._drawn: set[tuple[str, int, int]] = set()
         self._html = self._note("The run has logged nothing yet.")
