@@ -184,7 +184,7 @@ def _read_rows(path: Path, convert: Callable[[dict[str, str]], T]) -> list[T]:
         return []
     rows = []
     with _named_damage(path), path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a kill may cut off the last row
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num} does not have {len(reader.fieldnames or [])} cells")

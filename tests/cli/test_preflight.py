@@ -72,7 +72,7 @@ def test_no_number_is_infinite_or_nan(capsys: pytest.CaptureFixture[str]) -> Non
         (["--sampling.seed=-1"], "sampling.seed"),
         (["--trainer.max_steps=99999999999999999999999"], "trainer.max_steps"),
         (["--trainer.max_epochs=-5"], "trainer: `max_epochs` must be a non-negative integer or -1"),
-        (["--trainer.limit_val_batches=-1"], "trainer: You have passed invalid value -1 for limit_val_batches"),
+        (["--trainer.limit_val_batches=-1"], "trainer: You have passed invalid value -1"),
         (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val"),
         (["--checkpoint.every_n_train_steps=-1"], "Invalid value for every_n_train_steps=-1"),
         (["--model.optimizer=torch.optim.Adamm"], "model.optimizer"),

@@ -68,6 +68,11 @@ def test_a_loss_that_is_not_a_number_stays_visible(tmp_path):
     assert figures["best_val_loss"] == 2.0
 
 
+def test_a_row_that_a_kill_cut_off_is_left_out(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train_loss,val_loss\n0,2.0,\n1,1.5,\n2,1.")
+    assert RunRecord.read(tmp_path).series("train_loss") == ([0.0, 1.0], [2.0, 1.5])
+
+
 def test_an_interval_that_a_resumed_run_wrote_again_counts_once(tmp_path):
     (tmp_path / "sampling_history.csv").write_text("interval,step,blocks\n0,0,1 2\n1,50,0 3\n1,50,2 3\n2,100,1 3\n")
     run = RunRecord.read(tmp_path)
