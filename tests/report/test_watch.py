@@ -49,8 +49,10 @@ def test_the_page_follows_the_run(served):
     assert get(port) == first
     metrics = run / "metrics.csv"
     whole = metrics.read_text()
-    metrics.write_text(whole[:-20])  # a row that is being written: the page stays as it was
-    assert get(port) == first
+    metrics.write_text(whole[:-20])  # a row that is being written is left out
+    assert get(port).count("<img") == 8
+    metrics.write_text(whole + "x\n")  # damaged: the page stays as it was
+    assert get(port).count("<img") == 8
     with (run / "generations.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["step", "prompt", "answer"], [7, "who?", "<b>me</b>\nand you"]])
     metrics.write_text(whole)
