@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -184,7 +185,8 @@ def _read_rows(path: Path, convert: Callable[[dict[str, str]], T]) -> list[T]:
         return []
     rows = []
     with _named_damage(path), path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(line for line in file if line.endswith("\n"))  # a kill may cut off the last row
+        text = file.read()
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))  # a kill may cut off the last row
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num} does not have {len(reader.fieldnames or [])} cells")

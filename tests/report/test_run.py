@@ -70,7 +70,10 @@ def test_a_loss_that_is_not_a_number_stays_visible(tmp_path):
 
 def test_a_row_that_a_kill_cut_off_is_left_out(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train_loss,val_loss\n0,2.0,\n1,1.5,\n2,1.")
-    assert RunRecord.read(tmp_path).series("train_loss") == ([0.0, 1.0], [2.0, 1.5])
+    (tmp_path / "generations.csv").write_text('step,prompt,answer\r\n0,who?,"a\rb\nc"\r\n', newline="")
+    run = RunRecord.read(tmp_path)
+    assert run.series("train_loss") == ([0.0, 1.0], [2.0, 1.5])
+    assert [table["answer"] for table in run.texts.values()] == [["a\rb\nc"]]
 
 
 def test_an_interval_that_a_resumed_run_wrote_again_counts_once(tmp_path):
