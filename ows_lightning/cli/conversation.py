@@ -77,7 +77,7 @@ def load(name: str, args: argparse.Namespace) -> Conversation:
     with tempfile.TemporaryDirectory() as folder:
         directory = _model_directory(name, Path(folder), args.trust_remote_code)
         tokenizer = with_chat_template(load_tokenizer(directory, args.trust_remote_code))
-        model = load_model(directory, dtype, None, args.trust_remote_code).eval().to(device)
+        model = load_model(directory, dtype, trust_remote_code=args.trust_remote_code).eval().to(device)
     add_eos_token_id(model, end_of_turn_id(tokenizer))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(args.seed)

@@ -91,7 +91,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lets the norms of the gradients count, where the draws depend on them; the Trainer has clipped them already."""
+        """Lets the norms of the gradients count, where the draws depend on them."""
         self.observe([_unwrap(kwargs["optimizer"])])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
