@@ -207,21 +207,23 @@ def adjusted(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def plot(lengths: dict[int, Values], path: Path) -> None:
-    """Test loss against time, FLOPs and memory, a line a method through its lengths, bars over the seeds' range."""
+    """Test loss against time, FLOPs and memory, where measured; a line a method, bars over the seeds' range."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib import ticker
 
-    figure, axes = plt.subplots(1, len(COSTS), figsize=(12, 4), sharey=True, layout="constrained")
-    for axis, (cost, label) in zip(axes, COSTS.items(), strict=True):
-        for number, name in enumerate(dict.fromkeys(name for values in lengths.values() for name in values)):
+    names = dict.fromkeys(name for values in lengths.values() for name in values)
+    measured = [cost for cost in COSTS if not all(math.isnan(each) for name in names for each in _mean(lengths, name, cost))]
+    figure, axes = plt.subplots(1, len(measured), figsize=(4 * len(measured), 4), sharey=True, layout="constrained")
+    for axis, cost in zip(axes, measured, strict=True):
+        for number, name in enumerate(names):
             marker = "os^"[number // 10 % 3]  # colours repeat after ten
             losses = [[run["test_loss"] for run in values[name].values()] for values in lengths.values() if name in values]
             means = [mean(runs) for runs in losses]
             error = [[m - min(runs) for m, runs in zip(means, losses, strict=True)]]
             error += [[max(runs) - m for m, runs in zip(means, losses, strict=True)]]
             axis.errorbar(_mean(lengths, name, cost), means, yerr=error, marker=marker, capsize=2, label=name)
-        axis.set_xlabel(label)
+        axis.set_xlabel(COSTS[cost])
         if len(lengths) > 1 and cost != "peak_mb":
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
