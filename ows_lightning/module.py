@@ -225,6 +225,9 @@ class CausalLMModule(EvaluationModule):
                 )
             some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
             check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+            on_gpu = self.trainer.strategy.root_device.type == "cuda"
+            if on_gpu and self._precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+                log.warning("trainer.precision: this card only emulates bfloat16, which takes long; 32-true may be faster")
             self.step = StepAccumulator(self.trainer.world_size)
             self.last_step = None
 
@@ -322,12 +325,13 @@ class CausalLMModule(EvaluationModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; ``optimizer_step`` makes its gradient that of the step's mean."""
-        last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        place = batch_idx % self.trainer.accumulate_grad_batches
+        last = place + 1 == self.trainer.accumulate_grad_batches or self.trainer.is_last_batch
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, GaLoreAdamW):
             optimizer.accumulating = not last
         parts = self._lm(**batch)
-        return self.step.add(parts, token_mask(batch).sum(), last)
+        return self.step.add(parts, token_mask(batch).sum(), place == 0, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """If the loss is not finite, sets all gradients to NaN, so that every process skips the step."""

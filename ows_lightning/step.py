@@ -45,11 +45,12 @@ class StepAccumulator:
         self._totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, codes
         self._divisor: float | Tensor = _PROVISIONAL_TARGETS
 
-    def add(self, parts: LossParts, tokens: Tensor, last: bool) -> Tensor:
-        """Adds a micro-batch of ``tokens`` (a scalar), maybe its step's last; returns the loss to call backward with."""
+    def add(self, parts: LossParts, tokens: Tensor, first: bool, last: bool) -> Tensor:
+        """Adds a micro-batch of ``tokens`` (a scalar), returns its loss; a step's first one drops what an older step left."""
         counts = [parts.targets, tokens, torch.full_like(tokens, self.code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
-        first, self._totals = self._totals is None, here if self._totals is None else self._totals + here
+        first = first or self._totals is None
+        self._totals = here if first or self._totals is None else self._totals + here
         if last and self.processes > 1:
             dist.all_reduce(self._totals)  # strategy.reduce would hold all processes up with a barrier
         if first:

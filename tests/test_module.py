@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -130,6 +132,41 @@ def test_a_scheduler_of_accumulation_gives_the_same_steps(model_dir: ModelDir, t
         trainer(tmp_path, *callbacks, gradient_clip_val=0.01, **settings).fit(module, DataLoader(rows_with_uneven_targets()))
         finals.append(weights(module))
     assert all(torch.equal(weight, finals[1][name]) for name, weight in finals[0].items())
+
+
+def test_an_epoch_that_ends_within_a_step_leaves_nothing_for_the_next(model_dir: ModelDir, tmp_path: Path) -> None:
+    class EndsEpoch(CausalLMModule):
+        """Lightning ends an epoch, and drops the gradients of the step that was under way, where this hook returns -1."""
+
+        ends_at = 0
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            super().on_train_batch_start(batch, batch_idx)
+            return -1 if (self.trainer.current_epoch, batch_idx) == (0, self.ends_at) else None
+
+    found = []
+    for ends_at in (0, 1):
+        module = EndsEpoch(str(model_dir()), rank=4, optimizer=galore, warmup_steps=0)
+        module.ends_at = ends_at
+        fit = trainer(tmp_path, max_steps=2, accumulate_grad_batches=2, max_epochs=2)
+        fit.fit(module, DataLoader(rows_with_uneven_targets(), batch_size=2))
+        assert fit.global_step == 2
+        found.append((fit.callback_metrics["train_loss"], module.state_dict()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_bfloat16_that_a_card_only_emulates_is_said(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = CausalLMModule(str(model_dir()))
+    for emulated, precision in ((True, "bf16-true"), (True, "bf16-mixed"), (False, "bf16-true"), (True, "32-true")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=not emulated: found)
+        module.trainer = Trainer(
+            strategy=SingleDeviceStrategy(torch.device("cuda", 1), accelerator=CPUAccelerator()), precision=precision
+        )
+        module.setup("fit")
+        assert ("emulates bfloat16" in caplog.text) == (emulated and precision != "32-true")
+        caplog.clear()
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,15 @@ class GradientCapture(Optimizer):
     @property
     def renewal_s(self) -> float:
         """Seconds spent on finding subspaces so far. On a GPU, reading it waits for those that are being found."""
+        self._add_up_spans(wait=True)
+        return self._progress.renewal_s
+
+    def _add_up_spans(self, wait: bool) -> None:
         progress = self._progress
-        while progress.spans:
-            begin, end = progress.spans.pop()
+        while progress.spans and (wait or progress.spans[0][1].query()):
+            begin, end = progress.spans.pop(0)
             end.synchronize()
             progress.renewal_s += begin.elapsed_time(end) / 1000
-        return progress.renewal_s
 
     @contextmanager
     def _measured(self, device: torch.device) -> Iterator[None]:
@@ -109,6 +112,7 @@ class GradientCapture(Optimizer):
             yield
             end.record(torch.cuda.current_stream(device))
             self._progress.spans.append((begin, end))
+            self._add_up_spans(wait=False)  # those that are over: maybe nobody ever reads the time
         else:
             start = time.perf_counter()
             yield

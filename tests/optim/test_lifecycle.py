@@ -15,6 +15,7 @@ from torch import nn
 
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW
+from tests.offload.fake_gpu import Event, FakeGpu
 from tests.optim.test_galore import RANK, distance, equal, groups, loss_of, net, train
 
 
@@ -300,6 +301,20 @@ class TestLossScaler:
             other.clip_gradients(0.05)
             other.step()
         assert distance(scaled, plain) < 1e-6
+
+
+def test_a_run_that_never_reads_the_time_of_its_renewals_keeps_no_event_of_them() -> None:
+    with FakeGpu(late=False).installed():
+        weight = nn.Parameter(torch.rand(8, 6, device="cuda"))
+        optimizer = GaLoreAdamW([{"params": [weight], "rank": 2, "update_proj_gap": 1}])
+        before = sum(isinstance(each, Event) for each in gc.get_objects())
+        for _ in range(5):
+            weight.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        kept = sum(isinstance(each, Event) for each in gc.get_objects()) - before
+        del weight, optimizer
+    assert kept == 0
 
 
 def test_a_skipped_step_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
