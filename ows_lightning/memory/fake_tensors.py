@@ -80,11 +80,7 @@ class FakeOperators:
 
 def to_fake_(model: nn.Module) -> None:
     """Turns a meta model's tensors into fake ones (under `FakeOperators`). Shared weights stay shared."""
-
-    def fake(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-    model._apply(fake)
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
     causal_lm(model).tie_weights()  # type: ignore[operator]
 
 

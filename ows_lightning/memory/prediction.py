@@ -21,6 +21,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import lora_config
 from ows_lightning.models.recomputation import checkpoint_activations
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.activation import trains_outside_blocks
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
@@ -88,7 +89,9 @@ def predict(settings: PlanSettings) -> MethodPlan:
     sizes = ModelSizes.of(settings)
     device, host = _offloaded_bytes(settings, sizes)
     peaks = [{**peak, "weights": peak["weights"] + device} for peak in memory.peaks.values()]
-    highest = max((_per_device_peak(peak, settings, sizes) for peak in peaks), key=lambda peak: sum(peak.values()))
+    if settings.is_sharded:
+        peaks = [_per_device_peak(span[-1], peak, settings, sizes) for span, peak in zip(memory.peaks, peaks, strict=True)]
+    highest = max(peaks, key=lambda peak: sum(peak.values()))
     return MethodPlan(highest, host, _communicated_bytes(memory, settings, sizes))
 
 
@@ -113,11 +116,11 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
     def extended(value: Callable[[StepMemory], int]) -> int:
         return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)
 
-    def at(span: tuple[Any, ...], category: str, memory: StepMemory) -> int:
-        return memory.peaks[span].get(category, 0)
+    def of_category(span: tuple[Any, ...], name: str) -> int:
+        return extended(lambda memory: memory.peaks[span].get(name, 0))
 
     return StepMemory(
-        {span: {name: extended(partial(at, span, name)) for name in CATEGORIES} for span in base.peaks},
+        {span: {name: of_category(span, name) for name in CATEGORIES} for span in base.peaks},
         extended(lambda memory: memory.trained),
         extended(lambda memory: memory.consumed),
     )
@@ -226,21 +229,31 @@ def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> i
     return offloaded + reached - min(slots, reached) - max(0, slots - (offloaded - last))
 
 
-def _per_device_peak(peak: dict[str, int], settings: PlanSettings, sizes: ModelSizes) -> dict[str, int]:
-    """Turns the peak of one device into that of each of n.
+def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, sizes: ModelSizes) -> dict[str, int]:
+    """Turns the peak of one device, in a stage of a step, into that of each of n under FSDP2.
 
-    FSDP2 shards weights, gradients, moments and an elementwise optimizer's temporaries n ways. Beside its shards, a device
-    holds the root's weights, those of two blocks (one at work, one that is fetched meanwhile) and, where full gradients exist,
-    those of two blocks (one being produced, one being reduced). Projectors are replicated; activations are those of the
-    device's own rows. With DDP, every device holds everything.
+    Weights, gradients, moments and an elementwise optimizer's temporaries are sharded n ways; projectors are replicated, and
+    activations are those of the device's own rows. Beside that, a device holds (torch's ``_fsdp_param_group.py``)
+
+    * in forward the root's weights and, while a block is copied from the buffer that it was gathered in, three blocks: that
+      buffer and that of the block before (or of the root) are still there;
+    * in backward two blocks, one at work and one that is gathered meanwhile, or at first the root twice. Where full gradients
+      exist, so do those of a block, of another one that are being reduced (from bfloat16 in float32, as are what the device
+      keeps of them), and of the root.
     """
-    if not settings.is_sharded:
-        return peak
     sharded = {"weights", "gradients", "moments"} | ({"other"} if settings.method.rank is None else set())
     each = {name: -(-size // settings.devices) if name in sharded else size for name, size in peak.items()}
-    each["weights"] += (sizes.root + sum(sizes.blocks[:2])) * settings.compute_dtype.itemsize
-    if settings.method.lora is None:
-        each["gradients"] += sum(sizes.blocks[:2]) * settings.compute_dtype.itemsize
+    dtype, method, backward = settings.compute_dtype, settings.method, stage.startswith("backward")
+    root, block = sizes.root * dtype.itemsize, sizes.blocks[0] * dtype.itemsize
+    before = root if stage in ("forward", "forward lowest") else block
+    gathered = {"step": 0, "loss_head": root + block}.get(stage, root + 2 * block + (0 if backward else before))
+    if method.lora is None and (backward or stage == "loss_head"):
+        outside = trains_outside_blocks(settings.meta_model, method.always_train).items()
+        of_root = sum(p.numel() for p, always in outside if always or method.activated_layers is None)
+        each["gradients"] += of_root * dtype.itemsize * (settings.devices - 1) // settings.devices
+    of_blocks = (3 + 2 / settings.devices if dtype == torch.bfloat16 else 2) * block * (backward and method.lora is None)
+    each["gradients"] += int(of_blocks)
+    each["weights"] += max(gathered, backward * (2 * root - int(of_blocks)))  # of gradients there are none at first
     return each
 
 
