@@ -182,8 +182,15 @@ class End(Callback):
     def __init__(self, waits: Waits) -> None:
         self.waits = waits
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.waits.phase = trainer.global_step, "micro-batch"
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The module's own hook comes after the callbacks': it moves blocks that were drawn."""
+        step = pl_module.training_step
+
+        def training_step(batch: Any, batch_idx: int) -> Any:
+            self.waits.phase = trainer.global_step, "micro-batch"
+            return step(batch, batch_idx)
+
+        pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -201,9 +208,13 @@ def batches() -> list[dict[str, Tensor]]:
     return [padded, padded, tiny_batch(seed=1), tiny_batch(seed=1), packed, packed] * (STEPS * ACCUMULATE // 6)
 
 
-def counted(model: Path, folder: Path, distribution: str, **settings: Any) -> tuple[Waits, LayerwiseSampling]:
-    waits = Waits()
-    sampling = LayerwiseSampling(2, INTERVAL, distribution=distribution, always_train=("lm_head", "norm"))  # type: ignore[arg-type]
+def counted(
+    model: Path, folder: Path, distribution: str = "uniform", resting_rank: int = 0, **settings: Any
+) -> tuple[Waits, LayerwiseSampling]:
+    waits, mapped = Waits(), torch.frombuffer
+    sampling = LayerwiseSampling(
+        2, INTERVAL, distribution=distribution, always_train=("lm_head", "norm"), resting_rank=resting_rank  # type: ignore[arg-type]
+    )  # fmt: skip
     module = CausalLMModule(str(model), warmup_steps=1, **{"rank": 4, "update_proj_gap": 100, **settings})
     trainer = Trainer(
         strategy=SingleDeviceStrategy(DEVICE), max_steps=STEPS, accumulate_grad_batches=ACCUMULATE, gradient_clip_val=0.1,
@@ -214,7 +225,15 @@ def counted(model: Path, folder: Path, distribution: str, **settings: Any) -> tu
     rows = batches()
     for tensor in tree_leaves(rows):
         waits.sides.put(tensor, HOST)
-    with waits:
+
+    def on_host(*args: Any, **kwargs: Any) -> Tensor:
+        result = mapped(*args, **kwargs)
+        waits.sides.put(result, HOST)
+        return result
+
+    with waits, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "frombuffer", on_host)
+        patch.chdir(folder)  # a scratch file's
         trainer.fit(module, DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
     return waits, sampling
 
@@ -232,3 +251,33 @@ def test_only_optimizer_steps_and_draws_wait(distribution: str, model_dir: Calla
         assert counts["step"] == 1 + bool(entering), f"step {step}: {counts}, {seen}"  # for the subspaces of all that enter
         assert counts["draw"] == (step in drawn and step > 0 and distribution == "gradient_norm"), f"step {step}: {seen}"
         assert counts["micro-batch"] == 0, f"step {step}: {counts}, {seen}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "of_block"),
+    [
+        ({"frozen_in": "host", "resting_rank": 2}, 1),
+        pytest.param({"frozen_in": "host"}, 1, marks=pytest.mark.slow),
+        pytest.param({"resting_rank": 2}, 0, marks=pytest.mark.slow),
+        pytest.param({"frozen_in": "disk", "resting_rank": 2}, 9, marks=pytest.mark.slow),  # each weight: no page is locked
+        pytest.param({"frozen_dtype": "int8"}, 1, marks=pytest.mark.slow),
+        pytest.param({"frozen_in": "host", "frozen_dtype": "int8"}, 2, marks=pytest.mark.slow),  # it and its copy
+    ],
+    ids=str,
+)
+def test_a_draw_waits_once_more_for_each_block_that_is_offloaded(
+    settings: dict[str, Any], of_block: int, model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    waits, sampling = counted(model_dir(), tmp_path, **settings)
+    drawn = {step: set(blocks) for _, step, blocks in sampling.history}
+    active: set[int] = set()
+    for step in range(STEPS):
+        entering, leaving = drawn.get(step, active) - active, active - drawn.get(step, active)
+        active = drawn.get(step, active)
+        counts = {phase: waits.counts[step, phase] for phase in ("micro-batch", "step")}
+        seen = {kind: count for (phase, kind), count in waits.kinds.items() if phase and phase[0] == step}
+        assert counts == {"micro-batch": 0, "step": 1 + bool(entering)}, f"step {step}: {seen}"
+        merged = entering if "resting_rank" in settings else set()  # what they learned at rest is written into them first
+        copies = seen.get("copy_", 0)
+        assert bool(copies) == bool(of_block and leaving), f"step {step}: {seen}"
+        assert copies <= of_block * len(leaving | merged), f"step {step}: {seen}"

@@ -28,7 +28,7 @@ def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
         handles += [
             block.register_state_dict_pre_hook(partial(_before_state_dict, offloader)),
             block.register_load_state_dict_pre_hook(partial(_before_write, offloader, index)),
-            block.register_load_state_dict_post_hook(partial(_after_write, offloader, index)),
+            block.register_load_state_dict_post_hook(partial(offloader.refresh, index)),
         ]
         block._apply = partial(_apply_to_block, offloader, index)  # type: ignore[method-assign]
         block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `end_pass`
@@ -39,7 +39,7 @@ def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
 
 
 def remove_access_hooks(offloader: BlockOffloader, handles: list[RemovableHandle]) -> None:
-    """Removes what `add_access_hooks` added."""
+    """Removes what `add_access_hooks` added, and other hooks."""
     for handle in handles:
         handle.remove()
     for block in offloader.blocks:
@@ -60,15 +60,11 @@ def _before_write(offloader: BlockOffloader, index: int, *_: Any) -> None:
     offloader.make_writable(index)
 
 
-def _after_write(offloader: BlockOffloader, index: int, *_: Any) -> None:
-    offloader.refresh(index)
-
-
 def _write(offloader: BlockOffloader, index: int, write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls what writes into a block's weights, wherever they are."""
     _before_write(offloader, index)
     result = write(*args, **kwargs)
-    _after_write(offloader, index)
+    offloader.refresh(index)
     return result
 
 

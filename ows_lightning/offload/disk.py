@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,7 +103,6 @@ class Disk:
         self.places: dict[int, tuple[FileRegion, int]] = {}  # by the address of a mapped weight
         self.scratch: BinaryIO | None = None
         self._files: dict[Path, FileRegion] = {}
-        self._lock = threading.Lock()
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def map_weight(self, stored: StoredWeight, dtype: torch.dtype) -> Tensor:
@@ -148,13 +146,12 @@ class Disk:
             read(part)
             target.copy_(part)
             return
-        with self._lock:  # the main thread may load a block for training while the reader thread fetches another
-            if not self._staging or self._staging[0][0].numel() < target.numel():  # freed when copies from it have ended
-                self._staging = [(page_locked(target.numel(), target.device), torch.cuda.Event()) for _ in range(2)]
-            buffer, copied = self._staging.pop(0)
-            copied.synchronize()
-            part = buffer[: target.numel()]
-            read(part)
-            target.copy_(part, non_blocking=True)
-            copied.record(torch.cuda.current_stream(target.device))
-            self._staging.append((buffer, copied))
+        if not self._staging or self._staging[0][0].numel() < target.numel():  # freed when copies from it have ended
+            self._staging = [(page_locked(target.numel(), target.device), torch.cuda.Event()) for _ in range(2)]
+        buffer, copied = self._staging.pop(0)  # of one thread at a time: no fetch runs while a block is loaded to train
+        copied.synchronize()
+        part = buffer[: target.numel()]
+        read(part)
+        target.copy_(part, non_blocking=True)
+        copied.record(torch.cuda.current_stream(target.device))
+        self._staging.append((buffer, copied))

@@ -42,7 +42,6 @@ class FetchSchedule:
 
     def invalidate(self) -> None:
         """Drops what the slots hold: it was fetched before something wrote into the offloaded blocks."""
-        self.release_all()
         self._holds: list[int | None] = [None] * self.slots
         self.lowest_in_backward = len(self.order)
 
@@ -62,8 +61,7 @@ class FetchSchedule:
     # ------------------------------------------------------------------ a pass
 
     def begin_forward(self) -> None:
-        """A forward pass begins: nothing is known yet of what its backward pass will need."""
-        self.release_all()
+        """A forward pass begins, and no slot is in use: nothing is known yet of what its backward pass will need."""
         self.lowest_in_backward = len(self.order)
 
     def enter(self, block: int) -> None:
@@ -98,10 +96,8 @@ class FetchSchedule:
     def _after_backward(self, block: int) -> None:
         rank = self._rank[block]
         self._release(block)
-        if rank - self.slots >= self.lowest_in_backward:
-            self._issue(self.order[rank - self.slots])
-        else:
-            self._issue(self.order[rank % self.slots])  # for the next forward pass
+        below, first = rank - self.slots, rank % self.slots  # which the next forward pass needs
+        self._issue(self.order[below if below >= self.lowest_in_backward else first])
 
     # ------------------------------------------------------------------ slots
 

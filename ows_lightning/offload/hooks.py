@@ -27,17 +27,12 @@ class ComputeHooks:
         self.offloader = offloader
         self._training: bool | None = None
         self._backward = -1
-        self._handles = []
+        self.handles = []
         for index, block in enumerate(offloader.blocks):
-            self._handles += [
+            self.handles += [
                 block.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True),
                 block.register_forward_hook(partial(self._after_forward, index)),
             ]
-
-    def remove(self) -> None:
-        """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
     @torch.compiler.disable
     def _before_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -49,7 +49,6 @@ class Int8Weights(OffloadedWeights):
         self, exact: OffloadedWeights, offload: Callable[[Sequence[Tensor]], OffloadedWeights], staging: Tensor | None
     ) -> None:
         self.exact, self.offload, self.staging = exact, offload, staging
-        self.fetch_exact = False
         self.copy: OffloadedWeights | None = None
         self.refresh()
         if staging is not None and self.copy is not None:

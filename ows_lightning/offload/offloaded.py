@@ -63,6 +63,7 @@ class OffloadedWeights:
     """Memory that a block's weights lie in: a tensor a weight, as it was loaded if that is where it lies already."""
 
     memory: Tensor | None = None  # page-locked, that the weights lie in
+    fetch_exact = False  # also where there is a copy in int8
 
     def __init__(self, weights: Sequence[Tensor], device: torch.device | str = "cpu") -> None:
         self.tensors = [weight.to(device) for weight in weights]
@@ -76,8 +77,8 @@ class OffloadedWeights:
     @torch.no_grad()
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained, and waits until they are there."""
-        for weight, source in zip(self.tensors, trained, strict=True):
-            weight.copy_(source)
+        for missing, weight, source in zip(reversed(range(len(trained))), self.tensors, trained, strict=True):
+            weight.copy_(source, non_blocking=missing > 0)  # the last one waits for all
 
     def load_for_training(self, own: Sequence[Tensor]) -> None:
         """Copies the weights to where they train."""
@@ -100,7 +101,7 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
     memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     address, cudart = whole.data_ptr(), torch.cuda.cudart()
-    error = int(cudart.cudaHostRegister(address, len(memory), 0))
+    error = int(cudart.cudaHostRegister(address, len(memory), 1))  # for all devices, whichever is the current one
     if error:
         raise RunError(
             f"model.frozen_in: {len(memory) / 1e6:.0f} MB of host memory could not be page-locked "

@@ -66,8 +66,7 @@ class BlockOffloader:
             for block in self.blocks
         ]
         self._clear()
-        self._hooks = ComputeHooks(self)
-        self._access_hooks = add_access_hooks(self)
+        self._handles = [*ComputeHooks(self).handles, *add_access_hooks(self)]
         if disk is not None:
             self.prepare()  # what is in memory goes to the disk at once
 
@@ -163,22 +162,20 @@ class BlockOffloader:
     def exact_weights(self) -> Iterator[None]:
         """Computes with the blocks' own weights, also where their copies in int8 would be fetched."""
         self.prepare()
-        in_int8 = [weights for weights in self.offloaded if isinstance(weights, Int8Weights)]
-        for weights in in_int8:
+        for weights in self.offloaded:
             weights.fetch_exact = True
         self.schedule.invalidate()
         try:
             yield
         finally:
-            for weights in in_int8:
+            for weights in self.offloaded:
                 weights.fetch_exact = False
             self.schedule.invalidate()
 
     def remove(self) -> None:
         """Offloads all blocks and takes the hooks away: the model is an ordinary one in host memory."""
         self.offload_all()
-        self._hooks.remove()
-        remove_access_hooks(self, self._access_hooks)
+        remove_access_hooks(self, self._handles)
         self._clear()
 
     # ------------------------------------------------------------------ blocks that train at rest
@@ -261,7 +258,7 @@ class BlockOffloader:
         if self.schedule.is_offloaded(index):
             _set_data(self.parameters[index], self.offloaded[index].tensors)
 
-    def refresh(self, index: int) -> None:
+    def refresh(self, index: int, *_: Any) -> None:
         """Takes in what others have written into a block's offloaded weights."""
         if self.schedule.is_offloaded(index):
             self._stop_fetches()
@@ -277,8 +274,7 @@ class BlockOffloader:
     @torch.no_grad()
     def replace(self, index: int, weights: Sequence[Tensor]) -> None:
         """Gives a block other weights, of another dtype: a tensor in host memory for each of its parameters."""
-        self.prepare()
-        self.offload_all()
+        self._set_active([])
         self.offloaded[index] = self._offload(weights)
         _set_data(self.parameters[index], self.offloaded[index].tensors)
         self.slots = []  # they are as large as the largest block

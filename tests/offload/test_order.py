@@ -67,11 +67,12 @@ def validated(subject: Subject) -> Any:
     block = decoder_layers(subject.model)[1]
     with torch.inference_mode(), subject.offloader.on_device(block) if subject.offloader else torch.inference_mode():
         losses.append(sum(p.float().abs().sum() for p in block.parameters()).cpu())
+    at_home = [p.is_cuda for p in block.parameters()]
     subject.model.eval()
     with torch.inference_mode():
         losses.append(subject.loss().cpu())
     subject.model.train()
-    return [losses, subject.train([2])]
+    return [losses, at_home, subject.train([2])]
 
 
 def loaded(subject: Subject) -> Any:
@@ -106,9 +107,12 @@ def interrupted(subject: Subject) -> Any:
         with pytest.raises(KeyboardInterrupt):
             subject.loss().backward()
         handle.remove()
-    state = subject.state()
+    kept = subject.model.state_dict()
+    with torch.no_grad():
+        loss = subject.loss().cpu()  # another pass, while somebody has the weights
+    state = {name: value.cpu().clone() for name, value in kept.items()}
     subject.model.zero_grad()
-    return [state, subject.train([2])]
+    return [loss, state, subject.train([2])]
 
 
 def copied(subject: Subject) -> Any:
@@ -271,7 +275,7 @@ def test_what_a_fetch_uses_lives_until_it_has_run(tmp_path: Path) -> None:
 
 ORDERING = {
     "wait_event", "wait_stream", "record", "synchronize", "wait", "release", "result", "exception", "wait_for_computation",
-    "_stop_fetches", "finalize", "_synchronize",
+    "_stop_fetches", "finalize", "_synchronize", "_release", "release_all",
 }  # fmt: skip
 PACKAGE = Path(ows_lightning.offload.__file__).parent
 
@@ -350,6 +354,8 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
         dropped_while_a_fetch_runs
     ),
     Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
+    Mutant("offloader", "BlockOffloader.on_device", "self.schedule.release_all()"): _killed_by("validated", "host"),
+    Mutant("offloader", "BlockOffloader.end_pass", "self.schedule.release_all()"): _killed_by("interrupted", "host"),
     Mutant("offloader", "BlockOffloader.merge_updates", "self._stop_fetches()"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.merge_updates", "self._stream.wait_for_computation()"): _killed_by("rested", "int8"),
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.release(slot)"): looked_at_while_it_rests,
@@ -385,6 +391,9 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("fetch_schedule", "FetchSchedule.enter", "self.events.wait(block, self.slot_of(block))"): _killed_by(
         "trained", "host"
     ),
+    Mutant("fetch_schedule", "FetchSchedule.leave_forward", "self._release(block)"): _killed_by("trained", "host"),
+    Mutant("fetch_schedule", "FetchSchedule._after_backward", "self._release(block)"): _killed_by("trained", "host"),
+    Mutant("fetch_schedule", "FetchSchedule.release_all", "self._release(block)"): _killed_by("interrupted", "host"),
     Mutant("fetch_schedule", "FetchSchedule._release", "self.events.release(block, self.slot_of(block))"): _killed_by(
         "trained", "host"
     ),
