@@ -309,6 +309,13 @@ def test_keys_exist(document: Path) -> None:
         assert key in inspect.signature(SECTIONS[section]).parameters, f"{section}.{key}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_what_no_gpu_has_run_is_said_once_in_the_same_words(document: Path) -> None:
+    text = " ".join(document.read_text().split())
+    unseen = re.search(r"frozen_in|frozen_dtype|fsdp2|strategies/host|\bint8\b|\d GB\b|predictions? ", text)
+    assert text.count("verified on CPUs, not yet on a GPU") == (unseen is not None or document.name == "index.md")
+
+
 def test_every_document_is_found_from_the_readme() -> None:
     linked = re.findall(r"\((docs/[\w-]+\.md)", (ROOT / "README.md").read_text())
     assert {os.path.relpath(document, ROOT) for document in DOCUMENTS[1:]} - {"docs/index.md"} <= set(linked)
