@@ -49,11 +49,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns examples into training rows and into prompts for generation.
-
-    Of a row that is too long the start of the prompt is cut, and the end of the last answer only when it alone is longer. A
-    beginning-of-sequence token stays. Plain text is cut at its end.
-    """
+    """Turns examples into training rows and into prompts for generation; `InstructionDataModule` says how they are cut."""
 
     tokenizer: PreTrainedTokenizerBase  # a fast one with a chat template, see `with_chat_template`
     max_seq_length: int  # longest row in tokens

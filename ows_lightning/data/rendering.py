@@ -1,8 +1,7 @@
 """A conversation as a chat template writes it: in the form that the template wants, and what of it the template shows.
 
-Templates differ in what they expect of a message. Some test whether the content is None (DeepSeek-R1), some concatenate it;
-some write a call's arguments as JSON, some concatenate them. And many show only a part of a conversation: no tool calls, no
-system message, no reasoning. What is shown is found by rendering the conversation with a probe in each of its parts.
+Templates want a missing content as None (DeepSeek-R1) or as "", and a call's arguments as an object or as text. Many show only
+a part of a conversation. What is shown is found by rendering the conversation with a probe in each of its parts.
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""The method in transformers' Trainer and in TRL's trainers, which are Trainers: SFTTrainer, DPOTrainer and others.
-
-sampling = LayerwiseSamplingCallback(activated_layers=5, interval_steps=50)
-trainer = SFTTrainer(model, args=args, train_dataset=rows, callbacks=[sampling])
-use_galore(trainer, rank=128)  # or leave it out, and train the sampled blocks in full rank
-trainer.train()
-"""
+"""The method in transformers' Trainer and in TRL's trainers, which are Trainers: SFTTrainer, DPOTrainer and others."""
 
 from __future__ import annotations
 

@@ -77,6 +77,12 @@ def test_endings_in_other_spellings(tmp_path: Path, name: str) -> None:
     assert rows_of(tmp_path / "a" / name) == rows_of(tmp_path / "a") == rows_of(tmp_path / "a" / "*") == ROWS
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_values_that_a_spreadsheet_separated_otherwise(tmp_path: Path, delimiter: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"prompt{delimiter}completion\r\nq, r{delimiter}a\r\n")
+    assert rows_of(tmp_path / "rows.csv") == [{"prompt": "q, r", "completion": "a"}]
+
+
 def test_tab_separated_values(tmp_path: Path) -> None:
     (tmp_path / "rows.tsv").write_text("prompt\tcompletion\nq, r\ta\n")
     assert rows_of(tmp_path / "rows.tsv") == [{"prompt": "q, r", "completion": "a"}]
