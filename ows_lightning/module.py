@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning.checkpoints.fixed_settings import check_settings, fixed_settings
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
@@ -382,7 +382,7 @@ class CausalLMModule(EvaluationModule):
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
         resumes = self._trainer is not None and self.trainer.training
         if self._trainer is not None:
-            check_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
+            check_fixed_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
         for optimizer in () if resumes else checkpoint.get("optimizer_states", ()):
             merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
 

@@ -226,8 +226,8 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if not tokenizer.chat_template:
         adds_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
-        said = "rows are written as '### Instruction:' and '### Response:'."
-        rank_zero_info(f"The tokenizer of '{name}' has no chat template: {said}")
+        note = "rows are written as '### Instruction:' and '### Response:'."
+        rank_zero_info(f"The tokenizer of '{name}' has no chat template: {note}")
     return tokenizer
 
 

@@ -57,8 +57,8 @@ class ChatTemplate:
         """The messages without the answers that the template does not show, such as tool calls in a template without them."""
         kept: list[Message] = []
         for message in messages:
-            said = (message["content"] or "").strip() or not (message.get("tool_calls") or message.get("reasoning_content"))
-            text = None if said else self._try_render([*kept, message], tools)
+            plain = (message["content"] or "").strip() or not (message.get("tool_calls") or message.get("reasoning_content"))
+            text = None if plain else self._try_render([*kept, message], tools)
             if text is None or text != self._try_render([*kept, {"role": "assistant", "content": ""}], tools):
                 kept.append(message)
         return kept

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
-from ows_lightning.checkpoints.fixed_settings import check_settings
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
@@ -138,7 +138,7 @@ class _GaLoreCallback(TrainerCallback):
         """Takes over the gradients; a resumed run has loaded the checkpoint's state, and its settings with it."""
         if state.global_step > 0:
             for group, configured in zip(self.optimizer.param_groups, self.configured, strict=True):
-                check_settings({name: group.get(name) for name in configured}, configured, named="use_galore")
+                check_fixed_settings({name: group.get(name) for name in configured}, configured, named="use_galore")
             _require_state(self.optimizer)
         self.optimizer.zero_grad()  # what a run has left that an exception ended within a step
         self.optimizer.project_in_backward(model=kwargs["model"])

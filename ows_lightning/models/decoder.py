@@ -86,7 +86,7 @@ def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if offloader is None else offloader.on_device(block)
 
 
-def end_pass(block: nn.Module) -> None:
+def restore_weights(block: nn.Module) -> None:
     """Makes an offloaded block's parameters its own weights, with what they have learned, also after an interrupted pass."""
     if (offloader := getattr(block, "offloader", None)) is not None:
         offloader.end_pass()

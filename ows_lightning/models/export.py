@@ -23,7 +23,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSO
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.models.decoder import end_pass
+from ows_lightning.models.decoder import restore_weights
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
@@ -72,7 +72,7 @@ def save_huggingface(
     """
     target = check_replaceable(directory)
     for block in model.modules():
-        end_pass(block)  # an interrupted pass may have left one computing, from a copy in int8
+        restore_weights(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for module in model.modules():

@@ -19,10 +19,10 @@ from ows_lightning.offload.disk import Disk, DiskWeights
 from ows_lightning.offload.fetch_schedule import FetchSchedule
 from ows_lightning.offload.hooks import ComputeHooks
 from ows_lightning.offload.int8 import Int8Weights
-from ows_lightning.offload.offloaded import OffloadedWeights, offload_to_host, packed_nbytes, views_into
+from ows_lightning.offload.offloaded import OffloadedWeights, offload_to_host, total_nbytes, views_into
 from ows_lightning.offload.streams import CopyStream, copy_stream_for
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.linear import ProjectedLinear, compute_with
+from ows_lightning.optim.linear import ProjectedLinear, set_updates
 from ows_lightning.optim.projected_adamw import merge_update_
 
 
@@ -221,7 +221,7 @@ class BlockOffloader:
         self._reset_layers(block)
         updates = self._updates_of(block)
         if updates and in_layers:
-            self._updated_layers[block] = compute_with(self.blocks[block], updates)
+            self._updated_layers[block] = set_updates(self.blocks[block], updates)
             for layer in self._updated_layers[block]:
                 del updates[layer.weight]
         added = [(block, id(update), version_counter(update)) for update, _ in updates.values()]
@@ -338,7 +338,7 @@ class BlockOffloader:
         """Makes the slots, once: they stay for as long as the offloader is on this device."""
         if self.slots:
             return
-        size = max(packed_nbytes(weights.tensors) for weights in self.offloaded)
+        size = max(total_nbytes(weights.tensors) for weights in self.offloaded)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
         self._stream = self.make_stream(self.device, self.num_slots, self._disk is not None)
 

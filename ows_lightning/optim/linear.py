@@ -45,7 +45,7 @@ class ProjectedLinear(nn.Linear):
         return _DuplicateGradient.apply(output if learned is None else output.add_(learned), kept)
 
 
-def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
+def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
     """Has a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns those layers."""
     layers = [module for module in block.modules() if type(module) is ProjectedLinear and module.weight in updates]
     for layer in layers:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_settings
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
@@ -167,7 +167,7 @@ class BlockSampler:
         optimizers, self._written = list(optimizers), (0, None)
         self._require_held(optimizers)
         if self._loaded is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
-            check_settings(self._loaded, sampling_settings(self), named="sampling")
+            check_fixed_settings(self._loaded, sampling_settings(self), named="sampling")
             self._loaded = None
         if not self.history:
             return self.advance(step, optimizers, compute)
