@@ -363,7 +363,7 @@ class CausalLMModule(EvaluationModule):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As checkpoints have it: what offloaded blocks learn at rest is in the optimizer's. ``model``'s has it itself."""
+        """Leaves what offloaded blocks learn at rest to the optimizer's state, as checkpoints do; ``model``'s includes it."""
         if self.offloader is None:
             return super().state_dict(*args, **kwargs)
         self.offloader.saves_updates_apart = True

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 LOGGED_METRICS = (
     "train_loss", "val_loss", "val_perplexity", "val_exact_match", "tokens_per_second", "grad_norm", "peak_memory_mb",
-    "tokens", "time_s", "renewal_s", "epoch", "step",
+    "tokens", "target_tokens", "time_s", "renewal_s", "epoch", "step",
 )  # fmt: skip
 """The metrics that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
 

@@ -67,8 +67,8 @@ def save_huggingface(
     vision-language model also gets the processor's files of the model that it was made from.
 
     The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
-    holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that the weights
-    are no numbers. With several processes rank 0 writes; the others may call this too, and have to if the model is sharded.
+    holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that weights are
+    NaN or Inf. With several processes rank 0 writes; the others may call this too, and have to if the model is sharded.
     """
     target = check_replaceable(directory)
     for block in model.modules():

@@ -458,9 +458,10 @@ class GaLoreAdamW(GradientCapture):
 
 @torch.no_grad()
 def merge_saved_updates_(weights: MutableMapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-    """Takes what weights have learned at rest from an optimizer's state dict into that of a model, as other tensors.
+    """Adds what weights have learned at rest, which is in an optimizer's state dict, to a model's state dict.
 
-    The model's names may have a prefix before those in the optimizer's groups. Of another optimizer nothing is taken.
+    The tensors are replaced, not written to. The model's names may have a prefix before those in the optimizer's groups. Of
+    another optimizer nothing is added.
     """
     names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
     for number, state in optimizer["state"].items():

@@ -102,7 +102,7 @@ class GradientCapture(Optimizer):
 
     @contextmanager
     def _time_renewal(self, device: torch.device) -> Iterator[None]:
-        """Measures what finds subspaces: by the clock on a CPU, on a GPU by events, which wait for nothing."""
+        """Measures how long subspaces take to find: by the clock on a CPU, on a GPU by events, which wait for nothing."""
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record(torch.cuda.current_stream(device))
@@ -221,7 +221,7 @@ class GradientCapture(Optimizer):
         self._turn_subspaces()
 
     def project_gradient(self, p: Tensor) -> None:
-        """Projects ``p.grad`` within backward, which is None after `consume_factors`."""
+        """Projects ``p.grad`` within backward; there is none if `consume_factors` has taken the gradient."""
         if p.grad is not None and self._projected_side(p) is not None:
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
 

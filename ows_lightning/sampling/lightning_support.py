@@ -57,10 +57,10 @@ def unpatch_clipping(precision: Precision) -> None:
 
 
 class RestoreAfterFit(Callback):
-    """Leaves gradients to ``grad``, and weights whole, when a fit has ended, also by an exception: any code may train them."""
+    """Ends projection in backward, and merges what blocks learned at rest, when a fit ends: any code may train the model."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves them so."""
+        """Does both, for each GaLoreAdamW of the Trainer."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
                 optimizer.project_in_backward(False)
