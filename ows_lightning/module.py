@@ -24,12 +24,11 @@ from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
-from ows_lightning.models import pretrained, recomputation
+from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import precompute_on_host, token_mask
-from ows_lightning.models.recomputation import Kernels, fuse_
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.mapped_model import load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
@@ -118,7 +117,7 @@ class CausalLMModule(EvaluationModule):
         self,
         model_name_or_path: str,
         attn_implementation: str | None = None,
-        gradient_checkpointing: recomputation.Recomputation = False,
+        gradient_checkpointing: execution.Recomputation = False,
         compile: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
@@ -136,7 +135,7 @@ class CausalLMModule(EvaluationModule):
         max_new_tokens: int = 64,
         max_skipped_steps: int = 10,
         trust_remote_code: bool = False,
-        kernels: Kernels | None = None,
+        kernels: execution.Kernels | None = None,
     ) -> None:
         super().__init__()
         for name, value, valid, limit in (
@@ -150,7 +149,7 @@ class CausalLMModule(EvaluationModule):
         ):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
-        recomputation.check_recomputation(gradient_checkpointing)
+        execution.check_recomputation(gradient_checkpointing)
         model_name_or_path = str(model_name_or_path)  # a Path could not be read from a checkpoint
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
@@ -244,9 +243,9 @@ class CausalLMModule(EvaluationModule):
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             self.causal_lm = load_into_shards(self.build, self.hparams["model_name_or_path"], mesh, device, self._precision)
-        recomputation.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
+        execution.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
-            recomputation.compile_blocks(self.language_model)
+            execution.compile_blocks(self.language_model)
         self.offloader = None if self.device_mesh else offloader_for(decoder_layers(self), self.hparams, disk)
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
@@ -260,7 +259,7 @@ class CausalLMModule(EvaluationModule):
             model = load_mapped_model(*what, disk, **options) if disk else pretrained.load_model(what[0], **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.add_eos_token_id(model, end_of_turn_id(self.tokenizer))
-        fuse_(model, self.hparams["kernels"])
+        execution.fuse_(model, self.hparams["kernels"])
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     @property

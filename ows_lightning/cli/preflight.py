@@ -25,7 +25,7 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable
 from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
-from ows_lightning.models.recomputation import liger_for
+from ows_lightning.models.execution import liger_for
 from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.options import check_offloading
 from ows_lightning.sampling.callback import LayerwiseSampling

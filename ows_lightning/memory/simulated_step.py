@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import backbone, causal_lm, decoder_layers
+from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
-from ows_lightning.models.recomputation import count_checkpointed
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import set_updates
 from ows_lightning.optim.param_groups import galore_param_groups
