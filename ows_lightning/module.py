@@ -27,6 +27,7 @@ from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.execution import Kernels, Recomputation
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import precompute_on_host, token_mask
 from ows_lightning.offload.disk import Disk
@@ -117,7 +118,7 @@ class CausalLMModule(EvaluationModule):
         self,
         model_name_or_path: str,
         attn_implementation: str | None = None,
-        gradient_checkpointing: execution.Recomputation = False,
+        gradient_checkpointing: Recomputation = False,
         compile: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
@@ -135,7 +136,7 @@ class CausalLMModule(EvaluationModule):
         max_new_tokens: int = 64,
         max_skipped_steps: int = 10,
         trust_remote_code: bool = False,
-        kernels: execution.Kernels | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         super().__init__()
         for name, value, valid, limit in (
