@@ -215,8 +215,7 @@ def _require_use_galore(optimizer: Optimizer, args: TrainingArguments) -> None:
     """Refuses a GaLoreAdamW whose gradients the Trainer would not see."""
     if not isinstance(optimizer, GaLoreAdamW) or isinstance(optimizer, _TrainersGaLoreAdamW):
         return
-    in_backward = any(p._post_accumulate_grad_hooks for group in optimizer.param_groups for p in group["params"])
-    if in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):
+    if optimizer.projects_in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):
         raise UsageError(
             "max_grad_norm: the Trainer clips and accumulates full gradients, but this GaLoreAdamW projects them within "
             "backward; call use_galore(trainer) instead of giving `optimizers`"

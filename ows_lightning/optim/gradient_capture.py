@@ -90,6 +90,8 @@ class GradientCapture(Optimizer):
         "known_finite", "Set it True where the norm of ``gradients()`` is known to be finite: the next step does not wait."
     )
 
+    projects_in_backward = property(lambda self: self._progress.in_backward, doc="Whether ``project_in_backward`` is on.")
+
     @property
     def renewal_s(self) -> float:
         """Seconds spent on finding subspaces so far. On a GPU, reading it waits for those that are being found."""
