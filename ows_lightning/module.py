@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ows_lightning.checkpoints.files import first_line
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.sharded_model import load_into_shards
@@ -40,7 +41,7 @@ from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.lightning_support import RestoreAfterFit, check_strategy
+from ows_lightning.sampling.lightning_support import check_strategy
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
 
@@ -389,3 +390,21 @@ class CausalLMModule(EvaluationModule):
     def _fixed_settings(self) -> dict[str, Any]:
         architecture = architecture_of(self.language_model.config)
         return fixed_settings(self.hparams, len(decoder_layers(self)), architecture, LayerwiseSampling.of(self.trainer))
+
+
+class RestoreAfterFit(Callback):
+    """Ends projection in backward, and merges what blocks learned at rest, when a fit ends: any code may train the model."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Does both, for each GaLoreAdamW of the Trainer."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, GaLoreAdamW):
+                optimizer.project_in_backward(False)
+                optimizer.take_in_updates()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning calls no ``teardown`` after an exception."""
+        try:
+            self.teardown(trainer, pl_module, "fit")
+        except RuntimeError as error:  # a full GPU has no room for a block either, and the first error is what counts
+            log.warning("What offloaded blocks have learned at rest is lost (%s)", first_line(error))
