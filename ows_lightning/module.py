@@ -357,7 +357,7 @@ class CausalLMModule(EvaluationModule):
             self.offloader.take_in_updates()
 
     def on_train_end(self) -> None:
-        """Writes what offloaded blocks have learned at rest into their weights: whoever looks at these next finds it there."""
+        """Writes what offloaded blocks have learned at rest into their weights, for all that reads these after training."""
         if self.offloader is not None:
             self.offloader.take_in_updates()
 

@@ -101,7 +101,7 @@ class Encoder:
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
 
     def _relevant_messages(self, example: Example) -> list[Message]:
-        """The messages that are trained or stand before those that are, in the form that the chat template wants."""
+        """The messages up to the last answer, with `train_on_prompt` all, in the form that the chat template wants."""
         messages = example["messages"]
         if not self.train_on_prompt:
             messages = messages[: 1 + max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)]

@@ -1,4 +1,4 @@
-"""A conversation as a chat template writes it: in the form that the template wants, and what of it the template shows.
+"""A conversation as a chat template writes it: in the form that the template wants, and with what it leaves out.
 
 Templates differ in what they expect of a message. Some test whether the content is None (DeepSeek-R1), some concatenate it;
 some write a call's arguments as JSON, some concatenate them. And many show only a part of a conversation: no tool calls, no

@@ -202,7 +202,7 @@ def _require_one_process(args: TrainingArguments) -> None:
 
 
 def _require_state(optimizer: Optimizer) -> None:
-    """Refuses a checkpoint that the Trainer goes on from with weights alone, without a word."""
+    """Refuses a checkpoint without the optimizer's state, from which the Trainer would resume without a warning."""
     stateless = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
     if not optimizer.state and not stateless:
         raise UsageError(

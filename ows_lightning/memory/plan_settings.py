@@ -96,7 +96,7 @@ class PlanSettings:
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
-        """Returns what was made under a key, by these settings or others that `replace` made of them; makes it at first."""
+        """Returns what was made under a key, for these settings or others that `replace` made of them; makes it if needed."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

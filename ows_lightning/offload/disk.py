@@ -74,7 +74,7 @@ class DiskWeights(OffloadedWeights):
         self.refresh()
 
     def make_writable(self) -> None:
-        """Moves weights from the model's own file into the scratch file, with what others wrote into their pages."""
+        """Moves weights from the model's own file into the scratch file, with what was written into their pages."""
         if not self._in_scratch():
             self._move(self.tensors)
 

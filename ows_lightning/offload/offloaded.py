@@ -60,7 +60,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 class OffloadedWeights:
-    """Memory that a block's weights lie in: a tensor a weight, as it was loaded if that is where it lies already."""
+    """A block's weights where they are offloaded: a tensor each, the given one if it is on that device already."""
 
     memory: Tensor | None = None  # page-locked, that the weights lie in
 

@@ -188,12 +188,12 @@ class GaLoreAdamW(GradientCapture):
 
             R = G Q,    W <- W - lr * scale * Adam(R) Q^T
 
-        Its state is two moments (m x r), a step and ``rest``, the seed that Q is made from, which is not saved. It begins
-        and ends with no other: a weight that begins to rest loses the state that it trained with, and one that ends its rest
-        (or is frozen) that which it rested with. One that rests already goes on.
+        Its state is two moments (m x r), a step and ``rest``, the seed that Q is made from; Q itself is not saved. A weight
+        that begins to rest loses the state that it trained with, and one whose rest ends, or that is frozen, loses the state
+        of its rest. One that rests already keeps it.
 
         Args:
-            weights: Matrices of shape (..., m, n) with n > rank that require a gradient; those of other optimizers count not.
+            weights: Matrices of shape (..., m, n) with n > rank that require a gradient; another optimizer's are ignored.
             rank: Rank r.
             seed: Of this rest period; a weight's subspace follows from it and from the weight's place in the groups.
 
