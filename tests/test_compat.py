@@ -27,7 +27,6 @@ OUTSIDE = {
     "cli/lightning_cli.py": {"super()._prepare_subcommand_parser", "super()._run_subcommand"},  # overridden
     "cli/peer_watchdog.py": {"os._exit"},  # public in spite of its name
     "cli/parser.py": {"parser._actions", "argparse._SubParsersAction"},  # what a parser knows, for the nearest right name
-    "integrations/transformers.py": {"p._post_accumulate_grad_hooks"},  # whether backward projects already
     "memory/fake_tensors.py": {  # tensors without contents are torch's own machinery throughout
         "torch._subclasses.fake_tensor", "torch.utils._pytree", "profiler._record_function_exit",
         "profiler._record_function_exit._RecordFunction", "profiler._record_function_enter_new", "model._apply", "torch._C",

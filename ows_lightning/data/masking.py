@@ -97,7 +97,7 @@ class Encoder:
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
 
     def _relevant_messages(self, example: Example) -> list[Message]:
-        """The messages that are trained or stand before those that are, in the form that the chat template wants."""
+        """The messages up to the last answer, with `train_on_prompt` all, in the form that the chat template wants."""
         messages = example["messages"]
         if not self.train_on_prompt:
             messages = messages[: 1 + max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)]
@@ -222,8 +222,8 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if not tokenizer.chat_template:
         adds_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
-        said = "rows are written as '### Instruction:' and '### Response:'."
-        rank_zero_info(f"The tokenizer of '{name}' has no chat template: {said}")
+        note = "rows are written as '### Instruction:' and '### Response:'."
+        rank_zero_info(f"The tokenizer of '{name}' has no chat template: {note}")
     return tokenizer
 
 

@@ -164,8 +164,8 @@ def _files_of_split(directory: Path, source: DataSource) -> tuple[str, ...]:
     if chosen is None:
         raise source.error(f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {names})")
     if names:
-        said = f"has files of splits, so those that name none are left out: {names}"
-        rank_zero_warn(f"data.{source.key}: '{source.name}' {said}")
+        note = f"has files of splits, so those that name none are left out: {names}"
+        rank_zero_warn(f"data.{source.key}: '{source.name}' {note}")
     return tuple(str(p) for p in files if splits[p] == chosen)
 
 
@@ -211,8 +211,8 @@ def open_dataset(source: DataSource, streaming: bool = False) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         inner = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = next(iter(str(inner or error).strip().splitlines()), type(inner or error).__name__)
-        said = f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
-        raise source.error(said) from error
+        fault = f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
+        raise source.error(fault) from error
 
 
 def _one_split(data: Any, source: DataSource) -> Any:

@@ -154,7 +154,7 @@ def test_files_that_name_no_split_beside_those_that_do_are_said(tmp_path: Path) 
 )
 @pytest.mark.parametrize("kind", ["directory", "save_to_disk", "hub"])
 @pytest.mark.filterwarnings("ignore:data.*its train split is taken")
-def test_held_out_rows_come_from_their_own_split(
+def test_evaluation_rows_come_from_their_own_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, splits: list[str], validation: str, test: str
 ) -> None:
     rows = {split: [{"text": split}] for split in splits}
@@ -175,7 +175,7 @@ def test_held_out_rows_come_from_their_own_split(
     ]
 
 
-def test_held_out_rows_that_are_training_rows_are_said(tmp_path: Path) -> None:
+def test_evaluation_rows_that_are_training_rows_are_said(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl")
     with pytest.warns(UserWarning, match=r"data.eval_dataset: .* has no validation or test split; its train split is taken"):
         assert rows_of(tmp_path, key="eval_dataset") == ROWS

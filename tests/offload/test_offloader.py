@@ -12,7 +12,7 @@ import torch
 
 from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.recomputation import checkpoint_activations
+from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.offloader import BlockOffloader
 from tests.offload.fake_gpu import FakeGpu

@@ -403,6 +403,7 @@ def test_a_second_trainer_starts_afresh(tmp_path: Path) -> None:
     sampling = LayerwiseSampling(activated_layers=2, interval_steps=3, calibration_samples=2, threshold=2.0)
     fit(SomebodyElsesModule(), sampling, tmp_path / "first", max_steps=9)
     first, scores = sampling.history, sampling.outlier_scores
+    sampling.load_state_dict({**sampling.state_dict(), "history": [(7, 21, [0, 1])]})  # as the evaluation of a checkpoint does
     watcher = Watcher(sampling)
     fit(SomebodyElsesModule(), sampling, tmp_path / "second", watcher, max_steps=9)
     assert sampling.history == first == history(tmp_path / "second")
