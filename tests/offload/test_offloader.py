@@ -1,4 +1,4 @@
-"""Blocks that wait outside the device compute, train and are saved as if they had never left it."""
+"""Offloaded blocks compute, train and are saved as if they had never left it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_compiled_blocks_compute_the_same_bits() -> None:
 
 
 def assert_same_gradients(backward: Callable[[torch.nn.Module], None]) -> None:
-    """Asserts that a model of which some blocks wait gets the gradients of one without an offloader."""
+    """Asserts that a model of which some blocks are offloaded gets the gradients of one without an offloader."""
 
     def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
         for index, layer in enumerate(decoder_layers(model)):
