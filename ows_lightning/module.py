@@ -97,7 +97,7 @@ class CausalLMModule(EvaluationModule):
         rank: Rank of GaLoreAdamW's projected gradients; None trains in full rank, which other optimizers need.
         update_proj_gap: Optimizer steps between two renewals of a subspace.
         scale: Factor of the updates of projected weights.
-        proj_type: Which dimension of a weight is projected.
+        proj_type: The dimension that is projected: ``std`` the smaller, ``reverse_std`` the larger, or ``left`` / ``right``.
         subspace: How subspaces are found: ``randomized``, ``svd`` or ``random``.
         project_embeddings: Also project embeddings and LM head, if they train.
         lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.

@@ -38,8 +38,9 @@ def everywhere(tensor: Tensor) -> list[Tensor]:
 
 
 def with_a_flipped_column(arguments: list[str]) -> None:
-    """Rank 1's decomposition has another sign in one column, as that of another card might."""
+    """Rank 1 decomposes with another sign in one column, as another card might, and gradients take several messages."""
     dist.init_process_group("gloo")
+    sharding.BUCKET = 20
     exact = torch.linalg.svd
 
     def flipped(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:

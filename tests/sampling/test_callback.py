@@ -627,6 +627,22 @@ def test_a_resumed_run_draws_the_same(distribution: str, tmp_path: Path) -> None
         assert all(high == low + 1 for _, _, (low, high) in whole.history)
 
 
+def test_scores_are_computed_in_the_trainers_precision(tmp_path: Path) -> None:
+    dtypes: list[torch.dtype] = []
+
+    class Watched(LayerwiseSampling):
+        def compute_scores(self, model: LightningModule, loader: Any) -> OutlierScores:
+            layer = decoder_layers(model)[0].mlp.up_proj
+            handle = layer.register_forward_hook(lambda layer, args, output: dtypes.append(output.dtype))
+            scores = super().compute_scores(model, loader)
+            handle.remove()
+            return scores
+
+    sampling = Watched(activated_layers=1, calibration_samples=2, threshold=2.0)
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=1, precision="bf16-mixed")
+    assert dtypes == [torch.bfloat16]
+
+
 def test_blocks_that_were_not_active_yet_count_as_the_mean() -> None:
     assert sampling_probabilities([0.0, 0.0], "gradient_norm").tolist() == [0.5, 0.5]
     probabilities = sampling_probabilities([3.0, 0.0, 1.0, 0.0], "gradient_norm").tolist()
