@@ -124,11 +124,11 @@ def ours_host(model: PreTrainedModel, setting: Setting) -> Training:
     offloader, draw = BlockOffloader(decoder_layers(model)), training.draw
     offloader.set_device(model.device)
 
-    def draw_and_settle() -> None:
+    def draw_and_apply() -> None:
         draw()
         offloader.apply_draw([training.optimizer])
 
-    return replace(training, draw=draw_and_settle)
+    return replace(training, draw=draw_and_apply)
 
 
 def ours_grouped(model: PreTrainedModel, setting: Setting) -> Training:

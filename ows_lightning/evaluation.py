@@ -32,7 +32,7 @@ class EvaluationMetrics(MetricCollection):
             metric.set_dtype(torch.float32)
 
     def add_answers(self, pairs: Iterable[tuple[str, str | None]]) -> None:
-        """Adds generated answers, each with its reference; without one (None) it fills up a rank's share."""
+        """Adds generated answers, each with its reference; one without (None) pads a rank's share, and does not count."""
         hits = [float(answer.strip() == right.strip()) for answer, right in pairs if right is not None]
         self["exact_match"].update(torch.tensor(hits, dtype=torch.float32, device=self["loss"].device))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -19,17 +19,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning.checkpoints.fixed_settings import check_settings, fixed_settings
+from ows_lightning.checkpoints.files import first_line
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
-from ows_lightning.models import pretrained, recomputation
+from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.execution import Kernels, Recomputation
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import precompute_on_host, token_mask
-from ows_lightning.models.recomputation import Kernels, fuse_
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.mapped_model import load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
@@ -40,7 +41,7 @@ from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import Method
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.lightning_support import RestoreAfterFit, check_strategy
+from ows_lightning.sampling.lightning_support import check_strategy
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
 
@@ -96,7 +97,7 @@ class CausalLMModule(EvaluationModule):
         rank: Rank of GaLoreAdamW's projected gradients; None trains in full rank, which other optimizers need.
         update_proj_gap: Optimizer steps between two renewals of a subspace.
         scale: Factor of the updates of projected weights.
-        proj_type: Which dimension of a weight is projected.
+        proj_type: The dimension that is projected: ``std`` the smaller, ``reverse_std`` the larger, or ``left`` / ``right``.
         subspace: How subspaces are found: ``randomized``, ``svd`` or ``random``.
         project_embeddings: Also project embeddings and LM head, if they train.
         lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.
@@ -118,7 +119,7 @@ class CausalLMModule(EvaluationModule):
         self,
         model_name_or_path: str,
         attn_implementation: str | None = None,
-        gradient_checkpointing: recomputation.Recomputation = False,
+        gradient_checkpointing: Recomputation = False,
         compile: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
@@ -150,7 +151,7 @@ class CausalLMModule(EvaluationModule):
         ):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
-        recomputation.check_recomputation(gradient_checkpointing)
+        execution.check_recomputation(gradient_checkpointing)
         model_name_or_path = str(model_name_or_path)  # a Path could not be read from a checkpoint
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
@@ -247,9 +248,9 @@ class CausalLMModule(EvaluationModule):
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             self.causal_lm = load_into_shards(self.build, self.hparams["model_name_or_path"], mesh, device, self._precision)
-        recomputation.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
+        execution.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
-            recomputation.compile_blocks(self.language_model)
+            execution.compile_blocks(self.language_model)
         self.offloader = None if self.device_mesh else offloader_for(decoder_layers(self), self.hparams, disk)
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
@@ -263,7 +264,7 @@ class CausalLMModule(EvaluationModule):
             model = load_mapped_model(*what, disk, **options) if disk else pretrained.load_model(what[0], **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.add_eos_token_id(model, end_of_turn_id(self.tokenizer))
-        fuse_(model, self.hparams["kernels"])
+        execution.fuse_(model, self.hparams["kernels"])
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     @property
@@ -360,14 +361,14 @@ class CausalLMModule(EvaluationModule):
             self.offloader.take_in_updates()
 
     def on_train_end(self) -> None:
-        """Writes what offloaded blocks have learned at rest into their weights: whoever looks at these next finds it there."""
+        """Writes what offloaded blocks have learned at rest into their weights, for all that reads these after training."""
         if self.offloader is not None:
             self.offloader.take_in_updates()
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As checkpoints have it: what offloaded blocks learn at rest is in the optimizer's. ``model``'s has it itself."""
+        """Leaves what offloaded blocks learn at rest to the optimizer's state, as checkpoints do; ``model``'s includes it."""
         if self.offloader is None:
             return super().state_dict(*args, **kwargs)
         self.offloader.saves_updates_apart = True
@@ -386,10 +387,28 @@ class CausalLMModule(EvaluationModule):
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
         resumes = self._trainer is not None and self.trainer.training
         if self._trainer is not None:
-            check_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
+            check_fixed_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
         for optimizer in () if resumes else checkpoint.get("optimizer_states", ()):
             merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
 
     def _fixed_settings(self) -> dict[str, Any]:
         architecture = architecture_of(self.language_model.config)
         return fixed_settings(self.hparams, len(decoder_layers(self)), architecture, LayerwiseSampling.of(self.trainer))
+
+
+class RestoreAfterFit(Callback):
+    """Ends projection in backward, and merges what blocks learned at rest, when a fit ends: any code may train the model."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Does both, for each GaLoreAdamW of the Trainer."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, GaLoreAdamW):
+                optimizer.project_in_backward(False)
+                optimizer.take_in_updates()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning calls no ``teardown`` after an exception."""
+        try:
+            self.teardown(trainer, pl_module, "fit")
+        except RuntimeError as error:  # a full GPU has no room for a block either, and the first error is what counts
+            log.warning("What offloaded blocks have learned at rest is lost (%s)", first_line(error))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ows_lightning.compat import foreach_mul_
-from ows_lightning.models.causal_lm import LossParts
+from ows_lightning.models.loss import LossParts
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import clip_, local, total_norm
 

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +27,6 @@ OUTSIDE = {
     "cli/lightning_cli.py": {"super()._prepare_subcommand_parser", "super()._run_subcommand"},  # overridden
     "cli/peer_watchdog.py": {"os._exit"},  # public in spite of its name
     "cli/parser.py": {"parser._actions", "argparse._SubParsersAction"},  # what a parser knows, for the nearest right name
-    "integrations/transformers.py": {"p._post_accumulate_grad_hooks"},  # whether backward projects already
     "memory/fake_tensors.py": {  # tensors without contents are torch's own machinery throughout
         "torch._subclasses.fake_tensor", "torch.utils._pytree", "profiler._record_function_exit",
         "profiler._record_function_exit._RecordFunction", "profiler._record_function_enter_new", "model._apply", "torch._C",
@@ -90,3 +91,22 @@ def test_buffers_that_are_not_saved_are_left_out() -> None:
     module.register_buffer("kept", torch.ones(1))
     module.register_buffer("left_out", torch.ones(1), persistent=False)
     assert compat.persistent_buffers(module) == list(module.state_dict()) == ["kept"]
+
+
+def test_a_gguf_file_is_read_as_ever(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(path := tmp_path / "a.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_array("words", ["a", "bc"])
+    writer.add_tensor("weight", np.arange(8, dtype=np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    usual = gguf.GGUFReader(path)
+    with compat.quick_gguf():
+        quick = gguf.GGUFReader(path)
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    assert type(quick.data) is np.ndarray is not type(usual.data)  # whose slices take many times as long
+    assert {key: field.contents() for key, field in quick.fields.items()} == {
+        key: field.contents() for key, field in usual.fields.items()
+    }
+    np.testing.assert_array_equal(quick.tensors[0].data, usual.tensors[0].data)
+    assert type(gguf.GGUFReader(path).data) is not np.ndarray

@@ -1,4 +1,4 @@
-"""The house: which folder may import which, and what stands loose beside them."""
+"""Which folder of the package may import which, and which modules stand beside the folders."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "ows_lightning"
-# A folder or module imports from floors below its own; of its own floor only what comes before it.
-FLOORS = [
+# A folder or module imports from layers above its own here, and of its own layer only what comes before it.
+LAYERS = [
     ["errors", "compat"],
     ["models"],
     ["optim", "offload"],
@@ -20,7 +20,7 @@ FLOORS = [
     ["trainer"],
     ["cli"],
 ]
-ORDER = {name: number for number, name in enumerate(name for floor in FLOORS for name in floor)}
+ORDER = {name: number for number, name in enumerate(name for layer in LAYERS for name in layer)}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -34,15 +34,15 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ows_lightning."))
 
 
-def test_imports_run_downwards() -> None:
+def test_imports_follow_the_layers() -> None:
     paths = [*PACKAGE.glob("*/**/*.py"), *PACKAGE.glob("[!_]*.py")]
     assert len(paths) > 80
     for path in paths:
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        above = {other for other in imports(path) if ORDER[other] > ORDER[room]}
-        assert not above, f"{path.relative_to(PACKAGE)} imports {', '.join(sorted(above))}, which is above it"
+        folder = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        later = {other for other in imports(path) if ORDER[other] > ORDER[folder]}
+        assert not later, f"{path.relative_to(PACKAGE)} imports {', '.join(sorted(later))}, which comes later"
 
 
-def test_few_modules_stand_loose() -> None:
-    loose = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert loose <= {"module", "evaluation", "step", "trainer", "errors", "compat"}
+def test_few_modules_stand_beside_the_folders() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules <= {"module", "evaluation", "step", "trainer", "errors", "compat"}

@@ -266,7 +266,7 @@ def test_schedules_count_optimizer_steps(kind: str, last: float, model_dir: Mode
     assert rates[-1] == pytest.approx(last)
 
 
-def test_held_out_figures_are_means_over_tokens(model_dir: ModelDir, tmp_path: Path) -> None:
+def test_validation_figures_are_means_over_tokens(model_dir: ModelDir, tmp_path: Path) -> None:
     module = CausalLMModule(str(model_dir()))
     rows = rows_with_uneven_targets()
     figures = trainer(tmp_path).validate(module, DataLoader(rows, batch_size=3), verbose=False)[0]

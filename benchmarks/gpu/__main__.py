@@ -1,7 +1,7 @@
 """What a card does: ``python -m benchmarks.gpu``, offline and within ten minutes.
 
 It measures step times and power of Llama-2-7B's shape with random weights, how much of the copies hides behind computation
-where frozen blocks wait on the host, how often the process waits for the device, whether weights stay the same to the bit
+where frozen blocks are in host memory, how often the process waits for the device, whether weights stay the same to the bit
 where copies or computation are slow, peak memory beside ``plan``'s, and the loss head's alternatives; it runs the tests marked
 ``gpu``; and it writes ``gpu.md`` and ``gpu.json``. What no longer fits into its time is left out, and the report says so.
 

@@ -13,7 +13,7 @@ from ows_lightning.checkpoints.files import first_line
 from ows_lightning.memory.cards import available_bytes, fewest_checkpointed
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.recomputation import checkpoint_activations
+from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.module import CausalLMModule
 
 log = logging.getLogger(__name__)

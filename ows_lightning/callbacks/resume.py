@@ -18,8 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import mark_step_saved
+from ows_lightning.sampling.callback import LayerwiseSampling
 
-RESUMABLE_TRAINER_ARGUMENTS = ("max_steps", "accumulate_grad_batches")  # a change is logged
+CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then goes on otherwise
+    "trainer": ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision"),
+    "model": ("lr_scheduler_type", "warmup_steps"),
+    "data": ("batch_size", "max_seq_length", "train_on_prompt", "last_turn_only", "packing"),
+    "sampling": ("seed", "rescore_every"),
+}
 
 
 class Resume(Callback):
@@ -33,7 +39,7 @@ class Resume(Callback):
     def __init__(self) -> None:
         self._options: list[dict[str, Any]] = []  # of all optimizers' groups, as configured
         self._saved_options: list[dict[str, Any]] | None = None  # as configured in the run that is resumed
-        self._saved_arguments: dict[str, int | None] = {}
+        self._saved_settings: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run, and makes the Trainer's loops exact."""
@@ -56,9 +62,9 @@ class Resume(Callback):
             if isinstance(callback, ModelCheckpoint):
                 mark_step_saved(callback, trainer.global_step)
         changed = self._apply_options(trainer)
-        for name, before in self._saved_arguments.items():
-            if before not in (None, now := getattr(trainer, name)):
-                changed[name] = f"trainer.{name} from {before} to {now}"
+        for key, now in changeable_settings(trainer, pl_module).items():
+            if (before := self._saved_settings.get(key, now)) != now:
+                changed[key] = f"{key} from {before} to {now}"
         if changed:
             rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
 
@@ -82,14 +88,22 @@ class Resume(Callback):
         return changed
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves the configured options and Trainer arguments."""
-        checkpoint.update({name: getattr(trainer, name) for name in RESUMABLE_TRAINER_ARGUMENTS})
+        """Saves the configured options and settings."""
+        checkpoint["changeable_settings"] = changeable_settings(trainer, pl_module)
         checkpoint["configured_options"] = self._options
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Reads those of the run that is resumed."""
-        self._saved_arguments = {name: checkpoint.get(name) for name in RESUMABLE_TRAINER_ARGUMENTS}
+        self._saved_settings = checkpoint.get("changeable_settings", {})
         self._saved_options = checkpoint.get("configured_options")
+
+
+def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """Returns the settings of ``CHANGEABLE`` that a run has, by their YAML keys."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    owners = {"trainer": trainer, "model": module.hparams, "data": data, "sampling": LayerwiseSampling.of(trainer)}
+    settings = ((f"{part}.{name}", owners[part], name) for part, names in CHANGEABLE.items() for name in names)
+    return {key: getattr(owner, name) for key, owner, name in settings if hasattr(owner, name)}
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:

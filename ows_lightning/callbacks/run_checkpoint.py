@@ -18,7 +18,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     A hard link stays when the checkpoint is removed, being no longer among the best, and needs no second writing. Where
     the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole; so it is
-    before the first validation, where Lightning would save nothing, for want of what ``monitor`` names.
+    before the first validation, where Lightning would save nothing, since what ``monitor`` names is not there yet.
     """
 
     def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:

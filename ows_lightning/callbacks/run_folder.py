@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from ows_lightning.errors import DISK_FULL, UsageError, not_writable
 from ows_lightning.models.export import save_huggingface
@@ -61,9 +62,13 @@ class RunFolder(Callback):
         self._at_end.enter_context(FileLock(folder / ".lock").acquire(timeout=0))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Unlocks the folder; adds its name to the error of a full disk, which names no file."""
+        """Unlocks the folder; names it in the error of a full disk, which names no file, and tells a user how to go on."""
         if isinstance(exception, OSError) and exception.errno in DISK_FULL and not exception.filename:
             exception.filename = str(self._folder)
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == TrainerFn.FITTING:
+            paths = (getattr(c, f"{which}_model_path", "") for c in trainer.checkpoint_callbacks for which in ("last", "best"))
+            said = "`--ckpt_path last` goes on from the newest checkpoint", "no checkpoint was saved yet"
+            exception.__notes__ = [said[not any(paths)]]
         self._at_end.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -23,8 +23,8 @@ from ows_lightning.memory.prediction import predict
 from ows_lightning.models.causal_lm import evaluating
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.delta import DeltaSize, max_delta_size, megabytes
+from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.pretrained import load_config
-from ows_lightning.models.recomputation import count_checkpointed
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.activation import trains_outside_blocks
 from ows_lightning.sampling.callback import LayerwiseSampling

@@ -28,7 +28,7 @@ def sampling_settings(sampling: object) -> dict[str, Any]:
     return {key: _plain(getattr(sampling, key)) for key in FIXED_SAMPLING_KEYS}
 
 
-def check_settings(
+def check_fixed_settings(
     saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True, named: str = "ckpt_path"
 ) -> None:
     """Raises a UsageError, with both values, if the ``fixed_settings`` saved in a checkpoint and those now differ.

@@ -54,7 +54,7 @@ class ExactEpochLoop(_TrainingEpochLoop):
         super().on_advance_end(data_fetcher)
         if self.replays_step_end:
             self.replays_step_end = False
-            self.count_steps(done=True)
+            self.set_logged_step(done=True)
 
     def rewind(self) -> None:
         """Sets the counters back to the end of the last optimizer step: checkpoints hold no gradients."""
@@ -75,7 +75,7 @@ class ExactEpochLoop(_TrainingEpochLoop):
         if (of_epoch := self.trainer.num_training_batches) != float("inf"):  # which for a stream changes with max_steps
             batches.is_last_batch = batches.current.processed >= of_epoch
 
-    def count_steps(self, done: bool) -> None:
+    def set_logged_step(self, done: bool) -> None:
         """Sets the step number that is logged, which counts steps whose turn of the loop has ended."""
         if self.trainer.lightning_module.automatic_optimization:
             self._batches_that_stepped = self.global_step - (not done)
@@ -150,7 +150,7 @@ class ExactFitLoop(_FitLoop):
             counted.processed = counted.completed = done
             counted.ready = counted.started = done + replays_step_end
         epoch.replays_step_end = replays_step_end
-        epoch.count_steps(done=not replays_step_end)
+        epoch.set_logged_step(done=not replays_step_end)
 
     def reset(self) -> None:
         """Does not restart the epoch that is resumed."""

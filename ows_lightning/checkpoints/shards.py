@@ -60,7 +60,7 @@ def load_optimizers(
 def load_tensors(
     path: Path, prefix: str, empty: Callable[[str, TensorStorageMetadata], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Reads the tensors whose names begin with a prefix, which is taken off; each process what it needs, on its own."""
+    """Reads the tensors whose names begin with a prefix, and cuts it off; each process reads what it needs, on its own."""
     tensors = {
         name: empty(name.removeprefix(prefix), info) if empty else torch.empty(info.size, dtype=info.properties.dtype)
         for name, info in _contents(path, prefix).items()

@@ -76,9 +76,9 @@ def compare(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from ows_lightning.cli.conversation import load
     from ows_lightning.cli.preflight import check_writable
-    from ows_lightning.report.run import run_folder_of
+    from ows_lightning.report.run import find_run_folder, run_folder_of
 
-    run_folder = run_folder_of(Path(args.model))
+    run_folder = run_folder_of(find_run_folder(Path(args.model)))
     base = args.base or _base_of(run_folder)
     prompts = args.prompts or [line.strip() for line in standard_input() if line.strip()]
     if not prompts:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from ows_lightning.checkpoints.find import last_good
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
 from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer
 from ows_lightning.models.source import DELTA_FILE, check_model_name
+from ows_lightning.report.run import find_run_folder
 
 
 class Conversation:
@@ -89,9 +91,13 @@ def load(name: str, args: argparse.Namespace) -> Conversation:
 
 def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
     """The path of a model for `load_model`; a checkpoint or a delta is turned into a model in a folder first."""
-    path = Path(name).expanduser()
+    path = find_run_folder(asked := Path(name).expanduser())
+    if path != asked:
+        print(f"({path} is the newest run there)", file=sys.stderr)
     if (path / "model" / "config.json").is_file():
         return str(path / "model")
+    if not (path / "config.json").is_file():
+        path = last_good(path / "checkpoints") or path  # a run that ended before it wrote its model
     if (path / DELTA_FILE).is_file():
         from ows_lightning.models.delta import Delta, apply_delta
 

@@ -66,10 +66,7 @@ def help_text(command: str, description: str) -> str:
 
 
 def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str, str]:
-    """Returns the options that a method of a class in a source file has as arguments, if there is one: each with its help.
-
-    The class's docstring may describe them, too; the prefix is the section of a config that they belong to, and a dot.
-    """
+    """Returns the options that a method of a class in a source file has as arguments, if there is one: each with its help."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
     kind = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == owner)
     methods = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == function)

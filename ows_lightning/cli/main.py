@@ -53,17 +53,14 @@ _LOGS = {
 
 
 def main(args: Any = None) -> None:
-    """Runs one command; an error ends it with one line, and exit code 2 (usage) or 1 (run).
-
-    ``args`` are words, or what LightningCLI takes; by default those that the program was started with.
-    """
+    """Runs one command, by default that of the program's arguments; an error ends it with one line, and exit code 2 or 1."""
     argv = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")
     for name, messages in _LOGS.items():
-        logging.getLogger(name).addFilter(partial(_is_wanted, messages))
+        logging.getLogger(name).addFilter(partial(lambda out, record: not any(map(record.getMessage().count, out)), messages))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
@@ -74,10 +71,6 @@ def main(args: Any = None) -> None:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
         exit_with(error.__context__, argv)
-
-
-def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
-    return not any(message in record.getMessage() for message in unwanted)
 
 
 def _run(argv: Any, args: Any) -> None:

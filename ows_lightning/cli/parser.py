@@ -38,6 +38,7 @@ _EMPTY_SECTION = re.compile(r"Unexpected config: (\w+):\s*$")
 _CLASS_PATH = re.compile(r"class_path[ =]'(.+?)'")
 _UNKNOWN = re.compile(r"Option '(.+?)' is not accepted|does not accept option '(.+?)'|unrecognized arguments: (\S+)")
 _REQUIRED = re.compile(r"the following arguments are required: ([^,\s]+)")
+_NO_MAPPING = re.compile(r"Not a valid subclass of LayerwiseSampling.*Given value: (.*?)\s*$", re.DOTALL)
 _NO_CLASS = re.compile(r"(?:dot import path string: |has no attribute ')([\w.]+)")
 _EXPECTED = re.compile(r"Expected an? (<class .+?>|typing\.Literal\[.+?\]|tuple with \d+ elements)(?:\.|$)")
 _VALUE = re.compile(r"G(?:iven|ot) value: (.*?)(?:\. Got value: .*)?$")
@@ -71,6 +72,8 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
     owner: Any = None
     if found := _EMPTY_SECTION.match(message):
         return _EMPTY_SECTION_ERROR.format(found[1])
+    if found := _NO_MAPPING.search(message):
+        return _no_class_message("sampling", found[1])
     for line in message.splitlines():
         line = line.strip().removeprefix("- ")
         while not reason and (found := _KEY.search(line)):
@@ -142,7 +145,9 @@ def _wrong_type_message(key: str, value: str, expected: list[str]) -> str:
 
 def _no_class_message(key: str, name: str) -> str:
     if key == "sampling":
-        return f"sampling: '{name}' is no mapping of keys, such as sampling.distribution; null trains all blocks"
+        return (
+            f"sampling: '{name}' is no mapping of keys, as in sampling.threshold; null trains all blocks, as in methods/full"
+        )
     short, known = name.rpartition(".")[2], set().union(*map(_subclasses, _NAMEABLE))
     hint = did_you_mean(short, known) if short not in known else ""  # it may be a class, but of another kind
     return f"{key}: '{name}' is no class that fits here" + (hint or "; give its full path, as in my_package.my_module.MyClass")

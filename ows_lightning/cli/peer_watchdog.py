@@ -92,8 +92,7 @@ def _end_at_once() -> None:
 class _Watchdog:
     """Connections to the other processes of this machine, and the thread that watches them.
 
-    Each process connects to those of lower rank, and says its own; before it ends in good order it says so. An end without
-    that is one before its time.
+    Each process connects to those of lower rank, and says its own; before it ends in good order it says so.
     """
 
     def __init__(self, run: str, rank: int, number: int) -> None:

@@ -25,7 +25,7 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable
 from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
-from ows_lightning.models.recomputation import liger_for
+from ows_lightning.models.execution import liger_for
 from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.options import check_offloading
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 LOGGED_METRICS = (
     "train_loss", "val_loss", "val_perplexity", "val_exact_match", "tokens_per_second", "grad_norm", "peak_memory_mb",
-    "tokens", "time_s", "renewal_s", "epoch", "step",
+    "tokens", "target_tokens", "time_s", "renewal_s", "epoch", "step",
 )  # fmt: skip
 """The metrics that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
 

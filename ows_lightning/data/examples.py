@@ -54,10 +54,7 @@ def token_features() -> datasets.Features:
 
 
 def read_examples(source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> datasets.Dataset:
-    """Reads and checks all rows of a source, or takes them from the cache if its content was read before.
-
-    The format is recognised from the first row when not given. The table has the columns `example_features`.
-    """
+    """Reads and checks all rows of a source, or takes them from the cache: a table with the columns `example_features`."""
     import datasets
 
     arguments = {"source": source, "data_format": data_format, "columns": dict(columns)}
@@ -108,10 +105,7 @@ def column(table: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:
-    """Repeats the row indices of each source, none empty, until it has the share that its weight asks for.
-
-    The source that is largest for its weight is taken once; no row is left out. The seed draws an incomplete repetition.
-    """
+    """Repeats each source's row indices to its weight's share, in part as the seed draws; the largest for it is taken once."""
     once = max(parts, key=lambda name: len(parts[name]) / weights[name])
     per_weight = len(parts[once]) / weights[once]
     most = max(parts, key=lambda name: per_weight * weights[name] / len(parts[name]))

@@ -137,9 +137,7 @@ def _answer(row: Row, column: str, row_name: str) -> list[Message]:
 
 def _with_system(row: Row, messages: list[Message], row_name: str) -> list[Message]:
     system = _text(row, "system", row_name, optional=True)
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+    return [{"role": "system", "content": system}, *messages] if system and messages[0]["role"] != "system" else messages
 
 
 def _untrained(messages: list[Message]) -> list[Message]:

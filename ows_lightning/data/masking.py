@@ -49,11 +49,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns examples into training rows and into prompts for generation.
-
-    Of a row that is too long the start of the prompt is cut, and the end of the last answer only when it alone is longer. A
-    beginning-of-sequence token stays. Plain text is cut at its end.
-    """
+    """Turns examples into training rows and into prompts for generation; `InstructionDataModule` says how they are cut."""
 
     tokenizer: PreTrainedTokenizerBase  # a fast one with a chat template, see `with_chat_template`
     max_seq_length: int  # longest row in tokens
@@ -101,7 +97,7 @@ class Encoder:
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
 
     def _relevant_messages(self, example: Example) -> list[Message]:
-        """The messages that are trained or stand before those that are, in the form that the chat template wants."""
+        """The messages up to the last answer, with `train_on_prompt` all, in the form that the chat template wants."""
         messages = example["messages"]
         if not self.train_on_prompt:
             messages = messages[: 1 + max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)]
@@ -226,8 +222,8 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if not tokenizer.chat_template:
         adds_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
-        said = "rows are written as '### Instruction:' and '### Response:'."
-        rank_zero_info(f"The tokenizer of '{name}' has no chat template: {said}")
+        note = "rows are written as '### Instruction:' and '### Response:'."
+        rank_zero_info(f"The tokenizer of '{name}' has no chat template: {note}")
     return tokenizer
 
 

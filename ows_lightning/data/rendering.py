@@ -1,8 +1,7 @@
-"""A conversation as a chat template writes it: in the form that the template wants, and what of it the template shows.
+"""A conversation as a chat template writes it: in the form that the template wants, and with what it leaves out.
 
-Templates differ in what they expect of a message. Some test whether the content is None (DeepSeek-R1), some concatenate it;
-some write a call's arguments as JSON, some concatenate them. And many show only a part of a conversation: no tool calls, no
-system message, no reasoning. What is shown is found by rendering the conversation with a probe in each of its parts.
+Templates want a missing content as None (DeepSeek-R1) or as "", and a call's arguments as an object or as text. Many show only
+a part of a conversation. What is shown is found by rendering the conversation with a probe in each of its parts.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class ChatTemplate:
         """The messages without the answers that the template does not show, such as tool calls in a template without them."""
         kept: list[Message] = []
         for message in messages:
-            said = (message["content"] or "").strip() or not (message.get("tool_calls") or message.get("reasoning_content"))
-            text = None if said else self._try_render([*kept, message], tools)
+            plain = (message["content"] or "").strip() or not (message.get("tool_calls") or message.get("reasoning_content"))
+            text = None if plain else self._try_render([*kept, message], tools)
             if text is None or text != self._try_render([*kept, {"role": "assistant", "content": ""}], tools):
                 kept.append(message)
         return kept

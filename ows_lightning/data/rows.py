@@ -134,7 +134,7 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
         logits = run_causal_lm(model, **inputs, use_cache=False).logits
     first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()
     tolerance = 64 * torch.finfo(logits.dtype).eps * alone.abs().max()
-    if any((said[5:8] - alone[:3]).abs().max() > tolerance for said in (first, second)):
+    if any((logit[5:8] - alone[:3]).abs().max() > tolerance for logit in (first, second)):
         lm = causal_lm(model)
         name = type(getattr(lm, "base_model", lm)).__name__
         raise UsageError(f"data.packing: {name} would mix the documents of a row; set data.packing: false")

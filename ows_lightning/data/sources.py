@@ -65,11 +65,7 @@ class DataSource:
 
 
 def resolve(name: str, key: str, split: str = "train") -> DataSource:
-    """Finds what a name stands for: a file, a directory, a glob, or a data set on the hub (``owner/name[/config][:split]``).
-
-    Where there are splits, ``eval_dataset`` prefers validation and then test rows, ``test_dataset`` test and then validation
-    rows; `split` is taken by other settings, or where there are none of these.
-    """
+    """Finds what a name stands for: a file, directory, glob, or a data set on the hub (``owner/name[/config][:split]``)."""
     source = DataSource(name, key, (), tuple(dict.fromkeys([*_PREFERRED.get(key, ()), split])))
     if not name.strip():
         raise source.error("'' names no source; give a file, a directory, a glob or a data set on the hub")
@@ -168,8 +164,8 @@ def _files_of_split(directory: Path, source: DataSource) -> tuple[str, ...]:
     if chosen is None:
         raise source.error(f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {names})")
     if names:
-        said = f"has files of splits, so those that name none are left out: {names}"
-        rank_zero_warn(f"data.{source.key}: '{source.name}' {said}")
+        note = f"has files of splits, so those that name none are left out: {names}"
+        rank_zero_warn(f"data.{source.key}: '{source.name}' {note}")
     return tuple(str(p) for p in files if splits[p] == chosen)
 
 
@@ -215,8 +211,8 @@ def open_dataset(source: DataSource, streaming: bool = False) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         inner = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = next(iter(str(inner or error).strip().splitlines()), type(inner or error).__name__)
-        said = f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
-        raise source.error(said) from error
+        fault = f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
+        raise source.error(fault) from error
 
 
 def _one_split(data: Any, source: DataSource) -> Any:
@@ -275,8 +271,10 @@ def _read_json(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(1 << 30)
-    delimiter = "\t" if _suffix_of(file) == ".tsv" else ","
-    reader = csv.DictReader((line for _, line in _lines(file, source)), strict=True, delimiter=delimiter)
+    lines = (line for _, line in _lines(file, source))
+    header, known = next(lines, ""), "\t" if _suffix_of(file) == ".tsv" else ",;\t"
+    delimiter = next((mark for mark in known if mark in header), known[0])
+    reader = csv.DictReader(itertools.chain([header], lines), strict=True, delimiter=delimiter)
     try:
         if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
             raise source.error(f"{file.name} has the column {twice[0]!r} twice; give each a name of its own")

@@ -1,10 +1,4 @@
-"""The method in transformers' Trainer and in TRL's trainers, which are Trainers: SFTTrainer, DPOTrainer and others.
-
-sampling = LayerwiseSamplingCallback(activated_layers=5, interval_steps=50)
-trainer = SFTTrainer(model, args=args, train_dataset=rows, callbacks=[sampling])
-use_galore(trainer, rank=128)  # or leave it out, and train the sampled blocks in full rank
-trainer.train()
-"""
+"""The method in transformers' Trainer and in TRL's trainers, which are Trainers: SFTTrainer, DPOTrainer and others."""
 
 from __future__ import annotations
 
@@ -22,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
-from ows_lightning.checkpoints.fixed_settings import check_settings
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
@@ -138,7 +132,7 @@ class _GaLoreCallback(TrainerCallback):
         """Takes over the gradients; a resumed run has loaded the checkpoint's state, and its settings with it."""
         if state.global_step > 0:
             for group, configured in zip(self.optimizer.param_groups, self.configured, strict=True):
-                check_settings({name: group.get(name) for name in configured}, configured, named="use_galore")
+                check_fixed_settings({name: group.get(name) for name in configured}, configured, named="use_galore")
             _require_state(self.optimizer)
         self.optimizer.zero_grad()  # what a run has left that an exception ended within a step
         self.optimizer.project_in_backward(model=kwargs["model"])
@@ -202,7 +196,7 @@ def _require_one_process(args: TrainingArguments) -> None:
 
 
 def _require_state(optimizer: Optimizer) -> None:
-    """Refuses a checkpoint that the Trainer goes on from with weights alone, without a word."""
+    """Refuses a checkpoint without the optimizer's state, from which the Trainer would resume without a warning."""
     stateless = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
     if not optimizer.state and not stateless:
         raise UsageError(
@@ -215,8 +209,7 @@ def _require_use_galore(optimizer: Optimizer, args: TrainingArguments) -> None:
     """Refuses a GaLoreAdamW whose gradients the Trainer would not see."""
     if not isinstance(optimizer, GaLoreAdamW) or isinstance(optimizer, _TrainersGaLoreAdamW):
         return
-    in_backward = any(p._post_accumulate_grad_hooks for group in optimizer.param_groups for p in group["params"])
-    if in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):
+    if optimizer.projects_in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):
         raise UsageError(
             "max_grad_norm: the Trainer clips and accumulates full gradients, but this GaLoreAdamW projects them within "
             "backward; call use_galore(trainer) instead of giving `optimizers`"

@@ -16,7 +16,7 @@ from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.sampling.distributions import sampling_probabilities, score_of
+from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_of
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
@@ -88,7 +88,7 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
     sampling = settings.sampling
-    scored = score_of(sampling.get("distribution", "outlier")) == "outlier_ratio_percent" and not sampling.get("scores")
+    scored = score_of(sampling.get("distribution", "outlier")) == OUTLIER_RATIO and not sampling.get("scores")
     if method.ours and sampling and scored and settings.max_steps is not None:
         intervals, every = ceil(settings.max_steps / settings.interval_steps), sampling.get("rescore_every")
         samples = int(sampling.get("calibration_samples", 128)) * (ceil(intervals / every) if every else 1)

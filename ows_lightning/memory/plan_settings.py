@@ -21,8 +21,8 @@ from ows_lightning.errors import UsageError
 from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.execution import Recomputation, check_recomputation, num_checkpointed
 from ows_lightning.models.pretrained import check_trainable, exceeded_positions, load_config, loading_errors
-from ows_lightning.models.recomputation import Recomputation, check_recomputation, num_checkpointed
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS
@@ -96,7 +96,7 @@ class PlanSettings:
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
-        """Returns what was made under a key, by these settings or others that `replace` made of them; makes it at first."""
+        """Returns what was made under a key, for these settings or others that `replace` made of them; makes it if needed."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

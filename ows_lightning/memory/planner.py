@@ -68,7 +68,7 @@ class Plan:
 
 
 def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str | None = None) -> Plan:
-    """Predicts what methods need, all by default, and what would make the settings' own fit the cards that it does not.
+    """Predicts what methods need, all by default, and what would make the settings' own fit the cards that it exceeds.
 
     Speeds are those on the card, and so is what checkpointing's ``auto`` stands for. It raises a UsageError if there is no
     such method or card, or the model can't be followed.

@@ -18,8 +18,8 @@ from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.models.lora import lora_config
-from ows_lightning.models.recomputation import checkpoint_activations
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import trains_outside_blocks
 

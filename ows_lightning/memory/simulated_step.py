@@ -16,11 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
 from ows_lightning.models.decoder import backbone, causal_lm, decoder_layers
+from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
-from ows_lightning.models.recomputation import count_checkpointed
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.linear import compute_with
+from ows_lightning.optim.linear import set_updates
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import Method as Subspace
 from ows_lightning.sampling.activation import PARTS, activate_blocks, trainable_by_block, trains_outside_blocks
@@ -211,7 +211,7 @@ class _Simulation:
         if galore is not None and self.method.ours:
             galore.project_in_backward(model=self.model if self.method.factored else None)
             for block in decoder_layers(self.model):
-                compute_with(block, {p: found for p in block.parameters() if (found := galore.update_of(p)) is not None})
+                set_updates(block, {p: found for p in block.parameters() if (found := galore.update_of(p)) is not None})
         return [*hooks, *(p.register_post_accumulate_grad_hook(end) for p in parameters)]
 
     def _watch_stages(self, block_spans: Sequence[str]) -> None:

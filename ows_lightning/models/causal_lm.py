@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,8 @@ from transformers import PreTrainedModel
 
 from ows_lightning.compat import persistent_buffers
 from ows_lightning.errors import UsageError
+from ows_lightning.models import loss
 from ows_lightning.models.decoder import causal_lm
-from ows_lightning.models.loss import last_hidden_state, logits_of, loss_and_predictions, next_token_loss, row_log_likelihoods
-
-
-class LossParts(NamedTuple):
-    """A loss in parts that can be added up over batches, two scalars."""
-
-    total: Tensor  # cross entropy summed over the target tokens (nats), float32, with a graph while gradients are enabled
-    targets: Tensor  # number of target tokens, int64
-
-    @property
-    def loss(self) -> Tensor:
-        """The mean over the target tokens; 0 without any."""
-        return self.total / self.targets.clamp(min=1)
 
 
 class CausalLM(nn.Module):
@@ -50,7 +38,7 @@ class CausalLM(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
         """Converts and moves weights as any module does, but computed buffers, RoPE's frequencies, keep their dtype.
 
-        So it does to what transformers and peft keep in float32 in half precision. A Trainer's ``bf16-true`` would round all.
+        So does what transformers and peft keep in float32 in a half-precision model. Lightning's ``bf16-true`` would round it.
         """
         buffers = [(m, name, b) for m in self.modules() for name, b in m.named_buffers(recurse=False)]
         computed = {id(b) for m, name, b in buffers if name not in persistent_buffers(m)}
@@ -69,16 +57,15 @@ class CausalLM(nn.Module):
         """
         if labels is None:
             return self.language_model(**inputs)
-        return LossParts(*next_token_loss(self.language_model, {**inputs, "labels": labels}))
+        return loss.next_token_loss(self.language_model, {**inputs, "labels": labels})
 
-    def loss_and_predictions(self, batch: dict[str, Tensor]) -> tuple[LossParts, Tensor]:
+    def loss_and_predictions(self, batch: dict[str, Tensor]) -> tuple[loss.LossParts, Tensor]:
         """Returns the loss of a batch, without a graph, and the likeliest token at each target."""
-        total, likeliest = loss_and_predictions(self.language_model, batch)
-        return LossParts(total, torch.full((), likeliest.numel(), device=total.device)), likeliest
+        return loss.loss_and_predictions(self.language_model, batch)
 
     def log_likelihoods(self, batch: dict[str, Tensor]) -> Tensor:
         """Returns each row's summed log-likelihood, see ``row_log_likelihoods``."""
-        return row_log_likelihoods(self.language_model, batch)
+        return loss.row_log_likelihoods(self.language_model, batch)
 
     @torch.no_grad()
     def generate(self, **inputs: Any) -> Tensor:
@@ -99,7 +86,7 @@ class CausalLM(nn.Module):
             except (ValueError, TypeError, AttributeError) as error:  # e.g. a draft model, which wants another model's states
                 raise UsageError(f"model.model_name_or_path: {name} does not run on text alone ({error})") from error
             try:
-                ours = logits_of(model, last_hidden_state(model, inputs))
+                ours = loss.logits_of(model, loss.last_hidden_state(model, inputs))
             except RuntimeError:  # something between decoder and head changes the width
                 ours = torch.full_like(expected, float("nan"))
         if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2):

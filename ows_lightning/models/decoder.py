@@ -86,8 +86,8 @@ def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if offloader is None else offloader.on_device(block)
 
 
-def end_pass(block: nn.Module) -> None:
-    """Makes an offloaded block's parameters its own weights, with what they have learned, also after an interrupted pass."""
+def restore_weights(block: nn.Module) -> None:
+    """Has an offloaded block's parameters be its own weights, with what these learned at rest, also within a pass."""
     if (offloader := getattr(block, "offloader", None)) is not None:
         offloader.end_pass()
         offloader.take_in_updates()

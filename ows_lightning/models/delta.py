@@ -68,13 +68,13 @@ class Delta:
             self.dtype: torch.dtype = getattr(torch, about["dtype"])  # that the base is loaded in
             self.files: dict[str, dict[str, str]] = about["files"]  # of weights, each with its tensors' SHA-256
             self.hashes = {name: value for tensors in self.files.values() for name, value in tensors.items()}
-            self._packed: dict[str, str] = about.get("packed", {})
+            self._compressed: dict[str, str] = about.get("packed", {})
             self.places: dict[str, Path] = {}  # of the tensors that differ from the base
             for path in self.directory.glob("delta-*.safetensors"):
                 with safe_open(path, "pt") as file:
                     self.places |= dict.fromkeys(file.keys(), path)
             whole = len(self.places) == about["tensors"] and all(Path(file).name == file for file in self.files)
-            expected = {**self.hashes, **self._packed}
+            expected = {**self.hashes, **self._compressed}
             if not whole or any(_tensor_hash(name, self._stored(name)) != expected.get(name) for name in self.places):
                 raise ValueError("tensors have changed since it was written, or are missing")
             for name, value in about["other_files"].items():
@@ -86,7 +86,7 @@ class Delta:
     def read(self, name: str, base: Mapping[str, Tensor]) -> Tensor:
         """Reads one of the tensors that differ, given the base's."""
         stored = self._stored(name)
-        return decompress(stored, base[name]) if name in self._packed else stored
+        return decompress(stored, base[name]) if name in self._compressed else stored
 
     def _stored(self, name: str) -> Tensor:
         with safe_open(self.places[name], "pt") as file:
@@ -104,7 +104,7 @@ class Delta:
     def sizes(self, model: Mapping[str, Tensor]) -> DeltaSize:
         """Returns the sizes of the delta and of the restored model, given the base's tensors."""
         stored = {name: self._stored(name).nbytes for name in self.places}
-        raw = {name: count for name, count in stored.items() if name not in self._packed}
+        raw = {name: count for name, count in stored.items() if name not in self._compressed}
         return DeltaSize(sum(stored.values()), sum(raw[name] if name in raw else model[name].nbytes for name in self.hashes))
 
 
@@ -116,7 +116,7 @@ def write_delta(
     of_base = dict(_file_tensors(load_model(base, dtype, None, trust_remote_code)))
     before = {name: _tensor_hash(name, tensor) for name, tensor in of_base.items()}
     files: dict[str, dict[str, str]] = {}
-    packed: dict[str, str] = {}
+    compressed: dict[str, str] = {}
     model_bytes = 0
     with atomic_directory(target, "delta") as partial:
         _copy_all_but_weights(export, partial)
@@ -135,7 +135,7 @@ def write_delta(
                     if old is not None and (old.dtype, old.shape) == (tensor.dtype, tensor.shape):
                         stored = min(compress(tensor, old), tensor, key=lambda one: one.nbytes)
                     if stored is not tensor:
-                        packed[name] = _tensor_hash(name, stored)
+                        compressed[name] = _tensor_hash(name, stored)
                     shards.add(name, stored)
         shards.flush()
         local = Path(base).expanduser()
@@ -144,7 +144,7 @@ def write_delta(
             "base_sha256": _combined_hash(before),
             "dtype": str(dtype).removeprefix("torch."),
             "tensors": shards.tensors,
-            "packed": packed,
+            "packed": compressed,
             "files": files,
             "other_files": others,
         }

@@ -23,7 +23,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSO
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.models.decoder import end_pass
+from ows_lightning.models.decoder import restore_weights
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
@@ -67,12 +67,12 @@ def save_huggingface(
     vision-language model also gets the processor's files of the model that it was made from.
 
     The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
-    holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that the weights
-    are no numbers. With several processes rank 0 writes; the others may call this too, and have to if the model is sharded.
+    holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that weights are
+    NaN or Inf. With several processes rank 0 writes; the others may call this too, and have to if the model is sharded.
     """
     target = check_replaceable(directory)
     for block in model.modules():
-        end_pass(block)  # an interrupted pass may have left one computing, from a copy in int8
+        restore_weights(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for module in model.modules():

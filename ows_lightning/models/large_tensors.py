@@ -1,6 +1,6 @@
 """Work on large tensors without large temporaries, and files that they are mapped from.
 
-Pages of such a file that were looked at count as the process's memory until they are let go.
+Pages of such a file that were read count as the process's memory until they are released.
 """
 
 from __future__ import annotations
@@ -41,6 +41,6 @@ def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) ->
 
 
 def release_mapped_pages() -> None:
-    """Lets go of all pages that were looked at; whoever reads many weights calls it after each."""
+    """Frees the memory of all mapped pages that were read; whoever reads many weights calls it after each."""
     for memory in list(_maps):
         memory.madvise(mmap.MADV_DONTNEED)

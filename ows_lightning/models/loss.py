@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +20,33 @@ CPU_CHUNK_BYTES = 1 << 25  # bytes of logits that a CPU holds at a time; below i
 GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 1024, 1 << 28
 
 
-def next_token_loss(
-    model: PreTrainedModel, batch: dict[str, Any], chunks_of: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross entropy of a batch, and over how many target tokens: scalars, float32 with a graph, and int64.
+class LossParts(NamedTuple):
+    """A loss in parts that can be added up over batches, two scalars."""
+
+    total: Tensor  # cross entropy summed over the target tokens (nats), float32, with a graph while gradients are enabled
+    targets: Tensor  # number of target tokens, int64
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over the target tokens; 0 without any."""
+        return self.total / self.targets.clamp(min=1)
+
+
+def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], chunks_of: torch.device | None = None) -> LossParts:
+    """Returns the summed cross entropy of a batch, and over how many target tokens.
 
     Only positions that have a target reach the LM head, in chunks of the size for ``chunks_of``, or for the batch's device.
     The batch has ``input_ids`` and ``labels`` (B, L), int64, labels not shifted and -100 where there is no target, and what
     else the model's forward takes; it comes from `precompute_on_host` if no device is to be waited for.
     """
     hidden, targets = _hidden_and_targets(model, batch)
-    return summed_cross_entropy(model, hidden, targets, chunks_of), torch.full((), targets.numel(), device=targets.device)
+    number = torch.full((), targets.numel(), device=targets.device)
+    return LossParts(summed_cross_entropy(model, hidden, targets, chunks_of), number)
 
 
 @torch.no_grad()
-def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the sum of `next_token_loss`, without a graph, and the likeliest token at each target, (N,), row by row."""
+def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[LossParts, Tensor]:
+    """Returns what `next_token_loss` does, without a graph, and the likeliest token at each target, (N,), row by row."""
     hidden, targets = _hidden_and_targets(model, batch)
     total, likeliest = torch.zeros((), dtype=torch.float32, device=hidden.device), torch.empty_like(targets)
     rows = _rows_of_chunk(model, hidden)
@@ -43,7 +54,7 @@ def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tu
         logits = logits_of(model, h).float()
         total += F.cross_entropy(logits, t, reduction="sum")
         into.copy_(logits.argmax(-1))
-    return total, likeliest
+    return LossParts(total, torch.full((), targets.numel(), device=targets.device)), likeliest
 
 
 def precompute_on_host(batch: dict[str, Any]) -> dict[str, Any]:
@@ -139,9 +150,9 @@ def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
 def summed_cross_entropy(
     model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunks_of: torch.device | None = None
 ) -> Tensor:
-    """Returns the summed cross entropy of a model's logits, of which a chunk exists at a time; its gradient, too.
+    """Returns the summed cross entropy of a model's logits; of these, and of their gradient, a chunk exists at a time.
 
-    Of last hidden states (N, hidden) and targets (N,), int64; the chunks are the device's that ``chunks_of`` names, if any.
+    The states are (N, hidden), the targets (N,), int64; chunks have the size for ``chunks_of``, or for the states' device.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     rows = _rows_of_chunk(model, hidden, chunks_of)

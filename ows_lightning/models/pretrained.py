@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ows_lightning.compat import own_parameters
+from ows_lightning.compat import own_parameters, quick_gguf
 from ows_lightning.errors import UsageError, closest_name
 from ows_lightning.models.large_tensors import all_finite, release_mapped_pages
 from ows_lightning.models.source import MODEL_KEY, ModelSource, check_model_name, locate
@@ -274,7 +274,8 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
 def loading_errors(name: str, what: str = "") -> Iterator[None]:
     """Turns transformers' long errors about a model's files (``what`` is loaded of it) into a UsageError of one line."""
     try:
-        yield
+        with quick_gguf() if name.endswith(".gguf") else contextlib.nullcontext():
+            yield
     except UsageError:
         raise
     except _LOADING_ERRORS as error:

@@ -31,7 +31,7 @@ def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
             block.register_load_state_dict_post_hook(partial(offloader.refresh, index)),
         ]
         block._apply = partial(_apply_to_block, offloader, index)  # type: ignore[method-assign]
-        block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `end_pass`
+        block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `restore_weights`
         for adapted in _mergeable(block):
             for name in ("merge", "unmerge"):
                 setattr(adapted, name, partial(_write, offloader, index, getattr(type(adapted), name), adapted))

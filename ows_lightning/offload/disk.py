@@ -20,10 +20,10 @@ from ows_lightning.offload.offloaded import (
     OffloadedWeights,
     as_bytes,
     byte_offsets,
-    copy_packed,
-    packed_nbytes,
+    copy_into,
     page_locked,
     tensor_at,
+    total_nbytes,
 )
 
 
@@ -73,7 +73,7 @@ class DiskWeights(OffloadedWeights):
         self.refresh()
 
     def make_writable(self) -> None:
-        """Moves weights from the model's own file into the scratch file, with what others wrote into their pages."""
+        """Moves weights from the model's own file into the scratch file, with what was written into their pages."""
         if not self._in_scratch():
             self._move(self.tensors)
 
@@ -85,8 +85,8 @@ class DiskWeights(OffloadedWeights):
         return all(part.file is self.disk.scratch for part, _ in self.places)
 
     def _move(self, weights: Sequence[Tensor]) -> None:
-        part = self.disk.extend_scratch(packed_nbytes(weights))
-        self.tensors = copy_packed(part.memory, weights)
+        part = self.disk.extend_scratch(total_nbytes(weights))
+        self.tensors = copy_into(part.memory, weights)
         self.places = [(part, start) for start in byte_offsets(weights)[:-1]]
         self.disk.places.update(zip((weight.data_ptr() for weight in self.tensors), self.places, strict=True))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ows_lightning.offload.offloaded import OffloadedWeights, packed_nbytes, views_into
+from ows_lightning.offload.offloaded import OffloadedWeights, total_nbytes, views_into
 
 
 def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -52,7 +52,7 @@ class Int8Weights(OffloadedWeights):
         self.copy: OffloadedWeights | None = None
         self.refresh()
         if staging is not None and self.copy is not None:
-            staging.resize_(max(staging.numel(), packed_nbytes(self.copy.tensors)))
+            staging.resize_(max(staging.numel(), total_nbytes(self.copy.tensors)))
 
     @property
     def tensors(self) -> list[Tensor]:  # type: ignore[override]

@@ -21,13 +21,13 @@ def byte_offsets(tensors: Sequence[Tensor]) -> list[int]:
     return list(accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0))
 
 
-def packed_nbytes(tensors: Sequence[Tensor]) -> int:
+def total_nbytes(tensors: Sequence[Tensor]) -> int:
     """What tensors take in one piece of memory, in bytes."""
     return byte_offsets(tensors)[-1]
 
 
 def views_into(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views memory (uint8, one-dimensional, `packed_nbytes(tensors)`) with the dtypes, shapes and strides of tensors."""
+    """Views memory (uint8, one-dimensional, `total_nbytes(tensors)`) with the dtypes, shapes and strides of tensors."""
     return [
         memory[start : start + tensor.nbytes]
         .view(tensor.dtype)
@@ -48,7 +48,7 @@ def tensor_at(weight: Tensor, memory: Any, start: int) -> Tensor:
 
 
 @torch.no_grad()
-def copy_packed(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
+def copy_into(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
     """Copies weights into memory that has the buffer protocol, one at a time, to where `byte_offsets` says."""
     places = zip(weights, byte_offsets(weights), strict=False)
     return [tensor_at(weight, memory, start).copy_(weight) for weight, start in places]
@@ -60,7 +60,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 class OffloadedWeights:
-    """Memory that a block's weights lie in: a tensor a weight, as it was loaded if that is where it lies already."""
+    """A block's weights where they are offloaded: a tensor each, the given one if it is on that device already."""
 
     memory: Tensor | None = None  # page-locked, that the weights lie in
     fetch_exact = False  # also where there is a copy in int8
@@ -120,7 +120,7 @@ def offload_to_host(weights: Sequence[Tensor], device: torch.device) -> Offloade
     """Offloads weights to host memory, one at a time, that a device can fetch from: a GPU does so by itself."""
     if device.type != "cuda":
         return OffloadedWeights(weights)
-    memory = page_locked(packed_nbytes(weights), device)
-    offloaded = OffloadedWeights(copy_packed(memory.numpy(), weights))
+    memory = page_locked(total_nbytes(weights), device)
+    offloaded = OffloadedWeights(copy_into(memory.numpy(), weights))
     offloaded.memory = memory
     return offloaded

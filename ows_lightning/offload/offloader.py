@@ -19,10 +19,10 @@ from ows_lightning.offload.disk import Disk, DiskWeights
 from ows_lightning.offload.fetch_schedule import FetchSchedule
 from ows_lightning.offload.hooks import ComputeHooks
 from ows_lightning.offload.int8 import Int8Weights
-from ows_lightning.offload.offloaded import OffloadedWeights, offload_to_host, packed_nbytes, views_into
+from ows_lightning.offload.offloaded import OffloadedWeights, offload_to_host, total_nbytes, views_into
 from ows_lightning.offload.streams import CopyStream, copy_stream_for
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.linear import ProjectedLinear, compute_with
+from ows_lightning.optim.linear import ProjectedLinear, set_updates
 from ows_lightning.optim.projected_adamw import merge_update_
 
 
@@ -54,7 +54,7 @@ class BlockOffloader:
         self.blocks = list(blocks)
         self.num_slots = slots
         self.device = torch.device("cpu")
-        self.saves_updates_apart = False  # whoever takes a state dict takes what is learned at rest from the optimizer's
+        self.saves_updates_apart = False  # a state dict leaves what is learned at rest to the optimizer's state
         self.was_copied = False  # there is another copy of the model, with which weights may be exchanged
         self.make_stream = copy_stream_for
         self._disk = disk
@@ -218,7 +218,7 @@ class BlockOffloader:
         self._reset_layers(block)
         updates = self._updates_of(block)
         if updates and in_layers:
-            self._updated_layers[block] = compute_with(self.blocks[block], updates)
+            self._updated_layers[block] = set_updates(self.blocks[block], updates)
             for layer in self._updated_layers[block]:
                 del updates[layer.weight]
         added = [(block, id(update), version_counter(update)) for update, _ in updates.values()]
@@ -240,18 +240,18 @@ class BlockOffloader:
     # ------------------------------------------------------------------ when others write into offloaded weights
 
     def end_pass(self) -> None:
-        """Ends the pass, also one that was interrupted: parameters are whole weights, and writes into them are seen.
+        """Ends a pass, even an interrupted one: parameters are offloaded weights again, with all that was written into them.
 
-        torch counts writes in place. Whoever writes otherwise (``p.data``) says so, by `make_writable` and `refresh`.
+        torch counts in-place writes to them. Code that writes in another way (``p.data``) calls `make_writable` and `refresh`.
         """
         self.schedule.release_all()
         changed = [index for index, versions in self._versions.items() if versions != _versions_of(self.parameters[index])]
-        for act in (self.make_writable, self.refresh):  # all at once: refreshing lets go of pages that others wrote into
+        for act in (self.make_writable, self.refresh):  # one after the other: refreshing drops pages that were written to
             for index in changed:
                 act(index)
 
     def make_writable(self, index: int) -> None:
-        """Lets others write into a block's weights: what slots hold is dropped, and weights in a model's own file move."""
+        """Prepares a block's weights for writes: empties the slots, moves weights in the model's file to the scratch file."""
         self.prepare()
         self._stop_fetches()
         self.offloaded[index].make_writable()
@@ -259,7 +259,7 @@ class BlockOffloader:
             _set_data(self.parameters[index], self.offloaded[index].tensors)
 
     def refresh(self, index: int, *_: Any) -> None:
-        """Takes in what others have written into a block's offloaded weights."""
+        """Makes what was written into a block's offloaded weights count, from the next fetch on."""
         if self.schedule.is_offloaded(index):
             self._stop_fetches()
             self.offloaded[index].refresh()
@@ -334,7 +334,7 @@ class BlockOffloader:
         """Makes the slots, once: they stay for as long as the offloader is on this device."""
         if self.slots:
             return
-        size = max(packed_nbytes(weights.tensors) for weights in self.offloaded)
+        size = max(total_nbytes(weights.tensors) for weights in self.offloaded)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
         self._stream = self.make_stream(self.device, self.num_slots, self._disk is not None)
 

@@ -188,12 +188,12 @@ class GaLoreAdamW(GradientCapture):
 
             R = G Q,    W <- W - lr * scale * Adam(R) Q^T
 
-        Its state is two moments (m x r), a step and ``rest``, the seed that Q is made from, which is not saved. It begins
-        and ends with no other: a weight that begins to rest loses the state that it trained with, and one that ends its rest
-        (or is frozen) that which it rested with. One that rests already goes on.
+        Its state is two moments (m x r), a step and ``rest``, the seed that Q is made from; Q itself is not saved. A weight
+        that begins to rest loses the state that it trained with, and one whose rest ends, or that is frozen, loses the state
+        of its rest. One that rests already keeps it.
 
         Args:
-            weights: Matrices of shape (..., m, n) with n > rank that require a gradient; those of other optimizers count not.
+            weights: Matrices of shape (..., m, n) with n > rank that require a gradient; another optimizer's are ignored.
             rank: Rank r.
             seed: Of this rest period; a weight's subspace follows from it and from the weight's place in the groups.
 
@@ -458,9 +458,10 @@ class GaLoreAdamW(GradientCapture):
 
 @torch.no_grad()
 def merge_saved_updates_(weights: MutableMapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-    """Takes what weights have learned at rest from an optimizer's state dict into that of a model, as other tensors.
+    """Adds what weights have learned at rest, which is in an optimizer's state dict, to a model's state dict.
 
-    The model's names may have a prefix before those in the optimizer's groups. Of another optimizer nothing is taken.
+    The tensors are replaced, not written to. The model's names may have a prefix before those in the optimizer's groups. Of
+    another optimizer nothing is added.
     """
     names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
     for number, state in optimizer["state"].items():

@@ -43,7 +43,7 @@ class _Progress:
     skipped_steps: int = 0
     draw_seed: int = 0  # of the latest draw
     renewal_s: float = 0.0
-    spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    renewal_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     projected_linears: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
 
 
@@ -90,29 +90,31 @@ class GradientCapture(Optimizer):
         "known_finite", "Set it True where the norm of ``gradients()`` is known to be finite: the next step does not wait."
     )
 
+    projects_in_backward = property(lambda self: self._progress.in_backward, doc="Whether ``project_in_backward`` is on.")
+
     @property
     def renewal_s(self) -> float:
         """Seconds spent on finding subspaces so far. On a GPU, reading it waits for those that are being found."""
-        self._add_up_spans(wait=True)
+        self._add_up_renewals(wait=True)
         return self._progress.renewal_s
 
-    def _add_up_spans(self, wait: bool) -> None:
+    def _add_up_renewals(self, wait: bool) -> None:
         progress = self._progress
-        while progress.spans and (wait or progress.spans[0][1].query()):
-            begin, end = progress.spans.pop(0)
+        while progress.renewal_events and (wait or progress.renewal_events[0][1].query()):
+            begin, end = progress.renewal_events.pop(0)
             end.synchronize()
             progress.renewal_s += begin.elapsed_time(end) / 1000
 
     @contextmanager
-    def _measured(self, device: torch.device) -> Iterator[None]:
-        """Measures what finds subspaces: by the clock on a CPU, on a GPU by events, which wait for nothing."""
+    def _time_renewal(self, device: torch.device) -> Iterator[None]:
+        """Measures how long subspaces take to find: by the clock on a CPU, on a GPU by events, which wait for nothing."""
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record(torch.cuda.current_stream(device))
             yield
             end.record(torch.cuda.current_stream(device))
-            self._progress.spans.append((begin, end))
-            self._add_up_spans(wait=False)  # those that are over: maybe nobody ever reads the time
+            self._progress.renewal_events.append((begin, end))
+            self._add_up_renewals(wait=False)  # those that are over: maybe nobody ever reads the time
         else:
             start = time.perf_counter()
             yield
@@ -225,7 +227,7 @@ class GradientCapture(Optimizer):
         self._turn_subspaces()
 
     def project_gradient(self, p: Tensor) -> None:
-        """Projects ``p.grad`` within backward, which is None after `consume_factors`."""
+        """Projects ``p.grad`` within backward; there is none if `consume_factors` has taken the gradient."""
         if p.grad is not None and self._projected_side(p) is not None:
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
 
@@ -246,7 +248,7 @@ class GradientCapture(Optimizer):
         if not renew:
             self.offloaded_gradients[p] = _to_host(local(gradient))
             return
-        with self._measured(p.device):
+        with self._time_renewal(p.device):
             matrices = whole_matrices(gradient)
             # Decompositions fail on NaN, Inf and overflows. The projection is made NaN below, so that step() skips.
             finite = total_norm([matrices]).isfinite()
@@ -272,7 +274,7 @@ class GradientCapture(Optimizer):
             return
         waiting = list(self.sketches.items())
         self.sketches.clear()
-        with self._measured(waiting[0][0].device):
+        with self._time_renewal(waiting[0][0].device):
             turned = singular_vectors([sketch for _, (sketch, *_) in waiting])
             for (p, (sketch, projected, processes)), exact in zip(waiting, turned, strict=True):
                 side, vectors = self._projected_side(p), exact.to(sketch.basis.dtype)

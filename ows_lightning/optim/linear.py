@@ -30,7 +30,8 @@ class ProjectedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
         weight, bias, update = self.weight, self.bias, self.update
-        plain = not weight.requires_grad or not torch.is_grad_enabled() or _casts_or_compiles(input)
+        plain = not weight.requires_grad or not torch.is_grad_enabled()
+        plain = plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
         consumer = None if plain else only_hook_owner(weight)
         projector = None if consumer is None else consumer.resting_projector(weight)
         output: Tensor
@@ -45,7 +46,7 @@ class ProjectedLinear(nn.Linear):
         return _DuplicateGradient.apply(output if learned is None else output.add_(learned), kept)
 
 
-def compute_with(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
+def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
     """Has a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns those layers."""
     layers = [module for module in block.modules() if type(module) is ProjectedLinear and module.weight in updates]
     for layer in layers:
@@ -67,10 +68,6 @@ def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
         if type(module) is ProjectedLinear:
             module.update = None  # that of an interrupted pass
             module.__class__ = nn.Linear  # type: ignore[assignment]
-
-
-def _casts_or_compiles(input: Tensor) -> bool:
-    return torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
 
 
 class _FactoredLinear(torch.autograd.Function):

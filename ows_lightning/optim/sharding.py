@@ -135,7 +135,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: str = "norm") -> None:
-    """Clips gradients in place: their joint 2-norm, which is given (maybe with others'), or by ``value`` each element."""
+    """Clips gradients in place: by their joint 2-norm ``norm``, maybe with others', or by ``value`` each element."""
     parts = [local(gradient) for gradient in gradients]
     if not parts:
         return

@@ -20,13 +20,14 @@ def saved_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterat
 
 
 def keep_state_dtypes(optimizer: Optimizer) -> None:
-    """Lets any optimizer of torch load its state as it was saved; with bfloat16 weights, NAdam would go on otherwise."""
+    """Has an optimizer of torch load its state in the dtype in which it was saved: NAdam keeps float32 beside bfloat16."""
     loading: dict[str, Any] = {}
+    torchs = type(optimizer).__module__.startswith("torch.optim")
 
     def restore(_: Optimizer) -> None:
         for p, key, value in saved_tensors(optimizer, loading):
             loaded = optimizer.state[p][key]
-            if value.dtype != loaded.dtype:
+            if value.dtype != loaded.dtype and not (torchs and value.dim()):  # torch's moments follow their weight's dtype
                 optimizer.state[p][key] = value.to(loaded.device, copy=True)
         loading.clear()
 

@@ -40,10 +40,7 @@ SCORE_LABELS = {
 
 
 def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Bars of each block's outlier ratio, and dots for its sampling probability on a second axis, both in percent.
-
-    Where sampling needed no scores (uniform, say), the bars are the probabilities.
-    """
+    """Bars of each block's score, and dots for its probability on a second axis; without scores, bars of the probabilities."""
     table = scores_table(run)
     fig, ax = _axes_for(table["block"], run, SCORES_FILE, ax)
     blocks, probabilities = table["block"], [100 * probability for probability in table["probability"]]
@@ -69,10 +66,7 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
 
 
 def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Heat map of the blocks that trained (y) in each interval, over optimizer steps (x).
-
-    Blocks that never trained are shaded over the whole width.
-    """
+    """Heat map of the blocks that trained (y) in each interval, over optimizer steps (x); those that never did are shaded."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 

@@ -61,7 +61,10 @@ class RunRecord:
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
         """Reads a run's folder, or the newest run within; a UsageError says that there is none, or which file is damaged."""
-        folder = find_run_folder(Path(path))
+        if not is_run_folder(folder := find_run_folder(Path(path))):
+            missing = f"{METRICS_FILE}, {HISTORY_FILE} or {SCORES_FILE}"
+            what = f"not a run folder, it has no {missing}" if folder.is_dir() else "no such folder"
+            raise UsageError(f"{path}: {what}; give the folder that `fit` or `score` wrote")
         try:
             whole = folder.resolve()
             run = cls(
@@ -107,8 +110,7 @@ class RunRecord:
     def series(self, column: str, x: str = "step") -> tuple[list[float], list[float]]:
         """A metric's values (second list) against another column (first list), one point a step, in order of steps.
 
-        Validation is logged in rows of its own, without tokens and time: where ``x`` is missing it is interpolated
-        between its neighbours by step.
+        Where ``x`` is missing, as tokens and time are in the rows of validation, it is interpolated between its neighbours.
         """
         if not {"step", x, column} <= self.metrics.keys():
             return [], []
@@ -122,14 +124,10 @@ class RunRecord:
 
 
 def find_run_folder(path: Path) -> Path:
-    """The run folder that ``path`` is, or in it the newest ``version_N`` that trained; a UsageError if there is no run."""
-    if is_run_folder(path):
-        return path
+    """The run folder that ``path`` is, or in it the newest ``version_N`` that trained; the path itself if there is no run."""
     runs = [folder for folder in path.glob("version_*") if _version_number(folder) >= 0 and is_run_folder(folder)]
-    if not runs:
-        missing = f"{METRICS_FILE}, {HISTORY_FILE} or {SCORES_FILE}"
-        what = f"not a run folder, it has no {missing}" if path.is_dir() else "no such folder"
-        raise UsageError(f"{path}: {what}; give the folder that `fit` or `score` wrote")
+    if is_run_folder(path) or not runs:
+        return path
     return max(runs, key=lambda folder: (_has_trained(folder), _version_number(folder)))
 
 

@@ -133,5 +133,5 @@ def is_running(run: Path) -> bool:
         return False
     except Timeout:
         return True
-    except (UsageError, OSError):  # there is no folder any more, or the lock is another user's
+    except OSError:  # there is no folder any more, or the lock is another user's
         return False

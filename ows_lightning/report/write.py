@@ -78,8 +78,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | 
     """Draws one run or compares several: PNG pictures, a CSV file with the numbers beside each, and ``report.html``.
 
     Of a folder with ``version_N`` folders the newest that trained counts. The page, whose path is returned, holds the
-    pictures and opens without a network; a browser asks for it again after ``refresh`` seconds. A UsageError says that a run
-    is missing, damaged or has no figures yet, or that the output folder can't be written.
+    pictures; a browser asks for it again after ``refresh`` seconds. A UsageError says what of the folders is wrong.
     """
     records = _unique_runs([RunRecord.read(run) for run in runs])
     if not records:
@@ -139,10 +138,7 @@ def _unique_runs(runs: list[RunRecord]) -> list[RunRecord]:
 
 
 def render(title: str, figures: Dicts = (), sections: Dicts = (), refresh: int | None = None, note: str | None = None) -> str:
-    """The page as text, made of ``page.html``: key figures of one run as a list, those of several as a row each, and sections.
-
-    Sections have a ``title``, and ``pictures``, ``columns`` and ``rows`` of texts, or ``settings`` as text.
-    """
+    """The page as text, made of ``page.html``: key figures of one run as a list, of several as a row each, and sections."""
     rows = [{label: formatted(key, run, len(figures) == 1) for key, label in LABELS.items()} for run in figures]
     labels = [label for label in LABELS.values() if any(row[label] != UNKNOWN for row in rows)]
     shown = [section for section in sections if any(value for key, value in section.items() if key != "title")]

@@ -13,7 +13,8 @@ from ows_lightning.errors import UsageError, did_you_mean
 Distribution = Literal[
     "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
 ]  # fmt: skip
-SCORES = dict.fromkeys(("outlier", "outlier_reverse", "window"), "outlier_ratio_percent")
+OUTLIER_RATIO = "outlier_ratio_percent"
+SCORES = dict.fromkeys(("outlier", "outlier_reverse", "window"), OUTLIER_RATIO)
 SCORES |= {"weight_norm": "weight_norm", "gradient_norm": "gradient_norm"}
 UNIFORM_SHARE = 0.1  # of `gradient_norm`, so that no block starves
 
@@ -21,6 +22,11 @@ UNIFORM_SHARE = 0.1  # of `gradient_norm`, so that no block starves
 def score_of(distribution: str | Sequence[float]) -> str | None:
     """Returns what a distribution is computed from, as tables and pictures call it; None where no scores are needed."""
     return SCORES.get(distribution) if isinstance(distribution, str) else None
+
+
+def score_in_file(distribution: str | Sequence[float]) -> str:
+    """Returns what scores are that a run with a distribution has written: one that needs none has read outlier ratios."""
+    return score_of(distribution) or OUTLIER_RATIO
 
 
 def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str | Sequence[float] = "outlier") -> Tensor:
@@ -67,7 +73,7 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         seen = scores > 0
         filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
         return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / blocks
-    if score_of(distribution) == "outlier_ratio_percent":
+    if score_of(distribution) == OUTLIER_RATIO:
         probabilities = _normalised(scores, hint="no weight of any block exceeds the threshold; lower `threshold`")
         if distribution != "outlier_reverse":
             return probabilities

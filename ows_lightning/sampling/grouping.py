@@ -16,11 +16,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ows_lightning.sampling.inclusion import inclusion_probabilities
 
-Floats = NDArray[np.float64]
 _CERTAIN = 1 - 1e-9  # a block with at least this chance is always taken
 
 

@@ -1,21 +1,15 @@
-"""What sampled and projected training needs of a Trainer: a strategy, gradient clipping, and cleaning up after a fit."""
+"""What sampled and projected training needs of a Trainer: a strategy, and gradient clipping."""
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.files import first_line
 from ows_lightning.errors import UsageError
-from ows_lightning.optim.galore import GaLoreAdamW
-
-log = logging.getLogger(__name__)
 
 
 def check_strategy(strategy: object) -> None:
@@ -54,21 +48,3 @@ def patch_clipping(precision: Precision) -> None:
 def unpatch_clipping(precision: Precision) -> None:
     """Undoes ``patch_clipping``, if it was called."""
     vars(precision).pop("clip_gradients", None)
-
-
-class RestoreAfterFit(Callback):
-    """Leaves gradients to ``grad``, and weights whole, when a fit has ended, also by an exception: any code may train them."""
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves them so."""
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, GaLoreAdamW):
-                optimizer.project_in_backward(False)
-                optimizer.take_in_updates()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning calls no ``teardown`` after an exception."""
-        try:
-            self.teardown(trainer, pl_module, "fit")
-        except RuntimeError as error:  # a full GPU has no room for a block either, and the first error is what counts
-            log.warning("What offloaded blocks have learned at rest is lost (%s)", first_line(error))

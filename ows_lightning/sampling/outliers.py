@@ -66,7 +66,7 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
     ratios = []
     for index, weights in enumerate(blocks):
         with on_device(layers[index]):
-            ratios.append(_outlier_ratio(index, weights, threshold))
+            ratios.append(_outlier_ratio(_used_weights(index, weights), threshold))
     return torch.tensor(ratios, dtype=torch.float64)
 
 
@@ -162,19 +162,23 @@ def _block_weights(block: nn.Module) -> list[_ScoredWeight]:
     return weights
 
 
-def _outlier_ratio(index: int, weights: list[_ScoredWeight], threshold: float) -> float:
-    """The share of outliers among the pooled weights of the block with that index, in percent."""
+def _used_weights(index: int, weights: list[_ScoredWeight]) -> list[_ScoredWeight]:
+    """A block's weights without raw parameters that no matrix product used; a UsageError if an activation is not finite."""
     for weight in weights:
         if weight.is_raw_parameter and weight.squares is None and weight.parameter.dim() == 3:
             kind = type(weight.owner).__name__
             warnings.warn(f"block {index}: {kind}.{weight.name} is used in no matrix product and not scored", stacklevel=3)
-    weights = [weight for weight in weights if not (weight.is_raw_parameter and weight.squares is None)]
-    if not all(weight.squares is None or weight.squares.isfinite().all() for weight in weights):
+    used = [weight for weight in weights if not (weight.is_raw_parameter and weight.squares is None)]
+    if not all(weight.squares is None or weight.squares.isfinite().all() for weight in used):
         raise UsageError(
             f"calibration_samples: block {index} has activations that are not finite on this text; "
             "check the model's weights, or load it in bfloat16 or float32"
         )
+    return used
 
+
+def _outlier_ratio(weights: list[_ScoredWeight], threshold: float) -> float:
+    """D = 100 * mean of [A > threshold * mean(A)], over all A of a block's weights together; 0 if there is none."""
     sums = [(magnitudes.sum().item(), magnitudes.numel()) for weight in weights for magnitudes in weight.magnitudes()]
     total, count = sum(part for part, _ in sums), sum(size for _, size in sums)
     if count == 0:
@@ -308,9 +312,8 @@ def _inputs_and_mask(
 @contextmanager
 def _evaluation_mode(model: nn.Module, blocks: list[list[_ScoredWeight]]) -> Iterator[None]:
     """Turns dropout off and has transformers' experts use plain matrix products; restores both afterwards."""
-    owners = [weight.owner for weights in blocks for weight in weights if weight.is_raw_parameter]
-    configs: list[Any] = [owner.config for owner in owners if hasattr(owner, "config")]
-    configs = [config for config in configs if hasattr(config, "_experts_implementation")]
+    raw = (weight.owner for weights in blocks for weight in weights if weight.is_raw_parameter)
+    configs: list[Any] = [c for owner in raw if hasattr(c := getattr(owner, "config", None), "_experts_implementation")]
     implementations = [config._experts_implementation for config in configs]
     try:
         for config in configs:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.fixed_settings import check_settings, sampling_settings
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
 from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, trainable_by_block, trains_outside_blocks, unfreeze
-from ows_lightning.sampling.distributions import Distribution, sampling_probabilities, score_of
+from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_of
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
@@ -167,7 +167,7 @@ class BlockSampler:
         optimizers, self._written = list(optimizers), (0, None)
         self._require_held(optimizers)
         if self._loaded is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
-            check_settings(self._loaded, sampling_settings(self), named="sampling")
+            check_fixed_settings(self._loaded, sampling_settings(self), named="sampling")
             self._loaded = None
         if not self.history:
             return self.advance(step, optimizers, compute)
@@ -178,9 +178,8 @@ class BlockSampler:
     def _require_held(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuses optimizers that hold no parameter of some block, which would then never train, or can't let it rest."""
         if self.resting_rank and (unable := [type(each).__name__ for each in optimizers if not hasattr(each, "rest")]):
-            name = unable[0]
             raise UsageError(
-                f"sampling.resting_rank: {name} can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0"
+                f"sampling.resting_rank: {unable[0]} can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0"
             )
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
@@ -349,7 +348,7 @@ class BlockSampler:
             threshold, samples = known.threshold, known.calibration_samples
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(model)
-        elif score_of(self.distribution) == "outlier_ratio_percent":
+        elif score_of(self.distribution) == OUTLIER_RATIO:
             samples = self.calibration_samples
             ratios = layer_outlier_ratios(model, calibration_batches(loader, samples, self.seed), self.threshold)
         return OutlierScores(

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError, command_line
-from ows_lightning.sampling.distributions import score_of
+from ows_lightning.sampling.distributions import score_in_file, score_of
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class OutlierScores:
         self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
     ) -> Sequence[float]:
         """Returns the outlier ratios; a UsageError if they don't suit a model's dimensions and a distribution."""
-        held = score_of(self.distribution) or "outlier_ratio_percent" if any(self.outlier_ratios) else "no scores"
+        held = score_in_file(self.distribution) if any(self.outlier_ratios) else "no scores"
         if score_of(distribution) not in (None, "gradient_norm", held):  # a run by gradient_norm finds its own
             raise UsageError(
                 f"sampling.scores: holds {held} (its distribution is {self.distribution}), from which {distribution} "
@@ -82,8 +82,7 @@ class OutlierScores:
 
     def table(self) -> str:
         """Returns the scores as lines of text, a block a line."""
-        score = score_of(self.distribution) or "outlier_ratio_percent"
-        lines = [f"block   {score}   probability"]
-        for index, (ratio, probability) in enumerate(zip(self.outlier_ratios, self.probabilities, strict=True)):
-            lines.append(f"{index:>5}   {ratio:>{len(score)}.4f}   {probability:>11.4f}")
-        return "\n".join(lines)
+        score = score_in_file(self.distribution)
+        rows = enumerate(zip(self.outlier_ratios, self.probabilities, strict=True))
+        lines = [f"{block:>5}   {ratio:>{len(score)}.4f}   {probability:>11.4f}" for block, (ratio, probability) in rows]
+        return "\n".join([f"block   {score}   probability", *lines])

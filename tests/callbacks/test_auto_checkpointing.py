@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
-from ows_lightning.models.recomputation import count_checkpointed
+from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from tests.data.samples import tiny_tokenizer

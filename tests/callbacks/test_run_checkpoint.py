@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
+from ows_lightning import CausalLMModule, OWSTrainer
+from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.checkpoints.find import find_checkpoint, load_without_tensors
 from ows_lightning.cli.main import main
 from ows_lightning.report.model_card import without_folders
+from tests.data.samples import tiny_tokenizer
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
+from tests.tiny import tiny_batch, tiny_model
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), ("fsdp2", 2)])
@@ -36,6 +43,24 @@ def test_last_is_the_newest_checkpoint_without_a_copy(strategy: str, ranks: int,
     for file in files:  # as when it is no longer among the best
         (newest / file).unlink()
     assert load_without_tensors(last)["global_step"] == 4
+
+
+def test_last_is_a_second_copy_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    trainer = OWSTrainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[RunCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=2)],
+    )  # fmt: skip
+    trainer.fit(CausalLMModule(str(tmp_path), rank=4), DataLoader([tiny_batch()] * 2, batch_size=None))
+    newest, last = sorted((tmp_path / "kept").iterdir())
+    assert (newest.name, last.name) == ("epoch=0-step=2.ckpt", "last.ckpt")
+    assert not last.samefile(newest)
+    assert load_without_tensors(last)["global_step"] == 2
 
 
 def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Arguments, tmp_path: Path) -> None:

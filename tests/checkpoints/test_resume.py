@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ows_lightning.checkpoints.files import partial_path
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
-from ows_lightning.checkpoints.fixed_settings import check_settings
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.errors import RunError, UsageError
@@ -377,14 +377,14 @@ def test_another_model_rank_or_number_of_blocks_is_refused(arguments: Arguments,
 
 def test_a_run_of_another_program_is_refused() -> None:
     with pytest.raises(UsageError, match="ckpt_path: the checkpoint is of another program's run"):
-        check_settings(None, {"model.rank": 8})
+        check_fixed_settings(None, {"model.rank": 8})
 
 
 def test_evaluating_asks_for_the_same_model_alone() -> None:
     saved = {"model.rank": 8, "number of blocks": 4}
-    check_settings(saved, {"model.rank": 4, "number of blocks": 4}, resumes=False)
+    check_fixed_settings(saved, {"model.rank": 4, "number of blocks": 4}, resumes=False)
     with pytest.raises(UsageError, match=r"number of blocks \(4 in the checkpoint, 6 now\)"):
-        check_settings(saved, {"model.rank": 4, "number of blocks": 6}, resumes=False)
+        check_fixed_settings(saved, {"model.rank": 4, "number of blocks": 6}, resumes=False)
 
 
 def test_other_options_of_the_optimizer_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from safetensors.torch import load_file
 from torch import Tensor
@@ -336,6 +336,49 @@ def test_interrupt_is_one_line(config: Path, tmp_path: Path) -> None:
     said = launch.outputs[0].read_text()
     assert "error: interrupted; `--ckpt_path last` goes on from the newest checkpoint" in said
     assert "Traceback" not in said
+
+
+class Interrupt(Callback):
+    """Ctrl-C after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("step", "hint"),
+    [(1, "no checkpoint was saved yet"), (3, "`--ckpt_path last` goes on from the newest checkpoint")],
+)
+def test_an_interrupt_says_whether_the_run_can_go_on(
+    config: Path, step: int, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)  # which Lightning ignores from then on
+    callback = f"{{class_path: tests.cli.test_cli.Interrupt, init_args: {{step: {step}}}}}"
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            run("fit", config, "--trainer.callbacks", f"[{callback}]")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert f"error: interrupted; {hint}\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_resumed_run_says_what_it_changes(config: Path, capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    run("fit", config, "--trainer.max_steps", "2", "--model.lr_scheduler_type", "constant")
+    more = "--model.warmup_steps 0.5 --trainer.gradient_clip_val 0.5 --sampling.seed 3 --data.max_seq_length 64"
+    run("fit", config, "--ckpt_path", "last", *more.split())
+    said = caplog.text + capsys.readouterr().err
+    changes = (
+        "trainer.max_steps from 2 to 4, trainer.gradient_clip_val from None to 0.5, model.lr_scheduler_type from constant"
+    )
+    assert f"The resumed run changes {changes} to cosine" in said
+    for change in ("model.warmup_steps from 0.03 to 0.5", "data.max_seq_length from 512 to 64", "sampling.seed from 0 to 3"):
+        assert change in said
 
 
 def test_barebones_leaves_the_model_alone(config: Path) -> None:

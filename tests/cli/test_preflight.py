@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
+from ows_lightning import CausalLMModule, OWSTrainer
+from ows_lightning.callbacks.throughput import LearningRates
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
-from ows_lightning.cli.preflight import iter_numbers
+from ows_lightning.cli.preflight import LOGGED_METRICS, iter_numbers
+from tests.data.samples import tiny_tokenizer
+from tests.tiny import tiny_batch, tiny_model
 
 GIVEN = [
     "fit", "--model.model_name_or_path=nothing", "--data.dataset=nothing.jsonl", "--sampling.threshold=13.0",
@@ -82,3 +87,16 @@ def test_no_number_is_infinite_or_nan(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_a_setting_out_of_range_is_named(arguments: Any, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, *arguments).startswith(key)
+
+
+def test_whatever_a_step_logs_can_be_monitored(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    trainer = OWSTrainer(
+        accelerator="cpu", max_steps=1, default_root_dir=tmp_path, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=LearningRates(),
+    )  # fmt: skip
+    trainer.fit(CausalLMModule(str(tmp_path), rank=4), DataLoader([tiny_batch()], batch_size=None))
+    assert {name for name in trainer.callback_metrics if not name.startswith("lr-")} == {
+        name for name in LOGGED_METRICS if not name.startswith("val_") and name not in ("epoch", "step")
+    }

@@ -108,9 +108,9 @@ def test_a_batch_and_what_is_said_of_the_data(jsonl: Write) -> None:
 def test_val_size_splits_off_rows_by_seed(jsonl: Write, val_size: int | float, rows: int) -> None:
     file = jsonl(pairs(20))
     data = ready(file, val_size=val_size)
-    held_out = [row for loader in data.val_dataloader() for batch in loader for row in answers(data.tokenizer, batch)]
-    assert len(held_out) == rows
-    assert sorted(held_out + epoch(data)) == sorted(f"answer {i}|" for i in range(20))
+    validated = [row for loader in data.val_dataloader() for batch in loader for row in answers(data.tokenizer, batch)]
+    assert len(validated) == rows
+    assert sorted(validated + epoch(data)) == sorted(f"answer {i}|" for i in range(20))
     if rows:
         again, other = ready(file, val_size=val_size), ready(file, val_size=val_size, seed=1)
         assert again.sample_row() == data.sample_row()
@@ -227,11 +227,11 @@ def test_sources_are_joined_or_mixed_by_weight(jsonl: Write) -> None:
     mixed = epoch(ready({many: 3, few: 1}))
     assert len(mixed) == 40
     assert sorted(mixed.count(f"other {i}|") for i in range(4)) == [2, 2, 3, 3]
-    held_out = ready({many: 3, few: 1}, val_size=10)
-    (loader,) = held_out.val_dataloader()
-    validated = {row for batch in loader for row in answers(held_out.tokenizer, batch)}
+    mixture = ready({many: 3, few: 1}, val_size=10)
+    (loader,) = mixture.val_dataloader()
+    validated = {row for batch in loader for row in answers(mixture.tokenizer, batch)}
     assert len(validated) == 10
-    assert not validated & set(epoch(held_out))
+    assert not validated & set(epoch(mixture))
 
 
 def test_a_mixture_that_repeats_rows_without_end_is_refused(jsonl: Write) -> None:
@@ -383,7 +383,7 @@ def test_every_process_scores_blocks_on_the_same_rows_of_a_stream(jsonl: Write) 
         assert scored_on(rank=rank, num_replicas=2) == alone
 
 
-def test_streams_hold_out_their_first_rows_and_repeat(jsonl: Write) -> None:
+def test_streams_validate_on_their_first_rows_and_repeat(jsonl: Write) -> None:
     data = make(jsonl(pairs(7)), streaming=True, val_size=2, tokenizer=None)
     module = fit(data, max_steps=5, limit_val_batches=10, val_check_interval=5)
     seen = [row for _, rows in module.seen for row in rows]
@@ -461,7 +461,6 @@ def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], mes
         (pairs(3), {"val_size": 9, "streaming": True}, "data.val_size: 9 of 3 rows leaves none to train on"),
         ([{"text": "a \ud83d b"}], {}, r"rows.jsonl line 1 can't be read as text: UnicodeEncodeError: .* '\\ud83d'"),
         ([{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}], {}, "rows.jsonl line 1 .* TypeError"),
-        (pairs(3), {"batch_size": 300}, "data.batch_size: 300 is more than the 3 rows there are; set it to 3"),
         (pairs(3), {"columns": {"prompt": "question"}}, "data.columns.prompt: no row has a column 'question'"),
         (pairs(3), {"columns": {"output": "complition"}}, "rows.jsonl line 1 has no column 'complition' .*'completion'"),
         ([*pairs(2), {"prompt": "q"}], {}, "rows.jsonl line 3 has no column 'completion' or 'answer'"),

@@ -77,6 +77,12 @@ def test_endings_in_other_spellings(tmp_path: Path, name: str) -> None:
     assert rows_of(tmp_path / "a" / name) == rows_of(tmp_path / "a") == rows_of(tmp_path / "a" / "*") == ROWS
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_values_that_a_spreadsheet_separated_otherwise(tmp_path: Path, delimiter: str) -> None:
+    (tmp_path / "rows.csv").write_text(f"prompt{delimiter}completion\r\nq, r{delimiter}a\r\n")
+    assert rows_of(tmp_path / "rows.csv") == [{"prompt": "q, r", "completion": "a"}]
+
+
 def test_tab_separated_values(tmp_path: Path) -> None:
     (tmp_path / "rows.tsv").write_text("prompt\tcompletion\nq, r\ta\n")
     assert rows_of(tmp_path / "rows.tsv") == [{"prompt": "q, r", "completion": "a"}]
@@ -148,7 +154,7 @@ def test_files_that_name_no_split_beside_those_that_do_are_said(tmp_path: Path) 
 )
 @pytest.mark.parametrize("kind", ["directory", "save_to_disk", "hub"])
 @pytest.mark.filterwarnings("ignore:data.*its train split is taken")
-def test_held_out_rows_come_from_their_own_split(
+def test_evaluation_rows_come_from_their_own_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, splits: list[str], validation: str, test: str
 ) -> None:
     rows = {split: [{"text": split}] for split in splits}
@@ -169,7 +175,7 @@ def test_held_out_rows_come_from_their_own_split(
     ]
 
 
-def test_held_out_rows_that_are_training_rows_are_said(tmp_path: Path) -> None:
+def test_evaluation_rows_that_are_training_rows_are_said(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl")
     with pytest.warns(UserWarning, match=r"data.eval_dataset: .* has no validation or test split; its train split is taken"):
         assert rows_of(tmp_path, key="eval_dataset") == ROWS

@@ -166,6 +166,15 @@ def test_a_projecting_optimizer_of_ones_own_is_refused_where_the_trainer_clips(t
         use_galore(trainer)
 
 
+def test_an_optimizer_that_does_not_project_in_backward_may_meet_hooks_of_others(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, max_steps=1)
+    seen: list[torch.Tensor] = []
+    trainer.model.model.norm.weight.register_post_accumulate_grad_hook(seen.append)
+    trainer.optimizer = GaLoreAdamW(galore_param_groups(trainer.model, rank=4), lr=1e-2)
+    trainer.train()
+    assert seen
+
+
 def test_a_callback_used_again_starts_afresh_also_after_an_exception(tmp_path: Path) -> None:
     class Fails(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

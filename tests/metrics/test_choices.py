@@ -96,7 +96,7 @@ def test_wrong_choices_are_named(choices: list[str], answer: object, message: st
         choices_of({"messages": [{"role": "user", "content": "?"}], "choices": choices, "answer": answer}, "row 1")
 
 
-def test_held_out_loss_is_exact_in_a_bfloat16_run(model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path) -> None:
+def test_validation_loss_is_exact_in_a_bfloat16_run(model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path) -> None:
     """The sum over many batches would stand still if it were kept in the module's dtype."""
     module = CausalLMModule(str(model_dir(num_hidden_layers=2)))
     data = InstructionDataModule(str(rows_file), val_size=32, batch_size=1)

@@ -8,8 +8,8 @@ import json
 import liger_kernel.ops.rms_norm
 import triton.language as tl
 
+from ows_lightning.models.execution import fuse_
 from ows_lightning.models.loss import next_token_loss
-from ows_lightning.models.recomputation import fuse_
 from tests.tiny import tiny_batch, tiny_model
 
 liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.math.rsqrt(x)  # that of CUDA's library has no body in the interpreter

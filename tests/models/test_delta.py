@@ -105,7 +105,7 @@ def test_small_updates_make_a_small_delta(model_dir: Callable[..., Path]) -> Non
 
 
 def test_a_delta_whose_tensors_are_whole(model_dir: Callable[..., Path]) -> None:
-    """As they were written before differences were packed."""
+    """As they were written before differences were compressed."""
     base = model_dir()
     make_delta(base, lambda model: train(model, 1))
     path, about = base.parent / "delta" / "delta-00001.safetensors", base.parent / "delta" / "delta.json"

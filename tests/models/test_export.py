@@ -192,10 +192,10 @@ def test_large_models_are_written_in_shards(tmp_path: Path, reload: Callable, mo
     monkeypatch.setattr(export, "SHARD_BYTES", 50_000)
     model = tiny_model("llama")
     save_huggingface(model, tiny_tokenizer(), tmp_path / "whole")
-    (tmp_path / "streamed").mkdir()
-    export._save_one_by_one(model, tmp_path / "streamed", writes=True)
-    tiny_tokenizer().save_pretrained(tmp_path / "streamed")
-    for directory in (tmp_path / "whole", tmp_path / "streamed"):
+    (tmp_path / "one by one").mkdir()
+    export._save_one_by_one(model, tmp_path / "one by one", writes=True)
+    tiny_tokenizer().save_pretrained(tmp_path / "one by one")
+    for directory in (tmp_path / "whole", tmp_path / "one by one"):
         files = sorted(directory.glob("*.safetensors"))
         assert len(files) > 2
         assert all(file.stat().st_size < 60_000 for file in files)

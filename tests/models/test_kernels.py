@@ -16,8 +16,8 @@ import torch
 
 from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
+from ows_lightning.models.execution import liger_for
 from ows_lightning.models.pretrained import load_config
-from ows_lightning.models.recomputation import liger_for
 
 INSTALLED = find_spec("liger_kernel") is not None
 

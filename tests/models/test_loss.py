@@ -87,7 +87,7 @@ def test_the_loss_is_float32_whatever_dtype_new_tensors_have() -> None:
     model, batch = tiny_model("llama", dtype=torch.bfloat16), tiny_batch()
     with torch.no_grad(), HalfPrecision("bf16-true").forward_context():  # as in a validation step
         expected, _ = next_token_loss(model, batch)
-        found, _ = loss_and_predictions(model, batch)
+        (found, _), _ = loss_and_predictions(model, batch)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
 

@@ -99,7 +99,7 @@ def train(
 
 
 def evaluate(model: nn.Module) -> Iterator[Tensor]:
-    """A held-out loss and generated tokens, then training again."""
+    """A validation loss and generated tokens, then training again."""
     model.eval()
     with torch.inference_mode():
         yield model(**tiny_batch(seed=7)).loss.clone()

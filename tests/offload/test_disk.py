@@ -1,4 +1,4 @@
-"""Blocks that wait on the disk: in the model's own files until they train, and no bit different."""
+"""Blocks that are offloaded to the disk: in the model's own files until they train, and no bit different."""
 
 from __future__ import annotations
 

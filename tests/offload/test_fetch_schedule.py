@@ -72,23 +72,23 @@ def test_in_forward_the_next_block_comes_while_one_computes_and_in_backward_the_
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_a_micro_batch_fetches_the_least(slots: int, trained: list[int], embeddings: bool) -> None:
     blocks = 7
-    waiting = [block for block in range(blocks) if block not in trained]
+    offloaded = [block for block in range(blocks) if block not in trained]
     lowest = 0 if embeddings else min(trained, default=None)
     schedule = FetchSchedule(Recorder(), slots)
-    schedule.set_blocks(waiting)
+    schedule.set_blocks(offloaded)
     for _ in range(2):
         micro_batch(schedule, blocks, lowest, first_left=embeddings)
     before = schedule.fetches
     for _ in range(3):
         micro_batch(schedule, blocks, lowest, first_left=embeddings)
 
-    needed = [rank for rank, block in enumerate(waiting) if lowest is not None and block >= lowest]
+    needed = [rank for rank, block in enumerate(offloaded) if lowest is not None and block >= lowest]
     still_there = 0
-    for slot in range(min(slots, len(waiting))):
-        ranks = range(slot, len(waiting), slots)
+    for slot in range(min(slots, len(offloaded))):
+        ranks = range(slot, len(offloaded), slots)
         last = min(set(ranks) & set(needed), default=max(ranks))  # what lies in the slot when backward is over
         still_there += last == slot
-    least = len(waiting) + len(needed) - min(slots, len(needed)) - still_there
+    least = len(offloaded) + len(needed) - min(slots, len(needed)) - still_there
     assert schedule.fetches - before == 3 * least
 
 

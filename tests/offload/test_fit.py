@@ -44,7 +44,7 @@ def fit(folder: Path, *arguments: str) -> Path:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a run leaves and that does not depend on the clock or on where blocks wait."""
+    """All that a run leaves and that does not depend on the clock or on where blocks are."""
     with (run / "metrics.csv").open() as file:
         kept = ("step", "train_loss", "grad_norm", "val_loss", "val_exact_match", "tokens")
         metrics = [{key: row[key] for key in kept if key in row} for row in csv.DictReader(file)]

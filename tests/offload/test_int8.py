@@ -1,4 +1,4 @@
-"""Blocks that wait in int8: the same bits wherever their copies wait, and exact weights in all that trains and is saved."""
+"""Offloaded blocks in int8: the same bits wherever their copies are, and exact weights in all that trains and is saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks that wait outside the device compute, train and are saved as if they had never left it."""
+"""Offloaded blocks compute, train and are saved as if they had never left it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.recomputation import checkpoint_activations
+from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.offloader import BlockOffloader
 from tests.offload.fake_gpu import FakeGpu
@@ -35,7 +35,7 @@ def on_double(architecture: str) -> Run:
 
 
 @pytest.mark.parametrize("architecture", sorted({*KINDS} - {"falcon", "gpt2", "qwen3_moe"}))  # whose kernels it does not know
-def test_no_operator_of_an_architecture_meets_a_block_that_waits(architecture: str) -> None:
+def test_no_operator_of_an_architecture_meets_a_block_that_is_offloaded(architecture: str) -> None:
     expected = train(tiny_model(architecture))
     with FakeGpu(late=True).installed():
         on_double(architecture).assert_equals(expected)
@@ -118,7 +118,7 @@ def test_compiled_blocks_compute_the_same_bits() -> None:
 
 
 def assert_same_gradients(backward: Callable[[torch.nn.Module], None]) -> None:
-    """Asserts that a model of which some blocks wait gets the gradients of one without an offloader."""
+    """Asserts that a model of which some blocks are offloaded gets the gradients of one without an offloader."""
 
     def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
         for index, layer in enumerate(decoder_layers(model)):
@@ -329,8 +329,8 @@ def test_on_a_gpu_the_bits_are_those_of_a_resident_model(slots: int, checkpointi
         return model
 
     def on_gpu(model: torch.nn.Module, offloader: BlockOffloader | None) -> torch.nn.Module:
-        waiting = set() if offloader is None else {p for weights in offloader.parameters for p in weights}
-        for p in set(model.parameters()) - waiting:
+        offloaded = set() if offloader is None else {p for weights in offloader.parameters for p in weights}
+        for p in set(model.parameters()) - offloaded:
             p.data = p.data.cuda()
         for module in model.modules():
             for name, buffer in module._buffers.items():

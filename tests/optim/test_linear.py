@@ -133,12 +133,12 @@ def test_a_layer_without_an_optimizer_is_an_ordinary_one() -> None:
     optimizer = optimizer_of(model)
     train(model, optimizer, 2)
     plain.load_state_dict(model.state_dict())
-    twin = copy.deepcopy(model)  # nobody projects its gradients
+    copied = copy.deepcopy(model)  # nobody projects its gradients
     del optimizer
-    for one in (model, twin, plain):
+    for one in (model, copied, plain):
         one.zero_grad()
         one(inputs(3)).sum().backward()
-    for a, b, c in zip(model.parameters(), twin.parameters(), plain.parameters(), strict=True):
+    for a, b, c in zip(model.parameters(), copied.parameters(), plain.parameters(), strict=True):
         assert a.grad is not None
         assert b.grad is not None
         torch.testing.assert_close(a.grad, c.grad)

@@ -29,3 +29,16 @@ def test_a_loaded_optimizer_goes_on_bit_for_bit(kind: type[torch.optim.Optimizer
     train(weight, optimizer, range(3, 40))
     train(resumed, other, range(3, 40))
     assert torch.equal(weight, resumed)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.AdamW])
+def test_moments_follow_a_weight_whose_dtype_has_changed(kind: type[torch.optim.Optimizer]) -> None:
+    weight, resumed = (nn.Parameter(torch.ones(4, 4, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    optimizer, other = kind([weight]), kind([resumed])
+    weight.grad, resumed.grad = torch.ones_like(weight), torch.ones_like(resumed)
+    optimizer.step()
+    keep_state_dtypes(other)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.state[resumed]["exp_avg"].dtype == torch.float32
+    other.step()
+    assert torch.isfinite(resumed).all()

@@ -403,6 +403,7 @@ def test_a_second_trainer_starts_afresh(tmp_path: Path) -> None:
     sampling = LayerwiseSampling(activated_layers=2, interval_steps=3, calibration_samples=2, threshold=2.0)
     fit(SomebodyElsesModule(), sampling, tmp_path / "first", max_steps=9)
     first, scores = sampling.history, sampling.outlier_scores
+    sampling.load_state_dict({**sampling.state_dict(), "history": [(7, 21, [0, 1])]})  # as the evaluation of a checkpoint does
     watcher = Watcher(sampling)
     fit(SomebodyElsesModule(), sampling, tmp_path / "second", watcher, max_steps=9)
     assert sampling.history == first == history(tmp_path / "second")
@@ -624,6 +625,22 @@ def test_a_resumed_run_draws_the_same(distribution: str, tmp_path: Path) -> None
     assert whole.gradient_norms == resumed.gradient_norms
     if distribution == "window":
         assert all(high == low + 1 for _, _, (low, high) in whole.history)
+
+
+def test_scores_are_computed_in_the_trainers_precision(tmp_path: Path) -> None:
+    dtypes: list[torch.dtype] = []
+
+    class Watched(LayerwiseSampling):
+        def compute_scores(self, model: LightningModule, loader: Any) -> OutlierScores:
+            layer = decoder_layers(model)[0].mlp.up_proj
+            handle = layer.register_forward_hook(lambda layer, args, output: dtypes.append(output.dtype))
+            scores = super().compute_scores(model, loader)
+            handle.remove()
+            return scores
+
+    sampling = Watched(activated_layers=1, calibration_samples=2, threshold=2.0)
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=1, precision="bf16-mixed")
+    assert dtypes == [torch.bfloat16]
 
 
 def test_blocks_that_were_not_active_yet_count_as_the_mean() -> None:

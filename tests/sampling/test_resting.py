@@ -394,10 +394,11 @@ class Look(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == 5:
-            self.weights = {name: p.clone() for name, p in pl_module.model.state_dict().items()}
             for index, block in enumerate(decoder_layers(pl_module)):
                 with on_device(block):
                     self.weights |= {f"model.layers.{index}.{name}": p.clone() for name, p in block.named_parameters()}
+            rest = pl_module.model.state_dict()  # only now: it writes what blocks have learned into their weights
+            self.weights |= {name: p.clone() for name, p in rest.items() if name not in self.weights}
         self.later[trainer.global_step] = float(pl_module(**tiny_batch(1)).loss)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
 from tests.tiny import tiny_batch, tiny_model
@@ -108,6 +109,22 @@ def test_what_an_interrupted_run_left_frozen_trains_in_the_next(again: str) -> N
     train(sampler, model, range(1))
     sampler.release()
     assert trainable(model) == free
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_do_not_count_in_the_norms(value: float) -> None:
+    model, sampler = tiny_model("llama"), BlockSampler(activated_layers=1, interval_steps=2, distribution="gradient_norm")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sampler.attach(model)
+    sampler.start(0, [optimizer], lambda: sampler.compute_scores(model, None))
+    (active,) = sampler.active_blocks
+    model(**tiny_batch()).loss.backward()
+    sampler.observe([optimizer])
+    before = sampler.gradient_norms
+    assert before[active] > 0
+    next(decoder_layers(model)[active].parameters()).grad[0, 0] = value
+    sampler.observe([optimizer])
+    assert sampler.gradient_norms == before
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -1,4 +1,4 @@
-"""Blocks that wait outside the device: how much memory that leaves, and how much is fetched."""
+"""Offloaded blocks: how much memory that leaves, and how much is fetched."""
 
 from __future__ import annotations
 
@@ -141,14 +141,14 @@ def test_slots_are_there_where_fewer_blocks_are_frozen(active: int, slots: int, 
     assert needs.bytes["weights"] == pytest.approx(here, rel=0.001)
 
 
-@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("blocks", [[0, 3, 7], [4, 5, 6], [1, 5, 9], [7, 8, 9]])
 @pytest.mark.parametrize("always_train", [["norm"], ["embeddings", "norm"]])
-def test_counts_the_fetches_of_a_window(window: int, blocks: list[int], always_train: list[str]) -> None:
+def test_counts_the_fetches_into_slots(number: int, blocks: list[int], always_train: list[str]) -> None:
     settings = settings_from_config(
         llama_7b(
             model__frozen_in="host",
-            model__window_blocks=window,
+            model__window_blocks=number,
             sampling__always_train=always_train,
             sampling__activated_layers=3,
         )
@@ -160,6 +160,6 @@ def test_counts_the_fetches_of_a_window(window: int, blocks: list[int], always_t
     for _ in range(3):  # the last micro-batch counts: it finds what the one before has left
         fetched = 0
         for rank in order:
-            fetched += slots.get(rank % window) != rank
-            slots[rank % window] = rank
+            fetched += slots.get(rank % number) != rank
+            slots[rank % number] = rank
     assert fetched_blocks(blocks, settings, 10) == fetched
