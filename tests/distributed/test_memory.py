@@ -119,4 +119,4 @@ def test_plan_counts_what_is_gathered_and_reduced(vocabulary: int, precision: st
     output = tmp_path / "bytes.json"
     run([str(tmp_path / "model"), precision, always, str(output)], tmp_path, 2, target=measured)
     held, planned = json.loads(output.read_text())
-    assert held <= 1.03 * planned <= 1.15 * held
+    assert held <= 1.05 * planned <= 1.15 * held
