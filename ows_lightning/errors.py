@@ -58,6 +58,11 @@ def message_and_exit_code(error: BaseException, command: str | None = "fit") -> 
     return f"{type(error).__name__}: {text} (set OWS_DEBUG=1 for the stack trace)", 1
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """``BaseException.add_note``, which Python 3.10 lacks."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory, or the machine's, did not suffice."""
     return isinstance(error, _class_if_imported("torch", "OutOfMemoryError")) or "can't allocate memory" in str(error)

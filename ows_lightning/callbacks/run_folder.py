@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from ows_lightning.errors import DISK_FULL, UsageError, not_writable
+from ows_lightning.errors import DISK_FULL, UsageError, add_note, not_writable
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
@@ -67,8 +67,8 @@ class RunFolder(Callback):
             exception.filename = str(self._folder)
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == TrainerFn.FITTING:
             paths = (getattr(c, f"{which}_model_path", "") for c in trainer.checkpoint_callbacks for which in ("last", "best"))
-            said = "`--ckpt_path last` goes on from the newest checkpoint", "no checkpoint was saved yet"
-            exception.__notes__ = [said[not any(paths)]]
+            saved = "`--ckpt_path last` goes on from the newest checkpoint" if any(paths) else "no checkpoint was saved yet"
+            add_note(exception, saved)
         self._at_end.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.files import first_line
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, command_line, is_out_of_memory
+from ows_lightning.errors import UsageError, add_note, command_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
@@ -119,7 +119,7 @@ class RunSummary(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Adds the predicted memory to an out-of-memory error."""
         if self.predicted is not None and is_out_of_memory(exception):
-            exception.__notes__ = [*getattr(exception, "__notes__", ()), self.predicted]  # add_note, which Python 3.10 lacks
+            add_note(exception, self.predicted)
 
     def state_dict(self) -> dict[str, Any]:
         """The figures from before the training."""

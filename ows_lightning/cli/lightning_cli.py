@@ -49,11 +49,7 @@ set_parsing_settings(subclasses_disabled=[LayerwiseSampling])
 
 
 class OWSCLI(LightningCLI):
-    """LightningCLI for this package.
-
-    ``sampling`` (LayerwiseSampling, or null) and ``checkpoint`` (ModelCheckpoint) are top-level keys. ``model`` and
-    ``data`` are CausalLMModule and InstructionDataModule unless a ``class_path`` names others.
-    """
+    """LightningCLI with ``sampling`` (or null) and ``checkpoint`` at the top level, and our classes of model and data."""
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         argv = sys.argv[1:] if args is None else args

@@ -28,6 +28,12 @@ _TYPE_NAMES = {
     "dict": "a mapping of keys to values", "collections.abc.Iterable": "a list", "tuple": "a list",
     "tuple with 2 elements": "a list of two values",
 }  # fmt: skip
+_OTHERS_NAMES = {  # what transformers and TRL call our keys
+    "learning_rate": "model.optimizer.lr", "lr": "model.optimizer.lr", "num_train_epochs": "trainer.max_epochs",
+    "per_device_train_batch_size": "data.batch_size", "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "max_grad_norm": "trainer.gradient_clip_val", "output_dir": "trainer.default_root_dir", "bf16": "trainer.precision",
+    "save_steps": "checkpoint.every_n_train_steps", "resume_from_checkpoint": "ckpt_path",
+}  # fmt: skip
 _NONE = "<class 'NoneType'>"
 _EMPTY_SECTION_ERROR = "{}: nothing is given below it; write its keys there, or delete the line"
 _NAMEABLE = (LightningModule, LightningDataModule, Callback, Logger, Optimizer)
@@ -122,8 +128,8 @@ def _missing_key_message(key: str, name: str) -> str:
 
 def _nearest_key(key: str, known: Iterable[str]) -> str | None:
     """The key that is meant: it has the same last name or one like it, as `max_steps` and `trainer.max_steps` have."""
-    if key in ("model.learning_rate", "model.lr", "learning_rate", "lr"):
-        return "model.optimizer.lr"
+    if (meant := _OTHERS_NAMES.get(key.rpartition(".")[2])) is not None:
+        return meant
     names = {other: other.rpartition(".")[2] for other in known}
     name = closest_name(key.rpartition(".")[2], names.values())
     alike = [other for other in names if names[other] == name]

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -21,7 +22,7 @@ from ows_lightning.data import formats, masking, rendering, sources
 from ows_lightning.data.formats import Row
 from ows_lightning.data.masking import Encoded, Encoder
 from ows_lightning.data.sources import DataSource
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, not_writable
 
 if TYPE_CHECKING:
     import datasets
@@ -67,6 +68,8 @@ def read_examples(source: DataSource, data_format: str | None, columns: Mapping[
         if cause is None or isinstance(cause, UsageError):
             raise cause or error from None
         raise source.error(f"the rows of '{source.name}' can't be read: {type(cause).__name__}: {cause}") from cause
+    except OSError as error:
+        raise not_writable("HF_DATASETS_CACHE", Path(datasets.config.HF_DATASETS_CACHE), error) from error
 
 
 def stream_examples(source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> datasets.IterableDataset:

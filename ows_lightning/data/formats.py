@@ -24,8 +24,7 @@ _WEIGHTS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool = True) -> Example:
     """Turns a row, whose columns have the names of its format, a key of `FORMATS`, into an example.
 
-    A UsageError names the row, such as ``train.jsonl line 7``, of which a column is missing (that of the answer only with
-    `requires_answer`), empty where it must not be, or of a wrong type.
+    A UsageError names the row whose column is missing (the answer's only with `requires_answer`), empty or of a wrong type.
     """
     if missing := _first_missing(data_format, row, requires_answer):
         names = " or ".join(f"'{name}'" for name in missing)

@@ -52,8 +52,7 @@ class ResumableLoader(DataLoader[Any]):
     """A DataLoader over a `ShardedSampler` that knows its position, which Lightning keeps in its checkpoints.
 
     The position is the epoch and how many rows all ranks have seen of it, so a run may be resumed with another batch size or
-    number of ranks. At the end of an epoch it is the start of the next. (torchdata's StatefulDataLoader is exhausted there; a
-    run that Lightning 2.6 resumes from the last step of an epoch would leave out the next epoch.)
+    number of ranks. At the end of an epoch it is the start of the next, where torchdata's StatefulDataLoader is exhausted.
     """
 
     trainer: Trainer | None = None  # tells the epoch; what Lightning tells the sampler is one ahead after some resumes

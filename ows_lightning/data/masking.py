@@ -211,8 +211,7 @@ class Encoder:
 def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Checks that a tokenizer can be trained with, and gives it `PLAIN_TEMPLATE` when it has no chat template of its own.
 
-    The template is set on the tokenizer itself, so that generation and the exported model use the one that was trained. A
-    tokenizer that can't map text to tokens, or has no end-of-sequence token, is a UsageError.
+    The template is set on the tokenizer itself, so that generation and the exported model use the one that was trained.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if not tokenizer.is_fast:

@@ -58,8 +58,8 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
 def choices_of(example: Example, row_name: str) -> tuple[list[str], int]:
     """Returns an example's choices and the index of the right one; no choices for an example that is not multiple choice.
 
-    The choices are those of the columns ``choices`` (a list of texts) and ``answer`` (one of them, its index from 0, or
-    its letter); or the question ends with ``Answer format: a/b/...`` and ``answer`` is one of these. Others are refused.
+    Columns ``choices`` (texts) and ``answer`` (one of them, its index from 0, or its letter) say so, or a question that ends
+    with ``Answer format: a/b/...`` and an ``answer`` of these. Others are refused.
     """
     options, answer = example.get("choices"), example.get("answer")
     if "messages" not in example or answer is None:

@@ -30,9 +30,8 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     """Endless rows from a stream of examples, tokenised, packed and shuffled a block at a time.
 
     Every row comes with the position after it: the state of the stream at the start of the block and the number of rows
-    seen, the same on all ranks. An iteration that begins there, at ``state``, gives exactly the remaining rows, since a block
-    is drawn anew from the seed; the contents of the shuffle buffer of `datasets` would be lost. Rank r of w takes the rows r,
-    r + w, ... of the stream, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows.
+    seen, the same on all ranks. An iteration that begins there, at ``state``, gives exactly the remaining rows. Rank r of w
+    takes the rows r, r + w, ... of the stream, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows.
     """
 
     examples: datasets.IterableDataset

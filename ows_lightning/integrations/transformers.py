@@ -22,7 +22,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import unfreeze
-from ows_lightning.sampling.sampler import BlockSampler
+from ows_lightning.sampling.sampler import BlockSampler, log
 from ows_lightning.sampling.scores import OutlierScores
 
 
@@ -38,8 +38,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
     goes on as if the run had not ended. Scores and draws are also written into ``output_dir`` as ``outlier_scores.json`` and
     ``sampling_history.csv``, unless ``save_strategy`` is ``no``.
 
-    One process trains: DDP fixes the set of trained parameters at its start, and FSDP and DeepSpeed reshape them. For several
-    processes use the Lightning side of this package.
+    One process trains: DDP fixes what trains at its start, FSDP and DeepSpeed reshape it. The Lightning side takes several.
 
     Raises:
         UsageError: A setting is out of its range; the Trainer runs on several processes, or clips where nothing is to clip.
@@ -105,6 +104,9 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         states: Any = state.stateful_callbacks  # a dict once a checkpoint is loaded
         if (saved := states.get(name := type(self).__name__)) is None:
             raise UsageError(f"resume_from_checkpoint: the checkpoint is of a run without {name}; give one of a run with it")
+        for name, before in saved["args"].items():
+            if (now := self.state()["args"].get(name, before)) != before:
+                log.warning("The resumed run changes %s from %s to %s", name, before, now)
         run = dict(saved["attributes"]["resumed"])
         if run["probabilities"] is not None:
             run["probabilities"] = torch.tensor(run["probabilities"], dtype=torch.float64)

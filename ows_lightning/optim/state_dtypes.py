@@ -22,12 +22,12 @@ def saved_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterat
 def keep_state_dtypes(optimizer: Optimizer) -> None:
     """Has an optimizer of torch load its state in the dtype in which it was saved: NAdam keeps float32 beside bfloat16."""
     loading: dict[str, Any] = {}
-    torchs = type(optimizer).__module__.startswith("torch.optim")
+    is_torchs = type(optimizer).__module__.startswith("torch.optim")
 
     def restore(_: Optimizer) -> None:
         for p, key, value in saved_tensors(optimizer, loading):
             loaded = optimizer.state[p][key]
-            if value.dtype != loaded.dtype and not (torchs and value.dim()):  # torch's moments follow their weight's dtype
+            if value.dtype != loaded.dtype and not (is_torchs and value.dim()):  # torch's moments follow their weight's dtype
                 optimizer.state[p][key] = value.to(loaded.device, copy=True)
         loading.clear()
 

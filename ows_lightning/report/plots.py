@@ -92,10 +92,7 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
 
 
 def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Share of the intervals in which each block trained, against the share that its probability makes expect.
-
-    The whiskers are two standard deviations of the binomial distribution: how far chance alone carries a share.
-    """
+    """Share of the intervals in which each block trained, and the expected one, with two standard deviations of chance."""
     table = block_frequency_table(run)
     fig, ax = _axes_for(table["block"], run, HISTORY_FILE, ax)
     realised = [100 * share for share in table["realised_share"]]

@@ -108,10 +108,7 @@ class RunRecord:
         return max(int(max(logged, default=-1)) + 1, max(drawn, default=0))
 
     def series(self, column: str, x: str = "step") -> tuple[list[float], list[float]]:
-        """A metric's values (second list) against another column (first list), one point a step, in order of steps.
-
-        Where ``x`` is missing, as tokens and time are in the rows of validation, it is interpolated between its neighbours.
-        """
+        """A metric's values (second list) by ``x`` (first list), one a step; where ``x`` is missing, it is interpolated."""
         if not {"step", x, column} <= self.metrics.keys():
             return [], []
         steps = self.metrics["step"]

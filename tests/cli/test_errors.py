@@ -130,6 +130,8 @@ CASES = {
     "misspelt command": Case("fitt --config base.yaml", "", "did you mean 'fit'?"),
     "misspelt flag": Case(fit("--trainer.max_step 3"), "--trainer.max_step", "did you mean 'trainer.max_steps'?"),
     "flag of no section": Case(fit("--max_steps 3"), "--max_steps", "did you mean 'trainer.max_steps'?"),
+    "epochs of another tool": Case(fit("--num_train_epochs 3"), "--num_train_epochs", "did you mean 'trainer.max_epochs'?"),
+    "folder of another tool": Case(fit("--output_dir runs"), "--output_dir", "did you mean 'trainer.default_root_dir'?"),
     "rate of the module": Case(fit("--model.learning_rate 1e-4"), "model.learning_rate", "did you mean 'model.optimizer.lr'?"),
     "misspelt flag of the model": Case(fit("--model.rankk 3"), "model.rankk", "did you mean 'model.rank'?"),
     "misspelt flag of the data": Case(fit("--data.batchsize 3"), "data.batchsize", "did you mean 'data.batch_size'?"),

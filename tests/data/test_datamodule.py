@@ -210,6 +210,13 @@ def test_tokens_are_cached_by_content_tokenizer_and_settings(jsonl: Write, monke
     assert encodings(jsonl(pairs(6))) == 6
 
 
+def test_a_cache_that_cannot_be_written_is_named(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Path(jsonl(pairs(3)))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", rows / "cache")  # below a file
+    with pytest.raises(UsageError, match=r"^HF_DATASETS_CACHE: can't write to '.*'.*; choose another folder$"):
+        InstructionDataModule(str(rows), tokenizer=tiny_tokenizer(), val_size=0).check()
+
+
 def test_many_rows_are_tokenised_by_several_processes_alike(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     file = jsonl(pairs(100))
     alone = ready(file)

@@ -257,6 +257,15 @@ def test_a_checkpoint_without_the_optimizer_is_refused_where_it_has_a_state(opti
         resumed.train(resume_from_checkpoint=True)
 
 
+def test_a_resumed_run_says_which_setting_changes_its_draws(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(tmp_path, max_steps=2)[0].train()
+    settings: dict[str, Any] = {"activated_layers": 2, "calibration_samples": 4, "threshold": 2.0, "always_train": ["norm"]}
+    sampling = LayerwiseSamplingCallback(interval_steps=INTERVAL, seed=3, **settings)
+    make_trainer(tmp_path, sampling=sampling, max_steps=4)[0].train(resume_from_checkpoint=True)
+    said = [record.getMessage() for record in caplog.records if "The resumed run changes" in record.getMessage()]
+    assert said == ["The resumed run changes seed from 0 to 3"]
+
+
 def test_another_trainer_of_the_same_model_trains_its_blocks_while_one_with_galore_lives(tmp_path: Path) -> None:
     first, _ = make_trainer(tmp_path, galore=True, max_steps=2)
     second = Trainer(first.model, args=first.args, train_dataset=first.train_dataset, data_collator=first.data_collator)
