@@ -95,6 +95,7 @@ def test_a_state_that_was_loaded_before_the_draw_comes_to_the_device(options: di
         {"frozen_in": "host", "frozen_dtype": "int8"},
         {"frozen_in": "disk", "frozen_dtype": "int8"},
         {"frozen_in": "host", "resting_rank": 2},
+        {"frozen_in": "disk", "frozen_dtype": "int8", "resting_rank": 2},
     ],
     ids=str,
 )
@@ -109,8 +110,9 @@ def test_a_whole_run_and_a_resumed_one_keep_both_sides_apart(
     )  # what is learned at rest is rounded otherwise than on the device
     for name, resume in (("whole", None), ("resumed", Path("cpu", "whole", f"step={SAVED}.ckpt"))):
         expected = fit(model, Path("cpu", name), None, resume, **on_cpu)
-        gpu = FakeGpu(late=True)
-        with gpu.installed():
-            found = fit(model, Path("gpu", name), gpu, resume, **settings)
-        assert_identical(found, expected)
-        assert len(gpu.streams) > 1
+        for late in (True,) if resume else (True, False):
+            gpu = FakeGpu(late)
+            with gpu.installed():
+                found = fit(model, Path("gpu" if late else "early", name), gpu, resume, **settings)
+            assert_identical(found, expected)
+            assert len(gpu.streams) > 1
