@@ -71,12 +71,21 @@ def test_the_notebook(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_for_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_clone", [True, False])
+def test_the_notebook_for_a_gpu(in_clone: bool, tmp_path: Path) -> None:
+    if not in_clone and not (ROOT / ".git").exists():
+        pytest.skip("there is no repository to clone")
     notebook = nbformat.read(EXAMPLES / "gpu_check.ipynb", as_version=4)
+    (folder := tmp_path / "content").mkdir()
     for cell in notebook.cells:
         cell.source = cell.source.replace("flags = []", 'flags = ["--device=cpu", "--parts=loss head", "--only=whole"]')
         cell.source = cell.source.replace('Path("runs/gpu")', f"Path({str(tmp_path)!r})")
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+        cell.source = cell.source.replace('repository = ""', f"repository = {str(ROOT)!r}")
+        cell.source = cell.source.replace('"install", "-q", *packages', '"--version"')  # all is there
+    NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES if in_clone else folder)}}
+    ).execute()  # fmt: skip
+    assert (folder / "ows_lightning" / "benchmarks" / "gpu").exists() != in_clone
     shown = [
         output.data.get("text/markdown", "")
         for cell in notebook.cells
