@@ -374,10 +374,12 @@ class _TimedCopies(CopyStream):
 
     def seconds(self) -> tuple[float, float]:
         """Seconds that computation waited, and that copies took, since the last call; both 0 on a CPU."""
+        if self.device.type == "cuda":
+            self._inner.synchronize()  # a thread that reads files has noted its copies by then
+            torch.cuda.synchronize(self.device)
         waited, self._waited, copied, self._copied = self._waited, [], self._copied, []
         if self.device.type != "cuda":
             return 0.0, 0.0
-        torch.cuda.synchronize(self.device)
         stalled, copying = (sum(a.elapsed_time(b) for a, b in events) / 1000 for events in (waited, copied))
         return stalled, copying
 

@@ -106,7 +106,7 @@ def rows(model: str, directory: str) -> list[Row]:
     # In eager attention, which adds up in the same order each time; the size of the model makes no difference.
     repeats = {**uniform, "model__attn_implementation": "eager"}
     offloads: dict[str, dict[str, Any]] = {
-        "host": _HOST, "host, three slots": {**_HOST, "model__window_blocks": 3},
+        "host": _HOST, "host, three slots": {**_HOST, "model__window_blocks": 3}, "disk": {"model__frozen_in": "disk"},
         "int8 on the host": {**_HOST, "model__frozen_dtype": "int8"}, "int8 on the device": {"model__frozen_dtype": "int8"},
     }  # fmt: skip
     checks: list[Row] = [

@@ -47,7 +47,7 @@ def test_waits_are_counted_by_what_a_batch_does(tiny):
 @pytest.mark.slow
 def test_slow_copies_change_no_bit(tiny):
     about = {**gpu.machine("cpu"), "model": "tiny", "dry_run": True}
-    for name in ("host, three slots", "int8 on the device"):
+    for name in ("host, three slots", "disk", "int8 on the device"):
         found = attempt(tiny["adversarial", name], CPU)
         assert {found[asleep] for asleep in ASLEEP} == {True}
         assert "yes" in as_markdown(about, [tiny["adversarial", name] | found])
