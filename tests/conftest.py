@@ -25,6 +25,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return "slow tests are left out; `make test` runs all" if config.option.markexpr == "not slow" else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the pages of the docs first, the longest tests: no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
 @pytest.fixture(autouse=True)
 def no_launcher() -> Iterator[None]:
     """Forgets what Lightning's strategies tell a launched process, from which accelerate would start a process group."""
