@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     study = replace(study, model=args.model or study.model, precision=args.precision or study.precision)
+    all_tasks = study.tasks
     wanted = {task: args.budget or budget for task, budget in study.tasks.items() if not args.tasks or task in args.tasks}
     if (others := set(args.tasks or ()) - wanted.keys()) and not args.budget:
         parser.error(
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counted = ledger.Ledger(args.results / f"{study.name}.csv", ledger.COUNTED)
     if not args.tables:
         run(study, counted, args)
-    print(write_tables(study, counted, args.results))
+    print(write_tables(replace(study, tasks={**all_tasks, **study.tasks}), counted, args.results))  # not of these runs alone
 
 
 def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:

@@ -292,6 +292,14 @@ def test_methods_can_be_picked(monkeypatch, capsys):
     assert "mine is not in methods" in capsys.readouterr().err
 
 
+def test_a_run_of_some_tasks_keeps_the_tables_of_all(monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.evidence.__main__.run", lambda *given: None)
+    first, *others = load("methods").tasks
+    main(["methods", "--tasks", first, "--results", str(tmp_path)])
+    sections = [line for line in (tmp_path / "methods.md").read_text().splitlines() if line.startswith("## ")]
+    assert sections == [f"## {task}" for task in (first, *others)]
+
+
 @pytest.mark.slow
 def test_tasks_of_ones_own_run_through_a_study(model, tmp_path):
     write_splits(tmp_path, "mine", lambda about, i: {"prompt": about, "choices": ["yes", "no"], "answer": i % 2})
