@@ -31,6 +31,7 @@ from ows_lightning.models.decoder import causal_lm
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _ALL_PARTS = ("train", "val", "test")
+_SMALL_DATASET = 256  # up to so many, a batch may be larger than the data
 # The ranges of settings. Values that no machine can handle are refused: it would seem to hang.
 _BOUNDS = {
     "batch_size": (1, 8192), "eval_batch_size": (1, 8192), "max_seq_length": (2, 1 << 20),
@@ -139,6 +140,10 @@ class InstructionDataModule(LightningDataModule):
     def check(self) -> None:
         """Raises a UsageError for what is wrong in files, their syntax, columns and types; it needs no tokenizer."""
         self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
+        rows = self.batch_size if self.streaming else len(self._splits.examples_of("dataset"))
+        if self.batch_size > max(rows, _SMALL_DATASET):  # the predicted memory would be wrong
+            what = f"{self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
+            raise UsageError(f"data.batch_size: {what}")
 
     def prepare_data(self) -> None:
         """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""

@@ -468,6 +468,7 @@ def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], mes
         (pairs(3), {"val_size": 9, "streaming": True}, "data.val_size: 9 of 3 rows leaves none to train on"),
         ([{"text": "a \ud83d b"}], {}, r"rows.jsonl line 1 can't be read as text: UnicodeEncodeError: .* '\\ud83d'"),
         ([{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}], {}, "rows.jsonl line 1 .* TypeError"),
+        (pairs(3), {"batch_size": 300}, "data.batch_size: 300 is more than the 3 rows there are; set it to 3"),
         (pairs(3), {"columns": {"prompt": "question"}}, "data.columns.prompt: no row has a column 'question'"),
         (pairs(3), {"columns": {"output": "complition"}}, "rows.jsonl line 1 has no column 'complition' .*'completion'"),
         ([*pairs(2), {"prompt": "q"}], {}, "rows.jsonl line 3 has no column 'completion' or 'answer'"),
