@@ -49,11 +49,11 @@ class StepAccumulator:
         """Adds a micro-batch of ``tokens`` (a scalar), returns its loss; a step's first one drops what an older step left."""
         counts = [parts.targets, tokens, torch.full_like(tokens, self.code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
-        first = first or self._totals is None
-        self._totals = here if first or self._totals is None else self._totals + here
+        before = None if first else self._totals
+        self._totals = here if before is None else before + here
         if last and self.processes > 1:
             dist.all_reduce(self._totals)  # strategy.reduce would hold all processes up with a barrier
-        if first:
+        if before is None:
             self._divisor = self._totals[1].clamp(min=1) / self.processes if last else _PROVISIONAL_TARGETS
         return parts.total / self._divisor
 

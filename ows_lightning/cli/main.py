@@ -60,7 +60,7 @@ def main(args: Any = None) -> None:
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")
     for name, messages in _LOGS.items():
-        logging.getLogger(name).addFilter(partial(lambda out, record: not any(map(record.getMessage().count, out)), messages))
+        logging.getLogger(name).addFilter(partial(_is_wanted, messages))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
@@ -71,6 +71,10 @@ def main(args: Any = None) -> None:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
         exit_with(error.__context__, argv)
+
+
+def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not any(message in record.getMessage() for message in unwanted)
 
 
 def _run(argv: Any, args: Any) -> None:

@@ -151,9 +151,7 @@ def _wrong_type_message(key: str, value: str, expected: list[str]) -> str:
 
 def _no_class_message(key: str, name: str) -> str:
     if key == "sampling":
-        return (
-            f"sampling: '{name}' is no mapping of keys, as in sampling.threshold; null trains all blocks, as in methods/full"
-        )
+        return f"sampling: '{name}' is no mapping of keys, as in sampling.threshold; null trains all blocks (methods/full)"
     short, known = name.rpartition(".")[2], set().union(*map(_subclasses, _NAMEABLE))
     hint = did_you_mean(short, known) if short not in known else ""  # it may be a class, but of another kind
     return f"{key}: '{name}' is no class that fits here" + (hint or "; give its full path, as in my_package.my_module.MyClass")

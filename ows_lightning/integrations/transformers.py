@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -22,7 +23,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import unfreeze
-from ows_lightning.sampling.sampler import BlockSampler, log
+from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 
 
@@ -106,7 +107,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
             raise UsageError(f"resume_from_checkpoint: the checkpoint is of a run without {name}; give one of a run with it")
         for name, before in saved["args"].items():
             if (now := self.state()["args"].get(name, before)) != before:
-                log.warning("The resumed run changes %s from %s to %s", name, before, now)
+                logging.getLogger(__name__).warning("The resumed run changes %s from %s to %s", name, before, now)
         run = dict(saved["attributes"]["resumed"])
         if run["probabilities"] is not None:
             run["probabilities"] = torch.tensor(run["probabilities"], dtype=torch.float64)

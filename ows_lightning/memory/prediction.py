@@ -244,16 +244,17 @@ def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, s
     sharded = {"weights", "gradients", "moments"} | ({"other"} if settings.method.rank is None else set())
     each = {name: -(-size // settings.devices) if name in sharded else size for name, size in peak.items()}
     dtype, method, backward = settings.compute_dtype, settings.method, stage.startswith("backward")
-    root, block = sizes.root * dtype.itemsize, sizes.blocks[0] * dtype.itemsize
+    root, block, of_blocks = sizes.root * dtype.itemsize, sizes.blocks[0] * dtype.itemsize, 0
     before = root if stage in ("forward", "forward lowest") else block
     gathered = {"step": 0, "loss_head": root + block}.get(stage, root + 2 * block + (0 if backward else before))
     if method.lora is None and (backward or stage == "loss_head"):
         outside = trains_outside_blocks(settings.meta_model, method.always_train).items()
         of_root = sum(p.numel() for p, always in outside if always or method.activated_layers is None)
         each["gradients"] += of_root * dtype.itemsize * (settings.devices - 1) // settings.devices
-    of_blocks = (3 + 2 / settings.devices if dtype == torch.bfloat16 else 2) * block * (backward and method.lora is None)
-    each["gradients"] += int(of_blocks)
-    each["weights"] += max(gathered, backward * (2 * root - int(of_blocks)))  # of gradients there are none at first
+    if method.lora is None and backward:
+        of_blocks = int((3 + 2 / settings.devices if dtype == torch.bfloat16 else 2) * block)
+        each["gradients"] += of_blocks
+    each["weights"] += max(gathered, 2 * root - of_blocks) if backward else gathered  # of gradients there are none at first
     return each
 
 

@@ -21,7 +21,7 @@ def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
     * What moves the model, ``to`` or a Trainer, leaves the blocks where they are offloaded and moves the offloader.
     * peft merges adapters into a weight's ``data``, which torch does not count as a write.
 
-    Returns handles for `remove_access_hooks`.
+    Returns the handles of torch's hooks; `remove_access_hooks` undoes the rest.
     """
     handles: list[RemovableHandle] = []
     for index, block in enumerate(offloader.blocks):
@@ -38,10 +38,8 @@ def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
     return handles
 
 
-def remove_access_hooks(offloader: BlockOffloader, handles: list[RemovableHandle]) -> None:
-    """Removes what `add_access_hooks` added, and other hooks."""
-    for handle in handles:
-        handle.remove()
+def remove_access_hooks(offloader: BlockOffloader) -> None:
+    """Gives blocks and adapters their own methods back."""
     for block in offloader.blocks:
         del block.offloader, block._apply
         for adapted in _mergeable(block):  # some may have come later

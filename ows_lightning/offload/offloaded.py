@@ -77,8 +77,8 @@ class OffloadedWeights:
     @torch.no_grad()
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained, and waits until they are there."""
-        for missing, weight, source in zip(reversed(range(len(trained))), self.tensors, trained, strict=True):
-            weight.copy_(source, non_blocking=missing > 0)  # the last one waits for all
+        for number, (weight, source) in enumerate(zip(self.tensors, trained, strict=True), start=1):
+            weight.copy_(source, non_blocking=number < len(trained))  # the last one waits for all
 
     def load_for_training(self, own: Sequence[Tensor]) -> None:
         """Copies the weights to where they train."""

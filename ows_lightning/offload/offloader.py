@@ -175,7 +175,9 @@ class BlockOffloader:
     def remove(self) -> None:
         """Offloads all blocks and takes the hooks away: the model is an ordinary one in host memory."""
         self.offload_all()
-        remove_access_hooks(self, self._handles)
+        for handle in self._handles:
+            handle.remove()
+        remove_access_hooks(self)
         self._clear()
 
     # ------------------------------------------------------------------ blocks that train at rest
