@@ -65,7 +65,9 @@ def add_note(error: BaseException, note: str) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory, or the machine's, did not suffice."""
-    return isinstance(error, _class_if_imported("torch", "OutOfMemoryError")) or "can't allocate memory" in str(error)
+    if isinstance(error, _class_if_imported("torch", "OutOfMemoryError")):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED"))
 
 
 def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
@@ -80,9 +82,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
-    likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
-    return max((other for other in likeness if likeness[other] >= cutoff), key=likeness.__getitem__, default=None)
+    """Returns the known name that is most like another; None if none is by ``cutoff`` (0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), 1, cutoff)), None)
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:

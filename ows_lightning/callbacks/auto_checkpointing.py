@@ -52,5 +52,5 @@ class AutoCheckpointing(Callback):
         if device.type == "cpu":  # its processes share it, and what is free lacks the weights that are there already
             available = available // trainer.num_devices + sum(p.nbytes for p in module.parameters())
         with torch.random.fork_rng(devices=[]):
-            settings = replace(settings_from_config(self.config), on_gpu=device.type == "cuda")
+            settings = replace(settings_from_config(self.config), on_gpu=device.type == "cuda", devices=trainer.world_size)
             return fewest_checkpointed(settings, MEMORY_FRACTION * available), MEMORY_FRACTION * available

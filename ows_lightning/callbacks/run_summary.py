@@ -137,7 +137,9 @@ class RunSummary(Callback):
         try:
             with torch.random.fork_rng(devices=[]):
                 recomputing = count_checkpointed(module.language_model)
-                needs = predict(replace(settings_from_config(self.config), gradient_checkpointing=recomputing))
+                settings = settings_from_config(self.config)
+                devices = module.trainer.world_size  # the config may say `auto`
+                needs = predict(replace(settings, gradient_checkpointing=recomputing, devices=devices))
         except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"

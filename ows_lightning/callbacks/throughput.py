@@ -64,7 +64,7 @@ class Throughput(StepCallback):
         metrics = self._sums(trainer)
         if (peak := _peak_memory_mb(pl_module.device)) is not None:
             metrics["peak_memory_mb"] = peak
-        pl_module.log_dict({name: torch.tensor(metric) for name, metric in metrics.items()})
+        pl_module.log_dict({name: torch.tensor(metric, dtype=torch.float64) for name, metric in metrics.items()})
 
     def _sums(self, trainer: Trainer) -> dict[str, float]:
         here = {"tokens": self._tokens, "target_tokens": self._targets, "time_s": time.perf_counter() - self._start}

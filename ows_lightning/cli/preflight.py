@@ -42,7 +42,7 @@ LOGGED_METRICS = (
 _MAX_INT64 = 2**63 - 1
 _RANGES = {
     "accumulate_grad_batches": (1, _MAX_INT64), "num_nodes": (1, _MAX_INT64), "gradient_clip_val": (0, _MAX_INT64),
-    "num_workers": (0, _MAX_INT64), "seed": (0, _MAX_INT64), "seed_everything": (0, 2**32 - 1),
+    "num_workers": (0, _MAX_INT64), "seed": (0, 2**32 - 1), "seed_everything": (0, 2**32 - 1),
 }  # fmt: skip
 """The least and the greatest value of a number, by the last word of its key, where nothing else checks it."""
 
@@ -102,21 +102,24 @@ def check_run(
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
     if command == "fit":
-        for callback in (callbacks := trainer.callbacks):  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
             if isinstance(callback, ModelCheckpoint):
-                _check_checkpoint(callback)
+                _check_checkpoint(callback, sharded="fsdp2" in str(trainer_args["strategy"]).lower())
         _check_monitors(model, data, callbacks)
     if isinstance(model, CausalLMModule):
         config = model.check()
         if model.hparams["kernels"] is not None:
             liger_for(config)
-        if command == "fit":
-            sampling = LayerwiseSampling.of(trainer)
-            some_are_frozen = sampling is not None or model.hparams["lora"] is not None
+        sampling = LayerwiseSampling.of(trainer) if command == "fit" else None
+        some_are_frozen = sampling is not None or model.hparams["lora"] is not None or command != "fit"
+        if command in _NOT_ZERO:
             check_offloading(model.hparams, some_are_frozen, trainer.num_devices, str(trainer_args["strategy"]))
-            if sampling is not None:
-                sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
-                _warn_if_scores_of_other_model(sampling, model.hparams["model_name_or_path"])
+        if sampling is not None:
+            sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
+            name, scores = model.hparams["model_name_or_path"], sampling.scores
+            if scores is not None and Path(of := OutlierScores.load(Path(scores)).model).name != Path(name).name:
+                log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", scores, of, name)
     if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
         data.check()
 
@@ -168,9 +171,11 @@ def check_writable(key: str, folder: Path) -> None:
         raise not_writable(key, folder, error) from error
 
 
-def _check_checkpoint(checkpoint: ModelCheckpoint) -> None:
+def _check_checkpoint(checkpoint: ModelCheckpoint, sharded: bool) -> None:
     """Checks the names of checkpoints, and that their folder can be written to; raises a UsageError if not."""
     folder, name = checkpoint.dirpath, checkpoint.filename
+    if sharded and "://" in str(folder):  # the strategy would take it for a local path
+        raise UsageError(f"checkpoint.dirpath: fsdp2 saves into local folders alone, not to '{folder}'; give one")
     if folder and "://" not in str(folder):
         check_writable("checkpoint.dirpath", Path(folder))
     try:
@@ -204,8 +209,3 @@ def _check_monitors(model: LightningModule, data: LightningDataModule, callbacks
                 needs |= {"data.exact_match_rows": data.exact_match_rows} if metric == "val_exact_match" else {}
                 for setting in (name for name, value in needs.items() if not value):
                     raise UsageError(f"{owner}.{key}: there is no {metric} without {setting}; set it, or monitor train_loss")
-
-
-def _warn_if_scores_of_other_model(sampling: LayerwiseSampling, model: str) -> None:
-    if sampling.scores is not None and Path(of := OutlierScores.load(Path(sampling.scores)).model).name != Path(model).name:
-        log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", sampling.scores, of, model)

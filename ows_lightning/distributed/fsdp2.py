@@ -29,8 +29,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy with all processes sharding the data and the weights, on GPUs or CPUs.
 
     The module shards itself in ``configure_model`` (see ``shard_model``). Checkpoints hold optimizer state for what trained
-    when they were saved, and are restored to just that: Lightning's own way needs the same parameters to be trainable as then,
-    before any callback knows which.
+    when they were saved, and are restored to just that; Lightning needs the same parameters to be trainable beforehand.
 
     Args:
         save_distributed_checkpoint: Every process writes its shards into a directory; otherwise all is gathered, a tensor at
@@ -46,8 +45,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
         destroy_at_exit()
-
-    # ------------------------------------------------------------------ saving
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state: this process's shards, or all of it on rank 0."""
@@ -118,8 +115,6 @@ class FSDP2Strategy(ModelParallelStrategy):
                 message = str(error if isinstance(error, RunError) else write_error(path, error))
         if message := self.broadcast(message):
             raise RunError(message)
-
-    # ------------------------------------------------------------------ loading
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -94,7 +94,7 @@ def advise(settings: PlanSettings, card: int) -> str:
     """Says in a sentence what would make a run fit a card of so many GB, or that nothing does."""
     changes = changes_that_fit(settings, card)
     if changes is None:
-        *_, (least, _) = _cheaper_settings(settings)
+        least, _ = list(_cheaper_settings(settings))[-1]
         more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
         return f"does not fit, takes {predict(_with_batch_size(least, 1)).peak_bytes / 1e9:.1f} GB at the least; use {more}"
     return f"fits with {_in_words(changes)}" if changes else "fits"
@@ -105,7 +105,7 @@ def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None
     milder = list(_cheaper_settings(settings))
     if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
         return None
-    sizes = [settings.batch_size >> halvings for halvings in range(settings.batch_size.bit_length())]
+    sizes = [size for size in range(settings.batch_size, 0, -1) if settings.batch_size % size == 0]
 
     def fitting(changed: PlanSettings) -> list[int]:
         if _resident_bytes(changed) > card * 1e9:  # a step need not be followed to see that
@@ -133,7 +133,7 @@ def _in_words(changes: dict[str, Any]) -> str:
 
 def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
     """The same rows in a step, in smaller micro-batches."""
-    times = -(-settings.batch_size // size)
+    times = settings.batch_size // size
     return replace(settings, batch_size=size, accumulate_grad_batches=settings.accumulate_grad_batches * times)
 
 

@@ -123,11 +123,13 @@ class PlanSettings:
         """Says in a line what is planned."""
         batch, count = f"{self.batch_size} x {self.max_seq_length} tokens", self.accumulate_grad_batches
         parts = [self.name, f"{count} x {batch}" if count > 1 else batch, self.precision]
-        some = f" of {self.num_checkpointed} blocks" if self.num_checkpointed < self.blocks else ""
-        parts += [f"checkpointing{some}"] * (self.num_checkpointed > 0)
-        parts += [f"frozen blocks in {self.frozen_in}"] * (self.frozen_in != "device")
-        parts += [f"frozen blocks in {self.frozen_dtype}"] * (self.frozen_dtype is not None)
-        parts += [f"each of {self.devices} devices, {self.strategy or 'ddp'}"] if self.devices > 1 else []
+        if self.num_checkpointed:
+            some = f" of {self.num_checkpointed} blocks" if self.num_checkpointed < self.blocks else ""
+            parts.append(f"checkpointing{some}")
+        frozen = [where for where in (self.frozen_in, self.frozen_dtype) if where not in ("device", None)]
+        parts += [f"frozen blocks in {where}" for where in frozen]
+        if self.devices > 1:
+            parts.append(f"each of {self.devices} devices, {self.strategy or 'ddp'}")
         return ", ".join(parts)
 
     @property

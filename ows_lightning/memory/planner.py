@@ -60,7 +60,7 @@ class Plan:
         columns["FLOPs/token"] = [f"{d.flops_per_token / self.parameters:.2f} N" for d in does]
         if (card := self.card) is not None:
             speeds = [f"{self.speeds[name].tokens_per_second:,.0f}" for name in self.methods]
-            columns["tokens/s"] = [speed if n.fits(card.memory) else "-" for n, speed in zip(needs, speeds, strict=True)]
+            columns["tokens/s"] = [text if n.fits(card.memory) else "-" for n, text in zip(needs, speeds, strict=True)]
         cells = [[text.rjust(max(map(len, (name, *texts)))) for text in (name, *texts)] for name, texts in columns.items()]
         names = ["GB", *self.methods]
         first = [name.ljust(max(map(len, names))) for name in names]
@@ -88,7 +88,11 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
                 raise
             advice.append(f"{name} is left out: {error}")  # nobody asked for it, and another tool may refuse the model
     if settings.gradient_checkpointing == "auto":
-        notes.append(_note_on_checkpointing({name: runs[name] for name in plans}, chosen))
+        note = "stands for true; --card says how many blocks recompute on that card"
+        if chosen is not None:
+            numbers = ", ".join(f"{name} {runs[name].num_checkpointed}" for name in plans)
+            note = f"on {chosen.name}, blocks of {settings.blocks} that recompute: {numbers}"
+        notes.append(f"model.gradient_checkpointing: auto {note}")
     settings = runs.get("ows", settings)
     computes = {name: compute(runs[name]) for name in plans}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
@@ -107,7 +111,8 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
             f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {chosen.tflops:g} TFLOPS dense bfloat16 "
             f"({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
         )
-        notes += [f"ows: bound by {speeds['ows'].words()}"] * ("ows" in speeds)
+        if "ows" in speeds:
+            notes.append(f"ows: bound by {speeds['ows'].words()}")
     return Plan(settings.title, plans, computes, advice, notes, parameters, chosen, speeds)
 
 
@@ -123,14 +128,6 @@ def _with_num_checkpointed(settings: PlanSettings, card: Card | None) -> PlanSet
         return replace(settings, gradient_checkpointing=fewest_checkpointed(settings, card.memory * 1e9))
     none = replace(settings, gradient_checkpointing=0)
     return none if card is not None and predict(none).fits(card.memory) else replace(settings, gradient_checkpointing=True)
-
-
-def _note_on_checkpointing(runs: dict[str, PlanSettings], card: Card | None) -> str:
-    if card is None:
-        return "model.gradient_checkpointing: auto stands for true; --card says how many blocks recompute on that card"
-    numbers = ", ".join(f"{name} {run.num_checkpointed}" for name, run in runs.items())
-    blocks = next(iter(runs.values())).blocks
-    return f"model.gradient_checkpointing: auto on {card.name}, blocks of {blocks} that recompute: {numbers}"
 
 
 def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str | None = None) -> Plan:

@@ -237,9 +237,8 @@ def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, s
 
     * in forward the root's weights and, while a block is copied from the buffer that it was gathered in, three blocks: that
       buffer and that of the block before (or of the root) are still there;
-    * in backward two blocks, one at work and one that is gathered meanwhile, or at first the root twice. Where full gradients
-      exist, so do those of a block, of another one that are being reduced (from bfloat16 in float32, as are what the device
-      keeps of them), and of the root.
+    * in backward two blocks, one at work and one that is gathered meanwhile, or at first the root twice; and full gradients of
+      the root, of a block, and of another one that is reduced (from bfloat16 in float32, as is what the device keeps of it).
     """
     sharded = {"weights", "gradients", "moments"} | ({"other"} if settings.method.rank is None else set())
     each = {name: -(-size // settings.devices) if name in sharded else size for name, size in peak.items()}

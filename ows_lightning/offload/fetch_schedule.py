@@ -7,7 +7,7 @@ from typing import Any
 
 
 class FetchSchedule:
-    """Decides what is fetched when, from where computation is; ``events`` does it, as `BlockOffloader` or a test that watches.
+    """Decides which block is fetched when, from what computes now; ``events``, a `BlockOffloader` or a test, carries it out.
 
     An offloaded block has a rank among the offloaded ones, and always comes into the slot of its rank modulo the number of
     slots. Autograd keeps views of weights from the forward pass, so in backward a block has to lie where it lay in forward.
@@ -15,21 +15,16 @@ class FetchSchedule:
     In a forward pass a block's slot is free when the block is left; the block `slots` ranks above is fetched then, while the
     next one computes. In backward the block `slots` ranks below is fetched, and nothing below `lowest_in_backward`, the lowest
     block that a gradient reaches. A slot that the pass needs no more gets what the next forward pass needs from it first.
-    With R offloaded blocks, of which B are needed in backward, and n slots, a micro-batch fetches
-
-        R + B - min(n, B) - (ranks below n that are in their slots after backward)
-
-    which is the least, as a forward pass needs all R and only n of the last ones are still there for backward.
+    With R offloaded blocks, of which B are needed in backward, and n slots, a micro-batch fetches the least, as forward needs
+    all R: R + B - min(n, B) - (ranks below n that are in their slots after backward).
 
     Attributes:
         order: The offloaded blocks, ascending: the block at a rank.
-        fetches: Blocks fetched so far.
     """
 
     def __init__(self, events: Any, slots: int) -> None:
         self.events = events
         self.slots = slots
-        self.fetches = 0
         self.set_blocks(())
 
     def set_blocks(self, order: Sequence[int]) -> None:
@@ -56,8 +51,6 @@ class FetchSchedule:
         """Fetches what the next forward pass needs first, as after a draw."""
         for block in self.order[: self.slots]:
             self._issue(block)
-
-    # ------------------------------------------------------------------ a pass
 
     def begin_forward(self) -> None:
         """A forward pass begins, and no slot is in use: nothing is known yet of what its backward pass will need."""
@@ -98,8 +91,6 @@ class FetchSchedule:
         below, first = rank - self.slots, rank % self.slots  # which the next forward pass needs
         self._issue(self.order[below if below >= self.lowest_in_backward else first])
 
-    # ------------------------------------------------------------------ slots
-
     def release_all(self) -> None:
         """Releases all slots that a block computes from, also where a pass was interrupted."""
         for block in sorted(self._in_use):
@@ -117,5 +108,4 @@ class FetchSchedule:
         for other in [other for other in self._in_use if self.slot_of(other) == slot]:
             raise RuntimeError(f"block {block} is needed while block {other} computes from the same slot")
         self._holds[slot] = block
-        self.fetches += 1
         self.events.issue(block, slot)

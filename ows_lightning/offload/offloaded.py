@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from collections.abc import Sequence
@@ -103,6 +104,8 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
     address, cudart = whole.data_ptr(), torch.cuda.cudart()
     error = int(cudart.cudaHostRegister(address, len(memory), 1))  # for all devices, whichever is the current one
     if error:
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device)  # takes the error, which the next kernel would raise
         raise RunError(
             f"model.frozen_in: {len(memory) / 1e6:.0f} MB of host memory could not be page-locked "
             f"(CUDA error {error}); free host memory, or raise the limit that `ulimit -l` shows"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -36,11 +36,8 @@ class BlockOffloader:
     `add_access_hooks` lets state dicts, ``to`` and peft find the weights.
 
     Weights are offloaded and slots allocated at first use, for the device that ``set_device`` named last. Deep copies and
-    pickles of the model are independent of it.
-
-    With `attach_optimizer`, frozen blocks that train at rest stay offloaded, and compute with W + B Q^T.
-
-    With copies in int8, what a frozen block computes with is not its own weight to the bit; what trains and is saved is.
+    pickles of the model are independent of it. With `attach_optimizer`, frozen blocks that train at rest stay offloaded, and
+    compute with W + B Q^T. With copies in int8, frozen blocks compute with rounded weights; what trains and is saved is exact.
     """
 
     def __init__(
@@ -59,7 +56,7 @@ class BlockOffloader:
         self.make_stream = copy_stream_for
         self._disk = disk
         self._int8_in = int8_in
-        self._optimizer: Callable[[], GaLoreAdamW | None] = type(None)  # which gives None
+        self._optimizer: ref[GaLoreAdamW] | None = None
         blocks_of = Counter(p for block in self.blocks for p in block.parameters())  # what several share stays on the device
         self.parameters = [
             [p for p in block.parameters() if p.numel() and blocks_of[p] == 1 and not (frozen_only and p.requires_grad)]
@@ -90,7 +87,7 @@ class BlockOffloader:
         self.was_copied = True
         remade = ("offloaded", "schedule", "layout_id", "slots", "_views", "_stream", "_staging", "_versions")
         kept = {key: value for key, value in vars(self).items() if key not in (*remade, "_slot_updates", "_updated_layers")}
-        return kept | {"_disk": None, "_optimizer": type(None)}
+        return kept | {"_disk": None, "_optimizer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -107,12 +104,11 @@ class BlockOffloader:
         """Gives the blocks that train now memory of their own on the device, and offloads those that no longer do.
 
         Call it after a draw. Without, the next forward pass that records a gradient does it.
-
-        The ``optimizers``' state of these blocks moves to the device, too: it may come from a checkpoint, loaded before the
-        draw was known.
+        The ``optimizers``' state of these blocks moves to the device, too: a checkpoint may be loaded before the draw.
         """
-        rests = own.rests if (own := self._optimizer()) is not None else (lambda p: False)
-        trains = [i for i, weights in enumerate(self.parameters) if any(p.requires_grad and not rests(p) for p in weights)]
+        own = self.optimizer
+        resting = {p for weights in self.parameters for p in weights if own is not None and own.rests(p)}
+        trains = [i for i, weights in enumerate(self.parameters) if any(p.requires_grad and p not in resting for p in weights)]
         if not self.offloaded or trains != self.active:
             self._set_active(trains)
             self.schedule.fetch_first()
@@ -130,10 +126,12 @@ class BlockOffloader:
 
     def set_device(self, device: torch.device) -> None:
         """Sets the device that computes."""
+        device = torch.empty(0, device=device).device  # `cuda` is the current card
         if device == self.device:
             self.schedule.invalidate()
             return
-        self.offload_all()
+        if self.offloaded:
+            self._move_blocks([])
         self.device = device
         self._clear()
 
@@ -182,6 +180,11 @@ class BlockOffloader:
 
     # ------------------------------------------------------------------ blocks that train at rest
 
+    @property
+    def optimizer(self) -> GaLoreAdamW | None:
+        """The attached optimizer, while it is alive."""
+        return None if self._optimizer is None else self._optimizer()
+
     def attach_optimizer(self, optimizer: GaLoreAdamW) -> None:
         """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
         self._optimizer = ref(optimizer)
@@ -189,7 +192,7 @@ class BlockOffloader:
 
     def take_in_updates(self) -> None:
         """Writes what offloaded blocks have learned at rest into their weights; they go on resting."""
-        if (optimizer := self._optimizer()) is not None:
+        if (optimizer := self.optimizer) is not None:
             optimizer.take_in_updates()
 
     @torch.no_grad()
@@ -210,7 +213,7 @@ class BlockOffloader:
         self._stream.wait_for_computation()  # which has written offloaded weights
 
     def _updates_of(self, block: int) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        if (optimizer := self._optimizer()) is None:
+        if (optimizer := self.optimizer) is None:
             return {}
         return {p: found for p in self.parameters[block] if (found := optimizer.update_of(p)) is not None}
 
@@ -288,16 +291,7 @@ class BlockOffloader:
     def _set_active(self, active: Sequence[int]) -> None:
         """Gives these blocks memory of their own on the device, to train in, and offloads the others."""
         with torch.inference_mode(False):  # what is made within inference mode can't be saved for backward
-            self.end_pass()
-            self._stop_fetches()
-            before = self.active
-            if not self.offloaded:
-                self._offload_first()
-            for index in set(before) - set(active):  # first, so that their memory can be used again
-                self._offload_trained(index)
-            for index in sorted(set(active) - set(before)):
-                self._load_for_training(index)
-            self.schedule.set_blocks([i for i, weights in enumerate(self.parameters) if weights and i not in active])
+            self._move_blocks(active)
             self._allocate_slots()
             self._stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
             offloaded = self.schedule.order
@@ -305,12 +299,35 @@ class BlockOffloader:
             self._versions = {i: _versions_of(self.parameters[i]) for i in offloaded}
             self._views = {i: views_into(self.slots[self.schedule.slot_of(i)], self.offloaded[i].tensors) for i in offloaded}
 
+    @torch.no_grad()
+    def _move_blocks(self, active: Sequence[int]) -> None:
+        """Moves blocks one by one, each of which counts at once: memory may run out at any of them."""
+        self.end_pass()
+        self._stop_fetches()
+        if not self.offloaded:
+            self._offload_first()
+        before = self.active
+        for index in set(before) - set(active):  # first, so that their memory can be used again
+            self._offload_trained(index)
+        on_device = set(before) & set(active)
+        self._set_offloaded(on_device)
+        for index in sorted(set(active) - set(before)):
+            self._load_for_training(index)
+            on_device.add(index)
+            self._set_offloaded(on_device)
+
+    def _set_offloaded(self, on_device: Collection[int]) -> None:
+        self.schedule.set_blocks([i for i, weights in enumerate(self.parameters) if weights and i not in on_device])
+
     def _offload_first(self) -> None:
         if self._int8_in in ("host", "disk"):
             self._staging = torch.empty(0, dtype=torch.uint8, device=self.device)
+        offloaded = []
         for parameters in self.parameters:
-            self.offloaded.append(self._offload([p.data for p in parameters]))
-            _set_data(parameters, self.offloaded[-1].tensors)
+            offloaded.append(self._offload([p.data for p in parameters]))
+            _set_data(parameters, offloaded[-1].tensors)
+        self.offloaded = offloaded
+        self._set_offloaded(())
 
     def _load_for_training(self, index: int) -> None:
         """Gives a block that begins to train memory of its own on the device."""
@@ -324,13 +341,13 @@ class BlockOffloader:
         _set_data(self.parameters[index], self.offloaded[index].tensors)
 
     def _offload(self, weights: Sequence[Tensor]) -> OffloadedWeights:
-        to: dict[str, Callable[[Sequence[Tensor]], OffloadedWeights]] = {
-            "device": partial(OffloadedWeights, device=self.device),
-            "host": partial(offload_to_host, device=self.device),
-        }
-        to["disk"] = partial(DiskWeights, self._disk) if self._disk else to["host"]
-        exact = to["disk"](weights)
-        return exact if self._int8_in is None else Int8Weights(exact, to[self._int8_in], self._staging)
+        on_device, to_host = partial(OffloadedWeights, device=self.device), partial(offload_to_host, device=self.device)
+        offload_exact = partial(DiskWeights, self._disk) if self._disk else to_host
+        exact: OffloadedWeights = offload_exact(weights)
+        if self._int8_in is None:
+            return exact
+        copies: dict[str, Callable[..., OffloadedWeights]] = {"device": on_device, "host": to_host, "disk": offload_exact}
+        return Int8Weights(exact, copies[self._int8_in], self._staging)
 
     def _allocate_slots(self) -> None:
         """Makes the slots, once: they stay for as long as the offloader is on this device."""

@@ -10,7 +10,7 @@ import torch
 
 
 class CopyStream:
-    """Orders fetches into slots against computation from them; on a CPU, as here, a fetch has run when it is issued.
+    """Keeps fetches into slots and computation from them in order. This class is for a CPU, where a fetch runs at once.
 
     Fetches that read a file run in a thread: computation goes on, and waits only for the block that it needs next.
     """

@@ -89,14 +89,20 @@ def distribute_projector(projector: Tensor, weight: Tensor, side: Side, group: d
     """
     if not is_sharded(weight):
         if group is not None:
-            dist.broadcast(projector, group=group, group_src=0)
+            _broadcast_(projector, group)
         return projector
     placements = _whole_placements(weight)
     for dim, placement in enumerate(placements):
         if placement.is_replicate():
-            dist.broadcast(projector, group=weight.device_mesh.get_group(dim), group_src=0)
+            _broadcast_(projector, weight.device_mesh.get_group(dim))
     tensor = _from_local(projector, weight, placements, (*weight.shape[:-2], *projector.shape[-2:]))
     return tensor.redistribute(placements=projector_placements(weight, side))
+
+
+def _broadcast_(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    sent = tensor.contiguous()  # NCCL takes nothing else, and a decomposition's Q is transposed
+    dist.broadcast(sent, group=group, group_src=0)
+    tensor.copy_(sent)
 
 
 def shard_replicated(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:

@@ -41,11 +41,9 @@ class RunRecord:
     Attributes:
         name: What to call the run in legends and tables.
         path: The run's folder.
-        scores: Content of ``outlier_scores.json``, or ``None`` where no blocks were scored. Its ``outlier_ratios``
-            (percent) and ``probabilities`` (sum to 1) hold a number for each of ``num_layers`` blocks.
+        scores: Content of ``outlier_scores.json`` (see `OutlierScores`), or ``None`` where no blocks were scored.
         history: The draws of ``sampling_history.csv`` in order; empty where no blocks were sampled.
-        metrics: Columns of ``metrics.csv``, all of one length; ``None`` where a row has no value for a column, because
-            Lightning writes a row per logging call and not per step.
+        metrics: Columns of ``metrics.csv``, all of one length; ``None`` where a row, of one logging call, has no value.
         config: Content of ``config.yaml``, or ``None``.
         texts: Tables of texts, by title: answers while it trained, answers of the base model beside those of the tuned one.
     """
@@ -95,8 +93,10 @@ class RunRecord:
 
     @property
     def never_trained(self) -> list[int]:
-        """Blocks that no interval activated; empty where no blocks were sampled."""
+        """Blocks that never trained, not at rest either; empty where no blocks were sampled."""
         trained = {block for draw in self.history for block in draw.blocks}
+        if trained and ((self.config or {}).get("sampling") or {}).get("resting_rank"):  # all above the lowest train at rest
+            trained = set(range(min(trained), self.num_layers))
         return [block for block in range(self.num_layers) if block not in trained] if self.history else []
 
     @property

@@ -83,8 +83,6 @@ def write_csv(table: Table, path: Path) -> None:
         writer.writerows(zip(*table.values(), strict=True))
 
 
-# ------------------------------------------------------------------------------ what to compare runs by
-
 LABELS = {
     "run": "Run", "model": "Model", "sampling": "Sampling", "optimizer": "Optimizer", "steps": "Optimizer steps",
     "final_val_loss": "Final validation loss", "best_val_loss": "Best validation loss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
+from ows_lightning.callbacks import auto_checkpointing, run_summary
+from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
 from ows_lightning.callbacks.run_summary import RunSummary, _delta_size
+from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from tests.data.samples import tiny_tokenizer
@@ -25,6 +29,24 @@ class NeedsContents(GaLoreAdamW):
         if closure is None:
             raise KeyError
         return super().step(closure)
+
+
+def test_a_prediction_is_for_the_devices_that_the_run_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = {
+        "model": {"model_name_or_path": str(tmp_path), "optimizer": GaLoreAdamW, "gradient_checkpointing": "auto"},
+        "data": {}, "trainer": {"devices": "auto", "strategy": "fsdp2"}, "sampling": None,
+    }  # fmt: skip
+    module = CausalLMModule(str(tmp_path), rank=4)
+    module.configure_model()
+    module._trainer = run = SimpleNamespace(world_size=2, num_devices=2)
+    found: list[PlanSettings] = []
+    monkeypatch.setattr(run_summary, "predict", lambda settings: found.append(settings) or 1 / 0)
+    monkeypatch.setattr(auto_checkpointing, "fewest_checkpointed", lambda settings, budget: found.append(settings) or 0)
+    RunSummary(config)._memory_text(module)
+    AutoCheckpointing(config)._fewest_blocks_and_budget(run, module)
+    assert [(settings.devices, settings.is_sharded) for settings in found] == [(2, True)] * 2
 
 
 @pytest.mark.parametrize("model", ["itself", "another"])

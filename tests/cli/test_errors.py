@@ -420,6 +420,12 @@ CASES = {
     "address as the root": Case(
         fit("--trainer.default_root_dir s3://bucket/runs"), "trainer.default_root_dir", "give a folder"
     ),
+    "address for a sharded checkpoint": Case(
+        fit("--trainer.strategy fsdp2 --checkpoint.dirpath memory://bucket/runs"), "checkpoint.dirpath", "give one"
+    ),
+    "offloaded on two devices in a test": Case(
+        "test --config base.yaml --model.frozen_in host --trainer.devices 2", "", "set trainer.devices: 1"
+    ),
     "no run to report": Case("report", "report", "give one or more run folders"),
     "missing run to report": Case("report runs/nothing", "runs/nothing", "give the folder that `fit` or `score` wrote"),
     "report of no run": Case("report model", "model", "give the folder that `fit` or `score` wrote"),
@@ -684,6 +690,13 @@ def test_hints_are_for_the_command() -> None:
     line, _ = message_and_exit_code(memory, "test")
     assert line.startswith("CUDA out of memory; lower data.eval_batch_size or data.max_seq_length, or set trainer.precision")
     assert message_and_exit_code(memory, "chat") == ("CUDA out of memory", 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
+)
+def test_memory_that_a_library_lacks_is_out_of_memory(text: str) -> None:
+    assert "lower data.eval_batch_size" in message_and_exit_code(RuntimeError(text), "test")[0]
 
 
 def test_errors_that_cause_each_other_end() -> None:

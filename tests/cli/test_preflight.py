@@ -75,6 +75,7 @@ def test_no_number_is_infinite_or_nan(capsys: pytest.CaptureFixture[str]) -> Non
         (["--seed_everything=99999999999999999999999"], "seed_everything"),
         (["--data.seed=99999999999999999999999"], "data.seed"),
         (["--sampling.seed=-1"], "sampling.seed"),
+        (["--sampling.seed=4294967296"], "sampling.seed"),
         (["--trainer.max_steps=99999999999999999999999"], "trainer.max_steps"),
         (["--trainer.max_epochs=-5"], "trainer: `max_epochs` must be a non-negative integer or -1"),
         (["--trainer.limit_val_batches=-1"], "trainer: You have passed invalid value -1"),

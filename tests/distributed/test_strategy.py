@@ -7,19 +7,24 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.models.pretrained import empty_model, load_model
+from ows_lightning.module import CausalLMModule
+from tests.data.samples import tiny_tokenizer
 from tests.distributed.launch import free_port, run
-from tests.tiny import tiny_model
+from tests.tiny import tiny_batch, tiny_model
 
 WIDTH = 1024
 
@@ -45,6 +50,19 @@ def load_a_model(arguments: list[str]) -> None:
         assert isinstance(shard, DTensor)
         assert torch.equal(shard.full_tensor(), whole[key]), key
     dist.destroy_process_group()
+
+
+def test_one_process_sends_no_weights_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    sent: list[Any] = []  # NCCL takes nothing from host memory
+    monkeypatch.setattr(dist, "_broadcast_coalesced", lambda group, tensors, *_: sent.append(tensors))
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy="ddp_layerwise", logger=False, default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.test(CausalLMModule(str(tmp_path), frozen_in="host"), DataLoader([tiny_batch()], batch_size=None), verbose=False)
+    assert not sent
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ import torch
 from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
-from ows_lightning.offload.disk import Disk
+from ows_lightning.offload.disk import Disk, DiskWeights
+from ows_lightning.offload.offloaded import page_locked
 from ows_lightning.offload.offloader import BlockOffloader
 from tests.offload.fake_gpu import FakeGpu
 from tests.offload.steps import LateOffloader, Run, evaluate, train
@@ -302,6 +305,70 @@ def test_without_its_window_a_model_is_an_ordinary_one() -> None:
     offloader.remove()
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder_layers(model))
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(ours)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("int8_in", [None, "host"])
+def test_what_ran_out_of_memory_while_it_was_offloaded_begins_anew(
+    int8_in: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    offloader, ours = (BlockOffloader(decoder_layers(each), int8_in=int8_in) for each in (model, plain))
+    offload, calls = BlockOffloader._offload, []
+
+    def failing(self: BlockOffloader, weights: Any) -> Any:
+        calls.append(weights)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("at the third block")
+        return offload(self, weights)
+
+    monkeypatch.setattr(BlockOffloader, "_offload", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(model, offloader, draws=[[2]])
+    offloader.set_device(torch.device("meta"))  # as a Trainer's teardown does
+    offloader.set_device(torch.device("cpu"))
+    model.requires_grad_(True)
+    train(model, offloader, draws=[[2]]).assert_equals(train(plain, ours, draws=[[2]]))
+
+
+def test_a_draw_that_finds_no_memory_leaves_what_it_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, disk = tiny_model("llama"), Disk(tmp_path)
+    offloader = BlockOffloader(decoder_layers(model), disk=disk)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    load, written = BlockOffloader._load_for_training, []
+
+    def failing(self: BlockOffloader, index: int) -> None:
+        if index == 2:
+            raise torch.OutOfMemoryError("at the second block that trains")
+        load(self, index)
+
+    monkeypatch.setattr(BlockOffloader, "_load_for_training", failing)
+    monkeypatch.setattr(DiskWeights, "write_back", lambda weights, trained: written.append(weights))
+    model.requires_grad_(False)
+    for index in (1, 2):
+        decoder_layers(model)[index].requires_grad_(True)
+    with pytest.raises(torch.OutOfMemoryError):
+        offloader.apply_draw()
+    offloader.set_device(torch.device("meta"))
+    assert len(written) == 1  # the one block that had come, not the whole model
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_a_failed_page_lock_leaves_no_error_for_the_next_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    pending = []
+
+    def register(*_: int) -> int:
+        pending.append("CUDA error: out of memory")
+        return 2
+
+    def kernel(*_: int, device: torch.device) -> None:
+        if pending:
+            raise RuntimeError(pending.pop())
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch, "zeros", kernel)
+    with pytest.raises(RunError, match="could not be page-locked"):
+        page_locked(100, torch.device("cuda"))
+    assert not pending
 
 
 def test_a_block_is_held_on_the_device_while_it_is_looked_at() -> None:

@@ -362,7 +362,7 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.wait(slot)"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.make_writable", "self._stop_fetches()"): _killed_by("loaded", "host"),
     Mutant("offloader", "BlockOffloader.refresh", "self._stop_fetches()"): _killed_by("copied", "int8"),
-    Mutant("offloader", "BlockOffloader._set_active", "self._stop_fetches()"): _killed_by("trained", "int8"),
+    Mutant("offloader", "BlockOffloader._move_blocks", "self._stop_fetches()"): _killed_by("trained", "int8"),
     Mutant("offloader", "BlockOffloader._set_active", "self._stream.wait_for_computation()"): _killed_by("trained", "int8"),
     Mutant("offloader", "BlockOffloader._stop_fetches", "self._stream.synchronize()"): _killed_by("trained", "int8"),
     Mutant("offloader", "BlockOffloader.wait", "self._stream.wait(slot)"): _killed_by("trained", "host"),
