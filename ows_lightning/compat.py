@@ -68,8 +68,7 @@ def keep_recomputation_out_of_inference_graphs() -> None:
         torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph = False
 
 
-# One kernel for many tensors on a GPU; torch.optim stands on the same functions, which have no public name. When they are
-# gone: a loop over the tensors.
+# One kernel for many tensors on a GPU, as in torch.optim; they have no public name. When they are gone: a loop.
 foreach_add_ = torch._foreach_add_
 foreach_addcmul_ = torch._foreach_addcmul_
 foreach_div_ = torch._foreach_div_

@@ -45,7 +45,7 @@ from ows_lightning.sampling.lightning_support import check_strategy
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
 
-# Of the hook below, which suits any data module; Lightning says so at every start.
+# Lightning warns at every start that the hook below is not in the data module; here it suits any of them.
 warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps
             "model.lr_scheduler_type to constant and model.warmup_steps to a number of steps"
         )
     warmup = round(warmup_steps * steps) if 0 < warmup_steps < 1 else int(warmup_steps)
-    if 0 < warmup >= steps:
+    if warmup >= max(steps, 1):
         log.warning(
             "model.warmup_steps: %d are no less than the run's %d steps: the rate never reaches its value", warmup, steps
         )
@@ -199,8 +199,8 @@ class CausalLMModule(EvaluationModule):
 
     def exceeded_positions(self, length: int) -> int | None:
         """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""
-        options = self.hparams["model_name_or_path"], self.hparams["trust_remote_code"]
-        return pretrained.exceeded_positions(pretrained.load_config(*options), length, options[1])
+        name, trust_remote_code = self.hparams["model_name_or_path"], self.hparams["trust_remote_code"]
+        return pretrained.exceeded_positions(pretrained.load_config(name, trust_remote_code), length, trust_remote_code)
 
     def check_optimizer(self) -> Optimizer:
         """Makes the optimizer for a small matrix and a vector; a UsageError says what is wrong, or that it can't project."""
@@ -252,16 +252,21 @@ class CausalLMModule(EvaluationModule):
         if self.hparams["compile"]:
             execution.compile_blocks(self.language_model)
         self.offloader = None if self.device_mesh else offloader_for(decoder_layers(self), self.hparams, disk)
+        if self.offloader is not None:  # DDP sends weights even from one process to itself, and NCCL takes none from the host
+            offloaded = {p for weights in self.offloader.parameters for p in weights}
+            self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if p in offloaded]
 
     def build(self, empty: bool = False, disk: Disk | None = None) -> nn.Module:
         """Makes the model with its weights, blocks on a disk, or ``empty``: with weights on the meta device, to be filled."""
-        what = self.hparams["model_name_or_path"], len(self.tokenizer)
+        name, num_tokens = self.hparams["model_name_or_path"], len(self.tokenizer)
         options: dict[str, Any] = {key: self.hparams[key] for key in ("attn_implementation", "trust_remote_code")}
         options["dtype"] = DTYPES.get(self._precision, torch.float32)
         if empty:
-            model = pretrained.empty_model(*what, **options)
+            model = pretrained.empty_model(name, num_tokens, **options)
+        elif disk is not None:
+            model = load_mapped_model(name, num_tokens, disk, **options)
         else:
-            model = load_mapped_model(*what, disk, **options) if disk else pretrained.load_model(what[0], **options)
+            model = pretrained.load_model(name, **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.add_eos_token_id(model, end_of_turn_id(self.tokenizer))
         execution.fuse_(model, self.hparams["kernels"])
@@ -380,16 +385,18 @@ class CausalLMModule(EvaluationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the settings that have to be the same when the run is resumed; weights alone are saved whole."""
         checkpoint["settings"] = self._fixed_settings()
-        for optimizer in () if "optimizer_states" in checkpoint else self.trainer.optimizers:
-            merge_saved_updates_(checkpoint["state_dict"], optimizer.state_dict())
+        if "optimizer_states" not in checkpoint:
+            for optimizer in self.trainer.optimizers:
+                merge_saved_updates_(checkpoint["state_dict"], optimizer.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
         resumes = self._trainer is not None and self.trainer.training
         if self._trainer is not None:
             check_fixed_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
-        for optimizer in () if resumes else checkpoint.get("optimizer_states", ()):
-            merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
+        if not resumes:
+            for optimizer in checkpoint.get("optimizer_states", ()):
+                merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
 
     def _fixed_settings(self) -> dict[str, Any]:
         architecture = architecture_of(self.language_model.config)

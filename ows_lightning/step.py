@@ -60,8 +60,7 @@ class StepAccumulator:
     def complete(self, optimizer: Optimizer, micro_batches: int) -> None:
         """Makes the gradient that of the step's mean loss, before hooks look at it.
 
-        Gradients have to be complete, and averaged over the processes. Lightning has divided each loss by the number of
-        ``micro_batches``.
+        They have to be complete, and averaged over processes. Lightning has divided each loss by the ``micro_batches``.
         """
         assert self._totals is not None
         if micro_batches > 1:

@@ -28,7 +28,7 @@ class OWSTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
-        given = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or ())
         kinds = (Resume, Throughput, StopOnNaN, SaveOnSignal)  # a checkpoint on a signal has the throughput of its step, too
         ours = [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
         super().__init__(*args, callbacks=[*ours, *given], **kwargs)

@@ -35,7 +35,8 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning 2.6 saves `last.ckpt` at its end
             return
         newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
-        if not (filepath == self.last_model_path != newest and newest and self._link(trainer, Path(newest), Path(filepath))):
+        is_last = filepath == self.last_model_path and newest not in ("", filepath)
+        if not (is_last and self._link(trainer, Path(newest), Path(filepath))):
             super()._save_checkpoint(trainer, filepath)
         remove_interrupted(trainer, Path(filepath))
 
@@ -61,7 +62,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 def remove_interrupted(trainer: Trainer, saved: Path) -> None:
     """Removes ``interrupted-step=N.ckpt`` of this run, and the one it was resumed from, once a later checkpoint is saved."""
-    if not trainer.is_global_zero or "://" in str(saved) or not saved.exists():
+    if not trainer.is_global_zero or not saved.exists():
         return
     resumed = Path(trainer.ckpt_path or "")
     for path in {*saved.parent.glob("interrupted-step=*.ckpt"), resumed} - {saved}:

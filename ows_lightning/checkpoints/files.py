@@ -1,8 +1,7 @@
 """Files of tensors and plain values: written whole, checked for changed bytes, and read without running code.
 
 A file that torch writes is a zip archive, whose own sums leave out headers and padding. So the CRC-32 of all of it is at its
-end, as the archive's comment, which torch and zip tools pass over. The sums of the other files of a directory of shards are in
-its ``meta.pt``.
+end, as the archive's comment, which torch and zip tools pass over. Those of a directory of shards are in its ``meta.pt``.
 """
 
 from __future__ import annotations

@@ -162,7 +162,8 @@ class CommandTrainer(OWSTrainer):
         if delta:
             dtype = DTYPES.get(str(self.precision), torch.float32)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-                save_huggingface(model.model, model.tokenizer, whole := Path(folder, "model"), card)
+                whole = Path(folder, "model")
+                save_huggingface(model.model, model.tokenizer, whole, card)
                 model.causal_lm = None  # free its memory for the base
                 sizes = write_delta(whole, target, name, dtype, model.hparams["trust_remote_code"])
             print(f"Written: {output} ({sizes})")

@@ -91,7 +91,8 @@ def load(name: str, args: argparse.Namespace) -> Conversation:
 
 def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
     """The path of a model for `load_model`; a checkpoint or a delta is turned into a model in a folder first."""
-    path = find_run_folder(asked := Path(name).expanduser())
+    asked = Path(name).expanduser()
+    path = find_run_folder(asked)
     if path != asked:
         print(f"({path} is the newest run there)", file=sys.stderr)
     if (path / "model" / "config.json").is_file():

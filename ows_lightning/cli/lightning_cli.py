@@ -108,7 +108,7 @@ class OWSCLI(LightningCLI):
         """Parses the arguments, and checks what the parser does not."""
         argv = sys.argv[1:] if args is None else args
         if isinstance(argv, list):
-            # Without what ends the program. What was parsed is what is meant, unless other classes begin with other arguments.
+            # Without --print_config, which would end the program here. Parsed again if a named class has other defaults.
             asked = [word for word in argv if not word.startswith("--print_config")]
             self.config = parser.parse_args(asked)
             again = self._start_from_named_classes() or asked != argv
@@ -170,8 +170,8 @@ class OWSCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
         trainer_args, sampling = self._get(self.config_init, "trainer"), self._get(self.config_init, "sampling")
-        for key in ("logger", "enable_checkpointing", "enable_progress_bar") if trainer_args["barebones"] else ():
-            trainer_args[key] = False
+        if trainer_args["barebones"]:
+            trainer_args.update(logger=False, enable_checkpointing=False, enable_progress_bar=False)
         callbacks = trainer_args["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(trainer_args["strategy"]):
@@ -239,7 +239,9 @@ def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
     """Puts a CSV logger before those of ``trainer.logger``: its folder is the run's, and pictures come from its file."""
-    loggers = [loggers] if isinstance(loggers, Logger) else [] if isinstance(loggers, bool) else [*(loggers or ())]
+    if loggers is None or isinstance(loggers, bool):
+        loggers = []
+    loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
     if not any(isinstance(logger, CSVLogger) for logger in loggers):
         loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))  # so that a killed run keeps its curves
     return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))

@@ -80,8 +80,7 @@ class InstructionDataModule(LightningDataModule):
         val_size: Fraction (below 1) or number of rows to split off by `seed` when there is no `eval_dataset`; 0 for none.
         batch_size: Rows in a batch of one rank.
         eval_batch_size: The same outside training; `batch_size` when not given.
-        max_seq_length: Longest row in tokens. Longer rows lose the start of their prompt, and the end of their last answer
-            only if that alone is too long.
+        max_seq_length: Longest row in tokens. Longer rows lose the start of their prompt; the last answer is cut last.
         train_on_prompt: Train on every token instead of only on the answers.
         last_turn_only: Train only on the last answer of a conversation.
         packing: Put several documents into a training row of `max_seq_length` tokens; they don't see one another.
@@ -199,8 +198,7 @@ class InstructionDataModule(LightningDataModule):
     def summary(self) -> dict[str, int]:
         """Figures of the training rows after `setup`: rows, dropped and truncated ones, tokens, targets, validation rows.
 
-        ``rows`` counts what is batched: with packing the packed rows, ``documents`` what they are made of. Of a stream only
-        the validation rows are known.
+        ``rows`` counts what is batched: with packing the packed rows, of ``documents``. Of a stream, only validation rows.
         """
         figures = {"validation_rows": len(self._rows.get("val", ()))}
         if self.streaming:
@@ -212,9 +210,9 @@ class InstructionDataModule(LightningDataModule):
         dropped = len(self._splits.indices_without_target("dataset"))
         return {"rows": len(rows), "documents": len(documents), "dropped_rows": dropped, **figures}
 
-    def sample_row(self, index: int = 0) -> list[tuple[str, bool]]:
-        """A training row after `setup`, decoded: pieces of text, each with whether it is trained."""
-        item = next(iter(self._stream_rows(length=1)))[0] if self.streaming else self._rows["train"][index]
+    def sample_row(self) -> list[tuple[str, bool]]:
+        """The first training row after `setup`, decoded: pieces of text, each with whether it is trained."""
+        item = next(iter(self._stream_rows(length=1)))[0] if self.streaming else self._rows["train"][0]
         trained = np.asarray(item["labels"]) != IGNORED
         edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
         tokenizer = self._encoder().tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from ows_lightning.errors import UsageError, did_you_mean
+from ows_lightning.errors import UsageError, closest_name, did_you_mean
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -43,7 +43,8 @@ def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = Tru
     if fitting:
         return fitting[0]
     wanted = {column for needed, _ in FORMATS.values() for group in needed for column in group} - set(columns)
-    hint = next((f"; '{_shortened(column)}': {near[2:]}" for column in columns if (near := did_you_mean(column, wanted))), "")
+    near = {column: closest_name(column, wanted) for column in columns}
+    hint = next((f"; '{_shortened(column)}': did you mean '{name}'?" for column, name in near.items() if name), "")
     known = ", ".join(f"{name} ({', '.join('|'.join(group) for group in needed)})" for name, (needed, _) in FORMATS.items())
     there = ", ".join(f"'{_shortened(column)}'" for column in columns)
     raise UsageError(f"{row_name}: columns {there} fit no format; known are {known}{hint} (data.columns renames columns)")

@@ -35,7 +35,8 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
         for row, entry in enumerate(table):
             example = json.loads(entry["example"])
             options, right = choices_of(example, entry["where"])
-            self.rows += [(row, entry["where"], example, options, right)] if options else []
+            if options:
+                self.rows.append((row, entry["where"], example, options, right))
         self.most = max((len(options) for _, _, _, options, _ in self.rows), default=1)  # choices of a row
 
     def __len__(self) -> int:

@@ -23,10 +23,8 @@ from huggingface_hub.utils.sha import sha_fileobj
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ows_lightning.compat import fingerprint
-from ows_lightning.data.formats import without_none
+from ows_lightning.data.formats import Row, without_none
 from ows_lightning.errors import UsageError, did_you_mean
-
-Row = dict[str, Any]
 
 
 def _open_zstandard(file: Path, mode: str) -> IO[bytes]:

@@ -70,7 +70,8 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
             for what in self.encoder.dropped_parts(example) if number == 0 else ():
                 dropped_parts.setdefault(what, {})[entry["where"]] = None
             documents += [(row.input_ids, row.labels) for row in encoded]
-            dropped |= {} if encoded else {entry["where"]: None}
+            if not encoded:
+                dropped[entry["where"]] = None
         for what, row_names in dropped_parts.items():
             which = f"{what}, which the chat template does not show: {join_names(row_names)}"
             rank_zero_warn(f"data.dataset: {len(row_names)} of the first {BLOCK} rows lose {which}")

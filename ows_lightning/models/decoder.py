@@ -14,8 +14,7 @@ from ows_lightning.errors import UsageError
 def causal_lm(model: nn.Module) -> nn.Module:
     """Returns the transformers model with an LM head that a module is or contains, or the module itself if there is none.
 
-    Of several (a teacher beside its student) it is the one whose weights the module's optimizer holds, or else the first that
-    has a weight to train.
+    Of several (a teacher beside its student) it is the one in the module's optimizer, or else the first that trains.
     """
     pretrained = [module for module in model.modules() if _is_pretrained(module)]
     candidates = [module for module in pretrained if module.get_output_embeddings() is not None] or pretrained

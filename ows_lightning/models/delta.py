@@ -1,11 +1,10 @@
 """A delta: the tensors in which an exported model differs from the model that it was made from.
 
 Its directory holds ``delta.json``, the tensors that differ as ``delta-*.safetensors``, and all other files of the export. A
-tensor that the base has in the same dtype and shape is stored as `compress` makes it, where that is smaller;
-``delta.json`` has the SHA-256 of what is stored then. It also has the base's name, the dtype that it is loaded in, a SHA-256
-of all its weights, and the layout of the export: its files, in each of weights the names and SHA-256 of its tensors, and of
-the others (but the model card, which may be edited) theirs. A tensor's SHA-256 is over its name, dtype, shape and bytes; the
-whole base's is over those of its tensors.
+tensor that the base has in the same dtype and shape is stored as `compress` makes it, where that is smaller.
+``delta.json`` has the SHA-256 of what is stored, of the base's weights, and of every tensor and file of the export (but the
+model card, which may be edited), beside the base's name and dtype. A tensor's SHA-256 is over its name, dtype, shape and
+bytes; the whole base's is over those of its tensors.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ class DeltaSize(NamedTuple):
 
 def megabytes(count: int) -> str:
     """Returns a number of bytes in MB, with a digit behind the point where it is small."""
-    return f"{count / 1e6:,.{0 if count >= 1e8 else 1 if count >= 1e6 else 3}f} MB"
+    digits = 3 if count < 1e6 else 1 if count < 1e8 else 0
+    return f"{count / 1e6:,.{digits}f} MB"
 
 
 class Delta:

@@ -61,14 +61,13 @@ def save_huggingface(
 ) -> None:
     """Writes a model directory: safetensors, config, generation config, tokenizer, chat template and model card.
 
-    `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once; the
-    weights keep their dtype. A model inside peft is written merged, as a plain model, and is itself left as it was,
-    bit for bit. Weights are gathered (FSDP2), merged or read from files one at a time. Shards have about 2 GB. A
-    vision-language model also gets the processor's files of the model that it was made from.
+    `AutoModelForCausalLM.from_pretrained(directory)` loads it without a warning. Tied weights are stored once, all in their
+    dtype. A model inside peft is written merged, and itself left as it was. Weights are gathered (FSDP2), merged or read one
+    at a time. Shards have about 2 GB. A vision-language model also gets the processor's files of the model it was made from.
 
-    The directory appears as a whole when everything in it is written. One that exists already is replaced only if it
-    holds nothing but a model, else that is a UsageError. A RunError says that the files can't be written, or that weights are
-    NaN or Inf. With several processes rank 0 writes; the others may call this too, and have to if the model is sharded.
+    The directory appears as a whole when everything in it is written. One that holds anything but a model is not replaced
+    (UsageError). A RunError says that the files can't be written, or that weights are NaN or Inf. With several processes
+    rank 0 writes; the others may call this too, and have to if the model is sharded.
     """
     target = check_replaceable(directory)
     for block in model.modules():

@@ -248,9 +248,11 @@ def exceeded_positions(config: PretrainedConfig, length: int, trust_remote_code:
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
             rows = module.num_embeddings - int(getattr(module, "offset", 0))
-            limits |= {rows - (0 if module.padding_idx is None else module.padding_idx + 1)} if rows in named else set()
+            if rows in named:
+                limits.add(rows if module.padding_idx is None else rows - module.padding_idx - 1)
         for tensor in [*module.buffers(recurse=False), *(value for value in vars(module).values() if torch.is_tensor(value))]:
-            limits |= {tensor.shape[0]} if tensor.dim() == 2 and tensor.shape[0] in named else set()
+            if tensor.dim() == 2 and tensor.shape[0] in named:
+                limits.add(tensor.shape[0])
     limit = min(limits, default=length)
     return limit if length > limit else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -12,20 +12,12 @@ from torch import Tensor
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import rows_at_a_time
+from ows_lightning.optim import sharding
 from ows_lightning.optim.gradient_capture import GradientCapture
 from ows_lightning.optim.projected_adamw import merge_update_, project, projected_adamw_
-from ows_lightning.optim.sharding import (
-    clip_,
-    is_sharded,
-    local,
-    projected_placements,
-    projector_placements,
-    shard_replicated,
-    total_norm,
-    whole_matrices,
-)
+from ows_lightning.optim.sharding import local
 from ows_lightning.optim.state_dtypes import saved_tensors
-from ows_lightning.optim.subspace import Side, Sketch, find_subspace, random_subspace
+from ows_lightning.optim.subspace import Method, Side, Sketch, find_subspace, random_subspace
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
@@ -52,22 +44,19 @@ class GaLoreAdamW(GradientCapture):
 
     Weight decay comes after the step, as in galore-torch: W <- (1 - lr * weight_decay) (W - ...). torch's AdamW decays first.
 
-    Clipping: with ``max_grad_norm``, every step limits the norm of what it consumes. Clipping ``grad``, as
-    ``torch.nn.utils.clip_grad_norm_`` or Lightning's ``gradient_clip_val`` for your own module do, misses gradients that were
-    projected in backward. (With LayerwiseSampling or CausalLMModule, Lightning's clipping acts on ``gradients()``.)
+    Clipping: with ``max_grad_norm``, every step limits the norm of what it consumes. ``torch.nn.utils.clip_grad_norm_`` misses
+    what was projected in backward. (With LayerwiseSampling or CausalLMModule, Lightning's clipping acts on ``gradients()``.)
 
     Also worth knowing:
 
     * ``project_in_backward()`` projects each gradient as soon as backward has produced it: full gradients never add up.
     * ``gradients()`` returns what a step consumes, projected gradients for groups with a rank; clip those by any rule.
-    * A step with a NaN or Inf in any gradient is skipped as a whole: weights, moments and subspaces stay as they were. A
-      warning names the weight, and ``skipped_steps`` counts such steps.
+    * A step with a NaN or Inf in any gradient is skipped as a whole; a warning names the weight, ``skipped_steps`` counts.
     * ``rest()`` lets weights that would be frozen learn a little, in a random subspace of a small rank.
     * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
       ``average_gradients()`` averages what a step consumes: r/n of the bytes of the gradients.
-    * All settings are options of the groups, as the learning rate is: a copy, a pickle and a loaded state have them, and a
-      change takes effect at the next step (``rank`` and ``proj_type``, which give the state its shape, can't change).
-      Gradients that wait for a step are not copied.
+    * All settings are options of the groups, as the learning rate is: copies, pickles and loaded states have them, and changes
+      take effect at the next step (``rank`` and ``proj_type`` can't change). Gradients that wait for a step are not copied.
 
     Args:
         params: Parameters, named parameters or groups, e.g. from ``galore_param_groups``. Keys of a projected group:
@@ -77,8 +66,7 @@ class GaLoreAdamW(GradientCapture):
         betas: Decay rates of the first and second moment.
         eps: Added to the square root of the second moment.
         weight_decay: Decoupled weight decay; acts on W.
-        moments_dtype: ``float32`` or ``bfloat16``, which halves the state; moments are then rounded stochastically. Moments
-            that were saved in the other dtype are converted when they are next used.
+        moments_dtype: ``float32`` or ``bfloat16``, which halves the state and rounds stochastically; saved ones are converted.
         moments_at_renewal: What happens to the moments when the subspace is renewed: ``keep`` them as numbers (GaLore),
             ``reproject`` them onto the new subspace, or ``reset`` them.
         stochastic_rounding: Round bfloat16 weights up or down at random, with the right mean, instead of to nearest.
@@ -172,6 +160,9 @@ class GaLoreAdamW(GradientCapture):
             if group.get("rank") is not None and "rank" not in saved:
                 raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
         super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].cpu()  # where reading it waits for no device
         for p, key, value in saved_tensors(self, state_dict):
             if key == "rest":
                 self.state[p][key] = value.to("cpu", copy=True)
@@ -349,9 +340,9 @@ class GaLoreAdamW(GradientCapture):
         clipped = [group for group in self.param_groups if group["max_grad_norm"] is not None]
         if not gradients or (known_finite and not clipped):
             return True
-        norm = total_norm(gradients)
+        norm = sharding.total_norm(gradients)
         for group in clipped:
-            clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
+            sharding.clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
         if known_finite or norm.isfinite():
             return True
         found = ((name, self.gradient_of(p)) for name, p in self._named_parameters())
@@ -440,20 +431,21 @@ class GaLoreAdamW(GradientCapture):
             state["reset_at"] = int(state["step"])  # which goes on: it seeds the next subspace
             return
         # First moments are linear in the gradient; second ones are moved as if coordinates were independent.
-        rotation = (whole_matrices(old).mT @ whole_matrices(projector)).to(state["exp_avg"].dtype)
+        rotation = (sharding.whole_matrices(old).mT @ sharding.whole_matrices(projector)).to(state["exp_avg"].dtype)
         for moment, turn in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
             local(moment).copy_(project(local(moment), turn, side))
 
     def _shard_state(self, p: Tensor, key: str, value: Tensor) -> Tensor:
         """Takes this process's part of a saved state tensor where the weight is sharded and the tensor is not."""
-        if not is_sharded(p) or is_sharded(value):
+        if not sharding.is_sharded(p) or sharding.is_sharded(value):
             return value
         side = self._projected_side(p)
         if side is None or value.shape == p.shape:
             placements: Sequence[Placement] = p.placements
         else:
-            placements = (projector_placements if key == "projector" else projected_placements)(p, side)
-        return shard_replicated(value, p.device_mesh, placements)
+            find = sharding.projector_placements if key == "projector" else sharding.projected_placements
+            placements = find(p, side)
+        return sharding.shard_replicated(value, p.device_mesh, placements)
 
 
 @torch.no_grad()
@@ -478,21 +470,20 @@ def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
 
 def _check_options(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range by a ValueError that names one."""
-    valid: dict[str, Callable[[Any], bool]] = {
-        "lr": lambda value: value >= 0,
-        "betas": lambda value: all(0 <= beta < 1 for beta in value),
-        "eps": lambda value: value >= 0,
-        "weight_decay": lambda value: value >= 0,
-        "moments_dtype": lambda value: value in ("float32", "bfloat16"),
-        "moments_at_renewal": lambda value: value in ("keep", "reproject", "reset"),
-        "max_grad_norm": lambda value: value is None or value > 0,
-        "state_warmup_steps": lambda value: value >= 0,
-        "rank": lambda value: value is None or value >= 1,
-        "update_proj_gap": lambda value: value >= 1,
-        "proj_type": lambda value: value in ("std", "reverse_std", "right", "left"),
-        "subspace": lambda value: value in ("randomized", "svd", "random"),
-    }
-    for name, is_valid in valid.items():
-        if name in options and not is_valid(options[name]):
+    choices: dict[str, tuple[str, ...]] = {
+        "moments_dtype": ("float32", "bfloat16"), "moments_at_renewal": ("keep", "reproject", "reset"),
+        "proj_type": get_args(ProjType), "subspace": get_args(Method),
+    }  # fmt: skip
+    least = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1, "rank": 1}
+    for name, value in options.items():
+        if name == "betas":
+            valid = all(0 <= beta < 1 for beta in value)
+        elif name in choices:
+            valid = value in choices[name]
+        elif name in least:
+            valid = (name == "rank" and value is None) or value >= least[name]
+        else:
+            valid = name != "max_grad_norm" or value is None or value > 0
+        if not valid:
             hint = "must be at least 1 (leave it out to train in full rank)" if name == "rank" else "is out of range"
-            raise ValueError(f"{name}: {options[name]!r} {hint}")
+            raise ValueError(f"{name}: {value!r} {hint}")

@@ -16,19 +16,11 @@ from torch.optim import Optimizer
 
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.large_tensors import rows_at_a_time
+from ows_lightning.optim import sharding
 from ows_lightning.optim.hooks import hook_gradients, remove_hook
 from ows_lightning.optim.linear import to_plain_linear, to_projected_linear
 from ows_lightning.optim.projected_adamw import project, project_factors
-from ows_lightning.optim.sharding import (
-    average_,
-    clip_,
-    distribute_projector,
-    local,
-    reduce_projected,
-    total_norm,
-    whole_matrices,
-    zero_missing_gradients,
-)
+from ows_lightning.optim.sharding import local
 from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
 
 
@@ -60,8 +52,7 @@ class GradientCapture(Optimizer):
     Attributes:
         projected_gradients: R of the coming step, by weight.
         offloaded_gradients: Full gradients, in host memory, of a step that renews their subspaces.
-        sketches: Subspaces that are not turned onto singular vectors yet, by weight; the gradient projected onto each; and
-            the processes that share it.
+        sketches: By weight, a subspace that is not yet turned onto singular vectors, R in it, and the processes that share it.
     """
 
     def _init_unsaved(self) -> None:
@@ -178,8 +169,8 @@ class GradientCapture(Optimizer):
             The joint 2-norm before, a scalar on the gradients' device (0 where nothing has a gradient).
         """
         gradients = self.gradients()
-        norm = total_norm(gradients)
-        clip_(gradients, norm, value, algorithm)
+        norm = sharding.total_norm(gradients)
+        sharding.clip_(gradients, norm, value, algorithm)
         return norm
 
     @torch.no_grad()
@@ -194,14 +185,14 @@ class GradientCapture(Optimizer):
         waiting = (self.projected_gradients, self.offloaded_gradients)
         trained = [p for p in self._group_and_index if p.requires_grad]
         has_gradient = [p.grad is not None or any(p in some for some in waiting) for p in trained]
-        zero_missing_gradients(trained, has_gradient, process_group)
+        sharding.zero_missing_gradients(trained, has_gradient, process_group)
         self._project_all(renew=False)
         for p in [p for p in self._group_and_index if p in self.offloaded_gradients]:  # in one order on all processes
             p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
-            average_([p.grad], process_group)
+            sharding.average_([p.grad], process_group)
             self._project(p, processes=process_group or dist.group.WORLD)
         self._turn_subspaces()
-        average_(self._gradients_of(self._group_and_index), process_group)
+        sharding.average_(self._gradients_of(self._group_and_index), process_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, also projected ones."""
@@ -241,28 +232,29 @@ class GradientCapture(Optimizer):
         assert side is not None
         gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
         if (projector := self._projector(p)) is not None:
-            self.consume_projected(p, reduce_projected(project(local(gradient), local(projector), side), p, side))
+            self.consume_projected(p, sharding.reduce_projected(project(local(gradient), local(projector), side), p, side))
             return
-        if p in self.offloaded_gradients:
-            _add_from_host(local(gradient), self.offloaded_gradients.pop(p))
+        in_host = self.offloaded_gradients.pop(p, None)
+        if in_host is not None:
+            _add_from_host(local(gradient), in_host)
         if not renew:
-            self.offloaded_gradients[p] = _to_host(local(gradient))
+            self.offloaded_gradients[p] = _to_host(local(gradient), in_host)
             return
         with self._time_renewal(p.device):
-            matrices = whole_matrices(gradient)
+            matrices = sharding.whole_matrices(gradient)
             # Decompositions fail on NaN, Inf and overflows. The projection is made NaN below, so that step() skips.
-            finite = total_norm([matrices]).isfinite()
+            finite = sharding.total_norm([matrices]).isfinite()
             matrices.masked_fill_(~finite, 0.0)
             found = self._new_subspace(p, matrices, side)
             # What is broadcast of a sketch are its vectors, below, which lie in the span of everybody's basis.
             basis, group = (found.basis, None) if isinstance(found, Sketch) else (found, processes)
-            projector = distribute_projector(basis, p, side, group)
+            projector = sharding.distribute_projector(basis, p, side, group)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
         if isinstance(found, Sketch):
             self.sketches[p] = found, projected, processes
         else:
             self._new_projectors[p] = projector
-            self.consume_projected(p, reduce_projected(projected, p, side))
+            self.consume_projected(p, sharding.reduce_projected(projected, p, side))
 
     @torch.no_grad()
     def _turn_subspaces(self) -> None:
@@ -279,9 +271,11 @@ class GradientCapture(Optimizer):
             for (p, (sketch, projected, processes)), exact in zip(waiting, turned, strict=True):
                 side, vectors = self._projected_side(p), exact.to(sketch.basis.dtype)
                 assert side is not None
-                self._new_projectors[p] = distribute_projector(vectors, p, side, processes)  # rank 0's on all processes
+                self._new_projectors[p] = sharding.distribute_projector(
+                    vectors, p, side, processes
+                )  # rank 0's on all processes
                 turn = (sketch.basis.mT @ vectors).to(projected.dtype)  # which autocast may have taken
-                self.consume_projected(p, reduce_projected(project(projected, turn, side), p, side))
+                self.consume_projected(p, sharding.reduce_projected(project(projected, turn, side), p, side))
 
     @torch.no_grad()
     def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
@@ -337,8 +331,10 @@ def _add_from_host(gradient: Tensor, offloaded: Tensor) -> None:
         part.add_(in_host.to(part.device, non_blocking=True))
 
 
-def _to_host(gradient: Tensor) -> Tensor:
-    """Copies a gradient of any shape to host memory; from a GPU to pinned memory, without waiting for it."""
+def _to_host(gradient: Tensor, memory: Tensor | None) -> Tensor:
+    """Copies a gradient of any shape to host memory, given or new; from a GPU to pinned memory, without waiting for it."""
     if not gradient.is_cuda:
         return gradient.to("cpu")
-    return torch.empty_like(gradient, device="cpu", pin_memory=True).copy_(gradient, non_blocking=True)
+    if memory is None:
+        memory = torch.empty_like(gradient, device="cpu", pin_memory=True)
+    return memory.copy_(gradient, non_blocking=True)

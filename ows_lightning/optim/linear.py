@@ -95,8 +95,7 @@ class _FactoredLinear(torch.autograd.Function):
 class _SaveProjectedInput(torch.autograd.Function):
     """Keeps X Q for backward, and takes R = dY^T (X Q) there. What it returns stands for Y, without values.
 
-    X Q is kept before X W^T is computed: a checkpointed block, which is recomputed until all is there that backward needs,
-    stops short of the last one.
+    X Q is kept before X W^T is computed: a checkpointed block is recomputed only until backward has all that it needs.
     """
 
     @staticmethod

@@ -58,14 +58,17 @@ def projected_adamw_(
 
     R are the ``gradients`` (G in full rank), Q or P the ``projectors`` (None: in full rank), M the ``exp_avgs`` and V the
     ``exp_avg_sqs``, of the shapes of R, and t the ``steps``, from 1. Decay acts after the step, as in galore-torch.
-    Many give the same bits as one at a time.
+    Several weights in one call give the same bits as one call each.
 
-    Moments are float32 or wider, or bfloat16 with a generator: they are updated in float32 then, and rounded stochastically,
-    for rounded to nearest, a second moment would never decay. With ``round_weights`` so are weights in bfloat16.
+    bfloat16 moments need a generator: they are updated in float32 and rounded stochastically, since rounded to nearest a
+    second moment would never decay. With ``round_weights``, bfloat16 weights are rounded the same way.
     """
-    (beta1, beta2), rate, kept = betas, lr * scale, 1 - lr * weight_decay
+    beta1, beta2 = betas
+    shrink = 1 - lr * weight_decay
     rounds_moments = exp_avgs[0].dtype == torch.bfloat16
-    m, v = ([t.float() for t in moments] if rounds_moments else list(moments) for moments in (exp_avgs, exp_avg_sqs))
+    m, v = list(exp_avgs), list(exp_avg_sqs)
+    if rounds_moments:
+        m, v = [t.float() for t in m], [t.float() for t in v]
     r = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, m, strict=True)]
     foreach_mul_(m, beta1)
     foreach_add_(m, r, alpha=1 - beta1)
@@ -81,11 +84,11 @@ def projected_adamw_(
     if projectors is not None:
         for weight, direction, projector in zip(weights, d, projectors, strict=True):
             tall, wide = (direction, projector.mT) if side == "right" else (projector, direction)
-            _add_product_(weight, tall, wide, kept, -rate * kept, generator if round_weights else None)
+            _add_product_(weight, tall, wide, shrink, -lr * scale * shrink, generator if round_weights else None)
         return
     w = [weight.float() for weight in weights] if round_weights else list(weights)
-    foreach_add_(w, [direction.to(weight.dtype) for direction, weight in zip(d, w, strict=True)], alpha=-rate)
-    foreach_mul_(w, kept)
+    foreach_add_(w, [direction.to(weight.dtype) for direction, weight in zip(d, w, strict=True)], alpha=-lr * scale)
+    foreach_mul_(w, shrink)
     if round_weights:
         for stored, exact in zip(weights, w, strict=True):
             round_stochastically_(stored, exact, generator)

@@ -56,8 +56,7 @@ def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
         axes, values, _ = torch.linalg.svd(part.view(triangle.shape))
         vectors = basis.float() @ axes[..., :rank].to(basis.device, non_blocking=True)
         # Rounding differs with the number of processes and must not decide anything. So directions beyond the gradient's
-        # numerical rank come from the generator, and the largest entry of each vector is made positive: moments that are kept
-        # depend on it.
+        # numerical rank come from the generator, and each vector's largest entry is made positive, for moments that are kept.
         left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
         if left_open.any():
             free = torch.randn(basis.size(-2), rank, generator=generator, dtype=torch.float32, device=basis.device)

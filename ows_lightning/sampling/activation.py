@@ -37,8 +37,7 @@ def activate_blocks(
     """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two steps. Returns what it froze.
 
     A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers, so that memory does not
-    grow with the blocks that have ever been active. A parameter that several blocks share (Zamba2's attention) trains if any
-    of them is active.
+    grow with the blocks that have ever been active. One that blocks share (Zamba2's attention) trains if any of them does.
 
     With a ``resting_rank``, the matrices of the blocks above the lowest active one, which backward passes through anyway,
     keep ``requires_grad`` and train at rest, see ``GaLoreAdamW.rest``; vectors and the blocks below are frozen.
@@ -77,5 +76,6 @@ def activate_blocks(
 
 def unfreeze(model: nn.Module) -> None:
     """Lets those parameters train again that a BlockSampler froze, in any run, and none that the user did."""
-    for p in [p for module in model.modules() for p in vars(module).pop("frozen_by_sampling", ())]:
-        p.requires_grad_(True)
+    for module in model.modules():
+        for p in vars(module).pop("frozen_by_sampling", ()):
+            p.requires_grad_(True)

@@ -37,9 +37,6 @@ class LayerwiseSampling(BlockSampler, Callback):
     Not supported are optimizers that hold only some of the parameters (freeze nothing yourself before
     ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (instead of ``ddp`` use
     ``ddp_layerwise``, instead of ``fsdp`` use ``fsdp2``).
-
-    Attributes:
-        folder: Where scores and draws are written; None takes the logger's folder, if there is one.
     """
 
     folder: Path | None = None
@@ -106,5 +103,6 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     def _write_and_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         self.write(self._written_to)
-        for logger in trainer.loggers if metrics else ():
-            logger.log_metrics(metrics, step=trainer.global_step)
+        if metrics:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)

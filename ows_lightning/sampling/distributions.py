@@ -77,8 +77,8 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         probabilities = _normalised(scores, hint="no weight of any block exceeds the threshold; lower `threshold`")
         if distribution != "outlier_reverse":
             return probabilities
-        rank = torch.argsort(probabilities, stable=True)
-        return torch.empty_like(probabilities).scatter_(0, rank, probabilities[rank.flip(0)])
+        order = torch.argsort(probabilities, stable=True)
+        return torch.empty_like(probabilities).scatter_(0, order, probabilities[order.flip(0)])
     names = get_args(Distribution)
     hint = did_you_mean(distribution, names) or f"; give {', '.join(names)} or a list of weights"
     raise UsageError(f"distribution: unknown '{distribution}'{hint}")

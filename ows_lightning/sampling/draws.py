@@ -19,13 +19,14 @@ def draw_blocks(
         probabilities: Shape (num_layers,), see `sampling_probabilities`.
         count: How many blocks to draw (gamma in the paper); a UsageError says that there are fewer.
         generator: The CPU random generator to draw with; None is torch's global one.
-        grouping: The chance, 0 to 1, of a draw in which each block is as likely, but together with blocks of similar depth,
-            see ``GroupedDraws``: so the lowest block lies on average so far between that of independent draws and the highest.
+        grouping: Chance, 0 to 1, that a draw is a grouped one (``GroupedDraws``): each block is as likely as in an independent
+            draw, but its companions have similar depth, so the lowest block is higher on average.
     """
     blocks, drawable = len(probabilities), int((probabilities > 0).sum())
     if count > drawable:
-        which = f"the {drawable} of {blocks} blocks whose probability is not zero; take another distribution or threshold, or"
-        which = which if count <= blocks else f"the model's {blocks} blocks;"
+        which = f"the model's {blocks} blocks;"
+        if count <= blocks:
+            which = f"the {drawable} of {blocks} blocks whose probability is not zero; take another distribution or threshold,"
         raise UsageError(f"sampling.activated_layers: {count} is more than {which} give at most {drawable}")
     if grouping >= 1 or (grouping > 0 and uniform(generator) < grouping):
         return grouped_draws(tuple(probabilities.tolist()), count).draw(generator)

@@ -1,11 +1,10 @@
 """Grouped draws: each block is drawn as often as in independent draws, but together with blocks of similar depth.
 
-The lowest active block decides the time of a step, since backward runs through all blocks above it. With pi the
-inclusion probabilities of independent draws, a grouped draw takes ``count`` distinct blocks with exactly these
-probabilities, but its lowest block lies as high as possible on average.
+The lowest active block decides the time of a step, since backward runs through all blocks above it. With pi the inclusion
+probabilities of independent draws, a grouped draw takes ``count`` distinct blocks with exactly these probabilities, but its
+lowest block lies as high as possible on average.
 
-That is a linear program over the lowest block m, drawn with the probability q_m, and the chance y_ml that m is the
-lowest and l is drawn, too:
+That is a linear program over the probabilities q_m that block m is the lowest, and y_ml that l is drawn beside it:
 
     maximise sum_m q_m m   subject to   q_l + sum_{m<l} y_ml = pi_l,   sum_{l>m} y_ml = (count - 1) q_m,   0 <= y_ml <= q_m.
 """

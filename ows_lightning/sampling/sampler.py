@@ -58,9 +58,8 @@ class BlockSampler:
         always_train: What trains outside the blocks: any of ``embeddings``, ``lm_head``, ``norm``. A weight that embeddings
             and head share trains if either is named.
         seed: Seeds the draws and the choice of calibration rows.
-        grouping: 0.0 to 1.0. Every block trains as often as with 0, the paper's independent draws, but together with blocks
-            of similar depth, so that the lowest active block, which decides a step's time, is higher on average; 1 makes it
-            as high as possible.
+        grouping: Chance, 0.0 to 1.0, that a draw is a grouped one. Every block trains as often as with 0, the paper's draws,
+            but beside blocks of similar depth: the lowest active block, which decides a step's time, is higher on average.
         resting_rank: Rank in which the matrices of frozen blocks above the lowest active one train in a random subspace, drawn
             anew whenever a block begins to rest; needs GaLoreAdamW. 0, the paper's method, does not train them.
 

@@ -31,8 +31,7 @@ class OutlierScores:
         threshold: Threshold tau of the outlier ratio.
         calibration_samples: Rows of text that the activations come from; 0 if none were needed.
         distribution: Name of the distribution, or a list of weights.
-        outlier_ratios: D_l in percent, first block first (for ``weight_norm`` the norms of the weights, for ``gradient_norm``
-            the means of the gradients' norms).
+        outlier_ratios: D_l in percent, first block first (``weight_norm``, ``gradient_norm``: the norms, or their means).
         probabilities: p_l, first block first.
         architecture: See `architecture_of`; empty in files that don't have it.
     """
