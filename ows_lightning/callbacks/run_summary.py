@@ -144,7 +144,7 @@ class RunSummary(Callback):
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
         if needs.host_bytes:
-            self.predicted += f"; {needs.host_bytes / 1e9:.1f} GB of host memory for offloaded blocks"
+            self.predicted += f"; {needs.host_bytes / 1e9:.1f} GB of host memory"
             if device.type == "cpu":
                 needed += needs.host_bytes
             elif (free := available_bytes(torch.device("cpu"))) is not None:

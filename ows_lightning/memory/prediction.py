@@ -35,7 +35,7 @@ class MethodPlan:
     """What a method needs on each device."""
 
     bytes: dict[str, int]  # category -> those at the peak, see `CATEGORIES`
-    host_bytes: int = 0  # of frozen blocks in host memory
+    host_bytes: int = 0  # in host memory: of frozen blocks, and of gradients that wait there
     communicated_bytes: int = 0  # that each device sends in an optimizer step
 
     @property
@@ -92,7 +92,7 @@ def predict(settings: PlanSettings) -> MethodPlan:
     if settings.is_sharded:
         peaks = [_per_device_peak(span[-1], peak, settings, sizes) for span, peak in zip(memory.peaks, peaks, strict=True)]
     highest = max(peaks, key=lambda peak: sum(peak.values()))
-    return MethodPlan(highest, host, _communicated_bytes(memory, settings, sizes))
+    return MethodPlan(highest, host + _waiting_gradients(settings), _communicated_bytes(memory, settings, sizes))
 
 
 def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
@@ -211,6 +211,16 @@ def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, in
     if settings.frozen_in == "disk":
         return on_device, _STAGING * sizes.largest_weight if settings.on_gpu else 0
     return on_device, sum(sizes.on_device) + (sum(sizes.offloaded) if is_int8 and settings.frozen_in == "host" else 0)
+
+
+def _waiting_gradients(settings: PlanSettings) -> int:
+    """Page-locked bytes, a power of two each, of full gradients that wait for a step's last micro-batch or their average."""
+    method, averages = settings.method, settings.devices > 1 and not settings.is_sharded
+    if not (settings.on_gpu and method.ours and method.rank and (averages or settings.accumulate_grad_batches > 1)):
+        return 0
+    largest = max(decoder_layers(settings.meta_model), key=lambda layer: sum(p.numel() for p in layer.parameters()))
+    sizes = (p.nbytes // (settings.devices if settings.is_sharded else 1) for p in largest.parameters() if p.dim() > 1)
+    return method.active_blocks(settings.blocks) * sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:

@@ -258,8 +258,6 @@ class GaLoreAdamW(GradientCapture):
                 self.resting_projectors[p] = self._shard_state(p, "projector", found)
         return self.resting_projectors[p]
 
-    # ------------------------------------------------------------------ subspaces
-
     def _projected_side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
         if self.rests(p):
@@ -292,8 +290,6 @@ class GaLoreAdamW(GradientCapture):
         if group["subspace"] == "random":  # another one whenever a block becomes active, too
             seed = (1_000_003 * self._progress.draw_seed + seed) % 2**63
         return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
-
-    # ------------------------------------------------------------------ the step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

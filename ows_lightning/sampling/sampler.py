@@ -127,8 +127,6 @@ class BlockSampler:
         """Of each block, for `gradient_norm`: the mean norm of its gradient per weight, 0 where it has not been active yet."""
         return self._norms.tolist()
 
-    # ------------------------------------------------------------------ the life of a run
-
     def reset(self) -> None:
         """Forgets an earlier run."""
         self.outlier_scores: OutlierScores | None = None
@@ -288,8 +286,6 @@ class BlockSampler:
             writer.writerows([interval, step, " ".join(map(str, blocks))] for interval, step, blocks in self.history[draws:])
         self._written = len(self.history), self.outlier_scores
 
-    # ------------------------------------------------------------------ decisions
-
     def check(self, num_layers: int, architecture: Mapping[str, Any]) -> None:
         """Checks the settings against a model's dimensions, see `architecture_of`, before its weights are loaded.
 
@@ -360,8 +356,6 @@ class BlockSampler:
             probabilities=sampling_probabilities(ratios, self.distribution).tolist(),
             architecture=architecture,
         )
-
-    # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: settings, scores, probabilities and draws so far. Tensors and plain values only."""
