@@ -13,12 +13,12 @@ setup:  ## a virtual environment with everything that the other targets need
 fast:  ## the tests that a developer runs all the time
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Slow tests start processes and wait for them: more workers use the time of two cores that two would leave.
+# Slow tests start processes and wait for them: a third worker uses the time of two cores that two leave.
 slow:  ## the tests that `make fast` leaves out
-	$(BIN)/python -m pytest -n 4 --dist worksteal -m slow --durations 20
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow --durations 20
 
 test:  ## all tests
-	$(BIN)/python -m pytest -n 4 --dist worksteal -m "" --durations 20
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "" --durations 20
 
 lint:  ## style, format and types
 	$(BIN)/ruff check .

@@ -82,8 +82,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name that is most like another; None if none is by ``cutoff`` (0 to 1)."""
-    return next(iter(difflib.get_close_matches(name, sorted(known), 1, cutoff)), None)
+    """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
+    likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
+    return max((other for other in likeness if likeness[other] >= cutoff), key=likeness.__getitem__, default=None)
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:

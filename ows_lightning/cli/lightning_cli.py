@@ -171,7 +171,8 @@ class OWSCLI(LightningCLI):
         """Gives the Trainer its callbacks, and a CSV logger in ``default_root_dir`` if none is configured."""
         trainer_args, sampling = self._get(self.config_init, "trainer"), self._get(self.config_init, "sampling")
         if trainer_args["barebones"]:
-            trainer_args.update(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+            for key in ("logger", "enable_checkpointing", "enable_progress_bar"):
+                trainer_args[key] = False
         callbacks = trainer_args["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if sampling is not None or "ddp" not in str(trainer_args["strategy"]):

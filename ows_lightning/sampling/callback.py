@@ -25,8 +25,7 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     When it acts: every ``fit`` starts afresh, in ``setup``. ``on_train_start`` computes the scores and draws the first blocks,
     when every parameter is registered with the optimizer and a checkpoint's state is restored. Each further draw happens in
-    ``on_train_batch_start`` of an interval's first batch, so once per interval whatever ``accumulate_grad_batches`` is.
-    Everything is unfrozen when ``fit`` ends, even by an exception.
+    ``on_train_batch_start`` of an interval's first batch, under accumulation too. All is unfrozen when ``fit`` ends or fails.
 
     Scores and draws are written as ``outlier_scores.json`` and ``sampling_history.csv`` into the folder of the Trainer's
     logger, or into ``folder`` if that is set; without either, nothing is written.

@@ -42,8 +42,7 @@ class BlockSampler:
         sampler.observe([optimizer])                               # before every optimizer.step(), for `gradient_norm`
         sampler.release()                                          # at the end, also after an exception
 
-    The draw of interval i depends only on ``seed``, i and the probabilities: a resumed run draws what the uninterrupted one
-    would have drawn, and every rank draws the same.
+    The draw of interval i depends only on ``seed``, i and the probabilities: a resumed run and every rank draw the same.
 
     Args:
         activated_layers: Blocks that train at a time (gamma).

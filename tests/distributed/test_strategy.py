@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.distributed.sharded_model import load_into_shards
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import empty_model, load_model
 from ows_lightning.module import CausalLMModule
 from tests.data.samples import tiny_tokenizer
@@ -52,17 +52,19 @@ def load_a_model(arguments: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def test_one_process_sends_no_weights_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_sends_no_offloaded_weights_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    sent: list[Any] = []  # NCCL takes nothing from host memory
-    monkeypatch.setattr(dist, "_broadcast_coalesced", lambda group, tensors, *_: sent.append(tensors))
+    sent: list[int] = []
+    monkeypatch.setattr(dist, "_broadcast_coalesced", lambda group, tensors, *_: sent.extend(t.data_ptr() for t in tensors))
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy="ddp_layerwise", logger=False, default_root_dir=tmp_path,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.test(CausalLMModule(str(tmp_path), frozen_in="host"), DataLoader([tiny_batch()], batch_size=None), verbose=False)
-    assert not sent
+    module = CausalLMModule(str(tmp_path), frozen_in="host")
+    trainer.test(module, DataLoader([tiny_batch()], batch_size=None), verbose=False)
+    assert sent  # what is on the device; NCCL takes nothing from host memory
+    assert not {p.data_ptr() for layer in decoder_layers(module) for p in layer.parameters()} & {*sent}
 
 
 @pytest.mark.slow
