@@ -60,7 +60,7 @@ class StepAccumulator:
     def complete(self, optimizer: Optimizer, micro_batches: int) -> None:
         """Makes the gradient that of the step's mean loss, before hooks look at it.
 
-        They have to be complete, and averaged over processes. Lightning has divided each loss by the ``micro_batches``.
+        Gradients have to be complete, and averaged over processes. Lightning has divided each loss by ``micro_batches``.
         """
         assert self._totals is not None
         if micro_batches > 1:

@@ -44,7 +44,7 @@ def load_optimizers(
 ) -> list[dict[str, Any]]:
     """Returns optimizer states with the tensors that ``split`` took out of them.
 
-    Each is read into a plain tensor on the CPU, or what ``empty`` makes of both numbers and the saved tensor's description.
+    Each is read into a plain tensor on the CPU, or what ``empty`` makes of its optimizer, parameter and description.
     """
     states = copy.deepcopy(states)
     for number, optimizer in enumerate(states):

@@ -107,10 +107,10 @@ class BlockOffloader:
         The ``optimizers``' state of these blocks moves to the device, too: a checkpoint may be loaded before the draw.
         """
         own = self.optimizer
-        resting = {p for weights in self.parameters for p in weights if own is not None and own.rests(p)}
-        trains = [i for i, weights in enumerate(self.parameters) if any(p.requires_grad and p not in resting for p in weights)]
-        if not self.offloaded or trains != self.active:
-            self._set_active(trains)
+        training = [any(p.requires_grad and not (own and own.rests(p)) for p in weights) for weights in self.parameters]
+        active = [index for index, trains in enumerate(training) if trains]
+        if not self.offloaded or active != self.active:
+            self._set_active(active)
             self.schedule.fetch_first()
         for optimizer in optimizers:
             kept = {"rest"} if optimizer.defaults.get("fused") or optimizer.defaults.get("capturable") else {"rest", "step"}
@@ -304,9 +304,9 @@ class BlockOffloader:
         """Moves blocks one by one, each of which counts at once: memory may run out at any of them."""
         self.end_pass()
         self._stop_fetches()
+        before = self.active
         if not self.offloaded:
             self._offload_first()
-        before = self.active
         for index in set(before) - set(active):  # first, so that their memory can be used again
             self._offload_trained(index)
         on_device = set(before) & set(active)
@@ -327,7 +327,6 @@ class BlockOffloader:
             offloaded.append(self._offload([p.data for p in parameters]))
             _set_data(parameters, offloaded[-1].tensors)
         self.offloaded = offloaded
-        self._set_offloaded(())
 
     def _load_for_training(self, index: int) -> None:
         """Gives a block that begins to train memory of its own on the device."""

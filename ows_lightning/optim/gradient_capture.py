@@ -271,9 +271,7 @@ class GradientCapture(Optimizer):
             for (p, (sketch, projected, processes)), exact in zip(waiting, turned, strict=True):
                 side, vectors = self._projected_side(p), exact.to(sketch.basis.dtype)
                 assert side is not None
-                self._new_projectors[p] = sharding.distribute_projector(
-                    vectors, p, side, processes
-                )  # rank 0's on all processes
+                self._new_projectors[p] = sharding.distribute_projector(vectors, p, side, processes)  # rank 0's on all
                 turn = (sketch.basis.mT @ vectors).to(projected.dtype)  # which autocast may have taken
                 self.consume_projected(p, sharding.reduce_projected(project(projected, turn, side), p, side))
 

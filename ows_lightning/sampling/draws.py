@@ -24,10 +24,11 @@ def draw_blocks(
     """
     blocks, drawable = len(probabilities), int((probabilities > 0).sum())
     if count > drawable:
-        which = f"the model's {blocks} blocks;"
+        which, hint = f"the model's {blocks} blocks", f"give at most {drawable}"
         if count <= blocks:
-            which = f"the {drawable} of {blocks} blocks whose probability is not zero; take another distribution or threshold,"
-        raise UsageError(f"sampling.activated_layers: {count} is more than {which} give at most {drawable}")
+            which = f"the {drawable} of {blocks} blocks whose probability is not zero"
+            hint = f"take another distribution or threshold, or {hint}"
+        raise UsageError(f"sampling.activated_layers: {count} is more than {which}; {hint}")
     if grouping >= 1 or (grouping > 0 and uniform(generator) < grouping):
         return grouped_draws(tuple(probabilities.tolist()), count).draw(generator)
     return sorted(torch.multinomial(probabilities, count, replacement=False, generator=generator).tolist())
