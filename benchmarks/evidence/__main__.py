@@ -53,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.methods:
         rounds = [replace(each, methods=tuple(m for m in each.methods if m in args.methods)) for each in study.order()]
         study = replace(study, rounds=tuple(rounds))
-    counted = ledger.Ledger(args.results / f"{study.name}.csv", ledger.COUNTED)
     if not args.tables:
-        run(study, counted, args)
-    print(write_tables(replace(study, tasks={**all_tasks, **study.tasks}), counted, args.results))  # not of these runs alone
+        run(study, args)
+    print(write_tables(replace(study, tasks={**all_tasks, **study.tasks}), args.results))  # not of these runs alone
 
 
-def run(study: Study, counted: ledger.Ledger, args: argparse.Namespace) -> None:
+def run(study: Study, args: argparse.Namespace) -> None:
     """Makes the model's directory and the tasks' files, measures the model before training, and makes the runs."""
+    counted = ledger.Ledger(args.results / f"{study.name}.csv", ledger.COUNTED)
     work, threads = args.work.absolute(), args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
     model = model_directory(study.model, work / "models")
     files = {

@@ -24,10 +24,10 @@ Values = dict[str, dict[int, dict[str, float]]]
 """Method -> seed -> column -> value, of one task."""
 
 
-def write_tables(study: Study, counted: Ledger, folder: Path) -> str:
-    """Writes ``STUDY.md`` and a picture a task, and returns the text."""
+def write_tables(study: Study, folder: Path) -> str:
+    """Writes ``STUDY.md`` and a picture a task from the folder's rows, also of other processes, and returns the text."""
     parts = [f"# {study.name}", study.question]
-    tuned = Ledger(folder / f"{study.name}_rates.csv", TUNED)
+    counted, tuned = Ledger(folder / f"{study.name}.csv", COUNTED), Ledger(folder / f"{study.name}_rates.csv", TUNED)
     for task in study.tasks:
         values, before = of_task(counted, task)
         parts += [f"## {task}", task_table(values, before, study.reference) if values else "No run counts yet."]

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks.evidence import damaged, importance, ledger, tables, tasks
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.runs import Run, _value
 from benchmarks.evidence.schedule import choose_rate
-from benchmarks.evidence.study import STUDIES, load
+from benchmarks.evidence.study import RESULTS, STUDIES, load
 from ows_lightning.cli.lightning_cli import OWSCLI
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
@@ -283,7 +284,7 @@ def test_a_task_outside_the_study_needs_a_budget(capsys):
 
 def test_methods_can_be_picked(monkeypatch, capsys):
     picked = []
-    monkeypatch.setattr("benchmarks.evidence.__main__.run", lambda study, counted, args: picked.extend(study.order()))
+    monkeypatch.setattr("benchmarks.evidence.__main__.run", lambda study, args: picked.extend(study.order()))
     monkeypatch.setattr("benchmarks.evidence.__main__.write_tables", lambda *given: "")
     main(["methods", "--methods", "lora", "full"])
     assert [(each.tasks, set(each.methods)) for each in picked] == [((t,), {"lora", "full"}) for t in load("methods").tasks]
@@ -298,6 +299,25 @@ def test_a_run_of_some_tasks_keeps_the_tables_of_all(monkeypatch, tmp_path):
     main(["methods", "--tasks", first, "--results", str(tmp_path)])
     sections = [line for line in (tmp_path / "methods.md").read_text().splitlines() if line.startswith("## ")]
     assert sections == [f"## {task}" for task in (first, *others)]
+
+
+def test_tables_have_the_rows_that_another_process_added_meanwhile(monkeypatch, tmp_path):
+    def run(study, args):
+        row = {**dict.fromkeys(ledger.COUNTED, 1), "task": next(iter(study.tasks)), "method": "lora", "test_loss": 1.25}
+        ledger.Ledger(tmp_path / "methods.csv", ledger.COUNTED).add(row)
+
+    monkeypatch.setattr("benchmarks.evidence.__main__.run", run)
+    main(["methods", "--results", str(tmp_path)])
+    assert "| lora | 1 | 1 | 1.250 |" in (tmp_path / "methods.md").read_text()
+
+
+@pytest.mark.parametrize("study", ["length", "methods", "which", "recipe", "sensitivity"])
+def test_the_tables_are_those_of_all_rows(study, monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.evidence.tables.plot", lambda *given: None)
+    for rows in RESULTS.glob("*.csv"):
+        shutil.copy(rows, tmp_path)
+    main([study, "--tables", "--results", str(tmp_path)])
+    assert (tmp_path / f"{study}.md").read_text() == (RESULTS / f"{study}.md").read_text()
 
 
 @pytest.mark.slow
