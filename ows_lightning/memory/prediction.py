@@ -134,8 +134,8 @@ def alike(layers: nn.ModuleList) -> bool:
 def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed: int, rows: int | None = None) -> StepMemory:
     """Simulates a step of a fake model with the first blocks of the settings' one, once for all that ask for it.
 
-    So many of its blocks train, so many are frozen, and so many, from below, recompute their activations. Of the rows of a
-    micro-batch, every chunk is followed, as counting asks for; None: those of the settings, as far as memory depends on them.
+    So many of its blocks train, so many are frozen, and so many, from below, recompute their activations. With ``rows``, for
+    the FLOPs of a micro-batch of so many; None: of as many as the settings have, for its memory.
     """
     method = settings.method
     if method.activated_layers is not None:
@@ -152,7 +152,7 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
             from peft import get_peft_model
 
             model = get_peft_model(model, config, low_cpu_mem_usage=True)
-        tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(skip_middle_chunks=rows is None))
+        tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(merge_chunks=rows is not None))
         with tracker:
             to_fake_(model)
         return simulate_steps(model, method, work, tracker)
