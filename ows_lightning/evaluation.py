@@ -54,7 +54,7 @@ class EvaluationModule(LightningModule):
         self._greedy: TeacherForcedAnswers | None = None  # of the rows whose loss has been taken
 
     @property
-    def _lm(self) -> CausalLM:
+    def _loaded_causal_lm(self) -> CausalLM:
         raise NotImplementedError
 
     @property
@@ -84,7 +84,7 @@ class EvaluationModule(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
         if "right" in batch:
-            self.test_choices.update(batch, self._lm.log_likelihoods(batch))
+            self.test_choices.update(batch, self._loaded_causal_lm.log_likelihoods(batch))
         else:
             self._evaluate(batch, self.test_metrics)
 
@@ -99,9 +99,9 @@ class EvaluationModule(LightningModule):
             metrics.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
             return
         if self._greedy is None:
-            parts = self._lm(**batch)
+            parts = self._loaded_causal_lm(**batch)
         else:
-            parts, likeliest = self._lm.loss_and_predictions(batch)
+            parts, likeliest = self._loaded_causal_lm.loss_and_predictions(batch)
             self._greedy.add(batch, likeliest)
         metrics["loss"].update(parts.loss, weight=parts.targets)
 
@@ -109,7 +109,7 @@ class EvaluationModule(LightningModule):
         """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""
         if len(loaders) < 2 or self.device_mesh is not None:
             return None
-        generation = self._lm.language_model.generation_config
+        generation = self._loaded_causal_lm.language_model.generation_config
         return TeacherForcedAnswers.of(generation, self.tokenizer, self.hparams["max_new_tokens"])
 
     def _answers(self, batch: dict[str, Any]) -> list[str]:
@@ -133,7 +133,7 @@ class EvaluationModule(LightningModule):
     def generate(self, batch: dict[str, Any]) -> list[str]:
         """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
         prompts = batch["input_ids"]
-        generated = self._lm.generate(
+        generated = self._loaded_causal_lm.generate(
             input_ids=prompts,
             attention_mask=batch["attention_mask"],
             max_new_tokens=self.hparams["max_new_tokens"],

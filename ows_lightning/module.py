@@ -39,7 +39,7 @@ from ows_lightning.optim.galore import GaLoreAdamW, ProjType, merge_saved_update
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
-from ows_lightning.optim.subspace import Method
+from ows_lightning.optim.subspace import SubspaceMethod
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.lightning_support import check_strategy
 from ows_lightning.sampling.scores import architecture_of
@@ -126,7 +126,7 @@ class CausalLMModule(EvaluationModule):
         update_proj_gap: int = 200,
         scale: float = 1.0,
         proj_type: ProjType = "std",
-        subspace: Method = "randomized",
+        subspace: SubspaceMethod = "randomized",
         project_embeddings: bool = False,
         lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_steps: float = 0.03,
@@ -176,17 +176,17 @@ class CausalLMModule(EvaluationModule):
     @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model itself, also within a peft model."""
-        return self._lm.language_model
+        return self._loaded_causal_lm.language_model
 
     @property
-    def _lm(self) -> CausalLM:
+    def _loaded_causal_lm(self) -> CausalLM:
         self.configure_model()
         assert self.causal_lm is not None
         return self.causal_lm
 
     def forward(self, **batch: Any) -> Any:
         """Returns the loss of a batch as ``LossParts``, or the model's own output where there are no ``labels``."""
-        return self._lm(**batch)
+        return self._loaded_causal_lm(**batch)
 
     # ------------------------------------------------------------------ set-up
 
@@ -197,10 +197,10 @@ class CausalLMModule(EvaluationModule):
             lora_config(self.hparams["lora"])
         return find(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
 
-    def exceeded_positions(self, length: int) -> int | None:
+    def exceeded_position_limit(self, length: int) -> int | None:
         """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""
         name, trust_remote_code = self.hparams["model_name_or_path"], self.hparams["trust_remote_code"]
-        return pretrained.exceeded_positions(pretrained.load_config(name, trust_remote_code), length, trust_remote_code)
+        return pretrained.exceeded_position_limit(pretrained.load_config(name, trust_remote_code), length, trust_remote_code)
 
     def check_optimizer(self) -> Optimizer:
         """Makes the optimizer for a small matrix and a vector; a UsageError says what is wrong, or that it can't project."""
@@ -308,7 +308,7 @@ class CausalLMModule(EvaluationModule):
     def on_fit_start(self) -> None:
         """Makes sure that our chunked loss is this model's own loss, before anything trains."""
         with self.trainer.precision_plugin.forward_context():
-            self._lm.check_logits(torch.arange(4, device=self.device)[None])
+            self._loaded_causal_lm.check_logits(torch.arange(4, device=self.device)[None])
 
     # ------------------------------------------------------------------ steps
 
@@ -336,7 +336,7 @@ class CausalLMModule(EvaluationModule):
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, GaLoreAdamW):
             optimizer.accumulating = not last
-        parts = self._lm(**batch)
+        parts = self._loaded_causal_lm(**batch)
         return self.step.add(parts, token_mask(batch).sum(), place == 0, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -363,12 +363,12 @@ class CausalLMModule(EvaluationModule):
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         optimizer.zero_grad()
         if self.offloader is not None and self.offloader.was_copied:  # weight averaging reads whole weights after each step
-            self.offloader.take_in_updates()
+            self.offloader.merge_updates()
 
     def on_train_end(self) -> None:
         """Writes what offloaded blocks have learned at rest into their weights, for all that reads these after training."""
         if self.offloader is not None:
-            self.offloader.take_in_updates()
+            self.offloader.merge_updates()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -411,7 +411,7 @@ class RestoreAfterFit(Callback):
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
                 optimizer.project_in_backward(False)
-                optimizer.take_in_updates()
+                optimizer.merge_updates()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception."""

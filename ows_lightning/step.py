@@ -28,7 +28,7 @@ class StepMetrics(NamedTuple):
     tokens: int  # targets or not
     targets: int
     skipped: bool  # it changes nothing, because a gradient held NaN or Inf
-    codes: int  # sum of the processes' ``StepAccumulator.code``
+    signal_codes: int  # sum of the processes' ``StepAccumulator.signal_code``
 
 
 class StepAccumulator:
@@ -41,13 +41,13 @@ class StepAccumulator:
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
-        self.code = 0  # a small number that the others get with the next step; they see the sum
-        self._totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, codes
+        self.signal_code = 0  # of `SaveOnSignal`: sent to all processes with the next step's loss; they see the sum
+        self._totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, signal codes
         self._divisor: float | Tensor = _PROVISIONAL_TARGETS
 
     def add(self, parts: LossParts, tokens: Tensor, first: bool, last: bool) -> Tensor:
         """Adds a micro-batch of ``tokens`` (a scalar), returns its loss; a step's first one drops what an older step left."""
-        counts = [parts.targets, tokens, torch.full_like(tokens, self.code if last else 0)]
+        counts = [parts.targets, tokens, torch.full_like(tokens, self.signal_code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
         before = None if first else self._totals
         self._totals = here if before is None else before + here

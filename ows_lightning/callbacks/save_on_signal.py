@@ -58,7 +58,7 @@ class SaveOnSignal(StepCallback):
         """Notes a signal for the other processes."""
         if isinstance(pl_module, CausalLMModule):
             number = self._received
-            pl_module.step.code = _CODE_BASE ** _SIGNALS.index(signal.Signals(number)) if number else 0
+            pl_module.step.signal_code = _CODE_BASE ** _SIGNALS.index(signal.Signals(number)) if number else 0
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves and ends the run by a RunError on all ranks, if a signal arrived."""
@@ -78,7 +78,7 @@ class SaveOnSignal(StepCallback):
         if trainer.world_size == 1:
             return self._received
         if isinstance(pl_module, CausalLMModule):  # the ranks have told one another with the step's loss, without another wait
-            codes = pl_module.last_step.codes if pl_module.last_step else 0
+            codes = pl_module.last_step.signal_codes if pl_module.last_step else 0
             return next((n for i, n in enumerate(_SIGNALS) if codes // _CODE_BASE**i % _CODE_BASE), 0)
         number = torch.tensor(self._received, device=trainer.strategy.root_device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)  # strategy.reduce would hold all ranks up with a barrier

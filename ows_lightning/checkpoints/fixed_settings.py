@@ -29,18 +29,18 @@ def sampling_settings(sampling: object) -> dict[str, Any]:
 
 
 def check_fixed_settings(
-    saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True, named: str = "ckpt_path"
+    saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True, prefix: str = "ckpt_path"
 ) -> None:
     """Raises a UsageError, with both values, if the ``fixed_settings`` saved in a checkpoint and those now differ.
 
-    If no training resumes, the model's dimensions alone have to agree. The error begins with ``named``.
+    If no training resumes, the model's dimensions alone have to agree. The error begins with ``prefix``.
     """
     if saved is None:
         raise UsageError(f"ckpt_path: the checkpoint is of another program's run; give one that `{command_line('fit')}` wrote")
     keys = sorted(key for key in saved.keys() | now.keys() if resumes or "." not in key)
     if different := [key for key in keys if not _same(key, saved.get(key), now.get(key))]:
         listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in different)
-        raise UsageError(f"{named}: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
+        raise UsageError(f"{prefix}: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import merge_saved_updates_
 
 
-def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Splits a Lightning checkpoint into its tensors, under flat names, and the rest."""
     rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
     tensors = {f"state_dict.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
@@ -42,7 +42,7 @@ def load_shards(path: Path) -> dict[str, Any]:
 def load_optimizers(
     path: Path, states: list[dict[str, Any]], empty: Callable[[int, int, TensorStorageMetadata], Tensor] | None = None
 ) -> list[dict[str, Any]]:
-    """Returns optimizer states with the tensors that ``split`` took out of them.
+    """Returns optimizer states with the tensors that ``split_checkpoint`` took out of them.
 
     Each is read into a plain tensor on the CPU, or what ``empty`` makes of its optimizer, parameter and description.
     """

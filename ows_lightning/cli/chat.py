@@ -31,9 +31,9 @@ def chat(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if (args.path is None) == (args.model is None):
         parser.error("give one model, as MODEL or as --model MODEL")
-    from ows_lightning.cli.conversation import load
+    from ows_lightning.cli.conversation import load_conversation
 
-    conversation = load(args.model or args.path, args)
+    conversation = load_conversation(args.model or args.path, args)
     lines = standard_input()
     typed = lines.isatty()
     if typed:
@@ -74,7 +74,7 @@ def compare(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="A folder for comparison.csv; by default the run's, whose report shows it")
     add_generation_flags(parser)
     args = parser.parse_args(argv)
-    from ows_lightning.cli.conversation import load
+    from ows_lightning.cli.conversation import load_conversation
     from ows_lightning.cli.preflight import check_writable
     from ows_lightning.report.run import find_run_folder, run_folder_of
 
@@ -87,7 +87,7 @@ def compare(argv: list[str]) -> None:
         check_writable("output", output)
 
     def answers(name: str) -> Iterator[str]:
-        conversation = load(name, args)
+        conversation = load_conversation(name, args)
         for prompt in prompts:
             conversation.reset(args.system)
             yield conversation.ask(prompt)

@@ -67,7 +67,7 @@ class Conversation:
             print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
 
 
-def load(name: str, args: argparse.Namespace) -> Conversation:
+def load_conversation(name: str, args: argparse.Namespace) -> Conversation:
     """Loads a model (a name, a run's folder, a checkpoint or a delta) to talk to, by the flags of `add_generation_flags`."""
     asked = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

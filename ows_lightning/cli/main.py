@@ -30,13 +30,13 @@ CONFIG_COMMANDS = {
 OTHER_COMMANDS = {
     "chat": ("chat", "Talk to a model, in the terminal or through a pipe"),
     "compare": ("chat", "Show the answers of the base and the tuned model side by side"),
-    "apply-delta": ("folders", "Make a model from a base and a delta of `export --delta`"),
-    "report": ("folders", "Draw one run or compare several, from their folders; --watch shows a running one"),
+    "apply-delta": ("folder_commands", "Make a model from a base and a delta of `export --delta`"),
+    "report": ("folder_commands", "Draw one run or compare several, from their folders; --watch shows a running one"),
     "configs": ("config_files", "List the config files that come with this package"),
 }
 """The others: the module of this folder whose function of the command's name takes what follows it."""
 
-_WARNINGS = (
+_IGNORED_WARNINGS = (
     "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do
     r"isinstance\(treespec, LeafSpec\)",  # Lightning uses a deprecated part of torch
     "skip_none parameter was deprecated",
@@ -44,7 +44,7 @@ _WARNINGS = (
     "is_gradient_checkpointing",
     "GPU available but not used",
 )
-_LOGS = {
+_IGNORED_LOGS = {
     "lightning.pytorch.utilities.rank_zero": ("litlogger", "GPU available:", "TPU available:", "HPU available:"),
     "torch._subclasses.fake_tensor": ("failed while attempting to run meta for",),  # a stack trace; it raises, too
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
@@ -57,9 +57,9 @@ def main(args: Any = None) -> None:
     argv = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # answers may have letters that the terminal lacks
-    for message in _WARNINGS:
+    for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")
-    for name, messages in _LOGS.items():
+    for name, messages in _IGNORED_LOGS.items():
         logging.getLogger(name).addFilter(partial(_is_wanted, messages))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)

@@ -118,8 +118,8 @@ def check_run(
         if sampling is not None:
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
             name, scores = model.hparams["model_name_or_path"], sampling.scores
-            if scores is not None and Path(of := OutlierScores.load(Path(scores)).model).name != Path(name).name:
-                log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", scores, of, name)
+            if scores is not None and Path(scored := OutlierScores.load(Path(scores)).model).name != Path(name).name:
+                log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", scores, scored, name)
     if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
         data.check()
 

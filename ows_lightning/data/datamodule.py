@@ -26,7 +26,7 @@ from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, 
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
-from ows_lightning.models.decoder import causal_lm
+from ows_lightning.models.decoder import language_model_of
 
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -247,7 +247,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _check_positions(self, length: int, what: str, generated: int = 0) -> None:
         """Refuse rows that are longer than what the model has positions for."""
-        exceeded = getattr(self.trainer and self.trainer.lightning_module, "exceeded_positions", lambda _: None)
+        exceeded = getattr(self.trainer and self.trainer.lightning_module, "exceeded_position_limit", lambda _: None)
         if (limit := exceeded(length + generated)) is not None:
             hint = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
             raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {hint}")
@@ -329,7 +329,7 @@ class InstructionDataModule(LightningDataModule):
     def _collate_training(self) -> Any:
         """`collate`; packed rows are flattened where the attention needs it, and refused where the model mixes documents."""
         flatten = False
-        if self.packing and self.trainer and hasattr(model := causal_lm(self.trainer.lightning_module), "config"):
+        if self.packing and self.trainer and hasattr(model := language_model_of(self.trainer.lightning_module), "config"):
             flatten = "flash" in str(attn_implementation_of(model.config))
             with self.trainer.precision_plugin.forward_context():
                 require_separate_documents(self.trainer.lightning_module, flatten)

@@ -15,7 +15,7 @@ from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.masking import IGNORED, Encoder
 from ows_lightning.errors import UsageError
 from ows_lightning.models.causal_lm import evaluating, run_causal_lm
-from ows_lightning.models.decoder import causal_lm
+from ows_lightning.models.decoder import language_model_of
 
 Item = dict[str, list[int]]
 
@@ -135,7 +135,7 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()
     tolerance = 64 * torch.finfo(logits.dtype).eps * alone.abs().max()
     if any((logit[5:8] - alone[:3]).abs().max() > tolerance for logit in (first, second)):
-        lm = causal_lm(model)
+        lm = language_model_of(model)
         name = type(getattr(lm, "base_model", lm)).__name__
         raise UsageError(f"data.packing: {name} would mix the documents of a row; set data.packing: false")
 

@@ -78,7 +78,7 @@ def _resolve(source: DataSource, path: Path) -> DataSource:
     if path.is_file():
         if not _suffix_of(path):
             raise source.error(f"'{name}' is not a {_FILE_KINDS} file")
-        return _without_splits(replace(source, files=(str(path),)))
+        return _check_split_unset(replace(source, files=(str(path),)))
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return source
@@ -93,7 +93,7 @@ def _resolve(source: DataSource, path: Path) -> DataSource:
         files = sorted(f for f in glob.glob(str(path), recursive=True) if _suffix_of(Path(f)) and Path(f).is_file())
         if not files:
             raise source.error(f"no {_FILE_KINDS} file matches '{name}'")
-        return _without_splits(replace(source, files=tuple(files)))
+        return _check_split_unset(replace(source, files=tuple(files)))
     if _suffix_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise source.error(f"no file matches '{name}'{did_you_mean(path.name, beside)}")
@@ -108,7 +108,7 @@ def _suffix_of(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES and not (compressed and suffix == ".parquet") else None
 
 
-def _without_splits(source: DataSource) -> DataSource:
+def _check_split_unset(source: DataSource) -> DataSource:
     """Refuse `data.split` for rows that have no splits."""
     if source.key == "dataset" and source.splits[-1] != "train":
         hint = "leave data.split out, or give the file that holds the rows (on the hub, 'owner/name:split' asks for one)"
@@ -156,7 +156,7 @@ def _files_of_split(directory: Path, source: DataSource) -> tuple[str, ...]:
     words = {p: re.split(r"[^a-z]+", str(p.relative_to(directory).with_suffix("")).lower()) for p in files}
     splits = {p: next((_SPLIT_WORDS[word] for word in words[p] if word in _SPLIT_WORDS), None) for p in files}
     if not any(splits.values()):
-        return _without_splits(replace(source, files=tuple(map(str, files)))).files
+        return _check_split_unset(replace(source, files=tuple(map(str, files)))).files
     chosen = _choose_split(source, [split for split in splits.values() if split])
     names = join_names([str(p.relative_to(directory)) for p in files if splits[p] is None or not chosen])
     if chosen is None:
@@ -196,7 +196,7 @@ def open_dataset(source: DataSource, streaming: bool = False) -> Any:
         if (folder := Path(source.name).expanduser()).is_dir():
             data = datasets.load_from_disk(str(folder))
             if not isinstance(data, dict) and str(data.split) != source.splits[-1]:
-                _without_splits(source)
+                _check_split_unset(source)
             data = _one_split(data, source)
             return data.to_iterable_dataset() if streaming else data
         match: Any = _HUB_NAME.fullmatch(source.name)

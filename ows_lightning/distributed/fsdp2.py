@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ows_lightning.checkpoints.files import META, METADATA, file_crc32, partial_path, replace_atomically, save_file
 from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
-from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split
+from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split_checkpoint
 from ows_lightning.distributed.process_group import destroy_at_exit
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.optim.sharding import shard_replicated
@@ -76,7 +76,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
         partial = partial_path(path)
-        tensors, rest = split(checkpoint)
+        tensors, rest = split_checkpoint(checkpoint)
 
         def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)

@@ -135,7 +135,7 @@ class _GaLoreCallback(TrainerCallback):
         """Takes over the gradients; a resumed run has loaded the checkpoint's state, and its settings with it."""
         if state.global_step > 0:
             for group, configured in zip(self.optimizer.param_groups, self.configured, strict=True):
-                check_fixed_settings({name: group.get(name) for name in configured}, configured, named="use_galore")
+                check_fixed_settings({name: group.get(name) for name in configured}, configured, prefix="use_galore")
             _require_state(self.optimizer)
         self.optimizer.zero_grad()  # what a run has left that an exception ended within a step
         self.optimizer.project_in_backward(model=kwargs["model"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
-from ows_lightning.memory.prediction import ModelSizes, alike, fetched_blocks, simulate
+from ows_lightning.memory.prediction import ModelSizes, blocks_are_alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_of
@@ -65,14 +65,16 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     embeddings_train = "embeddings" in method.always_train and method.lora is None
 
     def backward(blocks: Sequence[int]) -> float:
-        def of(index: int) -> float:
-            does = checkpointed if index < num_checkpointed else flops
+        def backward_of(index: int) -> float:
+            each = checkpointed if index < num_checkpointed else flops
             if index == lowest:
-                return does.backward_lowest
-            return does.backward_active if index in trained else does.backward_frozen + does.resting * (index > lowest)
+                return each.backward_lowest
+            if index in trained:
+                return each.backward_active
+            return each.backward_frozen + (each.resting if index > lowest else 0.0)
 
         lowest, trained = min(blocks), set(blocks)
-        return sum(of(index) for index in range(0 if embeddings_train else lowest, count))
+        return sum(backward_of(index) for index in range(0 if embeddings_train else lowest, count))
 
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
     resting = sum(count - min(blocks) - len(blocks) for blocks in draws) / len(draws) if method.resting_rank else 0.0
@@ -131,7 +133,7 @@ def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
         return sum(flops for stage, flops in steps[renews].items() if stage.startswith(beginning))
 
     count = settings.blocks
-    if not alike(decoder_layers(settings.meta_model)):  # of several kinds: the mean over all blocks
+    if not blocks_are_alike(decoder_layers(settings.meta_model)):  # of several kinds: the mean over all blocks
         blocks = trained = count
         steps = stages(count, 0)
         lowest = above = total(steps, "backward") / count

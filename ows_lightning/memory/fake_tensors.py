@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ows_lightning.compat import storage_key
-from ows_lightning.models.decoder import causal_lm, decoder_layers
+from ows_lightning.models.decoder import decoder_layers, language_model_of
 
 aten = torch.ops.aten
 profiler = torch.ops.profiler
@@ -83,7 +83,7 @@ class FakeOperators:
 def to_fake_(model: nn.Module) -> None:
     """Turns a meta model's tensors into fake ones (under `FakeOperators`). Shared weights stay shared."""
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
-    causal_lm(model).tie_weights()  # type: ignore[operator]
+    language_model_of(model).tie_weights()  # type: ignore[operator]
 
 
 class _Fake(FakeTensor):

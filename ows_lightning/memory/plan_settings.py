@@ -22,7 +22,7 @@ from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import Recomputation, check_recomputation, num_checkpointed
-from ows_lightning.models.pretrained import check_trainable, exceeded_positions, load_config, loading_errors
+from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors
 from ows_lightning.module import DTYPES
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS
@@ -186,7 +186,7 @@ def settings_from_config(config: Any) -> PlanSettings:
     check_recomputation(model.get("gradient_checkpointing", False))
     config_of_model, found = find_dimensions(name, trust)
     length = data.get("max_seq_length", 512)
-    if (limit := exceeded_positions(config_of_model, length, trust)) is not None:
+    if (limit := exceeded_position_limit(config_of_model, length, trust)) is not None:
         raise UsageError(
             f"data.max_seq_length: {length}, and the model has positions for {limit}; set data.max_seq_length: {limit} or less"
         )

@@ -40,16 +40,16 @@ class Plan:
         """Returns one JSON object: method -> what a `MethodPlan` has, its FLOPs and, with a card, what a `Speed` has."""
         figures: dict[str, dict[str, Any]] = {}
         for name, needs in self.methods.items():
-            does = self.computes[name]
-            figures[name] = {"peak_bytes": needs.peak_bytes, **vars(needs), "flops_per_token": does.flops_per_token}
-            figures[name]["probabilities"] = does.probabilities
+            computed = self.computes[name]
+            figures[name] = {"peak_bytes": needs.peak_bytes, **vars(needs), "flops_per_token": computed.flops_per_token}
+            figures[name]["probabilities"] = computed.probabilities
             if self.card is not None:
                 figures[name] |= {"card": self.card.name, "fits": needs.fits(self.card.memory), **vars(self.speeds[name])}
         return json.dumps(figures, indent=2)
 
     def to_table(self) -> str:
         """Returns a table as text, in GB (10^9 bytes), and the advice below it."""
-        needs, does = list(self.methods.values()), [self.computes[name] for name in self.methods]
+        needs, computes = list(self.methods.values()), [self.computes[name] for name in self.methods]
         columns = {name.replace("_", " "): [f"{n.bytes[name] / 1e9:.2f}" for n in needs] for name in CATEGORIES}
         columns["peak"] = [f"{n.peak_bytes / 1e9:.2f}" for n in needs]
         columns["fits"] = [next((f"{card} GB" for card in MEMORY_SIZES if n.fits(card)), "none") for n in needs]
@@ -57,7 +57,7 @@ class Plan:
             columns["host"] = [f"{n.host_bytes / 1e9:.2f}" for n in needs]
         if any(n.communicated_bytes for n in needs):
             columns["sent a step"] = [f"{n.communicated_bytes / 1e9:.1f}" for n in needs]
-        columns["FLOPs/token"] = [f"{d.flops_per_token / self.parameters:.2f} N" for d in does]
+        columns["FLOPs/token"] = [f"{one.flops_per_token / self.parameters:.2f} N" for one in computes]
         if (card := self.card) is not None:
             speeds = [f"{self.speeds[name].tokens_per_second:,.0f}" for name in self.methods]
             columns["tokens/s"] = [text if n.fits(card.memory) else "-" for n, text in zip(needs, speeds, strict=True)]
@@ -101,7 +101,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
         notes.append(f"Fits as it is: {', '.join(card.name for card in CARDS if own.fits(card.memory)) or 'no card'}")
     notes.append(f"Dimensions: {settings.dimensions}")
     parameters = sum(p.numel() for p in settings.meta_model.parameters())
-    origins = _by_value({name: does.probabilities for name, does in computes.items()})
+    origins = _by_value({name: computed.probabilities for name, computed in computes.items()})
     draws = "; ".join(f"{', '.join(names)}: {origin}" for origin, names in origins.items())
     notes.append(f"FLOPs a token: in expectation over draws ({draws}), N = {parameters / 1e9:.3g}e9 weights")
     speeds = {}

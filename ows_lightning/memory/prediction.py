@@ -79,7 +79,7 @@ def predict(settings: PlanSettings) -> MethodPlan:
     model has operators that can't be followed without data.
     """
     try:
-        memory = extrapolate(settings, alike(decoder_layers(settings.meta_model)))
+        memory = extrapolate(settings, blocks_are_alike(decoder_layers(settings.meta_model)))
     except UsageError:
         raise
     except Exception as error:  # what a model's code raises when its tensors have no contents
@@ -105,13 +105,13 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
     groups = block_groups(active, settings.blocks - active, settings.num_checkpointed)
     few = {name: size if size <= _MAX_SIMULATED or not alike else 2 for name, size in groups.items()}
 
-    def of(groups: dict[str, int]) -> StepMemory:
+    def simulate_groups(groups: dict[str, int]) -> StepMemory:
         frozen, frozen_kept, active, active_kept = groups.values()
         num_checkpointed = min(settings.num_checkpointed, 1 + frozen + active)
         return simulate(settings, 1 + active + active_kept, frozen + frozen_kept, num_checkpointed)
 
-    base = of(few)
-    steps = [(size - few[name], of({**few, name: few[name] + 1})) for name, size in groups.items() if size > few[name]]
+    base, more = simulate_groups(few), {name: size - few[name] for name, size in groups.items() if size > few[name]}
+    steps = [(times, simulate_groups({**few, name: few[name] + 1})) for name, times in more.items()]
 
     def extended(value: Callable[[StepMemory], int]) -> int:
         return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)
@@ -126,7 +126,7 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
     )
 
 
-def alike(layers: nn.ModuleList) -> bool:
+def blocks_are_alike(layers: nn.ModuleList) -> bool:
     """Whether all blocks have the same weights by name and shape."""
     return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
 

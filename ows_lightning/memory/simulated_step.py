@@ -15,14 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
-from ows_lightning.models.decoder import backbone, causal_lm, decoder_layers
+from ows_lightning.models.decoder import backbone, decoder_layers, language_model_of
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.linear import set_updates
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.optim.subspace import Method as Subspace
+from ows_lightning.optim.subspace import SubspaceMethod
 from ows_lightning.sampling.activation import PARTS, activate_blocks, trainable_by_block, trains_outside_blocks
 
 _NOT_TRACKED = "between"
@@ -36,7 +36,7 @@ class TrainingMethod:
     activated_layers: int | None = None  # blocks that train at a time; None trains all
     always_train: tuple[str, ...] = PARTS  # what trains outside the blocks
     rank: int | None = None  # of the projected gradients; None trains in full rank
-    subspace: Subspace = "randomized"
+    subspace: SubspaceMethod = "randomized"
     project_embeddings: bool = False  # and the LM head
     ours: bool = False  # chunked loss, projection within backward; else all logits, and all gradients at once
     factored: bool = False  # gradients of linear layers are projected as factors, see `project_in_backward`
@@ -141,7 +141,7 @@ class _Simulation:
     def step(self, renews: bool) -> int:
         """The training step of CausalLMModule in Lightning's loop, or the usual one of other tools; bytes of gradients."""
         model, method, work, tracker = self.model, self.method, self.work, self.tracker
-        language_model: Any = causal_lm(model)
+        language_model: Any = language_model_of(model)
         if work.accumulates:
             # Earlier micro-batches leave nothing but gradients, and need no more than the last one does beside those.
             tracker.begin_span(())
@@ -237,7 +237,7 @@ class _Simulation:
 
         for index, layer in enumerate(decoder_layers(self.model)):
             layer.register_forward_pre_hook(partial(enter_block, index), with_kwargs=True)
-        backbone(causal_lm(self.model)).register_forward_hook(leave_decoder)
+        backbone(language_model_of(self.model)).register_forward_hook(leave_decoder)
 
     def _rests(self, p: nn.Parameter) -> bool:
         return self.galore is not None and self.galore.rests(p)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ows_lightning.compat import persistent_buffers
 from ows_lightning.errors import UsageError
 from ows_lightning.models import loss
-from ows_lightning.models.decoder import causal_lm
+from ows_lightning.models.decoder import language_model_of
 
 
 class CausalLM(nn.Module):
@@ -33,7 +33,7 @@ class CausalLM(nn.Module):
     @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model itself, also within a peft model."""
-        return cast(PreTrainedModel, causal_lm(self.model))
+        return cast(PreTrainedModel, language_model_of(self.model))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
         """Converts and moves weights as any module does, but computed buffers, RoPE's frequencies, keep their dtype.
@@ -108,4 +108,4 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def run_causal_lm(model: nn.Module, **inputs: Any) -> Any:
     """Runs the causal LM in a module, sharded or not, without labels; through the ``CausalLM`` around it if there is one."""
     owner = next((module for module in model.modules() if isinstance(module, CausalLM)), None)
-    return causal_lm(model)(**inputs) if owner is None else owner(**inputs)
+    return language_model_of(model)(**inputs) if owner is None else owner(**inputs)

@@ -11,7 +11,7 @@ from torch import nn
 from ows_lightning.errors import UsageError
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def language_model_of(model: nn.Module) -> nn.Module:
     """Returns the transformers model with an LM head that a module is or contains, or the module itself if there is none.
 
     Of several (a teacher beside its student) it is the one in the module's optimizer, or else the first that trains.
@@ -61,7 +61,7 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     and `other` (what is no part of the language model, e.g. a vision tower); a head tied to the embeddings is under both.
     """
     holder, layers = _decoder_and_layers(model)
-    language_model = causal_lm(model)
+    language_model = language_model_of(model)
     head = language_model.get_output_embeddings() if _is_pretrained(language_model) else None
 
     in_blocks = set(layers.modules())
@@ -89,12 +89,12 @@ def restore_weights(block: nn.Module) -> None:
     """Has an offloaded block's parameters be its own weights, with what these learned at rest, also within a pass."""
     if (offloader := getattr(block, "offloader", None)) is not None:
         offloader.end_pass()
-        offloader.take_in_updates()
+        offloader.merge_updates()
 
 
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """Returns the module that directly holds the list of blocks, and that list."""
-    language_model = causal_lm(model)
+    language_model = language_model_of(model)
     candidates = list(_outermost_lists(language_model.get_decoder())) if _is_pretrained(language_model) else []
     candidates = candidates or list(_outermost_lists(language_model))  # what some classes call `decoder` is their head
     sizes = [sum(p.numel() for p in layers.parameters()) for _, layers in candidates]

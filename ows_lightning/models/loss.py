@@ -32,16 +32,16 @@ class LossParts(NamedTuple):
         return self.total / self.targets.clamp(min=1)
 
 
-def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], chunks_of: torch.device | None = None) -> LossParts:
+def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], chunk_device: torch.device | None = None) -> LossParts:
     """Returns the summed cross entropy of a batch, and over how many target tokens.
 
-    Only positions that have a target reach the LM head, in chunks of the size for ``chunks_of``, or for the batch's device.
+    Only positions that have a target reach the LM head, in chunks of the size for ``chunk_device``, or for the batch's device.
     The batch has ``input_ids`` and ``labels`` (B, L), int64, labels not shifted and -100 where there is no target, and what
     else the model's forward takes; it comes from `precompute_on_host` if no device is to be waited for.
     """
     hidden, targets = _hidden_and_targets(model, batch)
     number = torch.full((), targets.numel(), device=targets.device)
-    return LossParts(summed_cross_entropy(model, hidden, targets, chunks_of), number)
+    return LossParts(summed_cross_entropy(model, hidden, targets, chunk_device), number)
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tu
     """Returns what `next_token_loss` does, without a graph, and the likeliest token at each target, (N,), row by row."""
     hidden, targets = _hidden_and_targets(model, batch)
     total, likeliest = torch.zeros((), dtype=torch.float32, device=hidden.device), torch.empty_like(targets)
-    rows = _rows_of_chunk(model, hidden)
+    rows = _rows_per_chunk(model, hidden)
     for h, t, into in zip(hidden.split(rows), targets.split(rows), likeliest.split(rows), strict=True):
         logits = logits_of(model, h).float()
         total += F.cross_entropy(logits, t, reduction="sum")
@@ -148,14 +148,14 @@ def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
 
 
 def summed_cross_entropy(
-    model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunks_of: torch.device | None = None
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_device: torch.device | None = None
 ) -> Tensor:
     """Returns the summed cross entropy of a model's logits; of these, and of their gradient, a chunk exists at a time.
 
-    The states are (N, hidden), the targets (N,), int64; chunks have the size for ``chunks_of``, or for the states' device.
+    The states are (N, hidden), the targets (N,), int64; chunks have the size for ``chunk_device``, or for the states' device.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    rows = _rows_of_chunk(model, hidden, chunks_of)
+    rows = _rows_per_chunk(model, hidden, chunk_device)
     if not torch.is_grad_enabled():
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
@@ -163,9 +163,9 @@ def summed_cross_entropy(
     return _ChunkedCrossEntropy.apply(head, partial(_scaled, config), rows, targets, hidden, *trained)
 
 
-def _rows_of_chunk(model: PreTrainedModel, hidden: Tensor, chunks_of: torch.device | None = None) -> int:
+def _rows_per_chunk(model: PreTrainedModel, hidden: Tensor, chunk_device: torch.device | None = None) -> int:
     row = model.config.get_text_config().vocab_size * hidden.element_size()
-    on_cpu = (chunks_of or hidden.device).type == "cpu"
+    on_cpu = (chunk_device or hidden.device).type == "cpu"
     return max(1, CPU_CHUNK_BYTES // row, 0 if on_cpu else min(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // row))
 
 

@@ -227,7 +227,7 @@ def _untrainable(config: PretrainedConfig) -> str | None:
     return None
 
 
-def exceeded_positions(config: PretrainedConfig, length: int, trust_remote_code: bool = False) -> int | None:
+def exceeded_position_limit(config: PretrainedConfig, length: int, trust_remote_code: bool = False) -> int | None:
     """The most tokens that the model has positions for, where `length` tokens are more; else None.
 
     A config's ``max_position_embeddings`` is no limit by itself: rotary models compute further positions. So a model without

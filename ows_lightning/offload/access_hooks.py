@@ -50,7 +50,7 @@ def remove_access_hooks(offloader: BlockOffloader) -> None:
 def _before_state_dict(offloader: BlockOffloader, block: nn.Module, prefix: str, keep_vars: bool) -> None:
     offloader.end_pass()
     if not offloader.saves_updates_apart:
-        offloader.take_in_updates()
+        offloader.merge_updates()
 
 
 def _before_write(offloader: BlockOffloader, index: int, *_: Any) -> None:

@@ -61,8 +61,8 @@ class DiskWeights(OffloadedWeights):
 
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
-        for target, (part, start) in zip(slot, self.places, strict=True):
-            self.disk.read_into(partial(part.read, start), as_bytes(target))
+        for target, (region, start) in zip(slot, self.places, strict=True):
+            self.disk.read_into(partial(region.read, start), as_bytes(target))
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained into the scratch file."""
@@ -82,12 +82,12 @@ class DiskWeights(OffloadedWeights):
         release_mapped_pages()
 
     def _in_scratch(self) -> bool:
-        return all(part.file is self.disk.scratch for part, _ in self.places)
+        return all(region.file is self.disk.scratch for region, _ in self.places)
 
     def _move(self, weights: Sequence[Tensor]) -> None:
-        part = self.disk.extend_scratch(total_nbytes(weights))
-        self.tensors = copy_into(part.memory, weights)
-        self.places = [(part, start) for start in byte_offsets(weights)[:-1]]
+        region = self.disk.extend_scratch(total_nbytes(weights))
+        self.tensors = copy_into(region.memory, weights)
+        self.places = [(region, start) for start in byte_offsets(weights)[:-1]]
         self.disk.places.update(zip((weight.data_ptr() for weight in self.tensors), self.places, strict=True))
 
 
@@ -109,14 +109,14 @@ class Disk:
         """Returns a weight as it lies in a model's own file, or, if its dtype there is another one, in the scratch file."""
         if stored.path not in self._files:
             self._files[stored.path] = FileRegion(stored.path.open("rb"), writable=False)
-        part, start = self._files[stored.path], stored.start
+        region, start = self._files[stored.path], stored.start
         assert stored.dtype is not None
-        weight = tensor_at(torch.empty(stored.shape, dtype=stored.dtype, device="meta"), part.memory, start)
+        weight = tensor_at(torch.empty(stored.shape, dtype=stored.dtype, device="meta"), region.memory, start)
         if stored.dtype != dtype:
-            part, start = self.extend_scratch(weight.numel() * dtype.itemsize), 0
-            weight = tensor_at(torch.empty_like(weight, dtype=dtype, device="meta"), part.memory, 0).copy_(weight)
+            region, start = self.extend_scratch(weight.numel() * dtype.itemsize), 0
+            weight = tensor_at(torch.empty_like(weight, dtype=dtype, device="meta"), region.memory, 0).copy_(weight)
             release_mapped_pages()
-        self.places[weight.data_ptr()] = (part, start)
+        self.places[weight.data_ptr()] = (region, start)
         return weight
 
     def extend_scratch(self, length: int) -> FileRegion:

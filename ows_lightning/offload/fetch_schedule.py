@@ -7,7 +7,7 @@ from typing import Any
 
 
 class FetchSchedule:
-    """Decides which block is fetched when, from what computes now; ``events``, a `BlockOffloader` or a test, carries it out.
+    """Decides which block is fetched when, from what computes now; the ``executor``, a `BlockOffloader`, carries it out.
 
     An offloaded block has a rank among the offloaded ones, and always comes into the slot of its rank modulo the number of
     slots. Autograd keeps views of weights from the forward pass, so in backward a block has to lie where it lay in forward.
@@ -22,8 +22,8 @@ class FetchSchedule:
         order: The offloaded blocks, ascending: the block at a rank.
     """
 
-    def __init__(self, events: Any, slots: int) -> None:
-        self.events = events
+    def __init__(self, executor: Any, slots: int) -> None:
+        self.executor = executor
         self.slots = slots
         self.set_blocks(())
 
@@ -60,7 +60,7 @@ class FetchSchedule:
         """A block is about to compute, forward, backward or again: it comes into its slot now, if it is not there yet."""
         if block not in self._in_use:
             self._issue(block)
-            self.events.wait(block, self.slot_of(block))
+            self.executor.wait(block, self.slot_of(block))
             self._in_use.add(block)
 
     def leave_forward(self, block: int, needed_in_backward: bool) -> None:
@@ -98,7 +98,7 @@ class FetchSchedule:
 
     def _release(self, block: int) -> None:
         if block in self._in_use:
-            self.events.release(block, self.slot_of(block))
+            self.executor.release(block, self.slot_of(block))
             self._in_use.remove(block)
 
     def _issue(self, block: int) -> None:
@@ -108,4 +108,4 @@ class FetchSchedule:
         for other in [other for other in self._in_use if self.slot_of(other) == slot]:
             raise RuntimeError(f"block {block} is needed while block {other} computes from the same slot")
         self._holds[slot] = block
-        self.events.issue(block, slot)
+        self.executor.issue(block, slot)

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from ows_lightning.compat import version_counter
 from ows_lightning.offload.access_hooks import add_access_hooks, remove_access_hooks
+from ows_lightning.offload.compute_hooks import ComputeHooks
 from ows_lightning.offload.disk import Disk, DiskWeights
 from ows_lightning.offload.fetch_schedule import FetchSchedule
-from ows_lightning.offload.hooks import ComputeHooks
 from ows_lightning.offload.int8 import Int8Weights
 from ows_lightning.offload.offloaded import OffloadedWeights, offload_to_host, total_nbytes, views_into
 from ows_lightning.offload.streams import CopyStream, copy_stream_for
@@ -81,7 +81,7 @@ class BlockOffloader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies find their weights, with what they learned at rest, in their own parameters, and lie in host memory."""
-        self.take_in_updates()
+        self.merge_updates()
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self.was_copied = True
@@ -188,15 +188,15 @@ class BlockOffloader:
     def attach_optimizer(self, optimizer: GaLoreAdamW) -> None:
         """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
         self._optimizer = ref(optimizer)
-        optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.merge_updates)
+        optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.merge_offloaded)
 
-    def take_in_updates(self) -> None:
+    def merge_updates(self) -> None:
         """Writes what offloaded blocks have learned at rest into their weights; they go on resting."""
         if (optimizer := self.optimizer) is not None:
-            optimizer.take_in_updates()
+            optimizer.merge_updates()
 
     @torch.no_grad()
-    def merge_updates(self, weights: Sequence[Tensor]) -> None:
+    def merge_offloaded(self, weights: Sequence[Tensor]) -> None:
         """Writes what weights have learned at rest into them, W + B Q^T, where they are offloaded."""
         ids = {id(p) for p in weights}
         self.prepare()

@@ -17,7 +17,7 @@ from ows_lightning.optim.gradient_capture import GradientCapture
 from ows_lightning.optim.projected_adamw import merge_update_, project, projected_adamw_
 from ows_lightning.optim.sharding import local
 from ows_lightning.optim.state_dtypes import saved_tensors
-from ows_lightning.optim.subspace import Method, Side, Sketch, find_subspace, random_subspace
+from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, find_subspace, random_subspace
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
@@ -114,7 +114,7 @@ class GaLoreAdamW(GradientCapture):
     @property
     def skipped_steps(self) -> int:
         """Number of steps skipped so far, for a NaN or Inf."""
-        return self._progress.skipped_steps
+        return self._shared.skipped_steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a projected one gets the defaults of the keys that it does not set."""
@@ -126,13 +126,13 @@ class GaLoreAdamW(GradientCapture):
         self._claim_gradients(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "progress": (self._progress.in_backward, self._progress.draw_seed)}
+        return {**super().__getstate__(), "progress": (self._shared.in_backward, self._shared.draw_seed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Sets up a copy or an unpickled optimizer, or takes over a loaded state (torch calls it in ``load_state_dict``)."""
-        if "_progress" not in self.__dict__:
+        if "_shared" not in self.__dict__:
             self._init_unsaved()
-            self._progress.in_backward, self._progress.draw_seed = state.pop("progress")
+            self._shared.in_backward, self._shared.draw_seed = state.pop("progress")
             super().__setstate__(state)
         else:
             self._discard_gradients()
@@ -191,7 +191,7 @@ class GaLoreAdamW(GradientCapture):
         Raises:
             ValueError: A weight is no matrix that the rank makes smaller.
         """
-        self._progress.draw_seed = seed
+        self._shared.draw_seed = seed
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
@@ -225,7 +225,7 @@ class GaLoreAdamW(GradientCapture):
         return self.state[p]["update"], projector
 
     @torch.no_grad()
-    def take_in_updates(self) -> None:
+    def merge_updates(self) -> None:
         """Writes what weights have learned at rest into them, where it is kept beside them; they go on resting."""
         self._merge_kept(self._group_and_index)
 
@@ -288,7 +288,7 @@ class GaLoreAdamW(GradientCapture):
         group, index = self._group_and_index[p]
         seed = index + int(self.state[p].get("step", 0))
         if group["subspace"] == "random":  # another one whenever a block becomes active, too
-            seed = (1_000_003 * self._progress.draw_seed + seed) % 2**63
+            seed = (1_000_003 * self._shared.draw_seed + seed) % 2**63
         return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     @torch.no_grad()
@@ -308,7 +308,7 @@ class GaLoreAdamW(GradientCapture):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if hasattr(self, "grad_scale") and (self._progress.in_backward or self.grad_scale is not None):
+        if hasattr(self, "grad_scale") and (self._shared.in_backward or self.grad_scale is not None):
             raise UsageError(
                 "GradScaler: it can't unscale gradients that are projected before it sees them; leave out "
                 "project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
@@ -327,7 +327,7 @@ class GaLoreAdamW(GradientCapture):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Makes GradScaler pass its scale to ``step`` if gradients are not in ``grad``, so that ``step`` can refuse it."""
-        return self._progress.in_backward or bool(self.projected_gradients)
+        return self._shared.in_backward or bool(self.projected_gradients)
 
     def _clip_and_check(self) -> bool:
         """Clips what the step consumes; False, with a warning, if it is not finite. Only here does it wait for the device."""
@@ -344,7 +344,7 @@ class GaLoreAdamW(GradientCapture):
         found = ((name, self.gradient_of(p)) for name, p in self._named_parameters())
         names = [name for name, gradient in found if gradient is not None and not local(gradient).isfinite().all()]
         where = ", ".join(names) or "another process"
-        self._progress.skipped_steps += 1
+        self._shared.skipped_steps += 1
         log.warning("Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)", where, self.skipped_steps)
         return False
 
@@ -397,7 +397,7 @@ class GaLoreAdamW(GradientCapture):
         if settings["round_weights"] or self.state[p]["exp_avg"].dtype == torch.bfloat16:
             # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.
             number, steps = self._group_and_index[p][1], int(self.state[p]["step"])
-            seed = (1_000_003 * (1_000_003 * self._progress.draw_seed + number) + steps) % 2**63
+            seed = (1_000_003 * (1_000_003 * self._shared.draw_seed + number) + steps) % 2**63
             settings["generator"] = torch.Generator(self.state[p]["exp_avg"].device).manual_seed(seed)
         return settings
 
@@ -468,7 +468,7 @@ def _check_options(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range by a ValueError that names one."""
     choices: dict[str, tuple[str, ...]] = {
         "moments_dtype": ("float32", "bfloat16"), "moments_at_renewal": ("keep", "reproject", "reset"),
-        "proj_type": get_args(ProjType), "subspace": get_args(Method),
+        "proj_type": get_args(ProjType), "subspace": get_args(SubspaceMethod),
     }  # fmt: skip
     least = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1, "rank": 1}
     for name, value in options.items():

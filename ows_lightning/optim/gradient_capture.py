@@ -25,7 +25,7 @@ from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
 
 
 @dataclass
-class _Progress:
+class _SharedState:
     """State that changes in training. Lightning's wrapper copies the optimizer's attributes: it shares this object."""
 
     in_backward: bool = False
@@ -39,11 +39,11 @@ class _Progress:
     projected_linears: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
 
 
-def _property_of_progress(name: str, doc: str) -> Any:
+def _shared_property(name: str, doc: str) -> Any:
     def get(optimizer: GradientCapture) -> Any:
-        return getattr(optimizer._progress, name)
+        return getattr(optimizer._shared, name)
 
-    return property(get, lambda optimizer, value: setattr(optimizer._progress, name, value), doc=doc)
+    return property(get, lambda optimizer, value: setattr(optimizer._shared, name, value), doc=doc)
 
 
 class GradientCapture(Optimizer):
@@ -56,8 +56,8 @@ class GradientCapture(Optimizer):
     """
 
     def _init_unsaved(self) -> None:
-        """Makes the attributes that are not saved, before torch's own. They are only changed in place, see ``_Progress``."""
-        self._progress = _Progress()
+        """Makes the attributes that are not saved, before torch's own; they change only in place, see ``_SharedState``."""
+        self._shared = _SharedState()
         self._group_and_index: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
         self.projected_gradients: dict[Tensor, Tensor] = {}
         self.offloaded_gradients: dict[Tensor, Tensor] = {}
@@ -71,30 +71,30 @@ class GradientCapture(Optimizer):
     _new_subspace: Callable[[Tensor, Tensor, Side], Tensor | Sketch]
     resting_projector: Callable[[Tensor], Tensor | None]
 
-    accumulating = _property_of_progress(
+    accumulating = _shared_property(
         "accumulating", "Set it True while backward runs for a micro-batch that is not the last of its step."
     )
-    ddp_averaging = _property_of_progress(
+    ddp_averaging = _shared_property(
         "ddp_averaging", "Set it True once where ``average_gradients()`` comes before every step: backward takes no subspace."
     )
-    known_finite = _property_of_progress(
+    known_finite = _shared_property(
         "known_finite", "Set it True where the norm of ``gradients()`` is known to be finite: the next step does not wait."
     )
 
-    projects_in_backward = property(lambda self: self._progress.in_backward, doc="Whether ``project_in_backward`` is on.")
+    projects_in_backward = property(lambda self: self._shared.in_backward, doc="Whether ``project_in_backward`` is on.")
 
     @property
     def renewal_s(self) -> float:
         """Seconds spent on finding subspaces so far. On a GPU, reading it waits for those that are being found."""
         self._add_up_renewals(wait=True)
-        return self._progress.renewal_s
+        return self._shared.renewal_s
 
     def _add_up_renewals(self, wait: bool) -> None:
-        progress = self._progress
-        while progress.renewal_events and (wait or progress.renewal_events[0][1].query()):
-            begin, end = progress.renewal_events.pop(0)
+        shared = self._shared
+        while shared.renewal_events and (wait or shared.renewal_events[0][1].query()):
+            begin, end = shared.renewal_events.pop(0)
             end.synchronize()
-            progress.renewal_s += begin.elapsed_time(end) / 1000
+            shared.renewal_s += begin.elapsed_time(end) / 1000
 
     @contextmanager
     def _time_renewal(self, device: torch.device) -> Iterator[None]:
@@ -104,12 +104,12 @@ class GradientCapture(Optimizer):
             begin.record(torch.cuda.current_stream(device))
             yield
             end.record(torch.cuda.current_stream(device))
-            self._progress.renewal_events.append((begin, end))
+            self._shared.renewal_events.append((begin, end))
             self._add_up_renewals(wait=False)  # those that are over: maybe nobody ever reads the time
         else:
             start = time.perf_counter()
             yield
-            self._progress.renewal_s += time.perf_counter() - start
+            self._shared.renewal_s += time.perf_counter() - start
 
     def project_in_backward(self, enabled: bool = True, model: nn.Module | None = None) -> None:
         """From now on a projected matrix's gradient is projected within backward, and freed at once.
@@ -130,13 +130,13 @@ class GradientCapture(Optimizer):
             enabled: False leaves the gradients of later backward passes to ``grad`` again.
             model: A module that contains the causal LM whose weights this optimizer holds.
         """
-        self._progress.in_backward = enabled
+        self._shared.in_backward = enabled
         self._claim_gradients(self.param_groups)
         if not enabled:
-            to_plain_linear(self._progress.projected_linears)
-            self._progress.projected_linears.clear()
+            to_plain_linear(self._shared.projected_linears)
+            self._shared.projected_linears.clear()
         elif model is not None:
-            self._progress.projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
+            self._shared.projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
 
     # ------------------------------------------------------------------ what a step consumes
 
@@ -307,7 +307,7 @@ class GradientCapture(Optimizer):
         for group in groups:
             for p in group["params"]:
                 remove_hook(p)
-            if self._progress.in_backward:  # all matrices: one that trains in full rank may rest in a lower one
+            if self._shared.in_backward:  # all matrices: one that trains in full rank may rest in a lower one
                 matrices = (p for p in group["params"] if p.dim() in (2, 3) and p.numel())
                 hook_gradients(matrices, self)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.optim.galore import ProjType
-from ows_lightning.optim.subspace import Method
+from ows_lightning.optim.subspace import SubspaceMethod
 
 
 def galore_param_groups(
@@ -17,7 +17,7 @@ def galore_param_groups(
     update_proj_gap: int = 200,
     scale: float = 1.0,
     proj_type: ProjType = "std",
-    subspace: Method = "randomized",
+    subspace: SubspaceMethod = "randomized",
     project_embeddings: bool = False,
 ) -> list[dict[str, Any]]:
     """Splits a causal LM's trainable parameters into a projected group and two full-rank groups.

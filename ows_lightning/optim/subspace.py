@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Side = Literal["left", "right"]
-Method = Literal["randomized", "svd", "random"]
+SubspaceMethod = Literal["randomized", "svd", "random"]
 
 NOISE = 1e-5  # singular values below this part of the largest are rounding in float32
 OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 4.2) find 5 to 10 enough in most cases
@@ -24,7 +24,7 @@ class Sketch(NamedTuple):
     generator: torch.Generator  # gives the directions beyond the gradient's numerical rank
 
 
-def find_subspace(gradient: Tensor, rank: int, side: Side, method: Method, seed: int = 0) -> Tensor | Sketch:
+def find_subspace(gradient: Tensor, rank: int, side: Side, method: SubspaceMethod, seed: int = 0) -> Tensor | Sketch:
     """Finds the top r left (..., m, r) or right (..., n, r) singular vectors of a gradient (..., m, n), or nearly so.
 
     ``svd`` is exact (GaLore, arXiv 2403.03507); ``randomized`` is subspace iteration with one power iteration (Halko et al.,

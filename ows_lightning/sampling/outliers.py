@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import evaluating, run_causal_lm
-from ows_lightning.models.decoder import causal_lm, decoder_layers, on_device
+from ows_lightning.models.decoder import decoder_layers, language_model_of, on_device
 from ows_lightning.models.export import weights_without_peft
 from ows_lightning.models.loss import token_mask
 from ows_lightning.optim.sharding import total_norm
@@ -262,7 +262,7 @@ def _measure_inputs(
     model: nn.Module, layers: nn.ModuleList, blocks: list[list[_ScoredWeight]], batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
     """Runs the text through the model, which fills in the squares of the weights."""
-    language_model = causal_lm(model)
+    language_model = language_model_of(model)
     device = next(language_model.parameters()).device  # that of the embeddings: blocks may be offloaded
     accepted = inspect.signature(type(language_model).forward).parameters  # of the class: accelerate wraps the instance's
     options = {"use_cache": False, "logits_to_keep": 1}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampling_settings
 from ows_lightning.errors import UsageError
-from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
 from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, trainable_by_block, trains_outside_blocks, unfreeze
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_of
@@ -145,12 +145,12 @@ class BlockSampler:
         unfreeze(model)  # else what a run without its end left frozen would count as frozen by the user
         if self._loaded is None:
             self.reset()
-        self.check(len(decoder_layers(model)), architecture_of(getattr(causal_lm(model), "config", None)))
+        self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
         self._blocks, self._others = trainable_by_block(model), trains_outside_blocks(model, self.always_train)
-        causal_lm(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # a copy has it, too
+        language_model_of(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # a copy has it, too
         fixed = [index for index, block in enumerate(self._blocks) if not len(block)]
         if len(fixed) == len(self._blocks):
-            name = type(causal_lm(model)).__name__
+            name = type(language_model_of(model)).__name__
             raise UsageError(f"sampling: no block of {name} has a weight to train; unfreeze them, or train without sampling")
         if fixed:
             log.warning("Blocks %s have no weight to train: an interval that draws them trains nothing in them", fixed)
@@ -163,7 +163,7 @@ class BlockSampler:
         optimizers, self._written = list(optimizers), (0, None)
         self._require_held(optimizers)
         if self._loaded is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
-            check_fixed_settings(self._loaded, sampling_settings(self), named="sampling")
+            check_fixed_settings(self._loaded, sampling_settings(self), prefix="sampling")
             self._loaded = None
         if not self.history:
             return self.advance(step, optimizers, compute)
@@ -330,7 +330,7 @@ class BlockSampler:
             model: A module with the model.
             loader: The train DataLoader; calibration rows are taken from its data set, not from its position.
         """
-        config = getattr(causal_lm(model), "config", None)
+        config = getattr(language_model_of(model), "config", None)
         num_layers, architecture = len(decoder_layers(model)), architecture_of(config)
         threshold, samples = self.threshold, 0
         ratios: Sequence[float] | Tensor = [0.0] * num_layers

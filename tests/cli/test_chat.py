@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ows_lightning.cli.chat import add_generation_flags
-from ows_lightning.cli.conversation import load
+from ows_lightning.cli.conversation import load_conversation
 from ows_lightning.cli.main import main
 from tests.cli.test_cli import config, run  # noqa: F401
 
@@ -81,7 +81,7 @@ def test_answers_end_with_the_turn_where_the_model_does_not_say_so(model_dir: Ca
     model = model_dir(template="phi3")
     parser = argparse.ArgumentParser()
     add_generation_flags(parser)
-    conversation = load(str(model), parser.parse_args([]))
+    conversation = load_conversation(str(model), parser.parse_args([]))
     ends = conversation.model.generation_config.eos_token_id
     assert conversation.tokenizer.convert_tokens_to_ids("<|end|>") in (ends if isinstance(ends, list) else [ends])
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.cli.main import main
-from ows_lightning.models.pretrained import exceeded_positions
+from ows_lightning.models.pretrained import exceeded_position_limit
 from tests.tiny import ARCHITECTURES, tiny_model
 
 POSITIONS = 40
@@ -67,14 +67,14 @@ def test_the_limit_is_that_of_the_model_itself(architecture: str) -> None:
     else:
         lengths = {} if architecture == "bloom" else {"max_position_embeddings": POSITIONS}
         model = tiny_model(architecture, **lengths).eval()
-    limit = exceeded_positions(model.config, 2 * POSITIONS)
+    limit = exceeded_position_limit(model.config, 2 * POSITIONS)
     if limit is None:
         assert takes(model, 2 * POSITIONS)
     else:
         assert takes(model, limit)
         assert not takes(model, limit + 1)
-        assert exceeded_positions(model.config, limit) is None
-        assert exceeded_positions(model.config, limit + 1) == limit
+        assert exceeded_position_limit(model.config, limit) is None
+        assert exceeded_position_limit(model.config, limit + 1) == limit
 
 
 @pytest.mark.parametrize(

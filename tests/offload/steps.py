@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ows_lightning.models.decoder import causal_lm, decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
@@ -71,7 +71,7 @@ def train(
     outside = non_block_parameters(model)
     others = [(p, embeddings or part == "norm") for part, parameters in outside.items() for p in parameters]
     for number, active in enumerate(draws):
-        causal_lm(model).frozen_by_sampling = activate_blocks(layers, active, others, [optimizer], resting_rank)
+        language_model_of(model).frozen_by_sampling = activate_blocks(layers, active, others, [optimizer], resting_rank)
         if offloader is not None:
             offloader.apply_draw([optimizer])
         for step in range(steps_per_draw):

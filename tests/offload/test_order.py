@@ -356,8 +356,8 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
     Mutant("offloader", "BlockOffloader.on_device", "self.schedule.release_all()"): _killed_by("validated", "host"),
     Mutant("offloader", "BlockOffloader.end_pass", "self.schedule.release_all()"): _killed_by("interrupted", "host"),
-    Mutant("offloader", "BlockOffloader.merge_updates", "self._stop_fetches()"): _killed_by("rested", "host"),
-    Mutant("offloader", "BlockOffloader.merge_updates", "self._stream.wait_for_computation()"): _killed_by("rested", "int8"),
+    Mutant("offloader", "BlockOffloader.merge_offloaded", "self._stop_fetches()"): _killed_by("rested", "host"),
+    Mutant("offloader", "BlockOffloader.merge_offloaded", "self._stream.wait_for_computation()"): _killed_by("rested", "int8"),
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.release(slot)"): looked_at_while_it_rests,
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.wait(slot)"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.make_writable", "self._stop_fetches()"): _killed_by("loaded", "host"),
@@ -388,13 +388,13 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("streams", "_CudaStream.synchronize", "CopyStream.synchronize(self)"): _killed_by("loaded", "disk"),
     Mutant("streams", "CopyStream.wait", "self._fetches[slot].result()"): _killed_by("trained", "disk"),
     Mutant("streams", "CopyStream.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
-    Mutant("fetch_schedule", "FetchSchedule.enter", "self.events.wait(block, self.slot_of(block))"): _killed_by(
+    Mutant("fetch_schedule", "FetchSchedule.enter", "self.executor.wait(block, self.slot_of(block))"): _killed_by(
         "trained", "host"
     ),
     Mutant("fetch_schedule", "FetchSchedule.leave_forward", "self._release(block)"): _killed_by("trained", "host"),
     Mutant("fetch_schedule", "FetchSchedule._after_backward", "self._release(block)"): _killed_by("trained", "host"),
     Mutant("fetch_schedule", "FetchSchedule.release_all", "self._release(block)"): _killed_by("interrupted", "host"),
-    Mutant("fetch_schedule", "FetchSchedule._release", "self.events.release(block, self.slot_of(block))"): _killed_by(
+    Mutant("fetch_schedule", "FetchSchedule._release", "self.executor.release(block, self.slot_of(block))"): _killed_by(
         "trained", "host"
     ),
 }
