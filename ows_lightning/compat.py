@@ -108,7 +108,7 @@ def without_weight_conversions(model: Any) -> Any:
 
 
 def quick_gguf() -> AbstractContextManager[Any]:
-    """Has ``gguf`` slice an array instead of a ``memmap``, and make its map of names once, while transformers loads a file.
+    """Makes ``gguf`` slice an array instead of a ``memmap``, and make its map of names once, while transformers loads a file.
 
     Both happen very often: loading SmolLM2 with its tokenizer takes 6 s instead of 19. When they are gone: leave this out.
     """

@@ -58,6 +58,11 @@ def message_and_exit_code(error: BaseException, command: str | None = "fit") -> 
     return f"{type(error).__name__}: {text} (set OWS_DEBUG=1 for the stack trace)", 1
 
 
+def first_line(error: BaseException) -> str:
+    """An error's message, or the first line of it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
 def add_note(error: BaseException, note: str) -> None:
     """``BaseException.add_note``, which Python 3.10 lacks."""
     error.__notes__ = [*getattr(error, "__notes__", ()), note]

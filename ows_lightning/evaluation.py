@@ -113,7 +113,7 @@ class EvaluationModule(LightningModule):
         return TeacherForcedAnswers.of(generation, self.tokenizer, self.hparams["max_new_tokens"])
 
     def _answers(self, batch: dict[str, Any]) -> list[str]:
-        """The greedy answers; of one that is known to be wrong, as much as is known."""
+        """The greedy answers; an answer known to be wrong already is returned only as far as it is known."""
         rows = range(len(batch["reference"]))
         known: list[str | None] = [None] * len(rows) if self._greedy is None else self._greedy.answers(batch)
         if left := [row for row in rows if known[row] is None]:
@@ -124,9 +124,9 @@ class EvaluationModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
-        answers = self.generate(batch)
-        facts = {key: value for key, value in batch.items() if not isinstance(value, Tensor)}
-        rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answers[i]} for i in range(len(answers))]
+        columns = {key: values for key, values in batch.items() if not isinstance(values, Tensor)}
+        columns["generated"] = self.generate(batch)
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
 
     @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training

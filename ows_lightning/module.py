@@ -19,11 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ows_lightning.checkpoints.files import first_line
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, fixed_settings
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.distributed.sharded_model import load_into_shards
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, first_line
 from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM

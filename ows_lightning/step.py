@@ -46,7 +46,7 @@ class StepAccumulator:
         self._divisor: float | Tensor = _PROVISIONAL_TARGETS
 
     def add(self, parts: LossParts, tokens: Tensor, first: bool, last: bool) -> Tensor:
-        """Adds a micro-batch of ``tokens`` (a scalar), returns its loss; a step's first one drops what an older step left."""
+        """Adds a micro-batch of ``tokens`` (a scalar), and returns its loss; ``first`` drops an unfinished step's sums."""
         counts = [parts.targets, tokens, torch.full_like(tokens, self.signal_code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
         before = None if first else self._totals

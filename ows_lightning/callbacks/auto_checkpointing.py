@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ows_lightning.checkpoints.files import first_line
+from ows_lightning.errors import first_line
 from ows_lightning.memory.cards import available_bytes, fewest_checkpointed
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.models.decoder import decoder_layers

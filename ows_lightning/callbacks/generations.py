@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from ows_lightning.callbacks import StepCallback
 from ows_lightning.callbacks.run_folder import run_folder
+from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.data.masking import Encoder, with_chat_template
 from ows_lightning.errors import UsageError
 from ows_lightning.models.causal_lm import evaluating

@@ -82,7 +82,9 @@ class RunFolder(Callback):
         folder = run_folder(trainer)
         if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module.hparams, folder))
-        for path in write_pictures(folder) if trainer.is_global_zero else ():
+        if not trainer.is_global_zero:
+            return
+        for path in write_pictures(folder):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     from matplotlib.image import imread

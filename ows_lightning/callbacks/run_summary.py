@@ -14,9 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ows_lightning.callbacks.run_folder import run_folder
-from ows_lightning.checkpoints.files import first_line
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, add_note, command_line, is_out_of_memory
+from ows_lightning.errors import UsageError, add_note, command_line, first_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict

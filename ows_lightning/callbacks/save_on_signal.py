@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
-from ows_lightning.callbacks import StepCallback
 from ows_lightning.callbacks.run_checkpoint import remove_interrupted
 from ows_lightning.callbacks.run_folder import run_folder
+from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.errors import RunError
 from ows_lightning.module import CausalLMModule
 

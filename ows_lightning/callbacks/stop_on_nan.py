@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
-from ows_lightning.callbacks import StepCallback
+from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.errors import RunError
 from ows_lightning.module import CausalLMModule

@@ -100,11 +100,6 @@ def root_cause(error: BaseException) -> BaseException:
     return error.__context__ if isinstance(error.__context__, (OSError, KeyboardInterrupt)) else error
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message, or the first line of it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-
-
 class ChecksummedFile(io.BufferedWriter):
     """A file for ``torch.save`` to write to, which sums up what is written."""
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, file_crc32, first_line, load_file
+from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, file_crc32, load_file
 from ows_lightning.checkpoints.shards import read_metadata
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, first_line
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ows_lightning.checkpoints.files import first_line, load_file, partial_path, replace_atomically, root_cause, save_file
+from ows_lightning.checkpoints.files import load_file, partial_path, replace_atomically, root_cause, save_file
 from ows_lightning.checkpoints.find import last_good, read_checkpoint
 from ows_lightning.checkpoints.shards import load_shards
-from ows_lightning.errors import RunError
+from ows_lightning.errors import RunError, first_line
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ows_lightning.checkpoints.files import META, METADATA, REQUIRED_KEYS, UNSAFE, first_line, load_file, root_cause
-from ows_lightning.errors import UsageError
+from ows_lightning.checkpoints.files import META, METADATA, REQUIRED_KEYS, UNSAFE, load_file, root_cause
+from ows_lightning.errors import UsageError, first_line
 from ows_lightning.optim.galore import merge_saved_updates_
 
 

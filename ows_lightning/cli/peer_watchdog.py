@@ -29,7 +29,6 @@ _RUN_ID_PARTS = (
 _GOODBYE = b"."
 
 _watchdog: _Watchdog | None = None
-_exit_code: int | None = None  # to end with at once
 
 
 def start() -> None:
@@ -43,14 +42,14 @@ def start() -> None:
         _watchdog = _Watchdog(run, int(rank), int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
 
 
-def set_world_size(number: int) -> None:
+def set_world_size(world_size: int) -> None:
     """Says how many processes the run has here; this one exits if not all are there after `START_TIMEOUT`."""
     global _watchdog
     if _watchdog is not None:
-        _watchdog.number = number
-    elif sys.platform == "linux" and number > 1:
+        _watchdog.world_size = world_size
+    elif sys.platform == "linux" and world_size > 1:
         os.environ[_RUN_ID_VARIABLE] = str(os.getpid())
-        _watchdog = _Watchdog(os.environ[_RUN_ID_VARIABLE], 0, number)
+        _watchdog = _Watchdog(os.environ[_RUN_ID_VARIABLE], 0, world_size)
 
 
 def stop(ends: bool = False) -> None:
@@ -58,20 +57,18 @@ def stop(ends: bool = False) -> None:
 
     If the program ``ends``, it does so at once: its end takes seconds of a processor, a minute of a busy machine.
     """
-    global _exit_code
     if _watchdog is None:
         return
     if failure := _watchdog.stop(_GOODBYE):
         raise RunError(f"{failure} before this one was through; its own output says why")
-    _exit_code = 0 if ends else None
+    _watchdog.exit_code = 0 if ends else None
 
 
 def abort(code: int) -> None:
     """Closes the connections, so that the others exit, and makes sure that this process exits with a code, too."""
-    global _exit_code
     if _watchdog is None:
         return
-    _exit_code = code
+    _watchdog.exit_code = code
     _watchdog.stop(b"")
     # By a thread of C: what waits in C++ may hold Python up. Whatever is collected on the way may wait for the others.
     faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (until the end)
@@ -82,11 +79,11 @@ def _end_at_once() -> None:
 
     That collects process groups, and waits for gloo's threads, which after an error wait for the interpreter in turn: forever.
     """
-    if _exit_code is not None:
+    if _watchdog is not None and _watchdog.exit_code is not None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        os._exit(_exit_code or int(hasattr(sys, "last_value")))  # an exception that came after a good end
+        os._exit(_watchdog.exit_code or int(hasattr(sys, "last_value")))  # an exception that came after a good end
 
 
 class _Watchdog:
@@ -95,8 +92,10 @@ class _Watchdog:
     Each process connects to those of lower rank, and says its own; before it ends in good order it says so.
     """
 
-    def __init__(self, run: str, rank: int, number: int) -> None:
-        self._run, self._rank, self.number = run, rank, number  # 0 processes where it is not known how many they are
+    def __init__(self, run: str, rank: int, world_size: int) -> None:
+        self._run, self._rank = run, rank
+        self.world_size = world_size  # processes of the run on this machine; 0 where it is not known
+        self.exit_code: int | None = None  # with which this process is to end at once
         self._peers: dict[int, socket.socket] = {}  # by the rank of the other
         self._connected = {rank}
         self._start_deadline = time.monotonic() + START_TIMEOUT
@@ -175,7 +174,7 @@ class _Watchdog:
                 return f"another process of this run (local rank {rank}) has ended"
             peer.close()
             del self._peers[rank]
-        missing = next((rank for rank in range(self.number) if rank not in self._connected), None)
+        missing = next((rank for rank in range(self.world_size) if rank not in self._connected), None)
         if missing is None or time.monotonic() <= self._start_deadline:
             return ""
         self._exit_timeout = 0.0  # nothing has begun yet that this process could end

@@ -145,7 +145,7 @@ class InstructionDataModule(LightningDataModule):
             raise UsageError(f"data.batch_size: {what}")
 
     def prepare_data(self) -> None:
-        """Read, check and tokenise once, so that other processes find it in the cache of `datasets`."""
+        """Reads, checks and tokenises once, so that other processes find it in the cache of `datasets`."""
         self.check()
         self._choose_tokenizer()
         encoder = self._encoder()
@@ -154,7 +154,7 @@ class InstructionDataModule(LightningDataModule):
                 self._splits.tokens_of(key, encoder)
 
     def setup(self, stage: str | None = None) -> None:
-        """Tokenise (or take from the cache) the rows that `stage` needs; a UsageError says that none has a target."""
+        """Tokenises (or takes from the cache) the rows that `stage` needs; a UsageError says that none has a target."""
         parts = _PARTS.get(stage or "", _ALL_PARTS)
         self._resume_at = {}  # of a run that failed before it made its loader
         if stage in ("validate", "test"):
@@ -224,7 +224,7 @@ class InstructionDataModule(LightningDataModule):
         return {} if loader is None else loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue there with the training loader, or with the next one that is made.
+        """Continues there with the training loader, or with the next one that is made.
 
         Lightning gives the position to a loader that it makes when training starts, but not to one that exists already
         because a schedule has asked for the number of steps, before this call (FSDP2) or after it.
@@ -246,7 +246,7 @@ class InstructionDataModule(LightningDataModule):
         return stage.value if stage else ""
 
     def _check_positions(self, length: int, what: str, generated: int = 0) -> None:
-        """Refuse rows that are longer than what the model has positions for."""
+        """Refuses rows that are longer than what the model has positions for."""
         exceeded = getattr(self.trainer and self.trainer.lightning_module, "exceeded_position_limit", lambda _: None)
         if (limit := exceeded(length + generated)) is not None:
             hint = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
@@ -378,10 +378,11 @@ def check_bounds(settings: Mapping[str, Any]) -> None:
         raise UsageError(f"data.val_size must be a fraction below 1 or a number of rows, got {size}")
     if not sources:
         raise UsageError("data.dataset names no source; give a file, a directory, a glob or a data set on the hub")
-    for source, weight in sources.items() if isinstance(sources, Mapping) else ():
-        if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
-            allowed = "from {:g} to {:g}".format(*_WEIGHTS)
-            raise UsageError(f"data.dataset: the weight of '{source}' must be {allowed}, got {weight!r}")
+    if isinstance(sources, Mapping):
+        for source, weight in sources.items():
+            if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+                allowed = "from {:g} to {:g}".format(*_WEIGHTS)
+                raise UsageError(f"data.dataset: the weight of '{source}' must be {allowed}, got {weight!r}")
     if unknown := sorted(set(settings["columns"]) - set(formats.COLUMNS)):
         raise UsageError(f"data.columns: '{unknown[0]}' is no column of a format; those are {', '.join(formats.COLUMNS)}")
     if settings["packing"] and settings["group_by_length"]:

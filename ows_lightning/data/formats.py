@@ -60,7 +60,7 @@ def rename(row: Row, columns: Mapping[str, str], row_name: str) -> Row:
 
 
 def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:
-    """Cut off the answer with which a conversation ends: the messages to answer, and its text (empty without one)."""
+    """Cuts off the answer with which a conversation ends: the messages to answer, and its text (empty without one)."""
     answered = bool(messages) and messages[-1]["role"] == "assistant"
     return (messages[:-1], messages[-1]["content"] or "") if answered else (messages, "")
 
@@ -182,7 +182,7 @@ def _message(turn: Any, row_name: str) -> Message:
 
 
 def without_none(value: Any, keep: str | None = None) -> Any:
-    """Drop the empty keys that Arrow adds so that all objects of a column have the same ones; keep those below `keep`."""
+    """Drops the empty keys that Arrow adds so that all objects of a column have the same ones; keeps those below `keep`."""
     if isinstance(value, dict):
         return {k: v if k == keep else without_none(v, keep) for k, v in value.items() if v is not None}
     return [without_none(v, keep) for v in value] if isinstance(value, list) else value

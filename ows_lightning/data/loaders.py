@@ -83,7 +83,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": self._position[0], "rows": rows, "order": order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the next iteration at this position."""
+        """Begins the next iteration at this position."""
         before, now = state.get("order", {}), self.state_dict()["order"]
         changed = [f"{name} from {before[name]} to {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
         if changed and state["rows"]:

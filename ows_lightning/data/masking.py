@@ -158,7 +158,7 @@ class Encoder:
         return (start, len(answer)) if start < len(answer) else None
 
     def _with_end_tokens(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
-        """Leave white space after the end-of-turn token out of the targets, and add a token where the template has none."""
+        """Leaves white space after the end-of-turn token out of the targets, and adds a token where the template has none."""
         trimmed = []
         for start, end in spans:
             stop = len(text[:end].rstrip())

@@ -22,7 +22,7 @@ _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commo
 
 
 class ChoiceRows(Dataset[list[dict[str, Any]]]):
-    """One item for each example that has choices, with all of them, so that limits of batches never separate them.
+    """One item for each example that has choices, with all of its choices, so that they are always in one batch.
 
     For each choice it has ``input_ids``, ``labels`` of the choice alone, ``row``, ``right`` and ``characters``. The item at
     index ``len`` repeats the last one, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).

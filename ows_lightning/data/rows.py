@@ -43,7 +43,7 @@ class Rows(Dataset[Item]):
 
 
 def join_documents(documents: Sequence[tuple[list[int], list[int]]], packed: bool) -> Item:
-    """Join the token ids and labels of documents to a row; when packed, ``position_ids`` restart with every document."""
+    """Joins the token ids and labels of documents to a row; when packed, ``position_ids`` restart with every document."""
     item = {"input_ids": [x for ids, _ in documents for x in ids], "labels": [x for _, labels in documents for x in labels]}
     if packed:
         item["position_ids"] = [position for ids, _ in documents for position in range(len(ids))]

@@ -109,7 +109,7 @@ def _suffix_of(path: Path) -> str | None:
 
 
 def _check_split_unset(source: DataSource) -> DataSource:
-    """Refuse `data.split` for rows that have no splits."""
+    """Refuses `data.split` for rows that have no splits."""
     if source.key == "dataset" and source.splits[-1] != "train":
         hint = "leave data.split out, or give the file that holds the rows (on the hub, 'owner/name:split' asks for one)"
         raise source.error(f"'{source.name}' has no splits, and data.split asks for '{source.splits[-1]}'; {hint}")
@@ -189,7 +189,7 @@ def drop_arrow_nulls(row: Row) -> Row:
 
 
 def open_dataset(source: DataSource, streaming: bool = False) -> Any:
-    """Open a data set of the hub, or one that `Dataset.save_to_disk` wrote, as a table or as a stream."""
+    """Opens a data set of the hub, or one that `Dataset.save_to_disk` wrote, as a table or as a stream."""
     import datasets
 
     try:

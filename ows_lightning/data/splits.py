@@ -55,7 +55,7 @@ class Splits:
                 choices_of(json.loads(entry["example"]), entry["where"])
 
     def _check_columns(self) -> None:
-        """Refuse a name in `columns` that no row has; of a stream the first rows are checked."""
+        """Refuses a name in `columns` that no row has; of a stream the first rows are checked."""
         if not self.columns:
             return
         there = {name for table in self._examples.values() for names in table["renamed"] for name in names}
@@ -186,7 +186,7 @@ class Splits:
         return interleave_datasets(streams, shares, seed=self.seed, stopping_strategy="all_exhausted")
 
     def _log_what_is_lost(self, key: str, max_seq_length: int) -> None:
-        """Say which rows have no target, and how many were cut."""
+        """Says which rows have no target, and how many were cut."""
         dropped, total = self.indices_without_target(key), len(self.examples_of(key))
         documents = len(self.tokens[key]) - len(dropped)
         if 0 < len(dropped) < total:

@@ -67,8 +67,9 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
         for entry in block:
             example = json.loads(entry["example"])
             encoded = self.encoder.encode(example, entry["where"])
-            for what in self.encoder.dropped_parts(example) if number == 0 else ():
-                dropped_parts.setdefault(what, {})[entry["where"]] = None
+            if number == 0:
+                for what in self.encoder.dropped_parts(example):
+                    dropped_parts.setdefault(what, {})[entry["where"]] = None
             documents += [(row.input_ids, row.labels) for row in encoded]
             if not encoded:
                 dropped[entry["where"]] = None
@@ -102,12 +103,12 @@ class StreamLoader(DataLoader[Any]):
         return self.dataset.state
 
     def load_state_dict(self, state: State) -> None:
-        """Begin the next iteration at this position."""
+        """Begins the next iteration at this position."""
         self.dataset.state = state
 
 
 def collate_with_state(
     rows: Sequence[tuple[Item, State]], collate: Callable[[list[Item]], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], State]:
-    """Collate rows, and keep the position after the last one."""
+    """Collates rows, and keeps the position after the last one."""
     return collate([item for item, _ in rows]), rows[-1][1]

@@ -12,7 +12,7 @@ _BARRIER_TIMEOUT = timedelta(seconds=30)
 
 
 def destroy_at_exit() -> None:
-    """Has this process leave its group, if it is still in one, before the interpreter ends: gloo's threads must end first."""
+    """Makes this process leave its group, if it is in one, before the interpreter ends: gloo's threads must end first."""
     atexit.unregister(destroy_process_group)
     atexit.register(destroy_process_group, False)
 

@@ -123,7 +123,7 @@ class _TrainersGaLoreAdamW(GaLoreAdamW):
 
 
 class _GaLoreCallback(TrainerCallback):
-    """Has an optimizer of ``use_galore`` project within backward while its Trainer trains, and with its own settings."""
+    """Makes an optimizer of ``use_galore`` project within backward, with its own settings, while its Trainer trains."""
 
     def __init__(self, optimizer: GaLoreAdamW) -> None:
         self.optimizer = optimizer

@@ -33,9 +33,8 @@ class Card(NamedTuple):
     source: str  # of the last figure
 
 
-with Path(__file__).with_name("cards.csv").open(newline="", encoding="utf-8") as file:
-    _, *rows = csv.reader(file)
-CARDS = tuple(Card(name, int(memory), float(link), float(tflops), source) for name, memory, link, tflops, source in rows)
+_, *_rows = csv.reader(Path(__file__).with_name("cards.csv").read_text(encoding="utf-8").splitlines())
+CARDS = tuple(Card(name, int(memory), float(link), float(tflops), source) for name, memory, link, tflops, source in _rows)
 """By memory. A card's nominal GB are counted as 10^9 bytes: CUDA's context and fragmentation take the 7 % that it has more."""
 
 _SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
@@ -127,8 +126,8 @@ def _resident_bytes(settings: PlanSettings) -> int:
 
 
 def _in_words(changes: dict[str, Any]) -> str:
-    parts = [f"{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
-    return f"{', '.join(parts[:-1])}{' and ' * (len(parts) > 1)}{parts[-1]}"
+    *others, last = [f"{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:

@@ -37,7 +37,7 @@ class Compute:
 
 
 class _Flops(NamedTuple):
-    """FLOPs of a micro-batch, a block each but for the head; from ``update`` on, once in an optimizer step."""
+    """FLOPs of one block, or of the head, in a micro-batch; from ``update`` on, in an optimizer step."""
 
     forward: float
     head: float
@@ -116,13 +116,14 @@ def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:
 
 
 def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
-    # A subspace that lives shorter than a block is active stands for the worst step, as memory asks for.
+    # `renews_with_state` makes every step renew its subspaces, the worst case for memory. Here renewals are counted apart.
     resting = replace(settings.method, renews_with_state=False)
     method = replace(resting, resting_rank=0, resting_updates_kept=False)
 
     def stages(active: int, frozen: int, method: TrainingMethod = method) -> dict[bool, dict[str, int]]:
         """FLOPs of stages, of an ordinary step (False, maybe the same) and of one that renews subspaces (True)."""
-        memory = simulate(replace(settings, method=method), active, frozen, (active + frozen) * recompute, rows)
+        num_checkpointed = active + frozen if recompute else 0
+        memory = simulate(replace(settings, method=method), active, frozen, num_checkpointed, rows)
         found: dict[bool, dict[str, int]] = {}
         for span, flops in memory.flops.items():
             if len(span) == 2:

@@ -30,7 +30,7 @@ class FakeOperators:
     its peak; with ``merge_chunks`` it is done in one, which takes more memory and the same FLOPs.
     """
 
-    _results: ClassVar[dict[Any, Any]] = {}
+    _results: ClassVar[dict[Any, Any]] = {}  # of the process: layouts, never tensors, that all simulations share
 
     def __init__(self, merge_chunks: bool = False) -> None:
         self._merge_chunks = merge_chunks

@@ -154,9 +154,9 @@ class PlanSettings:
 
 
 _SAME_KEYS = {
-    *("gradient_checkpointing", "frozen_in", "frozen_dtype", "window_blocks", "update_proj_gap"),
-    *("batch_size", "max_seq_length", "interval_steps"),
-}
+    "gradient_checkpointing", "frozen_in", "frozen_dtype", "window_blocks", "update_proj_gap", "batch_size", "max_seq_length",
+    "interval_steps",
+}  # fmt: skip
 """Keys of a config that are called the same in `PlanSettings`, and have the same defaults."""
 
 

@@ -132,10 +132,10 @@ def blocks_are_alike(layers: nn.ModuleList) -> bool:
 
 
 def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed: int, rows: int | None = None) -> StepMemory:
-    """Simulates a step of a fake model with the first blocks of the settings' one, once for all that ask for it.
+    """Simulates a step of a fake model of the settings' first blocks; the same step is simulated once.
 
-    So many of its blocks train, so many are frozen, and so many, from below, recompute their activations. With ``rows``, for
-    the FLOPs of a micro-batch of so many; None: of as many as the settings have, for its memory.
+    ``active`` and ``frozen`` are numbers of blocks; the lowest ``num_checkpointed`` recompute their activations. With
+    ``rows``, it is a micro-batch of so many rows, for its FLOPs; with None, of the settings' rows, for its memory.
     """
     method = settings.method
     if method.activated_layers is not None:

@@ -65,7 +65,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What was seen in a method's steps. Spans tell a step's stages apart, and blocks by where they are among their like."""
+    """What a method's steps took, by span: a stage of a step, and within blocks the group of the block and its place there."""
 
     peaks: dict[tuple[Any, ...], dict[str, int]]  # span -> category -> bytes, at the span's peak
     trained: int  # parameters that train at a time
@@ -263,7 +263,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def block_groups(active: int, frozen: int, num_checkpointed: int) -> dict[str, int]:
-    """Returns how many blocks of each kind lie above the lowest one, from below; that and the highest ones are active."""
+    """Returns the sizes of the groups of blocks above the lowest one, upwards; that and the highest ones are active."""
     above = max(0, num_checkpointed - 1)
     some, more = min(frozen, above), min(active - 1, max(0, above - frozen))
     return {"frozen": some, "frozen, kept": frozen - some, "active": more, "active, kept": active - 1 - more}

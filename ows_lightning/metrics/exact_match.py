@@ -1,4 +1,4 @@
-"""Exact match: the greedy answers that the loss of the same rows has shown already, so that few have to be generated."""
+"""Exact match: greedy answers as far as the loss of the same rows shows them, so that only the others are generated."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 _NEUTRAL_SETTINGS = {  # of generation: they leave greedy answers as they are, or are overruled
-    *("bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length"),
-    *("max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config"),
-}
+    "bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length",
+    "max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config",
+}  # fmt: skip
 
 
 class TeacherForcedAnswers:
@@ -49,7 +49,7 @@ class TeacherForcedAnswers:
             self._prefixes[prompt] = self._prefix(ids[positions[start:]].tolist(), tokens[start:])
 
     def answers(self, batch: dict[str, Any]) -> list[str | None]:
-        """Returns the answers to prompts that are known, or known to differ from ``reference`` as far; None for the others."""
+        """Returns each prompt's answer, or its beginning where that already differs from ``reference``; else None."""
         prompts = (ids[mask.bool()] for ids, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True))
         return [self._answer(prompt, right) for prompt, right in zip(prompts, batch["reference"], strict=True)]
 

@@ -86,7 +86,7 @@ def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def restore_weights(block: nn.Module) -> None:
-    """Has an offloaded block's parameters be its own weights, with what these learned at rest, also within a pass."""
+    """Ends an offloaded block's pass: its parameters are its own weights again, with what they learned at rest merged in."""
     if (offloader := getattr(block, "offloader", None)) is not None:
         offloader.end_pass()
         offloader.merge_updates()

@@ -41,11 +41,10 @@ def count_checkpointed(model: nn.Module) -> int:
 
 
 def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True) -> None:
-    """Turns on activation checkpointing of the first blocks; frozen blocks below the active ones are not recomputed.
+    """Turns on activation checkpointing for the first blocks; frozen blocks below the active ones are never recomputed.
 
-    The first ones, for these are the last that backward comes to: what the others kept is gone by then. And where the lowest
-    active block is a high one, few or none of them recompute. It may be called again, with another number. A UsageError says
-    that the model's class can't, or not for some blocks alone.
+    Backward reaches the first blocks last, when the activations of all others are freed already. It may be called again with
+    another number. A UsageError says that the model's class can't recompute, or not some of its blocks alone.
     """
     layers = decoder_layers(model)
     if number := num_checkpointed(setting, len(layers)):

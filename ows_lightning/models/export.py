@@ -82,10 +82,10 @@ def save_huggingface(
     with atomic_directory(target, "model") if writes else contextlib.nullcontext(target) as partial:
         if writes:
             tokenizer.save_pretrained(partial)
-            is_vision = type(base.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME) if is_vision else ():
-                with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
-                    shutil.copy(str(cached_file(str(base.name_or_path), name)), partial)
+            if type(base.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+                for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME):
+                    with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
+                        shutil.copy(str(cached_file(str(base.name_or_path), name)), partial)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
             base.generation_config = _valid_generation_config(base.generation_config)
@@ -173,21 +173,23 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
     empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
     layout = revert_weight_conversion(model, dict(empty))
     written = _shapes(layout)
-    alone_or_joined: dict[bool, list[_PlainWeight]] = {True: [], False: []}
+    alone: list[_PlainWeight] = []
+    joined: list[_PlainWeight] = []  # with others into one tensor of the file
     for weight in weights:
         by_itself = revert_weight_conversion(model, {weight.name: empty[weight.name]})
-        alone_or_joined[_shapes(by_itself) <= written].append(weight)
+        (alone if _shapes(by_itself) <= written else joined).append(weight)
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
     with contextlib.ExitStack() as stack:
-        files = {
-            file: stack.enter_context(SafetensorsFile(directory / file, {name: layout[name] for name in names}))
-            for file, names in (split.filename_to_tensors.items() if writes else ())
-        }
-        for group in (*([weight] for weight in alone_or_joined[True]), alone_or_joined[False]):
+        files: dict[str, SafetensorsFile] = {}
+        if writes:
+            for file, names in split.filename_to_tensors.items():
+                files[file] = stack.enter_context(SafetensorsFile(directory / file, {name: layout[name] for name in names}))
+        for group in (*([weight] for weight in alone), joined):
             with contextlib.ExitStack() as merged:
                 tensors = {weight.name: merged.enter_context(_merged_weight(weight)).detach() for weight in group}
-                for name, value in revert_weight_conversion(model, tensors).items() if writes else ():
-                    files[split.tensor_to_filename[name]].write(name, value)
+                if writes:
+                    for name, value in revert_weight_conversion(model, tensors).items():
+                        files[split.tensor_to_filename[name]].write(name, value)
             release_mapped_pages()
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -230,7 +232,7 @@ def _merged_weight(weight: _PlainWeight) -> Iterator[Tensor]:
     """
     adapters = [adapter for adapter in weight.adapters if not adapter.merged]
     if not adapters:
-        yield _full_tensor(weight.tensor)
+        yield full_tensor(weight.tensor)
         return
     parameters = {module: dict(own_parameters(module)) for module in adapters[0].modules()}
     device = [*adapters[0].parameters()][-1].device  # the adapter's: what it is merged into may be offloaded
@@ -238,7 +240,7 @@ def _merged_weight(weight: _PlainWeight) -> Iterator[Tensor]:
         for module, named in parameters.items():
             for name, parameter in named.items():
                 if parameter is not None:
-                    whole = _full_tensor(parameter).to(device, copy=True)
+                    whole = full_tensor(parameter).to(device, copy=True)
                     own_parameters(module)[name] = nn.Parameter(whole, requires_grad=False)
         for adapter in adapters:
             adapter.merge()
@@ -250,5 +252,6 @@ def _merged_weight(weight: _PlainWeight) -> Iterator[Tensor]:
             own_parameters(module).update(named)
 
 
-def _full_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns a sharded tensor as a whole, for which all ranks have to call it; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -61,7 +61,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 class OffloadedWeights:
-    """A block's weights where they are offloaded: a tensor each, the given one if it is on that device already."""
+    """A block's offloaded weights, a tensor each; a given weight that lies on the ``device`` already is not copied."""
 
     memory: Tensor | None = None  # page-locked, that the weights lie in
     fetch_exact = False  # also where there is a copy in int8

@@ -80,7 +80,7 @@ class BlockOffloader:
         self._updated_layers: dict[int, list[ProjectedLinear]] = {}  # of a block on the device, that compute with an update
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies find their weights, with what they learned at rest, in their own parameters, and lie in host memory."""
+        """A copy has all weights in its own parameters, in host memory, with what they learned at rest merged in."""
         self.merge_updates()
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
@@ -273,8 +273,9 @@ class BlockOffloader:
     def refresh_after_weight_swap(self) -> None:
         """Re-reads the weights: averaging swaps them with its copy's between training and evaluation, unseen by torch."""
         self.schedule.invalidate()
-        for index in self.schedule.order if self.was_copied else ():
-            self.refresh(index)
+        if self.was_copied:
+            for index in self.schedule.order:
+                self.refresh(index)
 
     @torch.no_grad()
     def replace(self, index: int, weights: Sequence[Tensor]) -> None:

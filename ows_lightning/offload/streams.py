@@ -54,7 +54,7 @@ class _CudaStream(CopyStream):
     """
 
     def __init__(self, device: torch.device, slots: int, reads_files: bool = False) -> None:
-        CopyStream.__init__(self, reads_files)
+        super().__init__(reads_files)
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.arrived = [torch.cuda.Event() for _ in range(slots)]
@@ -70,7 +70,7 @@ class _CudaStream(CopyStream):
         self._running[slot] = fetch
 
     def wait(self, slot: int) -> None:
-        CopyStream.wait(self, slot)
+        super().wait(slot)
         torch.cuda.current_stream(self.device).wait_event(self.arrived[slot])
 
     def release(self, slot: int) -> None:
@@ -80,7 +80,7 @@ class _CudaStream(CopyStream):
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def synchronize(self) -> None:
-        CopyStream.synchronize(self)
+        super().synchronize()
         _synchronize(self.stream, self._running)
 
 

@@ -92,16 +92,10 @@ class GaLoreAdamW(GradientCapture):
         state_warmup_steps: int = 0,
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "moments_dtype": moments_dtype,
-            "moments_at_renewal": moments_at_renewal,
-            "stochastic_rounding": stochastic_rounding,
-            "max_grad_norm": max_grad_norm,
-            "state_warmup_steps": state_warmup_steps,
-        }
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments_dtype": moments_dtype,
+            "moments_at_renewal": moments_at_renewal, "stochastic_rounding": stochastic_rounding,
+            "max_grad_norm": max_grad_norm, "state_warmup_steps": state_warmup_steps,
+        }  # fmt: skip
         _check_options(defaults)
         self._init_unsaved()
         super().__init__(params, defaults)

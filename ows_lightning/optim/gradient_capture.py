@@ -64,12 +64,11 @@ class GradientCapture(Optimizer):
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
         self.sketches: dict[Tensor, tuple[Sketch, Tensor, dist.ProcessGroup | None]] = {}
 
-    # What a subclass has: which side of a matrix is projected, None in full rank; the projector of the coming step, None if it
-    # has to be found; a projector from a gradient (..., m, n), or a sketch of one; Q (n, r) of a weight (m, n) at rest.
-    _projected_side: Callable[[Tensor], Side | None]
-    _projector: Callable[[Tensor], Tensor | None]
-    _new_subspace: Callable[[Tensor, Tensor, Side], Tensor | Sketch]
-    resting_projector: Callable[[Tensor], Tensor | None]
+    # Methods of the subclass.
+    _projected_side: Callable[[Tensor], Side | None]  # which side of a matrix is projected; None in full rank
+    _projector: Callable[[Tensor], Tensor | None]  # of the coming step; None if it has to be found
+    _new_subspace: Callable[[Tensor, Tensor, Side], Tensor | Sketch]  # from a gradient (..., m, n): a projector or a sketch
+    resting_projector: Callable[[Tensor], Tensor | None]  # Q (n, r) of a weight (m, n) that trains at rest; None of others
 
     accumulating = _shared_property(
         "accumulating", "Set it True while backward runs for a micro-batch that is not the last of its step."
@@ -182,9 +181,8 @@ class GradientCapture(Optimizer):
         """
         self._project_all(renew=False)
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
-        waiting = (self.projected_gradients, self.offloaded_gradients)
         trained = [p for p in self._group_and_index if p.requires_grad]
-        has_gradient = [p.grad is not None or any(p in some for some in waiting) for p in trained]
+        has_gradient = [p.grad is not None or p in self.projected_gradients or p in self.offloaded_gradients for p in trained]
         sharding.zero_missing_gradients(trained, has_gradient, process_group)
         self._project_all(renew=False)
         for p in [p for p in self._group_and_index if p in self.offloaded_gradients]:  # in one order on all processes

@@ -47,7 +47,7 @@ class ProjectedLinear(nn.Linear):
 
 
 def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
-    """Has a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns those layers."""
+    """Makes a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns them."""
     layers = [module for module in block.modules() if type(module) is ProjectedLinear and module.weight in updates]
     for layer in layers:
         layer.update = updates[layer.weight]

@@ -40,7 +40,7 @@ def galore_param_groups(
     blocks = {id(p) for p in decoder_layers(model).parameters() if p.dim() >= 2}
     if project_embeddings:
         outside = non_block_parameters(model)
-        blocks |= {id(p) for part in ("embeddings", "lm_head") for p in outside.get(part, []) if p.dim() == 2}
+        blocks |= {id(p) for part in ("embeddings", "lm_head") for p in outside[part] if p.dim() == 2}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     settings = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "subspace": subspace}
     groups: list[dict[str, Any]] = [

@@ -20,7 +20,7 @@ def saved_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterat
 
 
 def keep_state_dtypes(optimizer: Optimizer) -> None:
-    """Has an optimizer of torch load its state in the dtype in which it was saved: NAdam keeps float32 beside bfloat16."""
+    """Makes an optimizer of torch load its state in the dtype in which it was saved: NAdam keeps float32 beside bfloat16."""
     loading: dict[str, Any] = {}
     is_torchs = type(optimizer).__module__.startswith("torch.optim")
 

@@ -10,8 +10,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from ows_lightning.checkpoints.files import first_line
-from ows_lightning.errors import RunError
+from ows_lightning.errors import RunError, first_line
 from ows_lightning.report.run import RunRecord, is_run_folder
 from ows_lightning.report.tables import LABELS, formatted, key_figures
 

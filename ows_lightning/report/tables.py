@@ -76,7 +76,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """Write a table; numbers keep all their digits, a missing one is an empty cell."""
+    """Writes a table; numbers keep all their digits, a missing one is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(table)

@@ -20,7 +20,7 @@ REFRESH = 3  # seconds after which the page asks for itself again
 
 
 class Page:
-    """The page of a run's folder, drawn in another one; what a browser may ask for, and nothing else."""
+    """A run's page, drawn into another folder, ``output``; a browser gets this page and its CSV files, and nothing else."""
 
     def __init__(self, run: Path, output: Path) -> None:
         self.run, self.output = run, output
@@ -110,9 +110,9 @@ def watch(run: Path, port: int = 0) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             print(f"{run}: http://127.0.0.1:{server.server_address[1]}/ (until the run ends, or Ctrl-C)", flush=True)
-            goes_on = False
-            while not (goes_on and not is_running(run)):
-                goes_on = goes_on or is_running(run)
+            was_running = False
+            while (running := is_running(run)) or not was_running:
+                was_running = was_running or running
                 time.sleep(1)
             time.sleep(2 * REFRESH)  # a page that is open shows the end
             print("The run has ended.")

@@ -1,4 +1,4 @@
-"""Freezing: some blocks train, the others cost no gradient and no optimizer state, but those that train at rest."""
+"""Freezing: some blocks train; the others, unless they train at rest, have no gradient and no optimizer state."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +23,7 @@ from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import evaluating, run_causal_lm
 from ows_lightning.models.decoder import decoder_layers, language_model_of, on_device
-from ows_lightning.models.export import weights_without_peft
+from ows_lightning.models.export import full_tensor, weights_without_peft
 from ows_lightning.models.loss import token_mask
 from ows_lightning.optim.sharding import total_norm
 
@@ -127,8 +126,7 @@ class _ScoredWeight:
         return getattr(self.owner, self.name)
 
     def full(self) -> Tensor:
-        parameter = self.parameter.detach()
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        whole = full_tensor(self.parameter.detach())
         return whole if self.experts is None else whole.unflatten(0, (self.experts, -1))
 
     def add(self, squares: Tensor, expert: int | None = None) -> None:

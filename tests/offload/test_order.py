@@ -323,14 +323,15 @@ def remove(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
     module: ModuleType = import_module(f"ows_lightning.offload.{mutant.file}")
     *owner_name, name = mutant.function.split(".")
     owner: Any = getattr(module, owner_name[0]) if owner_name else module
-    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(owner, name))))
-    number = mutant.number
+    explicit = f"super({', '.join([*owner_name, 'self'])})"  # code outside of its class has no other
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(owner, name))).replace("super()", explicit))
+    number, statement = mutant.number, mutant.statement.replace("super()", explicit)
 
     class Remove(ast.NodeTransformer):
         def generic_visit(self, node: ast.AST) -> ast.AST:
             nonlocal number
             node = super().generic_visit(node)
-            if isinstance(node, ast.stmt) and not hasattr(node, "body") and ast.unparse(node) == mutant.statement:
+            if isinstance(node, ast.stmt) and not hasattr(node, "body") and ast.unparse(node) == statement:
                 number -= 1
                 return ast.Pass() if number == -1 else node
             return node
@@ -384,8 +385,8 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
         _killed_by("trained", "host")
     ),
     Mutant("streams", "_CudaStream.synchronize", "_synchronize(self.stream, self._running)"): _killed_by("trained", "int8"),
-    Mutant("streams", "_CudaStream.wait", "CopyStream.wait(self, slot)"): _killed_by("trained", "disk"),
-    Mutant("streams", "_CudaStream.synchronize", "CopyStream.synchronize(self)"): _killed_by("loaded", "disk"),
+    Mutant("streams", "_CudaStream.wait", "super().wait(slot)"): _killed_by("trained", "disk"),
+    Mutant("streams", "_CudaStream.synchronize", "super().synchronize()"): _killed_by("loaded", "disk"),
     Mutant("streams", "CopyStream.wait", "self._fetches[slot].result()"): _killed_by("trained", "disk"),
     Mutant("streams", "CopyStream.synchronize", "fetch.exception()"): _killed_by("loaded", "disk"),
     Mutant("fetch_schedule", "FetchSchedule.enter", "self.executor.wait(block, self.slot_of(block))"): _killed_by(
