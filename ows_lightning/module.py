@@ -40,7 +40,7 @@ from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import SubspaceMethod
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.lightning_support import check_strategy
+from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, unpatch_clipping
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
 
@@ -153,6 +153,8 @@ class CausalLMModule(EvaluationModule):
         execution.check_recomputation(gradient_checkpointing)
         model_name_or_path = str(model_name_or_path)  # a Path could not be read from a checkpoint
         self.save_hyperparameters(ignore=["optimizer"])
+        for name in [name for name, value in self.hparams.items() if callable(value)]:  # a subclass' model or function
+            del self.hparams[name]
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
         self.offloader: BlockOffloader | None = None  # of frozen blocks
@@ -210,14 +212,13 @@ class CausalLMModule(EvaluationModule):
         self._check_projection(optimizer)
         return optimizer
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Adds the clean-up after a fit, unless the Trainer has it."""
-        return [] if RestoreAfterFit in map(type, self.trainer.callbacks) else [RestoreAfterFit()]  # type: ignore[attr-defined]
-
     def setup(self, stage: str) -> None:
-        """Starts afresh: of an earlier run the weights remain."""
+        """Starts afresh: of an earlier run the weights remain. Gives the Trainer the clean-up after a fit."""
         if stage == "fit":
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if RestoreAfterFit not in map(type, callbacks):  # not by `configure_callbacks`, which subclasses override
+                callbacks.append(RestoreAfterFit())
+            patch_clipping(self.trainer.precision_plugin)
             if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
                 raise UsageError(
                     "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
@@ -278,16 +279,16 @@ class CausalLMModule(EvaluationModule):
     def configure_optimizers(self) -> Any:
         """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""
         optimizer = self.make_optimizer(self.param_groups())
+        self._check_projection(optimizer)
+        steps = self.trainer.estimated_stepping_batches
+        scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
         if isinstance(optimizer, GaLoreAdamW):
             check_strategy(self.trainer.strategy)
-            optimizer.project_in_backward(model=self.model)
+            optimizer.project_in_backward(model=self.model)  # last: an error before leaves no hook behind
             if self.offloader is not None:
                 self.offloader.attach_optimizer(optimizer)
         else:
             keep_state_dtypes(optimizer)
-        self._check_projection(optimizer)
-        steps = self.trainer.estimated_stepping_batches
-        scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _check_projection(self, optimizer: Optimizer) -> None:
@@ -329,13 +330,17 @@ class CausalLMModule(EvaluationModule):
         return precompute_on_host(batch) if self.trainer.training else batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the loss of a micro-batch; ``optimizer_step`` makes its gradient that of the step's mean."""
+        """Returns the loss of a micro-batch; ``optimizer_step`` makes its gradient that of the step's mean.
+
+        For a term of your own, override ``forward``, and add to ``LossParts.total`` the term times ``LossParts.targets``: the
+        step's loss is a mean over target tokens. A ``training_step`` of your own is scaled and clipped as Lightning does it.
+        """
         place = batch_idx % self.trainer.accumulate_grad_batches
         last = place + 1 == self.trainer.accumulate_grad_batches or self.trainer.is_last_batch
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, GaLoreAdamW):
             optimizer.accumulating = not last
-        parts = self._loaded_causal_lm(**batch)
+        parts = self(**batch)
         return self.step.add(parts, token_mask(batch).sum(), place == 0, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -346,6 +351,10 @@ class CausalLMModule(EvaluationModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips what the optimizer consumes, and logs loss and norm."""
+        if self.step.totals is None:  # a `training_step` of a subclass
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        self.step.complete(optimizer, self.trainer.accumulate_grad_batches)
         self.last_step = self.step.finish(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train_loss", self.last_step.loss, prog_bar=True)
         self.log("grad_norm", self.last_step.grad_norm)
@@ -406,7 +415,10 @@ class RestoreAfterFit(Callback):
     """Ends projection in backward, and merges what blocks learned at rest, when a fit ends: any code may train the model."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Does both, for each GaLoreAdamW of the Trainer."""
+        """Does both, for each GaLoreAdamW of the Trainer, and gives Lightning its own clipping back."""
+        if stage != "fit":
+            return
+        unpatch_clipping(trainer.precision_plugin)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
                 optimizer.project_in_backward(False)

@@ -42,42 +42,44 @@ class StepAccumulator:
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self.signal_code = 0  # of `SaveOnSignal`: sent to all processes with the next step's loss; they see the sum
-        self._totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, signal codes
+        self.totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, signal codes
         self._divisor: float | Tensor = _PROVISIONAL_TARGETS
+        self._is_complete = False
 
     def add(self, parts: LossParts, tokens: Tensor, first: bool, last: bool) -> Tensor:
         """Adds a micro-batch of ``tokens`` (a scalar), and returns its loss; ``first`` drops an unfinished step's sums."""
         counts = [parts.targets, tokens, torch.full_like(tokens, self.signal_code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
-        before = None if first else self._totals
-        self._totals = here if before is None else before + here
+        before, self._is_complete = None if first else self.totals, False
+        self.totals = here if before is None else before + here
         if last and self.processes > 1:
-            dist.all_reduce(self._totals)  # strategy.reduce would hold all processes up with a barrier
+            dist.all_reduce(self.totals)  # strategy.reduce would hold all processes up with a barrier
         if before is None:
-            self._divisor = self._totals[1].clamp(min=1) / self.processes if last else _PROVISIONAL_TARGETS
+            self._divisor = self.totals[1].clamp(min=1) / self.processes if last else _PROVISIONAL_TARGETS
         return parts.total / self._divisor
 
     def complete(self, optimizer: Optimizer, micro_batches: int) -> None:
         """Makes the gradient that of the step's mean loss, before hooks look at it.
 
-        Gradients have to be complete, and averaged over processes. Lightning has divided each loss by ``micro_batches``.
+        Gradients have to be complete, and averaged over processes. Lightning has divided each loss by ``micro_batches``. A
+        second call, before `finish`, does nothing.
         """
-        assert self._totals is not None
-        if micro_batches > 1:
-            factor = self._divisor * micro_batches * self.processes / self._totals[1].clamp(min=1)
+        if micro_batches > 1 and self.totals is not None and not self._is_complete:
+            factor = self._divisor * micro_batches * self.processes / self.totals[1].clamp(min=1)
             foreach_mul_([local(gradient) for gradient in _gradients_of(optimizer)], factor)
+        self._is_complete = True
 
     def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepMetrics:
         """Clips what the optimizer consumes, and begins the next step; call it after `complete`.
 
         ``limit`` and ``algorithm`` are Lightning's ``gradient_clip_val`` (0 or None for none) and ``_algorithm``.
         """
-        assert self._totals is not None
+        assert self.totals is not None
         gradients = _gradients_of(optimizer)
         norm = total_norm(gradients)
-        mean = self._totals[0] / self._totals[1].clamp(min=1)
+        mean = self.totals[0] / self.totals[1].clamp(min=1)
         # Only here does a step wait for the device.
-        loss, grad_norm, targets, tokens, codes = torch.stack([mean, norm, *self._totals[1:]]).cpu()
+        loss, grad_norm, targets, tokens, codes = torch.stack([mean, norm, *self.totals[1:]]).cpu()
         skipped = not grad_norm.isfinite()
         if isinstance(optimizer, GaLoreAdamW):  # else it skips, and names the weight, by itself
             optimizer.known_finite = not skipped
@@ -86,7 +88,7 @@ class StepAccumulator:
             optimizer.zero_grad()
         if limit and not skipped:
             clip_(gradients, norm, limit, algorithm or "norm")
-        self._totals = None
+        self.totals = None
         return StepMetrics(loss, grad_norm, int(tokens), int(targets), skipped, int(codes))
 
 

@@ -9,22 +9,39 @@ from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ows_lightning.callbacks.run_folder import run_folder
+from ows_lightning.checkpoints.fixed_settings import plain
 from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import mark_step_saved
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then goes on otherwise
-    "trainer": ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision"),
+    "trainer": (
+        "max_steps",
+        "max_epochs",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "gradient_clip_algorithm",
+        "precision",
+    ),
     "model": ("lr_scheduler_type", "warmup_steps"),
-    "data": ("batch_size", "max_seq_length", "train_on_prompt", "last_turn_only", "packing"),
-    "sampling": ("seed", "rescore_every"),
+    "data": (
+        "dataset",
+        "seed",
+        "batch_size",
+        "group_by_length",
+        "max_seq_length",
+        "train_on_prompt",
+        "last_turn_only",
+        "packing",
+    ),
+    "sampling": ("seed", "scores", "threshold", "calibration_samples", "rescore_every"),
 }
 
 
@@ -58,6 +75,9 @@ class Resume(Callback):
         """Applies them to a resumed run, and logs what changed."""
         if trainer.ckpt_path is None:
             return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):  # which Lightning asks at the start of an epoch alone
+                trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 mark_step_saved(callback, trainer.global_step)
@@ -71,12 +91,17 @@ class Resume(Callback):
     def _apply_options(self, trainer: Trainer) -> dict[str, str]:
         changed = {}
         before = self._saved_options or [{}] * len(self._options)
+        recomputed = all(isinstance(config.scheduler, LambdaLR) for config in trainer.lr_scheduler_configs)
         for group, configured, formerly in zip(_groups(trainer), self._options, before, strict=True):
             for key, value in configured.items():
                 place = "initial_lr" if key == "lr" and "initial_lr" in group else key
                 # Not where a schedule may have changed it since (ReduceLROnPlateau the rate, OneCycleLR the betas).
                 same = key in formerly and formerly[key] == value
-                if not same and (saved := group.get(place)) != value:
+                if same or (saved := group.get(place)) == value:
+                    continue
+                if place == "initial_lr" and not recomputed:
+                    rank_zero_warn(f"The resumed run keeps lr {saved}, instead of {value}: its schedule is the checkpoint's")
+                else:
                     changed[key] = f"{key} from {saved} to {value}"
                     group[place] = value
         for config in trainer.lr_scheduler_configs:
@@ -103,7 +128,8 @@ def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, 
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     owners = {"trainer": trainer, "model": module.hparams, "data": data, "sampling": LayerwiseSampling.of(trainer)}
     settings = ((f"{part}.{name}", owners[part], name) for part, names in CHANGEABLE.items() for name in names)
-    return {key: getattr(owner, name) for key, owner, name in settings if hasattr(owner, name)}
+    found = {key: plain(getattr(owner, name)) for key, owner, name in settings if hasattr(owner, name)}
+    return {**found, "model.optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)}
 
 
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:

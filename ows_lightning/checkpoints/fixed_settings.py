@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ def fixed_settings(
     settings |= {"number of blocks": num_layers, **architecture}
     if sampling is not None:
         settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
-    return {key: _plain(value) for key, value in settings.items()}
+    return {key: plain(value) for key, value in settings.items()}
 
 
 def sampling_settings(sampling: object) -> dict[str, Any]:
     """Returns a BlockSampler's settings that can't change, as plain values by their names."""
-    return {key: _plain(getattr(sampling, key)) for key in FIXED_SAMPLING_KEYS}
+    return {key: plain(getattr(sampling, key)) for key in FIXED_SAMPLING_KEYS}
 
 
 def check_fixed_settings(
@@ -35,18 +36,23 @@ def check_fixed_settings(
 
     If no training resumes, the model's dimensions alone have to agree. The error begins with ``prefix``.
     """
+    if saved is None and not resumes:  # whether the weights fit is seen when they are loaded
+        return
     if saved is None:
-        raise UsageError(f"ckpt_path: the checkpoint is of another program's run; give one that `{command_line('fit')}` wrote")
+        kind = "another program's run, or of a module that overrides on_save_checkpoint without super()"
+        raise UsageError(f"ckpt_path: the checkpoint is of {kind}; give one that `{command_line('fit')}` wrote")
     keys = sorted(key for key in saved.keys() | now.keys() if resumes or "." not in key)
     if different := [key for key in keys if not _same(key, saved.get(key), now.get(key))]:
         listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in different)
         raise UsageError(f"{prefix}: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
 
 
-def _plain(value: Any) -> Any:
-    """Lists for tuples, and Python's numbers for NumPy's, which `torch.load(weights_only=True)` refuses."""
+def plain(value: Any) -> Any:
+    """Lists for tuples, text for paths and members of enums, Python's numbers for NumPy's: what `torch.load` takes as safe."""
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
+    if isinstance(value, (Enum, Path)):
+        return getattr(value, "value", str(value))
     return value.item() if hasattr(value, "item") else value
 
 

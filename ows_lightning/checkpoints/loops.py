@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops import _FitLoop, _Loop, _TrainingEpochLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import RestartStage
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
 def resume_exactly(trainer: Trainer) -> None:
@@ -145,6 +145,10 @@ class ExactFitLoop(_FitLoop):
             epoch.rewind()
             over = batches.is_last_batch and epochs.current.processed == epochs.current.ready
             replays_step_end = batches.current.processed > 0 and not over
+            loaders = self._combined_loader.flattened if self._combined_loader is not None else ()
+            if replays_step_end and not any(hasattr(loader, "load_state_dict") for loader in loaders):
+                why = "the DataLoader has no load_state_dict (torchdata's StatefulDataLoader has)"
+                rank_zero_warn(f"The resumed run begins its epoch with rows that were seen, and misses others: {why}")
             done = max(epochs.current.ready - (not over), 0)
         for counted in (epochs.current, epochs.total):
             counted.processed = counted.completed = done

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
+from ows_lightning.errors import UsageError
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.sampling.activation import unfreeze
 from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, unpatch_clipping
 from ows_lightning.sampling.sampler import BlockSampler
@@ -58,6 +62,12 @@ class LayerwiseSampling(BlockSampler, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the blocks and checks the settings against them; nothing is frozen yet."""
         self.attach(pl_module)
+        sharded = any(map(is_sharded, pl_module.parameters()))
+        if trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy) and not sharded:
+            raise UsageError(
+                "trainer.strategy: fsdp2 shards a CausalLMModule; any other module has to shard itself in configure_model, "
+                "by ows_lightning.distributed.sharded_model.shard_model, or to train with ddp_layerwise"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
@@ -85,10 +95,13 @@ class LayerwiseSampling(BlockSampler, Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unfreezes what this callback froze, and gives Lightning its own clipping back."""
+        """Unfreezes what this callback froze, ends projection in backward, and gives Lightning its own clipping back."""
         if stage == "fit":
             unpatch_clipping(trainer.precision_plugin)
             self.release()
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, GaLoreAdamW):  # another one may train the module next
+                    optimizer.project_in_backward(False)
 
     def compute_scores(self, model: LightningModule, loader: Any) -> OutlierScores:  # type: ignore[override]
         """As ``BlockSampler.compute_scores``, in the Trainer's precision and under the name that the module was given."""

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.optim import Optimizer
 
 from ows_lightning.errors import UsageError
@@ -15,8 +14,9 @@ from ows_lightning.errors import UsageError
 def check_strategy(strategy: object) -> None:
     """Refuses a strategy, or its name, in which trained blocks can't change or gradients can't be projected: a UsageError."""
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    fixed = isinstance(strategy, DDPStrategy) and not getattr(strategy, "averages_changing_blocks", False)
-    if isinstance(strategy, FSDPStrategy) or name == "DeepSpeedStrategy" or re.match("fsdp(?!2$)|deepspeed", name):
+    kinds = {kind.__name__ for kind in type(strategy).__mro__}  # of pytorch_lightning, too, whose classes are others
+    fixed = "DDPStrategy" in kinds and not getattr(strategy, "averages_changing_blocks", False)
+    if kinds & {"FSDPStrategy", "DeepSpeedStrategy"} or re.match("fsdp(?!2$)|deepspeed", name):
         reason = "it shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
     elif fixed or re.match("ddp(?!_layerwise$)", name):
         reason = "it fixes the set of trained parameters, and averages full gradients; write strategy: ddp_layerwise"

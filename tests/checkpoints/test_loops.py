@@ -16,7 +16,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -43,6 +48,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"every_n_train_steps": None, "every_n_epochs": 1, "save_on_train_epoch_end": False},
         {},
     ),
+    "accumulated by a schedule": ({"max_epochs": 4, "val_check_interval": 3}, {}, {"batch_size": 4}),
     "accumulated": ({"max_epochs": 4, "accumulate_grad_batches": 2, "val_check_interval": 3}, {}, {"batch_size": 4}),
     "saved within steps": (
         {"max_epochs": 4, "accumulate_grad_batches": 2, "val_check_interval": 3},
@@ -100,7 +106,8 @@ class Runs:
         self.folder, self.devices = folder, devices
         self.trainer, self.checkpoint, self.data = SCENARIOS[scenario]
         self.seen = Seen()
-        self.callbacks: list[Callback] = []  # further ones
+        # Further ones.
+        self.callbacks: list[Callback] = [GradientAccumulationScheduler({0: 1, 1: 2})] if "by a schedule" in scenario else []
 
     def fit(self, name: str, ckpt_path: Path | None = None, ended_in: tuple[int, ...] = ()) -> tuple[dict[str, Tensor], Rows]:
         """Trains, from a checkpoint if it is given; returns the weights and what was logged."""
@@ -234,7 +241,16 @@ def test_a_resume_with_other_rows_says_so(runs_of: Callable[[str], Runs]) -> Non
     runs = runs_of("epochs")
     runs.fit("through")
     runs.data = {"seed": 1, "val_size": 7}
-    with pytest.warns(UserWarning, match=r"rows are in another order \(rows from 40 to 39, seed from 0 to 1\)"):
+    with pytest.warns(UserWarning, match=r"rows are in another order \(rows from 40 to 39, seed from 0 to 1, checksum"):
+        runs.fit("resumed", runs.saved("through", 7))
+
+
+def test_a_resume_with_as_many_other_rows_says_so(runs_of: Callable[[str], Runs]) -> None:
+    runs = runs_of("epochs")
+    runs.fit("through")
+    rows = (runs.folder / "rows.jsonl").read_text().splitlines()
+    (runs.folder / "rows.jsonl").write_text("\n".join(reversed(rows)))
+    with pytest.warns(UserWarning, match=r"rows are in another order \(checksum of lengths from \d+ to \d+\)"):
         runs.fit("resumed", runs.saved("through", 7))
 
 
