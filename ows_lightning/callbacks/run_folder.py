@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ows_lightning.errors import DISK_FULL, UsageError, add_note, not_writable
-from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.export import check_replaceable, save_huggingface
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
 from ows_lightning.report.model_card import model_card
@@ -32,7 +32,7 @@ class RunFolder(Callback):
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Locks the folder; a UsageError if another run that still lives writes to it, or it can't be written to."""
+        """Locks the folder; a UsageError if another run that lives writes to it, or it or its ``model/`` can't be written."""
         self._folder = folder = run_folder(trainer)
         if stage != "fit":
             return
@@ -47,6 +47,8 @@ class RunFolder(Callback):
             raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
         except OSError as error:  # Timeout is one
             raise not_writable("trainer.default_root_dir", folder, error) from error
+        if isinstance(pl_module, CausalLMModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_replaceable(folder / "model", pl_module.hparams["model_name_or_path"])  # not only when all is trained
         _remove_unfinished(folder / "checkpoints")
         for checkpoints in set(folder.parent.glob("version_*/checkpoints")) - {folder / "checkpoints"}:  # of killed runs
             with contextlib.suppress(Timeout, OSError), FileLock(checkpoints.parent / ".lock").acquire(timeout=0):

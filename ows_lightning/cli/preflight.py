@@ -5,6 +5,7 @@ What jsonargparse, Lightning's Trainer and torch's optimizers refuse by themselv
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import tempfile
@@ -62,6 +63,12 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
             raise UsageError(f"{key}: {value:.7g} is out of range; give a number from {least} to {most}")
         if trains and key.startswith("model.") and name in ("lr", "learning_rate") and value <= 0:
             raise UsageError(f"{key}: {value} must be above 0; with it nothing would train")
+    for section, kind in (("model", CausalLMModule), ("data", InstructionDataModule), ("sampling", LayerwiseSampling)):
+        given = (config[section] or {}).get("init_args", config[section]) or {}
+        for name, parameter in inspect.signature(kind).parameters.items():
+            takes_none = parameter.default is None or "None" in str(parameter.annotation)
+            if not takes_none and name in given and given[name] is None:
+                raise UsageError(f"{section}.{name}: nothing is given; write a value, or leave the key out")
     trainer = config["trainer"]
     if "://" in str(folder := trainer["default_root_dir"]):
         raise UsageError(f"trainer.default_root_dir: '{folder}' is an address; give a folder, and that as checkpoint.dirpath")

@@ -132,7 +132,8 @@ def _cores() -> int:
 def _examples(source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Iterator[Row]:
     for row_name, row in sources.read_rows(source):
         if data_format is None:  # the first row tells it for all
-            data_format = formats.recognise(formats.rename(row, columns, row_name), row_name, source.requires_answer)
+            renamed = formats.rename(row, columns, row_name, source.requires_answer)
+            data_format = formats.recognise(renamed, row_name, source.requires_answer)
         yield _table_row(row, row_name, source, data_format, columns)
 
 
@@ -141,7 +142,7 @@ def _stream_row(row: Row, index: int, source: DataSource, data_format: str | Non
 
 
 def _table_row(row: Row, row_name: str, source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Row:
-    renamed = formats.rename(row, columns, row_name)
+    renamed = formats.rename(row, columns, row_name, source.requires_answer)
     data_format = data_format or formats.recognise(renamed, row_name, source.requires_answer)
     entry = to_table_entry(renamed, data_format, row_name, source.requires_answer)
     return {**entry, "renamed": [name for name in columns.values() if name in row]}

@@ -50,10 +50,14 @@ def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = Tru
     raise UsageError(f"{row_name}: columns {there} fit no format; known are {known}{hint} (data.columns renames columns)")
 
 
-def rename(row: Row, columns: Mapping[str, str], row_name: str) -> Row:
-    """Puts the user's columns under the names of the format: ``columns={"instruction": "question"}``; one has to be there."""
+def rename(row: Row, columns: Mapping[str, str], row_name: str, requires_answer: bool = True) -> Row:
+    """Puts the user's columns under the names of the format: ``columns={"instruction": "question"}``.
+
+    Of each that a row needs (the answer's only with `requires_answer`) one of both has to be there.
+    """
+    optional = OPTIONAL_COLUMNS if requires_answer else {*OPTIONAL_COLUMNS, "output", "completion", "answer"}
     for name, own in columns.items():
-        if own not in row and name not in row:
+        if name not in optional and own not in row and name not in row:
             raise UsageError(f"data.columns.{name}: {row_name} has no column '{own}' ({_names(row)}){did_you_mean(own, row)}")
     renamed = {name: row[column] for name, column in columns.items() if column in row}
     return {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
@@ -113,10 +117,9 @@ FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Examp
     "prompt_completion": ((("prompt",), ("completion", "answer")), _from_prompt_completion),
     "text": ((("text",),), lambda row, row_name: {"text": _text(row, "text", row_name)}),
 }
+OPTIONAL_COLUMNS = {"input", "system", "tools", "choices"}
 #: Every column that a format reads: what `data.columns` may rename to.
-COLUMNS = sorted(
-    {c for needed, _ in FORMATS.values() for group in needed for c in group} | {"input", "system", "tools", "choices"}
-)
+COLUMNS = sorted({c for needed, _ in FORMATS.values() for group in needed for c in group} | OPTIONAL_COLUMNS)
 
 
 def _one_turn(row: Row, question: str, answer_column: str, row_name: str) -> Example:
@@ -172,12 +175,15 @@ def _message(turn: Any, row_name: str) -> Message:
         message["weight"] = weight
     if "tool_calls" in message:
         for call in _objects(message["tool_calls"], f"{row_name}: 'tool_calls'"):
-            function = call.get("function", {})
+            function = call.get("function", call)
             if not isinstance(function, dict):
                 found = _type_text(function)
                 raise UsageError(f"{row_name}: the function of a tool call must be an object with a name, got {found}")
-            if isinstance(function.get("arguments"), str):  # as in OpenAI's API; chat templates expect the object
-                function["arguments"] = _parsed_json(function["arguments"], f"{row_name}: the arguments of a tool call")
+            arguments, what = function.get("arguments"), f"{row_name}: the arguments of a tool call"
+            if isinstance(arguments, str):  # as in OpenAI's API; chat templates expect the object
+                arguments = function["arguments"] = _parsed_json(arguments, what)
+            if arguments is not None and not isinstance(arguments, dict):
+                raise UsageError(f"{what} must be an object, got {_type_text(arguments)}")
     return message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -79,6 +80,7 @@ class ResumableLoader(DataLoader[Any]):
         order: dict[str, int] = {}
         if isinstance(sampler := self.sampler, ShardedSampler):
             order = {"rows": len(sampler.lengths), "seed": sampler.seed, "group_size": sampler.group_size or 0}
+            order["checksum of lengths"] = zlib.crc32(sampler.lengths.tobytes())  # of other rows, others
         rows = self._position[1] * getattr(self.sampler, "num_replicas", 1)
         return {"epoch": self._position[0], "rows": rows, "order": order}
 

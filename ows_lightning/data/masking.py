@@ -63,7 +63,7 @@ class Encoder:
         end them: each such answer ends a row of its own, trained in the form in which the model has to give it.
         """
         if "text" in example:
-            ids = self.tokenizer(example["text"]).input_ids
+            ids = self.tokenizer(example["text"]).input_ids if example["text"] else []
             if ids and ids[-1] != self.tokenizer.eos_token_id:
                 ids = [*ids, self.tokenizer.eos_token_id]
             kept = ids[: self.max_seq_length]
@@ -105,7 +105,7 @@ class Encoder:
 
     def _conversation(self, messages: list[Message], tools: Any, row_name: str) -> list[Encoded]:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns:
+        if not turns and not self.train_on_prompt:
             return []
         text = self._template.render(messages, tools, row_name)
         ends = "|".join(map(re.escape, sorted(self.end_tokens, key=len, reverse=True)))
@@ -118,7 +118,7 @@ class Encoder:
                     alone.append(i)
                 elif re.sub(ends, "", text[slice(*span)]).strip():  # not where the template leaves out tool calls
                     spans.append(span)
-        if turns[-1] == len(messages) - 1:
+        if turns and turns[-1] == len(messages) - 1:
             if turns[-1] in alone and (merged := merge_system_message(messages)):
                 # Mistral's templates show a system message only if a question comes last.
                 return self._conversation(merged, tools, row_name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -64,6 +64,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
         documents: list[tuple[list[int], list[int]]] = []
         dropped: dict[str, None] = {}  # in order, each once
         dropped_parts: dict[str, dict[str, None]] = {}
+        truncated = 0
         for entry in block:
             example = json.loads(entry["example"])
             encoded = self.encoder.encode(example, entry["where"])
@@ -71,6 +72,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
                 for what in self.encoder.dropped_parts(example):
                     dropped_parts.setdefault(what, {})[entry["where"]] = None
             documents += [(row.input_ids, row.labels) for row in encoded]
+            truncated += sum(row.truncated for row in encoded)
             if not encoded:
                 dropped[entry["where"]] = None
         for what, row_names in dropped_parts.items():
@@ -81,6 +83,9 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
             if not documents:
                 raise UsageError(f"data.dataset: none of the first {len(dropped)} rows has an answer to train on: {named}")
             rank_zero_warn(f"data.dataset: of the first {BLOCK} rows those without an answer are left out: {named}")
+        if truncated and number == 0:
+            limit = self.encoder.max_seq_length
+            rank_zero_info(f"data.dataset: {truncated} of the first {len(documents)} rows were cut to max_seq_length={limit}.")
         rows = [[i] for i in range(len(documents))]
         if self.packing:
             rows = pack([len(ids) for ids, _ in documents], self.encoder.max_seq_length)

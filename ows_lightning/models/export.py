@@ -115,7 +115,7 @@ def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.Path
         return target
     if target in (Path(source).expanduser().resolve() for source in sources):
         why = "is what the result is made from, and would be replaced; give another directory"
-        raise UsageError(f"output: {str(target)!r} {why}")
+        raise UsageError(f"{str(target)!r} {why}")
     if not target.is_dir():
         raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")
     known = [path for path in target.iterdir() if any(map(path.match, MODEL_FILES))]

@@ -196,7 +196,7 @@ class BlockSampler:
         Returns:
             Seconds by what they were spent on, and the number of the interval; empty if no draw was due.
         """
-        if self.history and not self.should_draw(step):
+        if self.history and (step == self.history[-1][1] or not self.should_draw(step)):
             return {}
         figures = {}
         new = self.rescore_every is not None and len(self.history) % self.rescore_every == 0
@@ -206,7 +206,8 @@ class BlockSampler:
             self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
             figures["scoring_s"] = time.perf_counter() - start
         start = time.perf_counter()
-        interval = step // self.interval_steps
+        # A draw between two intervals, where `should_draw` is overridden, is another one than theirs.
+        interval = max(step // self.interval_steps, self.history[-1][0] + 1 if self.history else 0)
         self.history.append((interval, step, self.blocks_of(interval)))
         self.activate(optimizers)
         figures["drawing_s"] = time.perf_counter() - start
@@ -215,7 +216,7 @@ class BlockSampler:
 
     def should_draw(self, step: int) -> bool:
         """Whether optimizer step ``step`` (from 0) needs a draw that has not happened. Override to draw at other times."""
-        return step // self.interval_steps > self.history[-1][0]
+        return step // self.interval_steps > self.history[-1][1] // self.interval_steps
 
     @torch.no_grad()
     def observe(self, optimizers: Iterable[Optimizer]) -> None:
@@ -336,7 +337,7 @@ class BlockSampler:
         ratios: Sequence[float] | Tensor = [0.0] * num_layers
         if self.distribution == "gradient_norm":
             ratios = self.gradient_norms or ratios  # which are equal before there are any
-        elif self.scores is not None:
+        elif self.scores is not None and self.outlier_scores is None:  # `rescore_every` measures
             known = OutlierScores.load(Path(self.scores))
             ratios = known.ratios_for(num_layers, architecture, self.distribution)
             threshold, samples = known.threshold, known.calibration_samples

@@ -16,7 +16,10 @@ from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks.run_folder import RunFolder
 from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.errors import UsageError
+from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
+from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
 
 
@@ -57,6 +60,24 @@ def test_is_free_after_an_exception(tmp_path: Path) -> None:
         broken.fit(Module(), batches())
     trainer(tmp_path, RunFolder()).fit(Module(), batches())
     assert broken.callbacks  # it lives, as in a notebook
+
+
+@pytest.mark.parametrize(("base", "message"), [("model", "is what the result is made from"), ("base", "no part of a model")])
+def test_a_model_that_would_be_replaced_is_named_before_anything_trains(
+    base: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is trained, and a folder that holds other files, where a run has no logger and so no folder of its own."""
+    for folder in {base, "model"}:
+        tiny_model("llama").save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    if base != "model":
+        (tmp_path / "model" / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    module = CausalLMModule(str(tmp_path / base), optimizer=torch.optim.AdamW, rank=None)
+    with pytest.raises(UsageError, match=message):
+        trainer(tmp_path, RunFolder()).fit(module, batches())
+    assert module.last_step is None
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
 def test_the_sampling_callback_gets_its_own_folder_back(tmp_path: Path) -> None:

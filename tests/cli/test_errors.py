@@ -135,6 +135,10 @@ CASES = {
     "rate of the module": Case(fit("--model.learning_rate 1e-4"), "model.learning_rate", "did you mean 'model.optimizer.lr'?"),
     "misspelt flag of the model": Case(fit("--model.rankk 3"), "model.rankk", "did you mean 'model.rank'?"),
     "misspelt flag of the data": Case(fit("--data.batchsize 3"), "data.batchsize", "did you mean 'data.batch_size'?"),
+    "nothing for a list": Case(
+        fit("--sampling.always_train null"), "sampling.always_train", "nothing is given; write a value, or leave the key out"
+    ),
+    "nothing for a number": Case(fit("--data.val_size null"), "data.val_size", "nothing is given; write a value, or leave"),
     "misspelt flag of the sampling": Case(
         fit("--sampling.activated_layer 3"), "sampling.activated_layer", "did you mean 'sampling.activated_layers'?"
     ),

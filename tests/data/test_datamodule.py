@@ -400,6 +400,12 @@ def test_streams_validate_on_their_first_rows_and_repeat(jsonl: Write) -> None:
     assert data.summary() == {"validation_rows": 2}
 
 
+def test_a_stream_says_how_many_of_its_first_rows_are_cut(jsonl: Write, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(make(jsonl(pairs(7)), streaming=True, max_seq_length=8), max_steps=2)
+    assert "data.dataset: 1000 of the first 1000 rows were cut to max_seq_length=8." in caplog.messages
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_columns_of_a_stream_are_renamed(jsonl: Write, tmp_path: Path, saved: bool) -> None:
     """Of files, and of a data set that `Dataset.save_to_disk` wrote."""

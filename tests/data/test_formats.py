@@ -134,6 +134,14 @@ def test_columns_are_renamed() -> None:
             {"messages": [{**ANSWER, "tool_calls": [{"function": "f"}]}]},
             "row 1: 'messages' entry 1: the function of a tool call must be an object with a name, got text",
         ),
+        (
+            {"messages": [{**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": '"Paris"'}}]}]},
+            "row 1: 'messages' entry 1: the arguments of a tool call must be an object, got text",
+        ),
+        (
+            {"messages": [{**ANSWER, "tool_calls": [{"name": "f", "arguments": "oops"}]}]},
+            "row 1: 'messages' entry 1: the arguments of a tool call is not valid JSON",
+        ),
     ],
 )
 def test_wrong_rows_are_named(row: dict[str, Any], message: str) -> None:
@@ -151,6 +159,12 @@ def test_a_row_that_lacks_a_column_of_the_others() -> None:
 def test_a_renamed_column_that_is_not_there() -> None:
     with pytest.raises(UsageError, match=r"data.columns.output: row 1 has no column 'respones' .*did you mean 'response'"):
         rename({"instruction": "q", "response": "a"}, {"output": "respones"}, "row 1")
+
+
+def test_a_renamed_column_that_a_row_may_lack() -> None:
+    columns = {"instruction": "question", "input": "context", "output": "reply"}
+    assert rename({"question": "q", "reply": "a"}, columns, "row 1") == {"instruction": "q", "output": "a"}
+    assert rename({"question": "q"}, columns, "row 1", requires_answer=False) == {"instruction": "q"}  # of a test set
 
 
 @pytest.mark.parametrize("answer", [True, 2, -1, 1.0])  # an index that counts from 1, and one that pandas made a float

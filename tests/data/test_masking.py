@@ -251,3 +251,31 @@ def test_long_prompts_lose_their_start() -> None:
 def test_generation_stops_where_a_turn_ends(template: str, end: str) -> None:
     tokenizer = with_chat_template(tiny_tokenizer(template))
     assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == end
+
+
+def test_with_prompts_trained_a_conversation_without_an_answer_is_trained_whole() -> None:
+    made, rows = encode(TWO_TURNS[:1], train_on_prompt=True)
+    assert trained(made, rows[0])
+    assert encode(TWO_TURNS[:1])[1] == []
+
+
+def test_an_empty_text_is_no_row_where_the_tokenizer_begins_every_text_with_a_token() -> None:
+    tokenizer: Any = SpeaksFirst(with_chat_template(tiny_tokenizer("chatml")))
+    made = Encoder(tokenizer, 512)
+    assert made.encode({"text": ""}, "row 1") == []
+    assert len(made.encode({"text": "yes"}, "row 1")) == 1
+
+
+class SpeaksFirst:
+    """A tokenizer that puts a token before every text, as Llama's does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: str) -> Any:
+        encoding = self.tokenizer(text)
+        encoding["input_ids"] = [3, *encoding["input_ids"]]
+        return encoding

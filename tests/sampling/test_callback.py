@@ -7,6 +7,7 @@ import logging
 import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -492,6 +493,38 @@ def test_a_subclass_may_draw_at_other_times(tmp_path: Path) -> None:
     sampling = AtOtherTimes(activated_layers=2, distribution="uniform")
     fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=8)
     assert [step for _, step, _ in sampling.history] == [0, 1, 4]
+
+
+def test_draws_within_an_interval_are_draws_of_their_own(tmp_path: Path) -> None:
+    class MoreOften(LayerwiseSampling):
+        def should_draw(self, step: int) -> bool:
+            return super().should_draw(step) or step % 2 == 0
+
+    sampling = MoreOften(activated_layers=2, interval_steps=5, distribution="uniform")
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=20, max_epochs=-1)
+    assert [step for _, step, _ in sampling.history] == [0, 2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18]
+    assert len({tuple(blocks) for _, _, blocks in sampling.history}) > 3
+
+
+def test_scores_of_a_file_are_those_of_the_first_draws_alone_where_blocks_are_scored_again(tmp_path: Path) -> None:
+    measured = LayerwiseSampling(activated_layers=2, distribution="weight_norm")
+    fit(SomebodyElsesModule(), measured, tmp_path, max_steps=1)
+    assert measured.outlier_scores is not None
+    known = replace(measured.outlier_scores, outlier_ratios=[float(i + 1) for i in range(measured.outlier_scores.num_layers)])
+    known.save(tmp_path / "scores.json")
+    sampling = LayerwiseSampling(
+        activated_layers=2, interval_steps=2, distribution="weight_norm", scores=tmp_path / "scores.json", rescore_every=1
+    )
+    seen: list[list[float]] = []
+
+    class Notes(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert sampling.outlier_scores is not None
+            seen.append(sampling.outlier_scores.outlier_ratios)
+
+    fit(SomebodyElsesModule(), sampling, tmp_path, Notes(), max_steps=4)
+    assert seen[0] == known.outlier_ratios
+    assert seen[3] != known.outlier_ratios
 
 
 class Consumed(Callback):
