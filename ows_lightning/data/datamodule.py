@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -213,10 +212,9 @@ class InstructionDataModule(LightningDataModule):
     def sample_row(self) -> list[tuple[str, bool]]:
         """The first training row after `setup`, decoded: pieces of text, each with whether it is trained."""
         item = next(iter(self._stream_rows(length=1)))[0] if self.streaming else self._rows["train"][0]
-        trained = np.asarray(item["labels"]) != IGNORED
-        edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
-        tokenizer = self._encoder().tokenizer
-        return [(str(tokenizer.decode(item["input_ids"][a:b])), bool(trained[a])) for a, b in itertools.pairwise(edges)]
+        tokenizer, tokens = self._encoder().tokenizer, zip(item["input_ids"], item["labels"], strict=True)
+        pieces = itertools.groupby(tokens, key=lambda token: token[1] != IGNORED)
+        return [(str(tokenizer.decode([token for token, _ in piece])), trained) for trained, piece in pieces]
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training rows."""

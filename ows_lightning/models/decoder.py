@@ -28,15 +28,10 @@ def language_model_of(model: nn.Module) -> nn.Module:
     return next(iter(candidates), model)
 
 
-def decoder(model: nn.Module) -> nn.Module:
-    """Returns the module that holds the decoder blocks, whose output the LM head gets; see `decoder_layers`."""
-    return _decoder_and_layers(model)[0]
-
-
 def backbone(model: Any) -> nn.Module:
     """Returns what a causal LM of transformers computes the LM head's input with."""
     # Llama 4's text model has no name of its own for it.
-    return decoder(model) if model.base_model is model else model.base_model
+    return _decoder_and_layers(model)[0] if model.base_model is model else model.base_model
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

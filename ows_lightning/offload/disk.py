@@ -28,10 +28,7 @@ from ows_lightning.offload.offloaded import (
 
 
 class FileRegion:
-    """A part of a file that weights lie in: mapped for those who look at them, read without the mapping for a fetch.
-
-    Arguments as of ``map_file``.
-    """
+    """A part of a file that weights lie in: mapped for those who look at them, read without the mapping for a fetch."""
 
     def __init__(self, file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> None:
         self.file, self.start = file, start

@@ -17,9 +17,6 @@ class FetchSchedule:
     block that a gradient reaches. A slot that the pass needs no more gets what the next forward pass needs from it first.
     With R offloaded blocks, of which B are needed in backward, and n slots, a micro-batch fetches the least, as forward needs
     all R: R + B - min(n, B) - (ranks below n that are in their slots after backward).
-
-    Attributes:
-        order: The offloaded blocks, ascending: the block at a rank.
     """
 
     def __init__(self, executor: Any, slots: int) -> None:
@@ -29,7 +26,7 @@ class FetchSchedule:
 
     def set_blocks(self, order: Sequence[int]) -> None:
         """Sets which blocks are offloaded; no slot holds anything of use afterwards."""
-        self.order = list(order)
+        self.order = list(order)  # ascending: the block at a rank
         self._rank = {block: rank for rank, block in enumerate(self.order)}
         self._in_use: set[int] = set()
         self.invalidate()

@@ -1,7 +1,5 @@
 """The projected optimizer. It needs torch alone."""
 
-from __future__ import annotations
-
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 

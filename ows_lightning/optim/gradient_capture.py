@@ -47,21 +47,16 @@ def _shared_property(name: str, doc: str) -> Any:
 
 
 class GradientCapture(Optimizer):
-    """An optimizer that keeps of its matrices' gradients what its next step consumes: R = G Q, in place of ``grad``.
-
-    Attributes:
-        projected_gradients: R of the coming step, by weight.
-        offloaded_gradients: Full gradients, in host memory, of a step that renews their subspaces.
-        sketches: By weight, a subspace that is not yet turned onto singular vectors, R in it, and the processes that share it.
-    """
+    """An optimizer that keeps of its matrices' gradients what its next step consumes: R = G Q, in place of ``grad``."""
 
     def _init_unsaved(self) -> None:
         """Makes the attributes that are not saved, before torch's own; they change only in place, see ``_SharedState``."""
         self._shared = _SharedState()
         self._group_and_index: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
-        self.projected_gradients: dict[Tensor, Tensor] = {}
-        self.offloaded_gradients: dict[Tensor, Tensor] = {}
+        self.projected_gradients: dict[Tensor, Tensor] = {}  # R of the coming step, by weight
+        self.offloaded_gradients: dict[Tensor, Tensor] = {}  # full ones, in host memory, of a step that renews their subspaces
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
+        # By weight, a subspace that is not yet turned onto singular vectors, R in it, and the processes that share it.
         self.sketches: dict[Tensor, tuple[Sketch, Tensor, dist.ProcessGroup | None]] = {}
 
     # Methods of the subclass.

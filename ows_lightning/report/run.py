@@ -36,25 +36,16 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The record of one run: everything the pictures and tables of a report are made from.
+    """The record of one run: everything the pictures and tables of a report are made from."""
 
-    Attributes:
-        name: What to call the run in legends and tables.
-        path: The run's folder.
-        scores: Content of ``outlier_scores.json`` (see `OutlierScores`), or ``None`` where no blocks were scored.
-        history: The draws of ``sampling_history.csv`` in order; empty where no blocks were sampled.
-        metrics: Columns of ``metrics.csv``, all of one length; ``None`` where a row, of one logging call, has no value.
-        config: Content of ``config.yaml``, or ``None``.
-        texts: Tables of texts, by title: answers while it trained, answers of the base model beside those of the tuned one.
-    """
-
-    name: str
-    path: Path
-    scores: dict[str, Any] | None = None
-    history: list[Draw] = field(default_factory=list)
+    name: str  # what to call the run in legends and tables
+    path: Path  # the run's folder
+    scores: dict[str, Any] | None = None  # ``outlier_scores.json`` (see `OutlierScores`); None where no blocks were scored
+    history: list[Draw] = field(default_factory=list)  # of ``sampling_history.csv``; empty where no blocks were sampled
+    # Columns of ``metrics.csv``, all of one length; None where a row, of one logging call, has no value.
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
-    config: dict[str, Any] | None = None
-    texts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    config: dict[str, Any] | None = None  # of ``config.yaml``
+    texts: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # tables by title, see `TEXT_FILES`
 
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:

@@ -40,16 +40,13 @@ class Page:
     def html(self) -> str:
         """Returns the page, drawn anew if the run's files changed."""
         with self._drawing:
-            files = self._files()
-            if files != self._drawn:
-                self._html, self._drawn = self._draw(), files
+            if (files := self._files()) != self._drawn:
+                try:
+                    self._html = write_report([self.run], self.output, refresh=REFRESH).read_text(encoding="utf-8")
+                except UsageError as error:  # a file that is being written, or no figures yet: the next request may find more
+                    self._html = self._html if self._drawn else self._note(str(error))
+                self._drawn = files
             return self._html
-
-    def _draw(self) -> str:
-        try:
-            return write_report([self.run], self.output, refresh=REFRESH).read_text(encoding="utf-8")
-        except UsageError as error:  # a file that is being written, or no figures yet: the next request may find more
-            return self._html if self._drawn else self._note(str(error))
 
     def _note(self, text: str) -> str:
         return render(f"Run {self.run}", refresh=REFRESH, note=text)

@@ -27,12 +27,12 @@ def trains_outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict
 
 
 def activate_blocks(
-    layers: Iterable[nn.Module],
-    active: Sequence[int],
-    others: Iterable[tuple[nn.Parameter, bool]] = (),
-    optimizers: Sequence[Any] = (),
-    resting_rank: int = 0,
-    resting_seed: int = 0,
+    layers: Iterable[nn.Module],  # the decoder blocks, or lists of the parameters of each that may train
+    active: Sequence[int],  # indices of the blocks that train from now on
+    others: Iterable[tuple[nn.Parameter, bool]] = (),  # parameters outside the blocks, each with whether it trains
+    optimizers: Sequence[Any] = (),  # built before anything was frozen; with a ``resting_rank``, GaLoreAdamW for the matrices
+    resting_rank: int = 0,  # in which blocks train at rest; 0 freezes them
+    resting_seed: int = 0,  # another one for every draw: of this interval's random subspaces, and of the noise of rounding
 ) -> list[nn.Parameter]:
     """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two steps. Returns what it froze.
 
@@ -41,14 +41,6 @@ def activate_blocks(
 
     With a ``resting_rank``, the matrices of the blocks above the lowest active one, which backward passes through anyway,
     keep ``requires_grad`` and train at rest, see ``GaLoreAdamW.rest``; vectors and the blocks below are frozen.
-
-    Args:
-        layers: The decoder blocks, see ``decoder_layers``, or lists of the parameters of each that may train.
-        active: Indices of the blocks that train from now on.
-        others: Parameters outside the blocks, each with whether it trains.
-        optimizers: Built before anything was frozen; with a ``resting_rank``, GaLoreAdamW for the blocks' matrices.
-        resting_rank: Rank in which blocks train at rest; 0 freezes them.
-        resting_seed: Another one for every draw: it seeds the random subspaces of this interval, and the noise of rounding.
     """
     trains = dict(others)
     first: dict[nn.Parameter, int] = {}  # the lowest block that each is in

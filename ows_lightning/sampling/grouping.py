@@ -30,28 +30,24 @@ class GroupedDraws:
 
     def __init__(self, probabilities: tuple[float, ...], count: int) -> None:
         from scipy.optimize import linprog  # imported here: independent draws don't need scipy
-        from scipy.sparse import coo_array, vstack
+        from scipy.sparse import hstack, identity, vstack
 
         pi = inclusion_probabilities(probabilities, count)
         drawable, self._count = np.flatnonzero(pi), count
         n = len(drawable)
         m, other = np.triu_indices(n, k=1)
-        pairs = np.arange(n, n + len(m))  # the columns of y behind the n of q
-        of_other = coo_array((np.ones(n + len(m)), (np.append(np.arange(n), other), np.arange(n + len(m)))))
-        sizes = coo_array(
-            (np.append(np.full(n, 1.0 - count), np.ones(len(m))), (np.append(np.arange(n), m), np.arange(n + len(m))))
-        )
-        at_most_q = coo_array(
-            (np.append(np.ones(len(m)), -np.ones(len(m))), (np.tile(np.arange(len(m)), 2), np.append(pairs, m))),
-            shape=(len(m), n + len(m)),
-        )
+        block = identity(n, format="csr")
+        # A column for each block m, of q, and behind them one for each pair, of y.
+        drawn_in_all = hstack([block, block[other].T])
+        drawn_beside = hstack([(1 - count) * block, block[m].T])
+        at_most_q = hstack([-block[m], identity(len(m))])
         # A feasible point exists, but the solver may miss it where chances differ by many orders of magnitude.
         for tolerance in (1e-10, 1e-8, 1e-6):
             solution = linprog(
                 np.append(-drawable.astype(np.float64), np.zeros(len(m))),
                 A_ub=at_most_q if len(m) else None,
                 b_ub=np.zeros(len(m)) if len(m) else None,
-                A_eq=vstack([of_other, sizes]),
+                A_eq=vstack([drawn_in_all, drawn_beside]),
                 b_eq=np.append(pi[drawable], np.zeros(n)),
                 bounds=(0, 1),
                 options={"primal_feasibility_tolerance": tolerance},

@@ -312,12 +312,12 @@ def _evaluation_mode(model: nn.Module, blocks: list[list[_ScoredWeight]]) -> Ite
     """Turns dropout off and has transformers' experts use plain matrix products; restores both afterwards."""
     raw = (weight.owner for weights in blocks for weight in weights if weight.is_raw_parameter)
     configs: list[Any] = [c for owner in raw if hasattr(c := getattr(owner, "config", None), "_experts_implementation")]
-    implementations = [config._experts_implementation for config in configs]
+    before: list[tuple[Any, str]] = [(config, config._experts_implementation) for config in configs]
     try:
-        for config in configs:
+        for config, _ in before:
             config._experts_implementation = "eager"
         with evaluating(model):
             yield
     finally:
-        for config, implementation in zip(configs, implementations, strict=True):
+        for config, implementation in before:
             config._experts_implementation = implementation

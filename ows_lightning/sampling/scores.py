@@ -23,27 +23,17 @@ def architecture_of(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OutlierScores:
-    """The blocks' scores, and the sampling probabilities computed from them.
+    """The blocks' scores, and the sampling probabilities computed from them."""
 
-    Attributes:
-        model: The model's name, as the user gave it.
-        num_layers: Number of decoder blocks.
-        threshold: Threshold tau of the outlier ratio.
-        calibration_samples: Rows of text that the activations come from; 0 if none were needed.
-        distribution: Name of the distribution, or a list of weights.
-        outlier_ratios: D_l in percent, first block first (``weight_norm``, ``gradient_norm``: the norms, or their means).
-        probabilities: p_l, first block first.
-        architecture: See `architecture_of`; empty in files that don't have it.
-    """
-
-    model: str
-    num_layers: int
-    threshold: float
-    calibration_samples: int
-    distribution: str | Sequence[float]
+    model: str  # its name, as the user gave it
+    num_layers: int  # decoder blocks
+    threshold: float  # tau of the outlier ratio
+    calibration_samples: int  # rows of text that the activations come from; 0 if none were needed
+    distribution: str | Sequence[float]  # its name, or a list of weights
+    # D_l in percent, first block first (``weight_norm``, ``gradient_norm``: the norms, or their means).
     outlier_ratios: Sequence[float]
-    probabilities: Sequence[float]
-    architecture: Mapping[str, Any] = field(default_factory=dict)
+    probabilities: Sequence[float]  # p_l, first block first
+    architecture: Mapping[str, Any] = field(default_factory=dict)  # see `architecture_of`; empty in files that don't have it
 
     def save(self, path: Path) -> None:
         """Writes the scores as JSON."""
