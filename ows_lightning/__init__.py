@@ -1,7 +1,5 @@
 """Outlier-weighed Layerwise Sampling (OWS, arXiv 2405.18380) for PyTorch Lightning."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

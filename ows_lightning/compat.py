@@ -4,8 +4,6 @@ Other files use private names only where nothing else will do; ``tests/test_comp
 alone; others are passed in, or imported when they are used.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The two errors that a user may cause, and how any error becomes one clear line."""
 
-from __future__ import annotations
-
 import difflib
 import errno
 import re

@@ -1,7 +1,5 @@
 """OWSTrainer: a Trainer whose runs resume exactly and stop safely, and whose checkpoints are whole."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO

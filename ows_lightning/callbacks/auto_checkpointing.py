@@ -1,7 +1,5 @@
 """``model.gradient_checkpointing: auto``: recompute as few blocks as fit the device's memory."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What the model answers: to fixed prompts while it trains, and to the rows of ``predict``."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

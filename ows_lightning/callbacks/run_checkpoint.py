@@ -1,7 +1,5 @@
 """ModelCheckpoint whose ``last.ckpt`` takes no extra space, and which removes superseded checkpoints of interrupted runs."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

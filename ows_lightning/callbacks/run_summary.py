@@ -1,7 +1,5 @@
 """A summary of a run before it starts, and of its results when it has ended."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import shlex

@@ -1,7 +1,5 @@
 """Saving a checkpoint on SIGTERM and SIGUSR1, which clusters send before they stop a job."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks at a run's end for the three ways in which the paper's method fails (arXiv 2405.18380)."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A callback that acts when the optimizer has stepped."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer

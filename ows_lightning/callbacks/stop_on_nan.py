@@ -1,7 +1,5 @@
 """Ending a run whose gradients stay NaN or Inf."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer

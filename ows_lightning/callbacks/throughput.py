@@ -1,7 +1,5 @@
 """Tokens a second, time and memory of training, and the progress bar."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -4,8 +4,6 @@ A file that torch writes is a zip archive, whose own sums leave out headers and 
 end, as the archive's comment, which torch and zip tools pass over. Those of a directory of shards are in its ``meta.pt``.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import os

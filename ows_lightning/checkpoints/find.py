@@ -1,7 +1,5 @@
 """Finding the checkpoint that a user means, or the newest undamaged one."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path

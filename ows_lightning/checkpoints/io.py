@@ -4,8 +4,6 @@ A checkpoint is a file, or a directory into which every process wrote its shards
 ``torch.distributed.checkpoint``). Both hold the same dict, so that either can be resumed on any number of processes.
 """
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

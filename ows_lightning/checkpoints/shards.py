@@ -1,7 +1,5 @@
 """Sharded checkpoints: a directory into which each process wrote its part."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """CommandTrainer: the Trainer with a method for each command that Lightning lacks."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from dataclasses import asdict

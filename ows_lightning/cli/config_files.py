@@ -1,7 +1,5 @@
 """Config files: how they are found and laid over their bases, and the checks before their keys are parsed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model to talk to: loaded from wherever it is, and asked turn by turn in its own chat template."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

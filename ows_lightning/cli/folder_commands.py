@@ -1,7 +1,5 @@
 """``report`` and ``apply-delta``, which need no config: they make one folder of others."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ows_lightning.cli.help import CommandParser

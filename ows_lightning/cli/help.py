@@ -1,7 +1,5 @@
 """``COMMAND --help``: read from the sources of commands that take a config, since imports take seconds; else argparse's."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import shutil

@@ -1,7 +1,5 @@
 """The entry point: finds the command and ends it. A command's imports happen only when it is chosen."""
 
-from __future__ import annotations
-
 import importlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Turns the parser's errors into one line: the key, what is wrong with it, and the nearest right one."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import re

@@ -1,7 +1,5 @@
 """The LightningDataModule for instruction data."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

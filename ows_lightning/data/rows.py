@@ -1,7 +1,5 @@
 """Tokenised rows and prompts by index, how several documents share a row, and how rows become batches."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

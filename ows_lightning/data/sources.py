@@ -1,7 +1,5 @@
 """Where rows come from: local files, directories and globs, or a data set on the Hugging Face hub."""
 
-from __future__ import annotations
-
 import bz2
 import csv
 import glob

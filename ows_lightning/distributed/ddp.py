@@ -1,7 +1,5 @@
 """Data parallelism for models whose trained blocks change: ``--trainer.strategy ddp_layerwise``."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager

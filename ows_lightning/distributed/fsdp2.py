@@ -1,7 +1,5 @@
 """FSDP2 for models whose trained blocks change: ``--trainer.strategy fsdp2``."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path

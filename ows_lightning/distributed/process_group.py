@@ -1,7 +1,5 @@
 """How a process leaves the process group that it trained in."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 from datetime import timedelta

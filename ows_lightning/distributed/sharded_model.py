@@ -1,7 +1,5 @@
 """A model that is sharded by FSDP2, and loaded straight into its shards: no process holds all weights, or some twice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The method in transformers' Trainer and in TRL's trainers, which are Trainers: SFTTrainer, DPOTrainer and others."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """GPUs: what they hold, how fast they compute and are fed; and what makes a run fit one."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """What a method computes: FLOPs a token, in expectation over the draws of blocks; how fast that is on a card."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil

@@ -1,7 +1,5 @@
 """What a training step's memory depends on, and how it follows from a config of the command line."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Callable

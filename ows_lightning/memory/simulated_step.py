@@ -1,7 +1,5 @@
 """A training step under a MemoryTracker, the same for real and for fake models and for every method that `plan` compares."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field

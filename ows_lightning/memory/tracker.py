@@ -1,7 +1,5 @@
 """MemoryTracker: follows the bytes that tensors hold, real or fake, by what they turn out to be; and counts FLOPs."""
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Multiple choice by likelihood: the choice that the model finds likeliest counts as its answer."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric

@@ -1,7 +1,5 @@
 """Finds the decoder blocks of a causal LM by the model's structure, and what lies outside them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any, TypeGuard

@@ -7,8 +7,6 @@ model card, which may be edited), beside the base's name and dtype. A tensor's S
 bytes; the whole base's is over those of its tensors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

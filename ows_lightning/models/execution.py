@@ -1,7 +1,5 @@
 """How a model's blocks run: which recompute their activations in backward, compiled or not, and with which kernels."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import sys

@@ -3,8 +3,6 @@
 Pages of such a file that were read count as the process's memory until they are released.
 """
 
-from __future__ import annotations
-
 import mmap
 import weakref
 from typing import BinaryIO

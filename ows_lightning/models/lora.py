@@ -1,7 +1,5 @@
 """LoRA adapters around a causal LM, through peft."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Next-token loss that never holds the logits of a whole batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial

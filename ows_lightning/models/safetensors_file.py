@@ -1,7 +1,5 @@
 """Safetensors files: where each weight of a model is stored, and a file that is written one tensor at a time."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Where a model comes from: hub, directory, GGUF file or package."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """The order of events: which offloaded block is fetched into which slot, and when a slot is free again."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

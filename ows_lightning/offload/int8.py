@@ -1,7 +1,5 @@
 """Blocks that are offloaded in int8, while their exact weights lie further away."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A model whose blocks are offloaded to the disk: they stay in the model's own files where they can."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

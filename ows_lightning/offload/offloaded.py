@@ -1,7 +1,5 @@
 """Offloaded weights: where those of a block lie while it does not train."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import weakref

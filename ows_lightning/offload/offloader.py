@@ -1,7 +1,5 @@
 """The offloader: keeps frozen blocks off the device, and brings each into a slot there when it computes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A run's settings for offloading: what they ask for, and what they refuse."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How fetches overlap with computation: a stream of their own on a GPU, a thread for files, not at all on a CPU."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """GaLoreAdamW: AdamW whose moments live in a low-rank subspace of each weight's gradient."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args

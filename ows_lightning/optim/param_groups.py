@@ -1,7 +1,5 @@
 """Which parameters are projected: a model's parameters as groups for GaLoreAdamW."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -1,7 +1,5 @@
 """The update rule of projected AdamW: project, Adam, project back."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Optimizer states come back in the dtype in which they were saved; torch casts all but ``step`` to the parameter's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

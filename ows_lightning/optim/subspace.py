@@ -1,7 +1,5 @@
 """The subspace that a gradient is projected onto: its leading singular vectors, exact or randomized, or a random one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """The model card of a trained model, from what its run left, and the upload to the hub."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A run's key figures, and the numbers behind each picture, by column, as they are written beside it as CSV."""
 
-from __future__ import annotations
-
 import csv
 import math
 import statistics

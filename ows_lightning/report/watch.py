@@ -1,7 +1,5 @@
 """The report of a run that goes on, served on the loopback interface and drawn anew whenever the run wrote something."""
 
-from __future__ import annotations
-
 import tempfile
 import threading
 import time

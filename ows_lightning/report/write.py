@@ -1,7 +1,5 @@
 """Draws runs: pictures into a run's own folder, or a report of one or several, whose page needs nothing beside it."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Callable, Sequence

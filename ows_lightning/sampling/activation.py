@@ -1,7 +1,5 @@
 """Freezing: some blocks train; the others, unless they train at rest, have no gradient and no optimizer state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 

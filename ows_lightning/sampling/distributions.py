@@ -1,7 +1,5 @@
 """From the blocks' scores to the probability that each one trains."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, get_args
 

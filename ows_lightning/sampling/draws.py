@@ -1,7 +1,5 @@
 """Drawing distinct blocks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -9,8 +9,6 @@ That is a linear program over the probabilities q_m that block m is the lowest, 
     maximise sum_m q_m m   subject to   q_l + sum_{m<l} y_ml = pi_l,   sum_{l>m} y_ml = (count - 1) q_m,   0 <= y_ml <= q_m.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

@@ -4,8 +4,6 @@ Successive draws without replacement are a race of exponential clocks with the p
 ``count`` to ring win. Sums over all orders of drawing become integrals over the time of one clock.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

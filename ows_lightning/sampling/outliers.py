@@ -1,7 +1,5 @@
 """Scores every decoder block by the share of outliers among its weights (OWS, arXiv 2405.18380; OWL, 2310.05175)."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import itertools
