@@ -31,10 +31,11 @@ def apply_delta(argv: list[str]) -> None:
     parser = CommandParser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
     parser.add_argument("base", metavar="BASE", help="The model that the run started from: hub name, directory or .gguf file")
     parser.add_argument("delta", metavar="DELTA", help="The delta's directory")
-    parser.add_argument("--output", type=Path, default=Path("model"), help="The directory to write (default: model)")
+    parser.add_argument("--output", type=Path, help="The directory to write; by default DELTA-model")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the base's repository")
     args = parser.parse_args(argv)
     from ows_lightning.models import delta
 
-    sizes = delta.apply_delta(args.base, args.delta, args.output, args.trust_remote_code)
-    print(f"Written: {args.output} (the delta has {sizes})")
+    output = args.output or Path(f"{Path(args.delta)}-model")
+    sizes = delta.apply_delta(args.base, args.delta, output, args.trust_remote_code)
+    print(f"Written: {output} (the delta has {sizes})")

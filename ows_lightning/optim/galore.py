@@ -305,6 +305,8 @@ class GaLoreAdamW(GradientCapture):
                 "GradScaler: it can't unscale gradients that are projected before it sees them; leave out "
                 "project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
             )
+        if not self._shared.replicas_agree:
+            self._warn_of_replicas()
         self._project_all()
         if not self._clip_and_check():
             self._discard_gradients()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from ows_lightning.optim.projected_adamw import project, project_factors
 from ows_lightning.optim.sharding import local
 from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class _SharedState:
@@ -31,6 +34,7 @@ class _SharedState:
     in_backward: bool = False
     accumulating: bool = False
     ddp_averaging: bool = False
+    replicas_agree: bool = False  # gradients were averaged, or it was said that they are not
     known_finite: bool = False
     skipped_steps: int = 0
     draw_seed: int = 0  # of the latest draw
@@ -186,6 +190,17 @@ class GradientCapture(Optimizer):
             self._project(p, processes=process_group or dist.group.WORLD)
         self._turn_subspaces()
         sharding.average_(self._gradients_of(self._group_and_index), process_group)
+        self._shared.replicas_agree = True
+
+    def _warn_of_replicas(self) -> None:
+        """Warns, once, where processes that each hold all weights step without ``average_gradients()``: they drift apart."""
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and self._shared.in_backward and not any(map(sharding.is_sharded, self._group_and_index)):
+            log.warning(
+                "Processes train on gradients of their own: DDP averages none that is projected in backward; call "
+                "average_gradients() before each step, or take the strategy ddp_layerwise"
+            )
+        self._shared.replicas_agree = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, also projected ones."""

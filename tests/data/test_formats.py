@@ -101,6 +101,13 @@ def test_split_prompt_cuts_off_the_answer_at_the_end() -> None:
     assert split_prompt([QUESTION, ANSWER, QUESTION]) == ([QUESTION, ANSWER, QUESTION], "")
 
 
+@pytest.mark.parametrize(("label", "trained"), [(True, True), (False, False), (0, True)])
+def test_an_answer_to_avoid_is_not_trained(label: object, trained: bool) -> None:
+    """TRL's rows for KTO; a number is a label of something else."""
+    (_, answer) = example({"prompt": "q", "completion": "a", "label": label})["messages"]
+    assert answer.get("weight", 1) == trained
+
+
 def test_columns_are_renamed() -> None:
     assert rename({"question": "q", "reply": "a"}, {"instruction": "question", "output": "reply"}, "row 1") == {
         "instruction": "q",

@@ -103,6 +103,26 @@ def test_gradients_are_averaged_over_the_group_that_is_given(tmp_path: Path) -> 
     run([], tmp_path, RANKS, target=in_a_group_of_its_own)
 
 
+def without_averaging(arguments: list[str]) -> None:
+    dist.init_process_group("gloo")
+    weight = nn.Parameter(torch.rand(8, 6))
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 2}], lr=0.1)
+    optimizer.project_in_backward()
+    for _ in range(2):
+        (weight @ torch.rand(6, 5)).square().mean().backward()
+        if arguments == ["averaged"]:
+            optimizer.average_gradients()
+        optimizer.step()
+    dist.destroy_process_group()
+
+
+def test_replicas_that_drift_apart_say_so_once(tmp_path: Path) -> None:
+    """As under Lightning's own DDP, which sees no gradient that was projected in backward."""
+    said = "Processes train on gradients of their own"
+    assert run([], tmp_path / "own", RANKS, target=without_averaging).count(said) == RANKS
+    assert said not in run(["averaged"], tmp_path / "averaged", RANKS, target=without_averaging)
+
+
 def with_another_rounding_at_rest(arguments: list[str]) -> None:
     """Rank 1's random subspaces are rounded otherwise, as another CPU might."""
     dist.init_process_group("gloo")
