@@ -214,23 +214,24 @@ class CausalLMModule(EvaluationModule):
 
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain. Gives the Trainer the clean-up after a fit."""
-        if stage == "fit":
-            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if RestoreAfterFit not in map(type, callbacks):  # not by `configure_callbacks`, which subclasses override
-                callbacks.append(RestoreAfterFit())
-            patch_clipping(self.trainer.precision_plugin)
-            if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-                raise UsageError(
-                    "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
-                    "average nothing; take WeightAveraging or EMAWeightAveraging"
-                )
-            some_are_frozen = self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
-            check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
-            on_gpu = self.trainer.strategy.root_device.type == "cuda"
-            if on_gpu and self._precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
-                log.warning("trainer.precision: this card only emulates bfloat16, which takes long; 32-true may be faster")
-            self.step = StepAccumulator(self.trainer.world_size)
-            self.last_step = None
+        some_are_frozen = stage != "fit" or self.hparams["lora"] is not None or LayerwiseSampling.of(self.trainer) is not None
+        check_offloading(self.hparams, some_are_frozen, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+        if stage != "fit":
+            return
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            raise UsageError(
+                "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
+                "average nothing; take WeightAveraging or EMAWeightAveraging"
+            )
+        if RestoreAfterFit not in map(type, callbacks):  # not by `configure_callbacks`, which subclasses override
+            callbacks.append(RestoreAfterFit())
+        patch_clipping(self.trainer.precision_plugin)
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        if on_gpu and self._precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+            log.warning("trainer.precision: this card only emulates bfloat16, which takes long; 32-true may be faster")
+        self.step = StepAccumulator(self.trainer.world_size)
+        self.last_step = None
 
     def configure_model(self) -> None:
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
