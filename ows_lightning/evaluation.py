@@ -124,9 +124,9 @@ class EvaluationModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
-        columns = {key: values for key, values in batch.items() if not isinstance(values, Tensor)}
-        columns["generated"] = self.generate(batch)
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        answers = self.generate(batch)
+        facts = {key: values for key, values in batch.items() if not isinstance(values, Tensor)}
+        rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answer} for i, answer in enumerate(answers)]
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
 
     @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training

@@ -29,7 +29,7 @@ from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import Kernels, Recomputation
 from ows_lightning.models.lora import add_lora, lora_config
-from ows_lightning.models.loss import precompute_on_host, token_mask
+from ows_lightning.models.loss import LossParts, precompute_on_host, token_mask
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.mapped_model import load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
@@ -153,8 +153,6 @@ class CausalLMModule(EvaluationModule):
         execution.check_recomputation(gradient_checkpointing)
         model_name_or_path = str(model_name_or_path)  # a Path could not be read from a checkpoint
         self.save_hyperparameters(ignore=["optimizer"])
-        for name in [name for name, value in self.hparams.items() if callable(value)]:  # a subclass' model or function
-            del self.hparams[name]
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.causal_lm: CausalLM | None = None
         self.offloader: BlockOffloader | None = None  # of frozen blocks
@@ -334,7 +332,8 @@ class CausalLMModule(EvaluationModule):
         """Returns the loss of a micro-batch; ``optimizer_step`` makes its gradient that of the step's mean.
 
         For a term of your own, override ``forward``, and add to ``LossParts.total`` the term times ``LossParts.targets``: the
-        step's loss is a mean over target tokens. A ``training_step`` of your own is scaled and clipped as Lightning does it.
+        step's loss is a mean over target tokens (validation is without it). A ``training_step`` of your own is scaled and
+        clipped as Lightning does it.
         """
         place = batch_idx % self.trainer.accumulate_grad_batches
         last = place + 1 == self.trainer.accumulate_grad_batches or self.trainer.is_last_batch
@@ -342,6 +341,8 @@ class CausalLMModule(EvaluationModule):
         if isinstance(optimizer, GaLoreAdamW):
             optimizer.accumulating = not last
         parts = self(**batch)
+        if not isinstance(parts, LossParts):
+            raise UsageError("forward must return LossParts where a batch has labels; or override training_step")
         return self.step.add(parts, token_mask(batch).sum(), place == 0, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -394,6 +395,9 @@ class CausalLMModule(EvaluationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the settings that have to be the same when the run is resumed; weights alone are saved whole."""
         checkpoint["settings"] = self._fixed_settings()
+        arguments = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        for name in [name for name, value in arguments.items() if callable(value)]:  # a model, which no resume would read
+            del arguments[name]
         if "optimizer_states" not in checkpoint:
             for optimizer in self.trainer.optimizers:
                 merge_saved_updates_(checkpoint["state_dict"], optimizer.state_dict())

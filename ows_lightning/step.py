@@ -44,13 +44,14 @@ class StepAccumulator:
         self.signal_code = 0  # of `SaveOnSignal`: sent to all processes with the next step's loss; they see the sum
         self.totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, signal codes
         self._divisor: float | Tensor = _PROVISIONAL_TARGETS
-        self._is_complete = False
+        self._is_complete = self._is_reduced = False
 
     def add(self, parts: LossParts, tokens: Tensor, first: bool, last: bool) -> Tensor:
         """Adds a micro-batch of ``tokens`` (a scalar), and returns its loss; ``first`` drops an unfinished step's sums."""
         counts = [parts.targets, tokens, torch.full_like(tokens, self.signal_code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
-        before, self._is_complete = None if first else self.totals, False
+        before = None if first else self.totals
+        self._is_complete, self._is_reduced = False, last
         self.totals = here if before is None else before + here
         if last and self.processes > 1:
             dist.all_reduce(self.totals)  # strategy.reduce would hold all processes up with a barrier
@@ -65,6 +66,8 @@ class StepAccumulator:
         second call, before `finish`, does nothing.
         """
         if micro_batches > 1 and self.totals is not None and not self._is_complete:
+            if not self._is_reduced and self.processes > 1:  # the last micro-batch had no loss
+                dist.all_reduce(self.totals)
             factor = self._divisor * micro_batches * self.processes / self.totals[1].clamp(min=1)
             foreach_mul_([local(gradient) for gradient in _gradients_of(optimizer)], factor)
         self._is_complete = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling, OWSTrainer, galore_param_groups
 from ows_lightning.errors import UsageError
@@ -208,6 +209,7 @@ class LearnsFrom(CausalLMModule):
 def test_checkpoints_hold_no_model_that_a_subclass_was_given(model_dir: ModelDir, tmp_path: Path) -> None:
     settings = {"model_name_or_path": str(model_dir(num_hidden_layers=4)), "optimizer": galore, "rank": 4}
     module = LearnsFrom(nn.Linear(2, 2), 2.0, **settings)
+    assert isinstance(module.hparams["teacher"], nn.Linear)
     first = trainer(tmp_path)
     first.fit(module, loader())
     first.save_checkpoint(tmp_path / "saved.ckpt")
@@ -225,6 +227,35 @@ def test_a_resume_by_a_loader_that_forgets_its_position_says_so(tmp_path: Path) 
     first.save_checkpoint(tmp_path / "saved.ckpt")
     with pytest.warns(UserWarning, match="begins its epoch with rows that were seen"):
         trainer(tmp_path, kind=OWSTrainer, max_steps=4).fit(Theirs("adamw"), loader(), ckpt_path=tmp_path / "saved.ckpt")
+
+
+def test_a_resume_behind_an_epochs_last_batch_misses_nothing(tmp_path: Path) -> None:
+    first = trainer(tmp_path, ModelCheckpoint(tmp_path, "half", every_n_train_steps=4), kind=OWSTrainer,
+                    max_steps=4, enable_checkpointing=True)  # fmt: skip
+    first.fit(Theirs("adamw"), loader())
+    resumed = trainer(tmp_path, kind=OWSTrainer, max_steps=6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*rows that were seen.*")
+        resumed.fit(Theirs("adamw"), loader(), ckpt_path=tmp_path / "half.ckpt")
+
+
+class HoldsItsRows(LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dataset = TensorDataset(torch.arange(4))
+
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+
+def test_a_data_modules_rows_are_no_setting(tmp_path: Path) -> None:
+    """Whatever it calls them: a checkpoint that held them could not be resumed."""
+    first = trainer(tmp_path, kind=OWSTrainer)
+    first.fit(Theirs("adamw"), datamodule=HoldsItsRows())
+    first.save_checkpoint(tmp_path / "saved.ckpt")
+    resumed = trainer(tmp_path, kind=OWSTrainer, max_steps=3)
+    resumed.fit(Theirs("adamw"), datamodule=HoldsItsRows(), ckpt_path=tmp_path / "saved.ckpt")
+    assert resumed.global_step == 3
 
 
 class Stepped(Theirs):
@@ -248,7 +279,7 @@ def test_a_rate_that_a_schedule_keeps_is_not_reported_as_changed(tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["DDPStrategy", "FSDPStrategy", "DeepSpeedStrategy"])
-def test_strategies_of_pytorch_lightning_are_refused_as_lightnings_are(name: str) -> None:
+def test_strategies_of_these_names_are_refused_in_whatever_package_they_are(name: str) -> None:
     theirs = type("Theirs", (type(name, (), {}),), {})  # a package of its own, whose classes derive from none of Lightning's
     with pytest.raises(UsageError, match="can't train sampled or projected weights"):
         check_strategy(theirs())

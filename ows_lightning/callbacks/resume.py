@@ -19,6 +19,7 @@ from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.fixed_settings import plain
 from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import mark_step_saved
+from ows_lightning.data import InstructionDataModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then goes on otherwise
@@ -75,9 +76,6 @@ class Resume(Callback):
         """Applies them to a resumed run, and logs what changed."""
         if trainer.ckpt_path is None:
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):  # which Lightning asks at the start of an epoch alone
-                trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 mark_step_saved(callback, trainer.global_step)
@@ -125,10 +123,17 @@ class Resume(Callback):
 
 def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """Returns the settings of ``CHANGEABLE`` that a run has, by their YAML keys."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    owners = {"trainer": trainer, "model": module.hparams, "data": data, "sampling": LayerwiseSampling.of(trainer)}
+    module_of_data = trainer.datamodule  # type: ignore[attr-defined]
+    data = (
+        module_of_data if isinstance(module_of_data, InstructionDataModule) else None
+    )  # others mean something else by a name
+    owners: dict[str, Any] = {
+        "trainer": trainer, "model": module.hparams, "data": data, "sampling": LayerwiseSampling.of(trainer),
+    }  # fmt: skip
     settings = ((f"{part}.{name}", owners[part], name) for part, names in CHANGEABLE.items() for name in names)
     found = {key: plain(getattr(owner, name)) for key, owner, name in settings if hasattr(owner, name)}
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        del found["trainer.accumulate_grad_batches"]  # which it changes by itself
     return {**found, "model.optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)}
 
 

@@ -36,6 +36,8 @@ class RunFolder(Callback):
         self._folder = folder = run_folder(trainer)
         if stage != "fit":
             return
+        if isinstance(pl_module, CausalLMModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            check_replaceable(folder / "model", pl_module.hparams["model_name_or_path"])  # not only when all is trained
         if (sampling := LayerwiseSampling.of(trainer)) is not None:
             self._at_end.callback(setattr, sampling, "folder", sampling.folder)
             sampling.folder = folder  # also where there is no logger
@@ -47,8 +49,6 @@ class RunFolder(Callback):
             raise UsageError(f"{folder}: a run that has not ended writes there; wait, or give another folder") from error
         except OSError as error:  # Timeout is one
             raise not_writable("trainer.default_root_dir", folder, error) from error
-        if isinstance(pl_module, CausalLMModule) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            check_replaceable(folder / "model", pl_module.hparams["model_name_or_path"])  # not only when all is trained
         _remove_unfinished(folder / "checkpoints")
         for checkpoints in set(folder.parent.glob("version_*/checkpoints")) - {folder / "checkpoints"}:  # of killed runs
             with contextlib.suppress(Timeout, OSError), FileLock(checkpoints.parent / ".lock").acquire(timeout=0):

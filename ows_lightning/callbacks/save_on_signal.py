@@ -75,8 +75,8 @@ class SaveOnSignal(StepCallback):
         """The signal that arrived on any rank, or 0; the same on all ranks."""
         if trainer.world_size == 1:
             return self._received
-        if isinstance(pl_module, CausalLMModule):  # the ranks have told one another with the step's loss, without another wait
-            codes = pl_module.last_step.signal_codes if pl_module.last_step else 0
+        if isinstance(pl_module, CausalLMModule) and pl_module.last_step is not None:  # told with the step's loss, in one wait
+            codes = pl_module.last_step.signal_codes
             return next((n for i, n in enumerate(_SIGNALS) if codes // _CODE_BASE**i % _CODE_BASE), 0)
         number = torch.tensor(self._received, device=trainer.strategy.root_device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)  # strategy.reduce would hold all ranks up with a barrier

@@ -51,6 +51,8 @@ def plain(value: Any) -> Any:
     """Lists for tuples, text for paths and members of enums, Python's numbers for NumPy's: what `torch.load` takes as safe."""
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (Enum, Path)):
         return getattr(value, "value", str(value))
     return value.item() if hasattr(value, "item") else value

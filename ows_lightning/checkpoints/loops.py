@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops import _FitLoop, _Loop, _TrainingEpochLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import RestartStage
@@ -146,7 +147,8 @@ class ExactFitLoop(_FitLoop):
             over = batches.is_last_batch and epochs.current.processed == epochs.current.ready
             replays_step_end = batches.current.processed > 0 and not over
             loaders = self._combined_loader.flattened if self._combined_loader is not None else ()
-            if replays_step_end and not any(hasattr(loader, "load_state_dict") for loader in loaders):
+            forgetful = loaders and not any(hasattr(loader, "load_state_dict") for loader in loaders)
+            if replays_step_end and forgetful and not batches.is_last_batch:
                 why = "the DataLoader has no load_state_dict (torchdata's StatefulDataLoader has)"
                 rank_zero_warn(f"The resumed run begins its epoch with rows that were seen, and misses others: {why}")
             done = max(epochs.current.ready - (not over), 0)
@@ -155,6 +157,14 @@ class ExactFitLoop(_FitLoop):
             counted.ready = counted.started = done + replays_step_end
         epoch.replays_step_end = replays_step_end
         epoch.set_logged_step(done=not replays_step_end)
+
+    def on_advance_start(self) -> None:
+        """Sets how many batches accumulate in a resumed epoch, which Lightning's callback does at an epoch's start alone."""
+        super().on_advance_start()
+        if self.epoch_loop.replays_step_end:
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler):
+                    callback.on_train_epoch_start(self.trainer)
 
     def reset(self) -> None:
         """Does not restart the epoch that is resumed."""

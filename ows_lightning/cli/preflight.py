@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from pydoc import locate
 from string import Formatter
 from typing import Any
 
@@ -64,9 +65,12 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
         if trains and key.startswith("model.") and name in ("lr", "learning_rate") and value <= 0:
             raise UsageError(f"{key}: {value} must be above 0; with it nothing would train")
     for section, kind in (("model", CausalLMModule), ("data", InstructionDataModule), ("sampling", LayerwiseSampling)):
-        given = (config[section] or {}).get("init_args", config[section]) or {}
-        for name, parameter in inspect.signature(kind).parameters.items():
-            takes_none = parameter.default is None or "None" in str(parameter.annotation)
+        described = config[section] or {}
+        given, own = described.get("init_args", described) or {}, locate(str(described.get("class_path", "")))
+        if isinstance(own, type) and not issubclass(own, kind):
+            continue  # another class, whose parameters mean something else
+        for name, parameter in inspect.signature(own if isinstance(own, type) else kind).parameters.items():
+            takes_none = parameter.default is None or any(word in str(parameter.annotation) for word in ("None", "Optional"))
             if not takes_none and name in given and given[name] is None:
                 raise UsageError(f"{section}.{name}: nothing is given; write a value, or leave the key out")
     trainer = config["trainer"]

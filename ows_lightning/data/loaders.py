@@ -80,17 +80,21 @@ class ResumableLoader(DataLoader[Any]):
         order: dict[str, int] = {}
         if isinstance(sampler := self.sampler, ShardedSampler):
             order = {"rows": len(sampler.lengths), "seed": sampler.seed, "group_size": sampler.group_size or 0}
-            order["checksum of lengths"] = zlib.crc32(sampler.lengths.tobytes())  # of other rows, others
+            order["lengths"] = zlib.crc32(sampler.lengths.tobytes())  # of other rows, others
         rows = self._position[1] * getattr(self.sampler, "num_replicas", 1)
         return {"epoch": self._position[0], "rows": rows, "order": order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begins the next iteration at this position."""
         before, now = state.get("order", {}), self.state_dict()["order"]
-        changed = [f"{name} from {before[name]} to {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+        changed = [
+            "other lengths" if name == "lengths" else f"{name} from {before[name]} to {value}"
+            for name, value in now.items()
+            if before.get(name, value) != value
+        ]
         if changed and state["rows"]:
             risk = "what is left of this epoch may hold rows that were seen, and lack others"
-            rank_zero_warn(f"The resumed run's rows are in another order ({', '.join(changed)}): {risk}")
+            rank_zero_warn(f"The resumed run's rows are others, or in another order ({', '.join(changed)}): {risk}")
         ranks = getattr(self.sampler, "num_replicas", 1)
         self._position = self._resume_at = (state["epoch"], state["rows"] // ranks)
         if again := state["rows"] % ranks:

@@ -83,9 +83,9 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
             if not documents:
                 raise UsageError(f"data.dataset: none of the first {len(dropped)} rows has an answer to train on: {named}")
             rank_zero_warn(f"data.dataset: of the first {BLOCK} rows those without an answer are left out: {named}")
-        if truncated and number == 0:
+        if truncated and number == 0 and self.length > 1:  # not for a sample of one row
             limit = self.encoder.max_seq_length
-            rank_zero_info(f"data.dataset: {truncated} of the first {len(documents)} rows were cut to max_seq_length={limit}.")
+            rank_zero_info(f"data.dataset: {truncated} of the first {BLOCK} rows were cut to max_seq_length={limit} tokens.")
         rows = [[i] for i in range(len(documents))]
         if self.packing:
             rows = pack([len(ids) for ids, _ in documents], self.encoder.max_seq_length)

@@ -197,8 +197,9 @@ class GradientCapture(Optimizer):
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and self._shared.in_backward and not any(map(sharding.is_sharded, self._group_and_index)):
             log.warning(
-                "Processes train on gradients of their own: DDP averages none that is projected in backward; call "
-                "average_gradients() before each step, or take the strategy ddp_layerwise"
+                "No average_gradients() came before this step of one of several processes: unless you average gradients() "
+                "yourself, their weights drift apart, since DDP sees no gradient that is projected in backward. Call it "
+                "before each step, or take the strategy ddp_layerwise"
             )
         self._shared.replicas_agree = True
 

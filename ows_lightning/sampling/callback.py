@@ -39,7 +39,7 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     Not supported are optimizers that hold only some of the parameters (freeze nothing yourself before
     ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (instead of ``ddp`` use
-    ``ddp_layerwise``, instead of ``fsdp`` use ``fsdp2``).
+    ``ddp_layerwise``, instead of ``fsdp`` use ``fsdp2``, under which a module that is no CausalLMModule shards itself).
     """
 
     folder: Path | None = None
@@ -65,8 +65,9 @@ class LayerwiseSampling(BlockSampler, Callback):
         sharded = any(map(is_sharded, pl_module.parameters()))
         if trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy) and not sharded:
             raise UsageError(
-                "trainer.strategy: fsdp2 shards a CausalLMModule; any other module has to shard itself in configure_model, "
-                "by ows_lightning.distributed.sharded_model.shard_model, or to train with ddp_layerwise"
+                "trainer.strategy: fsdp2 shards a CausalLMModule; any other module has to shard itself in configure_model, by "
+                'shard_model(self, self.device_mesh["data_parallel"]) of ows_lightning.distributed.sharded_model; or take '
+                "ddp_layerwise"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -52,7 +52,7 @@ class BlockSampler:
             norm of each block's gradients), or a list with a weight for each block.
         threshold: A weight is an outlier if its score exceeds ``threshold`` (tau) times the block's mean.
         calibration_samples: How many training rows the scores are computed from.
-        scores: A JSON file written by ``score`` or by an earlier run; then no scores are computed.
+        scores: A JSON file written by ``score`` or by an earlier run; then none are computed at the start.
         rescore_every: Compute the scores again after this many intervals; None keeps the first ones.
         always_train: What trains outside the blocks: any of ``embeddings``, ``lm_head``, ``norm``. A weight that embeddings
             and head share trains if either is named.

@@ -272,8 +272,8 @@ def test_other_loggers_stand_beside_the_csv_one(config: Path, save_dir: str) -> 
 class PlainModule(LightningModule):
     """Somebody else's LightningModule."""
 
-    def __init__(self, optimizer: OptimizerCallable = torch.optim.AdamW) -> None:
-        super().__init__()
+    def __init__(self, optimizer: OptimizerCallable = torch.optim.AdamW, warmup_steps: int | None = None) -> None:
+        super().__init__()  # to ours, `warmup_steps` is a number
         self.model = tiny_model("gpt2")
         self.optimizer = optimizer
 

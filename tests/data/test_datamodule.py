@@ -403,7 +403,7 @@ def test_streams_validate_on_their_first_rows_and_repeat(jsonl: Write) -> None:
 def test_a_stream_says_how_many_of_its_first_rows_are_cut(jsonl: Write, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit(make(jsonl(pairs(7)), streaming=True, max_seq_length=8), max_steps=2)
-    assert "data.dataset: 1000 of the first 1000 rows were cut to max_seq_length=8." in caplog.messages
+    assert "data.dataset: 1000 of the first 1000 rows were cut to max_seq_length=8 tokens." in caplog.messages
 
 
 @pytest.mark.parametrize("saved", [False, True])

@@ -104,8 +104,8 @@ def test_split_prompt_cuts_off_the_answer_at_the_end() -> None:
 @pytest.mark.parametrize(("label", "trained"), [(True, True), (False, False), (0, True)])
 def test_an_answer_to_avoid_is_not_trained(label: object, trained: bool) -> None:
     """TRL's rows for KTO; a number is a label of something else."""
-    (_, answer) = example({"prompt": "q", "completion": "a", "label": label})["messages"]
-    assert answer.get("weight", 1) == trained
+    messages = example({"prompt": "q", "completion": "a", "label": label})["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"][: 1 + trained]
 
 
 def test_columns_are_renamed() -> None:

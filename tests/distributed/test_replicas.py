@@ -118,7 +118,7 @@ def without_averaging(arguments: list[str]) -> None:
 
 def test_replicas_that_drift_apart_say_so_once(tmp_path: Path) -> None:
     """As under Lightning's own DDP, which sees no gradient that was projected in backward."""
-    said = "Processes train on gradients of their own"
+    said = "No average_gradients() came before this step"
     assert run([], tmp_path / "own", RANKS, target=without_averaging).count(said) == RANKS
     assert said not in run(["averaged"], tmp_path / "averaged", RANKS, target=without_averaging)
 
