@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -290,19 +289,25 @@ class LoadsItself(Theirs):
         """Lightning asks for it under strategies of this kind; this one shards nothing."""
 
 
-def be_refused(arguments: list[str]) -> None:
-    run = trainer(
+def train_unsharded(arguments: list[str]) -> None:
+    ours = trainer(
         Path(arguments[0]), LayerwiseSampling(distribution="uniform", activated_layers=2), devices=2, strategy="fsdp2"
     )
     with pytest.raises(UsageError, match="fsdp2 shards a CausalLMModule; any other module has to shard itself"):
-        run.fit(LoadsItself("adamw"), loader())
-    dist.destroy_process_group()
-    offloaded = CausalLMModule(arguments[1], frozen_in="host")
+        ours.fit(LoadsItself("adamw"), loader())
+
+
+def evaluate_offloaded(arguments: list[str]) -> None:
+    module = CausalLMModule(arguments[0], frozen_in="host")
     with pytest.raises(UsageError, match=r"model\.frozen_in: host is for one device, and trainer\.devices: 2 is set"):
-        trainer(Path(arguments[0]), devices=2, strategy="ddp_layerwise").test(offloaded, loader())
-    dist.destroy_process_group()
+        trainer(Path(arguments[0]), devices=2, strategy="ddp_layerwise").test(module, loader())
 
 
 @pytest.mark.slow
-def test_on_two_devices_unsharded_and_offloaded_weights_are_refused(model_dir: ModelDir, tmp_path: Path) -> None:
-    run([str(tmp_path), str(model_dir())], tmp_path, ranks=2, target=be_refused)
+def test_a_module_that_fsdp2_would_not_shard_is_refused(tmp_path: Path) -> None:
+    run([str(tmp_path)], tmp_path, ranks=2, target=train_unsharded)
+
+
+@pytest.mark.slow
+def test_offloaded_blocks_are_refused_on_two_devices_in_every_stage(model_dir: ModelDir, tmp_path: Path) -> None:
+    run([str(model_dir())], tmp_path, ranks=2, target=evaluate_offloaded)
