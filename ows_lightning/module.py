@@ -40,7 +40,7 @@ from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import SubspaceMethod
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, unpatch_clipping
+from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, stop_projecting
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
 
@@ -356,7 +356,7 @@ class CausalLMModule(EvaluationModule):
         if self.step.totals is None:  # a `training_step` of a subclass
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        self.step.complete(optimizer, self.trainer.accumulate_grad_batches)
+        self.step.complete(optimizer, self.trainer.accumulate_grad_batches)  # where a subclass' `optimizer_step` did not
         self.last_step = self.step.finish(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train_loss", self.last_step.loss, prog_bar=True)
         self.log("grad_norm", self.last_step.grad_norm)
@@ -423,10 +423,9 @@ class RestoreAfterFit(Callback):
         """Does both, for each GaLoreAdamW of the Trainer, and gives Lightning its own clipping back."""
         if stage != "fit":
             return
-        unpatch_clipping(trainer.precision_plugin)
+        stop_projecting(trainer)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
-                optimizer.project_in_backward(False)
                 optimizer.merge_updates()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

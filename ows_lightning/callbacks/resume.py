@@ -24,26 +24,14 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 
 CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then goes on otherwise
     "trainer": (
-        "max_steps",
-        "max_epochs",
-        "accumulate_grad_batches",
-        "gradient_clip_val",
-        "gradient_clip_algorithm",
-        "precision",
+        "max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"
     ),
     "model": ("lr_scheduler_type", "warmup_steps"),
     "data": (
-        "dataset",
-        "seed",
-        "batch_size",
-        "group_by_length",
-        "max_seq_length",
-        "train_on_prompt",
-        "last_turn_only",
-        "packing",
+        "dataset", "seed", "batch_size", "group_by_length", "max_seq_length", "train_on_prompt", "last_turn_only", "packing"
     ),
     "sampling": ("seed", "scores", "threshold", "calibration_samples", "rescore_every"),
-}
+}  # fmt: skip
 
 
 class Resume(Callback):
@@ -123,13 +111,9 @@ class Resume(Callback):
 
 def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """Returns the settings of ``CHANGEABLE`` that a run has, by their YAML keys."""
-    module_of_data = trainer.datamodule  # type: ignore[attr-defined]
-    data = (
-        module_of_data if isinstance(module_of_data, InstructionDataModule) else None
-    )  # others mean something else by a name
-    owners: dict[str, Any] = {
-        "trainer": trainer, "model": module.hparams, "data": data, "sampling": LayerwiseSampling.of(trainer),
-    }  # fmt: skip
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    owners = {"trainer": trainer, "model": module.hparams, "sampling": LayerwiseSampling.of(trainer)}
+    owners["data"] = data if isinstance(data, InstructionDataModule) else None  # others mean something else by these names
     settings = ((f"{part}.{name}", owners[part], name) for part, names in CHANGEABLE.items() for name in names)
     found = {key: plain(getattr(owner, name)) for key, owner, name in settings if hasattr(owner, name)}
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -57,9 +57,9 @@ def rename(row: Row, columns: Mapping[str, str], row_name: str, requires_answer:
 
     Of each that a row needs (the answer's only with `requires_answer`) one of both has to be there.
     """
-    optional = OPTIONAL_COLUMNS if requires_answer else {*OPTIONAL_COLUMNS, "output", "completion", "answer"}
+    needed = {name for data_format in FORMATS for group in _needed_columns(data_format, requires_answer) for name in group}
     for name, own in columns.items():
-        if name not in optional and own not in row and name not in row:
+        if name in needed and own not in row and name not in row:
             raise UsageError(f"data.columns.{name}: {row_name} has no column '{own}' ({_names(row)}){did_you_mean(own, row)}")
     renamed = {name: row[column] for name, column in columns.items() if column in row}
     return {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
@@ -119,9 +119,10 @@ FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Examp
     "prompt_completion": ((("prompt",), ("completion", "answer")), _from_prompt_completion),
     "text": ((("text",),), lambda row, row_name: {"text": _text(row, "text", row_name)}),
 }
-OPTIONAL_COLUMNS = {"input", "system", "tools", "choices"}
 #: Every column that a format reads: what `data.columns` may rename to.
-COLUMNS = sorted({c for needed, _ in FORMATS.values() for group in needed for c in group} | OPTIONAL_COLUMNS)
+COLUMNS = sorted(
+    {c for needed, _ in FORMATS.values() for group in needed for c in group} | {"input", "system", "tools", "choices"}
+)
 
 
 def _one_turn(row: Row, question: str, answer_column: str, row_name: str) -> Example:
@@ -222,8 +223,13 @@ def _text(row: Row, column: str, row_name: str, optional: bool = False) -> str:
 
 def _first_missing(data_format: str, columns: Iterable[str], requires_answer: bool) -> tuple[str, ...]:
     """The first column that a format needs and that is not there, with its alternatives."""
-    needed, columns = FORMATS[data_format][0], set(columns)
-    return next((group for group in needed[: None if requires_answer else 1] if not columns.intersection(group)), ())
+    columns = set(columns)
+    return next((group for group in _needed_columns(data_format, requires_answer) if not columns.intersection(group)), ())
+
+
+def _needed_columns(data_format: str, requires_answer: bool) -> tuple[tuple[str, ...], ...]:
+    """The columns that a format needs, each with its alternatives; the answer's only with `requires_answer`."""
+    return FORMATS[data_format][0][: None if requires_answer else 1]
 
 
 def _type_text(value: Any) -> str:

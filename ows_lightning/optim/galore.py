@@ -305,7 +305,7 @@ class GaLoreAdamW(GradientCapture):
                 "GradScaler: it can't unscale gradients that are projected before it sees them; leave out "
                 "project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
             )
-        if not self._shared.replicas_agree:
+        if not self._shared.replicas_checked:
             self._warn_of_replicas()
         self._project_all()
         if not self._clip_and_check():

@@ -34,7 +34,7 @@ class _SharedState:
     in_backward: bool = False
     accumulating: bool = False
     ddp_averaging: bool = False
-    replicas_agree: bool = False  # gradients were averaged, or it was said that they are not
+    replicas_checked: bool = False  # whether processes average what they step with, or it was said that they do not
     known_finite: bool = False
     skipped_steps: int = 0
     draw_seed: int = 0  # of the latest draw
@@ -190,7 +190,7 @@ class GradientCapture(Optimizer):
             self._project(p, processes=process_group or dist.group.WORLD)
         self._turn_subspaces()
         sharding.average_(self._gradients_of(self._group_and_index), process_group)
-        self._shared.replicas_agree = True
+        self._shared.replicas_checked = True
 
     def _warn_of_replicas(self) -> None:
         """Warns, once, where processes that each hold all weights step without ``average_gradients()``: they drift apart."""
@@ -201,7 +201,7 @@ class GradientCapture(Optimizer):
                 "yourself, their weights drift apart, since DDP sees no gradient that is projected in backward. Call it "
                 "before each step, or take the strategy ddp_layerwise"
             )
-        self._shared.replicas_agree = True
+        self._shared.replicas_checked = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, also projected ones."""

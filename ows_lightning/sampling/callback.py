@@ -11,10 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ows_lightning.errors import UsageError
-from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.sampling.activation import unfreeze
-from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, unpatch_clipping
+from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, stop_projecting
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 
@@ -98,11 +97,8 @@ class LayerwiseSampling(BlockSampler, Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unfreezes what this callback froze, ends projection in backward, and gives Lightning its own clipping back."""
         if stage == "fit":
-            unpatch_clipping(trainer.precision_plugin)
+            stop_projecting(trainer)
             self.release()
-            for optimizer in trainer.optimizers:
-                if isinstance(optimizer, GaLoreAdamW):  # another one may train the module next
-                    optimizer.project_in_backward(False)
 
     def compute_scores(self, model: LightningModule, loader: Any) -> OutlierScores:  # type: ignore[override]
         """As ``BlockSampler.compute_scores``, in the Trainer's precision and under the name that the module was given."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
 from ows_lightning.errors import UsageError
+from ows_lightning.optim.galore import GaLoreAdamW
 
 
 def check_strategy(strategy: object) -> None:
@@ -43,6 +45,14 @@ def patch_clipping(precision: Precision) -> None:
             own(clip_val, gradient_clip_algorithm)
 
     precision.clip_gradients = clip_gradients  # type: ignore[method-assign]
+
+
+def stop_projecting(trainer: Trainer) -> None:
+    """Ends projection in backward by the Trainer's optimizers, and clipping by them: any code may train the model next."""
+    unpatch_clipping(trainer.precision_plugin)
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, GaLoreAdamW):
+            optimizer.project_in_backward(False)
 
 
 def unpatch_clipping(precision: Precision) -> None:
