@@ -228,9 +228,8 @@ def execute(words: list[str]) -> None:
 PLANNED: set[str] = set()
 
 
-@pytest.mark.parametrize(
-    "document", [DOCUMENTS[0], *(pytest.param(document, marks=pytest.mark.slow) for document in DOCUMENTS[1:])], ids=name
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_commands(document: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if document.name != "README.md":  # pictures and predictions take longer than these runs; README's have them
         monkeypatch.setattr(run_folder, "write_pictures", lambda folder: [])

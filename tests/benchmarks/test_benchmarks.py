@@ -58,6 +58,7 @@ def test_every_method_trains_and_is_measured(method):
     assert all(math.isfinite(loss) for loss in result["losses"])
 
 
+@pytest.mark.slow
 def test_states_pile_up_in_the_published_code_but_not_in_ours():
     ours = run("ours_frozen")["interval_tensors_mb"]
     published = run("ows_published")["interval_tensors_mb"]

@@ -46,6 +46,7 @@ def fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_finds_the_failures_in_its_own_figures(fit: Callable[..., str]) -> None:
     optimizer = {"model__optimizer": "GaLoreAdamW"}
     healthy = fit(**optimizer, model__optimizer__init_args__lr=3e-3)

@@ -192,7 +192,7 @@ def test_a_chain_of_resumes_equals_a_run_that_went_through(scenario: str, runs_o
     check_chains(runs_of(scenario), chains)
 
 
-@pytest.mark.parametrize("scenario", ["epochs", "accumulated"])
+@pytest.mark.parametrize("scenario", ["epochs", pytest.param("accumulated", marks=pytest.mark.slow)])
 def test_terminated_in_the_last_step_of_each_epoch(scenario: str, runs_of: Callable[[str], Runs]) -> None:
     runs = runs_of(scenario)
     through = runs.fit("through")
@@ -206,7 +206,7 @@ def test_terminated_in_the_last_step_of_each_epoch(scenario: str, runs_of: Calla
     assert curves == through[1]
 
 
-@pytest.mark.parametrize("scenario", ["epochs", "accumulated"])
+@pytest.mark.parametrize("scenario", [pytest.param("epochs", marks=pytest.mark.slow), "accumulated"])
 def test_what_lightning_saves_at_an_exception_within_a_step_is_resumed_behind_the_last_one(
     scenario: str, runs_of: Callable[[str], Runs]
 ) -> None:

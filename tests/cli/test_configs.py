@@ -78,6 +78,7 @@ def test_config_fits_the_code(config: Path) -> None:
     assert isinstance(trainer.val_check_interval, float) or trainer.check_val_every_n_epoch is None
 
 
+@pytest.mark.slow
 def test_a_config_for_a_large_model_trains_on_few_rows(
     model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:

@@ -202,7 +202,9 @@ RECURRENT: dict[str, dict[str, Any]] = {
 """Families whose blocks are of several kinds, or that keep no list of the kinds in their configs."""
 
 
-@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize(
+    "family", [f if f in ("mamba", "mamba2", "bamba") else pytest.param(f, marks=pytest.mark.slow) for f in RECURRENT]
+)
 def test_follows_recurrent_and_hybrid_families(family: str, tmp_path: Path) -> None:
     small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "pad_token_id": 0}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, **RECURRENT[family]}
@@ -258,14 +260,14 @@ class Counted:
 @pytest.mark.parametrize(
     ("method", "checkpointing", "batch_size"),
     [
-        ("ows", True, 8),
-        ("ows", False, 1),
+        pytest.param("ows", True, 8, marks=pytest.mark.slow),
+        pytest.param("ows", False, 1, marks=pytest.mark.slow),
         ("ows", 3, 8),
         ("ows", 8, 1),
         ("lisa", 5, 8),
         ("full", False, 8),
         ("full", True, 1),
-        ("galore", True, 8),
+        pytest.param("galore", True, 8, marks=pytest.mark.slow),
         ("lisa", False, 8),
     ],
 )
@@ -311,7 +313,9 @@ def test_auto_recomputes_as_few_blocks_as_fit(directory: Path) -> None:
 # ---------------------------------------------------------------------- Llama-2
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate", "limit"), [(16, 1, 17.9e9), (1, 16, 14.2e9)])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "limit"), [pytest.param(16, 1, 17.9e9, marks=pytest.mark.slow), (1, 16, 14.2e9)]
+)
 def test_llama_2_7b_fits_where_it_should(batch_size: int, accumulate: int, limit: float) -> None:
     needed = predict(settings_from_config(llama_7b(batch_size, accumulate)))
     assert 13.47e9 < needed.peak_bytes <= limit
@@ -454,6 +458,7 @@ def test_errors_name_the_key(directory: Path, tmp_path: Path) -> None:
         plan_from_config(make_config(tmp_path / "gpt2", data__max_seq_length=300))
 
 
+@pytest.mark.slow
 def test_methods_that_another_tool_refuses_are_left_out(directory: Path, tmp_path: Path) -> None:
     small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "pad_token_id": 0}
     AutoConfig.for_model("mamba", **small).save_pretrained(tmp_path)

@@ -108,6 +108,7 @@ def test_below_adapters_all_blocks_wait(checkpointing: bool, architecture: str) 
     assert offloader.active == []
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same_bits() -> None:
     def make() -> torch.nn.Module:
         model = tiny_model("llama", num_hidden_layers=3)

@@ -183,7 +183,7 @@ def assert_run(run: str, place: str, late: bool, folder: Path) -> None:
     assert_same(found, EXPECTED[run, in_int8])
 
 
-FAST = [("trained", place) for place in PLACES] + [("loaded", "host"), ("halved", "int8"), ("interrupted", "disk")]
+FAST = [("trained", "host"), ("trained", "int8 disk"), ("loaded", "host"), ("halved", "int8"), ("interrupted", "disk")]
 
 
 @pytest.mark.parametrize(
