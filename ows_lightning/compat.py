@@ -35,7 +35,7 @@ def on_backward_end(callback: Callable[[], None]) -> None:
 
 
 def version_counter(tensor: Tensor) -> int:
-    """The number of in-place writes to a tensor, but for those through ``data``. When it is gone: compare checksums."""
+    """The number of in-place writes to a tensor, except those through ``data``. When it is gone: compare checksums."""
     return tensor._version
 
 
@@ -53,7 +53,7 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def allow_recompilation(times: int) -> None:
-    """Raises the number of cases that a function is compiled for from 8, a limit that blocks of one class share."""
+    """Raises torch's limit of 8 compiled variants of a function, shared by a class's blocks. When it is gone: leave it out."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, times)
 
 
@@ -88,18 +88,25 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def replace_parameters_(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Puts what a function makes of each parameter in its place, in the same order; shared ones stay shared."""
+    made = {p: make(p) for p in model.parameters()}
+    for module in model.modules():
+        own_parameters(module).update({name: made[p] for name, p in own_parameters(module).items() if p is not None})
+
+
 def persistent_buffers(module: nn.Module) -> list[str]:
     """Names of a module's own buffers that belong to its state. When it is gone: compare with ``state_dict``."""
     return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
 
 
 def attn_implementation_of(config: Any) -> str | None:
-    """The attention that transformers chose for a model (``sdpa``, ``eager``, ...). It has no public name."""
+    """The attention that transformers chose for a model (``sdpa``, ``eager``, ...). When it is gone: `flash` is unknown."""
     return getattr(config, "_attn_implementation", None)
 
 
 def without_weight_conversions(model: Any) -> Any:
-    """A shallow copy of a transformers model, which does not know in what layout of files it was loaded."""
+    """A copy of a transformers model that forgot its files' layout. When it is gone: pass the model."""
     plain = copy.copy(model)
     plain._weight_conversions = None
     return plain

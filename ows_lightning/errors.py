@@ -17,18 +17,18 @@ class RunError(RuntimeError):
 
 
 def command_line(command: str) -> str:
-    """Returns a command of this package as it is typed, after the program that is running: for messages that name one."""
+    """Returns how to type a command of this package, for messages: ``python main.py ...`` or ``ows-lightning ...``."""
     return f"{'python main.py' if Path(sys.argv[0]).name == 'main.py' else 'ows-lightning'} {command}"
 
 
-EXTRAS = {"peft": "lora", "tensorboard": "tensorboard", "lm_eval": "eval"}  # which of our extras brings a package
+EXTRAS = {"tensorboard": "tensorboard", "lm_eval": "eval"}  # which of our extras brings a package
 
 _REFUSALS = ("`val_check_interval` (", '")` is set but')  # what Lightning says where it refuses a setting by a ValueError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def message_and_exit_code(error: BaseException, command: str | None = "fit") -> tuple[str, int]:
+def message_and_exit_code(error: BaseException, command: str = "fit") -> tuple[str, int]:
     """Returns the line that a user sees of a command's error, and the exit code: 2 for a wrong setting, 1 for all else."""
     error = _original_error(error)
     text = " ".join(_message_without_trace(error).split()) or type(error).__name__
@@ -85,9 +85,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name that is most like another, the first of equals; None if none is by ``cutoff`` (0 to 1)."""
-    likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
-    return max((other for other in likeness if likeness[other] >= cutoff), key=likeness.__getitem__, default=None)
+    """Returns the known name most similar to ``name``; None if no similarity reaches ``cutoff`` (0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:
@@ -117,7 +116,7 @@ def _message_without_trace(error: BaseException) -> str:
     return raised[-1] if raised else text
 
 
-def _out_of_memory(text: str, notes: Iterable[str], command: str | None) -> str:
+def _out_of_memory(text: str, notes: Iterable[str], command: str) -> str:
     happened = "; ".join([text.rpartition("DefaultCPUAllocator: ")[2].split(". ")[0], *notes])
     if command in ("validate", "test", "predict"):
         return f"{happened}; lower data.eval_batch_size or data.max_seq_length, or set trainer.precision: bf16-true"

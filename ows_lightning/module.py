@@ -106,7 +106,7 @@ class CausalLMModule(EvaluationModule):
         frozen_dtype: ``int8``: frozen blocks compute in int8; their exact weights, which train and are saved, are elsewhere.
         window_blocks: How many offloaded blocks are on the device at a time, 2 or 3.
         max_new_tokens: Length limit of generated answers.
-        max_skipped_steps: ``StopOnNaN`` ends the run after so many skipped steps (gradients with NaN or Inf) in a row.
+        max_skipped_steps: ``StopOnNaN`` ends the run after this many skipped steps (gradients with NaN or Inf) in a row.
         trust_remote_code: Run code from the model's repository.
         kernels: ``liger``: RMSNorm, SwiGLU and RoPE by liger-kernel's fused kernels, on a GPU. Needs the extra ``liger``.
 

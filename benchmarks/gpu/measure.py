@@ -37,7 +37,7 @@ from ows_lightning.memory.prediction import predict
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora
 from ows_lightning.module import DTYPES, CausalLMModule
-from ows_lightning.offload import int8
+from ows_lightning.offload import int8, offloader
 from ows_lightning.offload.streams import CopyStream, copy_stream_for
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -330,7 +330,7 @@ class _RandomWeights(CausalLMModule):
         super().configure_model()
         if self.offloader is not None and self.copies is None:
             self.copies = _TimedCopies(self.where, self.asleep)
-            self.offloader.make_stream = self.copies.around
+            offloader.copy_stream_for = self.copies.around
 
 
 class _TimedCopies(CopyStream):

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class ShowGenerations(StepCallback):
-    """Logs the answers to fixed prompts, at the start and every so many optimizer steps, also to TensorBoard.
+    """Logs the answers to fixed prompts, at the start and every ``every_n_steps`` optimizer steps, also to TensorBoard.
 
     They stand in ``generations.csv`` in the run's folder, too, from which the report has them, unless there is no logger.
     Answers are greedy and at most the module's ``max_new_tokens`` long. The training's state stays as it is.

@@ -22,7 +22,7 @@ from ows_lightning.compat import mark_step_saved
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
-CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then goes on otherwise
+CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then continues differently
     "trainer": (
         "max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"
     ),
@@ -116,7 +116,8 @@ def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, 
     owners["data"] = data if isinstance(data, InstructionDataModule) else None  # others mean something else by these names
     settings = ((f"{part}.{name}", owners[part], name) for part, names in CHANGEABLE.items() for name in names)
     found = {key: plain(getattr(owner, name)) for key, owner, name in settings if hasattr(owner, name)}
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         del found["trainer.accumulate_grad_batches"]  # which it changes by itself
     return {**found, "model.optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)}
 

@@ -31,7 +31,7 @@ class StateBytes(NamedTuple):
     """Bytes of optimizer state on this process: what is held, and what LISA would hold of the same model."""
 
     held: int
-    lisas: int
+    for_lisa: int
 
 
 class SelfChecks(Callback):
@@ -66,14 +66,14 @@ def check_loss(losses: Sequence[float], states: StateBytes | None) -> str | None
     if last <= POOR_LOSS_RATIO * first:
         return None
     text = f"poor result, the training loss went from {first:.3f} to {last:.3f}; try other learning rates"
-    if states is not None and states.held > states.lisas / 2:
+    if states is not None and states.held > states.for_lisa / 2:
         return f"{text}, then a higher model.rank: memory is not what it lacks ({_state_text(states)})"
     return text
 
 
 def check_memory(states: StateBytes | None) -> str | None:
     """Compares the optimizer's state with what LISA would hold."""
-    if states is None or states.held < LISA_STATE_RATIO * states.lisas:
+    if states is None or states.held < LISA_STATE_RATIO * states.for_lisa:
         return None
     hint = "lower model.rank or sampling.activated_layers, or leave embeddings and head out of sampling.always_train"
     return f"memory as LISA's ({_state_text(states)}); {hint}"
@@ -100,4 +100,4 @@ def measure_state_bytes(optimizer: Optimizer, module: CausalLMModule) -> StateBy
 
 
 def _state_text(states: StateBytes) -> str:
-    return f"{states.held / 1e6:.4g} MB of optimizer state, LISA's would be {states.lisas / 1e6:.4g} MB"
+    return f"{states.held / 1e6:.4g} MB of optimizer state, LISA's would be {states.for_lisa / 1e6:.4g} MB"

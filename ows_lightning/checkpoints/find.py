@@ -19,8 +19,9 @@ T = TypeVar("T")
 def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
     """Returns the checkpoint that a user means, if it is good; else a UsageError names the last good one.
 
-    ``last`` is the newest good one of the first place that has one, None if none has: a folder of checkpoints, or of runs
-    ``version_N``, of which the newest with a good one counts. An address such as ``s3://...`` has to exist.
+    ``last`` means the newest good checkpoint of the first of the ``places`` that has one; None if none has. A place is a
+    folder of checkpoints, or of runs ``version_N``, of which the newest run with a good one counts. An address such as
+    ``s3://...`` has to exist.
     """
     if "://" in ckpt_path:
         try:

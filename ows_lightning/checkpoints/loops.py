@@ -22,9 +22,9 @@ def resume_exactly(trainer: Trainer) -> None:
 class ExactEpochLoop(_TrainingEpochLoop):
     """The loop over an epoch's batches, which a resumed run enters after its last optimizer step.
 
-    Lightning 2.6 leaves out a validation that was due, counts the step twice after others, and loses or repeats an epoch after
-    several checkpoints of an epoch's last batch. Here the first turn of a resumed epoch trains nothing and does all that
-    follows a step, whatever the checkpoint was saved in.
+    Depending on when the checkpoint was saved, Lightning 2.6 skips a validation that was due, counts the last step twice, or,
+    at an epoch's last batch, loses or repeats an epoch. Here the first turn of a resumed epoch trains nothing and does all
+    that follows a step, whatever the checkpoint was saved in.
     """
 
     replays_step_end = False  # the next turn is that first one

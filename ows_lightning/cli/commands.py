@@ -13,7 +13,6 @@ from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.cli.preflight import check_writable
 from ows_lightning.errors import UsageError
-from ows_lightning.evaluation import run_tasks
 from ows_lightning.memory import plan_from_config, plot_plan, write_config_for_card
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.delta import write_delta
@@ -54,11 +53,17 @@ class CommandTrainer(OWSTrainer):
             include_path: A folder with YAML files of further tasks.
             **kwargs: Lightning's.
         """
+        manager = _task_manager(tasks, include_path) if tasks else None  # before anything is evaluated
         metrics = self._print_metrics(super().test(*args, verbose=False, **kwargs), verbose)  # type: ignore[misc]
         module = self.lightning_module
-        if tasks and isinstance(module, CausalLMModule):
+        if manager is not None and isinstance(module, CausalLMModule):
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.utils import make_table
+
             module.to(self.strategy.root_device)  # Lightning moves it to the CPU when a loop ends
-            run_tasks(module.language_model, module.tokenizer, tasks, None if include_path is None else str(include_path))
+            model = HFLM(pretrained=module.language_model, tokenizer=module.tokenizer)
+            print(make_table(simple_evaluate(model, tasks=tasks, task_manager=manager)))
         return metrics
 
     def _print_metrics(self, metrics: Any, verbose: bool) -> Any:
@@ -170,3 +175,13 @@ class CommandTrainer(OWSTrainer):
             print(f"Written: {output}")
         if push_to_hub is not None:
             print(f"Uploaded: {upload(output, push_to_hub)}")
+
+
+def _task_manager(tasks: list[str], include_path: Path | None) -> Any:
+    """Returns lm-eval's task manager, also for YAML files in a folder; a UsageError names a task that it lacks."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise UsageError(f"tasks: lm-eval has no task '{unknown[0]}'; `lm_eval ls tasks` lists those that it has")
+    return manager

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
-from ows_lightning.errors import UsageError, command_line
+from ows_lightning.errors import UsageError, command_line, first_line
 from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer
 from ows_lightning.models.source import DELTA_FILE, check_model_name
-from ows_lightning.report.run import find_run_folder
+from ows_lightning.report.run import CONFIG_FILE, find_run_folder, run_folder_of
 
 
 class Conversation:
@@ -40,8 +40,9 @@ class Conversation:
             self.turns.pop()  # it has no answer
             raise
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        model: Any = self.model  # transformers types it as a tensor or a module
         with torch.inference_mode():
-            output: Any = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)  # type: ignore[operator]
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
         answer = str(self.tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)).strip()
         self.turns.append({"role": "assistant", "content": answer})
         return answer
@@ -72,7 +73,7 @@ def load_conversation(name: str, args: argparse.Namespace) -> Conversation:
         device = torch.device(asked)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device: '{asked}' can't be used ({str(error).splitlines()[0]}); give cpu or cuda") from error
+        raise UsageError(f"device: '{asked}' can't be used ({first_line(error)}); give cpu or cuda") from error
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     with tempfile.TemporaryDirectory() as folder:
         directory = _model_directory(name, Path(folder), args.trust_remote_code)
@@ -110,14 +111,13 @@ def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
         return str(folder / "model")
     if path.suffix != ".ckpt":
         return name
-    config = path.absolute().parent.parent / "config.yaml"
     if not path.exists():
         raise UsageError(f"model: no such checkpoint '{name}'; give the path of one, or a model's directory")
-    if not config.is_file():
-        raise UsageError(f"model: '{name}' lies in no run's folder (there is no {config}); export it, and give the directory")
+    if (run := run_folder_of(path)) is None:
+        raise UsageError(f"model: '{name}' lies in no run's folder (with a {CONFIG_FILE}); export it, and give the directory")
     from ows_lightning.cli.lightning_cli import OWSCLI
 
-    command = ["export", "--config", str(config), "--ckpt_path", str(path), "--output", str(folder / "model")]
+    command = ["export", "--config", str(run / CONFIG_FILE), "--ckpt_path", str(path), "--output", str(folder / "model")]
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
         OWSCLI([*command, "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"])
     return str(folder / "model")

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
+from ows_lightning.cli.parser import SECTIONS
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable
 from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
@@ -44,7 +45,7 @@ LOGGED_METRICS = (
 _MAX_INT64 = 2**63 - 1
 _RANGES = {
     "accumulate_grad_batches": (1, _MAX_INT64), "num_nodes": (1, _MAX_INT64), "gradient_clip_val": (0, _MAX_INT64),
-    "num_workers": (0, _MAX_INT64), "seed": (0, 2**32 - 1), "seed_everything": (0, 2**32 - 1),
+    "seed": (0, 2**32 - 1), "seed_everything": (0, 2**32 - 1),
 }  # fmt: skip
 """The least and the greatest value of a number, by the last word of its key, where nothing else checks it."""
 
@@ -64,7 +65,7 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
             raise UsageError(f"{key}: {value:.7g} is out of range; give a number from {least} to {most}")
         if trains and key.startswith("model.") and name in ("lr", "learning_rate") and value <= 0:
             raise UsageError(f"{key}: {value} must be above 0; with it nothing would train")
-    for section, kind in (("model", CausalLMModule), ("data", InstructionDataModule), ("sampling", LayerwiseSampling)):
+    for section, kind in SECTIONS.items():
         described = config[section] or {}
         given, own = described.get("init_args", described) or {}, locate(str(described.get("class_path", "")))
         if isinstance(own, type) and not issubclass(own, kind):
@@ -136,7 +137,7 @@ def check_run(
 
 
 def check_plan(model: LightningModule, sampling: LayerwiseSampling | None) -> None:
-    """Checks what a plan is made of as `check_run` does, but for what depends on this machine; the data may be elsewhere."""
+    """Checks what a plan is made of as `check_run` does, except what depends on this machine; the data may be elsewhere."""
     if isinstance(model, CausalLMModule):
         config, _ = model.check(find_dimensions)
         if sampling is not None:

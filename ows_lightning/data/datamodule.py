@@ -28,7 +28,7 @@ from ows_lightning.models.decoder import language_model_of
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _ALL_PARTS = ("train", "val", "test")
-_SMALL_DATASET = 256  # up to so many, a batch may be larger than the data
+_SMALL_DATASET = 256  # up to this many rows, a batch may be larger than the data
 # The ranges of settings. Values that no machine can handle are refused: it would seem to hang.
 _BOUNDS = {
     "batch_size": (1, 8192), "eval_batch_size": (1, 8192), "max_seq_length": (2, 1 << 20),
@@ -303,7 +303,7 @@ class InstructionDataModule(LightningDataModule):
     def _ordered_dataloader(
         self, rows: Rows | PromptRows | ChoiceRows, collate_rows: Callable[..., Any], sequences: int = 1
     ) -> DataLoader:
-        """One rank's share of rows of at most so many sequences in their order, filled up to as many batches on all ranks."""
+        """One rank's share of rows, of ``sequences`` at most, in their order; filled up to as many batches on all ranks."""
         sampler = ShardedSampler(range(len(rows)), *self._ranks(), shuffle=False)
         collate_fn = partial(collate_rows, pad_token_id=self._pad_token_id)
         options = self._loader_options(max(1, self.eval_batch_size // sequences), self.num_workers, collate_fn)

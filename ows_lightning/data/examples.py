@@ -27,7 +27,6 @@ from ows_lightning.errors import UsageError, not_writable
 if TYPE_CHECKING:
     import datasets
 
-MAX_REPEATS = 1000  # of the rows of a source of a mixture in an epoch
 _ROWS_PER_PROCESS = 5000
 
 
@@ -105,24 +104,6 @@ def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> dataset
 def column(table: datasets.Dataset, name: str) -> np.ndarray:
     """A column of numbers as an array."""
     return table.with_format("numpy")[name][:]
-
-
-def mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:
-    """Repeats each source's row indices to its weight's share, in part as the seed draws; the largest for it is taken once."""
-    once = max(parts, key=lambda name: len(parts[name]) / weights[name])
-    per_weight = len(parts[once]) / weights[once]
-    most = max(parts, key=lambda name: per_weight * weights[name] / len(parts[name]))
-    if (repeats := per_weight * weights[most] / len(parts[most])) > MAX_REPEATS:
-        raise UsageError(
-            f"data.dataset: by these weights an epoch has each row of '{most}' {repeats:.3g} times, since no row of '{once}' "
-            f"is left out; at most {MAX_REPEATS} are possible: raise the weight of '{once}', or take fewer of its rows"
-        )
-    random = np.random.default_rng(seed)
-    mixed = []
-    for name, part in parts.items():
-        whole, rest = divmod(round(per_weight * weights[name]), len(part))
-        mixed.append(np.concatenate([np.tile(part, whole), random.permutation(part)[:rest]]))
-    return mixed
 
 
 def _cores() -> int:

@@ -20,7 +20,7 @@ class ShardedSampler(DistributedSampler):
     the same step as one process with batches of w * b rows. When the rows don't divide evenly, ranks are filled up with the
     index behind the last, a row without targets: all ranks make the same number of steps and no row counts twice.
 
-    With `group_size`, rows are sorted by their tokens within every 50 groups of so many rows, and the groups shuffled, so that
+    With `group_size`, rows are sorted by their tokens within every 50 groups of as many rows, and the groups shuffled, so that
     a batch's rows have similar lengths. Lightning leaves a `DistributedSampler` in place, and tells it the epoch.
     """
 

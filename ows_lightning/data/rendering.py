@@ -63,7 +63,7 @@ class ChatTemplate:
         return kept
 
     def dropped_parts(self, messages: list[Message], tools: Any) -> list[str]:
-        """What the template leaves out, in words, each once; reasoning is shown if it is while its answer is the last."""
+        """What the template leaves out, in words, each once; reasoning counts as shown if it is while its answer is last."""
         probed = _Probed(messages, tools)
         if not probed.places or (text := self._try_render(probed.messages, probed.tools)) is None:
             return []

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.masking import IGNORED, Encoder
 from ows_lightning.errors import UsageError
@@ -26,7 +27,7 @@ class Rows(Dataset[Item]):
 
     def __init__(self, documents: Any, rows: Sequence[Sequence[int]], packed: bool = False) -> None:
         self.documents, self.rows, self.packed = documents, rows, packed
-        lengths = documents.with_format("numpy")["length"][:]
+        lengths = column(documents, "length")
         self.lengths = [int(lengths[list(row)].sum()) for row in rows]
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ows_lightning.compat import fingerprint
 from ows_lightning.data.formats import Row, without_none
-from ows_lightning.errors import UsageError, did_you_mean
+from ows_lightning.errors import UsageError, did_you_mean, first_line
 
 
 def _open_zstandard(file: Path, mode: str) -> IO[bytes]:
@@ -206,7 +206,7 @@ def open_dataset(source: DataSource, streaming: bool = False) -> Any:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         inner = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        reason = next(iter(str(inner or error).strip().splitlines()), type(inner or error).__name__)
+        reason = first_line(inner or error)
         fault = f"'{source.name}' is neither a local file nor a data set that the hub gives us: {reason}"
         raise source.error(fault) from error
 
@@ -294,7 +294,7 @@ def _read_parquet(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
             yield f"row {number}", drop_arrow_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
-        raise source.error(f"{file.name} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+        raise source.error(f"{file.name} is not a readable parquet file: {first_line(error)}") from None
 
 
 _READERS = {".json": _read_json, ".parquet": _read_parquet}

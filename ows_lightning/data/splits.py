@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from ows_lightning.data.examples import column, example_features, mix, read_examples, stream_examples, tokenise
+from ows_lightning.data.examples import column, example_features, read_examples, stream_examples, tokenise
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.rows import Rows, pack
@@ -21,6 +21,8 @@ from ows_lightning.errors import UsageError
 
 if TYPE_CHECKING:
     import datasets
+
+_MAX_REPEATS = 1000  # of the rows of a source of a mixture in an epoch
 
 
 @dataclass
@@ -151,7 +153,7 @@ class Splits:
         parts = dict(zip(self.dataset, np.split(rows, np.searchsorted(rows, ends[:-1])), strict=True))
         if empty := [name for name, part in parts.items() if not len(part)]:
             raise UsageError(f"data.dataset: '{empty[0]}' has no row left to train on; lower val_size or give an eval_dataset")
-        mixed = mix(parts, self.dataset, self.seed)
+        mixed = _mix(parts, self.dataset, self.seed)
         for (name, part), repeated in zip(parts.items(), mixed, strict=True):
             times = f"{len(repeated) / len(part):.2f} times"
             rank_zero_info(f"data.dataset: {name} gives {len(repeated)} rows an epoch, each {times}.")
@@ -212,3 +214,21 @@ class Splits:
     def _row_names(self, key: str, rows: Sequence[int]) -> str:
         """The names of the rows, of many the first ones."""
         return join_names(self.examples_of(key)[rows[:11]]["where"])
+
+
+def _mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:
+    """Repeats each source's row indices to its weight's share, in part as the seed draws; the largest for it is taken once."""
+    once = max(parts, key=lambda name: len(parts[name]) / weights[name])
+    per_weight = len(parts[once]) / weights[once]
+    most = max(parts, key=lambda name: per_weight * weights[name] / len(parts[name]))
+    if (repeats := per_weight * weights[most] / len(parts[most])) > _MAX_REPEATS:
+        raise UsageError(
+            f"data.dataset: by these weights an epoch has each row of '{most}' {repeats:.3g} times, since no row of '{once}' "
+            f"is left out; at most {_MAX_REPEATS} are possible: raise the weight of '{once}', or take fewer of its rows"
+        )
+    random = np.random.default_rng(seed)
+    mixed = []
+    for name, part in parts.items():
+        whole, rest = divmod(round(per_weight * weights[name]), len(part))
+        mixed.append(np.concatenate([np.tile(part, whole), random.permutation(part)[:rest]]))
+    return mixed

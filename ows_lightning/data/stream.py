@@ -37,10 +37,10 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     examples: datasets.IterableDataset
     encoder: Encoder
     length: int
-    packing: bool = False
-    rank: int = 0
-    num_replicas: int = 1
-    seed: int = 0
+    packing: bool
+    rank: int
+    num_replicas: int
+    seed: int
 
     def __post_init__(self) -> None:
         self.state: State = {"examples": self.examples.state_dict(), "block": 0, "first_row": 0, "next_row": 0}

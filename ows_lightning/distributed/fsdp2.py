@@ -120,7 +120,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint but for its tensors, which the two following methods read, each process its part."""
+        """Reads a checkpoint except its tensors, which the two following methods read, each process its part."""
         path = Path(self.broadcast(checkpoint_path))
         return {**read_checkpoint(path, load_without_tensors), "path": str(path)}
 

@@ -25,7 +25,7 @@ def destroy_process_group(wait_for_others: bool = True) -> None:
         return
     if dist.get_backend() == "gloo":
         if wait_for_others:
-            with contextlib.suppress(RuntimeError):  # one of them has ended otherwise, and says so itself
+            with contextlib.suppress(RuntimeError):  # one of them has failed, and says so itself
                 dist.monitored_barrier(timeout=_BARRIER_TIMEOUT)
         dist.destroy_process_group()
     elif wait_for_others:

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ows_lightning.compat import local_shape_and_offset, own_parameters
+from ows_lightning.compat import local_shape_and_offset, replace_parameters_
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.safetensors_file import stored_weights
@@ -49,7 +49,8 @@ def load_into_shards(
     From safetensors that name the model's weights as the model does, every process reads its own parts. Else (GGUF, experts
     that transformers fuses when it loads, added tokens, adapters) rank 0 loads the model and hands out a weight at a time.
     """
-    model = _to_meta(build(True))
+    model = build(True)
+    replace_parameters_(model, lambda p: p if p.is_meta else nn.Parameter(p.to("meta"), requires_grad=p.requires_grad))
     files = stored_weights(name)
     tensors = {**dict(model.named_parameters()), **_persistent_buffers(model)}
     straight = all(key in files and files[key].shape == tensor.shape for key, tensor in tensors.items())
@@ -100,12 +101,3 @@ def _broadcast_weight(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) ->
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     buffers = dict(model.named_buffers())
     return {key: buffers[key] for key in model.state_dict() if key in buffers}  # in an order that is the same on all ranks
-
-
-def _to_meta(model: nn.Module) -> nn.Module:
-    """Moves the parameters that are still in memory, such as those of adapters, to the meta device."""
-    for module in model.modules():
-        for name, parameter in own_parameters(module).items():
-            if parameter is not None and not parameter.is_meta:
-                own_parameters(module)[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-    return model

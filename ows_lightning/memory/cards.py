@@ -79,7 +79,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:
-    """Returns for how many blocks, from below, recomputation makes a run fit so many bytes; all of them if nothing does."""
+    """Returns the fewest blocks, from the lowest up, that must recompute for a run to fit ``budget`` bytes; all if none do."""
 
     def fits(number: int) -> bool:
         return predict(replace(settings, gradient_checkpointing=number)).peak_bytes <= budget
@@ -88,7 +88,7 @@ def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:
 
 
 def advise(settings: PlanSettings, card: int) -> str:
-    """Says in a sentence what would make a run fit a card of so many GB, or that nothing does."""
+    """Says in a sentence what would make a run fit a card of ``card`` GB, or that nothing does."""
     changes = changes_that_fit(settings, card)
     if changes is None:
         least, _ = list(_cheaper_settings(settings))[-1]

@@ -19,7 +19,7 @@ from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
-_DRAWS = 4000  # the mean over so many is within 0.3 % of the expectation
+_DRAWS = 4000  # the mean over this many is within 0.3 % of the expectation
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
 
 
 def _renewals(settings: PlanSettings, draws: Sequence[Sequence[int]]) -> float:
-    """Subspace renewals per optimizer step: one when a block becomes active, then one every `update_proj_gap` steps."""
+    """Subspace renewals of an active block per optimizer step: one when it becomes active, then every `update_proj_gap`."""
     if settings.method.rank is None:
         return 0.0
     gap, interval = settings.update_proj_gap, settings.interval_steps
@@ -230,19 +230,19 @@ class Speed:
         )
 
 
-def speed(settings: PlanSettings, compute: Compute, card: Card) -> Speed:
+def speed(settings: PlanSettings, computed: Compute, card: Card) -> Speed:
     """Estimates a speed: the longer of what a method's FLOPs take at `UTILISATION`, and what its fetches take."""
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
     block = sum(ModelSizes.of(settings).offloaded) / settings.blocks  # the mean, where they differ
-    fetches = sum(fetched_blocks(draw, settings, settings.blocks) for draw in compute.draws) / len(compute.draws)
+    fetches = sum(fetched_blocks(draw, settings, settings.blocks) for draw in computed.draws) / len(computed.draws)
     fetched = int(fetches * block) * settings.accumulate_grad_batches
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches
-    computing, fetching = tokens * compute.flops_per_token / rate, fetched / link
+    computing, fetching = tokens * computed.flops_per_token / rate, fetched / link
     return Speed(
         tokens_per_second=tokens / max(computing, fetching),
         bound_by="compute" if computing >= fetching else "link",
         compute_seconds=computing,
         fetched_bytes=fetched,
         fetch_seconds=fetching,
-        hides_from_tokens=-int(-block / link * rate // compute.block_forward) if fetched else 0,
+        hides_from_tokens=-int(-block / link * rate // computed.block_forward) if fetched else 0,
     )

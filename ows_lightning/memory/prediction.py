@@ -44,7 +44,7 @@ class MethodPlan:
         return sum(self.bytes.values())
 
     def fits(self, card: int) -> bool:
-        """Whether it fits a card of so many GB."""
+        """Whether it fits a card of ``card`` GB."""
         return self.peak_bytes <= card * 1e9
 
 
@@ -135,7 +135,7 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
     """Simulates a step of a fake model of the settings' first blocks; the same step is simulated once.
 
     ``active`` and ``frozen`` are numbers of blocks; the lowest ``num_checkpointed`` recompute their activations. With
-    ``rows``, it is a micro-batch of so many rows, for its FLOPs; with None, of the settings' rows, for its memory.
+    ``rows``, it is a micro-batch of that many rows, for its FLOPs; with None, of the settings' rows, for its memory.
     """
     method = settings.method
     if method.activated_layers is not None:

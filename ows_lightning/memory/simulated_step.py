@@ -137,7 +137,7 @@ class _Simulation:
         self._label_states()
 
     def step(self, renews: bool) -> int:
-        """The training step of CausalLMModule in Lightning's loop, or the usual one of other tools; bytes of gradients."""
+        """Takes one training step, CausalLMModule's or the usual one of other tools; returns the bytes of its gradients."""
         model, method, work, tracker = self.model, self.method, self.work, self.tracker
         language_model: Any = language_model_of(model)
         if work.accumulates:

@@ -27,6 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import language_model_of
 from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, atomic_directory, check_replaceable, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
@@ -216,7 +217,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
 
 def max_delta_size(model: nn.Module, trained: Iterable[Tensor]) -> DeltaSize:
     """The largest size that a delta can have, given the parameters that ever trained; a matrix with an adapter counts, too."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = language_model_of(model)
     ever = set(trained)
     pairs = [(weight.tensor, weight.adapters) for weight in untied_weights(base)]
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart

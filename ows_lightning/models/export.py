@@ -23,7 +23,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSO
 
 from ows_lightning.compat import own_parameters, persistent_buffers
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.models.decoder import restore_weights
+from ows_lightning.models.decoder import language_model_of, restore_weights
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
@@ -73,7 +73,7 @@ def save_huggingface(
     for block in model.modules():
         restore_weights(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = language_model_of(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost one stays gathered after a forward pass
@@ -109,7 +109,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
-    """Returns a directory that a model or a delta may replace, links resolved: none of the sources, and no other files."""
+    """Returns the resolved path if a model or a delta may replace what is there: nothing, or a model, and no source."""
     target = Path(directory).expanduser().resolve()
     if not target.exists():
         return target

@@ -15,7 +15,7 @@ _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def rows_at_a_time(elements: int, device: torch.device) -> int:
-    """Returns how many rows of so many elements to work on at a time.
+    """Returns how many rows of ``elements`` elements to work on at a time.
 
     Their float32 copies take 4 MB on a CPU, whose cache holds them, and 16 MB on a GPU, which wants fewer and larger kernels.
     """
@@ -28,7 +28,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> mmap.mmap:
-    """Maps a file from a byte on, a multiple of the page size, for so many bytes; for 0 all the rest of it.
+    """Maps a file from byte ``start`` on, a multiple of the page size, for ``length`` bytes; 0 maps to its end.
 
     What is written into the mapping goes into a writable file; otherwise it is lost with the pages.
     """

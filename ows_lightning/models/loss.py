@@ -58,7 +58,7 @@ def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tu
 def precompute_on_host(batch: dict[str, Any]) -> dict[str, Any]:
     """Returns a batch in host memory with facts for which a step would otherwise have to wait for a GPU.
 
-    They are ``targets_at``, where targets stand in all rows put behind one another, int64; ``padded``, whether a mask hides
+    They are ``targets_at`` (N,), int64, the targets' positions in ``labels.flatten()``; ``padded``, whether a mask hides
     anything; and ``packed``, whether positions are other than those of any row.
     """
     labels, mask, positions = batch["labels"], batch.get("attention_mask"), batch.get("position_ids")

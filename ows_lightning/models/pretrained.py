@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ows_lightning.compat import own_parameters, quick_gguf
+from ows_lightning.compat import quick_gguf, replace_parameters_
 from ows_lightning.errors import UsageError, closest_name
 from ows_lightning.models.large_tensors import all_finite, release_mapped_pages
 from ows_lightning.models.source import MODEL_KEY, ModelSource, check_model_name, locate
@@ -118,7 +118,7 @@ def load_model(
 
 
 def empty_model(name: str, num_tokens: int, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    """Builds what ``load_model`` loads, with rows for so many tokens, weights on the meta device and buffers in memory."""
+    """Builds what ``load_model`` loads, for ``num_tokens`` tokens, with weights on the meta device and buffers in memory."""
     config = load_config(name, options.get("trust_remote_code", False))
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
@@ -132,14 +132,11 @@ def empty_model(name: str, num_tokens: int, dtype: torch.dtype = torch.float32, 
 
 def allocate(model: nn.Module) -> nn.Module:
     """Gives the weights of an ``empty_model`` memory, without values, in place; tied ones stay tied."""
-    made: dict[nn.Parameter | None, nn.Parameter] = {
-        weight: nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=weight.requires_grad)
-        for weight in model.parameters()
-        if weight.is_meta
-    }
-    for module in model.modules():
-        own = own_parameters(module)
-        own.update({name: made.get(weight, weight) for name, weight in own.items()})
+
+    def in_memory(p: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=p.requires_grad) if p.is_meta else p
+
+    replace_parameters_(model, in_memory)
     return model
 
 

@@ -8,43 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from ows_lightning.offload.offloader import BlockOffloader
 
 
-def add_access_hooks(offloader: BlockOffloader) -> list[RemovableHandle]:
+def add_access_hooks(offloader: BlockOffloader) -> None:
     """Lets others find whole weights in an offloader's blocks, and the offloader see what they write.
 
     * A state dict outlives the pass that was interrupted, and what is loaded counts at once.
     * What moves the model, ``to`` or a Trainer, leaves the blocks where they are offloaded and moves the offloader.
     * peft merges adapters into a weight's ``data``, which torch does not count as a write.
-
-    Returns the handles of torch's hooks; `remove_access_hooks` undoes the rest.
     """
-    handles: list[RemovableHandle] = []
     for index, block in enumerate(offloader.blocks):
-        handles += [
-            block.register_state_dict_pre_hook(partial(_before_state_dict, offloader)),
-            block.register_load_state_dict_pre_hook(partial(_before_write, offloader, index)),
-            block.register_load_state_dict_post_hook(partial(offloader.refresh, index)),
-        ]
+        block.register_state_dict_pre_hook(partial(_before_state_dict, offloader))
+        block.register_load_state_dict_pre_hook(partial(_before_write, offloader, index))
+        block.register_load_state_dict_post_hook(partial(offloader.refresh, index))
         block._apply = partial(_apply_to_block, offloader, index)  # type: ignore[method-assign]
         block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `restore_weights`
         for adapted in _mergeable(block):
             for name in ("merge", "unmerge"):
                 setattr(adapted, name, partial(_write, offloader, index, getattr(type(adapted), name), adapted))
-    return handles
-
-
-def remove_access_hooks(offloader: BlockOffloader) -> None:
-    """Gives blocks and adapters their own methods back."""
-    for block in offloader.blocks:
-        del block.offloader, block._apply
-        for adapted in _mergeable(block):  # some may have come later
-            for name in ("merge", "unmerge"):
-                vars(adapted).pop(name, None)
 
 
 def _before_state_dict(offloader: BlockOffloader, block: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -27,12 +27,9 @@ class ComputeHooks:
         self.offloader = offloader
         self._training: bool | None = None
         self._backward = -1
-        self.handles = []
         for index, block in enumerate(offloader.blocks):
-            self.handles += [
-                block.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True),
-                block.register_forward_hook(partial(self._after_forward, index)),
-            ]
+            block.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True)
+            block.register_forward_hook(partial(self._after_forward, index))
 
     @torch.compiler.disable
     def _before_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ows_lightning.compat import own_parameters
+from ows_lightning.compat import replace_parameters_
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import check_finite, check_surplus_blocks, empty_model, load_model
 from ows_lightning.models.safetensors_file import StoredWeight, stored_weights
@@ -32,9 +32,9 @@ def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) ->
         return load_model(name, **options)
     check_surplus_blocks(name, model, stored.keys() - tensors.keys())
     in_blocks = set(decoder_layers(model).parameters())
-    made = {p: nn.Parameter((disk.map_weight if p in in_blocks else _read)(stored[key], p.dtype)) for p, key in names.items()}
-    for module in model.modules():
-        own_parameters(module).update({key: made[p] for key, p in own_parameters(module).items() if p is not None})
+    replace_parameters_(
+        model, lambda p: nn.Parameter((disk.map_weight if p in in_blocks else _read)(stored[names[p]], p.dtype))
+    )
     for key, buffer in buffers.items():
         buffer.copy_(_read(stored[key], buffer.dtype))
     check_finite(name, model)

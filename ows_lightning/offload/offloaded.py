@@ -95,7 +95,7 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
 
     torch's own pinned memory comes in powers of two. The memory is a mapping of its own, shared, because that of a process
     which forks (a data loader's workers) would move away from under the GPU at the next write. A RunError says that the system
-    does not lock so many pages.
+    does not lock that many pages.
     """
     memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
     whole = torch.frombuffer(memory, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.compat import version_counter
-from ows_lightning.offload.access_hooks import add_access_hooks, remove_access_hooks
+from ows_lightning.offload.access_hooks import add_access_hooks
 from ows_lightning.offload.compute_hooks import ComputeHooks
 from ows_lightning.offload.disk import Disk, DiskWeights
 from ows_lightning.offload.fetch_schedule import FetchSchedule
@@ -25,13 +25,13 @@ from ows_lightning.optim.projected_adamw import merge_update_
 
 
 class BlockOffloader:
-    """Keeps the frozen decoder blocks of a model in host memory, and computes with them on the device.
+    """Keeps the frozen decoder blocks of a model off the device (in host memory, on a disk, in int8), and computes there.
 
     A block's parameters stay where they are in the model; what changes is their ``data``: the offloaded weights while the
     block is frozen, views of a slot while the frozen block computes, and memory of its own on the device while the block
     trains (any of its parameters requires a gradient). So every optimizer, checkpoint and export sees ordinary parameters.
-    No bit of what is computed changes. `FetchSchedule` decides what is fetched when, `ComputeHooks` tell it what computes, and
-    `add_access_hooks` lets state dicts, ``to`` and peft find the weights.
+    Without int8, no bit of what is computed changes. `FetchSchedule` decides what is fetched when, `ComputeHooks` tell it what
+    computes, and `add_access_hooks` lets state dicts, ``to`` and peft find the weights.
 
     Weights are offloaded and slots allocated at first use, for the device that ``set_device`` named last. Deep copies and
     pickles of the model are independent of it. With `attach_optimizer`, frozen blocks that train at rest stay offloaded, and
@@ -51,7 +51,6 @@ class BlockOffloader:
         self.device = torch.device("cpu")
         self.saves_updates_apart = False  # a state dict leaves what is learned at rest to the optimizer's state
         self.was_copied = False  # there is another copy of the model, with which weights may be exchanged
-        self.make_stream = copy_stream_for
         self._disk = disk
         self._int8_in = int8_in
         self._optimizer: ref[GaLoreAdamW] | None = None
@@ -61,7 +60,8 @@ class BlockOffloader:
             for block in self.blocks
         ]
         self._clear()
-        self._handles = [*ComputeHooks(self).handles, *add_access_hooks(self)]
+        ComputeHooks(self)
+        add_access_hooks(self)
         if disk is not None:
             self.prepare()  # what is in memory goes to the disk at once
 
@@ -168,14 +168,6 @@ class BlockOffloader:
                 weights.fetch_exact = False
             self.schedule.invalidate()
 
-    def remove(self) -> None:
-        """Offloads all blocks and takes the hooks away: the model is an ordinary one in host memory."""
-        self.offload_all()
-        for handle in self._handles:
-            handle.remove()
-        remove_access_hooks(self)
-        self._clear()
-
     # ------------------------------------------------------------------ blocks that train at rest
 
     @property
@@ -196,18 +188,16 @@ class BlockOffloader:
     @torch.no_grad()
     def merge_offloaded(self, weights: Sequence[Tensor]) -> None:
         """Writes what weights have learned at rest into them, W + B Q^T, where they are offloaded."""
-        ids = {id(p) for p in weights}
+        merged = set(weights)
         self.prepare()
         self.end_pass()
         self._stop_fetches()
         for index in range(len(self.blocks)):
-            updates = {p: update for p, update in self._updates_of(index).items() if id(p) in ids}
-            if not updates:
-                continue
-            self._load_for_training(index)
-            for p, (update, projector) in updates.items():
-                merge_update_(p.data, update, projector)
-            self._offload_trained(index)
+            learned = merged & self._updates_of(index).keys()
+            if learned and (optimizer := self.optimizer) is not None:
+                self._load_for_training(index)
+                optimizer.write_updates(learned)
+                self._offload_trained(index)
         self._stream.wait_for_computation()  # which has written offloaded weights
 
     def _updates_of(self, block: int) -> dict[Tensor, tuple[Tensor, Tensor]]:
@@ -353,7 +343,7 @@ class BlockOffloader:
             return
         size = max(total_nbytes(weights.tensors) for weights in self.offloaded)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
-        self._stream = self.make_stream(self.device, self.num_slots, self._disk is not None)
+        self._stream = copy_stream_for(self.device, self.num_slots, self._disk is not None)
 
     def _stop_fetches(self) -> None:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""

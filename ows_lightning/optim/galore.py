@@ -196,7 +196,7 @@ class GaLoreAdamW(GradientCapture):
                 if p in resting:
                     self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
             if self.ddp_averaging and p not in self.resting_projectors and (q := self.resting_projector(p)) is not None:
-                dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round otherwise
+                dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round differently
 
     def rests(self, p: Tensor) -> bool:
         """Whether a parameter trains at rest."""
@@ -224,7 +224,7 @@ class GaLoreAdamW(GradientCapture):
     def _merge_kept(self, weights: Iterable[Tensor]) -> None:
         by_callback: dict[Any, list[Tensor]] = {}
         for p in (p for p in weights if "update" in self.state.get(p, ())):
-            by_callback.setdefault(self._merge_callbacks.get(p, self._merge), []).append(p)
+            by_callback.setdefault(self._merge_callbacks.get(p, self.write_updates), []).append(p)
         for merge, found in by_callback.items():
             try:
                 merge(found)
@@ -233,10 +233,12 @@ class GaLoreAdamW(GradientCapture):
                     del self.state[p]["update"]
 
     @torch.no_grad()
-    def _merge(self, weights: Sequence[Tensor]) -> None:
+    def write_updates(self, weights: Iterable[Tensor]) -> None:
+        """W <- W + B Q^T, rounded as a step rounds, for weights that are in memory; B is not dropped."""
         for p in weights:
             if (found := self.update_of(p)) is not None:
-                merge_update_(local(p), local(found[0]), local(found[1]))
+                noise = self._noise(p, p.device) if self._rounds_weight(p) else None
+                merge_update_(local(p.data), local(found[0]), local(found[1]), noise)
 
     def resting_projector(self, p: Tensor) -> Tensor | None:
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
@@ -349,18 +351,17 @@ class GaLoreAdamW(GradientCapture):
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
         projector = self.resting_projectors[p] if rests else state["projector"]
         step = self._advance_state(state, gradient, group)
-        moments = [local(state["exp_avg"])], [local(state["exp_avg_sq"])]
-        settings = self._settings(p, step, group)
+        settings = self._settings(p, step, group) | {"side": side, "scale": group.get("scale", 1.0)}
+        weight = local(p)
+        projectors: list[Tensor] | None = [local(projector)]
         if rests:  # decay would shrink all of a weight of which a few directions learn
             settings["weight_decay"] = 0.0
-        settings |= {"side": side, "scale": group.get("scale", 1.0)}
         if rests and p in self._merge_callbacks:  # B <- B - lr * scale * Adam(R)
             if "update" not in state:
                 state["update"] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-            settings["round_weights"] = False
-            projected_adamw_([state["update"]], [gradient], None, *moments, [step], **settings)
-            return
-        projected_adamw_([local(p)], [local(gradient)], [local(projector)], *moments, [step], **settings)
+            weight, projectors, settings["round_weights"] = state["update"], None, False
+        moments = [local(state["exp_avg"])], [local(state["exp_avg_sq"])]
+        projected_adamw_([weight], [local(gradient)], projectors, *moments, [step], **settings)
 
     def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
         """AdamW in full rank: small tensors together, large ones in parts, for few kernels and small temporaries."""
@@ -387,13 +388,19 @@ class GaLoreAdamW(GradientCapture):
         """The settings of a parameter's update number ``step``, see `_advance_state`; a generator only where it rounds."""
         lr = group["lr"] * min(1.0, step / (group["state_warmup_steps"] + 1))
         settings = {"lr": lr, **{key: group[key] for key in ("betas", "eps", "weight_decay")}, "generator": None}
-        settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
+        settings["round_weights"] = self._rounds_weight(p)
         if settings["round_weights"] or self.state[p]["exp_avg"].dtype == torch.bfloat16:
-            # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.
-            number, steps = self._group_and_index[p][1], int(self.state[p]["step"])
-            seed = (1_000_003 * (1_000_003 * self._shared.draw_seed + number) + steps) % 2**63
-            settings["generator"] = torch.Generator(self.state[p]["exp_avg"].device).manual_seed(seed)
+            settings["generator"] = self._noise(p, self.state[p]["exp_avg"].device)
         return settings
+
+    def _rounds_weight(self, p: Tensor) -> bool:
+        return self._group_and_index[p][0]["stochastic_rounding"] and p.dtype == torch.bfloat16
+
+    def _noise(self, p: Tensor, device: torch.device) -> torch.Generator:
+        # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.
+        number, steps = self._group_and_index[p][1], int(self.state[p]["step"])
+        seed = (1_000_003 * (1_000_003 * self._shared.draw_seed + number) + steps) % 2**63
+        return torch.Generator(device).manual_seed(seed)
 
     def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
         """Makes moments, or converts them to the configured dtype, and returns the number of their coming step, from 1."""
@@ -442,13 +449,15 @@ class GaLoreAdamW(GradientCapture):
 def merge_saved_updates_(weights: MutableMapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
     """Adds what weights have learned at rest, which is in an optimizer's state dict, to a model's state dict.
 
-    The tensors are replaced, not written to. The model's names may have a prefix before those in the optimizer's groups. Of
-    another optimizer nothing is added.
+    The tensors are replaced, not written to. The optimizer's groups name the model's parameters as the state dict does, or
+    as `CausalLMModule.model` does. Of another optimizer nothing is added, nor to what the state dict lacks.
     """
     names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
     for number, state in optimizer["state"].items():
         if isinstance(state, dict) and {"rest", "update"} <= state.keys():
-            key = next(key for key in weights if f".{key}".endswith(f".{names[number]}"))
+            key = next((key for key in (names[number], f"causal_lm.model.{names[number]}") if key in weights), None)
+            if key is None:
+                continue
             weights[key] = weight = weights[key].clone()
             merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number))
 
@@ -458,22 +467,19 @@ def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
     return random_subspace(weight, rest.numel(), (1_000_003 * int(rest[0]) + number) % 2**63)
 
 
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "lr": lambda lr: lr >= 0, "eps": lambda eps: eps >= 0, "weight_decay": lambda decay: decay >= 0,
+    "betas": lambda betas: all(0 <= beta < 1 for beta in betas),
+    "rank": lambda rank: rank is None or rank >= 1, "update_proj_gap": lambda steps: steps >= 1,
+    "state_warmup_steps": lambda steps: steps >= 0, "max_grad_norm": lambda limit: limit is None or limit > 0,
+    "moments_dtype": ("float32", "bfloat16").__contains__, "moments_at_renewal": ("keep", "reproject", "reset").__contains__,
+    "proj_type": get_args(ProjType).__contains__, "subspace": get_args(SubspaceMethod).__contains__,
+}  # fmt: skip
+
+
 def _check_options(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range by a ValueError that names one."""
-    choices: dict[str, tuple[str, ...]] = {
-        "moments_dtype": ("float32", "bfloat16"), "moments_at_renewal": ("keep", "reproject", "reset"),
-        "proj_type": get_args(ProjType), "subspace": get_args(SubspaceMethod),
-    }  # fmt: skip
-    least = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1, "rank": 1}
     for name, value in options.items():
-        if name == "betas":
-            valid = all(0 <= beta < 1 for beta in value)
-        elif name in choices:
-            valid = value in choices[name]
-        elif name in least:
-            valid = (name == "rank" and value is None) or value >= least[name]
-        else:
-            valid = name != "max_grad_norm" or value is None or value > 0
-        if not valid:
+        if name in _VALID and not _VALID[name](value):
             hint = "must be at least 1 (leave it out to train in full rank)" if name == "rank" else "is out of range"
             raise ValueError(f"{name}: {value!r} {hint}")

@@ -34,7 +34,7 @@ class _SharedState:
     in_backward: bool = False
     accumulating: bool = False
     ddp_averaging: bool = False
-    replicas_checked: bool = False  # whether processes average what they step with, or it was said that they do not
+    replicas_checked: bool = False  # average_gradients() was called, or its absence was warned of
     known_finite: bool = False
     skipped_steps: int = 0
     draw_seed: int = 0  # of the latest draw
@@ -177,6 +177,9 @@ class GradientCapture(Optimizer):
 
         With ``project_in_backward()``, set ``ddp_averaging`` before training: the full gradients of a step that renews
         subspaces wait in host memory then, and are averaged here, one at a time, before a subspace is taken.
+
+        Args:
+            process_group: The processes to average over; None is all of them.
         """
         self._project_all(renew=False)
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
@@ -235,7 +238,7 @@ class GradientCapture(Optimizer):
     def _project(self, p: Tensor, renew: bool = True, processes: dist.ProcessGroup | None = None) -> None:
         """Projects ``p.grad``, or moves it to host memory if a new subspace is due and ``renew`` is False.
 
-        Processes that have averaged it take the new subspace of the first one of their group.
+        Processes that averaged the gradient all take the new subspace of the first one of their group.
         """
         side = self._projected_side(p)
         assert side is not None
@@ -255,7 +258,7 @@ class GradientCapture(Optimizer):
             finite = sharding.total_norm([matrices]).isfinite()
             matrices.masked_fill_(~finite, 0.0)
             found = self._new_subspace(p, matrices, side)
-            # What is broadcast of a sketch are its vectors, below, which lie in the span of everybody's basis.
+            # A sketch's basis stays: `_turn_subspaces` broadcasts its singular vectors, which lie in every basis' span.
             basis, group = (found.basis, None) if isinstance(found, Sketch) else (found, processes)
             projector = sharding.distribute_projector(basis, p, side, group)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))

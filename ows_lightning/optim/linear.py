@@ -34,16 +34,23 @@ class ProjectedLinear(nn.Linear):
         plain = plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
         consumer = None if plain else only_hook_owner(weight)
         projector = None if consumer is None else consumer.resting_projector(weight)
+        projected: Tensor | None = None
+        if projector is not None and projector.dtype == input.dtype:
+            projected = (input.detach() if update is None else input) @ projector
         output: Tensor
-        if projector is None or projector.dtype != input.dtype:
-            learned = None if update is None else F.linear(input @ update[1], update[0].to(input.dtype))
-            output = F.linear(input, weight, bias) if plain else _FactoredLinear.apply(input, weight, bias)
-            return output if learned is None else output.add_(learned)
-        projected = (input.detach() if update is None else input) @ projector
-        kept = _SaveProjectedInput.apply(projected.detach(), weight, consumer)
-        learned = None if update is None else F.linear(projected, update[0].to(input.dtype))
-        output = F.linear(input, weight.detach(), bias)
-        return _DuplicateGradient.apply(output if learned is None else output.add_(learned), kept)
+        if plain:
+            output = F.linear(input, weight, bias)
+        else:  # what the weight's gradient needs is kept first: checkpointing recomputes only until backward has all it needs
+            rows = input.reshape(-1, input.size(-1))
+            if projected is None:
+                kept = _KeepInput.apply(rows.detach(), weight)
+            else:
+                kept = _KeepProjectedInput.apply(projected.detach().view(-1, projected.size(-1)), weight, consumer)
+            output = _LinearBesideWeight.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], -1)
+        if update is not None:
+            in_subspace = input @ update[1] if projected is None else projected
+            output.add_(F.linear(in_subspace, update[0].to(input.dtype)))
+        return output
 
 
 def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
@@ -70,57 +77,59 @@ def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-class _FactoredLinear(torch.autograd.Function):
+# X and Y have a row a token here. The weight's gradient is taken by a node of its own, which autograd leaves out where only
+# other gradients are asked for.
+
+
+class _LinearBesideWeight(torch.autograd.Function):
+    """Y = X W^T + b, and the gradients of X and b; in backward dY also goes to the node that returned ``kept``.
+
+    A model may write into Y, so it is no view.
+    """
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.parameter = weight  # what is saved comes back as another object, which no optimizer knows
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
         return F.linear(input, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        input, weight = ctx.saved_tensors
-        of_input, of_weight, of_bias = ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.size(-1))
-        weight_gradient = None
-        if of_weight:
-            inputs = input.reshape(-1, input.size(-1))
-            consumer = only_hook_owner(ctx.parameter)
-            if consumer is None or not consumer.consume_factors(ctx.parameter, rows, inputs):
-                weight_gradient = rows.mT @ inputs
-        return gradient @ weight if of_input else None, weight_gradient, rows.sum(0) if of_bias else None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor]:
+        (weight,) = ctx.saved_tensors
+        of_input, _, of_bias, _ = ctx.needs_input_grad
+        return gradient @ weight if of_input else None, None, gradient.sum(0) if of_bias else None, gradient
 
 
-class _SaveProjectedInput(torch.autograd.Function):
-    """Keeps X Q for backward, and takes R = dY^T (X Q) there. What it returns stands for Y, without values.
+class _KeepInput(torch.autograd.Function):
+    """Keeps X for backward, and hands over the factors of G = dY^T X there. What it returns stands for Y, without values."""
 
-    X Q is kept before X W^T is computed: a checkpointed block is recomputed only until backward has all that it needs.
-    """
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.parameter = weight
+        return input.new_empty(()).expand(input.size(0), weight.size(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
+        (input,) = ctx.saved_tensors
+        consumer = only_hook_owner(ctx.parameter)
+        consumed = consumer is not None and consumer.consume_factors(ctx.parameter, gradient, input)
+        return None, None if consumed else gradient.mT @ input
+
+
+class _KeepProjectedInput(torch.autograd.Function):
+    """Keeps X Q for backward, and takes R = dY^T (X Q) there. What it returns stands for Y, without values."""
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, weight: Tensor, consumer: GradientCapture) -> Tensor:
         ctx.save_for_backward(projected)
         ctx.parameter, ctx.consumer = weight, consumer
-        return projected.new_zeros(()).expand(*projected.shape[:-1], weight.size(0))
+        return projected.new_empty(()).expand(projected.size(0), weight.size(0))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         (projected,) = ctx.saved_tensors
-        rows, inputs = gradient.reshape(-1, gradient.size(-1)), projected.reshape(-1, projected.size(-1))
-        ctx.consumer.consume_projected(ctx.parameter, rows.mT @ inputs)
+        ctx.consumer.consume_projected(ctx.parameter, gradient.mT @ projected)
         return None, None, None
-
-
-class _DuplicateGradient(torch.autograd.Function):
-    """Returns Y; in backward its gradient also goes to the node of `_SaveProjectedInput`."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, kept: Tensor) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, gradient

@@ -18,7 +18,7 @@ def galore_param_groups(
     subspace: SubspaceMethod = "randomized",
     project_embeddings: bool = False,
 ) -> list[dict[str, Any]]:
-    """Splits a causal LM's trainable parameters into a projected group and two full-rank groups.
+    """Splits a causal LM's trainable parameters into a projected group (GaLore, arXiv 2403.03507) and two full-rank groups.
 
     Call it before anything is frozen: a parameter that is in no group never trains.
 
@@ -34,6 +34,9 @@ def galore_param_groups(
     Returns:
         Groups of ``(name, parameter)`` pairs: the weight matrices of the decoder blocks (with 3-D expert weights), other
         matrices in full rank, and vectors (norms, biases) without weight decay. Empty groups are left out.
+
+    Raises:
+        UsageError: The model has no decoder blocks.
     """
     blocks = {id(p) for p in decoder_layers(model).parameters() if p.dim() >= 2}
     if project_embeddings:

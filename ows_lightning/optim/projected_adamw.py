@@ -29,6 +29,25 @@ def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, 
     return (output_gradient @ projector).mT @ inputs
 
 
+def adam_(
+    m: list[Tensor], v: list[Tensor], r: list[Tensor], steps: Sequence[int], betas: tuple[float, float], eps: float
+) -> list[Tensor]:
+    """M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R^2;  returns D = sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps).
+
+    Adam, arXiv 1412.6980, for several tensors at once, of one dtype; t are the ``steps``, from 1.
+    """
+    beta1, beta2 = betas
+    foreach_mul_(m, beta1)
+    foreach_add_(m, r, alpha=1 - beta1)
+    foreach_mul_(v, beta2)
+    foreach_addcmul_(v, r, r, value=1 - beta2)
+    roots = foreach_sqrt(v)
+    foreach_add_(roots, eps)
+    d = list(foreach_mul(m, [math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]))
+    foreach_div_(d, roots)
+    return d
+
+
 def projected_adamw_(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -48,10 +67,8 @@ def projected_adamw_(
 ) -> None:
     """One step of AdamW for one weight or many, each W (m x n) projected by its Q, or in full rank; all is changed in place.
 
-    ::
+    With Adam's direction D of R, see ``adam_``::
 
-        M <- b1 M + (1 - b1) R,    V <- b2 V + (1 - b2) R^2
-        D = sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps)
         W <- (1 - lr decay) (W - lr scale D Q^T)       right;  W - lr scale P D left;  W - lr scale D in full rank
 
     R are the ``gradients`` (G in full rank), Q or P the ``projectors`` (None: in full rank), M the ``exp_avgs`` and V the
@@ -61,21 +78,13 @@ def projected_adamw_(
     bfloat16 moments need a generator: they are updated in float32 and rounded stochastically, since rounded to nearest a
     second moment would never decay. With ``round_weights``, bfloat16 weights are rounded the same way.
     """
-    beta1, beta2 = betas
     shrink = 1 - lr * weight_decay
     rounds_moments = exp_avgs[0].dtype == torch.bfloat16
     m, v = list(exp_avgs), list(exp_avg_sqs)
     if rounds_moments:
         m, v = [t.float() for t in m], [t.float() for t in v]
     r = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, m, strict=True)]
-    foreach_mul_(m, beta1)
-    foreach_add_(m, r, alpha=1 - beta1)
-    foreach_mul_(v, beta2)
-    foreach_addcmul_(v, r, r, value=1 - beta2)
-    roots = foreach_sqrt(v)
-    foreach_add_(roots, eps)
-    d = list(foreach_mul(m, [math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]))
-    foreach_div_(d, roots)
+    d = adam_(m, v, r, steps, betas, eps)
     if rounds_moments:
         for stored, exact in zip((*exp_avgs, *exp_avg_sqs), (*m, *v), strict=True):
             round_stochastically_(stored, exact, generator)
@@ -109,9 +118,12 @@ def _add_product_(
         round_stochastically_(part, exact, generator)
 
 
-def merge_update_(weight: Tensor, update: Tensor, projector: Tensor) -> None:
-    """W <- W + B Q^T, in place and in W's dtype, for W (..., m, n), B (..., m, r) and Q (..., n, r)."""
-    _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, None)
+def merge_update_(weight: Tensor, update: Tensor, projector: Tensor, generator: torch.Generator | None = None) -> None:
+    """W <- W + B Q^T, in place and in W's dtype, for W (..., m, n), B (..., m, r) and Q (..., n, r).
+
+    With a generator, on W's device, a bfloat16 weight is rounded stochastically.
+    """
+    _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, generator)
 
 
 def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Generator | None) -> None:

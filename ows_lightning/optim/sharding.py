@@ -82,7 +82,7 @@ def reduce_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
 
 
 def distribute_projector(projector: Tensor, weight: Tensor, side: Side, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Distributes the projector of the matrices that this process has whole (see ``whole_matrices``); rank 0's counts.
+    """Gives a new projector, equal on all processes (rank 0's counts), the placements of the table above.
 
     ``projector`` has the shape (..., n, r) for the right side, (..., m, r) for the left, and is overwritten by rank 0's: all
     ranks have computed the same, but not bit by bit. ``group`` has the processes that hold a whole weight each; None is one.
@@ -141,7 +141,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: str = "norm") -> None:
-    """Clips gradients in place: by their joint 2-norm ``norm``, maybe with others', or by ``value`` each element."""
+    """Scales gradients in place so that ``norm``, theirs or a larger set's, is at most ``limit``; or clamps by ``value``."""
     parts = [local(gradient) for gradient in gradients]
     if not parts:
         return

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 
 def saved_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """Yields a state dict's tensors, of any shapes, but for ``step``: the parameter of this optimizer, the key, the tensor."""
+    """Yields a state dict's tensors, of any shapes, except ``step``: the parameter of this optimizer, the key, the tensor."""
     numbers = (number for group in state_dict["param_groups"] for number in group["params"])
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     for number, p in zip(numbers, parameters, strict=True):
@@ -18,14 +18,14 @@ def saved_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterat
 
 
 def keep_state_dtypes(optimizer: Optimizer) -> None:
-    """Makes an optimizer of torch load its state in the dtype in which it was saved: NAdam keeps float32 beside bfloat16."""
+    """Makes an optimizer load its state in the saved dtypes; of torch's own, scalars alone (NAdam's ``mu_product``)."""
     loading: dict[str, Any] = {}
-    is_torchs = type(optimizer).__module__.startswith("torch.optim")
+    from_torch = type(optimizer).__module__.startswith("torch.optim")
 
     def restore(_: Optimizer) -> None:
         for p, key, value in saved_tensors(optimizer, loading):
             loaded = optimizer.state[p][key]
-            if value.dtype != loaded.dtype and not (is_torchs and value.dim()):  # torch's moments follow their weight's dtype
+            if value.dtype != loaded.dtype and not (from_torch and value.dim()):  # torch's moments follow their weight's dtype
                 optimizer.state[p][key] = value.to(loaded.device, copy=True)
         loading.clear()
 

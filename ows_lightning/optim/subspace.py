@@ -66,7 +66,7 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     """Returns an orthonormal basis of a random subspace, Q of a Gaussian's QR decomposition: the same wherever it is made.
 
     ``matrix``, of shape (..., m, n), gives the shape, dtype and device; all its matrices share the basis (..., n, r), r <= n.
-    The Gaussian is drawn in float32 and decomposed on the CPU: devices round otherwise.
+    The Gaussian is drawn in float32 and decomposed on the CPU: devices round differently.
     """
     gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     exact = torch.promote_types(matrix.dtype, torch.float32)

@@ -27,7 +27,7 @@ COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 MARKERS = "osD^vPX"
 DOTS: dict[str, Any] = {"color": VERMILLION, "markersize": 4, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
-# Up to so many intervals have borders of their own; more would hide what they enclose.
+# Up to this many intervals have borders of their own; more would hide what they enclose.
 MAX_BORDERS = 60
 
 Runs: TypeAlias = RunRecord | Sequence[RunRecord]

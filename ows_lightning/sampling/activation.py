@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 
@@ -24,21 +24,37 @@ def trains_outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict
     return {p: p in always for part in outside.values() for p in part if p.requires_grad}
 
 
+def can_rest(p: Tensor, rank: int) -> bool:
+    """Whether a parameter can train at rest in a rank: a matrix with more inputs than that, or a stack of such."""
+    return rank > 0 and p.dim() in (2, 3) and p.size(-1) > rank
+
+
 def activate_blocks(
-    layers: Iterable[nn.Module],  # the decoder blocks, or lists of the parameters of each that may train
-    active: Sequence[int],  # indices of the blocks that train from now on
-    others: Iterable[tuple[nn.Parameter, bool]] = (),  # parameters outside the blocks, each with whether it trains
-    optimizers: Sequence[Any] = (),  # built before anything was frozen; with a ``resting_rank``, GaLoreAdamW for the matrices
-    resting_rank: int = 0,  # in which blocks train at rest; 0 freezes them
-    resting_seed: int = 0,  # another one for every draw: of this interval's random subspaces, and of the noise of rounding
+    layers: Iterable[nn.Module],
+    active: Sequence[int],
+    others: Iterable[tuple[nn.Parameter, bool]] = (),
+    optimizers: Sequence[Any] = (),
+    resting_rank: int = 0,
+    resting_seed: int = 0,
 ) -> list[nn.Parameter]:
-    """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two steps. Returns what it froze.
+    """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two steps.
 
     A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers, so that memory does not
     grow with the blocks that have ever been active. One that blocks share (Zamba2's attention) trains if any of them does.
 
     With a ``resting_rank``, the matrices of the blocks above the lowest active one, which backward passes through anyway,
     keep ``requires_grad`` and train at rest, see ``GaLoreAdamW.rest``; vectors and the blocks below are frozen.
+
+    Args:
+        layers: The decoder blocks, or lists of the parameters of each that may train.
+        active: Indices of the blocks that train from now on.
+        others: Parameters outside the blocks, each with whether it trains.
+        optimizers: Built before anything was frozen; with a ``resting_rank``, GaLoreAdamW for the matrices.
+        resting_rank: Rank in which blocks train at rest; 0 freezes them.
+        resting_seed: Of this interval's random subspaces and of the noise of rounding; another one for every draw.
+
+    Returns:
+        The parameters that it froze.
     """
     trains = dict(others)
     first: dict[nn.Parameter, int] = {}  # the lowest block that each is in
@@ -47,10 +63,7 @@ def activate_blocks(
             trains[p] = trains.get(p, False) or index in active
             first.setdefault(p, index)
     lowest = min((first[p] for p in first if trains[p]), default=len(first))
-    rests = {
-        p: resting_rank > 0 and not trains[p] and first[p] > lowest and p.dim() in (2, 3) and p.size(-1) > resting_rank
-        for p in first
-    }
+    rests = {p: not trains[p] and first[p] > lowest and can_rest(p, resting_rank) for p in first}
     for optimizer in optimizers:
         if hasattr(optimizer, "rest"):
             optimizer.rest((p for p in first if rests[p]), resting_rank, resting_seed)

@@ -73,7 +73,8 @@ class LayerwiseSampling(BlockSampler, Callback):
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
         log_dir = trainer.log_dir if trainer.loggers else None  # every rank has to ask: `log_dir` is broadcast
         folder = self.folder or (Path(log_dir) if log_dir else None)
-        self._written_to = folder if trainer.is_global_zero and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._written_to = folder if writes else None
         metrics = self.start(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
         self._write_and_log(trainer, metrics)
 

@@ -23,7 +23,7 @@ def score_of(distribution: str | Sequence[float]) -> str | None:
 
 
 def score_in_file(distribution: str | Sequence[float]) -> str:
-    """Returns what scores are that a run with a distribution has written: one that needs none has read outlier ratios."""
+    """Returns which score a run's file holds: its distribution's, or outlier ratios where the distribution needs no score."""
     return score_of(distribution) or OUTLIER_RATIO
 
 
@@ -71,7 +71,7 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         seen = scores > 0
         filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
         return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / blocks
-    if score_of(distribution) == OUTLIER_RATIO:
+    if distribution in ("outlier", "window", "outlier_reverse"):
         probabilities = _normalised(scores, hint="no weight of any block exceeds the threshold; lower `threshold`")
         if distribution != "outlier_reverse":
             return probabilities

@@ -8,15 +8,13 @@ from ows_lightning.sampling.grouping import grouped_draws, uniform_number
 from ows_lightning.sampling.inclusion import window_probabilities
 
 
-def draw_blocks(
-    probabilities: Tensor, count: int, generator: torch.Generator | None = None, grouping: float = 0.0
-) -> list[int]:
+def draw_blocks(probabilities: Tensor, count: int, generator: torch.Generator, grouping: float = 0.0) -> list[int]:
     """Draws distinct blocks, each in proportion to the probabilities of those still left, and returns them in ascending order.
 
     Args:
         probabilities: Shape (num_layers,), see `sampling_probabilities`.
         count: How many blocks to draw (gamma in the paper); a UsageError says that there are fewer.
-        generator: The CPU random generator to draw with; None is torch's global one.
+        generator: The CPU random generator to draw with.
         grouping: Chance, 0 to 1, that a draw is a grouped one (``GroupedDraws``): each block is as likely as in an independent
             draw, but its companions have similar depth, so the lowest block is higher on average.
     """
@@ -32,7 +30,7 @@ def draw_blocks(
     return sorted(torch.multinomial(probabilities, count, replacement=False, generator=generator).tolist())
 
 
-def draw_window(probabilities: Tensor, count: int, generator: torch.Generator | None = None) -> list[int]:
+def draw_window(probabilities: Tensor, count: int, generator: torch.Generator) -> list[int]:
     """Draws a window of neighbouring blocks, in proportion to the sum of their probabilities; see `draw_blocks`."""
     lowest = int(torch.multinomial(torch.from_numpy(window_probabilities(probabilities, count)), 1, generator=generator))
     return list(range(lowest, lowest + count))

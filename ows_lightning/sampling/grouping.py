@@ -58,7 +58,7 @@ class GroupedDraws:
         self.lowest[drawable] = np.maximum(solution.x[:n], 0)
         self.others[drawable[m], drawable[other]] = np.maximum(solution.x[n:], 0)
 
-    def draw(self, generator: torch.Generator | None = None) -> list[int]:
+    def draw(self, generator: torch.Generator) -> list[int]:
         """Draws once; returns the blocks, ascending."""
         ends = np.cumsum(self.lowest)
         lowest = int(np.searchsorted(ends, uniform_number(generator) * ends[-1], side="right"))
@@ -78,6 +78,6 @@ class GroupedDraws:
 grouped_draws = lru_cache(maxsize=8)(GroupedDraws)  # made once: solving takes up to a second, drawing no time
 
 
-def uniform_number(generator: torch.Generator | None) -> float:
+def uniform_number(generator: torch.Generator) -> float:
     """Draws a number from 0 to 1."""
     return torch.rand((), dtype=torch.float64, generator=generator).item()

@@ -35,12 +35,12 @@ def patch_clipping(precision: Precision) -> None:
     gradients that were projected in backward are missing.
     """
     unpatch_clipping(precision)
-    lightnings = precision.clip_gradients
+    original = precision.clip_gradients
 
     def clip_gradients(optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
         own = getattr(optimizer, "clip_gradients", None)
         if own is None:
-            lightnings(optimizer, clip_val, gradient_clip_algorithm)
+            original(optimizer, clip_val, gradient_clip_algorithm)
         elif clip_val > 0:
             own(clip_val, gradient_clip_algorithm)
 

@@ -25,7 +25,7 @@ from ows_lightning.models.export import full_tensor, weights_without_peft
 from ows_lightning.models.loss import token_mask
 from ows_lightning.optim.sharding import total_norm
 
-_CHUNK_ELEMENTS = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums so many ones exactly
+_CHUNK_ELEMENTS = 2**20  # elements of a temporary tensor: fits a CPU's cache, and float32 sums this many ones exactly
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def layer_weight_norms(model: nn.Module) -> Tensor:
 
 
 def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[str, Tensor]]:
-    """Returns batches of so many training rows, if there are, the same on every rank and in every run with that seed.
+    """Returns batches of ``samples`` training rows, or all there are, the same on every rank and in every run with that seed.
 
     Of the train DataLoader the data set and the collate function are used, not its position.
     """

@@ -19,7 +19,15 @@ from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampl
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
-from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, trainable_by_block, trains_outside_blocks, unfreeze
+from ows_lightning.sampling.activation import (
+    PARTS,
+    Part,
+    activate_blocks,
+    can_rest,
+    trainable_by_block,
+    trains_outside_blocks,
+    unfreeze,
+)
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_of
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
@@ -139,7 +147,7 @@ class BlockSampler:
     def attach(self, model: nn.Module) -> None:
         """Finds the blocks and checks the settings against them, see `check`; nothing is frozen yet.
 
-        An earlier run is forgotten, but for a state that was loaded; what it left frozen is unfrozen.
+        An earlier run is forgotten, except a state that was loaded; what it left frozen is unfrozen.
         """
         self.release()
         unfreeze(model)  # else what a run without its end left frozen would count as frozen by the user
@@ -148,6 +156,13 @@ class BlockSampler:
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
         self._blocks, self._others = trainable_by_block(model), trains_outside_blocks(model, self.always_train)
         language_model_of(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # a copy has it, too
+        matrices = [p for block in self._blocks for p in block if p.dim() in (2, 3)]
+        if self.resting_rank and (small := [p for p in matrices if not can_rest(p, self.resting_rank)]):
+            said = f"sampling.resting_rank: {self.resting_rank} is no less than the inputs of {len(small)} of the "
+            said += f"{len(matrices)} matrices of the blocks"
+            if len(small) == len(matrices):
+                raise UsageError(f"{said}; give at most {max(p.size(-1) for p in small) - 1}")
+            log.warning("%s, which stay frozen at rest", said)
         fixed = [index for index, block in enumerate(self._blocks) if not len(block)]
         if len(fixed) == len(self._blocks):
             name = type(language_model_of(model)).__name__
@@ -254,7 +269,7 @@ class BlockSampler:
         self._frozen[:] = activate_blocks(self._blocks, active, others, held, self.resting_rank, seed)
 
     def release(self) -> None:
-        """Unfreezes what was frozen, and drops the references to the model."""
+        """Unfreezes what was frozen, and drops the references to the model; what rests does so until the optimizer ends it."""
         for p in self._frozen:
             p.requires_grad_(True)
         self._blocks, self._others, self._frozen[:] = [], {}, []

@@ -64,14 +64,14 @@ def test_a_run_finds_the_failures_in_its_own_figures(fit: Callable[..., str]) ->
 
 def test_a_poor_result_at_high_memory_asks_for_rank() -> None:
     losses = [2.0] * 40
-    assert "model.rank" in str(check_loss(losses, StateBytes(held=90, lisas=100)))
-    assert "model.rank" not in str(check_loss(losses, StateBytes(held=10, lisas=100)))
+    assert "model.rank" in str(check_loss(losses, StateBytes(held=90, for_lisa=100)))
+    assert "model.rank" not in str(check_loss(losses, StateBytes(held=10, for_lisa=100)))
     assert check_loss(losses[:10], None) is None  # too short to tell
     assert check_loss([2.0] * 20 + [1.0] * 20, StateBytes(90, 100)) is None
 
 
 def test_figures_at_the_limits() -> None:
-    assert check_memory(StateBytes(held=100, lisas=100)) is not None
-    assert check_memory(StateBytes(held=80, lisas=100)) is None
+    assert check_memory(StateBytes(held=100, for_lisa=100)) is not None
+    assert check_memory(StateBytes(held=80, for_lisa=100)) is None
     assert check_draws([0.25] * 4) is not None
     assert check_draws([0.7, 0.1, 0.1, 0.1]) is None

@@ -237,6 +237,40 @@ def dropped_before_its_stream(folder: Path) -> None:
         del stream
 
 
+class TwoInputs(nn.Module):
+    """A block that also computes from the embeddings, as Zamba's do: their gradient is complete when backward ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        return hidden + self.linear(hidden * embeddings).tanh()
+
+
+def blocks_with_two_inputs(folder: Path) -> None:
+    """Frozen blocks between the loss and one that trains, with embeddings that train, too."""
+    gradients = []
+    for offloaded in (False, True):
+        torch.manual_seed(0)
+        blocks, embeddings = nn.ModuleList(TwoInputs() for _ in range(6)), nn.Parameter(torch.rand(3, 8))
+        for index, block in enumerate(blocks):
+            block.requires_grad_(index == 1)
+        if offloaded:
+            BlockOffloader(blocks)
+        for _ in range(2):
+            hidden = embeddings
+            for block in blocks:
+                hidden = block(hidden, embeddings)
+            hidden.square().mean().backward()
+        gradients.append([embeddings.grad, *(p.grad for p in blocks[1].parameters())])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_an_input_that_several_blocks_share_trains_too(tmp_path: Path) -> None:
+    blocks_with_two_inputs(tmp_path)
+
+
 def looked_at_while_it_rests(folder: Path) -> None:
     """A resting block, of whose weights linear layers have one kind of update, and the slot itself has the other."""
 
@@ -392,6 +426,7 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("fetch_schedule", "FetchSchedule.enter", "self.executor.wait(block, self.slot_of(block))"): _killed_by(
         "trained", "host"
     ),
+    Mutant("fetch_schedule", "FetchSchedule.enter", "self._release(above)"): blocks_with_two_inputs,
     Mutant("fetch_schedule", "FetchSchedule.leave_forward", "self._release(block)"): _killed_by("trained", "host"),
     Mutant("fetch_schedule", "FetchSchedule._after_backward", "self._release(block)"): _killed_by("trained", "host"),
     Mutant("fetch_schedule", "FetchSchedule.release_all", "self._release(block)"): _killed_by("interrupted", "host"),

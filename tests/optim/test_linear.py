@@ -191,3 +191,41 @@ def test_in_mixed_precision_gradients_are_those_of_autocast() -> None:
             optimizer.step()
         grown.append(model)
     assert all(torch.equal(a, b) for a, b in zip(grown[0].parameters(), grown[1].parameters(), strict=True))
+
+
+class InPlace(Net):
+    """Writes into what its linear layers return, as OLMo's clipping and Llama 4's experts do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, _, down in self.layers:
+            x = x + down(up(x).clamp_(-0.5, 0.5)).mul_(2)
+        return x
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_what_a_layer_returns_can_be_written_to(rests: bool) -> None:
+    trained = []
+    for factors in (True, False):
+        torch.manual_seed(0)
+        model = InPlace().double()
+        optimizer = optimizer_of(model, factors)
+        if rests:
+            optimizer.rest([p for p in model.parameters() if p.dim() == 2], 3)
+        train(model, optimizer)
+        trained.append(model)
+    torch.testing.assert_close(list(trained[0].parameters()), list(trained[1].parameters()))
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_a_gradient_of_inputs_alone_leaves_none_of_weights(rests: bool) -> None:
+    """As an adversarial perturbation or a penalty takes it, between two steps."""
+    model = net()
+    optimizer = optimizer_of(model)
+    if rests:
+        optimizer.rest([p for p in model.parameters() if p.dim() == 2], 3)
+    train(model, optimizer, steps=1)  # subspaces are known
+    optimizer.zero_grad()
+    x = inputs(1).requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().mean(), [x])
+    assert gradient.norm() > 0
+    assert optimizer.gradients() == []

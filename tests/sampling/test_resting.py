@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -474,6 +475,50 @@ def test_an_average_of_weights_has_what_offloaded_blocks_learned(model_dir: Call
         assert_agree(p, q)
 
 
+class WithTeacher(CausalLMModule):
+    """There is a second model, of the same names, in front of the one that trains."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._modules = {"teacher": tiny_model("llama", seed=5).requires_grad_(False), **self._modules}
+
+
+def test_what_a_model_learned_is_not_added_to_another(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    module = WithTeacher(str(model_dir()), rank=8, optimizer=partial(GaLoreAdamW, lr=LR), warmup_steps=0, frozen_in="host")
+    at_end, saved = AtEnd(), tmp_path / "weights.ckpt"
+    fit(model_dir(), tmp_path, at_end, SaveWeights(saved), module=module, trainer={"max_steps": 5})
+    weights = torch.load(saved, weights_only=True)["state_dict"]
+    for name, weight in tiny_model("llama", seed=5).state_dict().items():
+        assert torch.equal(weights[f"teacher.{name}"], weight)
+        assert_agree(weights[f"causal_lm.model.{name}"], at_end.weights[name])
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_stochastic_rounding_keeps_small_updates_of_resting_weights(where: str) -> None:
+    """Updates far below a weight's last bit, merged after every step, as an average of weights has them."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 8}], lr=1e-3, stochastic_rounding=True)
+    optimizer.rest([weight], 4)
+    if where == "host":
+        optimizer.keep_updates_at_rest([weight], optimizer.write_updates)
+    direction = optimizer.resting_projector(weight) @ torch.ones(4, 64, dtype=torch.bfloat16)
+    for _ in range(50):
+        weight.grad = direction.T.clone()
+        optimizer.step()
+        optimizer.merge_updates()
+    expected = 50 * 1e-3 * optimizer.resting_projector(weight).float().sum(1)  # Adam's steps are of 1 in the subspace
+    found = (1 - weight.detach().float()).mean(0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)  # the mean of 64 rows of random bits
+
+
+def test_a_rank_that_no_matrix_has_is_refused_and_one_that_few_have_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UsageError, match=r"sampling.resting_rank: 64 is no less than the inputs of 28 of the 28 matrices of"):
+        BlockSampler(1, resting_rank=64).attach(tiny_model("llama"))
+    BlockSampler(1, resting_rank=32).attach(tiny_model("llama"))
+    assert "sampling.resting_rank: 32 is no less than the inputs of 24 of the 28 matrices" in caplog.text
+
+
 class FailAt5(Callback):
     """Lets the forward pass of the fifth step fail within the last block."""
 
@@ -490,7 +535,6 @@ def test_a_fit_after_a_failed_one_computes_with_the_weights_alone(model_dir: Cal
     plain = load_model(str(model_dir()))
     plain.load_state_dict(module.model.state_dict())
     assert not equal(plain, load_model(str(model_dir())))
-    module.offloader.remove()
     GaLoreAdamW(galore_param_groups(module.model, rank=8)).project_in_backward(model=module.model)
     assert torch.equal(module.model(**tiny_batch(2)).loss, plain(**tiny_batch(2)).loss)
 
