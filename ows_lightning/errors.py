@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -79,14 +80,21 @@ def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
     return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {hint}")
 
 
+def refuse_address(key: str, folder: str | os.PathLike[str]) -> None:
+    """Raises a UsageError if a folder, which the key names, is an address such as ``s3://...``: it has to be a local one."""
+    if re.match(r"\w{2,}:/", str(folder)):
+        raise UsageError(f"{key}: '{folder}' is an address; give a local folder")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``; did you mean 'X'?`` with the nearest of the known names, or nothing."""
     return f"; did you mean '{near}'?" if (near := closest_name(name, known)) else ""
 
 
 def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name most similar to ``name``; None if no similarity reaches ``cutoff`` (0 to 1)."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+    """Returns the known name most similar to ``name``, the first of equals; None if none reaches ``cutoff`` (0 to 1)."""
+    likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
+    return max((other for other in likeness if likeness[other] >= cutoff), key=likeness.__getitem__, default=None)
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:

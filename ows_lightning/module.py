@@ -405,6 +405,8 @@ class CausalLMModule(EvaluationModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
         resumes = self._trainer is not None and self.trainer.training
+        if resumes and "callbacks" not in checkpoint:
+            raise UsageError("ckpt_path: the checkpoint has weights alone (save_weights_only); a run can't go on from those")
         if self._trainer is not None:
             check_fixed_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
         if not resumes:

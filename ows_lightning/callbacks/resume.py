@@ -20,6 +20,8 @@ from ows_lightning.checkpoints.fixed_settings import plain
 from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import mark_step_saved
 from ows_lightning.data import InstructionDataModule
+from ows_lightning.errors import UsageError
+from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then continues differently
@@ -28,7 +30,8 @@ CHANGEABLE = {  # settings of which a change is logged: a resumed run may have o
     ),
     "model": ("lr_scheduler_type", "warmup_steps"),
     "data": (
-        "dataset", "seed", "batch_size", "group_by_length", "max_seq_length", "train_on_prompt", "last_turn_only", "packing"
+        "dataset", "eval_dataset", "split", "val_size", "data_format", "columns", "seed", "batch_size",
+        "group_by_length", "max_seq_length", "train_on_prompt", "last_turn_only", "packing",
     ),
     "sampling": ("seed", "scores", "threshold", "calibration_samples", "rescore_every"),
 }  # fmt: skip
@@ -54,7 +57,10 @@ class Resume(Callback):
             resume_exactly(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copies the configured options before the checkpoint overwrites them."""
+        """Copies the configured options before the checkpoint overwrites them, which has to be of the same optimizers."""
+        now = changeable_settings(trainer, pl_module)["model.optimizer"]
+        if (before := self._saved_settings.get("model.optimizer", now)) != now and isinstance(pl_module, CausalLMModule):
+            raise UsageError(f"model.optimizer: the checkpoint is of {before}, this run of {now}; set it back, or start anew")
         kept = ("params", "param_names", "lr", "initial_lr")
         for group in _groups(trainer):
             options = {name: value for name, value in group.items() if name not in kept}

@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from ows_lightning.checkpoints.files import partial_path, replace_atomically
+
+
+def run_checkpoint(trainer: Trainer) -> Checkpoint | None:
+    """Returns a Trainer's RunCheckpoint, in whose folder ``--ckpt_path last`` looks, or else its first ``Checkpoint``."""
+    return next((one for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint)), trainer.checkpoint_callback)
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from ows_lightning.callbacks.run_checkpoint import run_checkpoint
 from ows_lightning.errors import DISK_FULL, UsageError, add_note, not_writable
 from ows_lightning.models.export import check_replaceable, save_huggingface
 from ows_lightning.module import CausalLMModule
@@ -53,7 +54,7 @@ class RunFolder(Callback):
         for checkpoints in set(folder.parent.glob("version_*/checkpoints")) - {folder / "checkpoints"}:  # of killed runs
             with contextlib.suppress(Timeout, OSError), FileLock(checkpoints.parent / ".lock").acquire(timeout=0):
                 _remove_unfinished(checkpoints)
-        elsewhere = getattr(trainer.checkpoint_callback, "dirpath", None)
+        elsewhere = getattr(run_checkpoint(trainer), "dirpath", None)
         if elsewhere and "://" not in str(elsewhere) and folder not in Path(elsewhere).absolute().parents:
             with contextlib.suppress(Timeout, OSError):
                 self._lock(Path(elsewhere))

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from ows_lightning.callbacks.run_checkpoint import run_checkpoint
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, add_note, command_line, first_line, is_out_of_memory
@@ -104,7 +105,7 @@ class RunSummary(Callback):
             whole = megabytes(sizes.model)
             log.info("The model has %s, of which %s; a delta (export --delta) holds that, compressed", whole, reached)
         steps, quoted = [f"report {shlex.quote(str(folder))}"], shlex.quote(str(folder / "config.yaml"))
-        if last := getattr(trainer.checkpoint_callback, "last_model_path", ""):
+        if last := getattr(run_checkpoint(trainer), "last_model_path", ""):
             steps.append(f"test --config {quoted} --ckpt_path {shlex.quote(last)}")
         log.info(
             "%s has the model in model/ (for AutoModelForCausalLM.from_pretrained), checkpoints/, metrics.csv and pictures.\n"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
-from ows_lightning.callbacks.run_checkpoint import remove_interrupted
+from ows_lightning.callbacks.run_checkpoint import remove_interrupted, run_checkpoint
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.errors import RunError
@@ -64,7 +64,7 @@ class SaveOnSignal(StepCallback):
             return
         if number != signal.SIGTERM and callable(requeue := self._previous_handlers.get(signal.Signals(number))):
             requeue(number, None)
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None) or run_folder(trainer) / "checkpoints"
+        folder = getattr(run_checkpoint(trainer), "dirpath", None) or run_folder(trainer) / "checkpoints"
         path = f"{folder}/interrupted-step={trainer.global_step}.ckpt"  # Path would make a local folder of an address
         trainer.save_checkpoint(path, weights_only=False)
         remove_interrupted(trainer, Path(path))

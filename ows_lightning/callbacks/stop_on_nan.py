@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
+from ows_lightning.callbacks.run_checkpoint import run_checkpoint
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.errors import RunError
@@ -29,7 +30,7 @@ class StopOnNaN(StepCallback):
         self._in_a_row = self._in_a_row + 1 if pl_module.last_step.skipped else 0
         if self._in_a_row < pl_module.hparams["max_skipped_steps"]:
             return
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        folder = getattr(run_checkpoint(trainer), "dirpath", None)
         good: Path | str | None = trainer.strategy.broadcast(last_good(Path(folder)) if folder else None)
         if folder and good is None:
             good = f"{folder}/stopped-step={trainer.global_step}.ckpt"

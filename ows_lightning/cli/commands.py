@@ -1,6 +1,7 @@
 """CommandTrainer: the Trainer with a method for each command that Lightning lacks."""
 
 import copy
+import re
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -126,7 +127,7 @@ class CommandTrainer(OWSTrainer):
                 raise UsageError("fit: it only writes a config; leave out --card, --method and --format")
             print(write_config_for_card(config, fit, output or Path()))
             return
-        plan = plan_from_config(config, method.split(",") if isinstance(method, str) else method, card)
+        plan = plan_from_config(config, re.split(r"[, ]+", method.strip()) if isinstance(method, str) else method, card)
         print(plan.to_json() if format == "json" else plan.to_table())
         if output is not None:
             (output / "plan.json").write_text(plan.to_json() + "\n")

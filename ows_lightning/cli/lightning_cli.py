@@ -15,7 +15,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
@@ -48,6 +48,15 @@ log = logging.getLogger(__name__)
 set_parsing_settings(subclasses_disabled=[LayerwiseSampling])
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes a run's ``config.yaml``, for any command: without the checkpoint that this run went on from."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        config = config.clone()
+        config.ckpt_path = None
+        super().__init__(parser, config, **kwargs)
+
+
 class OWSCLI(LightningCLI):
     """LightningCLI with ``sampling`` (or null) and ``checkpoint`` at the top level, and our classes of model and data."""
 
@@ -63,6 +72,7 @@ class OWSCLI(LightningCLI):
             parser_class=OneLineParser,
             parser_kwargs={"allow_abbrev": False},
             auto_configure_optimizers=False,  # the module takes its optimizer as a callable: FSDP2 replaces parameters
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             args=args,
@@ -122,6 +132,8 @@ class OWSCLI(LightningCLI):
         for key in ("trainer.default_root_dir", "checkpoint.dirpath", "sampling.scores", "ckpt_path", "output"):
             if isinstance(value := config.get(key), (str, Path)):  # the ~ of --key=~/folder, which shells leave as it is
                 config[key] = type(value)(os.path.expanduser(value))
+                if "${" in str(value):
+                    raise UsageError(f"{key}: '{value}' names a variable, which YAML files do not replace; write the path")
         check_settings(config, trains=command == "fit")
         data = config["data"].get("init_args", {}) if config["data"] else {}
         for key in ("dataset", "eval_dataset", "test_dataset"):
@@ -213,6 +225,8 @@ class OWSCLI(LightningCLI):
         ckpt_path = config.get("ckpt_path")
         if ckpt_path is not None and not str(ckpt_path).strip():
             raise UsageError("ckpt_path: it is empty; give a path or `last`, or leave it out")
+        if ckpt_path is None and command in ("validate", "test", "predict"):
+            log.info("ckpt_path: none is given, so this is about the base model")
         if not ckpt_path or ckpt_path in ("best", "hpc"):
             return
         root = Path(config.trainer.default_root_dir or "runs")

@@ -79,6 +79,8 @@ def _run(argv: Any, args: Any) -> None:
     command = argv[0] if isinstance(argv, list) and argv else None
     names = (*CONFIG_COMMANDS, *OTHER_COMMANDS)
     listed = f"; commands: {', '.join(names)}"
+    if isinstance(command, str) and command.startswith("-") and command not in ("-h", "--help") and set(argv) & set(names):
+        raise UsageError(f"{command}: the command comes first, before its options")
     if argv == []:
         raise UsageError(f"no command is given{listed}")
     if command in ("-h", "--help"):

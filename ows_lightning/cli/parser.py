@@ -24,7 +24,7 @@ SECTIONS = {"model": CausalLMModule, "data": InstructionDataModule, "sampling": 
 _TYPE_NAMES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list",
     "dict": "a mapping of keys to values", "collections.abc.Iterable": "a list", "tuple": "a list",
-    "tuple with 2 elements": "a list of two values",
+    "collections.abc.Sequence": "a list", "tuple with 2 elements": "a list of two values",
 }  # fmt: skip
 _OTHERS_NAMES = {  # what transformers and TRL call our keys
     "learning_rate": "model.optimizer.lr", "lr": "model.optimizer.lr", "num_train_epochs": "trainer.max_epochs",

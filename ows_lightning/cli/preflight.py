@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.cli.parser import SECTIONS
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, did_you_mean, not_writable
+from ows_lightning.errors import UsageError, did_you_mean, not_writable, refuse_address
 from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
 from ows_lightning.models.execution import liger_for
 from ows_lightning.module import CausalLMModule
@@ -118,7 +118,7 @@ def check_run(
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint):
                 _check_checkpoint(callback, sharded="fsdp2" in str(trainer_args["strategy"]).lower())
-        _check_monitors(model, data, callbacks)
+        _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)
     if isinstance(model, CausalLMModule):
         config = model.check()
         if model.hparams["kernels"] is not None:
@@ -175,6 +175,7 @@ def _check_nodes(trainer: Trainer) -> None:
 
 def check_writable(key: str, folder: Path) -> None:
     """Checks that a folder, which the key names, can be made and written to; raises a UsageError if not."""
+    refuse_address(key, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -204,7 +205,7 @@ def _check_checkpoint(checkpoint: ModelCheckpoint, sharded: bool) -> None:
         )
 
 
-def _check_monitors(model: LightningModule, data: LightningDataModule, callbacks: Sequence[Callback]) -> None:
+def _check_monitors(model: LightningModule, data: Any, callbacks: Sequence[Callback], val_batches: bool) -> None:
     """Refuses to monitor, or to name files by, metrics that are never logged (as far as all that logs is known)."""
     known = all(type(part).__module__.startswith(("lightning.", "ows_lightning.")) for part in (model, *callbacks))
     for callback in callbacks:
@@ -217,7 +218,9 @@ def _check_monitors(model: LightningModule, data: LightningDataModule, callbacks
                 hint = did_you_mean(metric, LOGGED_METRICS) or f"; choose from {', '.join(LOGGED_METRICS)}"
                 raise UsageError(f"{owner}.{key}: no metric '{metric}' is logged{hint}")
             if metric and metric.startswith("val_") and isinstance(data, InstructionDataModule):
-                needs = {"data.val_size": data.val_size or data.eval_dataset}
+                needs = {"data.val_size": data.val_size or data.eval_dataset, "trainer.limit_val_batches": val_batches}
                 needs |= {"data.exact_match_rows": data.exact_match_rows} if metric == "val_exact_match" else {}
                 for setting in (name for name, value in needs.items() if not value):
                     raise UsageError(f"{owner}.{key}: there is no {metric} without {setting}; set it, or monitor train_loss")
+            if key == "monitor" and metric in ("val_exact_match", "tokens_per_second") and callback.mode == "min":  # type: ignore
+                raise UsageError(f"{owner}.mode: min would keep the worst {metric}; set it to max")

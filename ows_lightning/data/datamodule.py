@@ -227,6 +227,8 @@ class InstructionDataModule(LightningDataModule):
         """
         if self._stage() != "fit":
             return
+        if ("examples" in state_dict) != self.streaming:
+            raise UsageError(f"data.streaming: the checkpoint is of a run with {not self.streaming}; set it so, or start anew")
         if (loader := self._training_loader()) is None:
             self._resume_at = state_dict
         else:

@@ -87,7 +87,8 @@ def stream_examples(source: DataSource, data_format: str | None, columns: Mappin
 def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
     """Encodes all examples on all cores, or takes them from the cache, whose key is content, tokenizer and settings."""
     settings = [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
-    processes = min(len(examples) // _ROWS_PER_PROCESS, _cores())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(len(examples) // _ROWS_PER_PROCESS, cores)
     return examples.map(
         _encode,
         batched=True,
@@ -104,10 +105,6 @@ def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> dataset
 def column(table: datasets.Dataset, name: str) -> np.ndarray:
     """A column of numbers as an array."""
     return table.with_format("numpy")[name][:]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _examples(source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Iterator[Row]:

@@ -30,7 +30,8 @@ def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool 
         names = " or ".join(f"'{name}'" for name in missing)
         raise UsageError(f"{row_name} has no column {names}, which {data_format} rows need ({_names(row)})")
     example = FORMATS[data_format][1](row, row_name)
-    if data_format == "prompt_completion" and row.get("label") is False:  # TRL's rows for KTO: an answer to avoid is none
+    avoided = str(row.get("label")).lower() == "false"  # of TRL's rows for KTO; text in a CSV file
+    if data_format == "prompt_completion" and avoided:
         example["messages"] = split_prompt(_untrained(example["messages"]))[0]
     if row.get("tools"):
         tools, what = row["tools"], f"{row_name}: 'tools'"

@@ -36,6 +36,7 @@ _COMPRESSIONS: dict[str, Callable[[Path, str], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard
 }  # fmt: skip
 _FILE_KINDS = ".jsonl, .json, .parquet, .csv"  # for messages: the usual ones
+_OTHER_DATA = {".arrow", ".pkl", ".tar", ".txt", ".xlsx", ".zip"}  # which are not read
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
 _PREFERRED = {"eval_dataset": ("validation", "test"), "test_dataset": ("test", "validation")}
 _SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(["val", "valid", "validation", "dev", "eval"], "validation")
@@ -150,6 +151,8 @@ def _files_of_split(directory: Path, source: DataSource) -> tuple[str, ...]:
     files = [p for p in visible if _suffix_of(p) and p.is_file()]  # not Jupyter's old copies in .ipynb_checkpoints
     if not files:
         raise source.error(f"the directory '{source.name}' holds no {_FILE_KINDS} file")
+    if others := join_names([p.name for p in visible if p.is_file() and p.suffix in _OTHER_DATA]):
+        rank_zero_warn(f"data.{source.key}: '{source.name}' has files of other kinds, which are left out: {others}")
     # By its outermost folder that names one, or by its own name.
     words = {p: re.split(r"[^a-z]+", str(p.relative_to(directory).with_suffix("")).lower()) for p in files}
     splits = {p: next((_SPLIT_WORDS[word] for word in words[p] if word in _SPLIT_WORDS), None) for p in files}

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from ows_lightning.compat import own_parameters, persistent_buffers
-from ows_lightning.errors import RunError, UsageError
+from ows_lightning.errors import RunError, UsageError, refuse_address
 from ows_lightning.models.decoder import language_model_of, restore_weights
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
@@ -110,9 +110,12 @@ def _check_finite(model: nn.Module) -> None:
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
     """Returns the resolved path if a model or a delta may replace what is there: nothing, or a model, and no source."""
+    refuse_address("output", directory)
     target = Path(directory).expanduser().resolve()
     if not target.exists():
         return target
+    if target == Path.cwd():
+        raise UsageError(f"'{directory}' is the current folder, which can't be replaced; give a new directory in it")
     if target in (Path(source).expanduser().resolve() for source in sources):
         why = "is what the result is made from, and would be replaced; give another directory"
         raise UsageError(f"{str(target)!r} {why}")

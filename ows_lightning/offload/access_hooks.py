@@ -26,7 +26,8 @@ def add_access_hooks(offloader: BlockOffloader) -> None:
         block.register_load_state_dict_post_hook(partial(offloader.refresh, index))
         block._apply = partial(_apply_to_block, offloader, index)  # type: ignore[method-assign]
         block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `restore_weights`
-        for adapted in _mergeable(block):
+        # The layers of peft that merge adapters into their weights.
+        for adapted in [m for m in block.modules() if hasattr(type(m), "merge") and hasattr(type(m), "unmerge")]:
             for name in ("merge", "unmerge"):
                 setattr(adapted, name, partial(_write, offloader, index, getattr(type(adapted), name), adapted))
 
@@ -62,8 +63,3 @@ def _apply_to_block(offloader: BlockOffloader, index: int, fn: Callable[[Tensor]
                 gradient.data = fn(gradient.data)
     ids = {id(p) for p in parameters}
     return type(block)._apply(block, lambda tensor: tensor if id(tensor) in ids else fn(tensor), recurse)
-
-
-def _mergeable(block: nn.Module) -> list[nn.Module]:
-    """The layers of peft that merge adapters into their weights."""
-    return [module for module in block.modules() if hasattr(type(module), "merge") and hasattr(type(module), "unmerge")]

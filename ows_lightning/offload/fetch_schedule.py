@@ -56,15 +56,12 @@ class FetchSchedule:
     def enter(self, block: int) -> None:
         """A block is about to compute, forward, backward or again: it comes into its slot now, if it is not there yet."""
         if block not in self._in_use:
-            for above in self._in_the_way(block):  # backward is below it, and only adds up the gradient of another input
-                self._release(above)
+            for above in [other for other in self._in_use if other > block and self.slot_of(other) == self.slot_of(block)]:
+                self._release(above)  # backward is below it, and only adds up the gradient of another of its inputs
             self._issue(block)
             self.executor.wait(block, self.slot_of(block))
             self._in_use.add(block)
             self._entered.add(block)
-
-    def _in_the_way(self, block: int) -> list[int]:
-        return [other for other in self._in_use if other > block and self.slot_of(other) == self.slot_of(block)]
 
     def leave_forward(self, block: int, needed_in_backward: bool) -> None:
         """A block has computed; its slot is free, unless backward begins with this block."""

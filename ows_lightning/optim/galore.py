@@ -237,8 +237,8 @@ class GaLoreAdamW(GradientCapture):
         """W <- W + B Q^T, rounded as a step rounds, for weights that are in memory; B is not dropped."""
         for p in weights:
             if (found := self.update_of(p)) is not None:
-                noise = self._noise(p, p.device) if self._rounds_weight(p) else None
-                merge_update_(local(p.data), local(found[0]), local(found[1]), noise)
+                rounds = self._group_and_index[p][0]["stochastic_rounding"] and p.dtype == torch.bfloat16
+                merge_update_(local(p.data), local(found[0]), local(found[1]), self._noise(p, p.device) if rounds else None)
 
     def resting_projector(self, p: Tensor) -> Tensor | None:
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
@@ -388,13 +388,10 @@ class GaLoreAdamW(GradientCapture):
         """The settings of a parameter's update number ``step``, see `_advance_state`; a generator only where it rounds."""
         lr = group["lr"] * min(1.0, step / (group["state_warmup_steps"] + 1))
         settings = {"lr": lr, **{key: group[key] for key in ("betas", "eps", "weight_decay")}, "generator": None}
-        settings["round_weights"] = self._rounds_weight(p)
+        settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         if settings["round_weights"] or self.state[p]["exp_avg"].dtype == torch.bfloat16:
             settings["generator"] = self._noise(p, self.state[p]["exp_avg"].device)
         return settings
-
-    def _rounds_weight(self, p: Tensor) -> bool:
-        return self._group_and_index[p][0]["stochastic_rounding"] and p.dtype == torch.bfloat16
 
     def _noise(self, p: Tensor, device: torch.device) -> torch.Generator:
         # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.

@@ -77,15 +77,12 @@ def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-# X and Y have a row a token here. The weight's gradient is taken by a node of its own, which autograd leaves out where only
-# other gradients are asked for.
+# X and Y have a row a token here, so that Y is no view: a model may write into it. The weight's gradient is taken by a node of
+# its own, which autograd leaves out where only other gradients are asked for.
 
 
 class _LinearBesideWeight(torch.autograd.Function):
-    """Y = X W^T + b, and the gradients of X and b; in backward dY also goes to the node that returned ``kept``.
-
-    A model may write into Y, so it is no view.
-    """
+    """Y = X W^T + b, and the gradients of X and b; in backward dY also goes to the node that returned ``kept``."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:

@@ -119,10 +119,7 @@ def _add_product_(
 
 
 def merge_update_(weight: Tensor, update: Tensor, projector: Tensor, generator: torch.Generator | None = None) -> None:
-    """W <- W + B Q^T, in place and in W's dtype, for W (..., m, n), B (..., m, r) and Q (..., n, r).
-
-    With a generator, on W's device, a bfloat16 weight is rounded stochastically.
-    """
+    """W <- W + B Q^T in place, for W (..., m, n), B (..., m, r), Q (..., n, r); rounded stochastically with a generator."""
     _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, generator)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 
@@ -22,11 +22,6 @@ def trains_outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict
     outside = non_block_parameters(model)
     always = {p for part in always_train for p in outside[part]}
     return {p: p in always for part in outside.values() for p in part if p.requires_grad}
-
-
-def can_rest(p: Tensor, rank: int) -> bool:
-    """Whether a parameter can train at rest in a rank: a matrix with more inputs than that, or a stack of such."""
-    return rank > 0 and p.dim() in (2, 3) and p.size(-1) > rank
 
 
 def activate_blocks(
@@ -63,12 +58,12 @@ def activate_blocks(
             trains[p] = trains.get(p, False) or index in active
             first.setdefault(p, index)
     lowest = min((first[p] for p in first if trains[p]), default=len(first))
-    rests = {p: not trains[p] and first[p] > lowest and can_rest(p, resting_rank) for p in first}
+    resting = {p for p in first if not trains[p] and first[p] > lowest and p.dim() in (2, 3) and p.size(-1) > resting_rank > 0}
     for optimizer in optimizers:
         if hasattr(optimizer, "rest"):
-            optimizer.rest((p for p in first if rests[p]), resting_rank, resting_seed)
+            optimizer.rest(resting, resting_rank, resting_seed)
     for p, trainable in trains.items():
-        p.requires_grad_(trainable or rests.get(p, False))
+        p.requires_grad_(trainable or p in resting)
     frozen = [p for p in trains if not p.requires_grad]
     for p in frozen:
         p.grad = None

@@ -19,15 +19,7 @@ from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampl
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
-from ows_lightning.sampling.activation import (
-    PARTS,
-    Part,
-    activate_blocks,
-    can_rest,
-    trainable_by_block,
-    trains_outside_blocks,
-    unfreeze,
-)
+from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, trainable_by_block, trains_outside_blocks, unfreeze
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_of
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
@@ -157,9 +149,9 @@ class BlockSampler:
         self._blocks, self._others = trainable_by_block(model), trains_outside_blocks(model, self.always_train)
         language_model_of(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # a copy has it, too
         matrices = [p for block in self._blocks for p in block if p.dim() in (2, 3)]
-        if self.resting_rank and (small := [p for p in matrices if not can_rest(p, self.resting_rank)]):
-            said = f"sampling.resting_rank: {self.resting_rank} is no less than the inputs of {len(small)} of the "
-            said += f"{len(matrices)} matrices of the blocks"
+        if small := [p for p in matrices if p.size(-1) <= self.resting_rank]:
+            few = f"{len(small)} of the {len(matrices)} matrices of the blocks"
+            said = f"sampling.resting_rank: {self.resting_rank} is no less than the inputs of {few}"
             if len(small) == len(matrices):
                 raise UsageError(f"{said}; give at most {max(p.size(-1) for p in small) - 1}")
             log.warning("%s, which stay frozen at rest", said)

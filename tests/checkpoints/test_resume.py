@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ows_lightning.checkpoints.files import partial_path
-from ows_lightning.checkpoints.find import find_checkpoint, last_good
+from ows_lightning.checkpoints.find import find_checkpoint, last_good, load_without_tensors
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.cli.lightning_cli import OWSCLI
@@ -406,6 +407,51 @@ def test_other_options_of_the_optimizer_and_number_of_steps_are_taken_and_logged
 
 
 # ------------------------------------------------------------------ one of several
+
+
+def test_the_config_of_a_resumed_run_does_not_name_the_checkpoint_that_it_went_on_from(
+    arguments: Arguments, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    run(arguments("--trainer.max_steps=2"), tmp_path / "first")
+    run(arguments("--trainer.max_steps=4", "--ckpt_path=last"), tmp_path / "second")
+    assert load_without_tensors(runs / "version_1" / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert yaml.safe_load((runs / "version_1" / "config.yaml").read_text())["ckpt_path"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (["--model.optimizer=torch.optim.SGD"], "model.optimizer: the checkpoint is of AdamW, this run of SGD; set it back"),
+        (["--data.streaming=true"], "data.streaming: the checkpoint is of a run with False; set it so, or start anew"),
+    ],
+    ids=["optimizer", "streaming"],
+)
+def test_what_the_checkpoint_has_no_state_for_is_refused(
+    change: list[str], line: str, arguments: Arguments, tmp_path: Path
+) -> None:
+    command = [*arguments("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"), "--model.rank=null"]
+    run([*command, "--trainer.max_steps=2"], tmp_path / "first")
+    launch = Launch([*command, "--trainer.max_steps=4", "--ckpt_path=last", *change], tmp_path / "second")
+    assert launch.wait() == [2]
+    assert line in launch.output
+
+
+def test_weights_alone_are_no_run_to_go_on_with(arguments: Arguments, tmp_path: Path) -> None:
+    run(arguments("--trainer.max_steps=2", "--checkpoint.save_weights_only=true"), tmp_path / "first")
+    launch = Launch(arguments("--trainer.max_steps=4", "--ckpt_path=last"), tmp_path / "second")
+    assert launch.wait() == [2]
+    assert "the checkpoint has weights alone (save_weights_only)" in launch.output
+
+
+def test_a_signal_saves_where_last_looks_beside_a_callback_of_ones_own(arguments: Arguments, tmp_path: Path) -> None:
+    best = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path / 'best'}"]
+    launch = Launch(
+        [*arguments(*best), "--trainer.callbacks+=tests.distributed.probe.Signalled", "--trainer.callbacks.during=scoring"],
+        tmp_path,
+    )
+    assert launch.wait() == [1]
+    assert list((tmp_path / "runs" / "version_0" / "checkpoints").glob("interrupted-*"))
 
 
 @pytest.mark.parametrize("victim", [0, 1])

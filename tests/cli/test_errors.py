@@ -229,6 +229,23 @@ CASES = {
     "no answers to monitor": Case(
         fit("--checkpoint.monitor val_exact_match"), "checkpoint.monitor", "without data.exact_match_rows; set it"
     ),
+    "no validation to monitor": Case(
+        fit("--trainer.limit_val_batches 0 --checkpoint.monitor val_loss"),
+        "checkpoint.monitor",
+        "there is no val_loss without trainer.limit_val_batches",
+    ),
+    "the worst answers to keep": Case(
+        fit("--data.exact_match_rows 2 --checkpoint.monitor val_exact_match"),
+        "checkpoint.mode",
+        "keep the worst val_exact_match",
+    ),
+    "variable in a path": Case(
+        fit("--trainer.default_root_dir ${NOWHERE}/runs"), "trainer.default_root_dir", "which YAML files do not replace"
+    ),
+    "address to score to": Case(
+        "score --config base.yaml --output s3://bucket/x", "output", "is an address; give a local folder"
+    ),
+    "command behind its options": Case("--config base.yaml fit", "--config", "the command comes first"),
     "misspelt figure to monitor": Case(fit("--checkpoint.monitor val_los"), "checkpoint.monitor", "did you mean 'val_loss'?"),
     "unknown figure to stop by": Case(
         fit("--trainer.callbacks EarlyStopping --trainer.callbacks.monitor reward"),

@@ -101,9 +101,9 @@ def test_split_prompt_cuts_off_the_answer_at_the_end() -> None:
     assert split_prompt([QUESTION, ANSWER, QUESTION]) == ([QUESTION, ANSWER, QUESTION], "")
 
 
-@pytest.mark.parametrize(("label", "trained"), [(True, True), (False, False), (0, True)])
+@pytest.mark.parametrize(("label", "trained"), [(True, True), (False, False), ("False", False), (0, True)])
 def test_an_answer_to_avoid_is_not_trained(label: object, trained: bool) -> None:
-    """TRL's rows for KTO; a number is a label of something else."""
+    """TRL's rows for KTO, whose label a CSV file has as text; a number is a label of something else."""
     messages = example({"prompt": "q", "completion": "a", "label": label})["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"][: 1 + trained]
 

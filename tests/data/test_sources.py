@@ -120,6 +120,14 @@ def test_hidden_files_of_a_directory_are_no_rows(tmp_path: Path) -> None:
     assert rows_of(tmp_path / ".data") == ROWS
 
 
+def test_files_of_a_directory_that_are_not_read_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl.zip").write_text("?")
+    (tmp_path / "README.md").write_text("?")
+    with pytest.warns(UserWarning, match=r"data.dataset: .* has files of other kinds, which are left out: b.jsonl.zip$"):
+        assert rows_of(tmp_path) == ROWS
+
+
 def test_a_directory_whose_files_name_splits_gives_the_split(tmp_path: Path) -> None:
     write(tmp_path / "boolq_train.jsonl", ROWS[:1])
     write(tmp_path / "boolq_test.jsonl", ROWS[1:])

@@ -162,6 +162,14 @@ def test_an_earlier_model_is_replaced(tmp_path: Path, reload: Callable) -> None:
     assert not (tmp_path / "model" / "README.md").exists()
 
 
+def test_the_current_folder_is_not_pulled_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"'\.' is the current folder, which can't be replaced"):
+        save_huggingface(tiny_model("llama"), tiny_tokenizer(), ".")
+    with pytest.raises(UsageError, match="'s3://bucket/model' is an address; give a local folder"):
+        save_huggingface(tiny_model("llama"), tiny_tokenizer(), "s3://bucket/model")
+
+
 @pytest.mark.parametrize("foreign", ["thesis.tex", "train.py", "data.json", "checkpoints/last.ckpt"])
 def test_a_directory_with_anything_else_is_left_alone(foreign: str, tmp_path: Path) -> None:
     save_huggingface(tiny_model("llama"), tiny_tokenizer(), tmp_path / "model")
