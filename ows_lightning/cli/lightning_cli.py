@@ -167,7 +167,7 @@ class OWSCLI(LightningCLI):
             super().instantiate_classes()
             return
         made = self.parser.instantiate_classes(self.config).plan
-        check_plan(made.model, made.sampling)
+        check_plan(made.model, made.sampling, made.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "plan":

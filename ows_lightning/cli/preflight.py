@@ -32,6 +32,7 @@ from ows_lightning.models.execution import liger_for
 from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.options import check_offloading
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.lightning_support import check_strategy
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
@@ -136,11 +137,13 @@ def check_run(
         data.check()
 
 
-def check_plan(model: LightningModule, sampling: LayerwiseSampling | None) -> None:
+def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, trainer: Mapping[str, Any]) -> None:
     """Checks what a plan is made of as `check_run` does, except what depends on this machine; the data may be elsewhere."""
     if isinstance(model, CausalLMModule):
         config, _ = model.check(find_dimensions)
+        check_offloading(model.hparams, True, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
         if sampling is not None:
+            check_strategy(str(trainer["strategy"]))
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
 
 

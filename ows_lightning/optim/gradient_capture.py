@@ -175,11 +175,9 @@ class GradientCapture(Optimizer):
     def average_gradients(self, process_group: dist.ProcessGroup | None = None) -> None:
         """Averages over processes, each with all weights, what the next step consumes; call it before ``gradients()``.
 
-        With ``project_in_backward()``, set ``ddp_averaging`` before training: the full gradients of a step that renews
-        subspaces wait in host memory then, and are averaged here, one at a time, before a subspace is taken.
-
-        Args:
-            process_group: The processes to average over; None is all of them.
+        They are those of ``process_group``, by default all. With ``project_in_backward()``, set ``ddp_averaging`` before
+        training: the full gradients of a step that renews subspaces wait in host memory then, and are averaged here, one at a
+        time, before a subspace is taken.
         """
         self._project_all(renew=False)
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.

@@ -507,6 +507,19 @@ def test_a_plan_refuses_what_a_run_would(name: str, typed: Callable[[str], tuple
     assert code == 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("--trainer.devices 2 --trainer.strategy fsdp2 --model.frozen_in host", "model.frozen_in: host is for one device"),
+        ("--trainer.devices 2 --trainer.strategy ddp", "trainer.strategy: ddp can't train sampled"),
+    ],
+)
+def test_a_plan_is_of_a_run_that_several_devices_could_make(
+    setting: str, line: str, typed: Callable[[str], tuple[str, int]]
+) -> None:
+    assert typed(f"plan --config base.yaml --method ows {setting}")[0].startswith(line)
+
+
 def test_averages_of_weights_that_are_not_there_yet_are_refused(typed: Callable[[str], tuple[str, int]]) -> None:
     line, code = typed(fit("--trainer.callbacks StochasticWeightAveraging --trainer.callbacks.swa_lrs 0.1"))
     assert "take WeightAveraging or EMAWeightAveraging" in line
