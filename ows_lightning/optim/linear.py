@@ -46,7 +46,7 @@ class ProjectedLinear(nn.Linear):
                 kept = _KeepInput.apply(rows.detach(), weight)
             else:
                 kept = _KeepProjectedInput.apply(projected.detach().view(-1, projected.size(-1)), weight, consumer)
-            output = _LinearBesideWeight.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], -1)
+            output = _LinearBesideWeight.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))
         if update is not None:
             in_subspace = input @ update[1] if projected is None else projected
             output.add_(F.linear(in_subspace, update[0].to(input.dtype)))

@@ -229,3 +229,18 @@ def test_a_gradient_of_inputs_alone_leaves_none_of_weights(rests: bool) -> None:
     (gradient,) = torch.autograd.grad(model(x).square().mean(), [x])
     assert gradient.norm() > 0
     assert optimizer.gradients() == []
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_no_rows_and_a_single_one_pass(rests: bool) -> None:
+    """An expert may see no token, and an input may have no dimension but its own."""
+    model = net()
+    optimizer = optimizer_of(model)
+    if rests:
+        optimizer.rest([p for p in model.parameters() if p.dim() == 2], 3)
+    train(model, optimizer, steps=1)
+    optimizer.zero_grad()
+    assert model(inputs(0)[0, :0]).shape == (0, NARROW)
+    model(inputs(0)[0, :0]).sum().backward()
+    assert all(not gradient.any() for gradient in optimizer.gradients())
+    assert model(inputs(0)[0, 0]).shape == (NARROW,)
