@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ows_lightning.compat import version_counter
 from ows_lightning.optim.hooks import only_hook_owner
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ class ProjectedLinear(nn.Linear):
         projected: Tensor | None = None
         if projector is not None and projector.dtype == input.dtype:
             projected = (input.detach() if update is None else input) @ projector
-        output: Tensor
+        if update is not None:
+            learned = F.linear(input @ update[1] if projected is None else projected, update[0].to(input.dtype))
         if plain:
-            output = F.linear(input, weight, bias)
+            output: Tensor = F.linear(input, weight, bias)
         else:  # what the weight's gradient needs is kept first: checkpointing recomputes only until backward has all it needs
             rows = input.reshape(-1, input.size(-1))
             if projected is None:
@@ -47,10 +49,7 @@ class ProjectedLinear(nn.Linear):
             else:
                 kept = _KeepProjectedInput.apply(projected.detach().view(-1, projected.size(-1)), weight, consumer)
             output = _LinearBesideWeight.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))
-        if update is not None:
-            in_subspace = input @ update[1] if projected is None else projected
-            output.add_(F.linear(in_subspace, update[0].to(input.dtype)))
-        return output
+        return output if update is None else output.add_(learned)
 
 
 def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
@@ -77,8 +76,7 @@ def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-# X and Y have a row a token here, so that Y is no view: a model may write into it. The weight's gradient is taken by a node of
-# its own, which autograd leaves out where only other gradients are asked for.
+# With a row a token Y is no view: a model may write into it. Autograd leaves out the weight's node if it needs no gradient.
 
 
 class _LinearBesideWeight(torch.autograd.Function):
@@ -86,15 +84,16 @@ class _LinearBesideWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.weight, ctx.version = weight, version_counter(weight)  # saved for backward, it would have Y recomputed first
         return F.linear(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor]:
-        (weight,) = ctx.saved_tensors
+        if version_counter(ctx.weight) != ctx.version:
+            raise RuntimeError("the weight of a linear layer was modified in place between forward and backward")
         of_input, _, of_bias, _ = ctx.needs_input_grad
-        return gradient @ weight if of_input else None, None, gradient.sum(0) if of_bias else None, gradient
+        return gradient @ ctx.weight if of_input else None, None, gradient.sum(0) if of_bias else None, gradient
 
 
 class _KeepInput(torch.autograd.Function):

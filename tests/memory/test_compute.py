@@ -137,7 +137,7 @@ def test_llama_2_7b_by_its_lowest_block() -> None:
     for lowest in (0, 4, 8, 13, 16, 27):
         weights = [float(block in (lowest, 28, 29, 30, 31)) for block in range(32)]
         found.append(compute(settings_from_config(llama_7b(sampling__distribution=weights))).flops_per_token / N)
-    assert found == pytest.approx([5.66, 5.22, 4.78, 4.23, 3.90, 2.68], rel=0.005)
+    assert found == pytest.approx([5.60, 5.15, 4.71, 4.16, 3.83, 2.61], rel=0.005)
 
 
 @pytest.mark.slow
@@ -156,15 +156,15 @@ def test_llama_2_7b_by_method() -> None:
     settings = settings_from_config(llama_7b(sampling__distribution="uniform"))
     methods = {name: replace(settings, method=METHODS[name](settings)) for name in ("ows", "full", "lora")}
     found = {name: compute(method).flops_per_token / N for name, method in methods.items()}
-    assert found == pytest.approx({"ows": 5.17, "full": 7.53, "lora": 6.05}, rel=0.005)
+    assert found == pytest.approx({"ows": 5.09, "full": 7.53, "lora": 6.05}, rel=0.005)
 
 
 def test_llama_2_7b_with_the_published_scores() -> None:
     changes = {"sampling__scores": "configs/scores/llama2_7b.json", "sampling__grouping": 1.0}
     settings = settings_from_config(llama_7b(**changes))
     ours, lora = (compute(replace(settings, method=METHODS[name](settings))).flops_per_token for name in ("ows", "lora"))
-    assert ours / N == pytest.approx(4.88, rel=0.005)
-    assert ours / lora <= 0.81
+    assert ours / N == pytest.approx(4.81, rel=0.005)
+    assert ours / lora <= 0.80
 
 
 @pytest.mark.parametrize("changes", [{"model__compile": True}, {"trainer__precision": "bf16-mixed"}], ids=["compile", "mixed"])
