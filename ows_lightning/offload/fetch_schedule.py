@@ -27,7 +27,7 @@ class FetchSchedule:
         self.order = list(order)  # ascending: the block at a rank
         self._rank = {block: rank for rank, block in enumerate(self.order)}
         self._in_use: set[int] = set()
-        self._entered: set[int] = set()  # since the forward pass began
+        self._left_early: set[int] = set()  # in this pass, for a block below that needed the slot
         self.invalidate()
 
     def invalidate(self) -> None:
@@ -51,17 +51,17 @@ class FetchSchedule:
     def begin_forward(self) -> None:
         """A forward pass begins, and no slot is in use: nothing is known yet of what its backward pass will need."""
         self.lowest_in_backward = len(self.order)
-        self._entered.clear()
+        self._left_early.clear()
 
     def enter(self, block: int) -> None:
         """A block is about to compute, forward, backward or again: it comes into its slot now, if it is not there yet."""
         if block not in self._in_use:
             for above in [other for other in self._in_use if other > block and self.slot_of(other) == self.slot_of(block)]:
                 self._release(above)  # backward is below it, and only adds up the gradient of another of its inputs
+                self._left_early.add(above)
             self._issue(block)
             self.executor.wait(block, self.slot_of(block))
             self._in_use.add(block)
-            self._entered.add(block)
 
     def leave_forward(self, block: int, needed_in_backward: bool) -> None:
         """A block has computed; its slot is free, unless backward begins with this block."""
@@ -76,10 +76,10 @@ class FetchSchedule:
 
     def leave_backward(self, block: int) -> None:
         """The gradient of a block's input is there: nothing more is computed from its weights."""
-        if block not in self._entered:
-            raise RuntimeError(f"backward left block {block} without having entered it: no gradient came to its output")
         if block in self._in_use:
             self._after_backward(block)
+        elif block not in self._left_early:
+            raise RuntimeError(f"backward left block {block} without having entered it: no gradient came to its output")
 
     def end_backward(self) -> None:
         """Backward is over: a block whose input needed no gradient was not left."""

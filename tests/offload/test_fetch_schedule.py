@@ -121,3 +121,7 @@ def test_a_block_that_is_left_without_having_been_entered_is_an_error() -> None:
     schedule.set_blocks(range(4))
     with pytest.raises(RuntimeError, match="block 3 without"):
         schedule.leave_backward(3)
+    schedule.enter(3)
+    schedule.leave_forward(3, needed_in_backward=True)  # computing forward is not enough
+    with pytest.raises(RuntimeError, match="block 3 without"):
+        schedule.leave_backward(3)

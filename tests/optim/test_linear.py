@@ -193,6 +193,14 @@ def test_in_mixed_precision_gradients_are_those_of_autocast() -> None:
     assert all(torch.equal(a, b) for a, b in zip(grown[0].parameters(), grown[1].parameters(), strict=True))
 
 
+def optimizer_at_rest(model: nn.Module, rests: bool, factors: bool = True) -> GaLoreAdamW:
+    """An optimizer that projects within backward, of matrices that may train at rest."""
+    optimizer = optimizer_of(model, factors)
+    if rests:
+        optimizer.rest([p for p in model.parameters() if p.dim() == 2], 3)
+    return optimizer
+
+
 class InPlace(Net):
     """Writes into what its linear layers return, as OLMo's clipping and Llama 4's experts do."""
 
@@ -208,10 +216,7 @@ def test_what_a_layer_returns_can_be_written_to(rests: bool) -> None:
     for factors in (True, False):
         torch.manual_seed(0)
         model = InPlace().double()
-        optimizer = optimizer_of(model, factors)
-        if rests:
-            optimizer.rest([p for p in model.parameters() if p.dim() == 2], 3)
-        train(model, optimizer)
+        train(model, optimizer_at_rest(model, rests, factors))
         trained.append(model)
     torch.testing.assert_close(list(trained[0].parameters()), list(trained[1].parameters()))
 
@@ -220,9 +225,7 @@ def test_what_a_layer_returns_can_be_written_to(rests: bool) -> None:
 def test_a_gradient_of_inputs_alone_leaves_none_of_weights(rests: bool) -> None:
     """As an adversarial perturbation or a penalty takes it, between two steps."""
     model = net()
-    optimizer = optimizer_of(model)
-    if rests:
-        optimizer.rest([p for p in model.parameters() if p.dim() == 2], 3)
+    optimizer = optimizer_at_rest(model, rests)
     train(model, optimizer, steps=1)  # subspaces are known
     optimizer.zero_grad()
     x = inputs(1).requires_grad_()
@@ -235,9 +238,7 @@ def test_a_gradient_of_inputs_alone_leaves_none_of_weights(rests: bool) -> None:
 def test_no_rows_and_a_single_one_pass(rests: bool) -> None:
     """An expert may see no token, and an input may have no dimension but its own."""
     model = net()
-    optimizer = optimizer_of(model)
-    if rests:
-        optimizer.rest([p for p in model.parameters() if p.dim() == 2], 3)
+    optimizer = optimizer_at_rest(model, rests)
     train(model, optimizer, steps=1)
     optimizer.zero_grad()
     assert model(inputs(0)[0, :0]).shape == (0, NARROW)
