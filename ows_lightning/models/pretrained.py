@@ -61,9 +61,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     A tokenizer without a pad token pads with its end-of-sequence or unknown token, so that the vocabulary does not
     grow; only if it has neither is a new token `<pad>` added (see `resize_embeddings`).
     """
-    check_model_name(name)
+    source = locate(name)
+    if not Path(source.path, "tokenizer_config.json").is_file():  # a directory may hold a tokenizer alone
+        check_model_name(name)
     with loading_errors(name, what="the tokenizer of "):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**locate(name).arguments, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
     # Some classes make themselves up from nothing but their special tokens when a directory has no tokenizer.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _no_tokenizer_error(name)

@@ -541,6 +541,12 @@ def test_a_tokenizer_that_is_not_there(jsonl: Write) -> None:
         ready(jsonl(pairs(3)), tokenizer="./no/where")
 
 
+def test_a_directory_with_a_tokenizer_alone(jsonl: Write, tmp_path: Path) -> None:
+    data = ready(jsonl(pairs(3)))
+    data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert epoch(ready(jsonl(pairs(3)), tokenizer=str(tmp_path / "tokenizer"))) == epoch(data)
+
+
 def test_without_a_tokenizer(jsonl: Write) -> None:
     with pytest.raises(UsageError, match=r"^data.tokenizer: name a tokenizer"):
         ready(jsonl(pairs(3)), tokenizer=None)
