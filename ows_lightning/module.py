@@ -84,7 +84,7 @@ class CausalLMModule(EvaluationModule):
 
     The loss is the mean over all target tokens of an optimizer step, over its micro-batches and ranks, as one large batch
     would give it; so is the gradient. ``grad_norm``, which ``gradient_clip_val`` limits, is the norm of what the optimizer
-    consumes: projected gradients for projected weights. Calling the module returns a batch's loss, see ``CausalLM``.
+    consumes: projected gradients for projected weights. Calling the module returns what ``CausalLM`` does: ``LossParts``.
 
     Args:
         model_name_or_path: Hub name, local directory, ``.gguf`` file, or ``package://PACKAGE/FILE.gguf``.
@@ -96,7 +96,7 @@ class CausalLMModule(EvaluationModule):
         rank: Rank of GaLoreAdamW's projected gradients; None trains in full rank, which other optimizers need.
         update_proj_gap: Optimizer steps between two renewals of a subspace.
         scale: Factor of the updates of projected weights.
-        proj_type: The dimension that is projected: ``std`` the smaller, ``reverse_std`` the larger, or ``left`` / ``right``.
+        proj_type: The dimension that is projected: ``std`` smaller, ``reverse_std`` larger, ``left`` rows, ``right`` columns.
         subspace: How subspaces are found: ``randomized``, ``svd`` or ``random``.
         project_embeddings: Also project embeddings and LM head, if they train.
         lr_scheduler_type: Decay after the warm-up: ``cosine``, ``linear`` or ``constant``.

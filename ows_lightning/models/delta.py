@@ -179,7 +179,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
         path: The delta's directory.
 
     Returns:
-        The sizes of both.
+        The bytes of the delta's tensors, and of the whole model's.
 
     Raises:
         UsageError: The model is not the delta's base, or the path has no undamaged delta.

@@ -35,6 +35,7 @@ class BlockSampler:
 
     It knows no training framework: ``LayerwiseSampling`` drives it from Lightning's hooks, and your own loop can do the same::
 
+        compute = lambda: sampler.compute_scores(model, loader)    # of the rows that train
         sampler.load_state_dict(state)                             # only to resume a run; before or after `attach`
         sampler.attach(model)                                      # once every parameter is in the optimizer
         sampler.start(step, [optimizer], compute)                  # the first draw, or the last one of a resumed run again
@@ -66,7 +67,7 @@ class BlockSampler:
         history: (interval, optimizer step, blocks) of every draw so far.
         probabilities: Shape (num_layers,), float64; None before the first draw.
         outlier_scores: The scores that the probabilities come from; None before the first draw.
-        seconds: Time spent on scores and draws so far.
+        seconds: Seconds spent on scores and draws so far.
 
     Raises:
         UsageError: A setting is out of range.
