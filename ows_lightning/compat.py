@@ -133,3 +133,8 @@ def fingerprint(dataset: Any) -> str:
 def mark_step_saved(callback: Any, step: int) -> None:
     """Tells Lightning's ModelCheckpoint that it has saved a step: see what ``_should_skip_saving_checkpoint`` compares."""
     callback._last_global_step_saved = step
+
+
+def logged_in_validation(trainer: Any) -> set[str]:
+    """Names of the metrics that validations of a fit have logged so far. When it is gone: those that begin with ``val_``."""
+    return {entry.meta.name for entry in trainer.fit_loop.epoch_loop.val_loop._results.values()}

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from torch import Tensor
 
 from ows_lightning.checkpoints.files import partial_path, replace_atomically
+from ows_lightning.compat import logged_in_validation
 
 
 def run_checkpoint(trainer: Trainer) -> Checkpoint | None:
@@ -21,18 +23,45 @@ class RunCheckpoint(ModelCheckpoint):
 
     A hard link stays when the checkpoint is removed, being no longer among the best, and needs no second writing. Where
     the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole; so it is
-    before the first validation, where Lightning would save nothing, since what ``monitor`` names is not there yet.
+    where the best waits for the next validation: Lightning would take what ``monitor`` names from the one before.
     """
+
+    _between_validations = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes ``save_last: link`` for True: its own links outlive the files that they are made of."""
+        self.save_last = self.save_last and True
+        super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:
         """Saves ``last.ckpt`` although the best has to wait for a validation."""
         waited, self._defer_save_until_validation = self._defer_save_until_validation, False
+        self._between_validations = True
         super().on_train_batch_end(trainer, *batch)
-        if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
+        deferred = self._defer_save_until_validation
+        self._defer_save_until_validation |= waited  # before the state is saved
+        if deferred and not self._should_skip_saving_checkpoint(trainer):
             saved = self._last_global_step_saved
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._last_global_step_saved = saved  # or the validation of this step would find that all is saved
-        self._defer_save_until_validation |= waited
+        self._between_validations = False
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        found = super()._monitor_candidates(trainer)
+        return {k: v for k, v in found.items() if not (self._between_validations and k in logged_in_validation(trainer))}
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._defer_save_until_validation = False  # Lightning would set it after the state is saved
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and whether the best waits for a validation."""
+        return {**super().state_dict(), "waits_for_validation": self._defer_save_until_validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes both over."""
+        super().load_state_dict(state_dict)
+        self._defer_save_until_validation = state_dict.get("waits_for_validation", False)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning 2.6 saves `last.ckpt` at its end

@@ -204,7 +204,7 @@ def _check_checkpoint(checkpoint: ModelCheckpoint, sharded: bool) -> None:
     if os.sep in made and not checkpoint.save_last:
         raise UsageError(
             f"checkpoint.filename: '{name}' makes folders, in which `--ckpt_path last` does not look; set "
-            "checkpoint.save_last: link, or write '-' for '/'"
+            "checkpoint.save_last: true, or write '-' for '/'"
         )
 
 

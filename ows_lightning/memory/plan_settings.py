@@ -171,6 +171,7 @@ def settings_from_config(config: Any) -> PlanSettings:
         activated_layers=sampling.get("activated_layers", 5) if sampled else None,
         always_train=tuple(sampling.get("always_train", PARTS)),
         rank=model.get("rank", 128),
+        proj_type=model.get("proj_type", "std"),
         subspace=model.get("subspace", "randomized"),
         project_embeddings=model.get("project_embeddings", False),
         ours=True,

@@ -17,7 +17,7 @@ from ows_lightning.models.decoder import backbone, decoder_layers, language_mode
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
-from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.linear import set_updates
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import SubspaceMethod
@@ -34,6 +34,7 @@ class TrainingMethod:
     activated_layers: int | None = None  # blocks that train at a time; None trains all
     always_train: tuple[str, ...] = PARTS  # what trains outside the blocks
     rank: int | None = None  # of the projected gradients; None trains in full rank
+    proj_type: ProjType = "std"
     subspace: SubspaceMethod = "randomized"
     project_embeddings: bool = False  # and the LM head
     ours: bool = False  # chunked loss, projection within backward; else all logits, and all gradients at once
@@ -103,9 +104,8 @@ class _Simulation:
         self.model, self.method, self.work, self.tracker = model, method, work, tracker
         groups: Any = _trainable(model)
         if method.rank is not None:
-            groups = galore_param_groups(
-                model, rank=method.rank, subspace=method.subspace, project_embeddings=method.project_embeddings
-            )
+            names = ("rank", "proj_type", "subspace", "project_embeddings")
+            groups = galore_param_groups(model, **{name: getattr(method, name) for name in names})
         self.optimizer = method.optimizer(groups)
         self.galore = self.optimizer if isinstance(self.optimizer, GaLoreAdamW) else None
 

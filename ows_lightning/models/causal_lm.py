@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -78,7 +79,8 @@ class CausalLM(nn.Module):
     def check_logits(self, input_ids: Tensor) -> None:
         """Raises a UsageError if our logits, of which the loss is made, are not the model's own on these tokens (B, L)."""
         model, name = self.language_model, type(self.language_model).__name__
-        ids = input_ids % model.config.get_text_config().vocab_size
+        config = model.config.get_text_config()
+        ids = input_ids % config.vocab_size
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with evaluating(self):
             try:
@@ -91,6 +93,8 @@ class CausalLM(nn.Module):
                 ours = torch.full_like(expected, float("nan"))
         if not torch.allclose(ours.float(), expected.float(), rtol=1e-2, atol=1e-2):
             raise UsageError(f"model.model_name_or_path: the loss does not know how {name} makes its logits")
+        if getattr(config, "output_router_logits", False):
+            rank_zero_warn(f"{name}'s loss for balancing its experts (output_router_logits) is left out of training")
 
 
 @contextmanager

@@ -115,7 +115,8 @@ class GradientCapture(Optimizer):
         Several backward passes before a step add up their projected gradients, as ``grad`` would add up full ones. The
         subspace is found from the whole step's gradient if ``accumulating`` is True during all backward passes but the last:
         in a step that renews a subspace, the full gradient then adds up in host memory (never on the accelerator). Where
-        ``accumulating`` is left False, the subspace comes from the step's first backward pass.
+        ``accumulating`` is left False, the subspace comes from the step's first backward pass. This optimizer's
+        ``zero_grad()`` drops them, a model's own does not.
 
         A weight's gradient goes to the newest optimizer that holds it, and to ``grad`` again once that one is deleted. A
         loss scaler (``torch.amp.GradScaler``) would find no gradient to unscale: its step is refused.

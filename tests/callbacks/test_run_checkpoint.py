@@ -94,6 +94,48 @@ def test_last_is_saved_before_the_first_validation(arguments: Arguments, tmp_pat
     assert load_without_tensors(best.with_name("last.ckpt"))["global_step"] == 8
 
 
+class WhatWasThere(Callback):
+    """The validation loss after each step with one, and the step of ``last.ckpt`` before each."""
+
+    def __init__(self, last: Path) -> None:
+        self.file, self.val_loss, self.last = last, {}, {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.val_loss[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self.file.exists():
+            self.last[trainer.global_step] = load_without_tensors(self.file)["global_step"]
+
+
+def test_the_best_waits_for_a_validation_of_its_own_weights(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    rows = DataLoader([tiny_batch()] * 10, batch_size=None)
+
+    def fit(steps: int, folder: str, ckpt_path: Path | None = None) -> WhatWasThere:
+        last = tmp_path / folder / "last.ckpt"
+        every = {"every_n_train_steps": 3, "save_top_k": -1, "save_last": "link"}
+        trainer = OWSTrainer(
+            accelerator="cpu", max_steps=steps, val_check_interval=4, check_val_every_n_epoch=None, logger=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[watch := WhatWasThere(last), RunCheckpoint(last.parent, monitor="val_loss", **every)],
+        )  # fmt: skip
+        trainer.fit(CausalLMModule(str(tmp_path), rank=4), rows, rows, ckpt_path=ckpt_path)
+        return watch
+
+    whole = fit(9, "whole")
+    assert whole.last == {3: 3, 4: 4, 5: 4, 6: 6, 7: 6, 8: 8}
+    kept = {int(path.stem.rpartition("=")[2]): path for path in (tmp_path / "whole").glob("epoch=*.ckpt")}
+    assert sorted(kept) == [4, 8]
+    scores = next(iter(load_without_tensors(kept[8])["callbacks"].values()))["best_k_models"].values()
+    assert [float(score) for score in scores] == [whole.val_loss[4], whole.val_loss[8]]
+    fit(3, "resumed")
+    fit(9, "resumed", tmp_path / "resumed" / "last.ckpt")
+    assert {path.name for path in (tmp_path / "resumed").glob("epoch=*.ckpt")} == {path.name for path in kept.values()}
+
+
 def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tmp_path: Path) -> None:
     command = arguments("--trainer.max_steps=40", "--checkpoint.every_n_train_steps=30")
     folder = tmp_path / "runs" / "version_0" / "checkpoints"

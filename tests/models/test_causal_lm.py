@@ -31,3 +31,9 @@ def test_what_a_model_in_half_precision_has_in_float32_stays_so(offloaded: bool)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
     assert {value.dtype for value in expected.values()} == {torch.bfloat16, torch.float32}  # the adapters
     torch.testing.assert_close(dict(model.bfloat16().state_dict()), expected, rtol=0, atol=0)
+
+
+def test_a_loss_that_is_left_out_is_said() -> None:
+    model = CausalLM(tiny_model("mixtral", output_router_logits=True))
+    with pytest.warns(UserWarning, match="balancing its experts"):
+        model.check_logits(torch.arange(4)[None])

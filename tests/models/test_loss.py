@@ -47,6 +47,19 @@ def test_loss_and_gradients_are_the_models_own(architecture: str, tied: bool) ->
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_of_gradients_are_refused_not_wrong() -> None:
+    model = tiny_model("llama")
+    embeddings = model.get_input_embeddings()(tiny_batch()["input_ids"]).detach().requires_grad_()
+    batch = {"inputs_embeds": embeddings, "labels": tiny_batch()["labels"]}
+    (gradient,) = torch.autograd.grad(next_token_loss(model, batch)[0], embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+    total, _ = next_token_loss(model, batch)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute it again for another backward pass"):
+        total.backward()
+
+
 def test_capped_logits() -> None:
     model = tiny_model("gemma2", final_logit_softcapping=0.5).eval()
     total, count = next_token_loss(model, batch_with_prompt())
