@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from ows_lightning.models.decoder import backbone
@@ -221,12 +220,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         # In place: this gradient is as large as the head, and autograd can add to a tensor that has no other owner.
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("this loss can be differentiated once: compute it again for another backward pass")
+        if gradients is None or torch.is_grad_enabled():
+            raise RuntimeError("this loss has one backward pass, without create_graph; compute it again, or the model's own")
         return None, None, None, None, *(g if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
 
 

@@ -149,7 +149,7 @@ FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path"
         {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear"}},
         {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear"}, "trainer__precision": "bf16-true"},
         {"model__attn_implementation": "eager"},
-        {"sampling": None, "model__rank": 100, "model__proj_type": "reverse_std", "model__gradient_checkpointing": True},
+        {"sampling": None, "model__rank": 100, "model__proj_type": "reverse_std", "model__update_proj_gap": 2},
     ],
     ids=lambda changes: " ".join(f"{key.partition('__')[2] or key}={value}" for key, value in changes.items())[:70] or "base",
 )

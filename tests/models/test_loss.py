@@ -49,14 +49,11 @@ def test_loss_and_gradients_are_the_models_own(architecture: str, tied: bool) ->
 
 def test_gradients_of_gradients_are_refused_not_wrong() -> None:
     model = tiny_model("llama")
-    embeddings = model.get_input_embeddings()(tiny_batch()["input_ids"]).detach().requires_grad_()
-    batch = {"inputs_embeds": embeddings, "labels": tiny_batch()["labels"]}
-    (gradient,) = torch.autograd.grad(next_token_loss(model, batch)[0], embeddings, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.square().sum().backward()
-    total, _ = next_token_loss(model, batch)
+    with pytest.raises(RuntimeError, match="without create_graph"):
+        torch.autograd.grad(next_token_loss(model, tiny_batch())[0], model.model.norm.weight, create_graph=True)
+    total, _ = next_token_loss(model, tiny_batch())
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute it again for another backward pass"):
+    with pytest.raises(RuntimeError, match="one backward pass"):
         total.backward()
 
 
