@@ -89,3 +89,36 @@ def test_the_peak_of_memory_is_not_that_of_an_earlier_run(tmp_path: Path) -> Non
     )  # fmt: skip
     trainer.fit(CausalLMModule(str(tmp_path), rank=4), DataLoader([tiny_batch()], batch_size=None))
     assert 0 < trainer.callback_metrics["peak_memory_mb"] < before - 300
+
+
+def test_a_run_is_resumed_from_an_address(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    modules = []
+    for ckpt_path in (None, "memory://resumed/step=2.ckpt"):
+        trainer = OWSTrainer(
+            accelerator="cpu", max_steps=4, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+            callbacks=[ModelCheckpoint("memory://resumed", "{step}", every_n_train_steps=2, save_top_k=-1)],
+        )  # fmt: skip
+        modules.append(CausalLMModule(str(tmp_path), rank=4, lr_scheduler_type="constant", warmup_steps=0))
+        trainer.fit(modules[-1], DataLoader([tiny_batch()] * 4, batch_size=None), ckpt_path=ckpt_path)
+        assert trainer.global_step == 4
+    assert all(torch.equal(p, q) for p, q in zip(*(module.parameters() for module in modules), strict=True))
+
+
+def test_the_norm_is_of_what_the_optimizer_consumes_before_it_is_clipped(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    norms = []
+
+    class Norms(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+            norms.append(torch.nn.utils.get_total_norm(optimizer.gradients()).item())
+
+    trainer = OWSTrainer(
+        accelerator="cpu", max_steps=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        callbacks=[Norms()], gradient_clip_val=1e-3, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(CausalLMModule(str(tmp_path), rank=4), DataLoader([tiny_batch()] * 4, batch_size=None))
+    assert norms[0] > 1e-2
+    assert trainer.callback_metrics["grad_norm"].item() == pytest.approx(norms[0], rel=1e-5)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from ows_lightning.callbacks.run_checkpoint import run_checkpoint
@@ -24,6 +25,7 @@ from ows_lightning.models.delta import DeltaSize, max_delta_size, megabytes
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.pretrained import load_config
 from ows_lightning.module import CausalLMModule
+from ows_lightning.report.run import is_run_folder
 from ows_lightning.sampling.activation import trains_outside_blocks
 from ows_lightning.sampling.callback import LayerwiseSampling
 
@@ -45,6 +47,7 @@ class RunSummary(Callback):
         self.before: dict[str, float] = {}
         self.batches_before = ""  # in words, where these are not the figures of all validation batches
         self.first_step: int | None = None  # of this run, which may be a resumed one
+        self.validated_step: int | None = None  # the last one with a validation
         self.predicted: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -82,6 +85,10 @@ class RunSummary(Callback):
             self.batches_before = "" if checked == there else f" ({checked[0]} of {there[0]} batches)"
             log.info("Before training%s: validation %s", self.batches_before, _metrics_text(metrics))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the step."""
+        self.validated_step = trainer.global_step
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the time of scores, draws and subspaces, and the loss with int8 blocks beside that of exact weights."""
         sampling, times = LayerwiseSampling.of(trainer), _logged_metrics(trainer, "time_s", "renewal_s")
@@ -97,22 +104,26 @@ class RunSummary(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves no files
             return
         if self.first_step in (None, trainer.global_step):  # a resumed run that had ended
-            log.warning("Nothing was trained: the checkpoint is of step %d already; raise max_steps", trainer.global_step)
+            timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
+            timed_out = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
+            limit = "max_time, which earlier runs have used up" if timed_out else "max_steps"
+            log.warning("Nothing was trained: the checkpoint is of step %d already; raise %s", trainer.global_step, limit)
         if after := _logged_metrics(trainer, *_SHOWN_METRICS):
-            log.info("After training: validation %s", _metrics_text(after, self.before, self.batches_before))
+            when = "training" if self.validated_step == trainer.global_step else f"step {self.validated_step}"
+            log.info("After %s: validation %s", when, _metrics_text(after, self.before, self.batches_before))
         if isinstance(pl_module, CausalLMModule) and (sizes := _delta_size(pl_module, LayerwiseSampling.of(trainer))):
             reached = f"training reached {megabytes(sizes.delta)} ({100 * sizes.delta / sizes.model:.0f}%)"
             whole = megabytes(sizes.model)
             log.info("The model has %s, of which %s; a delta (export --delta) holds that, compressed", whole, reached)
-        steps, quoted = [f"report {shlex.quote(str(folder))}"], shlex.quote(str(folder / "config.yaml"))
+        steps, quoted = [], shlex.quote(str(folder / "config.yaml"))
+        if is_run_folder(folder):
+            steps.append(f"report {shlex.quote(str(folder))}")
         if last := getattr(run_checkpoint(trainer), "last_model_path", ""):
             steps.append(f"test --config {quoted} --ckpt_path {shlex.quote(last)}")
-        log.info(
-            "%s has the model in model/ (for AutoModelForCausalLM.from_pretrained), checkpoints/, metrics.csv and pictures.\n"
-            "Next: %s",
-            folder,
-            "\n      ".join(map(command_line, steps)),
-        )
+        here = [name for name in ("model", "checkpoints", "metrics.csv") if (folder / name).exists()]
+        log.info("%s has %s (transformers loads model/) and pictures", folder, ", ".join(here))
+        if steps:
+            log.info("Next: %s", "\n      ".join(map(command_line, steps)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Adds the predicted memory to an out-of-memory error."""

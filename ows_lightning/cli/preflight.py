@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -45,10 +46,11 @@ LOGGED_METRICS = (
 
 _MAX_INT64 = 2**63 - 1
 _RANGES = {
-    "accumulate_grad_batches": (1, _MAX_INT64), "num_nodes": (1, _MAX_INT64), "gradient_clip_val": (0, _MAX_INT64),
-    "seed": (0, 2**32 - 1), "seed_everything": (0, 2**32 - 1),
+    "trainer.accumulate_grad_batches": (1, _MAX_INT64), "trainer.num_nodes": (1, _MAX_INT64),
+    "trainer.gradient_clip_val": (0, _MAX_INT64), "data.seed": (0, 2**32 - 1), "sampling.seed": (0, 2**32 - 1),
+    "seed_everything": (0, 2**32 - 1),
 }  # fmt: skip
-"""The least and the greatest value of a number, by the last word of its key, where nothing else checks it."""
+"""The least and the greatest value of a number where nothing else checks it."""
 
 _NOT_ZERO = {
     "fit": ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch"),
@@ -60,11 +62,10 @@ _NOT_ZERO = {
 def check_settings(config: Mapping[str, Any], trains: bool) -> None:
     """Checks the numbers and names of a command's parsed config; if it trains, a learning rate of 0 is a mistake, too."""
     for key, value in iter_numbers(config):
-        name = key.rpartition(".")[2]
-        least, most = _RANGES.get(name, (-_MAX_INT64, _MAX_INT64))
+        least, most = _RANGES.get(key, (-_MAX_INT64, _MAX_INT64))
         if not least <= value <= most:  # nor is NaN
             raise UsageError(f"{key}: {value:.7g} is out of range; give a number from {least} to {most}")
-        if trains and key.startswith("model.") and name in ("lr", "learning_rate") and value <= 0:
+        if trains and key.startswith("model.") and key.endswith((".lr", ".learning_rate")) and value <= 0:
             raise UsageError(f"{key}: {value} must be above 0; with it nothing would train")
     for section, kind in SECTIONS.items():
         described = config[section] or {}
@@ -114,6 +115,12 @@ def check_run(
     if command in _NOT_ZERO:
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
+        for logger in trainer.loggers:  # a version of its own choice is free, and chosen as late as possible
+            used = (
+                isinstance(logger, CSVLogger) and logger._version is not None and Path(logger.log_dir, "metrics.csv").exists()
+            )
+            if used and getattr(rank_zero_only, "rank", 0) == 0:
+                raise UsageError(f"trainer.logger.version: '{logger.log_dir}' holds a run already; leave version out")
     if command == "fit":
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:

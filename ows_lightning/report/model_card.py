@@ -33,6 +33,8 @@ def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
         return "LoRA"
     galore = "GaLore" if settings.get("rank") is not None else None
     sampling = run.config.get("sampling") if run and run.config else None
+    if not sampling and run and run.history:
+        sampling = {"distribution": "of another callback"}
     if not sampling:
         return galore or ("full fine-tuning" if run and run.config else "ows_lightning's optimizer in full rank")
     distribution = sampling.get("distribution", "outlier")

@@ -83,7 +83,7 @@ def write_csv(table: Table, path: Path) -> None:
 
 LABELS = {
     "run": "Run", "model": "Model", "sampling": "Sampling", "optimizer": "Optimizer", "steps": "Optimizer steps",
-    "final_val_loss": "Final validation loss", "best_val_loss": "Best validation loss",
+    "final_val_loss": "Last validation loss", "best_val_loss": "Best validation loss",
     "val_exact_match": "Validation exact match", "tokens": "Training tokens", "time_s": "Time (h:mm:ss)",
     "median_tokens_per_second": "Tokens/s, median", "peak_memory_mb": "Peak memory",
     "blocks_never_trained": "Blocks never trained",

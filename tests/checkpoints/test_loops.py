@@ -306,3 +306,11 @@ def test_the_number_of_processes_changes_in_mid_epoch(scenario: str, home: Path,
     before, after = (torch.load(tmp_path / f"{name}.pt") for name in ("through", "third"))
     for name, weight in before.items():
         assert (after[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def test_other_groups_are_reported(runs_of: Callable[[str], Runs]) -> None:
+    runs = runs_of("epochs")
+    runs.fit("through")
+    runs.data = {"group_by_length": True}
+    with pytest.warns(UserWarning, match=r"in another order \(group_size from 0 to 8\)"):
+        runs.fit("resumed", runs.saved("through", 7))

@@ -7,6 +7,7 @@ import csv
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import threading
@@ -103,14 +104,16 @@ def test_killed_at_random_moments(
     settings = [*UNEVEN, *more, "--checkpoint.every_n_train_steps=1", f"--trainer.max_steps={steps}"]
     run(arguments(*settings, strategy=strategy, ranks=ranks, runs=tmp_path / "through"), tmp_path / "through", ranks)
     command = [*arguments(*settings, strategy=strategy, ranks=ranks), "--ckpt_path=last"]
-    moments = random.Random(kills)
+    moments, killed = random.Random(kills), 0
     for kill in range(kills):
         launch = Launch(command, tmp_path / f"kill{kill}", ranks)
-        folder = tmp_path / "runs" / f"version_{kill}"
-        while not folder.exists() and launch.processes[0].is_alive():
+        folder = tmp_path / "runs" / f"version_{kill}" / "checkpoints"
+        while not list(folder.glob("*.ckpt")) and launch.processes[0].is_alive():
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 2))
+        time.sleep(moments.uniform(0, 1))
+        killed += launch.processes[0].is_alive()
         launch.kill()
+    assert killed
     run(command, tmp_path / "last", ranks)
     assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
 
@@ -495,3 +498,24 @@ def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path: Pa
 def test_an_interrupt_of_one_process_while_shards_are_written_is_an_interrupt(tmp_path: Path) -> None:
     interrupted = dcp.CheckpointException("write", {1: (KeyboardInterrupt(), traceback.extract_stack())})
     assert isinstance(write_error(tmp_path / "last.ckpt", interrupted), KeyboardInterrupt)
+
+
+def test_the_tenth_run_is_newer_than_the_ninth(tmp_path: Path) -> None:
+    for number in (9, 10):
+        path = tmp_path / f"version_{number}" / "checkpoints" / "a.ckpt"
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "loops": {}, "global_step": 1}, path)
+    assert find_checkpoint("last", tmp_path) == path
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    state = {"state_dict": {"w": torch.zeros(10_000)}, "loops": {}, "global_step": 0}
+    try:
+        with pytest.raises(
+            RunError, match=r"can't write the checkpoint .*File too large.*there is no earlier one; free"
+        ):
+            AtomicCheckpointIO().save_checkpoint(state, tmp_path / "a.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

@@ -65,11 +65,12 @@ VALUES: dict[str, list[Any]] = {
 LEFT_OUT = {"trust_remote_code", "compile", "kernels", "streaming", "save_hyperparameters"}
 
 
-MOMENTS = [
-    "on_train_start", "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
-    "on_before_zero_grad", "on_train_batch_end", "on_save_checkpoint", "on_train_end", "on_fit_end",
-]  # fmt: skip
-"""Hooks of a callback in which the process may be killed."""
+MOMENTS = {
+    "on_train_start": [0], "on_train_batch_start": [0, 1], "on_before_backward": [0, 1], "on_after_backward": [0, 1],
+    "on_before_optimizer_step": [0, 1], "on_before_zero_grad": [0, 1], "on_train_batch_end": [1, 2],
+    "on_save_checkpoint": [1, 2], "on_train_end": [2], "on_fit_end": [2],
+}  # fmt: skip
+"""Hooks of a callback in which the process may be killed, and after how many steps they come."""
 
 
 def draw(random: random.Random) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def attempt(home: Path, settings: dict[str, Any], kill: dict[str, Any], target: 
         target: What runs the command line the first time.
 
     Returns:
-        ``trained``, ``refused`` or ``wrong``, and why.
+        ``killed`` (and resumed), ``trained`` (the moment never came), ``refused`` or ``wrong``, and why.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -170,7 +171,7 @@ def attempt(home: Path, settings: dict[str, Any], kill: dict[str, Any], target: 
             return "wrong", f"exit codes {codes}: {said[-1500:]}"
         killed = {"trainer.callbacks": "tests.distributed.probe.Kill"}
         codes, said = fit("killed", main_without_prediction, killed | {f"trainer.callbacks.{key}": kill[key] for key in kill})
-        # 0: that moment never came; 1: of two processes the other was killed
+        was_killed = -signal.SIGKILL in codes  # 0: that moment never came; 1: of two processes the other was killed
         told = codes != {0, 1} and (1 not in codes or "another process of this run" in said)
         if not codes <= {0, 1, -signal.SIGKILL} or not told or "Traceback" in said:
             return "wrong", f"to be killed: exit codes {codes}: {said[-1500:]}"
@@ -179,7 +180,7 @@ def attempt(home: Path, settings: dict[str, Any], kill: dict[str, Any], target: 
             return "wrong", f"resumed: exit codes {codes}: {said[-1500:]}"
         models = [max((folder / runs).glob("version_*/model/model.safetensors")) for runs in ("whole", "killed")]
         same = models[0].read_bytes() == models[1].read_bytes()
-        return ("trained", "") if same else ("wrong", "the resumed run has other weights")
+        return ("killed" if was_killed else "trained", "") if same else ("wrong", "the resumed run has other weights")
 
 
 def run(number: int, seed: int, first: int = 0) -> Counter[str]:
@@ -189,7 +190,8 @@ def run(number: int, seed: int, first: int = 0) -> Counter[str]:
         prepare(Path(home))
         for index in range(first, first + number):
             drawn = random.Random(f"{seed}-{index}")
-            settings, kill = draw(drawn), {"moment": drawn.choice(MOMENTS), "step": drawn.choice([1, 2])}
+            settings, moment = draw(drawn), drawn.choice([*MOMENTS])
+            kill = {"moment": moment, "step": drawn.choice(MOMENTS[moment])}
             if processes(settings) == 2:
                 kill["rank"] = drawn.choice([None, 0, 1])
             target = drawn.choice([main, *[main_without_prediction] * 7])

@@ -263,7 +263,7 @@ def test_other_loggers_stand_beside_the_csv_one(config: Path, save_dir: str) -> 
     )
     files = {"metrics.csv", "loss.png", "config.yaml", "sampling_history.csv", "outlier_scores.json", "model", "checkpoints"}
     assert files <= {path.name for path in Path("runs/version_0").iterdir()}
-    assert "| Final validation loss |" in Path("runs/version_0/model/README.md").read_text()
+    assert "| Last validation loss |" in Path("runs/version_0/model/README.md").read_text()
     assert list(Path(save_dir).glob("lightning_logs/version_0/events.*"))
     main(["report", "runs"])
     assert Path("runs/report/loss.png").is_file()

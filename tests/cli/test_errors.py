@@ -544,6 +544,16 @@ def test_run_folder_in_use(typed: Callable[[str], tuple[str, int]], world: Path)
     assert code == 2
 
 
+def test_a_version_that_another_run_has_written(typed: Callable[[str], tuple[str, int]], world: Path) -> None:
+    (world / "logs" / "mine").mkdir(parents=True)
+    (world / "logs" / "mine" / "metrics.csv").write_text("step,train_loss\n0,1.0\n")
+    logger = "--trainer.logger CSVLogger --trainer.logger.save_dir logs --trainer.logger.name= --trainer.logger.version mine"
+    for command in (fit(logger), f"validate --config base.yaml {logger}"):
+        line, code = typed(command)
+        assert (line, code) == ("trainer.logger.version: 'logs/mine' holds a run already; leave version out", 2)
+    assert (world / "logs" / "mine" / "metrics.csv").read_text() == "step,train_loss\n0,1.0\n"
+
+
 def test_a_run_folder_that_can_not_be_locked(typed: Callable[[str], tuple[str, int]], world: Path) -> None:
     (world / "locked" / ".lock").mkdir(parents=True)
     line, code = typed(fit("--trainer.logger false --trainer.default_root_dir locked"))

@@ -587,3 +587,45 @@ def test_a_source_may_be_a_path(jsonl: Write) -> None:
     file = Path(jsonl(pairs(3)))
     for source in (file, [file], {file: 1.0}):
         assert len(epoch(ready(source))) == 3
+
+
+def test_tokens_of_the_last_turn_are_kept_apart(jsonl: Write) -> None:
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
+    file = jsonl([{"messages": turns}])
+    every, last = (ready(file, last_turn_only=only).summary()["target_tokens"] for only in (False, True))
+    assert last < every
+
+
+def test_other_columns_of_a_file_are_read_anew(jsonl: Write) -> None:
+    file = jsonl([{"prompt": "q", "a": f"one {i}", "b": f"two {i}"} for i in range(3)])
+    for column, start in (("a", "one"), ("b", "two")):
+        assert {row[:3] for row in epoch(ready(file, columns={"completion": column}))} == {start}
+
+
+def test_a_stream_mixes_by_weight(jsonl: Write) -> None:
+    many = jsonl(pairs(200), "many.jsonl")
+    other = jsonl([{"instruction": "q", "output": f"other {i}"} for i in range(200)], "other.jsonl")
+    data = make({many: 9, other: 1}, streaming=True, tokenizer=None, batch_size=10)
+    seen = [row for _, rows in fit(data, max_steps=10).seen for row in rows]
+    assert 0 < sum(row.startswith("other") for row in seen) / len(seen) < 0.25
+
+
+def test_a_stream_is_shuffled_by_seed(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BLOCK", 12)
+    file, in_file = jsonl(pairs(12)), [f"answer {i}|" for i in range(12)]
+
+    def order(seed: int) -> list[str]:
+        run = fit(make(file, streaming=True, tokenizer=None, seed=seed), max_steps=6)
+        return [row for _, rows in run.seen for row in rows]
+
+    one, again, other = order(0), order(0), order(1)
+    assert one == again
+    assert sorted(one) == sorted(other) == sorted(in_file)
+    assert one != other
+    assert in_file not in (one, other)
+
+
+def test_a_stream_has_one_worker_at_most(jsonl: Write) -> None:
+    data = make(jsonl(pairs(12)), streaming=True, tokenizer=None, num_workers=2)
+    fit(data, max_steps=1)
+    assert data.trainer.train_dataloader.num_workers == 1  # type: ignore[union-attr]

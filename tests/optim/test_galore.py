@@ -450,3 +450,63 @@ def test_a_rank_that_makes_no_side_smaller_trains_in_full_rank(proj_type: str) -
     projected.step()
     full.step()
     assert torch.equal(weight, plain)
+
+
+@pytest.mark.parametrize("through", ["option", "call"])
+def test_a_norm_below_the_limit_changes_nothing(through: str) -> None:
+    model, free = net(), net()
+    clipped = GaLoreAdamW(groups(model), max_grad_norm=1e6 if through == "option" else None)
+    plain = GaLoreAdamW(groups(free))
+    for p, q in zip(model.parameters(), free.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    if through == "call":
+        clipped.clip_gradients(1e6)
+        assert all(map(torch.equal, clipped.gradients(), plain.gradients()))
+    clipped.step()
+    plain.step()
+    assert torch.equal(clipped.state[model[0].weight]["exp_avg"], plain.state[free[0].weight]["exp_avg"])  # Adam hides a scale
+
+
+def test_second_moments_turn_by_squares() -> None:
+    weight = nn.Parameter(torch.zeros(6, 4))
+    group = {"params": [weight], "rank": 2, "update_proj_gap": 1, "subspace": "svd"}
+    optimizer = GaLoreAdamW([group], lr=0.0, betas=(0.0, 0.5), moments_at_renewal="reproject")
+    c, s = math.cos(math.radians(30)), math.sin(math.radians(30))
+    turned, moments = torch.tensor([[c, s], [-s, c]]), []
+    for basis in (torch.eye(2), turned):
+        gradient = torch.zeros(6, 4)
+        gradient[0, :2], gradient[1, :2] = 3 * basis[0], basis[1]  # its singular vectors are the rows of the basis
+        weight.grad = gradient * (1e-3 if moments else 1)
+        optimizer.step()
+        moments.append(optimizer.state[weight]["exp_avg_sq"].clone())
+    torch.testing.assert_close(moments[1], 0.5 * moments[0] @ turned.T.square(), rtol=1e-3, atol=1e-4)
+
+
+def test_weight_decay_is_rounded_stochastically_too() -> None:
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = GaLoreAdamW([{"params": [weight], "rank": 8}], lr=1e-2, weight_decay=0.1, stochastic_rounding=True)
+    for _ in range(100):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    assert weight.float().mean().item() == pytest.approx((1 - 1e-3) ** 100, abs=2e-3)
+
+
+def test_each_weight_is_rounded_by_noise_of_its_own() -> None:
+    weights = [nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = GaLoreAdamW(weights, lr=1e-4, stochastic_rounding=True)
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(*weights)
+
+
+def test_vectors_do_not_decay() -> None:
+    model = tiny_model("gpt2")
+    optimizer = GaLoreAdamW(galore_param_groups(model, rank=4), lr=0.1, weight_decay=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (p.dim() < 2 or not before[name].any()), name

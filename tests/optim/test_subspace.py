@@ -79,3 +79,18 @@ def test_is_the_same_for_the_same_seed_alone() -> None:
     one, again, other = (leading_singular_vectors(gradient, 4, "right", "randomized", seed) for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+def test_each_vectors_largest_entry_is_positive() -> None:
+    gradient = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    vectors = next(singular_vectors([find_subspace(gradient, 4, "right", "randomized")]))
+    assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_directions_beyond_the_gradients_rank_follow_from_the_seed() -> None:
+    """Not from rounding, in which processes on different machines differ."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(40, 2, generator=generator) @ torch.randn(2, 30, generator=generator)
+    shuffled = gradient[torch.randperm(40, generator=generator)]  # the same right singular vectors, rounded otherwise
+    one, other = (next(singular_vectors([find_subspace(g, 6, "right", "randomized")])) for g in (gradient, shuffled))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-3)

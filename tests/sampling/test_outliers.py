@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
+from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
 from tests.tiny import ARCHITECTURES, KINDS, tiny_batch, tiny_model
 
 Batch = dict[str, Tensor]
@@ -326,3 +327,14 @@ class Skip(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return hidden_states
+
+
+def test_calibration_rows_follow_the_seed() -> None:
+    rows = DataLoader([{"input_ids": torch.tensor([i])} for i in range(100)], batch_size=4)
+
+    def chosen(seed: int) -> list[int]:
+        return [int(i) for batch in calibration_batches(rows, 8, seed) for i in batch["input_ids"]]
+
+    assert chosen(0) == chosen(0)
+    assert len({*chosen(0)}) == 8
+    assert {*chosen(0)} not in ({*chosen(1)}, {*range(8)})
