@@ -11,9 +11,11 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedTokenizerBase
 
+from ows_lightning.data.masking import with_chat_template
 from ows_lightning.metrics.choices import ChoiceAccuracy
 from ows_lightning.metrics.exact_match import TeacherForcedAnswers
 from ows_lightning.models.causal_lm import CausalLM
+from ows_lightning.models.pretrained import load_tokenizer
 
 
 class EvaluationMetrics(MetricCollection):
@@ -49,17 +51,24 @@ class EvaluationModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.causal_lm: CausalLM | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.val_metrics, self.test_metrics, self.test_choices = EvaluationMetrics(), EvaluationMetrics(), ChoiceAccuracy()
         self._greedy: TeacherForcedAnswers | None = None  # of the rows whose loss has been taken
 
     @property
-    def _loaded_causal_lm(self) -> CausalLM:
-        raise NotImplementedError
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded on first use; with a plain chat template where it has none of its own."""
+        if self._tokenizer is None:
+            tokenizer = load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+            self._tokenizer = with_chat_template(tokenizer)
+        return self._tokenizer
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        raise NotImplementedError
+    def _loaded_causal_lm(self) -> CausalLM:
+        self.configure_model()
+        assert self.causal_lm is not None
+        return self.causal_lm
 
     def on_validation_epoch_start(self) -> None:
         """Resets the validation metrics."""
@@ -113,19 +122,16 @@ class EvaluationModule(LightningModule):
 
     def _answers(self, batch: dict[str, Any]) -> list[str]:
         """The greedy answers; an answer known to be wrong already is returned only as far as it is known."""
-        rows = range(len(batch["reference"]))
-        known: list[str | None] = [None] * len(rows) if self._greedy is None else self._greedy.answers(batch)
-        if left := [row for row in rows if known[row] is None]:
-            rest = {name: batch[name][left] for name in ("input_ids", "attention_mask")}
-            for row, answer in zip(left, self.generate(rest), strict=True):
-                known[row] = answer
-        return [answer or "" for answer in known]
+        known = [None] * len(batch["reference"]) if self._greedy is None else self._greedy.answers(batch)
+        left = [row for row, answer in enumerate(known) if answer is None]
+        generated = iter(self.generate({name: batch[name][left] for name in ("input_ids", "attention_mask")}) if left else ())
+        return [next(generated) if answer is None else answer for answer in known]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
-        answers = self.generate(batch)
         facts = {key: values for key, values in batch.items() if not isinstance(values, Tensor)}
-        rows = [{**{key: values[i] for key, values in facts.items()}, "generated": answer} for i, answer in enumerate(answers)]
+        facts["generated"] = self.generate(batch)
+        rows = [dict(zip(facts, values, strict=True)) for values in zip(*facts.values(), strict=True)]
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
 
     @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training

@@ -17,10 +17,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, fixed_settings
-from ows_lightning.data.masking import end_of_turn_id, with_chat_template
+from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError, first_line
 from ows_lightning.evaluation import EvaluationModule
@@ -154,18 +154,8 @@ class CausalLMModule(EvaluationModule):
         model_name_or_path = str(model_name_or_path)  # a Path could not be read from a checkpoint
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
-        self.causal_lm: CausalLM | None = None
         self.offloader: BlockOffloader | None = None  # of frozen blocks
         self.last_step: StepMetrics | None = None  # of the latest optimizer step
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded on first use; with a plain chat template where it has none of its own."""
-        if self._tokenizer is None:
-            tokenizer = pretrained.load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
-            self._tokenizer = with_chat_template(tokenizer)
-        return self._tokenizer
 
     @property
     def model(self) -> Any:
@@ -176,12 +166,6 @@ class CausalLMModule(EvaluationModule):
     def language_model(self) -> PreTrainedModel:
         """The transformers model itself, also within a peft model."""
         return self._loaded_causal_lm.language_model
-
-    @property
-    def _loaded_causal_lm(self) -> CausalLM:
-        self.configure_model()
-        assert self.causal_lm is not None
-        return self.causal_lm
 
     def forward(self, **batch: Any) -> Any:
         """Returns the loss of a batch as ``LossParts``, or the model's own output where there are no ``labels``."""

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.callbacks.step_callback import StepCallback
-from ows_lightning.data.masking import Encoder, with_chat_template
+from ows_lightning.data.masking import Encoder
 from ows_lightning.errors import UsageError
 from ows_lightning.models.causal_lm import evaluating
 from ows_lightning.module import CausalLMModule
@@ -55,7 +55,7 @@ class ShowGenerations(StepCallback):
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
         if not isinstance(module, CausalLMModule):
             raise UsageError(f"ShowGenerations: {type(module).__name__} can't generate; use CausalLMModule")
-        encoder = Encoder(with_chat_template(module.tokenizer), max_seq_length=1 << 20)
+        encoder = Encoder(module.tokenizer)
         answers = []
         for prompt in self.prompts:
             _, ids = encoder.encode_prompt({"messages": [{"role": "user", "content": prompt}]}, row_name="a prompt")

@@ -52,11 +52,11 @@ class RunFolder(Callback):
             raise not_writable("trainer.default_root_dir", folder, error) from error
         _remove_unfinished(folder / "checkpoints")
         for checkpoints in set(folder.parent.glob("version_*/checkpoints")) - {folder / "checkpoints"}:  # of killed runs
-            with contextlib.suppress(Timeout, OSError), FileLock(checkpoints.parent / ".lock").acquire(timeout=0):
+            with contextlib.suppress(OSError), FileLock(checkpoints.parent / ".lock").acquire(timeout=0):
                 _remove_unfinished(checkpoints)
         elsewhere = getattr(run_checkpoint(trainer), "dirpath", None)
         if elsewhere and "://" not in str(elsewhere) and folder not in Path(elsewhere).absolute().parents:
-            with contextlib.suppress(Timeout, OSError):
+            with contextlib.suppress(OSError):
                 self._lock(Path(elsewhere))
                 _remove_unfinished(Path(elsewhere))
 
@@ -83,7 +83,7 @@ class RunFolder(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # nothing of it is kept
             return
         folder = run_folder(trainer)
-        if isinstance(pl_module, CausalLMModule) and pl_module.model is not None:
+        if isinstance(pl_module, CausalLMModule):
             save_huggingface(pl_module.model, pl_module.tokenizer, folder / "model", model_card(pl_module.hparams, folder))
         if not trainer.is_global_zero:
             return

@@ -38,16 +38,13 @@ class SaveOnSignal(StepCallback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs its handlers, until the Trainer restores those from before the run."""
-        self._install_handlers()
+        if not self._previous_handlers and threading.current_thread() is threading.main_thread():
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs them where no validation came before."""
         super().on_train_start(trainer, pl_module)
-        self._install_handlers()
-
-    def _install_handlers(self) -> None:
-        if not self._previous_handlers and threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self.on_sanity_check_start(trainer, pl_module)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number

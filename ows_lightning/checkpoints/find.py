@@ -91,5 +91,5 @@ def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _hint(path: Path) -> str:
-    good = last_good(path.parent, other_than=path) if path.parent.is_dir() else None
+    good = last_good(path.parent, other_than=path)
     return f"the last good one is '{good}'" if good else "there is no good one beside it"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import shutil
 import sys
@@ -76,10 +75,13 @@ def compare(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from ows_lightning.cli.conversation import load_conversation
     from ows_lightning.cli.preflight import check_writable
-    from ows_lightning.report.run import find_run_folder, run_folder_of
+    from ows_lightning.report.run import RunRecord, find_run_folder, run_folder_of
+    from ows_lightning.report.tables import key_figures, write_csv
 
     run_folder = run_folder_of(find_run_folder(Path(args.model)))
-    base = args.base or _base_of(run_folder)
+    base = args.base or (run_folder and key_figures(RunRecord.read(run_folder))["model"])
+    if not base:
+        raise UsageError("base: no run is known that made --model; name the model that it was made from, by --base")
     prompts = args.prompts or [line.strip() for line in standard_input() if line.strip()]
     if not prompts:
         raise UsageError("compare: no prompt is given; write some, or send them through a pipe, a line each")
@@ -92,22 +94,11 @@ def compare(argv: list[str]) -> None:
             conversation.reset(args.system)
             yield conversation.ask(prompt)
 
-    one_after_the_other = ([*answers(name)] for name in (base, args.model))
-    rows = [("prompt", "base", "tuned"), *zip(prompts, *one_after_the_other, strict=True)]
-    print(_table(rows))
+    table = {"prompt": prompts, "base": [*answers(base)], "tuned": [*answers(args.model)]}  # one model at a time
+    print(_table([[*table], *zip(*table.values(), strict=True)]))
     if output is not None:
-        with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+        write_csv(table, output / "comparison.csv")
         print(f"Written: {output / 'comparison.csv'}")
-
-
-def _base_of(run_folder: Path | None) -> str:
-    from ows_lightning.report.run import RunRecord
-
-    model = ((RunRecord.read(run_folder).config if run_folder else None) or {}).get("model") or {}
-    if not (name := model.get("init_args", model).get("model_name_or_path")):
-        raise UsageError("base: no run is known that made --model; name the model that it was made from, by --base")
-    return str(name)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -33,36 +33,32 @@ class Conversation:
 
     def ask(self, text: str, stream: bool = False) -> str:
         """Returns the answer to a message, written to standard output as it comes if asked to, and keeps both as turns."""
-        self.turns.append({"role": "user", "content": text})
-        try:
-            ids = self._encode_turns()
-        except UsageError:
-            self.turns.pop()  # it has no answer
-            raise
+        turns = [*self.turns, {"role": "user", "content": text}]
+        ids = self._encode(turns)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
         model: Any = self.model  # transformers types it as a tensor or a module
         with torch.inference_mode():
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
         answer = str(self.tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)).strip()
-        self.turns.append({"role": "assistant", "content": answer})
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 
-    def _encode_turns(self) -> torch.Tensor:
-        """The turns as token ids (1, L); the oldest are left out if the model has too few positions."""
+    def _encode(self, turns: list[dict[str, str]]) -> torch.Tensor:
+        """The turns as token ids (1, L); the oldest are taken out of the list if the model has too few positions."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         template, new = ChatTemplate(self.tokenizer), self.model.generation_config.max_new_tokens
         while True:
-            text = template.render([*system, *self.turns], None, "the conversation", add_generation_prompt=True)
+            text = template.render([*system, *turns], None, "the conversation", add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
             if ids.size(1) + new <= longest:
                 return ids.to(self.model.device)
-            if len(self.turns) == 1:
+            if len(turns) == 1:
                 raise UsageError(
                     f"max_new_tokens: the message has {ids.size(1)} tokens, and with {new} new ones that is beyond the "
                     f"model's {longest} positions; shorten one of them"
                 )
-            del self.turns[:2]
+            del turns[:2]
             print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
 
 

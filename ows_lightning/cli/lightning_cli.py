@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from pydoc import locate
@@ -15,7 +14,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
@@ -35,7 +34,6 @@ from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
 from ows_lightning.cli.parser import OneLineParser
 from ows_lightning.cli.preflight import check_plan, check_run, check_settings
-from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -60,9 +58,8 @@ class SaveConfig(SaveConfigCallback):
 class OWSCLI(LightningCLI):
     """LightningCLI with ``sampling`` (or null) and ``checkpoint`` at the top level, and our classes of model and data."""
 
-    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
-        argv = sys.argv[1:] if args is None else args
-        self._asked = argv[0] if isinstance(argv, list) and argv else None
+    def __init__(self, args: list[str], **kwargs: Any) -> None:
+        self._asked = args[0] if args else None
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -88,23 +85,17 @@ class OWSCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose ``--config`` also takes names of shipped files."""
         parser = self.parser_class(**kwargs)
-        description = "A YAML file, or the name of a shipped one (see `configs`); several are laid over one another"
-        parser.add_argument("-c", "--config", action=ConfigFile, help=description)
+        parser.add_argument("-c", "--config", action=ConfigFile)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the two callbacks' keys, and default classes for model and data."""
-        parser.add_argument("--sampling", type=LayerwiseSampling | None, default=None, help="Which blocks train; null: all")
+        parser.add_argument("--sampling", type=LayerwiseSampling | None, default=None)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "model": default_model(
-                    {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
-                ),
-                "data": {"class_path": f"{InstructionDataModule.__module__}.{InstructionDataModule.__name__}"},
-                "checkpoint.save_last": DEFAULTS["checkpoint.save_last"],
-            }
-        )
+        optimizer = {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
+        data = {"class_path": "ows_lightning.InstructionDataModule"}
+        last = DEFAULTS["checkpoint.save_last"]
+        parser.set_defaults({"model": default_model(optimizer), "data": data, "checkpoint.save_last": last})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lets every command take the config that `fit` wrote into a run's folder."""
@@ -114,16 +105,13 @@ class OWSCLI(LightningCLI):
         parser.foreign_keys = of_fit - set(self._subcommand_method_arguments[subcommand])
         return parser
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments, and checks what the parser does not."""
-        argv = sys.argv[1:] if args is None else args
-        if isinstance(argv, list):
-            # Without --print_config, which would end the program here. Parsed again if a named class has other defaults.
-            asked = [word for word in argv if not word.startswith("--print_config")]
-            self.config = parser.parse_args(asked)
-            again = self._start_from_named_classes() or asked != argv
-        if not isinstance(argv, list) or again:
-            super().parse_arguments(parser, args)
+        # Without --print_config, which would end the program here. Parsed again if a named class has other defaults.
+        asked = [word for word in args if not word.startswith("--print_config")]
+        self.config = parser.parse_args(asked)
+        if self._start_from_named_classes() or asked != args:
+            self.config = parser.parse_args(args)
         command = self.config.get("subcommand")
         config = self.config.get(str(command), self.config)
         for section in ("trainer", "checkpoint"):
@@ -249,14 +237,12 @@ class OWSCLI(LightningCLI):
 
 def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
     """Returns the default section ``model``, with an optimizer."""
-    return {"class_path": f"{CausalLMModule.__module__}.{CausalLMModule.__name__}", "init_args": {"optimizer": optimizer}}
+    return {"class_path": "ows_lightning.CausalLMModule", "init_args": {"optimizer": optimizer}}
 
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
     """Puts a CSV logger before those of ``trainer.logger``: its folder is the run's, and pictures come from its file."""
-    if loggers is None or isinstance(loggers, bool):
-        loggers = []
-    loggers = [loggers] if isinstance(loggers, Logger) else list(loggers)
-    if not any(isinstance(logger, CSVLogger) for logger in loggers):
-        loggers.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))  # so that a killed run keeps its curves
-    return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
+    given = [loggers] if isinstance(loggers, Logger) else [] if loggers is None or isinstance(loggers, bool) else [*loggers]
+    if not any(isinstance(logger, CSVLogger) for logger in given):
+        given.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))  # so that a killed run keeps its curves
+    return sorted(given, key=lambda logger: not isinstance(logger, CSVLogger))

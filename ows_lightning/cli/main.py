@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ows_lightning.cli import peer_watchdog
 from ows_lightning.errors import UsageError, command_line, did_you_mean, message_and_exit_code
@@ -38,7 +38,6 @@ _IGNORED_WARNINGS = (
     "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do
     r"isinstance\(treespec, LeafSpec\)",  # Lightning uses a deprecated part of torch
     "skip_none parameter was deprecated",
-    "args parameter is intended to run from within Python",
     "is_gradient_checkpointing",
     "GPU available but not used",
 )
@@ -50,7 +49,7 @@ _IGNORED_LOGS = {
 """Messages that libraries print at every start, by who logs them, and that a user can do nothing about."""
 
 
-def main(args: Any = None) -> None:
+def main(args: list[str] | None = None) -> None:
     """Runs one command, by default that of the program's arguments; an error ends it with one line, and exit code 2 or 1."""
     argv = sys.argv[1:] if args is None else args
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -62,7 +61,8 @@ def main(args: Any = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
-        _run(argv, args)
+        _run(argv)
+        peer_watchdog.stop(ends=args is None)
     except (Exception, KeyboardInterrupt) as error:
         exit_with(error, argv)
     except SystemExit as error:
@@ -75,17 +75,19 @@ def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
     return not any(message in record.getMessage() for message in unwanted)
 
 
-def _run(argv: Any, args: Any) -> None:
-    command = argv[0] if isinstance(argv, list) and argv else None
+def _run(argv: list[str]) -> None:
     names = (*CONFIG_COMMANDS, *OTHER_COMMANDS)
     listed = f"; commands: {', '.join(names)}"
-    if isinstance(command, str) and command.startswith("-") and command not in ("-h", "--help") and set(argv) & set(names):
-        raise UsageError(f"{command}: the command comes first, before its options")
-    if argv == []:
+    if not argv:
         raise UsageError(f"no command is given{listed}")
+    command = argv[0]
     if command in ("-h", "--help"):
         print(usage())
-    elif command in OTHER_COMMANDS or (command in CONFIG_COMMANDS and {"-h", "--help"} & {*argv}):
+    elif command.startswith("-"):
+        raise UsageError(f"{command}: the command comes first, before its options")
+    elif command not in names:
+        raise UsageError(f"there is no command '{command}'{did_you_mean(command, names) or listed}")
+    elif command in OTHER_COMMANDS or {"-h", "--help"} & {*argv}:
         try:
             if command in OTHER_COMMANDS:
                 module = importlib.import_module(f"ows_lightning.cli.{OTHER_COMMANDS[command][0]}")
@@ -98,33 +100,30 @@ def _run(argv: Any, args: Any) -> None:
         except BrokenPipeError:  # the reader of our output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-    elif command is not None and not command.startswith("-") and command not in CONFIG_COMMANDS:
-        raise UsageError(f"there is no command '{command}'{did_you_mean(command, names) or listed}")
     else:
         if command == "plan":
             _import_without_plots()
         else:
             peer_watchdog.start()
-            if command is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            if os.environ.get("LOCAL_RANK", "0") == "0":
                 log.info("%s: loading libraries", command)  # which takes seconds
         from ows_lightning.cli.lightning_cli import OWSCLI
         from ows_lightning.distributed.process_group import destroy_process_group
 
         logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
-        OWSCLI(args)
+        OWSCLI(argv)
         destroy_process_group()
-        peer_watchdog.stop(ends=args is None)
 
 
 def _import_without_plots() -> None:
     """Imports torchmetrics without matplotlib, which it would import for its plots, so that a command starts sooner."""
+    from unittest.mock import patch
+
     from lightning_utilities.core.imports import RequirementCache
 
     found = RequirementCache.__bool__
-    RequirementCache.__bool__ = lambda self: self.requirement != "matplotlib" and found(self)  # type: ignore[method-assign]
-    import torchmetrics  # noqa: F401
-
-    RequirementCache.__bool__ = found  # type: ignore[method-assign]
+    with patch.object(RequirementCache, "__bool__", lambda self: self.requirement != "matplotlib" and found(self)):
+        import torchmetrics  # noqa: F401
 
 
 def usage() -> str:
@@ -136,9 +135,9 @@ def usage() -> str:
     return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 
-def exit_with(error: BaseException, argv: Any) -> NoReturn:
+def exit_with(error: BaseException, argv: list[str]) -> NoReturn:
     """Ends the program with one line about an error of a command, or with its stack trace if OWS_DEBUG is 1."""
-    line, code = message_and_exit_code(error, argv[0] if isinstance(argv, list) and argv else "fit")
+    line, code = message_and_exit_code(error, argv[0] if argv else "fit")
     peer_watchdog.abort(code)
     if os.environ.get("OWS_DEBUG") == "1":
         raise error

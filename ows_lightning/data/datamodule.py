@@ -144,7 +144,6 @@ class InstructionDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Reads, checks and tokenises once, so that other processes find it in the cache of `datasets`."""
         self.check()
-        self._choose_tokenizer()
         encoder = self._encoder()
         for part in _PARTS.get(self._stage(), _ALL_PARTS):
             if (key := self._splits.setting_of(part)) and len(self._splits.examples_of(key)):
@@ -159,7 +158,6 @@ class InstructionDataModule(LightningDataModule):
         if "train" in parts and (self.packing or self.streaming):
             kind = "packed rows have" if self.packing else "rows of a stream may have"
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
-        self._choose_tokenizer()
         encoder = self._encoder()
         for part in parts:
             if part not in self._rows and self._splits.setting_of(part):
@@ -287,7 +285,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _prompt_dataloader(self, examples: Any) -> DataLoader:
         prompts = PromptRows(examples, self._encoder())
-        whole = PromptRows(examples, dataclasses.replace(prompts.encoder, max_seq_length=1 << 20))
+        whole = PromptRows(examples, Encoder(prompts.encoder.tokenizer))
         rows, tokenizer = [whole[i] for i in range(len(whole))], whole.encoder.tokenizer
         lengths = [len(row["input_ids"]) for row in rows]
         references = [len(tokenizer(row["reference"], add_special_tokens=False).input_ids) for row in rows]
@@ -337,11 +335,7 @@ class InstructionDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _encoder(self) -> Encoder:
-        tokenizer = self._tokenised_by or self._choose_tokenizer()
-        return Encoder(tokenizer, self.max_seq_length, self.train_on_prompt, self.last_turn_only)
-
-    def _choose_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Takes `tokenizer`, or else that of the model, which may be another one than in an earlier fit."""
+        """With `tokenizer`, or else that of the model, which may be another one than in an earlier fit."""
         if isinstance(self.tokenizer, str):
             from ows_lightning.models.pretrained import load_tokenizer
 
@@ -357,7 +351,7 @@ class InstructionDataModule(LightningDataModule):
             self._tokenised_by = with_chat_template(tokenizer)
             self._rows.clear()
             self._splits.tokens.clear()
-        return tokenizer
+        return Encoder(tokenizer, self.max_seq_length, self.train_on_prompt, self.last_turn_only)
 
     @property
     def _pad_token_id(self) -> int:

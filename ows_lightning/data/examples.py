@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import jinja2
 import numpy as np
 import tokenizers
 import transformers
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.compat import fingerprint
@@ -90,7 +92,7 @@ def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> dataset
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(len(examples) // _ROWS_PER_PROCESS, cores)
     return examples.map(
-        _encode,
+        encode,
         batched=True,
         with_indices=True,
         fn_kwargs={"encoder": encoder},
@@ -139,14 +141,29 @@ def to_table_entry(row: Row, data_format: str, row_name: str, requires_answer: b
     return {"where": row_name, "example": example}
 
 
-def _encode(batch: dict[str, list[Any]], indices: Sequence[int], encoder: Encoder) -> dict[str, list[Any]]:
+def encode(
+    batch: dict[str, list[str]], indices: Sequence[int], encoder: Encoder, find_unshown: bool = True
+) -> dict[str, list[Any]]:
+    """The columns `token_features` of a batch of examples."""
     rows = []
     for index, row_name, example in zip(indices, batch["where"], batch["example"], strict=True):
         content = json.loads(example)
-        documents, hidden = encoder.encode(content, row_name), encoder.dropped_parts(content)
-        for row in documents or [Encoded([], [], truncated=False)]:
+        hidden = encoder.dropped_parts(content) if find_unshown else []
+        for row in encoder.encode(content, row_name) or [Encoded([], [], truncated=False)]:
             rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index, hidden))
     return {name: [row[i] for row in rows] for i, name in enumerate(token_features())}
+
+
+def warn_of_losses(key: str, documents: Any, where: Sequence[str], among: str) -> None:
+    """Names the rows (by ``where``) that have no target, and those of which the chat template leaves something out."""
+    lost: dict[str, dict[int, None]] = {}  # the rows of each loss, in order
+    for row, length, unshown in zip(*(documents[name][:] for name in ("row", "length", "unshown")), strict=True):
+        shown = [f"lose {what}, which the chat template does not show" for what in unshown]
+        for what in shown if length else ["have no answer to train on and are left out", *shown]:
+            lost.setdefault(what, {})[row] = None
+    for what, rows in lost.items():
+        names = sources.join_names([where[row] for row in itertools.islice(rows, 11)])
+        rank_zero_warn(f"data.{key}: {len(rows)} of {among} {what}: {names}")
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

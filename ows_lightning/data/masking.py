@@ -52,7 +52,7 @@ class Encoder:
     """Turns examples into training rows and into prompts for generation; `InstructionDataModule` says how they are cut."""
 
     tokenizer: PreTrainedTokenizerBase  # a fast one with a chat template, see `with_chat_template`
-    max_seq_length: int  # longest row in tokens
+    max_seq_length: int = 1 << 20  # longest row in tokens
     train_on_prompt: bool = False  # every token is a target, not the answers alone
     last_turn_only: bool = False  # only the last answer of a conversation is a target
 
@@ -228,7 +228,7 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token with which the tokenizer's chat template ends an answer: where generation has to stop."""
-    encoder = Encoder(tokenizer, max_seq_length=1 << 20)
+    encoder = Encoder(tokenizer)
     (row,) = encoder.encode({"messages": _ANSWERED}, row_name="the chat template")
     answer = [label for label in row.labels if label != IGNORED]
     last_content = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)

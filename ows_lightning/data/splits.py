@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from ows_lightning.data.examples import column, example_features, read_examples, stream_examples, tokenise
+from ows_lightning.data.examples import column, example_features, read_examples, stream_examples, tokenise, warn_of_losses
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.rows import Rows, pack
@@ -88,10 +88,11 @@ class Splits:
         has_target = column(documents, "length") > 0
         chosen = [i for a, b in zip(first.tolist(), last.tolist(), strict=True) for i in range(a, b) if has_target[i]]
         if not has_target.any():
-            hidden = ", ".join(self._dropped_parts(key))
+            where = self.examples_of(key)["where"]
+            hidden = ", ".join(dict.fromkeys(what for unshown in documents["unshown"] for what in unshown))
             raise UsageError(
-                f"data.{key}: none of {len(self.examples_of(key))} rows has a target token (an answer that is not empty): "
-                f"{self._row_names(key, self.indices_without_target(key))}{'; `predict` needs none' if part == 'test' else ''}"
+                f"data.{key}: none of {len(where)} rows has a target token (an answer that is not empty): "
+                f"{join_names(where)}{'; `predict` needs none' if part == 'test' else ''}"
                 f"{f'; the chat template does not show {hidden}' if hidden else ''}"
             )
         if not chosen:
@@ -113,8 +114,18 @@ class Splits:
     def tokens_of(self, key: str, encoder: Encoder) -> datasets.Dataset:
         """The documents of all examples of a setting, see `token_features`; logs what was left out or cut."""
         if key not in self.tokens:
-            self.tokens[key] = tokenise(self.examples_of(key), encoder, key)
-            self._log_what_is_lost(key, encoder.max_seq_length)
+            examples = self.examples_of(key)
+            tokens = self.tokens[key] = tokenise(examples, encoder, key)
+            dropped = len(self.indices_without_target(key))
+            documents, rows = len(tokens) - dropped, len(examples) - dropped
+            if documents:
+                warn_of_losses(key, tokens, examples["where"], f"{len(examples)} rows")
+            if documents > rows:
+                why = "since the template rewrites earlier answers: each is trained at the end of a row of its own."
+                rank_zero_info(f"data.{key}: {rows} rows became {documents}, {why}")
+            if truncated := int(column(tokens, "truncated").sum()):
+                limit = encoder.max_seq_length
+                rank_zero_info(f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={limit} tokens.")
         return self.tokens[key]
 
     def indices_without_target(self, key: str) -> list[int]:
@@ -186,34 +197,6 @@ class Splits:
         weights = np.asarray(list(self.dataset.values()), dtype=float)
         shares = (weights / weights.sum()).tolist()
         return interleave_datasets(streams, shares, seed=self.seed, stopping_strategy="all_exhausted")
-
-    def _log_what_is_lost(self, key: str, max_seq_length: int) -> None:
-        """Says which rows have no target, and how many were cut."""
-        dropped, total = self.indices_without_target(key), len(self.examples_of(key))
-        documents = len(self.tokens[key]) - len(dropped)
-        if 0 < len(dropped) < total:
-            named = self._row_names(key, dropped)
-            rank_zero_warn(f"data.{key}: {len(dropped)} of {total} rows have no answer to train on and are left out: {named}")
-        if documents > total - len(dropped):
-            why = "since the template rewrites earlier answers: each is trained at the end of a row of its own."
-            rank_zero_info(f"data.{key}: {total - len(dropped)} rows became {documents}, {why}")
-        if truncated := int(column(self.tokens[key], "truncated").sum()):
-            rank_zero_info(f"data.{key}: {truncated} of {documents} rows were cut to max_seq_length={max_seq_length} tokens.")
-        for what, rows in self._dropped_parts(key).items():
-            which = f"{what}, which the chat template does not show: {self._row_names(key, rows)}"
-            rank_zero_warn(f"data.{key}: {len(rows)} of {total} rows lose {which}")
-
-    def _dropped_parts(self, key: str) -> dict[str, list[int]]:
-        """What the chat template leaves out, and the examples that lose it."""
-        losses: dict[str, dict[int, None]] = {}
-        for row, parts in zip(column(self.tokens[key], "row").tolist(), self.tokens[key]["unshown"], strict=True):
-            for what in parts:
-                losses.setdefault(what, {})[row] = None
-        return {what: list(rows) for what, rows in losses.items()}
-
-    def _row_names(self, key: str, rows: Sequence[int]) -> str:
-        """The names of the rows, of many the first ones."""
-        return join_names(self.examples_of(key)[rows[:11]]["where"])
 
 
 def _mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:

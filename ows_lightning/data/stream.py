@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from ows_lightning.data.examples import encode, warn_of_losses
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.rows import Item, join_documents, pack
 from ows_lightning.data.sources import join_names
@@ -61,31 +61,19 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
             state["examples"] = self.examples.state_dict()
 
     def _rows(self, block: Sequence[dict[str, str]], number: int) -> list[Item]:
-        documents: list[tuple[list[int], list[int]]] = []
-        dropped: dict[str, None] = {}  # in order, each once
-        dropped_parts: dict[str, dict[str, None]] = {}
-        truncated = 0
-        for entry in block:
-            example = json.loads(entry["example"])
-            encoded = self.encoder.encode(example, entry["where"])
-            if number == 0:
-                for what in self.encoder.dropped_parts(example):
-                    dropped_parts.setdefault(what, {})[entry["where"]] = None
-            documents += [(row.input_ids, row.labels) for row in encoded]
-            truncated += sum(row.truncated for row in encoded)
-            if not encoded:
-                dropped[entry["where"]] = None
-        for what, row_names in dropped_parts.items():
-            which = f"{what}, which the chat template does not show: {join_names(row_names)}"
-            rank_zero_warn(f"data.dataset: {len(row_names)} of the first {BLOCK} rows lose {which}")
-        if dropped and number == 0:
-            named = join_names(dropped)
+        batch = {name: [entry[name] for entry in block] for name in ("where", "example")}
+        where = batch["where"]
+        indices = [where.index(name) for name in where]  # a short stream has a row several times
+        columns = encode(batch, indices, self.encoder, find_unshown=number == 0)
+        documents = [(ids, labels) for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True) if ids]
+        if number == 0:
             if not documents:
-                raise UsageError(f"data.dataset: none of the first {len(dropped)} rows has an answer to train on: {named}")
-            rank_zero_warn(f"data.dataset: of the first {BLOCK} rows those without an answer are left out: {named}")
-        if truncated and number == 0 and self.length > 1:  # not for a sample of one row
-            limit = self.encoder.max_seq_length
-            rank_zero_info(f"data.dataset: {truncated} of the first {BLOCK} rows were cut to max_seq_length={limit} tokens.")
+                named = join_names(dict.fromkeys(where))
+                raise UsageError(f"data.dataset: none of the first {len({*where})} rows has an answer to train on: {named}")
+            among, limit = f"the first {BLOCK} rows", self.encoder.max_seq_length
+            warn_of_losses("dataset", columns, where, among)
+            if (cut := sum(columns["truncated"])) and self.length > 1:  # not for a sample of one row
+                rank_zero_info(f"data.dataset: {cut} of {among} were cut to max_seq_length={limit} tokens.")
         rows = [[i] for i in range(len(documents))]
         if self.packing:
             rows = pack([len(ids) for ids, _ in documents], self.encoder.max_seq_length)

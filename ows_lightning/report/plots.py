@@ -6,7 +6,6 @@ no data to draw, it raises a UsageError.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 MARKERS = "osD^vPX"
+LINES = ("-", "--", ":", "-.")
 DOTS: dict[str, Any] = {"color": VERMILLION, "markersize": 4, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
 # Up to this many intervals have borders of their own; more would hide what they enclose.
@@ -121,17 +121,17 @@ def plot_loss(runs: Runs, x: XAxis = "step", ax: Axes | None = None) -> tuple[Fi
     table = loss_table(runs, x)
     fig, ax = _axes_for(table["loss"], runs, METRICS_FILE, ax)
     scale, label = _unit(x, max(table[x]))
-    for run, style in zip(runs, _styles(len(runs)), strict=True):
+    for number, run in enumerate(runs):
         steps, losses = run.series("train_loss", x)
         alone = not run.series("val_loss", x)[1]
-        ax.plot(np.multiply(steps, scale), losses, color=style["color"], linewidth=1, alpha=1 if alone else 0.45)
+        ax.plot(np.multiply(steps, scale), losses, color=_style(number)["color"], linewidth=1, alpha=1 if alone else 0.45)
         steps, losses = run.series("val_loss", x)
-        ax.plot(np.multiply(steps, scale), losses, markevery=math.ceil(len(losses) / 25) or 1, **style)
+        ax.plot(np.multiply(steps, scale), losses, markevery=math.ceil(len(losses) / 25) or 1, **_style(number))
     style_axes(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")
     color = BLUE if len(runs) == 1 else "0.4"
     lines = {
         "train": Line2D([], [], label="training", alpha=0.45, linewidth=1, color=color),
-        "validation": Line2D([], [], label="validation", **{**_styles(1)[0], "color": color}),
+        "validation": Line2D([], [], label="validation", **{**_style(0), "color": color}),
     }
     _legend(ax, [*_run_handles(runs), *(line for split, line in lines.items() if split in table["split"])])
     return fig, ax
@@ -159,9 +159,9 @@ def _plot_metric(runs: Runs, metric: str, title: str, label: str, ax: Axes | Non
     runs = _as_runs(runs)
     table = metric_table(runs, metric)
     fig, ax = _axes_for(table[metric], runs, METRICS_FILE, ax)
-    for run, style in zip(runs, _styles(len(runs)), strict=True):
+    for number, run in enumerate(runs):
         steps, values = run.series(metric)
-        ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**style, "linewidth": 1.2})
+        ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**_style(number), "linewidth": 1.2})
     ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     style_axes(ax, title, "optimizer step", label)
@@ -222,21 +222,18 @@ def _legend(ax: Axes, handles: Sequence[Any] | None = None, outside: bool = Fals
     ax.legend(handles=handles, fontsize="small", **place)
 
 
-def _styles(number: int) -> list[dict[str, Any]]:
-    """A colour and a marker for each run; beyond seven runs also another line."""
-    looks = list(itertools.product(("-", "--", ":", "-."), zip(COLOURS, MARKERS, strict=True)))
-    rest = {"linewidth": 1.6, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
-    return [
-        {"color": color, "marker": marker, "linestyle": line, **rest}
-        for line, (color, marker) in itertools.islice(itertools.cycle(looks), number)
-    ]
+def _style(number: int) -> dict[str, Any]:
+    """The colour and the marker of a run; beyond seven runs also another line."""
+    line, look = divmod(number, len(COLOURS))
+    drawn = {"color": COLOURS[look], "marker": MARKERS[look], "linestyle": LINES[line % len(LINES)]}
+    return {**drawn, "linewidth": 1.6, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
 
 def _run_handles(runs: Sequence[RunRecord]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    named = zip(runs, _styles(len(runs)), strict=True) if len(runs) > 1 else ()
-    return [Line2D([], [], label=run.name.replace("$", r"\$"), **style) for run, style in named]
+    names = [run.name.replace("$", r"\$") for run in runs] if len(runs) > 1 else []
+    return [Line2D([], [], label=name, **_style(number)) for number, name in enumerate(names)]
 
 
 def _unit(x: XAxis, largest: float) -> tuple[float, str]:

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -59,10 +58,10 @@ class RunRecord:
             run = cls(
                 name="/".join(whole.parts[-1 if _version_number(whole) < 0 else -2 :]),
                 path=folder,
-                scores=_read_scores(folder / SCORES_FILE),
+                scores=_read(folder / SCORES_FILE, _scores, f"write it again with `{command_line('score')}`"),
                 history=_read_history(folder / HISTORY_FILE),
                 metrics=_read_columns(folder / METRICS_FILE, lambda cell: float(cell) if cell else None),
-                config=_read_config(folder / CONFIG_FILE),
+                config=_read(folder / CONFIG_FILE, _config),
                 texts={title: table for title, file in TEXT_FILES.items() if (table := _read_columns(folder / file, str))},
             )
         except OSError as error:
@@ -142,45 +141,49 @@ def _version_number(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-@contextmanager
-def _named_damage(path: Path, hint: str = "mend it, or delete it") -> Iterator[None]:
-    """Turns what a parser says of a file's content into a UsageError that names the file."""
+def _read(path: Path, parse: Callable[[str], T], hint: str = "mend it, or delete it") -> T | None:
+    """What a function makes of a file's text; None if there is no file, a UsageError that names the file if it is damaged."""
+    if not path.is_file():
+        return None
     try:
-        yield
+        with path.open(newline="", encoding="utf-8") as file:
+            return parse(file.read())
     except (ValueError, KeyError, TypeError, csv.Error, yaml.YAMLError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UsageError(f"{path}: damaged ({reason}); {hint}") from error
 
 
-def _read_scores(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    with _named_damage(path, f"write it again with `{command_line('score')}`"):
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        ratios, probabilities = scores["outlier_ratios"], scores["probabilities"]
-        numbers = [float(number) for number in [*ratios, *probabilities]]
-        if not probabilities or len(ratios) != len(probabilities) or not all(map(math.isfinite, numbers)):
-            counts = f"{len(ratios)} and {len(probabilities)}"
-            raise ValueError(f"outlier_ratios and probabilities need one finite number a block each, they have {counts}")
-        return scores
+def _scores(text: str) -> dict[str, Any]:
+    scores = json.loads(text)
+    ratios, probabilities = scores["outlier_ratios"], scores["probabilities"]
+    numbers = [float(number) for number in [*ratios, *probabilities]]
+    if not probabilities or len(ratios) != len(probabilities) or not all(map(math.isfinite, numbers)):
+        counts = f"{len(ratios)} and {len(probabilities)}"
+        raise ValueError(f"outlier_ratios and probabilities need one finite number a block each, they have {counts}")
+    return scores
+
+
+def _config(text: str) -> dict[str, Any] | None:
+    config = yaml.safe_load(text)
+    if config is not None and not isinstance(config, dict):
+        raise ValueError(f"it holds no settings, only {str(config)[:40]!r}")
+    return config
 
 
 def _read_rows(path: Path, convert: Callable[[dict[str, str]], T]) -> list[T]:
     """What a function makes of each row of a CSV file; it gets a cell in every column."""
-    if not path.is_file():
-        return []
-    rows = []
-    with _named_damage(path), path.open(newline="", encoding="utf-8") as file:
-        text = file.read()
+
+    def rows(text: str) -> Iterator[T]:
         reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))  # a kill may cut off the last row
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num} does not have {len(reader.fieldnames or [])} cells")
             try:
-                rows.append(convert(row))
+                yield convert(row)
             except ValueError as error:
                 raise ValueError(f"line {reader.line_num}: {error}") from error
-    return rows
+
+    return _read(path, lambda text: [*rows(text)]) or []
 
 
 def _read_history(path: Path) -> list[Draw]:
@@ -194,13 +197,3 @@ def _read_history(path: Path) -> list[Draw]:
 def _read_columns(path: Path, convert: Callable[[str], T]) -> dict[str, list[T]]:
     rows = _read_rows(path, lambda row: {name: convert(cell) for name, cell in row.items()})
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    with _named_damage(path):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if config is not None and not isinstance(config, dict):
-            raise ValueError(f"it holds no settings, only {str(config)[:40]!r}")
-        return config

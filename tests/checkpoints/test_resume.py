@@ -512,9 +512,7 @@ def test_a_disk_that_is_full_at_the_first_checkpoint(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     state = {"state_dict": {"w": torch.zeros(10_000)}, "loops": {}, "global_step": 0}
     try:
-        with pytest.raises(
-            RunError, match=r"can't write the checkpoint .*File too large.*there is no earlier one; free"
-        ):
+        with pytest.raises(RunError, match=r"can't write the checkpoint .*File too large.*there is no earlier one; free"):
             AtomicCheckpointIO().save_checkpoint(state, tmp_path / "a.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -110,7 +110,7 @@ def test_a_run_may_have_a_name_that_would_be_a_formula(run, tmp_path, make_run):
 
 
 def test_many_runs_stay_distinguishable(run):
-    styles = plots._styles(20)
+    styles = [plots._style(number) for number in range(20)]
     assert len({(style["color"], style["linestyle"]) for style in styles}) == 20
 
 
