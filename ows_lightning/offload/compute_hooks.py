@@ -20,7 +20,7 @@ class ComputeHooks:
 
     * forward pre-hook and hook: *enter* and *leave forward*;
     * tensor hooks on a block's output and on its inputs: *enter* and *leave backward*. The first fires before checkpointing
-      recomputes the block. Inputs that need no gradient have no hook; their block is left when backward ends.
+      recomputes the block. Inputs that need no gradient, and leaves, have no hook; their block is left when backward ends.
     """
 
     def __init__(self, offloader: BlockOffloader) -> None:
@@ -42,6 +42,8 @@ class ComputeHooks:
         if schedule.is_offloaded(index):
             schedule.enter(index)
             inputs = _tensors_with_gradient((args, kwargs))
+            if any(tensor.is_leaf for tensor in inputs):  # it would keep the hook for later passes
+                return
             leave = partial(self._leave_backward, index, self.offloader.layout_id)
             if len(inputs) == 1:
                 inputs[0].register_hook(leave)

@@ -248,7 +248,7 @@ class TwoInputs(nn.Module):
         return hidden + self.linear(hidden * embeddings).tanh()
 
 
-def blocks_with_two_inputs(folder: Path) -> None:
+def blocks_with_two_inputs(folder: Path, leaf: bool = False) -> None:
     """Frozen blocks between the loss and one that trains, with embeddings that train, too."""
     gradients = []
     for offloaded in (False, True):
@@ -259,7 +259,7 @@ def blocks_with_two_inputs(folder: Path) -> None:
         if offloaded:
             BlockOffloader(blocks)
         for _ in range(2):
-            hidden = first = embeddings.clone()  # as a lookup returns them
+            hidden = first = embeddings if leaf else embeddings.clone()  # as a lookup returns them
             for block in blocks:
                 hidden = block(hidden, first)
             hidden.square().mean().backward()
@@ -267,8 +267,9 @@ def blocks_with_two_inputs(folder: Path) -> None:
     assert all(map(torch.equal, *gradients))
 
 
-def test_an_input_that_several_blocks_share_trains_too(tmp_path: Path) -> None:
-    blocks_with_two_inputs(tmp_path)
+@pytest.mark.parametrize("leaf", [False, True])
+def test_an_input_that_several_blocks_share_trains_too(leaf: bool, tmp_path: Path) -> None:
+    blocks_with_two_inputs(tmp_path, leaf)
 
 
 def looked_at_while_it_rests(folder: Path) -> None:
