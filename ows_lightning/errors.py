@@ -44,6 +44,8 @@ def message_and_exit_code(error: BaseException, command: str = "fit") -> tuple[s
     if isinstance(error, ModuleNotFoundError):
         extra = next((f'; pip install "ows_lightning[{extra}]"' for package, extra in EXTRAS.items() if package in text), "")
         return f"{text.rstrip('.')}{extra}", 2
+    if "Error(s) in loading state_dict" in text:
+        return "ckpt_path: it is a checkpoint of another model or method; give the config.yaml of its run", 2
     if is_out_of_memory(error):
         return _out_of_memory(text, getattr(error, "__notes__", ()), command), 1
     if isinstance(error, OSError) and error.errno in DISK_FULL:

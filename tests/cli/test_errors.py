@@ -693,6 +693,9 @@ def test_no_network_for_the_upload(
     line, code = typed(f"export --config base.yaml --model.model_name_or_path {other} --ckpt_path {checkpoint}")
     assert line.startswith(f"ckpt_path: '{checkpoint}' is of another model")
     assert code == 2
+    line, code = typed(f"validate --config base.yaml {rest} --model.lora.r 2 --ckpt_path {checkpoint}")
+    assert line == "ckpt_path: it is a checkpoint of another model or method; give the config.yaml of its run"
+    assert code == 2
 
 
 def test_base_model_without_template_is_said(
