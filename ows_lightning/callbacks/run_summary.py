@@ -120,8 +120,8 @@ class RunSummary(Callback):
             steps.append(f"report {shlex.quote(str(folder))}")
         if last := getattr(run_checkpoint(trainer), "last_model_path", ""):
             steps.append(f"test --config {quoted} --ckpt_path {shlex.quote(last)}")
-        here = [name for name in ("model", "checkpoints", "metrics.csv") if (folder / name).exists()]
-        log.info("%s has %s (transformers loads model/) and pictures", folder, ", ".join(here))
+        there = {"model": "the model in model/ (for AutoModelForCausalLM.from_pretrained), ", "checkpoints": "checkpoints/, "}
+        log.info("%s has %sfigures and pictures", folder, "".join(there[name] for name in there if (folder / name).exists()))
         if steps:
             log.info("Next: %s", "\n      ".join(map(command_line, steps)))
 
