@@ -30,7 +30,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes ``save_last: link`` for True: its own links outlive the files that they are made of."""
-        self.save_last = self.save_last and True
+        if self.save_last == "link":
+            self.save_last = True
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:
@@ -47,8 +48,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._between_validations = False
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        found = super()._monitor_candidates(trainer)
-        return {k: v for k, v in found.items() if not (self._between_validations and k in logged_in_validation(trainer))}
+        stale = logged_in_validation(trainer) if self._between_validations else ()
+        return {name: value for name, value in super()._monitor_candidates(trainer).items() if name not in stale}
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._defer_save_until_validation = False  # Lightning would set it after the state is saved
