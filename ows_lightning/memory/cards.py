@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 import yaml
 
@@ -67,15 +68,11 @@ def _name_and_memory(name: str, left_out: set[str] = _MAKERS) -> tuple[str, int 
     return "".join(word for word in re.findall(r"[a-z0-9]+", rest) if word not in left_out), memory and int(memory[1])
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Bytes that are free on the device, torch's own included; for a CPU the machine's, if the system tells."""
+def available_bytes(device: torch.device) -> int:
+    """Bytes that are free on the device, torch's own included; for a CPU the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return psutil.virtual_memory().available
 
 
 def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:
@@ -105,7 +102,8 @@ def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None
     sizes = [size for size in range(settings.batch_size, 0, -1) if settings.batch_size % size == 0]
 
     def fitting(changed: PlanSettings) -> list[int]:
-        if _resident_bytes(changed) > card * 1e9:  # a step need not be followed to see that
+        whole = changed.frozen_in == "device" and changed.frozen_dtype is None and changed.devices == 1
+        if whole and sum(p.nbytes for p in changed.meta_model.parameters()) > card * 1e9:  # no step is to be followed
             return []
         return sizes[bisect_left(sizes, True, key=lambda size: predict(_with_batch_size(changed, size)).fits(card)) :]
 
@@ -114,13 +112,6 @@ def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None
         sizes_keys = {"data.batch_size": best.batch_size, "trainer.accumulate_grad_batches": best.accumulate_grad_batches}
         changes = {**sizes_keys, **changes}
     return changes
-
-
-def _resident_bytes(settings: PlanSettings) -> int:
-    """Bytes of weights that lie on the device for sure: all, unless some are offloaded or shared between devices."""
-    if settings.frozen_in != "device" or settings.frozen_dtype is not None or settings.devices > 1:
-        return 0
-    return sum(p.nbytes for p in settings.meta_model.parameters())
 
 
 def _in_words(changes: dict[str, Any]) -> str:
