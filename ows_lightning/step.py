@@ -69,7 +69,7 @@ class StepAccumulator:
             if not self._is_reduced and self.processes > 1:  # the last micro-batch had no loss
                 dist.all_reduce(self.totals)
             factor = self._divisor * micro_batches * self.processes / self.totals[1].clamp(min=1)
-            foreach_mul_([local(gradient) for gradient in _gradients_of(optimizer)], factor)
+            foreach_mul_([local(gradient) for gradient in gradients_of(optimizer)], factor)
         self._is_complete = True
 
     def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepMetrics:
@@ -78,7 +78,7 @@ class StepAccumulator:
         ``limit`` and ``algorithm`` are Lightning's ``gradient_clip_val`` (0 or None for none) and ``_algorithm``.
         """
         assert self.totals is not None
-        gradients = _gradients_of(optimizer)
+        gradients = gradients_of(optimizer)
         norm = total_norm(gradients)
         mean = self.totals[0] / self.totals[1].clamp(min=1)
         # Only here does a step wait for the device.
@@ -95,7 +95,8 @@ class StepAccumulator:
         return StepMetrics(loss, grad_norm, int(tokens), int(targets), skipped, int(codes))
 
 
-def _gradients_of(optimizer: Optimizer) -> list[Tensor]:
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """Returns what an optimizer's next step consumes."""
     if isinstance(optimizer, GaLoreAdamW):
         return optimizer.gradients()
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

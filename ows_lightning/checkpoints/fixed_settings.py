@@ -48,14 +48,14 @@ def check_fixed_settings(
 
 
 def plain(value: Any) -> Any:
-    """Lists for tuples, text for paths and members of enums, Python's numbers for NumPy's: what `torch.load` takes as safe."""
+    """Lists for tuples and tensors, text for paths and enums, numbers for NumPy's: what `torch.load` takes as safe."""
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (Enum, Path)):
         return getattr(value, "value", str(value))
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _same(key: str, saved: Any, now: Any) -> bool:

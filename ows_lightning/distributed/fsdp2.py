@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.files import META, METADATA, file_crc32, partial_path, replace_atomically, save_file
@@ -20,7 +20,6 @@ from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split_checkpoint
 from ows_lightning.distributed.process_group import destroy_at_exit
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.optim.sharding import shard_replicated
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -161,4 +160,4 @@ def _local_part(value: Any, weight: Tensor) -> Any:
     whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
     if not isinstance(weight, DTensor) or not whole or value.shape != weight.shape:
         return value
-    return shard_replicated(value, weight.device_mesh, weight.placements)
+    return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)  # all have it

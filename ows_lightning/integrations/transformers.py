@@ -7,7 +7,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate.state import GradientState
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -15,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
-from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, plain
 from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
@@ -95,9 +94,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints keep of this callback: plain values."""
         settings = {name: getattr(self, name) for name in signature(BlockSampler).parameters}
-        settings |= {"always_train": list(self.always_train), "scores": None if self.scores is None else str(self.scores)}
-        probabilities = None if self.probabilities is None else self.probabilities.tolist()
-        return {"args": settings, "attributes": {"resumed": {**self.state_dict(), "probabilities": probabilities}}}
+        return plain({"args": settings, "attributes": {"resumed": self.state_dict()}})
 
     def _resume(self, state: TrainerState) -> None:
         states: Any = state.stateful_callbacks  # a dict once a checkpoint is loaded
@@ -106,10 +103,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         for name, before in saved["args"].items():
             if (now := self.state()["args"].get(name, before)) != before:
                 logging.getLogger(__name__).warning("The resumed run changes %s from %s to %s", name, before, now)
-        run = dict(saved["attributes"]["resumed"])
-        if run["probabilities"] is not None:
-            run["probabilities"] = torch.tensor(run["probabilities"], dtype=torch.float64)
-        self.load_state_dict(run)
+        self.load_state_dict(saved["attributes"]["resumed"])
 
 
 class _TrainersGaLoreAdamW(GaLoreAdamW):

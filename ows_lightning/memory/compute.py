@@ -1,6 +1,6 @@
 """What a method computes: FLOPs a token, in expectation over the draws of blocks; how fast that is on a card."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -98,19 +98,13 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
 
 
 def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:
-    """Counts those of a micro-batch, where all blocks recompute their activations or none.
-
-    Extrapolates from one and two rows: gradients are projected once a micro-batch, however many rows it has.
-    """
-    one, rows = _count_flops(settings, recompute, rows=1), settings.batch_size
-    if settings.method.rank is None:  # all is proportional to the rows but what is done once a step
-        once = {"update": one.update, "resting_update": one.resting_update, "renewal": one.renewal}
-        two = _Flops(*(2 * value for value in one))._replace(**once)
-    else:
-        two = _count_flops(settings, recompute, rows=2)
-    flops = _Flops(*(a + (rows - 1) * (b - a) for a, b in zip(one, two, strict=True)))
-    row = two.renewal - one.renewal
-    return flops._replace(renewal=one.renewal - row, full_gradient=rows * row)
+    """Counts those of a micro-batch, where all blocks recompute their activations or none."""
+    flops = _count_flops(settings, recompute, settings.batch_size)
+    if settings.method.rank is None:
+        return flops
+    # Of a renewal's, those of full gradients grow with the rows; the others are computed once a step.
+    full_gradient = _count_flops(settings, recompute, 2 * settings.batch_size).renewal - flops.renewal
+    return flops._replace(renewal=flops.renewal - full_gradient, full_gradient=full_gradient)
 
 
 def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
@@ -118,49 +112,47 @@ def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
     resting = replace(settings.method, renews_with_state=False)
     method = replace(resting, resting_rank=0, resting_updates_kept=False)
 
-    def stages(active: int, frozen: int, method: TrainingMethod = method) -> dict[bool, dict[str, int]]:
-        """FLOPs of stages, of an ordinary step (False, maybe the same) and of one that renews subspaces (True)."""
+    def step_of(active: int, frozen: int, method: TrainingMethod = method) -> Callable[..., float]:
+        """Returns a function: FLOPs of the stages that begin with a word, in an ordinary step or one that renews subspaces."""
         num_checkpointed = active + frozen if recompute else 0
-        memory = simulate(replace(settings, method=method), active, frozen, num_checkpointed, rows)
-        found: dict[bool, dict[str, int]] = {}
-        for span, flops in memory.flops.items():
-            if len(span) == 2:
-                found.setdefault(span[0], {})[span[1]] = flops
-        return {False: found[True], **found}
+        stages = simulate(replace(settings, method=method), active, frozen, num_checkpointed, rows).flops
+        only_one = (False, "step") not in stages  # each step is like any other
 
-    def total(steps: dict[bool, dict[str, int]], beginning: str = "", renews: bool = False) -> float:
-        return sum(flops for stage, flops in steps[renews].items() if stage.startswith(beginning))
+        def total(beginning: str = "", renews: bool = only_one) -> float:
+            return sum(n for span, n in stages.items() if span[:1] == (renews,) and span[1].startswith(beginning))
+
+        return total
 
     count = settings.blocks
     if not blocks_are_alike(decoder_layers(settings.meta_model)):  # of several kinds: the mean over all blocks
         blocks = trained = count
-        steps = stages(count, 0)
-        lowest = above = total(steps, "backward") / count
+        step = step_of(count, 0)
+        lowest = above = step("backward") / count
         frozen = 0.0
         if method.activated_layers is not None and count > 1:
-            frozen = (total(stages(1, count - 1), "backward") - lowest) / (count - 1)
+            frozen = (step_of(1, count - 1)("backward") - lowest) / (count - 1)
     else:
         trained = min(count, 3 if method.activated_layers is None else min(method.activated_layers, 2))
         blocks = trained + (method.activated_layers is not None and count > trained)
-        steps = stages(trained, blocks - trained)
-        lowest, frozen = total(steps, "backward lowest"), total(steps, "backward frozen")
-        above = total(steps, "backward active") / max(1, trained - 1)
+        step = step_of(trained, blocks - trained)
+        lowest, frozen = step("backward lowest"), step("backward frozen")
+        above = step("backward active") / max(1, trained - 1)
     resting_flops = resting_update = 0.0
     active, others = (1, count - 1) if blocks == count else (trained, blocks - trained)
     if resting.resting_rank and others:
-        without, rests = (stages(active, others, one) for one in (method, resting))
-        resting_update = (total(rests, "step") - total(without, "step")) / others
-        resting_flops = (total(rests) - total(without)) / others - resting_update
+        without, rests = (step_of(active, others, one) for one in (method, resting))
+        resting_update = (rests("step") - without("step")) / others
+        resting_flops = (rests() - without()) / others - resting_update
     return _Flops(
-        forward=total(steps, "forward") / blocks,
-        head=total(steps, "loss_head"),
+        forward=step("forward") / blocks,
+        head=step("loss_head"),
         backward_lowest=lowest,
         backward_active=above,
         backward_frozen=frozen,
         resting=resting_flops,
-        update=total(steps, "step") / trained,
+        update=step("step") / trained,
         resting_update=resting_update,
-        renewal=(total(steps, renews=True) - total(steps)) / trained,
+        renewal=(step(renews=True) - step()) / trained,
     )
 
 

@@ -19,7 +19,7 @@ from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Work
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
-from ows_lightning.models.lora import lora_config
+from ows_lightning.models.lora import add_lora
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import trains_outside_blocks
 
@@ -148,10 +148,7 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
         model = first_blocks(settings.meta_model, active + frozen)
         checkpoint_activations(model, num_checkpointed)  # type: ignore[arg-type]
         if method.lora is not None:
-            config = lora_config(method.lora)  # says so where peft is missing
-            from peft import get_peft_model
-
-            model = get_peft_model(model, config, low_cpu_mem_usage=True)
+            model = add_lora(model, method.lora, low_cpu_mem_usage=True)
         tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(merge_chunks=rows is not None))
         with tracker:
             to_fake_(model)

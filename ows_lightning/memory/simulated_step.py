@@ -22,6 +22,7 @@ from ows_lightning.optim.linear import set_updates
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import SubspaceMethod
 from ows_lightning.sampling.activation import PARTS, activate_blocks, trainable_by_block, trains_outside_blocks
+from ows_lightning.step import gradients_of
 
 _NOT_TRACKED = "between"
 
@@ -161,10 +162,7 @@ class _Simulation:
         del loss, batch
         tracker.category = "other"
         tracker.begin_span((renews, "step"))
-        if self.galore is not None and method.ours:
-            gradients = self.galore.gradients()
-        else:
-            gradients = [p.grad for p in _trainable(model) if p.grad is not None]
+        gradients = gradients_of(self.optimizer) if method.ours else [p.grad for p in _trainable(model) if p.grad is not None]
         consumed = sum(gradient.nbytes for gradient in gradients)
         torch.nn.utils.get_total_norm(gradients)
         del gradients
@@ -209,7 +207,7 @@ class _Simulation:
         if galore is not None and self.method.ours:
             galore.project_in_backward(model=self.model if self.method.factored else None)
             for block in decoder_layers(self.model):
-                set_updates(block, {p: found for p in block.parameters() if (found := galore.update_of(p)) is not None})
+                set_updates(block, galore.updates_of(block.parameters()))
         return [*hooks, *(p.register_post_accumulate_grad_hook(end) for p in parameters)]
 
     def _watch_stages(self, block_spans: Sequence[str]) -> None:

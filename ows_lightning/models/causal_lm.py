@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ows_lightning.compat import persistent_buffers
@@ -65,15 +66,18 @@ class CausalLM(nn.Module):
         return loss.loss_and_predictions(self.language_model, batch)
 
     def log_likelihoods(self, batch: dict[str, Tensor]) -> Tensor:
-        """Returns each row's summed log-likelihood, see ``row_log_likelihoods``."""
-        return loss.row_log_likelihoods(self.language_model, batch)
+        """Returns the summed log-likelihood (nats) of each row's target tokens, (B,), float32; the batch is not packed."""
+        model, targets = self.language_model, batch["labels"][:, 1:]
+        hidden = loss.last_hidden_state(model, {key: batch[key] for key in ("input_ids", "attention_mask")})[:, :-1]
+        has_target = targets != -100
+        losses = cross_entropy(loss.logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
+        return losses.new_zeros(len(targets)).index_add_(0, has_target.nonzero()[:, 0], -losses)
 
     @torch.no_grad()
     def generate(self, **inputs: Any) -> Tensor:
         """Generates greedily, and returns token ids of shape (B, L + new), prompts included; takes what transformers' does."""
         model: Any = self.language_model  # transformers types it as a tensor or a module
-        generated: Tensor = model.generate(do_sample=False, temperature=None, top_p=None, top_k=None, **inputs)
-        return generated
+        return model.generate(do_sample=False, temperature=None, top_p=None, top_k=None, **inputs)
 
     @torch.no_grad()
     def check_logits(self, input_ids: Tensor) -> None:

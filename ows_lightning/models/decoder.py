@@ -60,10 +60,10 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     in_blocks = set(layers.modules())
     embeddings = nn.ModuleList(m for m in holder.modules() if isinstance(m, nn.Embedding) and m not in in_blocks)
     groups = {"embeddings": list(embeddings.parameters()), "lm_head": [] if head is None else list(head.parameters())}
-    placed = {id(p) for p in [*layers.parameters(), *groups["embeddings"], *groups["lm_head"]]}
-    groups["norm"] = [p for p in holder.parameters() if id(p) not in placed]
-    placed.update(id(p) for p in groups["norm"])
-    groups["other"] = [p for p in model.parameters() if id(p) not in placed]
+    placed = {*layers.parameters(), *groups["embeddings"], *groups["lm_head"]}
+    groups["norm"] = [p for p in holder.parameters() if p not in placed]
+    placed.update(groups["norm"])
+    groups["other"] = [p for p in model.parameters() if p not in placed]
     return groups
 
 

@@ -28,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import language_model_of
-from ows_lightning.models.export import MODEL_FILES, SHARD_BYTES, atomic_directory, check_replaceable, untied_weights
+from ows_lightning.models.export import MODEL_FILES, atomic_directory, check_replaceable, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -95,9 +95,7 @@ class Delta:
         """Raises a UsageError if a model is not the base, bit for bit, or is in another dtype."""
         if model.dtype != self.dtype:
             raise UsageError(f"delta: the base is in {model.dtype}, and the delta was made in {self.dtype}; load it in that")
-        hashes = {name: _tensor_hash(name, tensor) for name, tensor in _file_tensors(model)}
-        lacks = any(hashes.get(name) != value for name, value in self.hashes.items() if name not in self.places)
-        if _combined_hash(hashes) != self._base_hash or lacks:
+        if _combined_hash({name: _tensor_hash(name, tensor) for name, tensor in _file_tensors(model)}) != self._base_hash:
             raise UsageError(f"delta: this base is not the one that {str(self.directory)!r} was made from; give {self.base!r}")
 
     def sizes(self, model: Mapping[str, Tensor]) -> DeltaSize:
@@ -116,13 +114,12 @@ def write_delta(
     before = {name: _tensor_hash(name, tensor) for name, tensor in of_base.items()}
     files: dict[str, dict[str, str]] = {}
     compressed: dict[str, str] = {}
-    model_bytes = 0
+    count = delta_bytes = model_bytes = 0
     with atomic_directory(target, "delta") as partial:
         _copy_all_but_weights(export, partial)
         others = {p.name: _file_hash(p) for p in sorted(partial.iterdir()) if p.is_file() and p.name != "README.md"}
-        shards = _Shards(partial)
-        for path in sorted(export.glob("*.safetensors")):
-            files[path.name] = {}
+        for number, path in enumerate(sorted(export.glob("*.safetensors")), start=1):
+            files[path.name], changed = {}, dict[str, Tensor]()
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (it is no mapping)
                     tensor = file.get_tensor(name)
@@ -135,20 +132,22 @@ def write_delta(
                         stored = min(compress(tensor, old), tensor, key=lambda one: one.nbytes)
                     if stored is not tensor:
                         compressed[name] = _tensor_hash(name, stored)
-                    shards.add(name, stored)
-        shards.flush()
+                    changed[name] = stored
+            if changed:
+                save_file(changed, partial / f"delta-{number:05d}.safetensors", _METADATA)
+                count, delta_bytes = count + len(changed), delta_bytes + sum(stored.nbytes for stored in changed.values())
         local = Path(base).expanduser()
         about = {
             "base": local.absolute().name if local.exists() else base,  # without the folders of this machine
             "base_sha256": _combined_hash(before),
             "dtype": str(dtype).removeprefix("torch."),
-            "tensors": shards.tensors,
+            "tensors": count,
             "packed": compressed,
             "files": files,
             "other_files": others,
         }
         (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    return DeltaSize(shards.nbytes, model_bytes)
+    return DeltaSize(delta_bytes, model_bytes)
 
 
 def apply_delta(
@@ -223,25 +222,6 @@ def max_delta_size(model: nn.Module, trained: Iterable[Tensor]) -> DeltaSize:
     ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
     changed = [tensor for tensor, _ in pairs if tensor in ever]
     return DeltaSize(sum(tensor.nbytes for tensor in changed), sum(tensor.nbytes for tensor, _ in pairs))
-
-
-class _Shards:
-    """Writes tensors into ``delta-00001.safetensors`` and so on, each of about `SHARD_BYTES`."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.count, self.tensors, self.nbytes = directory, 0, 0, 0
-        self._pending: dict[str, Tensor] = {}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.tensors, self.nbytes = self.tensors + 1, self.nbytes + tensor.nbytes
-        if self._pending and sum(other.nbytes for other in self._pending.values()) + tensor.nbytes > SHARD_BYTES:
-            self.flush()
-        self._pending[name] = tensor
-
-    def flush(self) -> None:
-        self.count += 1
-        save_file(self._pending, self.directory / f"delta-{self.count:05d}.safetensors", _METADATA)
-        self._pending.clear()
 
 
 def _copy_all_but_weights(source: Path, target: Path) -> None:

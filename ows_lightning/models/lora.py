@@ -4,18 +4,17 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ows_lightning.errors import UsageError, did_you_mean
 
 
-def add_lora(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+def add_lora(model: nn.Module, settings: dict[str, Any], **options: Any) -> nn.Module:
     """Puts adapters around a causal LM; a UsageError names the key of peft's LoraConfig that is wrong."""
     config = lora_config(settings)
     from peft import get_peft_model
 
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, **options)
     except ValueError as error:  # the model has no such modules
         raise UsageError(f"model.lora: {error}") from error
 

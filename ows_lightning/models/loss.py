@@ -114,20 +114,9 @@ def _patched_mask_checks(padded: bool, packed: bool) -> Iterator[None]:
         vars(masking_utils).update(asked)
 
 
-def row_log_likelihoods(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Returns the summed log-likelihood (nats) of each row's target tokens, (B,), float32, of a batch that is not packed."""
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    hidden = last_hidden_state(model, inputs)[:, :-1]
-    targets = batch["labels"][:, 1:]
-    has_target = targets != -100
-    losses = F.cross_entropy(logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
-    return losses.new_zeros(len(targets)).index_add_(0, has_target.nonzero()[:, 0], -losses)
-
-
 def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Returns what the LM head of a causal LM gets, shape (B, L, hidden), from what the model takes."""
-    hidden: Tensor = backbone(model)(**inputs, use_cache=False).last_hidden_state
-    return hidden
+    return backbone(model)(**inputs, use_cache=False).last_hidden_state
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:

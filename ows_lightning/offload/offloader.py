@@ -83,9 +83,8 @@ class BlockOffloader:
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self.was_copied = True
-        remade = ("offloaded", "schedule", "layout_id", "slots", "_views", "_stream", "_staging", "_versions")
-        kept = {key: value for key, value in vars(self).items() if key not in (*remade, "_slot_updates", "_updated_layers")}
-        return kept | {"_disk": None, "_optimizer": None}
+        kept = ("blocks", "num_slots", "device", "saves_updates_apart", "was_copied", "parameters", "_int8_in")
+        return {key: getattr(self, key) for key in kept} | {"_disk": None, "_optimizer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -201,9 +200,7 @@ class BlockOffloader:
         self._stream.wait_for_computation()  # which has written offloaded weights
 
     def _updates_of(self, block: int) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        if (optimizer := self.optimizer) is None:
-            return {}
-        return {p: found for p in self.parameters[block] if (found := optimizer.update_of(p)) is not None}
+        return {} if (optimizer := self.optimizer) is None else optimizer.updates_of(self.parameters[block])
 
     @torch.no_grad()
     def _apply_updates(self, block: int, slot: int, in_layers: bool = True) -> None:
@@ -281,7 +278,10 @@ class BlockOffloader:
         """Gives these blocks memory of their own on the device, to train in, and offloads the others."""
         with torch.inference_mode(False):  # what is made within inference mode can't be saved for backward
             self._move_blocks(active)
-            self._allocate_slots()
+            if not self.slots:  # made once: they stay for as long as the offloader is on this device
+                size = max(total_nbytes(weights.tensors) for weights in self.offloaded)
+                self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
+                self._stream = copy_stream_for(self.device, self.num_slots, self._disk is not None)
             self._stream.wait_for_computation()  # it has written offloaded weights, and had the slots' memory
             offloaded = self.schedule.order
             self.layout_id = object()
@@ -336,14 +336,6 @@ class BlockOffloader:
             return exact
         copies: dict[str, Callable[..., OffloadedWeights]] = {"device": on_device, "host": to_host, "disk": offload_exact}
         return Int8Weights(exact, copies[self._int8_in], self._staging)
-
-    def _allocate_slots(self) -> None:
-        """Makes the slots, once: they stay for as long as the offloader is on this device."""
-        if self.slots:
-            return
-        size = max(total_nbytes(weights.tensors) for weights in self.offloaded)
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
-        self._stream = copy_stream_for(self.device, self.num_slots, self._disk is not None)
 
     def _stop_fetches(self) -> None:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""

@@ -18,6 +18,7 @@ from ows_lightning.optim.state_dtypes import saved_tensors
 from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, find_subspace, random_subspace
 
 if TYPE_CHECKING:
+    import torch.distributed.tensor
     from torch.distributed.tensor import Placement
 
 log = logging.getLogger(__name__)
@@ -103,11 +104,6 @@ class GaLoreAdamW(GradientCapture):
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
         self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_at_rest``
 
-    @property
-    def skipped_steps(self) -> int:
-        """Number of steps skipped so far, for a NaN or Inf."""
-        return self._shared.skipped_steps
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a projected one gets the defaults of the keys that it does not set."""
         if param_group.get("rank") is not None:
@@ -152,12 +148,9 @@ class GaLoreAdamW(GradientCapture):
             if group.get("rank") is not None and "rank" not in saved:
                 raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].cpu()  # where reading it waits for no device
         for p, key, value in saved_tensors(self, state_dict):
-            if key == "rest":
-                self.state[p][key] = value.to("cpu", copy=True)
+            if key in ("rest", "step"):
+                self.state[p][key] = value.to("cpu", copy=True)  # where reading it waits for no device
             else:
                 dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
                 self.state[p][key] = self._shard_state(p, key, value.to(p.device, dtype, copy=True))
@@ -203,18 +196,17 @@ class GaLoreAdamW(GradientCapture):
         return "rest" in self.state.get(p, ())
 
     def keep_updates_at_rest(self, weights: Iterable[Tensor], merge: Callable[[Sequence[Tensor]], None]) -> None:
-        """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``update_of``.
+        """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``updates_of``.
 
         It is for weights that are offloaded between two passes, and only read. Their state has one tensor more: B (m x r).
         ``merge`` is called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
         """
         self._merge_callbacks.update((p, merge) for p in weights if p in self._group_and_index)
 
-    def update_of(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
-        """B (..., m, r) and Q (..., n, r) of what a weight has learned at rest, if that is kept beside it."""
-        if "update" not in self.state.get(p, ()) or (projector := self.resting_projector(p)) is None:
-            return None
-        return self.state[p]["update"], projector
+    def updates_of(self, weights: Iterable[Tensor]) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """B (..., m, r) and Q (..., n, r) of what weights have learned at rest, of those where that is kept beside them."""
+        kept = [p for p in weights if "update" in self.state.get(p, ())]
+        return {p: (self.state[p]["update"], q) for p in kept if (q := self.resting_projector(p)) is not None}
 
     @torch.no_grad()
     def merge_updates(self) -> None:
@@ -235,10 +227,9 @@ class GaLoreAdamW(GradientCapture):
     @torch.no_grad()
     def write_updates(self, weights: Iterable[Tensor]) -> None:
         """W <- W + B Q^T, rounded as a step rounds, for weights that are in memory; B is not dropped."""
-        for p in weights:
-            if (found := self.update_of(p)) is not None:
-                rounds = self._group_and_index[p][0]["stochastic_rounding"] and p.dtype == torch.bfloat16
-                merge_update_(local(p.data), local(found[0]), local(found[1]), self._noise(p, p.device) if rounds else None)
+        for p, (update, projector) in self.updates_of(weights).items():
+            rounds = self._group_and_index[p][0]["stochastic_rounding"] and p.dtype == torch.bfloat16
+            merge_update_(local(p.data), local(update), local(projector), self._noise(p, p.device) if rounds else None)
 
     def resting_projector(self, p: Tensor) -> Tensor | None:
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
@@ -257,14 +248,11 @@ class GaLoreAdamW(GradientCapture):
         if self.rests(p):
             return "right"
         group, _ = self._group_and_index[p]
-        if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0:
+        if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0 or group["rank"] >= min(p.shape[-2:]):
             return None
-        m, n = p.shape[-2:]
-        proj_type = group["proj_type"]
-        smaller: Side = "right" if m >= n else "left"
-        larger: Side = "left" if m >= n else "right"
-        side: Side = {"std": smaller, "reverse_std": larger, "right": "right", "left": "left"}[proj_type]
-        return side if group["rank"] < min(m, n) else None
+        tall = p.size(-2) >= p.size(-1)
+        right = {"std": tall, "reverse_std": not tall, "right": True, "left": False}[group["proj_type"]]
+        return "right" if right else "left"
 
     def _projector(self, p: Tensor) -> Tensor | None:
         """The projector of the coming step; None if it has to be found."""
@@ -439,7 +427,7 @@ class GaLoreAdamW(GradientCapture):
         else:
             find = sharding.projector_placements if key == "projector" else sharding.projected_placements
             placements = find(p, side)
-        return sharding.shard_replicated(value, p.device_mesh, placements)
+        return torch.distributed.tensor.distribute_tensor(value, p.device_mesh, placements, src_data_rank=None)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim import sharding
-from ows_lightning.optim.hooks import hook_gradients, remove_hook
+from ows_lightning.optim.hooks import hook_gradient, remove_hook
 from ows_lightning.optim.linear import to_plain_linear, to_projected_linear
 from ows_lightning.optim.projected_adamw import project, project_factors
 from ows_lightning.optim.sharding import local
@@ -44,10 +44,7 @@ class _SharedState:
 
 
 def _shared_property(name: str, doc: str) -> Any:
-    def get(optimizer: GradientCapture) -> Any:
-        return getattr(optimizer._shared, name)
-
-    return property(get, lambda optimizer, value: setattr(optimizer._shared, name, value), doc=doc)
+    return property(lambda self: getattr(self._shared, name), lambda self, value: setattr(self._shared, name, value), doc=doc)
 
 
 class GradientCapture(Optimizer):
@@ -80,6 +77,7 @@ class GradientCapture(Optimizer):
     )
 
     projects_in_backward = property(lambda self: self._shared.in_backward, doc="Whether ``project_in_backward`` is on.")
+    skipped_steps = property(lambda self: self._shared.skipped_steps, doc="Steps skipped so far, for a NaN or Inf.")
 
     @property
     def renewal_s(self) -> float:
@@ -180,7 +178,6 @@ class GradientCapture(Optimizer):
         training: the full gradients of a step that renews subspaces wait in host memory then, and are averaged here, one at a
         time, before a subspace is taken.
         """
-        self._project_all(renew=False)
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
         trained = [p for p in self._group_and_index if p.requires_grad]
         has_gradient = [p.grad is not None or p in self.projected_gradients or p in self.offloaded_gradients for p in trained]
@@ -224,23 +221,23 @@ class GradientCapture(Optimizer):
         for p in self._group_and_index:
             if not p.requires_grad:  # frozen since backward; its ``grad`` is None then, too
                 self._discard_gradients(p)
-            if (p.grad is not None or (renew and p in self.offloaded_gradients)) and self._projected_side(p) is not None:
+            if p.grad is not None or (renew and p in self.offloaded_gradients):
                 self._project(p, renew)
         self._turn_subspaces()
 
     def project_gradient(self, p: Tensor) -> None:
         """Projects ``p.grad`` within backward; there is none if `consume_factors` has taken the gradient."""
-        if p.grad is not None and self._projected_side(p) is not None:
+        if p.grad is not None:
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
 
     @torch.no_grad()
     def _project(self, p: Tensor, renew: bool = True, processes: dist.ProcessGroup | None = None) -> None:
-        """Projects ``p.grad``, or moves it to host memory if a new subspace is due and ``renew`` is False.
+        """Projects ``p.grad`` of a projected matrix; moves it to host memory if a new subspace is due and ``renew`` is False.
 
         Processes that averaged the gradient all take the new subspace of the first one of their group.
         """
-        side = self._projected_side(p)
-        assert side is not None
+        if (side := self._projected_side(p)) is None:
+            return
         gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
         if (projector := self._projector(p)) is not None:
             self.consume_projected(p, sharding.reduce_projected(project(local(gradient), local(projector), side), p, side))
@@ -315,12 +312,10 @@ class GradientCapture(Optimizer):
 
     def _claim_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
         """Takes over these groups' gradients from any other optimizer."""
-        for group in groups:
-            for p in group["params"]:
-                remove_hook(p)
-            if self._shared.in_backward:  # all matrices: one that trains in full rank may rest in a lower one
-                matrices = (p for p in group["params"] if p.dim() in (2, 3) and p.numel())
-                hook_gradients(matrices, self)
+        for p in (p for group in groups for p in group["params"]):
+            remove_hook(p)
+            if self._shared.in_backward and p.dim() in (2, 3) and p.numel():  # one in full rank may rest in a lower one
+                hook_gradient(p, self)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -27,17 +26,12 @@ class _Hook:
             alive.project_gradient(p)
 
 
-def hook_gradients(parameters: Iterable[Tensor], owner: GradientCapture) -> None:
-    """Calls ``owner.project_gradient(p)`` within backward, as soon as the gradient of p has added up.
-
-    The hook goes with its owner, and replaces another owner's. A frozen parameter is hooked for when it trains.
-    """
-    for p in parameters:
-        remove_hook(p)
-        trains = p.requires_grad
-        p.requires_grad_(True)  # torch accepts no hook on a frozen weight, but keeps one if it is frozen later
-        weakref.finalize(owner, _Hook(p, owner).handle.remove).atexit = False
-        p.requires_grad_(trains)
+def hook_gradient(p: Tensor, owner: GradientCapture) -> None:
+    """Calls ``owner.project_gradient(p)`` within backward, as soon as the gradient of p adds up, while the owner lives."""
+    trains = p.requires_grad
+    p.requires_grad_(True)  # torch accepts no hook on a frozen weight, but keeps one if it is frozen later
+    weakref.finalize(owner, _Hook(p, owner).handle.remove).atexit = False
+    p.requires_grad_(trains)
 
 
 def remove_hook(p: Tensor) -> None:

@@ -44,10 +44,8 @@ class ProjectedLinear(nn.Linear):
             output: Tensor = F.linear(input, weight, bias)
         else:  # what the weight's gradient needs is kept first: checkpointing recomputes only until backward has all it needs
             rows = input.reshape(-1, input.size(-1))
-            if projected is None:
-                kept = _KeepInput.apply(rows.detach(), weight)
-            else:
-                kept = _KeepProjectedInput.apply(projected.detach().view(-1, projected.size(-1)), weight, consumer)
+            keeps = rows if projected is None else projected.view(-1, projected.size(-1))
+            kept = _Keep.apply(keeps.detach(), weight, None if projected is None else consumer)
             output = _LinearBesideWeight.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))
         return output if update is None else output.add_(learned)
 
@@ -96,36 +94,25 @@ class _LinearBesideWeight(torch.autograd.Function):
         return gradient @ ctx.weight if of_input else None, None, gradient.sum(0) if of_bias else None, gradient
 
 
-class _KeepInput(torch.autograd.Function):
-    """Keeps X for backward, and hands over the factors of G = dY^T X there. What it returns stands for Y, without values."""
+class _Keep(torch.autograd.Function):
+    """Keeps X for backward, and hands over the factors of G = dY^T X there; or X Q of a consumer, which takes R = dY^T (X Q).
+
+    What it returns stands for Y, without values.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(input)
-        ctx.parameter = weight
-        return input.new_empty(()).expand(input.size(0), weight.size(0))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
-        (input,) = ctx.saved_tensors
-        consumer = only_hook_owner(ctx.parameter)
-        consumed = consumer is not None and consumer.consume_factors(ctx.parameter, gradient, input)
-        return None, None if consumed else gradient.mT @ input
-
-
-class _KeepProjectedInput(torch.autograd.Function):
-    """Keeps X Q for backward, and takes R = dY^T (X Q) there. What it returns stands for Y, without values."""
-
-    @staticmethod
-    def forward(ctx: Any, projected: Tensor, weight: Tensor, consumer: GradientCapture) -> Tensor:
-        ctx.save_for_backward(projected)
-        ctx.parameter, ctx.consumer = weight, consumer
-        return projected.new_empty(()).expand(projected.size(0), weight.size(0))
+    def forward(ctx: Any, kept: Tensor, weight: Tensor, of_projected: GradientCapture | None) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.parameter, ctx.of_projected = weight, of_projected
+        return kept.new_empty(()).expand(kept.size(0), weight.size(0))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        (projected,) = ctx.saved_tensors
-        ctx.consumer.consume_projected(ctx.parameter, gradient.mT @ projected)
-        return None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, None]:
+        (kept,), weight = ctx.saved_tensors, ctx.parameter
+        if ctx.of_projected is not None:
+            ctx.of_projected.consume_projected(weight, gradient.mT @ kept)
+            return None, None, None
+        consumer = only_hook_owner(weight)
+        consumed = consumer is not None and consumer.consume_factors(weight, gradient, kept)
+        return None, None if consumed else gradient.mT @ kept, None

@@ -31,7 +31,6 @@ from ows_lightning.optim.subspace import Side
 
 if TYPE_CHECKING:  # slow to import; code that shards weights has imported it
     import torch.distributed.tensor
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
 BUCKET = 1 << 23  # elements that are reduced in one message
@@ -103,14 +102,6 @@ def _broadcast_(tensor: Tensor, group: dist.ProcessGroup) -> None:
     sent = tensor.contiguous()  # NCCL takes nothing else, and a decomposition's Q is transposed
     dist.broadcast(sent, group=group, group_src=0)
     tensor.copy_(sent)
-
-
-def shard_replicated(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    """Distributes a tensor of any shape that every process holds whole, without communication."""
-    replicated = torch.distributed.tensor.DTensor.from_local(
-        tensor, mesh, [torch.distributed.tensor.Replicate()] * mesh.ndim, run_check=False
-    )
-    return replicated.redistribute(placements=placements)
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:

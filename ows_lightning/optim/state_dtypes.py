@@ -8,12 +8,12 @@ from torch.optim import Optimizer
 
 
 def saved_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """Yields a state dict's tensors, of any shapes, except ``step``: the parameter of this optimizer, the key, the tensor."""
+    """Yields a state dict's tensors, of any shapes: the parameter of this optimizer, the key, the tensor."""
     numbers = (number for group in state_dict["param_groups"] for number in group["params"])
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     for number, p in zip(numbers, parameters, strict=True):
         for key, value in state_dict["state"].get(number, {}).items():
-            if isinstance(value, Tensor) and key != "step":
+            if isinstance(value, Tensor):
                 yield p, key, value.detach()
 
 

@@ -37,8 +37,16 @@ def find_subspace(gradient: Tensor, rank: int, side: Side, method: SubspaceMetho
         u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
         return (vh[..., :rank, :].mT if side == "right" else u[..., :rank]).to(gradient.dtype).contiguous()
     exact = gradient.float() if gradient.dtype == torch.float16 else gradient  # whose products would overflow
-    found = _sketch(exact if side == "right" else exact.mT, rank, seed)
-    return found._replace(basis=found.basis.to(gradient.dtype))
+    matrix = exact if side == "right" else exact.mT
+    generator = torch.Generator(matrix.device).manual_seed(seed)
+    # The products run in the matrix's own dtype: no float32 copy of it is made.
+    # All experts share it: a process with some of the experts finds the same subspaces as one that has them all.
+    shape = matrix.size(-2), min(rank + OVERSAMPLING, *matrix.shape[-2:])
+    test = torch.randn(shape, generator=generator, dtype=torch.float32, device=matrix.device)
+    rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)
+    columns = _orthonormal(matrix @ rows).to(matrix.dtype)
+    basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())
+    return Sketch(basis.to(gradient.dtype), triangle, rank, generator)
 
 
 def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
@@ -72,18 +80,6 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     exact = torch.promote_types(matrix.dtype, torch.float32)
     basis = torch.linalg.qr(gaussian.to(exact)).Q.to(matrix.dtype).contiguous().to(matrix.device, non_blocking=True)
     return basis.expand(*matrix.shape[:-2], -1, -1)
-
-
-def _sketch(matrix: Tensor, rank: int, seed: int) -> Sketch:
-    m, n = matrix.shape[-2:]
-    generator = torch.Generator(matrix.device).manual_seed(seed)
-    # The products run in the matrix's own dtype: no float32 copy of it is made.
-    # All experts share it: a process with some of the experts finds the same subspaces as one that has them all.
-    test = torch.randn(m, min(rank + OVERSAMPLING, m, n), generator=generator, dtype=torch.float32, device=matrix.device)
-    rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)
-    columns = _orthonormal(matrix @ rows).to(matrix.dtype)
-    basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())
-    return Sketch(basis, triangle, rank, generator)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -108,8 +108,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         return replace(scores, model=model.hparams.get("model_name_or_path", scores.model))
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> OutlierScores:
-        scores: OutlierScores = trainer.strategy.broadcast(self.compute_scores(pl_module, trainer.train_dataloader))
-        return scores
+        return trainer.strategy.broadcast(self.compute_scores(pl_module, trainer.train_dataloader))
 
     def _write_and_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         self.write(self._written_to)

@@ -309,8 +309,8 @@ def _inputs_and_mask(
 def _evaluation_mode(model: nn.Module, blocks: list[list[_ScoredWeight]]) -> Iterator[None]:
     """Turns dropout off and has transformers' experts use plain matrix products; restores both afterwards."""
     raw = (weight.owner for weights in blocks for weight in weights if weight.is_raw_parameter)
-    configs: list[Any] = [c for owner in raw if hasattr(c := getattr(owner, "config", None), "_experts_implementation")]
-    before: list[tuple[Any, str]] = [(config, config._experts_implementation) for config in configs]
+    configs: list[Any] = [getattr(owner, "config", None) for owner in raw]
+    before = [(config, config._experts_implementation) for config in configs if hasattr(config, "_experts_implementation")]
     try:
         for config, _ in before:
             config._experts_implementation = "eager"

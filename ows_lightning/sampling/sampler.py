@@ -381,7 +381,8 @@ class BlockSampler:
         self._loaded = state_dict.get("settings") or sampling_settings(self)  # older states have none to compare
         scores = state_dict.get("scores")
         self.outlier_scores = None if scores is None else OutlierScores(**scores)
-        self.probabilities = state_dict["probabilities"]
+        probabilities = state_dict["probabilities"]
+        self.probabilities = None if probabilities is None else torch.as_tensor(probabilities, dtype=torch.float64)
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]
         self.seconds = state_dict.get("seconds", 0.0)
         self._norms = torch.tensor(state_dict.get("gradient_norms", []), dtype=torch.float32)

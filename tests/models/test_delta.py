@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
-from ows_lightning.models import delta, export
+from ows_lightning.models import export
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.delta import DeltaSize, apply_delta, load_delta, max_delta_size, write_delta
 from ows_lightning.models.export import save_huggingface
@@ -186,7 +186,6 @@ def test_files_of_many_shards(model_dir: Callable[..., Path], monkeypatch: pytes
     load_model(str(base)).save_pretrained(base, max_shard_size=40_000)
     (base / "model.safetensors").unlink(missing_ok=True)
     monkeypatch.setattr(export, "SHARD_BYTES", 50_000)
-    monkeypatch.setattr(delta, "SHARD_BYTES", 50_000)
     make_delta(base, lambda model: train(model, 0, 1, 2))
     assert len([*(base.parent / "whole").glob("model-*.safetensors")]) > 2
     assert len([*(base.parent / "delta").glob("delta-*.safetensors")]) > 1

@@ -584,7 +584,7 @@ def test_what_is_learned_at_rest_is_kept_in_float32() -> None:
     for _ in range(600):
         weight.grad = (projector @ torch.ones(4, 64, dtype=torch.bfloat16)).T.contiguous()
         optimizer.step()
-    torch.testing.assert_close(optimizer.update_of(weight)[0].float(), torch.full((64, 4), -0.6), rtol=2e-2, atol=0)
+    torch.testing.assert_close(optimizer.updates_of([weight])[weight][0].float(), torch.full((64, 4), -0.6), rtol=2e-2, atol=0)
 
 
 def test_blocks_at_rest_have_trained_in_subspaces_of_the_seed(caplog: pytest.LogCaptureFixture) -> None:
