@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what tests start would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import torch.distributed as dist
+
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 
@@ -31,9 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_launcher() -> Iterator[None]:
-    """Forgets what Lightning's strategies tell a launched process, from which accelerate would start a process group."""
+def no_processes() -> Iterator[None]:
+    """Ends the process group that a trainer leaves, and forgets what its strategy tells a launched process."""
     yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
 

@@ -142,7 +142,7 @@ class RunSummary(Callback):
         """Returns the predicted memory, or why it can't be predicted."""
         device = module.device
         available = available_bytes(device)
-        there = f"{available / 1e9:.1f} GB available on {device}" if available else f"on {device}"
+        there = f"{available / 1e9:.1f} GB available on {device}"
         try:
             with torch.random.fork_rng(devices=[]):
                 recomputing = count_checkpointed(module.language_model)
@@ -156,11 +156,12 @@ class RunSummary(Callback):
             self.predicted += f"; {needs.host_bytes / 1e9:.1f} GB of host memory"
             if device.type == "cpu":
                 needed += needs.host_bytes
-            elif (free := available_bytes(torch.device("cpu"))) is not None:
+            else:
+                free = available_bytes(torch.device("cpu"))
                 self.predicted += f", {free / 1e9:.1f} GB available"
                 if needs.host_bytes > free:
                     self.predicted += f"; too little of it: see `{command_line('plan')}`, or set model.frozen_in: disk"
-        return self.predicted + (f"; too little: see `{command_line('plan')}`" if available and needed > available else "")
+        return self.predicted + (f"; too little: see `{command_line('plan')}`" if needed > available else "")
 
 
 def _model_text(module: LightningModule) -> str:
