@@ -37,14 +37,17 @@ class SaveOnSignal(StepCallback):
         SaveOnSignal.__init__(self)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Installs its handlers, until the Trainer restores those from before the run."""
-        if not self._previous_handlers and threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        """Installs its handlers, where a validation comes first."""
+        self._install_handlers()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Installs them where no validation came before."""
+        """Installs its handlers, where none came first."""
         super().on_train_start(trainer, pl_module)
-        self.on_sanity_check_start(trainer, pl_module)
+        self._install_handlers()
+
+    def _install_handlers(self) -> None:  # the Trainer restores those from before the run
+        if not self._previous_handlers and threading.current_thread() is threading.main_thread():
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = number

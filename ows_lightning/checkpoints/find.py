@@ -32,7 +32,7 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
             raise UsageError(f"ckpt_path: no checkpoint '{ckpt_path}'")
         return ckpt_path
     if ckpt_path != "last":
-        read_checkpoint(Path(ckpt_path), load_without_tensors)
+        read_checkpoint(Path(ckpt_path), load_verified)
         return Path(ckpt_path)
     return next((path for place in places for folder in _checkpoint_folders(place) if (path := last_good(folder))), None)
 
@@ -51,14 +51,14 @@ def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
         there = [path for path in folder.glob(pattern) if path.exists()]  # not links to what is gone
         for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             try:
-                if path != other_than and load_without_tensors(path):
+                if path != other_than and load_verified(path):
                     return path
             except READ_ERRORS as error:
                 log.warning("Passed over the damaged checkpoint %s (%s)", path, first_line(error))
     return None
 
 
-def load_without_tensors(path: Path) -> dict[str, Any]:
+def load_verified(path: Path) -> dict[str, Any]:
     """Returns a checkpoint's contents with memory-mapped or no tensors, after all checksums were verified."""
     if not path.is_dir():
         return load_file(path)
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
         hint = f"the last good one in it is '{within}'" if within else "there is no good one in it"
         raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {hint}")
     try:
-        load_without_tensors(path)
+        load_verified(path)
         return read(path)
     except UsageError:
         raise

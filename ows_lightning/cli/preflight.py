@@ -52,11 +52,14 @@ _RANGES = {
 }  # fmt: skip
 """The least and the greatest value of a number where nothing else checks it."""
 
-_NOT_ZERO = {
+_POSITIVE_ARGUMENTS = {
     "fit": ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch"),
     "validate": ("limit_val_batches",), "test": ("limit_test_batches",), "predict": ("limit_predict_batches",),
 }  # fmt: skip
-"""The commands that write into a run's folder, and the Trainer's arguments with which 0 makes each useless."""
+"""The Trainer's arguments with which 0 makes a command useless."""
+
+_RUNS = (*_POSITIVE_ARGUMENTS,)
+"""The commands that write into a run's folder."""
 
 
 def check_settings(config: Mapping[str, Any], trains: bool) -> None:
@@ -107,12 +110,12 @@ def check_run(
     command: str, model: LightningModule, data: LightningDataModule, trainer_args: Mapping[str, Any], trainer: Trainer
 ) -> None:
     """Checks what a command is about to use: the module without its weights, the Trainer as it is given, the first rows."""
-    for key in _NOT_ZERO.get(command, ()):
+    for key in _POSITIVE_ARGUMENTS.get(command, ()):
         if trainer_args[key] == 0:
             raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")
     if command != "export":  # which computes nothing
         check_devices(trainer)
-    if command in _NOT_ZERO:
+    if command in _RUNS:
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
         for logger in trainer.loggers:  # a version of its own choice is free, and chosen as late as possible
@@ -133,7 +136,7 @@ def check_run(
             liger_for(config)
         sampling = LayerwiseSampling.of(trainer) if command == "fit" else None
         some_are_frozen = sampling is not None or model.hparams["lora"] is not None or command != "fit"
-        if command in _NOT_ZERO:
+        if command in _RUNS:
             check_offloading(model.hparams, some_are_frozen, trainer.num_devices, str(trainer_args["strategy"]))
         if sampling is not None:
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))

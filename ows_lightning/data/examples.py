@@ -148,9 +148,9 @@ def encode(
     rows = []
     for index, row_name, example in zip(indices, batch["where"], batch["example"], strict=True):
         content = json.loads(example)
-        hidden = encoder.dropped_parts(content) if find_unshown else []
+        unshown = encoder.unshown_parts(content) if find_unshown else []
         for row in encoder.encode(content, row_name) or [Encoded([], [], truncated=False)]:
-            rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index, hidden))
+            rows.append((row.input_ids, row.labels, len(row.input_ids), row.num_targets, row.truncated, index, unshown))
     return {name: [row[i] for row in rows] for i, name in enumerate(token_features())}
 
 

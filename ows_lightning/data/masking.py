@@ -79,10 +79,10 @@ class Encoder:
                 rows = []  # the template refuses the conversation without its calls
         return [row for row in rows if row.num_targets]
 
-    def dropped_parts(self, example: Example) -> list[str]:
+    def unshown_parts(self, example: Example) -> list[str]:
         """What the chat template leaves out of an example, in words."""
         template, tools = self._template, example.get("tools")
-        return [] if "text" in example else template.dropped_parts(self._relevant_messages(example), tools)
+        return [] if "text" in example else template.unshown_parts(self._relevant_messages(example), tools)
 
     def encode_prompt(self, example: Example, row_name: str) -> tuple[str, list[int]]:
         """The rendered prompt of an example and its token ids; the start is cut when it is longer than `max_seq_length`."""

@@ -62,7 +62,7 @@ class ChatTemplate:
                 kept.append(message)
         return kept
 
-    def dropped_parts(self, messages: list[Message], tools: Any) -> list[str]:
+    def unshown_parts(self, messages: list[Message], tools: Any) -> list[str]:
         """What the template leaves out, in words, each once; reasoning counts as shown if it is while its answer is last."""
         probed = _Probed(messages, tools)
         if not probed.places or (text := self._try_render(probed.messages, probed.tools)) is None:

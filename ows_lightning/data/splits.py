@@ -89,11 +89,11 @@ class Splits:
         chosen = [i for a, b in zip(first.tolist(), last.tolist(), strict=True) for i in range(a, b) if has_target[i]]
         if not has_target.any():
             where = self.examples_of(key)["where"]
-            hidden = ", ".join(dict.fromkeys(what for unshown in documents["unshown"] for what in unshown))
+            unshown = ", ".join(dict.fromkeys(what for parts in documents["unshown"] for what in parts))
             raise UsageError(
                 f"data.{key}: none of {len(where)} rows has a target token (an answer that is not empty): "
                 f"{join_names(where)}{'; `predict` needs none' if part == 'test' else ''}"
-                f"{f'; the chat template does not show {hidden}' if hidden else ''}"
+                f"{f'; the chat template does not show {unshown}' if unshown else ''}"
             )
         if not chosen:
             raise UsageError(f"data.{key}: no row for {part} has an answer to train on")

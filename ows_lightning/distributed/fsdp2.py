@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.files import META, METADATA, file_crc32, partial_path, replace_atomically, save_file
-from ows_lightning.checkpoints.find import load_without_tensors, read_checkpoint
+from ows_lightning.checkpoints.find import load_verified, read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split_checkpoint
 from ows_lightning.distributed.process_group import destroy_at_exit
@@ -121,7 +121,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint except its tensors, which the two following methods read, each process its part."""
         path = Path(self.broadcast(checkpoint_path))
-        return {**read_checkpoint(path, load_without_tensors), "path": str(path)}
+        return {**read_checkpoint(path, load_verified), "path": str(path)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Reads this process's part of the weights into the module."""

@@ -108,8 +108,8 @@ def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:
 
 
 def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
-    # `renews_with_state` makes every step renew its subspaces, the worst case for memory. Here renewals are counted apart.
-    resting = replace(settings.method, renews_with_state=False)
+    # `renews_while_active` makes every step renew its subspaces, the worst case for memory. Here renewals are counted apart.
+    resting = replace(settings.method, renews_while_active=False)
     method = replace(resting, resting_rank=0, resting_updates_kept=False)
 
     def step_of(active: int, frozen: int, method: TrainingMethod = method) -> Callable[..., float]:

@@ -176,7 +176,7 @@ def settings_from_config(config: Any) -> PlanSettings:
         project_embeddings=model.get("project_embeddings", False),
         ours=True,
         factored=not model.get("compile", False) and strategy != "fsdp2",
-        renews_with_state=model.get("update_proj_gap", 200) < sampling.get("interval_steps", 50),
+        renews_while_active=model.get("update_proj_gap", 200) < sampling.get("interval_steps", 50),
         lora=model.get("lora"),
         resting_rank=sampling.get("resting_rank", 0),
         resting_updates_kept=model.get("frozen_in", "device") != "device" or model.get("frozen_dtype") is not None,

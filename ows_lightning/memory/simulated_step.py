@@ -41,7 +41,7 @@ class TrainingMethod:
     ours: bool = False  # chunked loss, projection within backward; else all logits, and all gradients at once
     factored: bool = False  # gradients of linear layers are projected as factors, see `project_in_backward`
     keeps_states: bool = False  # optimizer states of blocks that are frozen again stay
-    renews_with_state: bool = False  # a subspace lives shorter than a block is active
+    renews_while_active: bool = False  # a subspace lives shorter than a block is active
     lora: dict[str, Any] | None = field(default=None, hash=False)  # of peft's LoraConfig
     resting_rank: int = 0  # in which frozen blocks above the lowest active one train
     resting_updates_kept: bool = False  # what they learn is kept beside their weights, which are offloaded
@@ -89,7 +89,7 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
         for renews in (True,) if everything_has_state and method.rank is None else (True, False):
             for group in simulation.optimizer.param_groups:
                 if "update_proj_gap" in group:
-                    group["update_proj_gap"] = 1 if renews or method.renews_with_state else 1 << 30
+                    group["update_proj_gap"] = 1 if renews or method.renews_while_active else 1 << 30
             hooks = simulation.watch_gradients(renews)
             consumed = simulation.step(renews)
             for hook in hooks:
@@ -200,7 +200,7 @@ class _Simulation:
         if self.method.factored:
             # A hook would call for the gradients that linear layers do without in this step.
             factors = {m.weight for m in decoder_layers(self.model).modules() if isinstance(m, nn.Linear)}
-            whole = renews or self.method.renews_with_state
+            whole = renews or self.method.renews_while_active
             parameters = [p for p in parameters if p not in factors or (whole and not self._rests(p))]
         hooks = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
         hooks += [p.register_post_accumulate_grad_hook(begin) for p in parameters]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, OWSTrainer
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
-from ows_lightning.checkpoints.find import find_checkpoint, load_without_tensors
+from ows_lightning.checkpoints.find import find_checkpoint, load_verified
 from ows_lightning.cli.main import main
 from ows_lightning.report.model_card import without_folders
 from tests.data.samples import tiny_tokenizer
@@ -39,10 +39,10 @@ def test_last_is_the_newest_checkpoint_without_a_copy(strategy: str, ranks: int,
     files = [Path(".")] if last.is_file() else [path.relative_to(last) for path in last.iterdir() if path.is_file()]
     assert files
     assert all((last / file).samefile(newest / file) for file in files)
-    assert load_without_tensors(last)["global_step"] == 4
+    assert load_verified(last)["global_step"] == 4
     for file in files:  # as when it is no longer among the best
         (newest / file).unlink()
-    assert load_without_tensors(last)["global_step"] == 4
+    assert load_verified(last)["global_step"] == 4
 
 
 def test_last_is_a_second_copy_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_last_is_a_second_copy_where_there_are_no_hard_links(tmp_path: Path, mon
     newest, last = sorted((tmp_path / "kept").iterdir())
     assert (newest.name, last.name) == ("epoch=0-step=2.ckpt", "last.ckpt")
     assert not last.samefile(newest)
-    assert load_without_tensors(last)["global_step"] == 2
+    assert load_verified(last)["global_step"] == 2
 
 
 def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Arguments, tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Argum
     run(command, tmp_path / "out")
     folder = tmp_path / "runs" / "version_0" / "checkpoints"
     (best,) = folder.glob("epoch=*.ckpt")
-    assert load_without_tensors(best)["global_step"] == 1  # of the fewest tokens
-    assert load_without_tensors(folder / "last.ckpt")["global_step"] == 4
+    assert load_verified(best)["global_step"] == 1  # of the fewest tokens
+    assert load_verified(folder / "last.ckpt")["global_step"] == 4
 
 
 def test_last_is_saved_before_the_first_validation(arguments: Arguments, tmp_path: Path) -> None:
@@ -87,11 +87,11 @@ def test_last_is_saved_before_the_first_validation(arguments: Arguments, tmp_pat
     launch = Launch([*settings, *kill, "--trainer.callbacks.step=7"], tmp_path / "killed")
     assert launch.wait() == [-signal.SIGKILL], launch.output
     folder = tmp_path / "runs" / "version_0" / "checkpoints"
-    assert load_without_tensors(folder / "last.ckpt")["global_step"] == 6
+    assert load_verified(folder / "last.ckpt")["global_step"] == 6
     run([*settings, "--ckpt_path=last"], tmp_path / "resumed")
     (best,) = folder.parents[1].glob("version_*/checkpoints/epoch=*.ckpt")
-    assert load_without_tensors(best)["global_step"] == 8
-    assert load_without_tensors(best.with_name("last.ckpt"))["global_step"] == 8
+    assert load_verified(best)["global_step"] == 8
+    assert load_verified(best.with_name("last.ckpt"))["global_step"] == 8
 
 
 class WhatWasThere(Callback):
@@ -106,7 +106,7 @@ class WhatWasThere(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self.file.exists():
-            self.last[trainer.global_step] = load_without_tensors(self.file)["global_step"]
+            self.last[trainer.global_step] = load_verified(self.file)["global_step"]
 
 
 def test_the_best_waits_for_a_validation_of_its_own_weights(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_best_waits_for_a_validation_of_its_own_weights(tmp_path: Path) -> N
     assert whole.last == {3: 3, 4: 4, 5: 4, 6: 6, 7: 6, 8: 8}
     kept = {int(path.stem.rpartition("=")[2]): path for path in (tmp_path / "whole").glob("epoch=*.ckpt")}
     assert sorted(kept) == [4, 8]
-    scores = next(iter(load_without_tensors(kept[8])["callbacks"].values()))["best_k_models"].values()
+    scores = next(iter(load_verified(kept[8])["callbacks"].values()))["best_k_models"].values()
     assert [float(score) for score in scores] == [whole.val_loss[4], whole.val_loss[8]]
     fit(3, "resumed")
     fit(9, "resumed", tmp_path / "resumed" / "last.ckpt")

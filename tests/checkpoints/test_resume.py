@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ows_lightning.checkpoints.files import partial_path
-from ows_lightning.checkpoints.find import find_checkpoint, last_good, load_without_tensors
+from ows_lightning.checkpoints.find import find_checkpoint, last_good, load_verified
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.cli.lightning_cli import OWSCLI
@@ -418,7 +418,7 @@ def test_the_config_of_a_resumed_run_does_not_name_the_checkpoint_that_it_went_o
     runs = tmp_path / "runs"
     run(arguments("--trainer.max_steps=2"), tmp_path / "first")
     run(arguments("--trainer.max_steps=4", "--ckpt_path=last"), tmp_path / "second")
-    assert load_without_tensors(runs / "version_1" / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert load_verified(runs / "version_1" / "checkpoints" / "last.ckpt")["global_step"] == 4
     assert yaml.safe_load((runs / "version_1" / "config.yaml").read_text())["ckpt_path"] is None
 
 

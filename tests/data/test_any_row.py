@@ -106,7 +106,7 @@ def test_any_row_is_well_encoded_or_refused_by_its_name(row: dict[str, Any], tem
         name = formats.recognise(row, "line 7")
         example = json.loads(to_table_entry(row, name, "line 7", requires_answer=True)["example"])
         encoded = made.encode(example, "line 7")
-        made.dropped_parts(example)
+        made.unshown_parts(example)
         prompt_ids = made.encode_prompt(example, "line 7")[1]
     except UsageError as error:
         refused = error

@@ -73,14 +73,14 @@ def encode(template: str, messages: list[dict[str, Any]], **row: Any) -> tuple[s
     example = to_example({"messages": messages, **row}, "messages", "row 1")
     rows = encoder.encode(example, "row 1")
     if not rows:
-        return "", [], encoder.dropped_parts(example)
+        return "", [], encoder.unshown_parts(example)
     parts = [""]
     for label in rows[0].labels:
         if label == -100:
             parts.append("")
         else:
             parts[-1] += tokenizer.decode(label)
-    return tokenizer.decode(rows[0].input_ids), [part for part in parts if part], encoder.dropped_parts(example)
+    return tokenizer.decode(rows[0].input_ids), [part for part in parts if part], encoder.unshown_parts(example)
 
 
 @pytest.mark.parametrize("arguments", [json.dumps({"city": "Rome"}), {"city": "Rome"}])
