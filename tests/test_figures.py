@@ -1,0 +1,85 @@
+"""Figures in README and docs are those of the studies' rows and of `plan`: who makes new ones has to write them there, too."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from ows_lightning.cli.lightning_cli import OWSCLI
+from ows_lightning.memory.plan_settings import settings_from_config
+from ows_lightning.memory.planner import METHODS as PLANNED
+from ows_lightning.memory.prediction import predict
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+METHODS = {
+    "full fine-tuning": "full",
+    "LoRA": "lora",
+    "OWS, 20 of 30 blocks in rank 32": "thin_20",
+    "OWS, five blocks, rank 16 at rest": "ows_resting",
+    "OWS, five blocks in rank 128": "ows",
+}
+TASKS = ("spell_backward", "family_relationships", "cmudict", "number_filtering")
+
+
+def means(key: str, task: str, method: str) -> float:
+    with (ROOT / "benchmarks/results/length.csv").open() as file:
+        found = [float(row[key]) for row in csv.DictReader(file) if (row["task"], row["method"]) == (f"{task}@128", method)]
+    assert len(found) == 5
+    return mean(found)
+
+
+def table(text: str, first: str) -> dict[str, list[str]]:
+    """The cells of a Markdown table's rows by their first, of the table whose head has this cell."""
+    lines = text.partition(first)[2].partition("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=METHODS.values())
+def test_the_long_study(name: str, method: str) -> None:
+    row = table((ROOT / "docs/evidence.md").read_text(), "| | `spell_backward` |")[name]
+    learned = [f"{means('test_loss', task, method):.3f}, {means('forgetting', task, method):.2f}" for task in TASKS]
+    cost = [f"{means('flops', TASKS[0], method) / 1e12:.1f}", f"{means('peak_mb', TASKS[0], method):,.0f}"]
+    assert row == [*learned, *cost]
+    *others, last = (means("test_loss", task, method) for task in TASKS)
+    assert f"{', '.join(f'{loss:.2f}' for loss in others)}, {last:.3f}" in README
+
+
+def predicted(config: str, *flags: str, method: str = "ows") -> tuple[float, float]:
+    """Peak on the card and bytes in host memory, in GB."""
+    arguments = ["--config", str(ROOT / f"configs/{config}.yaml"), *flags]
+    settings = settings_from_config(OWSCLI(arguments, run=False).config)
+    needs = predict(replace(settings, method=PLANNED[method](settings)))
+    return needs.peak_bytes / 1e9, needs.host_bytes / 1e9
+
+
+@pytest.mark.slow
+def test_what_a_7b_model_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OWSCLI, "instantiate_classes", lambda cli: None)  # it is to parse alone
+    rows = table(README, "| | 16 x 512 tokens a step |")
+    one_row = ("--data.batch_size", "1", "--trainer.accumulate_grad_batches", "16")
+
+    def check(name: str, *flags: str, method: str = "ows", more: str = "") -> None:
+        found = [predicted("models/llama2_7b", *flags, *micro_batch, method=method)[0] for micro_batch in ((), one_row)]
+        assert rows.pop(name) == [f"{found[0]:.2f}", f"{found[1]:.2f}{more}"]
+
+    lora, host = ("--config", str(ROOT / "configs/methods/lora.yaml")), ("--model.frozen_in", "host")
+    two_blocks, _ = predicted("models/llama2_7b_4gb")
+    check("OWS, five blocks")
+    check("with rank 16 at rest", "--sampling.resting_rank", "16")
+    check("LoRA", method="lora")
+    check("OWS as published (states kept, embeddings trained)", method="ows_published")
+    check("full AdamW", method="full")
+    _, of_five = predicted("models/llama2_7b", *host)
+    or_two = f", or {two_blocks:.2f} with two blocks"
+    check(f"OWS, frozen blocks in host memory (and {of_five:.2f} GB there)", *host, more=or_two)
+    check("LoRA, the same (`--config methods/lora`)", *lora, *host)
+    assert not rows
+    of_lora, _ = predicted("models/llama2_7b", *lora, *host, *one_row)
+    assert f"peaks of {two_blocks:.2f} and {of_lora:.2f} GB predicted" in README
+    assert f"Llama-2-70B is predicted at {predicted('models/llama2_70b_12gb')[0]:.2f} GB" in README
