@@ -134,13 +134,13 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: str = "norm") -> None:
     """Scales gradients in place so that ``norm``, theirs or a larger set's, is at most ``limit``; or clamps by ``value``."""
     parts = [local(gradient) for gradient in gradients]
-    if not parts:
-        return
     if algorithm == "value":
         for part in parts:
             part.clamp_(-limit, limit)
-    else:
-        foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for device in {part.device for part in parts}:  # a model may be split over several cards
+        foreach_mul_([part for part in parts if part.device == device], factor.to(device))
 
 
 def zero_missing_gradients(

@@ -11,8 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from ows_lightning.optim import sharding
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.sharding import total_norm
+from ows_lightning.optim.sharding import clip_, total_norm
 
 
 @pytest.fixture
@@ -45,3 +46,15 @@ def test_a_large_gradient_in_half_precision_is_no_reason_to_skip(rank: int | Non
     optimizer.step()
     assert optimizer.skipped_steps == 0
     assert weight.float().mean() < 0
+
+
+def test_a_model_may_be_split_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled: list[tuple[torch.device, torch.device]] = []
+
+    def multiply(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+        scaled.extend((tensor.device, factor.device) for tensor in tensors)  # a card's kernel takes no other card's scalar
+
+    monkeypatch.setattr(sharding, "foreach_mul_", multiply)
+    clip_([torch.ones(2), torch.ones(2, device="meta"), torch.ones(3)], torch.tensor(4.0), 1.0)
+    assert len(scaled) == 3
+    assert all(tensor == factor for tensor, factor in scaled)
