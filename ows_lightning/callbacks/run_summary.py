@@ -120,8 +120,12 @@ class RunSummary(Callback):
             steps.append(f"report {shlex.quote(str(folder))}")
         if last := getattr(run_checkpoint(trainer), "last_model_path", ""):
             steps.append(f"test --config {quoted} --ckpt_path {shlex.quote(last)}")
-        there = {"model": "the model in model/ (for AutoModelForCausalLM.from_pretrained), ", "checkpoints": "checkpoints/, "}
-        log.info("%s has %sfigures and pictures", folder, "".join(there[name] for name in there if (folder / name).exists()))
+        there = {
+            "model": "the model in model/ (for AutoModelForCausalLM.from_pretrained)", "checkpoints": "checkpoints/",
+            "metrics.csv": "figures", "*.png": "pictures",
+        }  # fmt: skip
+        if found := [text for pattern, text in there.items() if any(folder.glob(pattern))]:
+            log.info("%s has %s", folder, ", ".join(found))
         if steps:
             log.info("Next: %s", "\n      ".join(map(command_line, steps)))
 

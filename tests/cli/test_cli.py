@@ -70,7 +70,7 @@ def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
         r"Before training: validation loss [\d.]+, exact match [\d.]+%",
         r"Over the run, [234] of 4 blocks train: [\d.]+K weights \([\d.]+%\)",
         r"After training: validation loss [\d.]+ -> [\d.]+, exact match [\d.]+% -> [\d.]+%",
-        r"runs/version_0 has the model in model/",
+        r"runs/version_0 has the model in model/ .*, checkpoints/, figures, pictures",
     ]
     position = 0
     for pattern in expected:  # in this order
