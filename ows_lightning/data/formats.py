@@ -139,6 +139,8 @@ def _answer(row: Row, column: str, row_name: str) -> list[Message]:
         answer = choices[index]
     elif isinstance(choices, list) and isinstance(answer, (int, float)):  # also a truth value
         raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one, or its index from 0")
+    if isinstance(answer, (list, dict)):
+        raise UsageError(f"{row_name}: 'answer' must be text, got {_type_text(answer)}")
     return [{"role": "assistant", "content": "" if answer is None else str(answer)}]
 
 

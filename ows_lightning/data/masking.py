@@ -94,6 +94,8 @@ class Encoder:
             messages = self._template.without_hidden_answers(messages, tools)
             text = self._template.render(messages, tools, row_name, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if not ids:
+            raise UsageError(f"{row_name}: the prompt is empty; leave the row out, or give it a text")
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
 
     def _relevant_messages(self, example: Example) -> list[Message]:

@@ -74,9 +74,12 @@ def choices_of(example: Example, row_name: str) -> tuple[list[str], int]:
     if found is None:
         return [], -1
     options = found[1].split("/")
-    right = _index(answer, options, row_name)
-    before, _, after = reference.rpartition(options[right])
-    return [f"{before}{option}{after}" for option in options], right
+    right = _index(str(answer) if str(answer) in options else answer, options, row_name)
+    places = [*re.finditer(rf"(?<!\w){re.escape(options[right])}(?!\w)", reference, re.IGNORECASE)]
+    if not places:
+        return options, right
+    start, end = places[-1].span()
+    return [f"{reference[:start]}{option}{reference[end:]}" for option in options], right
 
 
 def _index(answer: Any, options: Sequence[str], row_name: str) -> int:

@@ -21,7 +21,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ows_lightning.compat import fingerprint
-from ows_lightning.data.formats import Row, without_none
+from ows_lightning.data.formats import COLUMNS, Row, without_none
 from ows_lightning.errors import UsageError, did_you_mean, first_line
 
 
@@ -260,7 +260,7 @@ def _read_json(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
             return
         raise source.error(f"{file.name} is not valid JSON: {error}") from None
     if isinstance(data, dict):
-        only = next(iter(data.values())) if len(data) == 1 else None
+        only = next(iter(data.values())) if len(data) == 1 and data.keys().isdisjoint(COLUMNS) else None
         data = only if isinstance(only, list) and all(isinstance(row, dict) for row in only) else [data]
     if not isinstance(data, list):
         raise source.error(f"{file.name} holds a {type(data).__name__}, not a list of objects")

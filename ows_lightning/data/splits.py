@@ -196,7 +196,8 @@ class Splits:
             return concatenate_datasets(streams)
         weights = np.asarray(list(self.dataset.values()), dtype=float)
         shares = (weights / weights.sum()).tolist()
-        return interleave_datasets(streams, shares, seed=self.seed, stopping_strategy="all_exhausted")
+        # Each source is repeated for itself: a mixture that was would begin with the same rows of each, every time.
+        return interleave_datasets([stream.repeat(None) for stream in streams], shares, seed=self.seed)
 
 
 def _mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -608,6 +609,18 @@ def test_a_stream_mixes_by_weight(jsonl: Write) -> None:
     data = make({many: 9, other: 1}, streaming=True, tokenizer=None, batch_size=10)
     seen = [row for _, rows in fit(data, max_steps=10).seen for row in rows]
     assert 0 < sum(row.startswith("other") for row in seen) / len(seen) < 0.25
+
+
+def test_a_streamed_mixture_repeats_each_source_as_a_whole(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BLOCK", 10)  # within which rows are shuffled
+    few, many = (
+        jsonl(pairs(10), "few.jsonl"),
+        jsonl([{"instruction": "q", "output": f"other {i}"} for i in range(25)], "many.jsonl"),
+    )
+    data = make({few: 1, many: 3}, streaming=True, tokenizer=None, batch_size=10)
+    seen = Counter(row for _, rows in fit(data, max_steps=20).seen for row in rows if row.startswith("other"))
+    assert len(seen) == 25
+    assert max(seen.values()) - min(seen.values()) <= 1
 
 
 def test_a_stream_is_shuffled_by_seed(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:

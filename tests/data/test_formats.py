@@ -133,6 +133,7 @@ def test_columns_are_renamed() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "entry 1: the content must be text, got a list"),
         ({"prompt": "q", "completion": 4}, "row 1: 'completion' must be text, got a number"),
         ({"instruction": ["q"], "output": "a"}, "row 1: 'instruction' must be text, got a list"),
+        ({"instruction": "q", "answer": ["a", "b"]}, "row 1: 'answer' must be text, got a list"),
         ({"messages": [QUESTION], "tools": "{"}, "row 1: 'tools' is not valid JSON"),
         ({"messages": [QUESTION], "tools": ["f"]}, "row 1: 'tools' must be a list of objects, got text in it"),
         ({"messages": [{"role": ["user"], "content": "q"}]}, r"entry 1 has the role \['user'\]; known are"),

@@ -279,3 +279,8 @@ class SpeaksFirst:
         encoding = self.tokenizer(text)
         encoding["input_ids"] = [3, *encoding["input_ids"]]
         return encoding
+
+
+def test_an_empty_prompt_is_named() -> None:
+    with pytest.raises(UsageError, match=r"^rows.jsonl line 2: the prompt is empty"):
+        encoder().encode_prompt({"text": ""}, "rows.jsonl line 2")

@@ -104,6 +104,9 @@ def test_json_under_other_shapes(tmp_path: Path) -> None:
     assert rows_of(file) == ROWS
     file.write_text("\ufeff" + json.dumps(ROWS[0]), encoding="utf-8")
     assert rows_of(file) == ROWS[:1]
+    conversation = {"messages": [{"role": "user", "content": "3?"}, {"role": "assistant", "content": "odd"}]}
+    file.write_text(json.dumps(conversation))  # a file a conversation
+    assert rows_of(file) == [conversation]
 
 
 def test_directories_and_globs(tmp_path: Path) -> None:

@@ -77,6 +77,25 @@ def test_rows_of_the_commonsense_files_have_their_choices_in_the_question() -> N
     assert right == 0
 
 
+@pytest.mark.parametrize(
+    ("form", "answer", "output", "texts"),
+    [
+        ("true/false", True, None, ["true", "false"]),
+        ("true/false", "true", "The correct answer is True.", ["The correct answer is true.", "The correct answer is false."]),
+        ("yes/no", "no", "It is no, not yes", ["It is yes, not yes", "It is no, not yes"]),
+        ("yes/no", "yes", "neither", ["yes", "no"]),
+        ("1/2/3", 1, "1", ["1", "2", "3"]),
+    ],
+)
+def test_the_answer_in_a_reference_is_replaced(form: str, answer: object, output: str | None, texts: list[str]) -> None:
+    row = {"instruction": f"Is it?\n\nAnswer format: {form}", "answer": answer} | (
+        {} if output is None else {"output": output}
+    )
+    found, right = choices_of(to_example(row, "alpaca", "row 1"), "row 1")
+    assert found == texts
+    assert form.split("/")[right] == str(answer).lower()
+
+
 def test_other_rows_have_none() -> None:
     messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]
     assert choices_of({"messages": messages, "answer": "that"}, "row 1") == ([], -1)
