@@ -49,6 +49,7 @@ class Resume(Callback):
         self._options: list[dict[str, Any]] = []  # of all optimizers' groups, as configured
         self._saved_options: list[dict[str, Any]] | None = None  # as configured in the run that is resumed
         self._saved_settings: dict[str, Any] = {}
+        self._num_groups: list[int] = []  # of each optimizer, as configured
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run, and makes the Trainer's loops exact."""
@@ -62,7 +63,8 @@ class Resume(Callback):
         if (before := self._saved_settings.get("model.optimizer", now)) != now and isinstance(pl_module, CausalLMModule):
             raise UsageError(f"model.optimizer: the checkpoint is of {before}, this run of {now}; set it back, or start anew")
         kept = ("params", "param_names", "lr", "initial_lr")
-        for group in _groups(trainer):
+        self._num_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        for group in self._configured_groups(trainer):
             options = {name: value for name, value in group.items() if name not in kept}
             self._options.append({**options, "lr": group.get("initial_lr", group["lr"])})
 
@@ -84,7 +86,7 @@ class Resume(Callback):
         changed = {}
         before = self._saved_options or [{}] * len(self._options)
         recomputed = all(isinstance(config.scheduler, LambdaLR) for config in trainer.lr_scheduler_configs)
-        for group, configured, formerly in zip(_groups(trainer), self._options, before, strict=True):
+        for group, configured, formerly in zip(self._configured_groups(trainer), self._options, before, strict=True):
             for key, value in configured.items():
                 place = "initial_lr" if key == "lr" and "initial_lr" in group else key
                 # Not where a schedule may have changed it since (ReduceLROnPlateau the rate, OneCycleLR the betas).
@@ -103,6 +105,11 @@ class Resume(Callback):
                 for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                     group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
         return changed
+
+    def _configured_groups(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """The groups without those that were added in training."""
+        held = zip(trainer.optimizers, self._num_groups, strict=True)
+        return [group for optimizer, number in held for group in optimizer.param_groups[:number]]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the configured options and settings."""
@@ -128,12 +135,8 @@ def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, 
     return {**found, "model.optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)}
 
 
-def _groups(trainer: Trainer) -> list[dict[str, Any]]:
-    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-
-
 class ContinueMetricsCSV(Callback):
-    """Copies the rows that were logged up to the checkpoint into the ``metrics.csv`` of a resumed run.
+    """Copies the rows that were logged up to the checkpoint into ``metrics.csv`` and ``generations.csv`` of a resumed run.
 
     A run can be killed between saving a step's checkpoint and logging its row, so the checkpoint holds that row, too.
     """
@@ -181,3 +184,8 @@ def _copy_rows(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> 
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+    if (before / "generations.csv").is_file():
+        with (before / "generations.csv").open(newline="", encoding="utf-8") as file:
+            header, *answers = csv.reader(file)
+        with (now / "generations.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *(row for row in answers if int(row[0]) < checkpoint["global_step"])])

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
 from ows_lightning.checkpoints.files import partial_path, replace_atomically
+from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.compat import logged_in_validation
 
 
@@ -33,6 +34,13 @@ class RunCheckpoint(ModelCheckpoint):
         if self.save_last == "link":
             self.save_last = True
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on with the ``last.ckpt`` that a run is resumed from: as a link it has a state from before it was named."""
+        super().on_train_start(trainer, pl_module)
+        last = Path(self.dirpath or "", f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        if trainer.ckpt_path and not self.last_model_path and last.exists() and last.samefile(trainer.ckpt_path):
+            self.last_model_path = str(last)
 
     def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:
         """Saves ``last.ckpt`` although the best has to wait for a validation."""
@@ -70,6 +78,9 @@ class RunCheckpoint(ModelCheckpoint):
         newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
         is_last = filepath == self.last_model_path and newest not in ("", filepath)
         if not (is_last and self._link(trainer, Path(newest), Path(filepath))):
+            path, is_atomic = Path(filepath), isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+            if trainer.is_global_zero and not is_atomic and path.is_file() and path.stat().st_nlink > 1:
+                path.unlink()  # what writes in place would write into the other file, too
             super()._save_checkpoint(trainer, filepath)
         remove_interrupted(trainer, Path(filepath))
 

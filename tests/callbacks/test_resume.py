@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -77,3 +78,41 @@ def test_a_rate_that_is_configured_anew_holds_for_its_optimizer(tmp_path: Path) 
     fit(TwoOptimizers((1e-3, 1e-3)), tmp_path, 4).save_checkpoint(tmp_path / "half.ckpt")
     trainer = fit(TwoOptimizers((1e-3, 5e-4)), tmp_path, 8, tmp_path / "half.ckpt")
     assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [1e-3, 5e-4]
+
+
+class Headed(Scheduled):
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.head = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * self.head
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([self.head], lr=1e-2)
+
+
+class Unfrozen(BaseFinetuning):
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.layer)
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.layer, optimizer)
+
+
+def test_groups_that_were_added_in_training_are_the_checkpoints(tmp_path: Path) -> None:
+    def run(epochs: int, *ours: Resume, ckpt_path: Path | None = None) -> tuple[LightningModule, Trainer]:
+        torch.manual_seed(0)
+        module = Headed()
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_epochs=epochs, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, callbacks=[*ours, Unfrozen()],
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(torch.arange(8.0).reshape(2, 4), batch_size=1), ckpt_path=ckpt_path)
+        return module, trainer
+
+    run(2, Resume())[1].save_checkpoint(tmp_path / "half.ckpt")
+    resumed, lightnings = run(4, Resume(), ckpt_path=tmp_path / "half.ckpt"), run(4, ckpt_path=tmp_path / "half.ckpt")
+    torch.testing.assert_close(resumed[0].state_dict(), lightnings[0].state_dict(), rtol=0, atol=0)
+    assert [group["lr"] for group in resumed[1].optimizers[0].param_groups] == [1e-2, 1e-3]

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, OWSTrainer
@@ -239,3 +241,44 @@ def test_folders_are_left_out_everywhere() -> None:
         "b.jsonl": 1.0,
         "c": ["e", "owner/name", 3],
     }
+
+
+class WritesInPlace(TorchCheckpointIO):
+    """As fsspec does where the folder for temporary files is on another device."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(exist_ok=True)
+        torch.save(checkpoint, path)
+
+
+class Falling(CausalLMModule):
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.log("falling", abs(self.trainer.global_step - 2.0))
+
+
+def test_the_best_stays_what_it_is_when_last_is_written_in_place(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    checkpoint = RunCheckpoint(tmp_path / "kept", monitor="falling", every_n_train_steps=1, save_last=True)
+    Trainer(
+        accelerator="cpu", max_steps=4, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[checkpoint], plugins=[WritesInPlace()],
+    ).fit(Falling(str(tmp_path), rank=4), DataLoader([tiny_batch()] * 4, batch_size=None))  # fmt: skip
+    steps = {path.name: torch.load(path, weights_only=False)["global_step"] for path in (tmp_path / "kept").iterdir()}
+    assert steps == {"epoch=0-step=3.ckpt": 3, "last.ckpt": 4}
+
+
+def test_a_run_that_is_resumed_from_last_goes_on_with_it(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    last = tmp_path / "kept" / "last.ckpt"
+    for steps in (2, 4, 6):
+        OWSTrainer(
+            accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[RunCheckpoint(last.parent, save_last=True, every_n_train_steps=2)],
+        ).fit(
+            CausalLMModule(str(tmp_path), rank=4), DataLoader([tiny_batch()] * 6, batch_size=None),
+            ckpt_path=last if last.exists() else None,
+        )  # fmt: skip
+        assert load_verified(last)["global_step"] == steps
+    assert not (last.parent / "last-v1.ckpt").exists()

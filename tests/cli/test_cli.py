@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -396,6 +397,15 @@ def test_a_development_run_leaves_no_files_and_a_bar_of_the_users_is_the_only_on
     run("fit", config, "--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "true", *callbacks)
     assert not [path for path in Path("runs").rglob("*") if path.is_file() and path.name != ".lock"]
     assert "checkpoints/" not in caplog.text  # nor is anything said to be there
+
+
+def test_answers_of_a_resumed_run_begin_where_the_run_began(config: Path) -> None:
+    shows = "{class_path: ows_lightning.callbacks.generations.ShowGenerations, init_args: {prompts: [a?], every_n_steps: 2}}"
+    for steps, last in ((2, ()), (4, ("--ckpt_path", "last"))):
+        run("fit", config, "--trainer.callbacks", f"[{shows}]", "--trainer.max_steps", str(steps), *last)
+    for version, expected in ((0, ["0", "2"]), (1, ["0", "2", "4"])):
+        with Path(f"runs/version_{version}/generations.csv").open(newline="") as file:
+            assert [row["step"] for row in csv.DictReader(file)] == expected
 
 
 def test_without_checkpoints(config: Path) -> None:
