@@ -138,6 +138,10 @@ class GaLoreAdamW(GradientCapture):
         self._index_parameters()
         self._claim_gradients(self.param_groups)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, and the seed of the latest draw, which noise of rounding and random subspaces depend on."""
+        return {**super().state_dict(), "draw_seed": self._shared.draw_seed}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; moments keep the dtype in which they were saved (torch casts to the parameter's).
 
@@ -148,6 +152,7 @@ class GaLoreAdamW(GradientCapture):
             if group.get("rank") is not None and "rank" not in saved:
                 raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
         super().load_state_dict(state_dict)
+        self._shared.draw_seed = state_dict.get("draw_seed", self._shared.draw_seed)
         for p, key, value in saved_tensors(self, state_dict):
             if key in ("rest", "step"):
                 self.state[p][key] = value.to("cpu", copy=True)  # where reading it waits for no device

@@ -139,6 +139,7 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
             part.clamp_(-limit, limit)
         return
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    factor = factor.where(~norm.isnan(), torch.ones_like(factor))  # or each gradient would seem to be at fault
     for device in {part.device for part in parts}:  # a model may be split over several cards
         foreach_mul_([part for part in parts if part.device == device], factor.to(device))
 

@@ -95,11 +95,22 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
     else:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         dataset = Subset(dataset, order[:samples].tolist())
+    if loader.batch_sampler is None:  # the data set gives whole batches
+        whole = DataLoader(dataset, batch_size=None, collate_fn=loader.collate_fn, generator=torch.Generator())
+        return _first_rows(whole, samples)
     # A loader that was given a batch sampler has no batch size.
     size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, samples)
     # Without a generator the DataLoader would draw from the global one, and change the order of the run's rows.
     batches = kind(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
     return itertools.islice(batches, -(-samples // size))
+
+
+def _first_rows(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        samples -= len(batch["input_ids"]) if isinstance(batch, Mapping) else 1
+        if samples <= 0:
+            return
 
 
 @dataclass(eq=False)

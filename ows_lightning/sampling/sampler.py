@@ -250,7 +250,7 @@ class BlockSampler:
             norm = total_norm(gradients) / math.sqrt(sum(p.numel() for p in self._blocks[index]))
             if self._norms.numel() == 0:
                 self._norms = norm.new_zeros(len(self._blocks))
-            self._norms = self._norms.to(norm.device)
+            self._norms = self._norms.to(norm)
             before = self._norms[index]
             mean = torch.where(before > 0, NORM_DECAY * before + (1 - NORM_DECAY) * norm, norm)
             before.copy_(torch.where((norm > 0) & norm.isfinite(), mean, before))
@@ -385,4 +385,4 @@ class BlockSampler:
         self.probabilities = None if probabilities is None else torch.as_tensor(probabilities, dtype=torch.float64)
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]
         self.seconds = state_dict.get("seconds", 0.0)
-        self._norms = torch.tensor(state_dict.get("gradient_norms", []), dtype=torch.float32)
+        self._norms = torch.tensor(state_dict.get("gradient_norms", []), dtype=torch.float64)

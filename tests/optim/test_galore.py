@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -510,3 +511,29 @@ def test_vectors_do_not_decay() -> None:
     optimizer.step()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (p.dim() < 2 or not before[name].any()), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"stochastic_rounding": True}, {"moments_dtype": "bfloat16"}, {"subspace": "random"}], ids=str
+)
+def test_a_loop_that_draws_goes_on_exactly_with_the_state_dict(options: dict[str, Any]) -> None:
+    def made() -> tuple[nn.Parameter, GaLoreAdamW]:
+        weight = nn.Parameter(torch.zeros(16, 12, dtype=torch.bfloat16))
+        group = {"params": [weight], "rank": 4, "update_proj_gap": 2, **options}
+        return weight, GaLoreAdamW([group], lr=1e-2)
+
+    def step(weight: nn.Parameter, optimizer: GaLoreAdamW, number: int) -> None:
+        weight.grad = torch.randn(16, 12, generator=torch.Generator().manual_seed(number)).bfloat16()
+        optimizer.step()
+
+    weight, optimizer = made()
+    optimizer.rest([], seed=7)  # a draw, after which nothing rests
+    for number in range(3):
+        step(weight, optimizer, number)
+    resumed, resumed_optimizer = made()
+    resumed.data.copy_(weight.data)
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    for number in range(3, 8):
+        step(weight, optimizer, number)
+        step(resumed, resumed_optimizer, number)
+    assert torch.equal(weight, resumed)

@@ -58,3 +58,9 @@ def test_a_model_may_be_split_over_devices(monkeypatch: pytest.MonkeyPatch) -> N
     clip_([torch.ones(2), torch.ones(2, device="meta"), torch.ones(3)], torch.tensor(4.0), 1.0)
     assert len(scaled) == 3
     assert all(tensor == factor for tensor, factor in scaled)
+
+
+def test_clipping_leaves_good_gradients_good() -> None:
+    gradients = [torch.ones(2), torch.tensor([1.0, float("nan")])]
+    clip_(gradients, total_norm(gradients), 1.0)
+    assert [bool(gradient.isfinite().all()) for gradient in gradients] == [True, False]

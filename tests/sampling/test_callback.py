@@ -656,6 +656,9 @@ def test_a_resumed_run_draws_the_same(distribution: str, tmp_path: Path) -> None
     whole, resumed = run(SaveAt()), run(ckpt_path=tmp_path / "at7.ckpt")
     assert whole.history == resumed.history
     assert whole.gradient_norms == resumed.gradient_norms
+    third = LayerwiseSampling(2, 2, distribution)  # of a run in float64
+    third.load_state_dict({**whole.state_dict(), "gradient_norms": [1 / 3]})
+    assert third.gradient_norms == [1 / 3]
     if distribution == "window":
         assert all(high == low + 1 for _, _, (low, high) in whole.history)
 
@@ -685,3 +688,18 @@ def test_blocks_that_were_not_active_yet_count_as_the_mean() -> None:
 def test_a_window_is_grouped_already() -> None:
     with pytest.raises(UsageError, match=r"^sampling\.grouping: the blocks of a window are neighbours"):
         LayerwiseSampling(distribution="window", grouping=0.5)
+
+
+def test_a_loader_of_whole_batches_gives_the_same_scores(tmp_path: Path) -> None:
+    def scores(train: DataLoader) -> OutlierScores | None:
+        sampling = LayerwiseSampling(activated_layers=2, interval_steps=2, calibration_samples=16, threshold=2.0)
+        fit(Projected(), sampling, tmp_path, train=train, max_steps=1)
+        return sampling.outlier_scores
+
+    torch.manual_seed(0)
+    rows = scores(loader())
+    torch.manual_seed(0)
+    batches = scores(DataLoader([*loader()], batch_size=None))  # type: ignore[arg-type]
+    assert rows is not None
+    assert batches is not None
+    assert batches.outlier_ratios == pytest.approx(rows.outlier_ratios)
