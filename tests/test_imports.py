@@ -15,6 +15,7 @@ def printed(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600).stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_optimizer_needs_torch_alone() -> None:
     code = (
         "import sys\nimport torch\nfrom ows_lightning.optim import GaLoreAdamW, galore_param_groups\n"

@@ -190,6 +190,7 @@ def test_says_where_probabilities_come_from(directory: Path, tmp_path: Path) -> 
     assert above.flops_per_token < planned(distribution="outlier").flops_per_token < below.flops_per_token
 
 
+@pytest.mark.slow
 def test_scores_count_as_often_as_they_are_computed(directory: Path) -> None:
     def scoring(distribution: str, **changes: Any) -> float:
         """Forward passes of a block over all calibration rows, of a run of 8 steps of 4 rows."""

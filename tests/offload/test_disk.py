@@ -140,6 +140,7 @@ def test_a_copy_that_is_made_first_counts_too(tmp_path: Path) -> None:
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(other)), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_a_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, disk = saved(tmp_path / "model", hidden_size=256, intermediate_size=4096, num_hidden_layers=2), Disk(tmp_path)
     model = load_mapped_model(name, 0, disk)

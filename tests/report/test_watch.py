@@ -101,6 +101,7 @@ def start(run: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_it_stops_with_the_run(tmp_path, make_run):
     run = make_run(tmp_path / "run", steps=100)
     with FileLock(run / ".lock"):
