@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ows_lightning.compat import foreach_mul_
 from ows_lightning.models.loss import LossParts
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.sharding import clip_, local, total_norm
+from ows_lightning.optim.sharding import clip_, scale_, total_norm
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class StepAccumulator:
             if not self._is_reduced and self.processes > 1:  # the last micro-batch had no loss
                 dist.all_reduce(self.totals)
             factor = self._divisor * micro_batches * self.processes / self.totals[1].clamp(min=1)
-            foreach_mul_([local(gradient) for gradient in gradients_of(optimizer)], factor)
+            scale_(gradients_of(optimizer), factor)
         self._is_complete = True
 
     def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepMetrics:

@@ -186,6 +186,6 @@ def _copy_rows(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> 
         writer.writerows(rows)
     if (before / "generations.csv").is_file():
         with (before / "generations.csv").open(newline="", encoding="utf-8") as file:
-            header, *answers = csv.reader(file)
+            answers = [row for row in csv.reader(file) if row[0] == "step" or int(row[0]) < checkpoint["global_step"]]
         with (now / "generations.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *(row for row in answers if int(row[0]) < checkpoint["global_step"])])
+            csv.writer(file).writerows(answers)

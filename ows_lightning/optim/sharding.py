@@ -133,14 +133,17 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: str = "norm") -> None:
     """Scales gradients in place so that ``norm``, theirs or a larger set's, is at most ``limit``; or clamps by ``value``."""
-    parts = [local(gradient) for gradient in gradients]
     if algorithm == "value":
-        for part in parts:
-            part.clamp_(-limit, limit)
-        return
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    factor = factor.where(~norm.isnan(), torch.ones_like(factor))  # or each gradient would seem to be at fault
-    for device in {part.device for part in parts}:  # a model may be split over several cards
+        for gradient in gradients:
+            local(gradient).clamp_(-limit, limit)
+    else:  # of a norm that is NaN the factor is 1, or each gradient would seem to be at fault
+        scale_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
+
+
+def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies gradients, which may lie on several devices, by a scalar, in place."""
+    parts = [local(gradient) for gradient in gradients]
+    for device in {part.device for part in parts}:
         foreach_mul_([part for part in parts if part.device == device], factor.to(device))
 
 

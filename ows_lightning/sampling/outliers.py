@@ -95,20 +95,18 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
     else:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
         dataset = Subset(dataset, order[:samples].tolist())
-    if loader.batch_sampler is None:  # the data set gives whole batches
-        whole = DataLoader(dataset, batch_size=None, collate_fn=loader.collate_fn, generator=torch.Generator())
-        return _first_rows(whole, samples)
-    # A loader that was given a batch sampler has no batch size.
-    size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, samples)
+    size = None  # where the data set gives whole batches
+    if loader.batch_sampler is not None:  # and if that was given, the loader has no batch size
+        size = min(loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1, samples)
     # Without a generator the DataLoader would draw from the global one, and change the order of the run's rows.
     batches = kind(dataset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator())
-    return itertools.islice(batches, -(-samples // size))
+    return itertools.islice(batches, -(-samples // size)) if size else _first_rows(batches, samples)
 
 
-def _first_rows(batches: Iterable[Any], samples: int) -> Iterator[Any]:
+def _first_rows(batches: Iterable[dict[str, Tensor]], samples: int) -> Iterator[dict[str, Tensor]]:
     for batch in batches:
-        yield batch
-        samples -= len(batch["input_ids"]) if isinstance(batch, Mapping) else 1
+        yield batch  # whoever takes it checks what it is
+        samples -= len(batch["input_ids"])
         if samples <= 0:
             return
 
