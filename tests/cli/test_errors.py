@@ -617,6 +617,7 @@ def test_error_in_a_worker_is_one_line(error: Exception, line: str, code: int) -
     assert message_and_exit_code(raised.value) == (line, code)
 
 
+@pytest.mark.slow
 def test_validation_less_often_than_there_are_batches(
     model_dir: Callable[..., Path], rows_file: Path, typed: Callable[[str], tuple[str, int]]
 ) -> None:

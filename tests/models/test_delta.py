@@ -306,6 +306,7 @@ def test_links(model_dir: Callable[..., Path]) -> None:
     assert not [path for path in base.parent.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_on_the_command_line(
     config: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],

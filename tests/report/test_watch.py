@@ -113,6 +113,7 @@ def test_it_stops_with_the_run(tmp_path, make_run):
     assert (process.returncode, out) == (0, "The run has ended.\n")
 
 
+@pytest.mark.slow
 def test_it_stops_at_ctrl_c(tmp_path, make_run):
     process = start(make_run(tmp_path / "run", steps=100))
     assert "http://127.0.0.1:" in process.stdout.readline()
