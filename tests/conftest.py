@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
 
 import torch.distributed as dist
 
+from ows_lightning.callbacks import run_folder
+from ows_lightning.callbacks.run_summary import RunSummary
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 
@@ -28,8 +31,18 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the pages of the docs first, the longest tests: no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py")
+    """Puts the longest tests first: no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_docs.py", "test_examples.py", "test_fuzz.py"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collections of garbage look at what tests made alone."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries that look at exit for what they leaked
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +76,13 @@ def rows_file(tmp_path: Path) -> Path:
     rows = [{"instruction": f"is {i} {'even' if i % 3 else 'odd'}?", "output": "yes" if i % 2 else "no"} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def bare_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves a run's pictures and the prediction of its memory out, which take longer than tiny runs."""
+    monkeypatch.setattr(run_folder, "write_pictures", lambda _: [])
+    monkeypatch.setattr(RunSummary, "_memory_text", lambda *_: "not predicted in tests")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import re
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import CONFIG_COMMANDS, main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import recognise, to_example
+from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 from tests.data.samples import tiny_tokenizer
@@ -111,6 +113,8 @@ def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["main.py"])
+        patch.setattr(run_folder, "write_pictures", lambda _: [])
+        patch.setattr(RunSummary, "_memory_text", lambda *_: "not predicted in tests")
         run(QUICKSTART)
     return folder
 
@@ -186,9 +190,11 @@ def evaluate_with_lm_eval(args: list[str]) -> None:
         warnings.warn("the extra 'eval' is not installed: lm_eval is not executed", stacklevel=2)
         return
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.tasks import TaskManager
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["lm_eval", *args])
+        patch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))  # 14,000 files
         cli_evaluate()
 
 
@@ -226,6 +232,15 @@ def execute(words: list[str]) -> None:
 
 
 PLANNED: set[str] = set()
+FOLLOWED: dict[Any, Any] = {}
+
+
+def followed_once(settings: PlanSettings, key: Any, make: Callable[[], Any]) -> Any:
+    """What a plan follows, which other plans of the same model need, too."""
+    key = settings.model.to_json_string(), repr(key)
+    if key not in FOLLOWED:
+        FOLLOWED[key] = make()
+    return FOLLOWED[key]
 
 
 @pytest.mark.slow
@@ -234,6 +249,7 @@ def test_commands(document: Path, project: Path, monkeypatch: pytest.MonkeyPatch
     if document.name != "README.md":  # pictures and predictions take longer than these runs; README's have them
         monkeypatch.setattr(run_folder, "write_pictures", lambda folder: [])
         monkeypatch.setattr(RunSummary, "_memory_text", lambda *_: "not predicted in tests")
+    monkeypatch.setattr(PlanSettings, "cached", followed_once)
     write_named_files(document)
     for line, words in commands(document):
         command = shlex.join(words)

@@ -55,6 +55,7 @@ def test_a_plain_loop(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("bare_runs")
 def test_two_methods_compared(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = runpy.run_path(str(EXAMPLES / "compare_methods.py"))["main"](["ows", "galore"], *TINY)
     assert "galore" in Path(page).read_text()
@@ -77,8 +78,9 @@ def test_the_notebook_for_a_gpu(in_clone: bool, tmp_path: Path) -> None:
         pytest.skip("there is no repository to clone")
     notebook = nbformat.read(EXAMPLES / "gpu_check.ipynb", as_version=4)
     (folder := tmp_path / "content").mkdir()
+    flags = ["--device=cpu", "--parts=loss head", "--only=whole", *([] if in_clone else ["--minutes=0"])]
     for cell in notebook.cells:
-        cell.source = cell.source.replace("flags = []", 'flags = ["--device=cpu", "--parts=loss head", "--only=whole"]')
+        cell.source = cell.source.replace("flags = []", f"flags = {flags}")
         cell.source = cell.source.replace('Path("runs/gpu")', f"Path({str(tmp_path)!r})")
         cell.source = cell.source.replace('repository = ""', f"repository = {str(ROOT)!r}")
         cell.source = cell.source.replace('"install", "-q", *packages', '"--version"')  # all is there
@@ -93,7 +95,7 @@ def test_the_notebook_for_a_gpu(in_clone: bool, tmp_path: Path) -> None:
         if "data" in output
     ]
     assert "these figures mean nothing" in shown[0]
-    assert "Loss head" in shown[0]
+    assert ("no time was left" in shown[0]) != in_clone
     template = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "gpu.yml").read_text())
     assert f"template *{template['name']}*" in notebook.cells[-1].source
 

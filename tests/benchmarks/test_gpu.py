@@ -39,6 +39,7 @@ def test_a_row_of_each_kind(tiny):
 
 @pytest.mark.slow
 def test_waits_are_counted_by_what_a_batch_does(tiny):
+    tiny["waits", "ours, accumulated"]["config"]["trainer"]["accumulate_grad_batches"] = 2
     accumulated, whole = (attempt(tiny["waits", f"ours{name}"], CPU) for name in (", accumulated", ""))
     assert [accumulated[kind] for kind in ("micro-batch", "step", "draw")] == [0, 0, 0]
     assert [whole[kind] for kind in ("micro-batch", "step", "draw")] == [None, 0, 0]
@@ -47,7 +48,7 @@ def test_waits_are_counted_by_what_a_batch_does(tiny):
 @pytest.mark.slow
 def test_slow_copies_change_no_bit(tiny):
     about = {**gpu.machine("cpu"), "model": "tiny", "dry_run": True}
-    for name in ("host, three slots", "disk", "int8 on the device"):
+    for name in ("disk", "int8 on the device"):
         found = attempt(tiny["adversarial", name], CPU)
         assert {found[asleep] for asleep in ASLEEP} == {True}
         assert "yes" in as_markdown(about, [tiny["adversarial", name] | found])
@@ -85,16 +86,16 @@ def test_twelve_settings_are_held_against_plan_and_each_home_is_timed(model, tmp
 
 @pytest.mark.slow
 def test_the_command_goes_on_behind_a_row_that_hangs_and_stops_in_time(tiny, tmp_path, monkeypatch, capsys):
-    hangs = {**tiny["step", "full AdamW"], "steps": 10**9, "limit": 3}
-    others = [{**tiny[row], "limit": 600} for row in (("loss head", "ours"), ("plan", "full AdamW"))]
-    monkeypatch.setattr(gpu, "rows", lambda model, directory: [hangs, *others])
+    hangs = {**tiny["step", "full AdamW"], "steps": 10**9, "limit": 1}
+    other = {**tiny["loss head", "ours"], "limit": 600}
+    monkeypatch.setattr(gpu, "rows", lambda model, directory: [hangs, other])
     monkeypatch.setattr(gpu, "MODELS", {})
     gpu.main(["--device", "cpu", "--output", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row.get("error", "")[:8] for row in found["rows"]] == ["not done", "", ""]
+    assert [row.get("error", "")[:8] for row in found["rows"]] == ["not done", ""]
     assert found["about"]["torch"] == torch.__version__
     gpu.main(["--device", "cpu", "--minutes", "0", "--output", str(tmp_path)])
-    assert capsys.readouterr().out.count("left out: no time was left") == 6
+    assert capsys.readouterr().out.count("left out: no time was left") == 4
 
 
 def test_a_process_that_starts_behind_the_deadline_costs_its_row(tiny, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from tests.tiny import tiny_model
 
 
 @pytest.fixture
-def fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
+def fit(tmp_path: Path, caplog: pytest.LogCaptureFixture, bare_runs: None) -> Callable[..., str]:
     """Trains a tiny model by the command line, and returns what the run says of itself."""
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), hidden_size=64)

@@ -186,7 +186,7 @@ def runs_of(home: Path, tmp_path: Path) -> Callable[[str], Runs]:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_chain_of_resumes_equals_a_run_that_went_through(scenario: str, runs_of: Callable[[str], Runs]) -> None:
     """A resume after the first step, within an epoch, and at epochs' ends, the last one too; many more by hand."""
-    chains: list[tuple[int, ...]] = [(1, 5, 8, 10, 20)]
+    chains: list[tuple[int, ...]] = [(1, 8, 10, 20)]
     if "OWS_TEST_SEED" in os.environ:
         chains += [(step,) for step in range(1, STEPS + 1)] + chains_of(STEPS, 8, int(os.environ["OWS_TEST_SEED"]))
     check_chains(runs_of(scenario), chains)
@@ -262,11 +262,10 @@ def _in_this_process(arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["epochs", "accumulated"])
-def test_two_processes(scenario: str, home: Path, tmp_path: Path) -> None:
+def test_two_processes(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)
     chains = json.dumps([(4, 6, 10, 20)])
-    run([str(tmp_path), scenario, chains], tmp_path / "output", ranks=2, target=_in_this_process)
+    run([str(tmp_path), "accumulated", chains], tmp_path / "output", ranks=2, target=_in_this_process)
 
 
 def _rows_seen(arguments: list[str]) -> None:
@@ -280,7 +279,7 @@ def _rows_seen(arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["epochs", "accumulated", "a stream"])
+@pytest.mark.parametrize("scenario", ["accumulated", "a stream"])
 def test_the_number_of_processes_changes_in_mid_epoch(scenario: str, home: Path, tmp_path: Path) -> None:
     """From one to two and back: in all, each epoch has the same rows, and the run ends with about the same weights."""
     shutil.copytree(home, tmp_path, dirs_exist_ok=True)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def config(model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def whole_config(model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config of a few steps on a tiny model, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["main.py"])
@@ -50,15 +50,21 @@ trainer:
     return path
 
 
+@pytest.fixture
+def config(whole_config: Path, bare_runs: None) -> Path:
+    """The same, for runs without pictures and without a prediction of memory."""
+    return whole_config
+
+
 def run(command: str, config: Path, *more: str) -> None:
     main([command, "--config", str(config), *more])
 
 
 def test_fit_says_what_it_will_do_what_it_gained_and_how_to_go_on(
-    config: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    whole_config: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.INFO, "ows_lightning")
-    run("fit", config)
+    run("fit", whole_config)
     said = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("ows_lightning"))
     whole = sum(p.numel() for p in tiny_model("llama", vocab_size=320).parameters())
     expected = [
@@ -222,7 +228,7 @@ def test_report_compares_runs_without_a_config(config: Path, capsys: pytest.Capt
     assert Path("compared/loss.png").is_file()
 
 
-def test_loggers_and_generations_by_yaml(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_loggers_and_generations_by_yaml(whole_config: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -236,7 +242,7 @@ trainer:
   - {class_path: ows_lightning.callbacks.generations.ShowGenerations, init_args: {prompts: [is 3 odd?], every_n_steps: 2}}
 """)
     caplog.set_level(logging.INFO, "ows_lightning")
-    run("fit", config, "--config", "more.yaml")
+    run("fit", whole_config, "--config", "more.yaml")
     for step in (0, 2, 4):
         assert re.search(rf"Answers after step {step}:\n  'is 3 odd\?' -> '", caplog.text)
     assert (Path("runs/csv/version_0/metrics.csv")).is_file()
@@ -250,11 +256,11 @@ trainer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_dir", ["board", "runs"])
-def test_other_loggers_stand_beside_the_csv_one(config: Path, save_dir: str) -> None:
+def test_other_loggers_stand_beside_the_csv_one(whole_config: Path, save_dir: str) -> None:
     pytest.importorskip("tensorboard")
     run(
         "fit",
-        config,
+        whole_config,
         "--trainer.max_steps",
         "2",
         "--trainer.logger",

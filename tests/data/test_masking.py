@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data.masking import Encoded, Encoder, end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
@@ -99,18 +98,6 @@ def test_tokens_are_those_of_the_whole_conversation(template: str) -> None:
 def test_the_space_that_the_template_puts_before_an_answer_is_trained() -> None:
     made, (row,) = encode(TWO_TURNS, "mistral")
     assert trained(made, row) == [" yes</s>", " the answer is no</s>"]
-
-
-@pytest.mark.slow
-def test_real_tokenizer_and_template(smollm2: PreTrainedTokenizerBase) -> None:
-    messages = [{"role": "user", "content": "Où est 🙂?"}, {"role": "assistant", "content": "Ici: 🙂, çà et là."}]
-    made = Encoder(smollm2, 512)
-    (row,) = made.encode({"messages": messages}, "row 1")
-    assert trained(made, row) == ["Ici: 🙂, çà et là.<|im_end|>"]
-    assert row.input_ids == smollm2.apply_chat_template(messages).input_ids
-    text, prompt = made.encode_prompt({"messages": messages}, "row 1")
-    assert row.input_ids[: len(prompt)] == prompt
-    assert text.endswith("<|im_start|>assistant\n")
 
 
 def test_answers_that_the_template_rewrites_are_trained_as_rows_of_their_own() -> None:

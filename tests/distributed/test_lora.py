@@ -41,7 +41,7 @@ def test_training_scoring_and_answering_are_those_of_one_process(arguments: Argu
     for ranks, strategy in ((1, "auto"), (2, "fsdp2")):
         folder = tmp_path / str(ranks)
         # With the scores of the base model's outliers, a draw, validation with generated answers, and an export at the end.
-        run(arguments(*LORA, "--trainer.max_steps=4", strategy=strategy, ranks=ranks, runs=folder), folder, ranks)
+        run(arguments(*LORA, "--trainer.max_steps=2", strategy=strategy, ranks=ranks, runs=folder), folder, ranks)
         predict = ["predict", *arguments(*LORA, "--sampling=null", strategy=strategy, ranks=ranks, runs=folder)[1:]]
         run(predict, folder, ranks)
         folders.append(folder)

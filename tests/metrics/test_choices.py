@@ -160,7 +160,7 @@ def test_lm_eval_runs_on_the_checkpoint_and_on_the_exported_directory(
         model="hf",
         model_args=f"pretrained={model}",
         tasks=["even"],
-        task_manager=TaskManager(include_path=str(tasks)),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         device="cpu",
     )
     assert f"{results['results']['even']['acc,none']:.4f}".rstrip("0") in table

@@ -44,7 +44,8 @@ _TINY: dict[str, Any] = {
     "unpadded_vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
     "global_head_dim": 8, "num_kv_shared_layers": 0, "n_shared_experts": 1, "encoder_hash_byte_group_vocab": 64,
     "hidden_size_global": 32, "depth": 1, "out_hidden_size": 32, "deepstack_visual_indexes": [0],
-    "num_position_embeddings": 16,
+    "num_position_embeddings": 16, "linear_num_heads": 4, "linear_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "is_decoder": True, "use_cache": False,
     "is_encoder_decoder": False,
 }  # fmt: skip
@@ -55,6 +56,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     },
     "mamba2": {"head_dim": 16, "n_groups": 1},
+    "phi4_multimodal": {"audio_config": {"num_blocks": 2, "nemo_conv_channels": 32}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import distributed, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from ows_lightning.data.masking import Encoder
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models import export
 from ows_lightning.models.export import save_huggingface
@@ -325,5 +326,13 @@ def test_a_model_from_gguf_becomes_an_ordinary_one(smollm2: str, tmp_path: Path,
     assert tokenizer_again.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
     assert (tokenizer_again.eos_token, tokenizer_again.bos_token) == ("<|im_end|>", "<|im_start|>")
     prompt = tokenizer_again.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-    answer = again.generate(**prompt, max_new_tokens=16, do_sample=False)
+    answer = again.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer_again.decode(answer[0, prompt["input_ids"].size(1) :])
+
+    messages = [{"role": "user", "content": "Où est 🙂?"}, {"role": "assistant", "content": "Ici: 🙂, çà et là."}]
+    (row,) = Encoder(tokenizer, 512).encode({"messages": messages}, "row 1")
+    assert row.input_ids == tokenizer.apply_chat_template(messages).input_ids
+    assert tokenizer.decode([label for label in row.labels if label != -100]) == "Ici: 🙂, çà et là.<|im_end|>"
+    text, ids = Encoder(tokenizer, 512).encode_prompt({"messages": messages}, "row 1")
+    assert row.input_ids[: len(ids)] == ids
+    assert text.endswith("<|im_start|>assistant\n")

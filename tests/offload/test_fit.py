@@ -18,6 +18,8 @@ from ows_lightning.cli.main import main
 from ows_lightning.offload.fetch_schedule import FetchSchedule
 from tests.distributed.launch import Launch
 
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
 SETTINGS = [
     "--config=configs/quickstart.yaml", "--data.eval_dataset=null", "--data.val_size=4", "--data.batch_size=2",
     "--data.exact_match_rows=2", "--trainer.max_steps=4", "--trainer.val_check_interval=4",
@@ -26,12 +28,11 @@ SETTINGS = [
     "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
 ]  # fmt: skip
 
+NORMS = ["--sampling.distribution=weight_norm", "--model.rank=4"]
 VARIANTS: dict[str, list[str]] = {
-    "float32": ["--trainer.precision=32-true"],
-    "bf16": ["--trainer.precision=bf16-true", "--model.gradient_checkpointing=true"],
+    "bf16": ["--trainer.precision=bf16-true", "--model.gradient_checkpointing=true", *NORMS],
     "mixed": ["--trainer.precision=bf16-mixed", "--model.window_blocks=3", "--trainer.gradient_clip_val=0.1"],
     "embeddings": ["--sampling.always_train=[embeddings,lm_head,norm]", "--data.packing=true", "--data.group_by_length=false"],
-    "norms": ["--sampling.distribution=weight_norm", "--model.rank=4"],
     "averaged": ["--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.device=cpu"],
     "lora": ["--sampling=null", "--model.lora={r: 2}", "--model.rank=null", "--model.optimizer=torch.optim.AdamW"],
 }
@@ -158,20 +159,22 @@ def test_what_can_not_work_is_refused_with_a_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [("device", "host"), ("host", "disk"), ("disk", "device")])
-def test_a_killed_run_goes_on_in_the_other_mode(
-    before: str, after: str, model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
+def test_a_killed_run_goes_on_with_its_blocks_elsewhere(
+    model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:
     common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}"]
     common += ["--trainer.val_check_interval=null", "--trainer.limit_val_batches=0", "--checkpoint.monitor=null"]
+    common += ["--checkpoint.every_n_train_steps=1"]
     runs = tmp_path / "parts"
     kill = ["--trainer.callbacks+=tests.distributed.probe.Kill", "--trainer.callbacks.moment=on_train_batch_start"]
-    kill += ["--trainer.callbacks.step=3", f"--model.frozen_in={before}", f"--trainer.default_root_dir={runs}"]
-    launch = Launch(["fit", *SETTINGS, *common, *kill], tmp_path / "output")
-    assert launch.wait() == [-signal.SIGKILL], launch.output
-    left = [path for path in (runs / "version_0").rglob("*") if path.is_file() and path.parent.name != "checkpoints"]
-    assert all(path.stat().st_size < 30_000 for path in left), "a block has more"
-    second = outcome(fit(runs, *common, f"--model.frozen_in={after}", "--ckpt_path=last"))
+    for step, mode in enumerate(("device", "host", "disk"), start=1):
+        here = [f"--trainer.callbacks.step={step}", f"--model.frozen_in={mode}", f"--trainer.default_root_dir={runs}"]
+        resume = ["--ckpt_path=last"] if step > 1 else []
+        launch = Launch(["fit", *SETTINGS, *common, *kill, *here, *resume], tmp_path / mode)
+        assert launch.wait() == [-signal.SIGKILL], f"{mode}: {launch.output}"
+        left = [path for path in runs.rglob("*") if path.is_file() and path.parent.name != "checkpoints"]
+        assert all(path.stat().st_size < 30_000 for path in left), f"{mode}: a block has more"
+    last = outcome(fit(runs, *common, "--ckpt_path=last"))
     expected = outcome(fit(tmp_path / "whole", *common))
-    assert_identical(second["model"], expected["model"])
-    assert second["sampling_history.csv"] == expected["sampling_history.csv"]
+    assert_identical(last["model"], expected["model"])
+    assert last["sampling_history.csv"] == expected["sampling_history.csv"]

@@ -129,7 +129,8 @@ def test_axolotl_848(model_dir: ModelDir, capsys: pytest.CaptureFixture[str]) ->
     """
     directory = model_dir()
     (directory / "model.safetensors").write_bytes(b"no weights")
-    main(["plan", "--model.model_name_or_path", str(directory), "--model.rank", "4", "--data.dataset", "rows.jsonl"])
+    model = ["--model.model_name_or_path", str(directory), "--model.rank", "4"]
+    main(["plan", "--method", "ows", *model, "--data.dataset", "rows.jsonl"])
     said = capsys.readouterr().out
     assert "activations" in said
     assert "GB" in said

@@ -108,7 +108,7 @@ def test_it_stops_with_the_run(tmp_path, make_run):
         process = start(run)
         assert "http://127.0.0.1:" in process.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(4)
+            process.wait(2)
     out, _ = process.communicate(timeout=600)
     assert (process.returncode, out) == (0, "The run has ended.\n")
 

@@ -47,8 +47,8 @@ def test_every_block_is_drawn_as_often_as_independently(distribution: str | list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grouping", [0.6, 1.0])
-def test_a_hundred_thousand_draws_have_the_probabilities_that_are_said(grouping: float) -> None:
-    probabilities, count, draws = sampling_probabilities([3.0, 8.0, 0.0, 1.0, 2.0, 0.2, 4.0]), 3, 100_000
+def test_many_draws_have_the_probabilities_that_are_said(grouping: float) -> None:
+    probabilities, count, draws = sampling_probabilities([3.0, 8.0, 0.0, 1.0, 2.0, 0.2, 4.0]), 3, 30_000
     generator = torch.Generator().manual_seed(0)
     drawn, lowest = np.zeros(7), np.zeros(7)
     for _ in range(draws):
