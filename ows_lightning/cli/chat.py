@@ -75,10 +75,12 @@ def compare(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from ows_lightning.cli.conversation import load_conversation
     from ows_lightning.cli.preflight import check_writable
-    from ows_lightning.report.run import RunRecord, find_run_folder, run_folder_of
+    from ows_lightning.report.run import RunRecord, find_run_folder, is_run_folder, run_folder_of
     from ows_lightning.report.tables import key_figures, write_csv
 
     run_folder = run_folder_of(find_run_folder(Path(args.model)))
+    if run_folder is not None and not is_run_folder(run_folder):  # a config.yaml of something else
+        run_folder = None
     base = args.base or (run_folder and key_figures(RunRecord.read(run_folder))["model"])
     if not base:
         raise UsageError("base: no run is known that made --model; name the model that it was made from, by --base")

@@ -132,7 +132,7 @@ def check_run(
         _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)
     if isinstance(model, CausalLMModule):
         config = model.check()
-        if model.hparams["kernels"] is not None:
+        if model.hparams["kernels"] is not None and command != "export":
             liger_for(config)
         sampling = LayerwiseSampling.of(trainer) if command == "fit" else None
         some_are_frozen = sampling is not None or model.hparams["lora"] is not None or command != "fit"
@@ -151,7 +151,8 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
     """Checks what a plan is made of as `check_run` does, except what depends on this machine; the data may be elsewhere."""
     if isinstance(model, CausalLMModule):
         config, _ = model.check(find_dimensions)
-        check_offloading(model.hparams, True, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
+        some_are_frozen = sampling is not None or model.hparams["lora"] is not None
+        check_offloading(model.hparams, some_are_frozen, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
         if sampling is not None:
             check_strategy(str(trainer["strategy"]))
             sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
@@ -235,5 +236,6 @@ def _check_monitors(model: LightningModule, data: Any, callbacks: Sequence[Callb
                 needs |= {"data.exact_match_rows": data.exact_match_rows} if metric == "val_exact_match" else {}
                 for setting in (name for name, value in needs.items() if not value):
                     raise UsageError(f"{owner}.{key}: there is no {metric} without {setting}; set it, or monitor train_loss")
-            if key == "monitor" and metric in ("val_exact_match", "tokens_per_second") and callback.mode == "min":  # type: ignore
+            lowest = key == "monitor" and getattr(callback, "mode", None) == "min"
+            if lowest and metric in ("val_exact_match", "tokens_per_second"):
                 raise UsageError(f"{owner}.mode: min would keep the worst {metric}; set it to max")

@@ -128,7 +128,7 @@ def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
 def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, dict[str, Any]]]:
     """Yields settings that need less and less, each with the keys that differ."""
     method, count = settings.method, settings.method.activated_layers
-    alone = settings.devices == 1 and settings.strategy != "fsdp2"  # others are refused with offloaded blocks
+    alone = settings.devices == 1 and settings.strategy is None  # others are refused with offloaded blocks
     offload = alone and (count is not None or method.lora is not None) and settings.frozen_in == "device"
     recompute = settings.num_checkpointed < settings.blocks and bool(settings.meta_model.supports_gradient_checkpointing)
     changes: dict[str, Any] = {}

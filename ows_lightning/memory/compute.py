@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
-from ows_lightning.memory.prediction import ModelSizes, blocks_are_alike, fetched_blocks, simulate
+from ows_lightning.memory.prediction import ModelSizes, blocks_are_alike, embeddings_train, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_of
@@ -60,7 +60,7 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     draws, origin = (drawn, "the run's") if drawn else _simulated_draws(settings)
     flops = _micro_batch_flops(settings, recompute=num_checkpointed == count)
     checkpointed = _micro_batch_flops(settings, recompute=True) if 0 < num_checkpointed < count else flops
-    embeddings_train = "embeddings" in method.always_train and method.lora is None
+    down_to_embeddings = embeddings_train(settings)
 
     def backward(blocks: Sequence[int]) -> float:
         def backward_of(index: int) -> float:
@@ -72,11 +72,11 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
             return each.backward_frozen + (each.resting if index > lowest else 0.0)
 
         lowest, trained = min(blocks), set(blocks)
-        return sum(backward_of(index) for index in range(0 if embeddings_train else lowest, count))
+        return sum(backward_of(index) for index in range(0 if down_to_embeddings else lowest, count))
 
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
     resting = sum(count - min(blocks) - len(blocks) for blocks in draws) / len(draws) if method.resting_rank else 0.0
-    if resting and method.resting_updates_kept:  # W + B Q^T, in forward and in backward; linear layers do without
+    if resting and settings.offloads:  # W + B Q^T, in forward and in backward; linear layers do without
         in_blocks = decoder_layers(settings.meta_model)
         apart = {module.weight for module in in_blocks.modules() if method.factored and type(module) is nn.Linear}
         matrices = (p for p in in_blocks.parameters() if p.dim() in (2, 3) and p.size(-1) > method.resting_rank)
@@ -110,7 +110,7 @@ def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:
 def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
     # `renews_while_active` makes every step renew its subspaces, the worst case for memory. Here renewals are counted apart.
     resting = replace(settings.method, renews_while_active=False)
-    method = replace(resting, resting_rank=0, resting_updates_kept=False)
+    method = replace(resting, resting_rank=0)
 
     def step_of(active: int, frozen: int, method: TrainingMethod = method) -> Callable[..., float]:
         """Returns a function: FLOPs of the stages that begin with a word, in an ordinary step or one that renews subspaces."""
@@ -124,7 +124,7 @@ def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
         return total
 
     count = settings.blocks
-    if not blocks_are_alike(decoder_layers(settings.meta_model)):  # of several kinds: the mean over all blocks
+    if not blocks_are_alike(settings):  # of several kinds: the mean over all blocks
         blocks = trained = count
         step = step_of(count, 0)
         lowest = above = step("backward") / count
@@ -187,7 +187,8 @@ def _simulated_draws(settings: PlanSettings) -> tuple[list[list[int]], str]:
 def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     """The blocks' probabilities, and where they come from: uniform ones stand for those that only a run can measure."""
     distribution, count = settings.method.distribution or settings.sampling.get("distribution", "outlier"), settings.blocks
-    if settings.method.distribution is None and (scores := settings.sampling.get("scores")) is not None:
+    scores = settings.sampling.get("scores") if distribution != "gradient_norm" else None  # which only a run knows
+    if settings.method.distribution is None and scores is not None:
         ratios = OutlierScores.load(Path(scores)).ratios_for(count, architecture_of(settings.model), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
     if score_of(distribution) is not None:  # which only a run or a file of scores knows

@@ -148,10 +148,13 @@ def _layout(value: Any) -> Any:
     return None if isinstance(value, torch.Generator) else (type(value), value)
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
+def meta_model(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """Returns a causal LM on the meta device, in training mode."""
+    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention).train()
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).train()
 
 
 def first_blocks(model: nn.Module, count: int) -> nn.Module:

@@ -46,7 +46,7 @@ def find_dimensions(name: str, trust_remote_code: bool = False) -> tuple[Pretrai
     `SHIPPED_DIMENSIONS`, and at last whatever `load_config` finds, or its UsageError.
     """
     directory = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
-    if directory.is_dir():
+    if name and directory.is_dir():
         return _read(name, directory, trust_remote_code), str(directory / "config.json")
     folder = next((folder for folder, names in SHIPPED_DIMENSIONS.items() if name in names), None)
     if folder is None:
@@ -84,6 +84,7 @@ class PlanSettings:
     strategy: str | None = None  # `fsdp2`, anything with `ddp` in it, or None for one device
     devices: int = 1  # over all nodes
     on_gpu: bool = True  # sizes are rounded as its allocator does, and the host has a memory of its own
+    trust_remote_code: bool = False
     frozen_in: str = "device"
     frozen_dtype: str | None = None
     window_blocks: int = 2
@@ -103,7 +104,7 @@ class PlanSettings:
     def meta_model(self) -> nn.Module:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
         with loading_errors(self.name):
-            key = self.dtype, self.attention
+            key = self.dtype, self.attention, self.trust_remote_code
             return self.cached(key, lambda: meta_model(self.model, *key))
 
     @cached_property
@@ -141,6 +142,11 @@ class PlanSettings:
         return self.devices > 1 and "fsdp" in (self.strategy or "")
 
     @property
+    def offloads(self) -> bool:
+        """Whether frozen blocks are elsewhere than on the device, or in another dtype."""
+        return self.frozen_in != "device" or self.frozen_dtype is not None
+
+    @property
     def autocast(self) -> torch.dtype | None:
         """Dtype of mixed precision, None without it."""
         return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
@@ -153,7 +159,7 @@ class PlanSettings:
 
 _SAME_KEYS = {
     "gradient_checkpointing", "frozen_in", "frozen_dtype", "window_blocks", "update_proj_gap", "batch_size", "max_seq_length",
-    "interval_steps",
+    "interval_steps", "trust_remote_code",
 }  # fmt: skip
 """Keys of a config that are called the same in `PlanSettings`, and have the same defaults."""
 
@@ -179,7 +185,6 @@ def settings_from_config(config: Any) -> PlanSettings:
         renews_while_active=model.get("update_proj_gap", 200) < sampling.get("interval_steps", 50),
         lora=model.get("lora"),
         resting_rank=sampling.get("resting_rank", 0),
-        resting_updates_kept=model.get("frozen_in", "device") != "device" or model.get("frozen_dtype") is not None,
     )
     name = model.get("model_name_or_path", "")
     check_recomputation(model.get("gradient_checkpointing", False))
@@ -224,7 +229,7 @@ def _optimizer(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:
 def _strategy(setting: Any) -> str | None:
     name = setting.get("class_path") if isinstance(setting, dict) else setting
     name = str(name or "auto").rpartition(".")[2].lower()
-    return None if name == "auto" else "fsdp2" if "modelparallel" in name else name
+    return None if name == "auto" else "fsdp2" if "modelparallel" in name or "fsdp2" in name else name
 
 
 def number_of_devices(devices: Any) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.cards import CARDS, Card, advise, fewest_checkpointed, find_card
 from ows_lightning.memory.compute import UTILISATION, Compute, Speed, compute, speed
-from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
+from ows_lightning.memory.plan_settings import PlanSettings, number_of_devices, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
 from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
 
@@ -132,7 +132,11 @@ def _with_num_checkpointed(settings: PlanSettings, card: Card | None) -> PlanSet
 
 def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str | None = None) -> Plan:
     """Plans what a parsed config describes, a Namespace or a dict: its ``model``, ``data``, ``trainer`` and ``sampling``."""
-    return plan(settings_from_config(config), method, card)
+    settings = settings_from_config(config)
+    made = plan(settings, method, card)
+    if number_of_devices(config["trainer"].get("devices") or 1) == 0 and settings.strategy is not None:
+        made.notes.append("trainer.devices: auto counts as 1; --trainer.devices N plans what each of N holds")
+    return made
 
 
 # Neighbours in a bar differ in lightness, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ows_lightning.errors import UsageError
@@ -17,7 +17,7 @@ from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, to_fa
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
-from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.models.lora import add_lora
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -79,7 +79,7 @@ def predict(settings: PlanSettings) -> MethodPlan:
     model has operators that can't be followed without data.
     """
     try:
-        memory = extrapolate(settings, blocks_are_alike(decoder_layers(settings.meta_model)))
+        memory = extrapolate(settings, blocks_are_alike(settings))
     except UsageError:
         raise
     except Exception as error:  # what a model's code raises when its tensors have no contents
@@ -126,8 +126,12 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
     )
 
 
-def blocks_are_alike(layers: nn.ModuleList) -> bool:
-    """Whether all blocks have the same weights by name and shape."""
+def blocks_are_alike(settings: PlanSettings) -> bool:
+    """Whether all blocks have the same weights by name and shape, adapters included."""
+    model, lora = settings.meta_model, settings.method.lora
+    if lora is not None:
+        model = add_lora(copy.deepcopy(model), lora, low_cpu_mem_usage=True)
+    layers = decoder_layers(model)
     return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
 
 
@@ -142,7 +146,8 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
         method = replace(method, activated_layers=active)
     accumulates = settings.accumulate_grad_batches > 1 and rows is None
     batch_size = rows or settings.batch_size
-    work = Workload(batch_size, settings.max_seq_length, accumulates, settings.autocast, host_memory=settings.on_gpu)
+    length, offloads = settings.max_seq_length, settings.offloads and method.resting_rank > 0
+    work = Workload(batch_size, length, accumulates, settings.autocast, settings.on_gpu, offloads)
 
     def simulated() -> StepMemory:
         model = first_blocks(settings.meta_model, active + frozen)
@@ -186,7 +191,7 @@ class ModelSizes(NamedTuple):
 def _offloaded_blocks(settings: PlanSettings, count: int) -> int | None:
     """How many blocks are offloaded or in int8: those that are frozen, under LoRA all; None for methods that offload none."""
     method = settings.method
-    if not method.ours or (settings.frozen_in == "device" and settings.frozen_dtype is None):
+    if not method.ours or not settings.offloads:
         return None
     return count if method.lora is not None else count - method.active_blocks(count)
 
@@ -220,6 +225,13 @@ def _waiting_gradients(settings: PlanSettings) -> int:
     return method.active_blocks(settings.blocks) * sum(1 << (size - 1).bit_length() for size in sizes)
 
 
+def embeddings_train(settings: PlanSettings) -> bool:
+    """Whether backward goes down to the embeddings; also where a head trains that is tied to them."""
+    method, parts = settings.method, non_block_parameters(settings.meta_model)
+    embeddings = set(parts["embeddings"])
+    return method.lora is None and any(p in embeddings for part in method.always_train for p in parts[part])
+
+
 def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:
     """The fewest of ``count`` blocks that can be fetched in a micro-batch, the first one after a draw excepted.
 
@@ -229,7 +241,7 @@ def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> i
     if settings.frozen_in == "device":
         return 0
     offloaded = _offloaded_blocks(settings, count) or 0
-    below = 0 if "embeddings" in settings.method.always_train or settings.method.lora is not None else min(draw)
+    below = 0 if embeddings_train(settings) or settings.method.lora is not None else min(draw)
     reached = offloaded - below
     slots = min(settings.window_blocks, offloaded)
     last = max(reached, slots)  # where in the order of offloaded blocks the slots end up

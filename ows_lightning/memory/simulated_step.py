@@ -44,7 +44,6 @@ class TrainingMethod:
     renews_while_active: bool = False  # a subspace lives shorter than a block is active
     lora: dict[str, Any] | None = field(default=None, hash=False)  # of peft's LoraConfig
     resting_rank: int = 0  # in which frozen blocks above the lowest active one train
-    resting_updates_kept: bool = False  # what they learn is kept beside their weights, which are offloaded
     distribution: str | None = None  # `uniform`, or None for the config's own
 
     def active_blocks(self, count: int) -> int:
@@ -61,6 +60,7 @@ class Workload:
     accumulates: bool = False  # it is the last of several micro-batches in a step
     autocast: torch.dtype | None = None  # of mixed precision; None computes in the weights' own
     host_memory: bool = False  # gradients that a step keeps on the host do not count: on any device but the CPU itself
+    offloads: bool = False  # frozen blocks, beside whose weights the device keeps what they learn at rest
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _Simulation:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        if method.resting_updates_kept and self.galore is not None:
+        if self.work.offloads and self.galore is not None:
             self.galore.keep_updates_at_rest(decoder_layers(model).parameters(), merge=lambda weights: None)
         # What has a state by then: what trains always, every block if states are kept, or at rest.
         draw(range(count) if method.keeps_states else ())

@@ -28,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import language_model_of
-from ows_lightning.models.export import MODEL_FILES, atomic_directory, check_replaceable, untied_weights
+from ows_lightning.models.export import atomic_directory, check_replaceable, file_groups, is_of_model, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -191,23 +191,28 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
         model.resize_token_embeddings(rows, mean_resizing=False)
     head: Any = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings()
-    if head is not None and not config.tie_word_embeddings and head.weight is embeddings.weight:
+    if head is not None and not getattr(config, "tie_word_embeddings", False) and head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.clone())
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     plain = without_weight_conversions(model)
-    for name, weight in ((weight.name, weight.tensor.detach()) for weight in untied_weights(model)):
-        pieces = revert_weight_conversion(plain, {name: weight})
-        changed = [piece for piece in pieces if piece in change.places]
-        # The delta names tensors as files do. Where the model holds several of them as one, this finds each one's elements.
-        numbers = torch.arange(weight.numel()).view(weight.shape) if changed and list(pieces) != [name] else None
-        indices = {} if numbers is None else revert_weight_conversion(plain, {name: numbers})
-        for piece in changed:
-            value = change.read(piece, pieces).to(weight.device)
-            if piece in indices:
-                weight.view(-1)[indices[piece].reshape(-1).to(weight.device)] = value.reshape(-1)
-            else:
-                weight.copy_(value)
+    for group in file_groups(plain, untied_weights(model)):
+        weights = {weight.name: weight.tensor.detach() for weight in group}
+        pieces = revert_weight_conversion(plain, weights)
+        new = {piece: change.read(piece, pieces) for piece in pieces if piece in change.places}
+        if list(pieces) == list(weights):
+            for name, value in new.items():
+                weights[name].copy_(value)
+        elif new:  # the delta names tensors as files do: where the model has several of them as one, or one as several
+            counts = [weight.numel() for weight in weights.values()]
+            numbers = zip(weights.values(), torch.arange(sum(counts)).split(counts), strict=True)
+            places = dict(zip(weights, (number.view(weight.shape) for weight, number in numbers), strict=True))
+            elements = torch.cat([weight.reshape(-1) for weight in weights.values()])
+            for piece, place in revert_weight_conversion(plain, places).items():
+                if piece in new:
+                    elements[place.reshape(-1).to(elements.device)] = new[piece].reshape(-1).to(elements.device)
+            for weight, values in zip(weights.values(), elements.split(counts), strict=True):
+                weight.copy_(values.view(weight.shape))
     if (change.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(change.directory)
     log.info("The delta has %s.", sizes)
@@ -226,7 +231,7 @@ def max_delta_size(model: nn.Module, trained: Iterable[Tensor]) -> DeltaSize:
 
 def _copy_all_but_weights(source: Path, target: Path) -> None:
     for path in source.iterdir():
-        wanted = any(map(path.match, MODEL_FILES)) and path.suffix != ".safetensors" and path.name != DELTA_FILE
+        wanted = is_of_model(path) and path.suffix != ".safetensors" and path.name != DELTA_FILE
         if wanted and path.exists():  # the hub's cache has links to files; chat templates with names are a folder
             (shutil.copytree if path.is_dir() else shutil.copy)(path, target / path.name)
 
@@ -234,8 +239,8 @@ def _copy_all_but_weights(source: Path, target: Path) -> None:
 def _file_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the names and in the form of its files."""
     plain = without_weight_conversions(model)
-    for weight in untied_weights(model):
-        yield from revert_weight_conversion(plain, {weight.name: weight.tensor.detach()}).items()
+    for group in file_groups(plain, untied_weights(model)):
+        yield from revert_weight_conversion(plain, {weight.name: weight.tensor.detach() for weight in group}).items()
 
 
 def _tensor_hash(name: str, tensor: Tensor) -> str:

@@ -37,7 +37,7 @@ _WEIGHTS = "model.safetensors"
 MODEL_FILES = (
     DELTA_FILE, "README.md", "LICENSE*", ".gitattributes", "*.safetensors", "*.safetensors.index.json", "*config.json",
     "*token*.json", "*.jinja", "vocab.json", "vocab.txt", "merges.txt", "*.model",
-    "configuration_*.py", "modeling_*.py", "tokenization_*.py", CHAT_TEMPLATE_DIR,
+    CHAT_TEMPLATE_DIR,
 )  # fmt: skip
 
 
@@ -121,12 +121,20 @@ def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.Path
         raise UsageError(f"{str(target)!r} {why}")
     if not target.is_dir():
         raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")
-    known = [path for path in target.iterdir() if any(map(path.match, MODEL_FILES))]
+    known = [path for path in target.iterdir() if is_of_model(path)]
     foreign = [p.name for p in target.iterdir() if p not in known or (p.is_dir() and p.name != CHAT_TEMPLATE_DIR)]
     if foreign or (any(target.iterdir()) and not (target / "config.json").is_file()):
         what = f"holds {foreign[0]!r}, which is no part of a model" if foreign else "holds something else than a model"
         raise UsageError(f"{str(target)!r} {what}, and would be replaced; give a new directory")
     return target
+
+
+def is_of_model(path: Path) -> bool:
+    """Whether a file or folder is one that model directories have; Python files where the config names code."""
+    if path.suffix != ".py":
+        return any(map(path.match, MODEL_FILES))
+    config = path.with_name("config.json")
+    return config.is_file() and "auto_map" in config.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -173,21 +181,15 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
 
     # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor, or one as several.
-    empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
-    layout = revert_weight_conversion(model, dict(empty))
-    written = _shapes(layout)
-    alone: list[_PlainWeight] = []
-    joined: list[_PlainWeight] = []  # with others into one tensor of the file
-    for weight in weights:
-        by_itself = revert_weight_conversion(model, {weight.name: empty[weight.name]})
-        (alone if _shapes(by_itself) <= written else joined).append(weight)
+    empty = _empty_tensors(weights)
+    layout = revert_weight_conversion(model, empty)
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
     with contextlib.ExitStack() as stack:
         files: dict[str, SafetensorsFile] = {}
         if writes:
             for file, names in split.filename_to_tensors.items():
                 files[file] = stack.enter_context(SafetensorsFile(directory / file, {name: layout[name] for name in names}))
-        for group in (*([weight] for weight in alone), joined):
+        for group in file_groups(model, weights):
             with contextlib.ExitStack() as merged:
                 tensors = {weight.name: merged.enter_context(_merged_weight(weight)).detach() for weight in group}
                 if writes:
@@ -197,6 +199,18 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def file_groups(model: PreTrainedModel, weights: list[_PlainWeight]) -> list[list[_PlainWeight]]:
+    """Sorts weights by the tensors of the files that they make: most by themselves, others joined into one."""
+    written = _shapes(revert_weight_conversion(model, _empty_tensors(weights)))
+    by_themselves = [_shapes(revert_weight_conversion(model, _empty_tensors([weight]))) <= written for weight in weights]
+    joined = [weight for weight, alone in zip(weights, by_themselves, strict=True) if not alone]
+    return [*([weight] for weight, alone in zip(weights, by_themselves, strict=True) if alone), *([joined] if joined else [])]
+
+
+def _empty_tensors(weights: list[_PlainWeight]) -> dict[str, Tensor]:
+    return {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
 
 
 def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:

@@ -33,5 +33,5 @@ def lora_config(settings: dict[str, Any]) -> Any:
             raise UsageError(f"model.lora.{key}: peft's LoraConfig has no such key{did_you_mean(key, known)}")
     try:
         return LoraConfig(task_type="CAUSAL_LM", **settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(f"model.lora: {error}; the keys are those of peft's LoraConfig") from error

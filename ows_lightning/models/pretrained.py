@@ -110,6 +110,9 @@ def load_model(
     if missing := sorted(report["missing_keys"]):
         which = f"{missing[0]} ({len(missing)} missing in all) and would start at random there"
         raise UsageError(f"{MODEL_KEY}: {name!r} has no weights for {which}; give a complete causal LM")
+    if apart := sorted(model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys()):
+        hint = "set tie_word_embeddings: false in its config.json, or take one of the two out of its files"
+        raise UsageError(f"{MODEL_KEY}: {name!r} has another {apart[0]} than the weight that its config ties it to; {hint}")
     check_finite(name, model)
     if source.gguf_file is not None:  # an ordinary model again, which `save_pretrained` would refuse otherwise
         for attribute in vars(model).keys() & {"hf_quantizer", "is_quantized", "quantization_method"}:

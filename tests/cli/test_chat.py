@@ -165,6 +165,7 @@ def test_compare_shows_both_and_the_report_too(config: Path, capsys: pytest.Capt
         ("chat --model x --device cuda:99", "device: 'cuda:99'"),
         ("chat --model ./no/such/model", "model.model_name_or_path: "),
         ("compare --model x hello", "base: "),
+        ("compare --model y/z hello", "base: no run is known"),  # though y has a config.yaml
         ("compare --model x --base y", "compare: no prompt"),
     ],
 )
@@ -172,6 +173,8 @@ def test_what_is_wrong_is_one_line(
     arguments: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("y/z").mkdir(parents=True)
+    Path("y/config.yaml").write_text("a: 1")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(SystemExit, match="2"):
         main(arguments.split())

@@ -217,6 +217,11 @@ CASES = {
     "all rows for validation": Case(fit("--data.val_size 8"), "data.val_size", "set val_size: 0"),
     "rank for AdamW": Case(fit("--config adamw.yaml --model.rank 4"), "model.rank", "set rank to null, or take GaLoreAdamW"),
     "misspelt LoRA key": Case(fit("--config adamw.yaml --model.lora.rang 4"), "model.lora.rang", "has no such key"),
+    "LoRA of layers that a pattern names": Case(
+        fit("--config adamw.yaml --model.lora.target_modules .*q_proj --model.lora.layers_to_transform [0]"),
+        "model.lora",
+        "the keys are those of peft's LoraConfig",
+    ),
     "LoRA of rank 0": Case(fit("--config adamw.yaml --model.lora.r 0"), "model.lora.r", "of at least 1"),
     "accumulation over 0": Case(
         fit("--trainer.accumulate_grad_batches 0"), "trainer.accumulate_grad_batches", "give a number from 1"
@@ -684,7 +689,10 @@ def test_no_network_for_the_upload(
     rest = f"--model.model_name_or_path {model} --data.dataset {rows_file}"
     main(fit(f"{rest} --trainer.enable_progress_bar false --trainer.default_root_dir trained --sampling null").split())
     checkpoint = "trained/version_0/checkpoints/last.ckpt"
-    line, code = typed(f"export --config base.yaml {rest} --ckpt_path {checkpoint} --output exported --push_to_hub me/mine")
+    of_a_gpu = "--model.kernels liger --model.attn_implementation flash_attention_2"  # an export computes nothing
+    line, code = typed(
+        f"export --config base.yaml {rest} {of_a_gpu} --ckpt_path {checkpoint} --output exported --push_to_hub me/mine"
+    )
     assert line.startswith("push_to_hub: can't upload to 'me/mine' (")
     assert line.endswith("); run 'hf auth login'; the model is in 'exported'")
     assert code == 1

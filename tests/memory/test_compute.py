@@ -23,7 +23,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import OutlierScores
 from tests.memory.test_plan import LENGTH, llama_7b, make_config
-from tests.tiny import tiny_batch
+from tests.tiny import tiny_batch, tiny_model
 
 N = 6_738_415_616  # weights of Llama-2-7B
 
@@ -201,6 +201,21 @@ def test_scores_count_as_often_as_they_are_computed(directory: Path) -> None:
     for distribution, blocks in {"outlier": 5, "outlier_reverse": 5, "window": 5, "uniform": 0, "weight_norm": 0}.items():
         assert scoring(distribution) == pytest.approx(blocks)
     assert scoring("window", sampling__rescore_every=3) == pytest.approx(10)  # at the first and the fourth of four draws
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_a_head_that_is_tied_to_the_embeddings_trains_them_too(where: str, tmp_path: Path) -> None:
+    tiny_model("llama", num_hidden_layers=4, tie_word_embeddings=True).save_pretrained(tmp_path)
+    head, embeddings = (
+        compute(settings_from_config(make_config(tmp_path, sampling__always_train=[part, "norm"], model__frozen_in=where)))
+        for part in ("lm_head", "embeddings")
+    )
+    assert head.flops_per_token == embeddings.flops_per_token
+
+
+def test_a_file_of_scores_is_no_measure_of_gradients(directory: Path) -> None:
+    config = make_config(directory, sampling__distribution="gradient_norm", sampling__scores="nowhere.json")
+    assert compute(settings_from_config(config)).probabilities.startswith("uniform")
 
 
 def test_grouped_draws_compute_less(directory: Path) -> None:

@@ -374,7 +374,43 @@ def test_advises_to_offload_where_a_run_may(devices: int, strategy: str, offload
     assert any("model.frozen_in" in changes for _, changes in _cheaper_settings(settings)) == offloads
 
 
+def test_advice_counts_what_offloaded_blocks_learn_at_rest(directory: Path) -> None:
+    changes = {"sampling__resting_rank": 8, "model__gradient_checkpointing": True, "trainer__precision": "bf16-true"}
+    settings = settings_from_config(make_config(directory, **changes))
+    advised = next(one for one, changed in _cheaper_settings(settings) if changed.keys() == {"model.frozen_in"})
+    given = settings_from_config(make_config(directory, **changes, model__frozen_in="host"))
+    assert predict(advised).bytes == predict(given).bytes
+
+
+def test_adapters_of_some_layers_are_counted_in_those(directory: Path) -> None:
+    lora = {"r": 4, "target_modules": ["q_proj"]}
+    moments = []
+    for layers in ([0], [2, 3], None):
+        config = make_config(directory, model__lora=lora | {"layers_to_transform": layers}, model__rank=None, sampling=None)
+        config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+        moments.append(predict(settings_from_config(config)).bytes["moments"])
+    assert moments == [moments[0], 2 * moments[0], SHAPE["num_hidden_layers"] * moments[0]]
+
+
 # ---------------------------------------------------------------------- several devices
+
+
+def test_a_number_of_devices_that_is_not_given_counts_as_one(directory: Path) -> None:
+    def notes(**trainer: Any) -> str:
+        return "\n".join(plan_from_config(make_config(directory, **trainer), ["ows"]).notes)
+
+    assert "trainer.devices: auto counts as 1" in notes(trainer__devices="auto", trainer__strategy="fsdp2")
+    assert "trainer.devices" not in notes(trainer__devices=2, trainer__strategy="fsdp2")
+
+
+def test_a_strategy_may_be_given_by_its_class(directory: Path) -> None:
+    by_class = {"class_path": "ows_lightning.distributed.FSDP2Strategy"}
+    one, other = (
+        settings_from_config(make_config(directory, trainer__devices=2, trainer__strategy=strategy))
+        for strategy in ("fsdp2", by_class)
+    )
+    assert (other.strategy, other.is_sharded) == (one.strategy, one.is_sharded) == ("fsdp2", True)
+    assert other.method.factored is one.method.factored is False
 
 
 def test_fsdp_shards_what_trains_and_reduces_only_that() -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.delta import DeltaSize, apply_delta, load_delta, max_delta_size, write_delta
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model, load_tokenizer, resize_embeddings
-from tests.cli.test_cli import config, run  # noqa: F401
+from tests.cli.test_cli import config, run, whole_config  # noqa: F401
 from tests.data.samples import tiny_tokenizer
+from tests.models.architectures import tiny_config
+from tests.models.architectures import tiny_model as tiny_architecture
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -123,6 +126,45 @@ def test_other_architectures(architecture: str, model_dir: Callable[..., Path]) 
     sizes = make_delta(base, lambda model: train(model, 0, 2))
     assert 0 < sizes.delta < 0.6 * sizes.model
     check_restored(base)
+
+
+def test_several_weights_that_files_have_as_one(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_architecture(tiny_config("sarvam_moe")).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    sizes = make_delta(base, lambda model: train(model, 1))
+    assert 0 < sizes.delta < 0.5 * sizes.model
+    check_restored(base)
+
+
+def test_code_that_comes_with_a_model_goes_along(
+    model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])  # to which transformers adds it
+    base, classes = model_dir(), {"AutoConfig": "frob.Config", "AutoModelForCausalLM": "frob.Model"}
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**values, "model_type": "frob", "auto_map": classes}))
+    (base / "names.py").write_text("NAME = 'frob'\n")
+    (base / "frob.py").write_text("""
+from transformers import LlamaConfig, LlamaForCausalLM
+from .names import NAME
+
+class Config(LlamaConfig):
+    model_type = NAME
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+""")
+    whole, delta = tmp_path / "whole", tmp_path / "delta"
+    for _ in range(2):  # the second replaces the first
+        save_huggingface(load_model(str(base), trust_remote_code=True), load_tokenizer(str(base), True), whole)
+        write_delta(whole, delta, str(base), torch.float32, trust_remote_code=True)
+        apply_delta(str(base), delta, tmp_path / "again", trust_remote_code=True)
+    assert contents(tmp_path / "again") == contents(whole)
+    assert {"frob.py", "names.py"} <= contents(whole).keys()
+    plan = "plan --model.trust_remote_code true --data.dataset rows.jsonl --sampling.activated_layers 2 --method ows"
+    main([*plan.split(), "--model.model_name_or_path", str(whole)])
 
 
 def test_names_of_the_base_without_a_prefix(model_dir: Callable[..., Path]) -> None:

@@ -212,9 +212,15 @@ def test_unknown_model_type(saved: Path) -> None:
         load_config(str(saved))
 
 
+def tie_what_differs(directory: Path) -> None:
+    """The files have embeddings and a head of their own each."""
+    edit_config(tie_word_embeddings=True)(directory)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (tie_what_differs, r"another lm_head.weight than .* ties it to; set tie_word_embeddings: false"),
         (edit_config(num_hidden_layers=6), "no weights for model.layers.4.input_layernorm.weight .18 missing in all"),
         (edit_config(vocab_size=256), r"lm_head.weight of shape \(128, 32\) where its config says \(256, 32\)"),
         (
@@ -222,7 +228,7 @@ def test_unknown_model_type(saved: Path) -> None:
             r"can't load .* \(.*incomplete metadata.*\); check that its files are whole",
         ),
     ],
-    ids=["missing", "mismatched", "truncated"],
+    ids=["tied", "missing", "mismatched", "truncated"],
 )
 def test_weights_that_do_not_fit(damage: Callable[[Path], Any], message: str, saved: Path) -> None:
     damage(saved)
