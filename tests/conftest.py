@@ -41,7 +41,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish() -> None:
     gc.unfreeze()  # libraries that look at exit for what they leaked
 
 
