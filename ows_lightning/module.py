@@ -219,15 +219,15 @@ class CausalLMModule(EvaluationModule):
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
         if self.causal_lm is not None:
             if self.device_mesh is not None and not any(map(is_sharded, self.parameters())):
-                raise UsageError(
-                    "trainer.strategy: fsdp2 shards a model as it loads it; this one is loaded: make a new module"
-                )
+                raise UsageError("trainer.strategy: fsdp2 shards a model as it loads it; this one is loaded, make another")
             return
         disk = Disk(self.trainer.log_dir if self._trainer else None) if self.hparams["frozen_in"] == "disk" else None
         if self.device_mesh is None:
             # Lightning's context has transformers load straight onto a GPU, which the whole model may not fit.
             with torch.device("cpu") if offloads(self.hparams) else contextlib.nullcontext():
                 self.causal_lm = CausalLM(self.build(disk=disk))
+        elif self.device_mesh["tensor_parallel"].size() > 1:
+            raise UsageError("trainer.strategy: ModelParallelStrategy here splits tensors, too; write strategy: fsdp2")
         else:
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             self.causal_lm = load_into_shards(self.build, self.hparams["model_name_or_path"], mesh, device, self._precision)
@@ -307,9 +307,7 @@ class CausalLMModule(EvaluationModule):
         needed = {"labels"} if self.trainer.training else {"labels", "reference"}
         if not self.trainer.predicting and not (isinstance(batch, Mapping) and batch.keys() & needed):
             found = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise UsageError(
-                f"a batch ({found}) must be a dict of input_ids and labels (their copy, -100 where nothing is to be learned)"
-            )
+            raise UsageError(f"a batch ({found}) must be a dict of input_ids and labels (-100 where nothing is to be learned)")
         return precompute_on_host(batch) if self.trainer.training else batch
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -365,6 +363,11 @@ class CausalLMModule(EvaluationModule):
             self.offloader.merge_updates()
 
     # ------------------------------------------------------------------ checkpoints
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads weights into the model, which is made first if it is not there: forked processes return their weights so."""
+        self.configure_model()
+        return super().load_state_dict(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Leaves what offloaded blocks learn at rest to the optimizer's state, as checkpoints do; ``model``'s includes it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import math
 import pickle
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
@@ -452,6 +454,15 @@ def test_modules_keep_the_mode_that_the_user_gave_them(model_dir: ModelDir, tmp_
     shown = ShowGenerations(["why?"])
     trainer(tmp_path, modes, shown, max_steps=1).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
     assert modes.training == [True, False, True, True]
+
+
+def test_answers_of_another_run_in_the_same_folder_are_gone(model_dir: ModelDir, tmp_path: Path) -> None:
+    for _ in range(2):
+        log = CSVLogger(tmp_path, name="", version=0)
+        run = trainer(tmp_path, ShowGenerations(["why?"], every_n_steps=1), max_steps=1, logger=log)
+        run.fit(CausalLMModule(str(model_dir()), rank=8), DataLoader(rows_with_uneven_targets(), batch_size=4))
+    with (tmp_path / "version_0" / "generations.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
 def test_a_model_named_by_a_path_is_saved_and_resumed(model_dir: ModelDir, tmp_path: Path) -> None:

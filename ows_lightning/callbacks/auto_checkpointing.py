@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.errors import first_line
 from ows_lightning.memory.cards import available_bytes, fewest_checkpointed
-from ows_lightning.memory.plan_settings import settings_from_config
+from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.module import CausalLMModule
@@ -35,18 +35,17 @@ class AutoCheckpointing(Callback):
         number = count = len(decoder_layers(pl_module))
         if trainer.is_global_zero:
             try:
-                number, budget = self._fewest_blocks_and_budget(trainer, pl_module)
+                budget = MEMORY_FRACTION * available_bytes(pl_module.device, pl_module.parameters(), trainer.num_devices)
+                with torch.random.fork_rng(devices=[]):
+                    number = fewest_checkpointed(settings_of_run(self.config, pl_module), budget)
                 what = "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)"
                 log.info(what, number, count, budget / 1e9)
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
                 log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", first_line(error))
         checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))
 
-    def _fewest_blocks_and_budget(self, trainer: Trainer, module: CausalLMModule) -> tuple[int, float]:
-        device = module.device
-        available = available_bytes(device)
-        if device.type == "cpu":  # its processes share it, and what is free lacks the weights that are there already
-            available = available // trainer.num_devices + sum(p.nbytes for p in module.parameters())
-        with torch.random.fork_rng(devices=[]):
-            settings = replace(settings_from_config(self.config), on_gpu=device.type == "cuda", devices=trainer.world_size)
-            return fewest_checkpointed(settings, MEMORY_FRACTION * available), MEMORY_FRACTION * available
+
+def settings_of_run(config: Any, module: CausalLMModule) -> PlanSettings:
+    """What memory depends on in a run's config, on the devices that the run has got."""
+    on_gpu, devices = module.device.type == "cuda", module.trainer.world_size  # the config may say `auto`
+    return replace(settings_from_config(config), on_gpu=on_gpu, devices=devices)

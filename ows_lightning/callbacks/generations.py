@@ -45,6 +45,9 @@ class ShowGenerations(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows what the model answers at first."""
         super().on_train_start(trainer, pl_module)
+        folder = run_folder(trainer)  # asks all ranks
+        if trainer.is_global_zero and not trainer.ckpt_path:  # a file of another run that was there
+            (folder / "generations.csv").unlink(missing_ok=True)
         self._show(trainer, pl_module)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

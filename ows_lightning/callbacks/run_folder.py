@@ -41,7 +41,7 @@ class RunFolder(Callback):
             check_replaceable(folder / "model", pl_module.hparams["model_name_or_path"])  # not only when all is trained
         if (sampling := LayerwiseSampling.of(trainer)) is not None:
             self._at_end.callback(setattr, sampling, "folder", sampling.folder)
-            sampling.folder = folder  # also where there is no logger
+            sampling.folder = sampling.folder or folder  # also where there is no logger
         if not trainer.is_global_zero:
             return
         try:

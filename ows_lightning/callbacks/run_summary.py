@@ -12,12 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
+from ows_lightning.callbacks.auto_checkpointing import settings_of_run
 from ows_lightning.callbacks.run_checkpoint import run_checkpoint
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, add_note, command_line, first_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
-from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict
 from ows_lightning.models.causal_lm import evaluating
 from ows_lightning.models.decoder import decoder_layers
@@ -144,15 +144,13 @@ class RunSummary(Callback):
 
     def _memory_text(self, module: CausalLMModule) -> str:
         """Returns the predicted memory, or why it can't be predicted."""
-        device = module.device
-        available = available_bytes(device)
+        device, processes = module.device, module.trainer.num_devices
+        available = available_bytes(device, module.parameters(), processes)
         there = f"{available / 1e9:.1f} GB available on {device}"
         try:
             with torch.random.fork_rng(devices=[]):
                 recomputing = count_checkpointed(module.language_model)
-                settings = settings_from_config(self.config)
-                devices = module.trainer.world_size  # the config may say `auto`
-                needs = predict(replace(settings, gradient_checkpointing=recomputing, devices=devices))
+                needs = predict(replace(settings_of_run(self.config, module), gradient_checkpointing=recomputing))
         except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
@@ -161,7 +159,7 @@ class RunSummary(Callback):
             if device.type == "cpu":
                 needed += needs.host_bytes
             else:
-                free = available_bytes(torch.device("cpu"))
+                free = available_bytes(torch.device("cpu"), module.parameters(), processes)
                 self.predicted += f", {free / 1e9:.1f} GB available"
                 if needs.host_bytes > free:
                     self.predicted += f"; too little of it: see `{command_line('plan')}`, or set model.frozen_in: disk"

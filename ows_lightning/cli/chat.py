@@ -79,8 +79,7 @@ def compare(argv: list[str]) -> None:
     from ows_lightning.report.tables import key_figures, write_csv
 
     run_folder = run_folder_of(find_run_folder(Path(args.model)))
-    if run_folder is not None and not is_run_folder(run_folder):  # a config.yaml of something else
-        run_folder = None
+    run_folder = run_folder if run_folder and is_run_folder(run_folder) else None  # a config.yaml may be of something else
     base = args.base or (run_folder and key_figures(RunRecord.read(run_folder))["model"])
     if not base:
         raise UsageError("base: no run is known that made --model; name the model that it was made from, by --base")

@@ -220,8 +220,8 @@ class OWSCLI(LightningCLI):
         root = Path(config.trainer.default_root_dir or "runs")
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         own = [logger.init_args for logger in loggers if "CSVLogger" in str(logger)]  # whose folder is the run's
-        places = [Path(str(logger.save_dir), logger.get("name") or "") for logger in own] or [root]
-        places = [root / "checkpoints", root] if loggers == [False] else places
+        of_loggers = [Path(str(logger.save_dir), logger.get("name") or "") for logger in own] or [root]
+        places = [root / "checkpoints", root] if loggers == [False] else of_loggers
         if config.checkpoint.dirpath:
             places = [Path(config.checkpoint.dirpath), *places]
         if command == "export" and "://" in str(ckpt_path):

@@ -20,7 +20,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import unfreeze
-from ows_lightning.sampling.sampler import BlockSampler
+from ows_lightning.sampling.sampler import BlockSampler, unwrapped
 from ows_lightning.sampling.scores import OutlierScores
 
 
@@ -51,7 +51,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
-        model, optimizer = kwargs["model"], _unwrap(kwargs["optimizer"])
+        model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
         _require_one_process(args)
         _require_use_galore(optimizer, args)
         if self.distribution == "gradient_norm" and args.max_grad_norm > 0:
@@ -76,14 +76,14 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draws new blocks where this step is the first of an interval."""
-        if self.advance(state.global_step, [_unwrap(kwargs["optimizer"])], self._compute):
+        if self.advance(state.global_step, [kwargs["optimizer"]], self._compute):
             self.write(self._written_to)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Lets the norms of the gradients count, where the draws depend on them."""
-        self.observe([_unwrap(kwargs["optimizer"])])
+        self.observe([kwargs["optimizer"]])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Names the blocks that never trained, and unfreezes all."""
@@ -172,11 +172,6 @@ def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW
     trainer.callback_handler.callbacks.insert(0, _GaLoreCallback(optimizer))  # it refuses before any other has frozen blocks
     trainer.optimizer = optimizer
     return optimizer
-
-
-def _unwrap(optimizer: Any) -> Any:
-    """The optimizer that accelerate has wrapped."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _require_one_process(args: TrainingArguments) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import yaml
+from torch import Tensor
 
 from ows_lightning.errors import UsageError, command_line, did_you_mean
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
@@ -68,11 +69,12 @@ def _name_and_memory(name: str, left_out: set[str] = _MAKERS) -> tuple[str, int 
     return "".join(word for word in re.findall(r"[a-z0-9]+", rest) if word not in left_out), memory and int(memory[1])
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes that are free on the device, torch's own included; for a CPU the machine's."""
+def available_bytes(device: torch.device, weights: Iterable[Tensor] = (), processes: int = 1) -> int:
+    """Bytes that are free on a device, or taken there by torch, such as ``weights`` may be; each process has its share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available
+    there = sum(p.nbytes for p in weights if p.device.type == device.type)
+    return psutil.virtual_memory().available // processes + there
 
 
 def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:

@@ -191,9 +191,7 @@ def settings_from_config(config: Any) -> PlanSettings:
     config_of_model, found = find_dimensions(name, trust)
     length = data.get("max_seq_length", 512)
     if (limit := exceeded_position_limit(config_of_model, length, trust)) is not None:
-        raise UsageError(
-            f"data.max_seq_length: {length}, and the model has positions for {limit}; set data.max_seq_length: {limit} or less"
-        )
+        raise UsageError(f"data.max_seq_length: {length}, and the model has positions for {limit}; set it to {limit} or less")
     return PlanSettings(
         name=name,
         model=config_of_model,

@@ -205,8 +205,8 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
                 weights[name].copy_(value)
         elif new:  # the delta names tensors as files do: where the model has several of them as one, or one as several
             counts = [weight.numel() for weight in weights.values()]
-            numbers = zip(weights.values(), torch.arange(sum(counts)).split(counts), strict=True)
-            places = dict(zip(weights, (number.view(weight.shape) for weight, number in numbers), strict=True))
+            numbers = torch.arange(sum(counts)).split(counts)
+            places = {name: at.view(weights[name].shape) for name, at in zip(weights, numbers, strict=True)}
             elements = torch.cat([weight.reshape(-1) for weight in weights.values()])
             for piece, place in revert_weight_conversion(plain, places).items():
                 if piece in new:

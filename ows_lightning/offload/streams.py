@@ -62,7 +62,7 @@ class _CudaStream(CopyStream):
 
     def _run(self, slot: int, fetch: Callable[[], None]) -> None:
         self.stream.wait_event(self.released[slot])
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):  # a thread's own device is the first one
             fetch()
             self.arrived[slot].record(self.stream)
         self._running[slot] = fetch

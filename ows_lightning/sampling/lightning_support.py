@@ -20,6 +20,8 @@ def check_strategy(strategy: object) -> None:
     fixed = "DDPStrategy" in kinds and not getattr(strategy, "averages_changing_blocks", False)
     if kinds & {"FSDPStrategy", "DeepSpeedStrategy"} or re.match("fsdp(?!2$)|deepspeed", name):
         reason = "it shows the optimizer flat slices of weights, which have no singular vectors; write strategy: fsdp2"
+    elif fixed and getattr(strategy, "_start_method", "popen") != "popen":
+        reason = "it fixes the set of trained parameters; in a notebook set devices: 1, or start a script with ddp_layerwise"
     elif fixed or re.match("ddp(?!_layerwise$)", name):
         reason = "it fixes the set of trained parameters, and averages full gradients; write strategy: ddp_layerwise"
     else:

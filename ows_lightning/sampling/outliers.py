@@ -88,8 +88,12 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
     dataset: Any = loader.dataset
     kind: Any = DataLoader
     if isinstance(dataset, IterableDataset):
-        # Reading a copy leaves the run's position alone. Only the same class of loader can unpack the stream's rows.
-        dataset, kind = copy.deepcopy(dataset), type(loader)
+        try:  # reading a copy leaves the run's position alone
+            dataset = copy.deepcopy(dataset)
+        except TypeError as error:  # it holds an open file, say
+            hint = f"give a file from `{command_line('score')}`"
+            raise UsageError(f"sampling.scores: {hint}; the stream can't be copied for calibration ({error})") from error
+        kind = type(getattr(loader, "base_dataloader", loader))  # only its own class unpacks a stream's rows; not accelerate's
         if hasattr(dataset, "num_replicas"):  # it is a rank's share
             dataset.rank, dataset.num_replicas = 0, 1
     else:

@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 NORM_DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that accelerate has wrapped, whose attributes it hides."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 class BlockSampler:
     """Draws the blocks that train, freezes the others, and remembers what a resumed run needs.
 
@@ -168,7 +173,7 @@ class BlockSampler:
 
     def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
         """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`."""
-        optimizers, self._written = list(optimizers), (0, None)
+        optimizers, self._written = [*map(unwrapped, optimizers)], (0, None)
         self._require_held(optimizers)
         if self._loaded is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
             check_fixed_settings(self._loaded, sampling_settings(self), prefix="sampling")
@@ -217,7 +222,7 @@ class BlockSampler:
         # A draw between two intervals, where `should_draw` is overridden, is another one than theirs.
         interval = max(step // self.interval_steps, self.history[-1][0] + 1 if self.history else 0)
         self.history.append((interval, step, self.blocks_of(interval)))
-        self.activate(optimizers)
+        self.activate([*map(unwrapped, optimizers)])
         figures["drawing_s"] = time.perf_counter() - start
         self.seconds += sum(figures.values())
         return {**figures, "interval": float(interval)}
@@ -235,9 +240,9 @@ class BlockSampler:
         """
         if self.distribution != "gradient_norm":
             return
-        projecting = [optimizer for optimizer in optimizers if hasattr(optimizer, "gradient_of")]
+        projecting = [optimizer for optimizer in map(unwrapped, optimizers) if hasattr(optimizer, "gradient_of")]
         for optimizer in projecting:
-            optimizer.gradients()  # type: ignore[attr-defined]
+            optimizer.gradients()
 
         def gradient_of(p: Tensor) -> Tensor | None:
             found = (optimizer.gradient_of(p) for optimizer in projecting)
@@ -304,10 +309,9 @@ class BlockSampler:
         ratios: Sequence[float] = [1.0] * num_layers
         if self.scores is not None and self.distribution != "gradient_norm":
             ratios = OutlierScores.load(Path(self.scores)).ratios_for(num_layers, architecture, self.distribution)
-        probabilities = sampling_probabilities(ratios, self.distribution)
-        if self.distribution == "window":  # which also takes in blocks whose own probability is zero
-            probabilities = torch.ones(num_layers)
-        draw_blocks(probabilities, self.activated_layers, torch.Generator())
+        # A window also takes in blocks whose own probability is zero.
+        distribution = "uniform" if self.distribution == "window" else self.distribution
+        draw_blocks(sampling_probabilities(ratios, distribution), self.activated_layers, torch.Generator())
 
     def blocks_of(self, interval: int) -> list[int]:
         """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""
@@ -349,6 +353,9 @@ class BlockSampler:
             known = OutlierScores.load(Path(self.scores))
             ratios = known.ratios_for(num_layers, architecture, self.distribution)
             threshold, samples = known.threshold, known.calibration_samples
+            if threshold != self.threshold and score_of(self.distribution) == OUTLIER_RATIO:
+                said = "sampling.threshold: %g counts where blocks are scored again alone; the scores in '%s' are those of %g"
+                log.warning(said, self.threshold, self.scores, threshold)
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(model)
         elif score_of(self.distribution) == OUTLIER_RATIO:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
+from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing, settings_of_run
+from ows_lightning.memory.cards import available_bytes
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -47,3 +51,22 @@ def test_auto_is_decided_before_the_run_trains(
     assert count_checkpointed(module.language_model) == recomputing
     assert module.hparams["gradient_checkpointing"] == "auto"
     assert len([line for line in caplog.messages if line.startswith("model.gradient_checkpointing: " + said)]) == 1
+
+
+def test_weights_that_are_loaded_already_are_part_of_what_a_run_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    weights = [torch.zeros(10), torch.zeros(10, device="meta")]
+    assert available_bytes(torch.device("cpu"), weights, processes=2) == 1000 // 2 + 40
+
+
+def test_memory_is_predicted_for_the_device_that_the_run_has_got(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = {
+        "model": {"model_name_or_path": str(tmp_path)},
+        "data": {},
+        "trainer": {"accelerator": "auto", "devices": "auto"},
+    }
+    module = CausalLMModule(str(tmp_path))
+    module.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_layerwise", logger=False)
+    settings = settings_of_run(config, module)
+    assert (settings.on_gpu, settings.devices) == (False, 2)

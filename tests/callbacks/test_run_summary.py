@@ -38,14 +38,15 @@ def test_a_prediction_is_for_the_devices_that_the_run_has(tmp_path: Path, monkey
         "model": {"model_name_or_path": str(tmp_path), "optimizer": GaLoreAdamW, "gradient_checkpointing": "auto"},
         "data": {}, "trainer": {"devices": "auto", "strategy": "fsdp2"}, "sampling": None,
     }  # fmt: skip
-    module = CausalLMModule(str(tmp_path), rank=4)
+    module = CausalLMModule(str(tmp_path), rank=4, gradient_checkpointing="auto")
     module.configure_model()
-    module._trainer = run = SimpleNamespace(world_size=2, num_devices=2)
+    strategy = SimpleNamespace(broadcast=lambda number: number)
+    module._trainer = run = SimpleNamespace(world_size=2, num_devices=2, is_global_zero=True, strategy=strategy)
     found: list[PlanSettings] = []
     monkeypatch.setattr(run_summary, "predict", lambda settings: found.append(settings) or 1 / 0)
     monkeypatch.setattr(auto_checkpointing, "fewest_checkpointed", lambda settings, budget: found.append(settings) or 0)
     RunSummary(config)._memory_text(module)
-    AutoCheckpointing(config)._fewest_blocks_and_budget(run, module)
+    AutoCheckpointing(config).on_fit_start(run, module)  # type: ignore[arg-type]
     assert [(settings.devices, settings.is_sharded) for settings in found] == [(2, True)] * 2
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, LayerwiseSampling
@@ -182,6 +184,40 @@ def loaded_before(arguments: list[str]) -> None:
 
 def test_whole_weights_are_not_trained_as_if_they_were_sharded(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     run([str(model_dir())], tmp_path, 1, target=loaded_before)
+
+
+def in_a_notebook(arguments: list[str]) -> None:
+    """Processes that are forked from this one bring it their weights."""
+    module = CausalLMModule(
+        arguments[0], rank=None, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2), warmup_steps=0
+    )
+    rows = [{key: value[0] for key, value in tiny_batch(1, seed=seed).items()} for seed in range(4)]
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
+    Trainer(strategy="ddp_notebook", max_steps=2, **options).fit(module, DataLoader(rows))
+    before = CausalLMModule(arguments[0])
+    before.configure_model()
+    assert not any(map(torch.equal, module.parameters(), before.parameters()))
+    sampling = LayerwiseSampling(1, 1, "uniform")
+    with pytest.raises(ProcessRaisedException, match="in a notebook set devices: 1, or start a script with ddp_layerwise"):
+        Trainer(strategy="ddp_notebook", callbacks=[sampling], max_steps=2, **options).fit(before, DataLoader(rows))
+
+
+@pytest.mark.slow
+def test_what_forked_processes_have_trained_is_kept(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    run([str(model_dir())], tmp_path, 1, target=in_a_notebook)
+
+
+def split_tensors(arguments: list[str]) -> None:
+    """The strategy of Lightning by which fsdp2 works, as it is by itself."""
+    rows = [{key: value[0] for key, value in tiny_batch(1).items()}]
+    trainer = Trainer(strategy=ModelParallelStrategy(), accelerator="cpu", devices=2, max_steps=1, logger=False)
+    with pytest.raises(UsageError, match="splits tensors, too; write strategy: fsdp2"):
+        trainer.fit(CausalLMModule(arguments[0]), DataLoader(rows))
+
+
+@pytest.mark.slow
+def test_tensors_that_are_split_are_refused(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    run([str(model_dir())], tmp_path, RANKS, target=split_tensors)
 
 
 def with_a_gradient_missing(arguments: list[str]) -> None:

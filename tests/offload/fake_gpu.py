@@ -275,6 +275,7 @@ class FakeGpu:
             ("Event", NewEvent),
             ("current_stream", lambda device=None: self.current),
             ("stream", on_stream),
+            ("device", lambda device: contextlib.nullcontext()),
             ("synchronize", synchronize),
             ("cudart", lambda: self),
         ):

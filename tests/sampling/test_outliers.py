@@ -2,14 +2,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -338,3 +340,28 @@ def test_calibration_rows_follow_the_seed() -> None:
     assert chosen(0) == chosen(0)
     assert len({*chosen(0)}) == 8
     assert {*chosen(0)} not in ({*chosen(1)}, {*range(8)})
+
+
+class Numbers(IterableDataset):
+    """A stream."""
+
+    def __init__(self, file: object = None) -> None:
+        self.file = file
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield from ({"input_ids": torch.tensor([i])} for i in range(8))
+
+
+def test_a_stream_that_can_not_be_copied_asks_for_a_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("")
+    with (tmp_path / "rows.txt").open() as file, pytest.raises(UsageError, match=r"^sampling\.scores: give .*can't be copied"):
+        calibration_batches(DataLoader(Numbers(file)), 8, 0)
+
+
+def test_accelerate_does_not_take_calibration_for_the_rows_that_train() -> None:
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(Numbers(), batch_size=2))
+    for _ in loader:
+        active = accelerator.gradient_state.active_dataloader
+        assert len(next(iter(calibration_batches(loader, 2, 0)))["input_ids"]) == 2
+        assert accelerator.gradient_state.active_dataloader is active

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
 from tests.tiny import tiny_batch, tiny_model
@@ -195,3 +198,30 @@ def test_a_head_beside_the_language_model_is_named(caplog: pytest.LogCaptureFixt
 
 def test_what_trains_is_not_known_before_a_run() -> None:
     assert BlockSampler(**SETTINGS).planned_blocks(10) is None
+
+
+def test_an_optimizer_that_accelerate_has_wrapped_is_seen_through() -> None:
+    norms = []
+    for wrap in (False, True):
+        model = tiny_model("llama")
+        optimizer = GaLoreAdamW(galore_param_groups(model, rank=4), lr=1e-3)
+        optimizer.project_in_backward(model=model)
+        given = Accelerator(cpu=True).prepare(optimizer) if wrap else optimizer
+        sampler = BlockSampler(1, 1, "gradient_norm", resting_rank=2)
+        sampler.attach(model)
+        sampler.start(0, [given], lambda model=model, sampler=sampler: sampler.compute_scores(model, None))
+        model(**tiny_batch()).loss.backward()
+        sampler.observe([given])
+        norms.append(sampler.gradient_norms)
+    assert norms[0] == norms[1]
+    assert max(norms[0]) > 0
+
+
+def test_the_threshold_of_a_file_of_scores_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    rows = DataLoader([{key: value[0] for key, value in tiny_batch(1).items()}] * 4)
+    made = BlockSampler(1, threshold=2.0, calibration_samples=2).compute_scores(model, rows)
+    made.save(tmp_path / "scores.json")
+    for threshold, times in ((2.0, 0), (5.0, 1)):
+        BlockSampler(1, scores=tmp_path / "scores.json", threshold=threshold).compute_scores(model, rows)
+        assert caplog.text.count("sampling.threshold: 5 counts where blocks are scored again alone") == times
