@@ -71,7 +71,8 @@ def test_rounds_are_made_in_their_order_and_only_of_the_tasks_that_are_asked_for
     made = {(task, method, seed) for each in order for task in each.tasks for method in each.methods for seed in each.seeds}
     candidates = [each for each in order if each.tasks == ("spell_backward@128",)][-1].methods
     for task in study.tasks:
-        methods = {method.name for method in study.methods} - set(candidates if task.endswith("@384") else ())
+        left_out = set(candidates) - {"thin_20"} if task.endswith("@384") else set()
+        methods = {method.name for method in study.methods} - left_out
         seeds = {0, 1, 2} if task.endswith("@384") else {0, 1, 2, 3, 4}
         assert {(method, seed) for name, method, seed in made if name == task} == set(itertools.product(methods, seeds))
     one = replace(study, tasks={"family_relationships@384": None})
