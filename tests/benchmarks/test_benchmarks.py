@@ -124,8 +124,10 @@ def test_learning_compares_validation_losses_and_goes_on_where_it_stopped(model_
         "trainer: {accelerator: cpu, devices: 1, log_every_n_steps: 1, check_val_every_n_epoch: null}\n"
     )
     command = ["--config", str(config), "--seeds", "1", "--steps", "2", "--jobs", "2", "--output", str(tmp_path / "learning")]
+    (done := tmp_path / "learning" / "float32-steps2-seed0").mkdir(parents=True)
+    (done / "metrics.csv").write_text("step,val_loss\n2,1.5\n")
     learning.main([*command, "--settings", "float32", "full_rank"])
-    assert capsys.readouterr().out.count(", seed 0: ") == 2
+    assert capsys.readouterr().out.count(", seed 0: ") == 1
     learning.main([*command, "--settings", "float32", "full_rank"])
     assert ", seed 0: " not in capsys.readouterr().out
     header, _, *rows = (tmp_path / "learning" / "learning.md").read_text().splitlines()

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -214,26 +213,6 @@ def test_settings_with_which_no_checkpoint_could_be_written(
     assert launch.wait() == [2], launch.output
     assert f"error: {key}" in launch.output
     assert "Traceback" not in launch.output
-
-
-@pytest.mark.parametrize(
-    ("more", "method"),
-    [
-        ([], "OWS"),
-        (["--sampling.distribution=uniform"], "LISA"),
-        (["--sampling=null"], "GaLore"),
-        (["--sampling=null", "--model.rank=null"], "full fine-tuning"),
-    ],
-)
-def test_the_card_names_the_method_and_no_folder(more: list[str], method: str, arguments: Arguments, tmp_path: Path) -> None:
-    run(arguments("--trainer.max_steps=1", *more), tmp_path / "out")
-    model = tmp_path / "runs" / "version_0" / "model"
-    card = (model / "README.md").read_text()
-    assert f"fine-tuned with {method}" in card.replace("[", "")
-    for file in model.iterdir():
-        if file.suffix in (".md", ".json", ".jinja"):
-            assert str(tmp_path.parent.parent) not in file.read_text(), file
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
 def test_folders_are_left_out_everywhere() -> None:

@@ -131,6 +131,15 @@ def test_strategy_fits_the_code_over_a_large_model(strategy: Path) -> None:
     assert cli.config.fit.sampling.interval_steps == 50
 
 
+CALLED = {
+    "lisa": "LISA",
+    "lisa_d": "layerwise sampling (distribution decreasing)",
+    "galore": "GaLore",
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+}  # the others are OWS
+
+
 def assert_complete(run: Path, method: Path, steps: int) -> None:
     """A run's folder holds all that a run leaves."""
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
@@ -138,6 +147,12 @@ def assert_complete(run: Path, method: Path, steps: int) -> None:
     best = [name for name in files if name.startswith("checkpoints/") and "last" not in name]
     assert len(best) == 1
     assert (run / "model" / "chat_template.jinja").is_file()
+
+    card = (run / "model" / "README.md").read_text()
+    assert f"fine-tuned with {CALLED.get(method.stem, 'OWS')}" in card.replace("[", "")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    for file in (run / "model").iterdir():  # which may be published
+        assert file.suffix not in (".md", ".json", ".jinja") or str(run.parents[2]) not in file.read_text(), file
 
     record = RunRecord.read(run)
     assert len(record.series("train_loss")[0]) == steps

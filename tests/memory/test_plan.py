@@ -460,14 +460,14 @@ def test_table_has_a_row_a_method(small_plan: Plan) -> None:
 @pytest.mark.slow
 def test_writes_the_config_that_fits_a_card(tmp_path: Path) -> None:
     config = llama_7b(model__gradient_checkpointing=False, data__batch_size=30)
-    said = write_config_for_card(config, "rtx 4090", tmp_path)
-    written = yaml.safe_load((tmp_path / "fit_rtx_4090.yaml").read_text())
+    (spaced := tmp_path / "my out").mkdir()
+    said = write_config_for_card(config, "rtx 4090", spaced)
+    written = yaml.safe_load((spaced / "fit_rtx_4090.yaml").read_text())
     assert predict(settings_from_config(written)).fits(24)
     assert not predict(settings_from_config(config)).fits(24)
     assert written["data"]["init_args"]["batch_size"] * written["trainer"]["accumulate_grad_batches"] == 30
     assert "data.batch_size" in said
-    (spaced := tmp_path / "my out").mkdir()
-    assert f"--config '{spaced}/fit_rtx_4090.yaml'" in write_config_for_card(config, "rtx 4090", spaced)
+    assert f"--config '{spaced}/fit_rtx_4090.yaml'" in said
     with pytest.raises(UsageError, match="RTX 3060"):
         write_config_for_card(llama_7b(**FULL), "RTX 3060", tmp_path)
 
@@ -496,7 +496,7 @@ def test_errors_name_the_key(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_methods_that_another_tool_refuses_are_left_out(directory: Path, tmp_path: Path) -> None:
-    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "pad_token_id": 0}
+    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
     AutoConfig.for_model("mamba", **small).save_pretrained(tmp_path)
     config = make_config(tmp_path, model__rank=8, data__max_seq_length=16)
     made = plan_from_config(config)

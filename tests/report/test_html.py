@@ -93,7 +93,7 @@ def test_compared_runs_have_a_row_each(tmp_path, make_run):
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path, make_run):
-    runs = [make_run(tmp_path / parent / "ows", steps=50) for parent in ("seed0", "seed1")]
+    runs = [make_run(tmp_path / parent / "ows", steps=50, sampled=False) for parent in ("seed0", "seed1")]
     write_report(runs, tmp_path / "report")
     assert read_columns(tmp_path / "report" / "key_figures.csv")["run"] == ["seed0/ows", "seed1/ows"]
 
