@@ -27,7 +27,7 @@ class FetchSchedule:
         self.order = list(order)  # ascending: the block at a rank
         self._rank = {block: rank for rank, block in enumerate(self.order)}
         self._in_use: set[int] = set()
-        self._left_early: set[int] = set()  # in this pass, for a block below that needed the slot
+        self._left_early: set[int] = set()  # slots that went to a block below before this one's backward ended
         self.invalidate()
 
     def invalidate(self) -> None:
@@ -57,7 +57,7 @@ class FetchSchedule:
         """A block is about to compute, forward, backward or again: it comes into its slot now, if it is not there yet."""
         if block not in self._in_use:
             for above in [other for other in self._in_use if other > block and self.slot_of(other) == self.slot_of(block)]:
-                self._release(above)  # backward is below it, and only adds up the gradient of another of its inputs
+                self._release(above)  # only an input that blocks below share, too (Zamba's), has a gradient to come
                 self._left_early.add(above)
             self._issue(block)
             self.executor.wait(block, self.slot_of(block))

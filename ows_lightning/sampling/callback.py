@@ -23,8 +23,8 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     Every ``interval_steps`` optimizer steps, ``activated_layers`` distinct blocks are drawn: by their share of outliers for
     OWS, uniformly for LISA. Only these train until the next draw; frozen blocks have no gradient and no optimizer state, and
-    keep every bit, unless ``resting_rank`` lets some learn a little (with GaLoreAdamW). Else works with any optimizer,
-    and with any LightningModule that holds a causal LM. The rules and the arguments are those of ``BlockSampler``.
+    keep every bit, unless ``resting_rank`` lets some learn a little, which takes GaLoreAdamW. Without it any optimizer
+    will do, and any LightningModule that holds a causal LM. The rules and the arguments are those of ``BlockSampler``.
 
     When it acts: every ``fit`` starts afresh, in ``setup``. ``on_train_start`` computes the scores and draws the first blocks,
     when every parameter is registered with the optimizer and a checkpoint's state is restored. Each further draw happens in
