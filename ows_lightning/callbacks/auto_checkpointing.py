@@ -1,7 +1,6 @@
 """``model.gradient_checkpointing: auto``: recompute as few blocks as fit the device's memory."""
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.errors import first_line
 from ows_lightning.memory.cards import available_bytes, fewest_checkpointed
-from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
+from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.module import CausalLMModule
@@ -43,9 +42,3 @@ class AutoCheckpointing(Callback):
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
                 log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", first_line(error))
         checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))
-
-
-def settings_of_run(config: Any, module: CausalLMModule) -> PlanSettings:
-    """What memory depends on in a run's config, on the devices that the run has got."""
-    on_gpu, devices = module.device.type == "cuda", module.trainer.world_size  # the config may say `auto`
-    return replace(settings_from_config(config), on_gpu=on_gpu, devices=devices)

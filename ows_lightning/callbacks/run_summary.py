@@ -12,12 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
-from ows_lightning.callbacks.auto_checkpointing import settings_of_run
 from ows_lightning.callbacks.run_checkpoint import run_checkpoint
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, add_note, command_line, first_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
+from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.memory.prediction import predict
 from ows_lightning.models.causal_lm import evaluating
 from ows_lightning.models.decoder import decoder_layers

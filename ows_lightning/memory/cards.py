@@ -73,8 +73,7 @@ def available_bytes(device: torch.device, weights: Iterable[Tensor] = (), proces
     """Bytes that are free on a device, or taken there by torch, such as ``weights`` may be; each process has its share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    there = sum(p.nbytes for p in weights if p.device.type == device.type)
-    return psutil.virtual_memory().available // processes + there
+    return psutil.virtual_memory().available // processes + sum(p.nbytes for p in weights if p.device.type == device.type)
 
 
 def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:

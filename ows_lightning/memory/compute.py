@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
-from ows_lightning.memory.prediction import ModelSizes, blocks_are_alike, embeddings_train, fetched_blocks, simulate
+from ows_lightning.memory.prediction import ModelSizes, blocks_are_alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_of
@@ -60,7 +60,6 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     draws, origin = (drawn, "the run's") if drawn else _simulated_draws(settings)
     flops = _micro_batch_flops(settings, recompute=num_checkpointed == count)
     checkpointed = _micro_batch_flops(settings, recompute=True) if 0 < num_checkpointed < count else flops
-    down_to_embeddings = embeddings_train(settings)
 
     def backward(blocks: Sequence[int]) -> float:
         def backward_of(index: int) -> float:
@@ -72,7 +71,7 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
             return each.backward_frozen + (each.resting if index > lowest else 0.0)
 
         lowest, trained = min(blocks), set(blocks)
-        return sum(backward_of(index) for index in range(0 if down_to_embeddings else lowest, count))
+        return sum(backward_of(index) for index in range(0 if settings.embeddings_train else lowest, count))
 
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
     resting = sum(count - min(blocks) - len(blocks) for blocks in draws) / len(draws) if method.resting_rank else 0.0

@@ -148,11 +148,9 @@ def _layout(value: Any) -> Any:
     return None if isinstance(value, torch.Generator) else (type(value), value)
 
 
-def meta_model(
-    config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None, trust_remote_code: bool = False
-) -> nn.Module:
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None, **options: Any) -> nn.Module:
     """Returns a causal LM on the meta device, in training mode."""
-    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    options |= {"dtype": dtype, "attn_implementation": attention}
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).train()
 

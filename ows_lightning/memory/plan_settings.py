@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -18,10 +18,11 @@ from transformers import AutoConfig, PretrainedConfig
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
-from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.models.execution import Recomputation, check_recomputation, num_checkpointed
 from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors
-from ows_lightning.module import DTYPES
+from ows_lightning.module import DTYPES, CausalLMModule
+from ows_lightning.offload.options import offloads
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.activation import PARTS
 
@@ -104,13 +105,20 @@ class PlanSettings:
     def meta_model(self) -> nn.Module:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
         with loading_errors(self.name):
-            key = self.dtype, self.attention, self.trust_remote_code
-            return self.cached(key, lambda: meta_model(self.model, *key))
+            key = self.dtype, self.attention
+            return self.cached(key, lambda: meta_model(self.model, *key, trust_remote_code=self.trust_remote_code))
 
     @cached_property
     def blocks(self) -> int:
         """Number of the model's blocks."""
         return len(decoder_layers(self.meta_model))
+
+    @cached_property
+    def embeddings_train(self) -> bool:
+        """Whether backward goes down to the embeddings; also where a head trains that is tied to them."""
+        parts = non_block_parameters(self.meta_model)
+        always = {p for part in self.method.always_train for p in parts[part]}
+        return self.method.lora is None and not always.isdisjoint(parts["embeddings"])
 
     @property
     def num_checkpointed(self) -> int:
@@ -144,7 +152,7 @@ class PlanSettings:
     @property
     def offloads(self) -> bool:
         """Whether frozen blocks are elsewhere than on the device, or in another dtype."""
-        return self.frozen_in != "device" or self.frozen_dtype is not None
+        return offloads(vars(self))
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -207,6 +215,11 @@ def settings_from_config(config: Any) -> PlanSettings:
         max_steps=steps if (steps := trainer.get("max_steps") or -1) > 0 else None,
         **{key: value for key, value in {**model, **data, **sampling}.items() if key in _SAME_KEYS},
     )
+
+
+def settings_of_run(config: Any, module: CausalLMModule) -> PlanSettings:
+    """What memory depends on in a run's config, on the devices that the run has got where the config says ``auto``."""
+    return replace(settings_from_config(config), on_gpu=module.device.type == "cuda", devices=module.trainer.world_size)
 
 
 def _optimizer(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:

@@ -17,7 +17,7 @@ from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, to_fa
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
-from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.models.lora import add_lora
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -128,11 +128,15 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
 
 def blocks_are_alike(settings: PlanSettings) -> bool:
     """Whether all blocks have the same weights by name and shape, adapters included."""
-    model, lora = settings.meta_model, settings.method.lora
-    if lora is not None:
-        model = add_lora(copy.deepcopy(model), lora, low_cpu_mem_usage=True)
-    layers = decoder_layers(model)
-    return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in layers}) == 1
+    lora = settings.method.lora
+
+    def alike() -> bool:
+        model = (
+            settings.meta_model if lora is None else add_lora(copy.deepcopy(settings.meta_model), lora, low_cpu_mem_usage=True)
+        )
+        return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in decoder_layers(model)}) == 1
+
+    return settings.cached(("alike", repr(lora)), alike)
 
 
 def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed: int, rows: int | None = None) -> StepMemory:
@@ -225,13 +229,6 @@ def _waiting_gradients(settings: PlanSettings) -> int:
     return method.active_blocks(settings.blocks) * sum(1 << (size - 1).bit_length() for size in sizes)
 
 
-def embeddings_train(settings: PlanSettings) -> bool:
-    """Whether backward goes down to the embeddings; also where a head trains that is tied to them."""
-    method, parts = settings.method, non_block_parameters(settings.meta_model)
-    embeddings = set(parts["embeddings"])
-    return method.lora is None and any(p in embeddings for part in method.always_train for p in parts[part])
-
-
 def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:
     """The fewest of ``count`` blocks that can be fetched in a micro-batch, the first one after a draw excepted.
 
@@ -241,7 +238,7 @@ def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> i
     if settings.frozen_in == "device":
         return 0
     offloaded = _offloaded_blocks(settings, count) or 0
-    below = 0 if embeddings_train(settings) or settings.method.lora is not None else min(draw)
+    below = 0 if settings.embeddings_train or settings.method.lora is not None else min(draw)
     reached = offloaded - below
     slots = min(settings.window_blocks, offloaded)
     last = max(reached, slots)  # where in the order of offloaded blocks the slots end up

@@ -36,8 +36,7 @@ _WEIGHTS = "model.safetensors"
 # Names of files in a Hugging Face model directory; nothing else is ever replaced or removed.
 MODEL_FILES = (
     DELTA_FILE, "README.md", "LICENSE*", ".gitattributes", "*.safetensors", "*.safetensors.index.json", "*config.json",
-    "*token*.json", "*.jinja", "vocab.json", "vocab.txt", "merges.txt", "*.model",
-    CHAT_TEMPLATE_DIR,
+    "*token*.json", "*.jinja", "vocab.json", "vocab.txt", "merges.txt", "*.model", CHAT_TEMPLATE_DIR,
 )  # fmt: skip
 
 
@@ -181,8 +180,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
 
     # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor, or one as several.
-    empty = _empty_tensors(weights)
-    layout = revert_weight_conversion(model, empty)
+    layout = revert_weight_conversion(model, _empty_tensors(weights))
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
     with contextlib.ExitStack() as stack:
         files: dict[str, SafetensorsFile] = {}
@@ -204,9 +202,12 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
 def file_groups(model: PreTrainedModel, weights: list[_PlainWeight]) -> list[list[_PlainWeight]]:
     """Sorts weights by the tensors of the files that they make: most by themselves, others joined into one."""
     written = _shapes(revert_weight_conversion(model, _empty_tensors(weights)))
-    by_themselves = [_shapes(revert_weight_conversion(model, _empty_tensors([weight]))) <= written for weight in weights]
-    joined = [weight for weight, alone in zip(weights, by_themselves, strict=True) if not alone]
-    return [*([weight] for weight, alone in zip(weights, by_themselves, strict=True) if alone), *([joined] if joined else [])]
+    groups: list[list[_PlainWeight]] = []
+    joined: list[_PlainWeight] = []
+    for weight in weights:
+        alone = _shapes(revert_weight_conversion(model, _empty_tensors([weight]))) <= written
+        groups.append([weight]) if alone else joined.append(weight)
+    return [*groups, joined] if joined else groups
 
 
 def _empty_tensors(weights: list[_PlainWeight]) -> dict[str, Tensor]:

@@ -83,16 +83,16 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
 
     Of the train DataLoader the data set and the collate function are used, not its position.
     """
+    hint = f"sampling.scores: give a file from `{command_line('score')}`"
     if not isinstance(loader, DataLoader):
-        raise UsageError(f"sampling.scores: give a file from `{command_line('score')}`; calibration needs one DataLoader")
+        raise UsageError(f"{hint}; calibration needs one DataLoader")
     dataset: Any = loader.dataset
     kind: Any = DataLoader
     if isinstance(dataset, IterableDataset):
         try:  # reading a copy leaves the run's position alone
             dataset = copy.deepcopy(dataset)
         except TypeError as error:  # it holds an open file, say
-            hint = f"give a file from `{command_line('score')}`"
-            raise UsageError(f"sampling.scores: {hint}; the stream can't be copied for calibration ({error})") from error
+            raise UsageError(f"{hint}; the stream can't be copied for calibration ({error})") from error
         kind = type(getattr(loader, "base_dataloader", loader))  # only its own class unpacks a stream's rows; not accelerate's
         if hasattr(dataset, "num_replicas"):  # it is a rank's share
             dataset.rank, dataset.num_replicas = 0, 1

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing, settings_of_run
+from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
 from ows_lightning.memory.cards import available_bytes
+from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
