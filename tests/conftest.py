@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +69,31 @@ def model_dir(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def add_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Gives a llama's directory code that comes with the model, in two files."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])  # to which transformers adds it
+
+    def add(model: Path) -> None:
+        classes = {"AutoConfig": "frob.Config", "AutoModelForCausalLM": "frob.Model"}
+        config = json.loads((model / "config.json").read_text()) | {"model_type": "frob", "auto_map": classes}
+        (model / "config.json").write_text(json.dumps(config))
+        (model / "names.py").write_text("NAME = 'frob'\n")
+        (model / "frob.py").write_text("""
+from transformers import LlamaConfig, LlamaForCausalLM
+from .names import NAME
+
+class Config(LlamaConfig):
+    model_type = NAME
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+""")
+
+    return add
+
+
+@pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
     """A JSON lines file of forty short questions whose answers can be learned."""
     path = tmp_path / "rows.jsonl"
@@ -78,12 +104,10 @@ def rows_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves a run's pictures and the prediction of its memory out, which take longer than tiny runs."""
-    from ows_lightning.callbacks import run_folder
-    from ows_lightning.callbacks.run_summary import RunSummary
+    """Runs without pictures and without a prediction of memory."""
+    from tests.bare import make_bare
 
-    monkeypatch.setattr(run_folder, "write_pictures", lambda _: [])
-    monkeypatch.setattr(RunSummary, "_memory_text", lambda *_: "not predicted in tests")
+    make_bare(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import ows_lightning
-from ows_lightning.callbacks import run_folder
-from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import CONFIG_COMMANDS, main
 from ows_lightning.data import InstructionDataModule
@@ -30,6 +28,7 @@ from ows_lightning.data.formats import recognise, to_example
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
+from tests.bare import make_bare
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 
@@ -113,8 +112,7 @@ def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["main.py"])
-        patch.setattr(run_folder, "write_pictures", lambda _: [])
-        patch.setattr(RunSummary, "_memory_text", lambda *_: "not predicted in tests")
+        make_bare(patch)
         run(QUICKSTART)
     return folder
 
@@ -247,8 +245,7 @@ def followed_once(settings: PlanSettings, key: Any, make: Callable[[], Any]) -> 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_commands(document: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if document.name != "README.md":  # pictures and predictions take longer than these runs; README's have them
-        monkeypatch.setattr(run_folder, "write_pictures", lambda folder: [])
-        monkeypatch.setattr(RunSummary, "_memory_text", lambda *_: "not predicted in tests")
+        make_bare(monkeypatch)
     monkeypatch.setattr(PlanSettings, "cached", followed_once)
     write_named_files(document)
     for line, words in commands(document):

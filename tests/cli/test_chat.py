@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -118,23 +117,11 @@ def test_a_run_what_is_in_it_and_the_folder_of_runs_are_one_model(config: Path, 
 
 
 def test_code_that_comes_with_a_model_runs_if_asked_for(
-    model_dir: Callable[..., Path], say: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Callable[..., Path], say: Callable[..., str], add_own_code: Callable[[Path], None]
 ) -> None:
     model = model_dir()
-    said, values = say(model, "who are you?"), json.loads((model / "config.json").read_text())
-    classes = {"AutoConfig": "frob.Config", "AutoModelForCausalLM": "frob.Model"}
-    (model / "config.json").write_text(json.dumps({**values, "model_type": "frob", "auto_map": classes}))
-    (model / "frob.py").write_text("""
-from transformers import LlamaConfig, LlamaForCausalLM
-
-class Config(LlamaConfig):
-    model_type = "frob"
-
-class Model(LlamaForCausalLM):
-    config_class = Config
-""")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", [*sys.path])  # to which transformers adds it
+    said = say(model, "who are you?")
+    add_own_code(model)
     assert say(model, "who are you?", flags="--trust_remote_code") == said
     with pytest.raises(SystemExit, match="2"):
         say(model, "who are you?")

@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,24 +137,9 @@ def test_several_weights_that_files_have_as_one(tmp_path: Path) -> None:
 
 
 def test_code_that_comes_with_a_model_goes_along(
-    model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Callable[..., Path], add_own_code: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr("sys.path", [*sys.path])  # to which transformers adds it
-    base, classes = model_dir(), {"AutoConfig": "frob.Config", "AutoModelForCausalLM": "frob.Model"}
-    values = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**values, "model_type": "frob", "auto_map": classes}))
-    (base / "names.py").write_text("NAME = 'frob'\n")
-    (base / "frob.py").write_text("""
-from transformers import LlamaConfig, LlamaForCausalLM
-from .names import NAME
-
-class Config(LlamaConfig):
-    model_type = NAME
-
-class Model(LlamaForCausalLM):
-    config_class = Config
-""")
+    add_own_code(base := model_dir())
     whole, delta = tmp_path / "whole", tmp_path / "delta"
     for _ in range(2):  # the second replaces the first
         save_huggingface(load_model(str(base), trust_remote_code=True), load_tokenizer(str(base), True), whole)
