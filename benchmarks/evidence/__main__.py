@@ -28,10 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-root", type=Path, help="folder of NAME_train.jsonl and NAME_test.jsonl, also of your own")
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the study, or others")
     parser.add_argument("--methods", nargs="+", help="only these methods of the study, e.g. those that this machine is to run")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds of the study")
     parser.add_argument("--budget", type=int, help="target tokens of a run, instead of the study's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, help="threads of a run; by default the runs share the cores")
-    parser.add_argument("--alone", action="store_true", help="write down seconds: nothing else runs on this machine meanwhile")
+    parser.add_argument("--alone", action="store_true", help="write seconds down, also of earlier runs; nothing else may run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence", help="folder of runs and data")
     parser.add_argument("--tables", action="store_true", help="make the tables alone, from the CSV file")
@@ -50,9 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = replace(study, tasks={**wanted, **dict.fromkeys(sorted(others), args.budget)})
     if others := set(args.methods or ()) - {method.name for method in study.methods}:
         parser.error(f"--methods: {', '.join(sorted(others))} is not in {study.name}")
-    if args.methods:
-        rounds = [replace(each, methods=tuple(m for m in each.methods if m in args.methods)) for each in study.order()]
-        study = replace(study, rounds=tuple(rounds))
+    rounds = []
+    for each in study.order():
+        methods = tuple(method for method in each.methods if not args.methods or method in args.methods)
+        rounds.append(replace(each, methods=methods, seeds=tuple(s for s in each.seeds if not args.seeds or s in args.seeds)))
+    study = replace(study, rounds=tuple(rounds))
     if not args.tables:
         run(study, args)
     print(write_tables(replace(study, tasks={**all_tasks, **study.tasks}), args.results))  # not of these runs alone

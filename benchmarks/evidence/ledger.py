@@ -12,7 +12,8 @@ COUNTED = (
     "peak_mb", "commit",
 )  # fmt: skip
 """Columns of ``STUDY.csv``. Losses in nats a target token; the metric is exact match or accuracy, 0 to 1; forgetting is the
-loss on unrelated text; FLOPs those of the whole run; MB are 10^6 bytes."""
+loss on unrelated text; seconds those of training, of a run that had the machine to itself, made again for them if need be;
+FLOPs those of the whole run; MB are 10^6 bytes."""
 
 TUNED = ("task", "method", "lr", "seed", "steps", "validation_loss", "commit")
 """Columns of ``STUDY_rates.csv``: the runs that chose the learning rates."""
@@ -47,6 +48,15 @@ class Ledger:
                 writer.writerow(text)
             self.rows.append(text)
         return text
+
+    def fill(self, row: dict[str, str], **values: Any) -> None:
+        """Writes what a row lacks; no other process may add rows meanwhile."""
+        with self._lock:
+            row.update((name, as_text(value)) for name, value in values.items())
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self.rows)
 
 
 def as_text(value: Any) -> str:

@@ -124,11 +124,15 @@ class Schedule:
     def _count(self, task: str, rates: dict[str, float], which: tuple[int, Method]) -> None:
         seed, method = which
         rate = rates[method.name]
-        if self.counted.find(task=task, method=method.name, seed=seed) is None:
+        row = self.counted.find(task=task, method=method.name, seed=seed)
+        if row is None:
             run = self._new(task, method, rate, seed)
             known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}
             figures = run.test_figures()
             self.counted.add({**known, **figures, "time_s": figures["time_s"] if self.alone else None})
+            self.bar.update()
+        elif self.alone and not row["time_s"]:
+            self.counted.fill(row, time_s=self._new(task, method, float(row["lr"]), seed).seconds())
             self.bar.update()
 
     def _new(self, task: str, method: Method, rate: float, seed: int) -> Run:

@@ -74,7 +74,12 @@ def _values(rows: Iterable[dict[str, str]]) -> Values:
 
 def _mean(lengths: dict[int, Values], name: str, column: str) -> list[float]:
     """A column's mean over seeds, for each length that a method has."""
-    return [mean(run[column] for run in values[name].values()) for values in lengths.values() if name in values]
+    return [_known_mean(values[name], column) for values in lengths.values() if name in values]
+
+
+def _known_mean(runs: dict[int, dict[str, float]], column: str) -> float:
+    """A column's mean over the seeds that have it: not each run was timed."""
+    return mean([run[column] for run in runs.values() if not math.isnan(run[column])] or [math.nan])
 
 
 def length_table(lengths: dict[int, Values], reference: str) -> str:
@@ -120,7 +125,7 @@ def task_table(values: Values, before: dict[str, float], reference: str) -> str:
         cells = [name, f"{runs[0]['lr']:g}", str(len(runs)), interval([run["test_loss"] for run in runs]), difference]
         cells += [_plain(p_value.get(name, math.nan)) for p_value in p_values]
         cells += [interval([run[column] for run in runs]) for column in ("test_metric", "forgetting")]
-        costs = [mean(run[cost] for run in runs) for cost in COSTS]
+        costs = [_known_mean(values[name], cost) for cost in COSTS]
         cells += ["" if math.isnan(cost) else f"{cost:.3g}" for cost in costs]
         rows.append(cells)
     if before:

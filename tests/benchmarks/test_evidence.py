@@ -250,9 +250,12 @@ def test_a_study_runs_and_goes_on_from_its_rows(model, tmp_path, monkeypatch, ca
     assert float(after["lr"]) == 1e-2
     assert 30 <= int(after["target_tokens"]) <= 50  # what was really trained on
 
-    files = {path: path.read_text() for path in (tmp_path / "results").glob("tiny.csv")}
-    run_small(*given)
-    assert {path: path.read_text() for path in (tmp_path / "results").glob("tiny.csv")} == files
+    assert run_small(*given) == [before, after]
+    assert run_small(*given, "--alone", "--seeds", "1") == [before, after]
+    assert after["time_s"] == ""
+    timed = run_small(*given, "--alone", "--seeds", "0")[1]
+    assert float(timed["time_s"]) > 0
+    assert timed == {**after, "time_s": timed["time_s"]}
 
 
 def write_splits(folder, name, row):
