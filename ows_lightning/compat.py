@@ -95,7 +95,7 @@ def replace_parameters_(model: nn.Module, make: Callable[[nn.Parameter], nn.Para
         own_parameters(module).update({name: made[p] for name, p in own_parameters(module).items() if p is not None})
 
 
-def persistent_buffers(module: nn.Module) -> list[str]:
+def persistent_buffer_names(module: nn.Module) -> list[str]:
     """Names of a module's own buffers that belong to its state. When it is gone: compare with ``state_dict``."""
     return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
 
@@ -112,7 +112,7 @@ def without_weight_conversions(model: Any) -> Any:
     return plain
 
 
-def quick_gguf() -> AbstractContextManager[Any]:
+def faster_gguf_loading() -> AbstractContextManager[Any]:
     """Makes ``gguf`` slice an array instead of a ``memmap``, and make its map of names once, while transformers loads a file.
 
     Both happen very often: loading SmolLM2 with its tokenizer takes 6 s instead of 19. When they are gone: leave this out.

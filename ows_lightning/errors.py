@@ -82,7 +82,7 @@ def not_writable(key: str, folder: Path, error: OSError) -> UsageError:
     return UsageError(f"{key}: can't write to '{folder}' ({error.strerror or error}); {hint}")
 
 
-def refuse_address(key: str, folder: str | os.PathLike[str]) -> None:
+def refuse_url(key: str, folder: str | os.PathLike[str]) -> None:
     """Raises a UsageError if a folder, which the key names, is an address such as ``s3://...``: it has to be a local one."""
     if re.match(r"\w{2,}:/", str(folder)):
         raise UsageError(f"{key}: '{folder}' is an address; give a local folder")

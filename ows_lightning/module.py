@@ -27,7 +27,7 @@ from ows_lightning.evaluation import EvaluationModule
 from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.execution import Kernels, Recomputation
+from ows_lightning.models.execution import GradientCheckpointing, Kernels
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import LossParts, precompute_on_host, token_mask
 from ows_lightning.offload.disk import Disk
@@ -90,7 +90,7 @@ class CausalLMModule(EvaluationModule):
         model_name_or_path: Hub name, local directory, ``.gguf`` file, or ``package://PACKAGE/FILE.gguf``.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; with None transformers chooses.
         gradient_checkpointing: Recompute activations in backward: for all blocks, the first N, or with ``auto`` as few as fit
-            the memory (needs the callback ``AutoCheckpointing``, else all). Blocks below the lowest active one store none.
+            the memory (by callback ``AutoGradientCheckpointing``, else all). Blocks below the lowest active one store none.
         compile: Compile each decoder block with ``torch.compile``.
         optimizer: Callable that makes the optimizer from parameter groups.
         rank: Rank of GaLoreAdamW's projected gradients; None trains in full rank, which other optimizers need.
@@ -118,7 +118,7 @@ class CausalLMModule(EvaluationModule):
         self,
         model_name_or_path: str,
         attn_implementation: str | None = None,
-        gradient_checkpointing: Recomputation = False,
+        gradient_checkpointing: GradientCheckpointing = False,
         compile: bool = False,
         optimizer: OptimizerCallable = default_optimizer,
         rank: int | None = 128,
@@ -150,7 +150,7 @@ class CausalLMModule(EvaluationModule):
         ):
             if not valid:
                 raise UsageError(f"model.{name}: {value} must be {limit}")
-        execution.check_recomputation(gradient_checkpointing)
+        execution.check_gradient_checkpointing(gradient_checkpointing)
         model_name_or_path = str(model_name_or_path)  # a Path could not be read from a checkpoint
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
@@ -252,7 +252,7 @@ class CausalLMModule(EvaluationModule):
             model = pretrained.load_model(name, **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.add_eos_token_id(model, end_of_turn_id(self.tokenizer))
-        execution.fuse_(model, self.hparams["kernels"])
+        execution.apply_liger_kernels_(model, self.hparams["kernels"])
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     @property

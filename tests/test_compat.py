@@ -92,7 +92,7 @@ def test_buffers_that_are_not_saved_are_left_out() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.ones(1))
     module.register_buffer("left_out", torch.ones(1), persistent=False)
-    assert compat.persistent_buffers(module) == list(module.state_dict()) == ["kept"]
+    assert compat.persistent_buffer_names(module) == list(module.state_dict()) == ["kept"]
 
 
 def test_a_gguf_file_is_read_as_ever(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_gguf_file_is_read_as_ever(tmp_path: Path) -> None:
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         write()
     usual = gguf.GGUFReader(path)
-    with compat.quick_gguf():
+    with compat.faster_gguf_loading():
         quick = gguf.GGUFReader(path)
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     assert type(quick.data) is np.ndarray is not type(usual.data)  # whose slices take many times as long

@@ -12,7 +12,7 @@ import pytest
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.planner import METHODS as PLANNED
-from ows_lightning.memory.prediction import predict
+from ows_lightning.memory.prediction import predict_memory
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,7 +54,7 @@ def predicted(config: str, *flags: str, method: str = "ows") -> tuple[float, flo
     """Peak on the card and bytes in host memory, in GB."""
     arguments = ["--config", str(ROOT / f"configs/{config}.yaml"), *flags]
     settings = settings_from_config(OWSCLI(arguments, run=False).config)
-    needs = predict(replace(settings, method=PLANNED[method](settings)))
+    needs = predict_memory(replace(settings, method=PLANNED[method](settings)))
     return needs.peak_bytes / 1e9, needs.host_bytes / 1e9
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from benchmarks.evidence.study import ROOT, STUDIES, Method, Study
 from benchmarks.evidence.tasks import UNRELATED, Task, final_number
-from ows_lightning.memory.compute import compute
+from ows_lightning.memory.flops import count_flops
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.report.run import RunRecord
 
@@ -191,7 +191,7 @@ def run_flops(record: RunRecord) -> float:
     settings, tokens = settings_from_config(record.config), record.series("tokens")[1]
     rows = len(tokens) * settings.batch_size * settings.accumulate_grad_batches
     settings = replace(settings, max_seq_length=round(tokens[-1] / rows))
-    return tokens[-1] * compute(settings, drawn=[draw.blocks for draw in record.history]).flops_per_token
+    return tokens[-1] * count_flops(settings, drawn=[draw.blocks for draw in record.history]).flops_per_token
 
 
 def _last(folder: Path, name: str) -> float:

@@ -33,7 +33,7 @@ from benchmarks.worker import MB, memory_of
 from benchmarks.worker import measure as measure_peer
 from ows_lightning.compat import own_parameters
 from ows_lightning.memory.plan_settings import settings_from_config
-from ows_lightning.memory.prediction import predict
+from ows_lightning.memory.prediction import predict_memory
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.lora import add_lora
 from ows_lightning.module import DTYPES, CausalLMModule
@@ -70,7 +70,7 @@ def attempt(row: Row, device: torch.device) -> dict[str, Any]:
 
 def plan(row: Row, device: torch.device) -> dict[str, Any]:
     """The peak of three steps in Lightning's Trainer beside what ``plan`` says of the same config."""
-    predicted = predict(settings_from_config(row["config"]))
+    predicted = predict_memory(settings_from_config(row["config"]))
     run = _Run(row["config"], device, steps=3)
     return {
         "predicted_mb": predicted.peak_bytes / MB,

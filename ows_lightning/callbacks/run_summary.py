@@ -18,7 +18,7 @@ from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, add_note, command_line, first_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
-from ows_lightning.memory.prediction import predict
+from ows_lightning.memory.prediction import predict_memory
 from ows_lightning.models.causal_lm import evaluating
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.delta import DeltaSize, max_delta_size, megabytes
@@ -26,7 +26,7 @@ from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.pretrained import load_config
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.run import is_run_folder
-from ows_lightning.sampling.activation import trains_outside_blocks
+from ows_lightning.sampling.activation import outside_parameters
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class RunSummary(Callback):
         try:
             with torch.random.fork_rng(devices=[]):
                 recomputing = count_checkpointed(module.language_model)
-                needs = predict(replace(settings_of_run(self.config, module), gradient_checkpointing=recomputing))
+                needs = predict_memory(replace(settings_of_run(self.config, module), gradient_checkpointing=recomputing))
         except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
@@ -223,7 +223,7 @@ def _delta_size(module: CausalLMModule, sampling: LayerwiseSampling | None) -> D
 def _sampled_weights(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:
     """The parameters of some blocks, and those outside the blocks that always train."""
     layers = decoder_layers(module)
-    outside = (p for p, trains in trains_outside_blocks(module, sampling.always_train).items() if trains)
+    outside = (p for p, trains in outside_parameters(module, sampling.always_train).items() if trains)
     return list(dict.fromkeys([*outside, *(p for block in blocks for p in layers[block].parameters())]))
 
 

@@ -75,10 +75,10 @@ def compare(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from ows_lightning.cli.conversation import load_conversation
     from ows_lightning.cli.preflight import check_writable
-    from ows_lightning.report.run import RunRecord, find_run_folder, is_run_folder, run_folder_of
+    from ows_lightning.report.run import RunRecord, is_run_folder, newest_run, run_containing
     from ows_lightning.report.tables import key_figures, write_csv
 
-    run_folder = run_folder_of(find_run_folder(Path(args.model)))
+    run_folder = run_containing(newest_run(Path(args.model)))
     run_folder = run_folder if run_folder and is_run_folder(run_folder) else None  # a config.yaml may be of something else
     base = args.base or (run_folder and key_figures(RunRecord.read(run_folder))["model"])
     if not base:

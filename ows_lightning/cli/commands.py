@@ -22,9 +22,9 @@ from ows_lightning.models.pretrained import allocate
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.report.model_card import model_card, upload
 from ows_lightning.report.plots import plot_scores
-from ows_lightning.report.run import RunRecord, run_folder_of
+from ows_lightning.report.run import RunRecord, run_containing
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.distributions import score_of
+from ows_lightning.sampling.distributions import score_name
 from ows_lightning.sampling.scores import OutlierScores
 from ows_lightning.trainer import OWSTrainer
 
@@ -87,7 +87,7 @@ class CommandTrainer(OWSTrainer):
         check_writable("output", output)
         sampling = copy.copy(LayerwiseSampling.of(self)) or LayerwiseSampling()
         sampling.scores = None
-        if score_of(sampling.distribution) in (None, "gradient_norm"):
+        if score_name(sampling.distribution) in (None, "gradient_norm"):
             sampling.distribution = "outlier"  # the other distributions need no scores, or those of a run
         self.strategy.connect(model)
         model.trainer = datamodule.trainer = self
@@ -155,7 +155,7 @@ class CommandTrainer(OWSTrainer):
         if not isinstance(model, CausalLMModule):
             raise UsageError(f"model: {type(model).__name__} holds no model that this package can export; use CausalLMModule")
         checkpoint, name = Path(ckpt_path), model.hparams["model_name_or_path"]
-        run = run_folder_of(checkpoint) or checkpoint.absolute().parent
+        run = run_containing(checkpoint) or checkpoint.absolute().parent
         output = output or run / f"{'delta' if delta else 'model'}-{checkpoint.name.removesuffix('.ckpt')}"
         target = check_replaceable(output, name)
         check_writable("output", target.parent)

@@ -16,7 +16,7 @@ from ows_lightning.data.rendering import ChatTemplate
 from ows_lightning.errors import UsageError, command_line, first_line
 from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer
 from ows_lightning.models.source import DELTA_FILE, check_model_name
-from ows_lightning.report.run import CONFIG_FILE, find_run_folder, run_folder_of
+from ows_lightning.report.run import CONFIG_FILE, newest_run, run_containing
 
 
 class Conversation:
@@ -87,7 +87,7 @@ def load_conversation(name: str, args: argparse.Namespace) -> Conversation:
 def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
     """The path of a model for `load_model`; a checkpoint or a delta is turned into a model in a folder first."""
     asked = Path(name).expanduser()
-    path = find_run_folder(asked)
+    path = newest_run(asked)
     if path != asked:
         print(f"({path} is the newest run there)", file=sys.stderr)
     if (path / "model" / "config.json").is_file():
@@ -109,7 +109,7 @@ def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
         return name
     if not path.exists():
         raise UsageError(f"model: no such checkpoint '{name}'; give the path of one, or a model's directory")
-    if (run := run_folder_of(path)) is None:
+    if (run := run_containing(path)) is None:
         raise UsageError(f"model: '{name}' lies in no run's folder (with a {CONFIG_FILE}); export it, and give the directory")
     from ows_lightning.cli.lightning_cli import OWSCLI
 

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
-from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
+from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
 from ows_lightning.callbacks.generations import PredictionFile
 from ows_lightning.callbacks.resume import ContinueMetricsCSV
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
@@ -181,7 +181,7 @@ class OWSCLI(LightningCLI):
         callbacks.append(SaveOnSignal())
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
-        callbacks += [RunFolder(), ContinueMetricsCSV(), AutoCheckpointing(config), SelfChecks(), RunSummary(config)]
+        callbacks += [RunFolder(), ContinueMetricsCSV(), AutoGradientCheckpointing(config), SelfChecks(), RunSummary(config)]
         if self.subcommand == "predict" and isinstance(self.model, CausalLMModule):  # what others return is their own
             callbacks.append(PredictionFile())
         if trainer_args["enable_checkpointing"] is False:

@@ -27,8 +27,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.cli.parser import SECTIONS
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, did_you_mean, not_writable, refuse_address
-from ows_lightning.memory.plan_settings import find_dimensions, number_of_devices
+from ows_lightning.errors import UsageError, did_you_mean, not_writable, refuse_url
+from ows_lightning.memory.plan_settings import find_model_config, number_of_devices
 from ows_lightning.models.execution import liger_for
 from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.options import check_offloading
@@ -150,7 +150,7 @@ def check_run(
 def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, trainer: Mapping[str, Any]) -> None:
     """Checks what a plan is made of as `check_run` does, except what depends on this machine; the data may be elsewhere."""
     if isinstance(model, CausalLMModule):
-        config, _ = model.check(find_dimensions)
+        config, _ = model.check(find_model_config)
         some_are_frozen = sampling is not None or model.hparams["lora"] is not None
         check_offloading(model.hparams, some_are_frozen, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
         if sampling is not None:
@@ -189,7 +189,7 @@ def _check_nodes(trainer: Trainer) -> None:
 
 def check_writable(key: str, folder: Path) -> None:
     """Checks that a folder, which the key names, can be made and written to; raises a UsageError if not."""
-    refuse_address(key, folder)
+    refuse_url(key, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -17,7 +17,7 @@ from ows_lightning.compat import attn_implementation_of
 from ows_lightning.data import formats
 from ows_lightning.data.examples import column
 from ows_lightning.data.loaders import ResumableLoader, ShardedSampler
-from ows_lightning.data.masking import IGNORED, Encoder, with_chat_template
+from ows_lightning.data.masking import IGNORE_INDEX, Encoder, with_chat_template
 from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
 from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, require_separate_documents
 from ows_lightning.data.splits import Splits
@@ -209,7 +209,7 @@ class InstructionDataModule(LightningDataModule):
         """The first training row after `setup`, decoded: pieces of text, each with whether it is trained."""
         item = next(iter(self._stream_rows(length=1)))[0] if self.streaming else self._rows["train"][0]
         tokenizer, tokens = self._encoder().tokenizer, zip(item["input_ids"], item["labels"], strict=True)
-        pieces = itertools.groupby(tokens, key=lambda token: token[1] != IGNORED)
+        pieces = itertools.groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX)
         return [(str(tokenizer.decode([token for token, _ in piece])), trained) for trained, piece in pieces]
 
     def state_dict(self) -> dict[str, Any]:

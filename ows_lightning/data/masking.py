@@ -20,7 +20,7 @@ from ows_lightning.data.formats import Example, Message, split_prompt
 from ows_lightning.data.rendering import ChatTemplate, merge_system_message
 from ows_lightning.errors import UsageError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 #: For tokenizers without a chat template, such as those of base models.
 PLAIN_TEMPLATE = """\
 {% for message in messages %}\
@@ -44,7 +44,7 @@ class Encoded:
     @property
     def num_targets(self) -> int:
         """How many tokens are trained."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Encoder:
             if ids and ids[-1] != self.tokenizer.eos_token_id:
                 ids = [*ids, self.tokenizer.eos_token_id]
             kept = ids[: self.max_seq_length]
-            rows = [Encoded(kept, [IGNORED, *kept[1:]], truncated=len(kept) < len(ids))]
+            rows = [Encoded(kept, [IGNORE_INDEX, *kept[1:]], truncated=len(kept) < len(ids))]
         else:
             messages, tools = self._relevant_messages(example), example.get("tools")
             shown = self._template.without_hidden_answers(messages, tools)
@@ -180,8 +180,8 @@ class Encoder:
         ids = encoding.input_ids
         keep = self._kept_positions(ids, is_answer)
         target = np.ones_like(is_answer) if self.train_on_prompt else is_answer
-        labels = [ids[k] if target[k] else IGNORED for k in keep]
-        return Encoded([ids[k] for k in keep], [IGNORED, *labels[1:]], truncated=len(keep) < len(ids))
+        labels = [ids[k] if target[k] else IGNORE_INDEX for k in keep]
+        return Encoded([ids[k] for k in keep], [IGNORE_INDEX, *labels[1:]], truncated=len(keep) < len(ids))
 
     def _kept_positions(self, ids: list[int], is_answer: np.ndarray) -> list[int]:
         """The positions to keep: the last answer and as much of the prompt before it as fits, at least a token."""
@@ -232,7 +232,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token with which the tokenizer's chat template ends an answer: where generation has to stop."""
     encoder = Encoder(tokenizer)
     (row,) = encoder.encode({"messages": _ANSWERED}, row_name="the chat template")
-    answer = [label for label in row.labels if label != IGNORED]
+    answer = [label for label in row.labels if label != IGNORE_INDEX]
     last_content = max((i for i, label in enumerate(answer) if "!" in tokenizer.decode([label])), default=-1)
     ends = {tokenizer.convert_tokens_to_ids(end) for end in encoder.end_tokens}
     # Phi-3's ends the turn, and then, after a line break, the conversation.

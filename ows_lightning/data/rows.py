@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
-from ows_lightning.data.masking import IGNORED, Encoder
+from ows_lightning.data.masking import IGNORE_INDEX, Encoder
 from ows_lightning.errors import UsageError
 from ows_lightning.models.causal_lm import evaluating, run_causal_lm
 from ows_lightning.models.decoder import language_model_of
@@ -37,7 +37,7 @@ class Rows(Dataset[Item]):
         documents = self.documents[list(self.rows[min(index, len(self) - 1)])]
         item = join_documents(list(zip(documents["input_ids"], documents["labels"], strict=True)), self.packed)
         if index == len(self):
-            item["labels"] = [IGNORED] * len(item["labels"])
+            item["labels"] = [IGNORE_INDEX] * len(item["labels"])
         return item
 
 
@@ -81,7 +81,7 @@ def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> 
         return {name: torch.tensor([[x for item in items for x in item[name]]]) for name in items[0]}
     ids = [_tensor(item["input_ids"]) for item in items]
     labels = [_tensor(item["labels"]) for item in items]
-    batch = {"input_ids": pad_sequence(ids, True, pad_token_id), "labels": pad_sequence(labels, True, IGNORED)}
+    batch = {"input_ids": pad_sequence(ids, True, pad_token_id), "labels": pad_sequence(labels, True, IGNORE_INDEX)}
     if not packed:
         return batch | {"attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True)}
     return batch | {"position_ids": pad_sequence([_tensor(item["position_ids"]) for item in items], True)}

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from ows_lightning.distributed.process_group import destroy_at_exit
+from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import average_, zero_missing_gradients
 
@@ -29,7 +29,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Starts the processes' communication."""
         super().setup_environment()
-        destroy_at_exit()
+        destroy_process_group_at_exit()
 
     def configure_ddp(self) -> None:
         """Gives all processes rank 0's weights; the model is not wrapped."""

@@ -18,7 +18,7 @@ from ows_lightning.checkpoints.files import META, METADATA, file_crc32, partial_
 from ows_lightning.checkpoints.find import load_verified, read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split_checkpoint
-from ows_lightning.distributed.process_group import destroy_at_exit
+from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.errors import RunError, UsageError
 
 
@@ -41,7 +41,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Starts the processes' communication."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        destroy_at_exit()
+        destroy_process_group_at_exit()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state: this process's shards, or all of it on rank 0."""

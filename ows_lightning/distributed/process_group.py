@@ -9,7 +9,7 @@ import torch.distributed as dist
 _BARRIER_TIMEOUT = timedelta(seconds=30)
 
 
-def destroy_at_exit() -> None:
+def destroy_process_group_at_exit() -> None:
     """Makes this process leave its group, if it is in one, before the interpreter ends: gloo's threads must end first."""
     atexit.unregister(destroy_process_group)
     atexit.register(destroy_process_group, False)

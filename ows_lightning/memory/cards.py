@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ows_lightning.errors import UsageError, command_line, did_you_mean
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
-from ows_lightning.memory.prediction import predict
+from ows_lightning.memory.prediction import predict_memory
 
 LINK_SHARE = 0.8
 """Share of its link's rate that a large copy from page-locked memory reaches: usually 25 of PCIe 4.0 x16's 31.5 GB/s."""
@@ -76,11 +76,11 @@ def available_bytes(device: torch.device, weights: Iterable[Tensor] = (), proces
     return psutil.virtual_memory().available // processes + sum(p.nbytes for p in weights if p.device.type == device.type)
 
 
-def fewest_checkpointed(settings: PlanSettings, budget: float) -> int:
+def fewest_recomputed_blocks(settings: PlanSettings, budget: float) -> int:
     """Returns the fewest blocks, from the lowest up, that must recompute for a run to fit ``budget`` bytes; all if none do."""
 
     def fits(number: int) -> bool:
-        return predict(replace(settings, gradient_checkpointing=number)).peak_bytes <= budget
+        return predict_memory(replace(settings, gradient_checkpointing=number)).peak_bytes <= budget
 
     return 0 if fits(0) else bisect_left(range(settings.blocks), True, lo=1, key=fits)
 
@@ -91,14 +91,15 @@ def advise(settings: PlanSettings, card: int) -> str:
     if changes is None:
         least, _ = list(_cheaper_settings(settings))[-1]
         more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
-        return f"does not fit, takes {predict(_with_batch_size(least, 1)).peak_bytes / 1e9:.1f} GB at the least; use {more}"
+        fewest = predict_memory(_with_batch_size(least, 1)).peak_bytes / 1e9
+        return f"does not fit, takes {fewest:.1f} GB at the least; use {more}"
     return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
 def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None:
     """Returns the keys of a config, dotted, whose new values make a run fit: the mildest change, with the largest batches."""
     milder = list(_cheaper_settings(settings))
-    if not predict(_with_batch_size(milder[-1][0], 1)).fits(card):
+    if not predict_memory(_with_batch_size(milder[-1][0], 1)).fits(card):
         return None
     sizes = [size for size in range(settings.batch_size, 0, -1) if settings.batch_size % size == 0]
 
@@ -106,7 +107,7 @@ def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None
         whole = changed.frozen_in == "device" and changed.frozen_dtype is None and changed.devices == 1
         if whole and sum(p.nbytes for p in changed.meta_model.parameters()) > card * 1e9:  # no step is to be followed
             return []
-        return sizes[bisect_left(sizes, True, key=lambda size: predict(_with_batch_size(changed, size)).fits(card)) :]
+        return sizes[bisect_left(sizes, True, key=lambda size: predict_memory(_with_batch_size(changed, size)).fits(card)) :]
 
     best, changes = next((_with_batch_size(changed, size), keys) for changed, keys in milder for size in fitting(changed))
     if best.batch_size < settings.batch_size:

@@ -19,7 +19,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
-from ows_lightning.models.execution import Recomputation, check_recomputation, num_checkpointed
+from ows_lightning.models.execution import GradientCheckpointing, check_gradient_checkpointing, num_checkpointed
 from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.offload.options import offloads
@@ -40,7 +40,7 @@ SHIPPED_DIMENSIONS = {
 """Folders of dimensions that come with this package -> the models', whole: a name that only begins alike is another model."""
 
 
-def find_dimensions(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
+def find_model_config(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
     """Finds a model's config without its weights and, where it can, without a network; returns also where, in words.
 
     What is on this machine comes first: a directory's ``config.json``, then that of an earlier download. Then come
@@ -77,7 +77,7 @@ class PlanSettings:
     batch_size: int = 16  # rows of a micro-batch, on each device
     max_seq_length: int = 512  # tokens in a row; all of them are targets, and all rows are full
     accumulate_grad_batches: int = 1  # micro-batches in a step
-    gradient_checkpointing: Recomputation = False  # `auto` stands for all
+    gradient_checkpointing: GradientCheckpointing = False  # `auto` stands for all
     precision: str = "32-true"  # Lightning's
     # `eager`, or None for transformers' own choice, which stands for every fused attention: torch's fused one on a CPU keeps
     # what the GPU's kernels keep, the output and a number a row.
@@ -195,8 +195,8 @@ def settings_from_config(config: Any) -> PlanSettings:
         resting_rank=sampling.get("resting_rank", 0),
     )
     name = model.get("model_name_or_path", "")
-    check_recomputation(model.get("gradient_checkpointing", False))
-    config_of_model, found = find_dimensions(name, trust)
+    check_gradient_checkpointing(model.get("gradient_checkpointing", False))
+    config_of_model, found = find_model_config(name, trust)
     length = data.get("max_seq_length", 512)
     if (limit := exceeded_position_limit(config_of_model, length, trust)) is not None:
         raise UsageError(f"data.max_seq_length: {length}, and the model has positions for {limit}; set it to {limit} or less")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.cards import CARDS, Card, advise, fewest_checkpointed, find_card
-from ows_lightning.memory.compute import UTILISATION, Compute, Speed, compute, speed
+from ows_lightning.memory.cards import CARDS, Card, advise, fewest_recomputed_blocks, find_card
+from ows_lightning.memory.flops import UTILISATION, FlopCount, Speed, count_flops, estimate_speed
 from ows_lightning.memory.plan_settings import PlanSettings, number_of_devices, settings_from_config
-from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict
+from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict_memory
 from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Plan:
 
     title: str  # what was planned
     methods: dict[str, MethodPlan]
-    computes: dict[str, Compute]
+    computes: dict[str, FlopCount]
     advice: list[str]  # a sentence for each card that `ows` does not fit
     notes: list[str]  # which cards fit, where the figures come from
     parameters: int  # the model's weights
@@ -82,7 +82,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     for name in methods or METHODS:
         try:
             runs[name] = _with_num_checkpointed(replace(settings, method=METHODS[name](settings)), chosen)
-            plans[name] = predict(runs[name])
+            plans[name] = predict_memory(runs[name])
         except UsageError as error:
             if methods or name == "ows":
                 raise
@@ -94,7 +94,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
             note = f"on {chosen.name}, blocks of {settings.blocks} that recompute: {numbers}"
         notes.append(f"model.gradient_checkpointing: auto {note}")
     settings = runs.get("ows", settings)
-    computes = {name: compute(runs[name]) for name in plans}
+    computes = {name: count_flops(runs[name]) for name in plans}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
         advised = {str(size): advise(settings, size) for size in MEMORY_SIZES if not own.fits(size)}
         advice += [f"{', '.join(sizes)} GB: {words}" for words, sizes in _by_value(advised).items()]
@@ -106,7 +106,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     notes.append(f"FLOPs a token: in expectation over draws ({draws}), N = {parameters / 1e9:.3g}e9 weights")
     speeds = {}
     if chosen is not None:
-        speeds = {name: speed(runs[name], computes[name], chosen) for name in plans}
+        speeds = {name: estimate_speed(runs[name], computes[name], chosen) for name in plans}
         notes.append(
             f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {chosen.tflops:g} TFLOPS dense bfloat16 "
             f"({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
@@ -125,9 +125,10 @@ def _with_num_checkpointed(settings: PlanSettings, card: Card | None) -> PlanSet
     if settings.gradient_checkpointing != "auto":
         return settings
     if card is not None and settings.method.ours:
-        return replace(settings, gradient_checkpointing=fewest_checkpointed(settings, card.memory * 1e9))
+        return replace(settings, gradient_checkpointing=fewest_recomputed_blocks(settings, card.memory * 1e9))
     none = replace(settings, gradient_checkpointing=0)
-    return none if card is not None and predict(none).fits(card.memory) else replace(settings, gradient_checkpointing=True)
+    fits = card is not None and predict_memory(none).fits(card.memory)
+    return none if fits else replace(settings, gradient_checkpointing=True)
 
 
 def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str | None = None) -> Plan:

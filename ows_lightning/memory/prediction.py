@@ -21,7 +21,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.models.lora import add_lora
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.sampling.activation import trains_outside_blocks
+from ows_lightning.sampling.activation import outside_parameters
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
@@ -72,7 +72,7 @@ torch's AdamW, peft with r = 16, galore-torch, LISA with gamma = 2, and OWS' ref
 blocks that are frozen again. Batches, precision and checkpointing are the config's."""
 
 
-def predict(settings: PlanSettings) -> MethodPlan:
+def predict_memory(settings: PlanSettings) -> MethodPlan:
     """Predicts what the settings' method needs on each device, from a step of a fake model with all its operators.
 
     The highest of a step's stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it. It raises a UsageError if the
@@ -263,7 +263,7 @@ def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, s
     before = root if stage in ("forward", "forward lowest") else block
     gathered = {"step": 0, "loss_head": root + block}.get(stage, root + 2 * block + (0 if backward else before))
     if method.lora is None and (backward or stage == "loss_head"):
-        outside = trains_outside_blocks(settings.meta_model, method.always_train).items()
+        outside = outside_parameters(settings.meta_model, method.always_train).items()
         of_root = sum(p.numel() for p, always in outside if always or method.activated_layers is None)
         each["gradients"] += of_root * dtype.itemsize * (settings.devices - 1) // settings.devices
     if method.lora is None and backward:

@@ -21,7 +21,7 @@ from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.linear import set_updates
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import SubspaceMethod
-from ows_lightning.sampling.activation import PARTS, activate_blocks, trainable_by_block, trains_outside_blocks
+from ows_lightning.sampling.activation import PARTS, activate_blocks, outside_parameters, trainable_by_block
 from ows_lightning.step import gradients_of
 
 _NOT_TRACKED = "between"
@@ -115,7 +115,7 @@ class _Simulation:
         model, method, count = self.model, self.method, len(decoder_layers(self.model))
         active = method.active_blocks(count)
         self._watch_stages(_block_spans(block_groups(active, count - active, count_checkpointed(model))))
-        in_blocks, others = trainable_by_block(model), trains_outside_blocks(model, method.always_train)
+        in_blocks, others = trainable_by_block(model), outside_parameters(model, method.always_train)
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
@@ -129,7 +129,7 @@ class _Simulation:
             self.optimizer.zero_grad()
 
         if self.work.offloads and self.galore is not None:
-            self.galore.keep_updates_at_rest(decoder_layers(model).parameters(), merge=lambda weights: None)
+            self.galore.keep_resting_updates(decoder_layers(model).parameters(), merge=lambda weights: None)
         # What has a state by then: what trains always, every block if states are kept, or at rest.
         draw(range(count) if method.keeps_states else ())
         take_empty_step(_trainable(model))
@@ -207,7 +207,7 @@ class _Simulation:
         if galore is not None and self.method.ours:
             galore.project_in_backward(model=self.model if self.method.factored else None)
             for block in decoder_layers(self.model):
-                set_updates(block, galore.updates_of(block.parameters()))
+                set_updates(block, galore.resting_updates(block.parameters()))
         return [*hooks, *(p.register_post_accumulate_grad_hook(end) for p in parameters)]
 
     def _watch_stages(self, block_spans: Sequence[str]) -> None:

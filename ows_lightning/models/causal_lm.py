@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ows_lightning.compat import persistent_buffers
+from ows_lightning.compat import persistent_buffer_names
 from ows_lightning.errors import UsageError
 from ows_lightning.models import loss
 from ows_lightning.models.decoder import language_model_of
@@ -43,7 +43,7 @@ class CausalLM(nn.Module):
         So does what transformers and peft keep in float32 in a half-precision model. Lightning's ``bf16-true`` would round it.
         """
         buffers = [(m, name, b) for m in self.modules() for name, b in m.named_buffers(recurse=False)]
-        computed = {id(b) for m, name, b in buffers if name not in persistent_buffers(m)}
+        computed = {id(b) for m, name, b in buffers if name not in persistent_buffer_names(m)}
         in_half = self.language_model.dtype in (torch.bfloat16, torch.float16)
 
         def convert(tensor: Tensor) -> Tensor:

@@ -16,18 +16,18 @@ from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
 
 # All blocks, none, or the first N; ``auto`` is all until a prediction of the memory has said how many.
-Recomputation = bool | int | Literal["auto"]
+GradientCheckpointing = bool | int | Literal["auto"]
 _FUSED = {"rms_norm", "swiglu", "geglu", "rope"}
 Kernels = Literal["liger"]
 
 
-def check_recomputation(setting: Recomputation) -> None:
+def check_gradient_checkpointing(setting: GradientCheckpointing) -> None:
     """Raises a UsageError if the value is not one of the possible settings."""
     if setting != "auto" and not (isinstance(setting, int) and setting >= 0):
         raise UsageError(f"model.gradient_checkpointing: {setting} must be true, false, auto, or a number of blocks from 0 on")
 
 
-def num_checkpointed(setting: Recomputation, count: int) -> int:
+def num_checkpointed(setting: GradientCheckpointing, count: int) -> int:
     """Returns how many of a model's blocks a setting lets recompute."""
     return count if setting is True or setting == "auto" else min(int(setting), count)
 
@@ -38,7 +38,7 @@ def count_checkpointed(model: nn.Module) -> int:
     return sum(getattr(layer, "gradient_checkpointing", whole) for layer in decoder_layers(model))
 
 
-def checkpoint_activations(model: PreTrainedModel, setting: Recomputation = True) -> None:
+def checkpoint_activations(model: PreTrainedModel, setting: GradientCheckpointing = True) -> None:
     """Turns on activation checkpointing for the first blocks; frozen blocks below the active ones are never recomputed.
 
     Backward reaches the first blocks last, when the activations of all others are freed already. It may be called again with
@@ -85,7 +85,7 @@ def liger_for(config: PretrainedConfig) -> Callable[..., None]:
     return apply_kernels
 
 
-def fuse_(model: PreTrainedModel, kernels: Kernels | None) -> None:
+def apply_liger_kernels_(model: PreTrainedModel, kernels: Kernels | None) -> None:
     """Replaces a model's RMSNorm, SwiGLU or GeGLU, and RoPE by fused kernels, if any; its loss and its weights stay.
 
     RoPE is a function of the architecture: its other models in this process compute it so from then on, too.

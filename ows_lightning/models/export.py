@@ -21,8 +21,8 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationConfig,
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
-from ows_lightning.compat import own_parameters, persistent_buffers
-from ows_lightning.errors import RunError, UsageError, refuse_address
+from ows_lightning.compat import own_parameters, persistent_buffer_names
+from ows_lightning.errors import RunError, UsageError, refuse_url
 from ows_lightning.models.decoder import language_model_of, restore_weights
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
@@ -109,7 +109,7 @@ def _check_finite(model: nn.Module) -> None:
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
     """Returns the resolved path if a model or a delta may replace what is there: nothing, or a model, and no source."""
-    refuse_address("output", directory)
+    refuse_url("output", directory)
     target = Path(directory).expanduser().resolve()
     if not target.exists():
         return target
@@ -187,7 +187,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
         if writes:
             for file, names in split.filename_to_tensors.items():
                 files[file] = stack.enter_context(SafetensorsFile(directory / file, {name: layout[name] for name in names}))
-        for group in file_groups(model, weights):
+        for group in group_by_file_tensors(model, weights):
             with contextlib.ExitStack() as merged:
                 tensors = {weight.name: merged.enter_context(_merged_weight(weight)).detach() for weight in group}
                 if writes:
@@ -199,7 +199,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
         (directory / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def file_groups(model: PreTrainedModel, weights: list[_PlainWeight]) -> list[list[_PlainWeight]]:
+def group_by_file_tensors(model: PreTrainedModel, weights: list[_PlainWeight]) -> list[list[_PlainWeight]]:
     """Sorts weights by the tensors of the files that they make: most by themselves, others joined into one."""
     written = _shapes(revert_weight_conversion(model, _empty_tensors(weights)))
     groups: list[list[_PlainWeight]] = []
@@ -228,7 +228,7 @@ def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...
         active = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module.original_module
         yield from weights_without_peft(active, prefix)
     else:
-        attributes = [*own_parameters(module), *persistent_buffers(module)]
+        attributes = [*own_parameters(module), *persistent_buffer_names(module)]
         yield from (_PlainWeight(prefix + a, module, a, adapters) for a in attributes if getattr(module, a) is not None)
         for name, child in module.named_children():
             yield from weights_without_peft(child, f"{prefix}{name}.")

@@ -27,10 +27,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ows_lightning.compat import quick_gguf, replace_parameters_
+from ows_lightning.compat import faster_gguf_loading, replace_parameters_
 from ows_lightning.errors import UsageError, closest_name
 from ows_lightning.models.large_tensors import all_finite, release_mapped_pages
-from ows_lightning.models.source import MODEL_KEY, ModelSource, check_model_name, locate
+from ows_lightning.models.source import MODEL_KEY, ModelSource, check_model_name, locate_model
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions"
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """Loads a model's config; a UsageError says that there is no such model, or no causal LM that can be trained."""
     check_model_name(name)
-    source = locate(name)
+    source = locate_model(name)
     with loading_errors(name):
         if source.gguf_file is None:
             config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
@@ -61,7 +61,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     A tokenizer without a pad token pads with its end-of-sequence or unknown token, so that the vocabulary does not
     grow; only if it has neither is a new token `<pad>` added (see `resize_embeddings`).
     """
-    source = locate(name)
+    source = locate_model(name)
     if not Path(source.path, "tokenizer_config.json").is_file():  # a directory may hold a tokenizer alone
         check_model_name(name)
     with loading_errors(name, what="the tokenizer of "):
@@ -89,7 +89,7 @@ def load_model(
     config = load_config(name, trust_remote_code)
     if attn_implementation is not None:
         _check_attention(config, attn_implementation, trust_remote_code)
-    source = locate(name)
+    source = locate_model(name)
     arguments = source.arguments
     if source.gguf_file is None:
         arguments["use_safetensors"] = True
@@ -131,7 +131,7 @@ def empty_model(name: str, num_tokens: int, dtype: torch.dtype = torch.float32, 
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
     model.tie_weights()  # accelerate makes a parameter of its own for every place
     with contextlib.suppress(OSError):  # it has none of its own
-        model.generation_config = transformers.GenerationConfig.from_pretrained(locate(name).path)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(locate_model(name).path)
     return model.train()
 
 
@@ -274,7 +274,7 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
 def loading_errors(name: str, what: str = "") -> Iterator[None]:
     """Turns transformers' long errors about a model's files (``what`` is loaded of it) into a UsageError of one line."""
     try:
-        with quick_gguf() if name.endswith(".gguf") else contextlib.nullcontext():
+        with faster_gguf_loading() if name.endswith(".gguf") else contextlib.nullcontext():
             yield
     except UsageError:
         raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from ows_lightning.models.source import locate
+from ows_lightning.models.source import locate_model
 
 _DTYPE_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -71,7 +71,7 @@ class StoredWeight(NamedTuple):
 
 def stored_weights(name: str) -> dict[str, StoredWeight]:
     """Returns the weights in a model's safetensors files by their names; none for a model in another format."""
-    if (source := locate(name)).gguf_file is not None:
+    if (source := locate_model(name)).gguf_file is not None:
         return {}
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     paths = [cached_file(source.path, "model.safetensors", **options)]  # for transformers, it counts before an index

@@ -45,7 +45,7 @@ def check_model_name(name: str) -> None:
 
     Nothing is loaded. A hub name that was never downloaded costs one request.
     """
-    source = locate(name)
+    source = locate_model(name)
     if source.gguf_file is not None:
         with Path(source.path, source.gguf_file).open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -56,7 +56,7 @@ def check_model_name(name: str) -> None:
         _check_hub(name)
 
 
-def locate(name: str) -> ModelSource:
+def locate_model(name: str) -> ModelSource:
     """Returns what a model's name stands for; only a GGUF file has to exist."""
     if not name:
         raise UsageError(f"{MODEL_KEY}: no model is named; give a hub name, a directory or a .gguf file")

@@ -45,7 +45,7 @@ class FileRegion:
 
 
 class DiskWeights(OffloadedWeights):
-    """A block's weights on the disk, mapped: where ``Disk.map_weight`` found all of them, until they are written."""
+    """A block's weights on the disk, mapped: where ``Disk.place_weight`` found all of them, until they are written."""
 
     def __init__(self, disk: Disk, weights: Sequence[Tensor]) -> None:
         self.disk = disk
@@ -102,7 +102,7 @@ class Disk:
         self._files: dict[Path, FileRegion] = {}
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def map_weight(self, stored: StoredWeight, dtype: torch.dtype) -> Tensor:
+    def place_weight(self, stored: StoredWeight, dtype: torch.dtype) -> Tensor:
         """Returns a weight as it lies in a model's own file, or, if its dtype there is another one, in the scratch file."""
         if stored.path not in self._files:
             self._files[stored.path] = FileRegion(stored.path.open("rb"), writable=False)

@@ -33,7 +33,7 @@ def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) ->
     check_surplus_blocks(name, model, stored.keys() - tensors.keys())
     in_blocks = set(decoder_layers(model).parameters())
     replace_parameters_(
-        model, lambda p: nn.Parameter((disk.map_weight if p in in_blocks else _read)(stored[names[p]], p.dtype))
+        model, lambda p: nn.Parameter((disk.place_weight if p in in_blocks else _read)(stored[names[p]], p.dtype))
     )
     for key, buffer in buffers.items():
         buffer.copy_(_read(stored[key], buffer.dtype))

@@ -177,7 +177,7 @@ class BlockOffloader:
     def attach_optimizer(self, optimizer: GaLoreAdamW) -> None:
         """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
         self._optimizer = ref(optimizer)
-        optimizer.keep_updates_at_rest([p for weights in self.parameters for p in weights], self.merge_offloaded)
+        optimizer.keep_resting_updates([p for weights in self.parameters for p in weights], self.merge_offloaded)
 
     def merge_updates(self) -> None:
         """Writes what offloaded blocks have learned at rest into their weights; they go on resting."""
@@ -190,17 +190,17 @@ class BlockOffloader:
         merged = set(weights)
         self.prepare()
         self.end_pass()
-        self._stop_fetches()
+        self._drain_fetches()
         for index in range(len(self.blocks)):
             learned = merged & self._updates_of(index).keys()
             if learned and (optimizer := self.optimizer) is not None:
                 self._load_for_training(index)
-                optimizer.write_updates(learned)
+                optimizer.add_resting_updates(learned)
                 self._offload_trained(index)
         self._stream.wait_for_computation()  # which has written offloaded weights
 
     def _updates_of(self, block: int) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        return {} if (optimizer := self.optimizer) is None else optimizer.updates_of(self.parameters[block])
+        return {} if (optimizer := self.optimizer) is None else optimizer.resting_updates(self.parameters[block])
 
     @torch.no_grad()
     def _apply_updates(self, block: int, slot: int, in_layers: bool = True) -> None:
@@ -243,7 +243,7 @@ class BlockOffloader:
     def make_writable(self, index: int) -> None:
         """Prepares a block's weights for writes: empties the slots, moves weights in the model's file to the scratch file."""
         self.prepare()
-        self._stop_fetches()
+        self._drain_fetches()
         self.offloaded[index].make_writable()
         if self.schedule.is_offloaded(index):
             _set_data(self.parameters[index], self.offloaded[index].tensors)
@@ -251,7 +251,7 @@ class BlockOffloader:
     def refresh(self, index: int, *_: Any) -> None:
         """Makes what was written into a block's offloaded weights count, from the next fetch on."""
         if self.schedule.is_offloaded(index):
-            self._stop_fetches()
+            self._drain_fetches()
             self.offloaded[index].refresh()
             self._versions[index] = _versions_of(self.parameters[index])
 
@@ -292,7 +292,7 @@ class BlockOffloader:
     def _move_blocks(self, active: Sequence[int]) -> None:
         """Moves blocks one by one, each of which counts at once: memory may run out at any of them."""
         self.end_pass()
-        self._stop_fetches()
+        self._drain_fetches()
         before = self.active
         if not self.offloaded:
             self._offload_first()
@@ -337,7 +337,7 @@ class BlockOffloader:
         copies: dict[str, Callable[..., OffloadedWeights]] = {"device": on_device, "host": to_host, "disk": offload_exact}
         return Int8Weights(exact, copies[self._int8_in], self._staging)
 
-    def _stop_fetches(self) -> None:
+    def _drain_fetches(self) -> None:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""
         self.schedule.invalidate()
         self._stream.synchronize()

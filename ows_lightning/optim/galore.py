@@ -102,7 +102,7 @@ class GaLoreAdamW(GradientCapture):
     def _init_unsaved(self) -> None:
         super()._init_unsaved()
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
-        self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_at_rest``
+        self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_resting_updates``
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a projected one gets the defaults of the keys that it does not set."""
@@ -159,7 +159,7 @@ class GaLoreAdamW(GradientCapture):
             else:
                 dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
                 self.state[p][key] = self._shard_state(p, key, value.to(p.device, dtype, copy=True))
-        self._merge_kept(p for p in self._group_and_index if p not in self._merge_callbacks)  # from a run that offloads
+        self._merge_resting_updates(p for p in self._group_and_index if p not in self._merge_callbacks)  # of an offloading run
 
     def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
         """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
@@ -185,7 +185,7 @@ class GaLoreAdamW(GradientCapture):
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
-        self._merge_kept([p for p in self._group_and_index if p not in resting])
+        self._merge_resting_updates([p for p in self._group_and_index if p not in resting])
         for p in self._group_and_index:
             if (p in resting) != self.rests(p):
                 self.state.pop(p, None)
@@ -200,15 +200,15 @@ class GaLoreAdamW(GradientCapture):
         """Whether a parameter trains at rest."""
         return "rest" in self.state.get(p, ())
 
-    def keep_updates_at_rest(self, weights: Iterable[Tensor], merge: Callable[[Sequence[Tensor]], None]) -> None:
-        """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``updates_of``.
+    def keep_resting_updates(self, weights: Iterable[Tensor], merge: Callable[[Sequence[Tensor]], None]) -> None:
+        """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``resting_updates``.
 
         It is for weights that are offloaded between two passes, and only read. Their state has one tensor more: B (m x r).
         ``merge`` is called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
         """
         self._merge_callbacks.update((p, merge) for p in weights if p in self._group_and_index)
 
-    def updates_of(self, weights: Iterable[Tensor]) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    def resting_updates(self, weights: Iterable[Tensor]) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """B (..., m, r) and Q (..., n, r) of what weights have learned at rest, of those where that is kept beside them."""
         kept = [p for p in weights if "update" in self.state.get(p, ())]
         return {p: (self.state[p]["update"], q) for p in kept if (q := self.resting_projector(p)) is not None}
@@ -216,12 +216,12 @@ class GaLoreAdamW(GradientCapture):
     @torch.no_grad()
     def merge_updates(self) -> None:
         """Writes what weights have learned at rest into them, where it is kept beside them; they go on resting."""
-        self._merge_kept(self._group_and_index)
+        self._merge_resting_updates(self._group_and_index)
 
-    def _merge_kept(self, weights: Iterable[Tensor]) -> None:
+    def _merge_resting_updates(self, weights: Iterable[Tensor]) -> None:
         by_callback: dict[Any, list[Tensor]] = {}
         for p in (p for p in weights if "update" in self.state.get(p, ())):
-            by_callback.setdefault(self._merge_callbacks.get(p, self.write_updates), []).append(p)
+            by_callback.setdefault(self._merge_callbacks.get(p, self.add_resting_updates), []).append(p)
         for merge, found in by_callback.items():
             try:
                 merge(found)
@@ -230,9 +230,9 @@ class GaLoreAdamW(GradientCapture):
                     del self.state[p]["update"]
 
     @torch.no_grad()
-    def write_updates(self, weights: Iterable[Tensor]) -> None:
+    def add_resting_updates(self, weights: Iterable[Tensor]) -> None:
         """W <- W + B Q^T, rounded as a step rounds, for weights that are in memory; B is not dropped."""
-        for p, (update, projector) in self.updates_of(weights).items():
+        for p, (update, projector) in self.resting_updates(weights).items():
             rounds = self._group_and_index[p][0]["stochastic_rounding"] and p.dtype == torch.bfloat16
             merge_update_(local(p.data), local(update), local(projector), self._noise(p, p.device) if rounds else None)
 
@@ -262,7 +262,7 @@ class GaLoreAdamW(GradientCapture):
     def _projector(self, p: Tensor) -> Tensor | None:
         """The projector of the coming step; None if it has to be found."""
         if p in self.sketches:
-            self._turn_subspaces()
+            self._rotate_sketches()
         if p in self._new_projectors:
             return self._new_projectors[p]
         if self.rests(p):
@@ -418,7 +418,7 @@ class GaLoreAdamW(GradientCapture):
             state["reset_at"] = int(state["step"])  # which goes on: it seeds the next subspace
             return
         # First moments are linear in the gradient; second ones are moved as if coordinates were independent.
-        rotation = (sharding.whole_matrices(old).mT @ sharding.whole_matrices(projector)).to(state["exp_avg"].dtype)
+        rotation = (sharding.gather_matrices(old).mT @ sharding.gather_matrices(projector)).to(state["exp_avg"].dtype)
         for moment, turn in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
             local(moment).copy_(project(local(moment), turn, side))
 

@@ -187,7 +187,7 @@ class GradientCapture(Optimizer):
             p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
             sharding.average_([p.grad], process_group)
             self._project(p, processes=process_group or dist.group.WORLD)
-        self._turn_subspaces()
+        self._rotate_sketches()
         sharding.average_(self._gradients_of(self._group_and_index), process_group)
         self._shared.replicas_checked = True
 
@@ -223,10 +223,10 @@ class GradientCapture(Optimizer):
                 self._discard_gradients(p)
             if p.grad is not None or (renew and p in self.offloaded_gradients):
                 self._project(p, renew)
-        self._turn_subspaces()
+        self._rotate_sketches()
 
     def project_gradient(self, p: Tensor) -> None:
-        """Projects ``p.grad`` within backward; there is none if `consume_factors` has taken the gradient."""
+        """Projects ``p.grad`` within backward; there is none if `accumulate_factors` has taken the gradient."""
         if p.grad is not None:
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
 
@@ -240,7 +240,7 @@ class GradientCapture(Optimizer):
             return
         gradient, p.grad = torch.zeros_like(p) if p.grad is None else p.grad, None
         if (projector := self._projector(p)) is not None:
-            self.consume_projected(p, sharding.reduce_projected(project(local(gradient), local(projector), side), p, side))
+            self.accumulate_projected(p, sharding.reduce_projected(project(local(gradient), local(projector), side), p, side))
             return
         in_host = self.offloaded_gradients.pop(p, None)
         if in_host is not None:
@@ -249,12 +249,12 @@ class GradientCapture(Optimizer):
             self.offloaded_gradients[p] = _to_host(local(gradient), in_host)
             return
         with self._time_renewal(p.device):
-            matrices = sharding.whole_matrices(gradient)
+            matrices = sharding.gather_matrices(gradient)
             # Decompositions fail on NaN, Inf and overflows. The projection is made NaN below, so that step() skips.
             finite = sharding.total_norm([matrices]).isfinite()
             matrices.masked_fill_(~finite, 0.0)
             found = self._new_subspace(p, matrices, side)
-            # A sketch's basis stays: `_turn_subspaces` broadcasts its singular vectors, which lie in every basis' span.
+            # A sketch's basis stays: `_rotate_sketches` broadcasts its singular vectors, which lie in every basis' span.
             basis, group = (found.basis, None) if isinstance(found, Sketch) else (found, processes)
             projector = sharding.distribute_projector(basis, p, side, group)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
@@ -262,10 +262,10 @@ class GradientCapture(Optimizer):
             self.sketches[p] = found, projected, processes
         else:
             self._new_projectors[p] = projector
-            self.consume_projected(p, sharding.reduce_projected(projected, p, side))
+            self.accumulate_projected(p, sharding.reduce_projected(projected, p, side))
 
     @torch.no_grad()
-    def _turn_subspaces(self) -> None:
+    def _rotate_sketches(self) -> None:
         """Turns the new subspaces onto singular vectors, and R with them: G Q = (G B) (B^T Q), for Q is in the span of B.
 
         It waits for the device, once for all of a step's; G itself is long gone.
@@ -281,10 +281,10 @@ class GradientCapture(Optimizer):
                 assert side is not None
                 self._new_projectors[p] = sharding.distribute_projector(vectors, p, side, processes)  # rank 0's on all
                 turn = (sketch.basis.mT @ vectors).to(projected.dtype)  # which autocast may have taken
-                self.consume_projected(p, sharding.reduce_projected(project(projected, turn, side), p, side))
+                self.accumulate_projected(p, sharding.reduce_projected(project(projected, turn, side), p, side))
 
     @torch.no_grad()
-    def consume_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
+    def accumulate_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
         """Takes the gradient of a linear layer's weight (m, n) as dY (tokens, m) and X (tokens, n), within backward.
 
         Returns False where the gradient itself is needed: a subspace has to be found, or the factors are no shorter.
@@ -295,10 +295,10 @@ class GradientCapture(Optimizer):
             return False
         if not projector.dtype == output_gradient.dtype == inputs.dtype:
             return False
-        self.consume_projected(p, project_factors(output_gradient, inputs, projector, side))
+        self.accumulate_projected(p, project_factors(output_gradient, inputs, projector, side))
         return True
 
-    def consume_projected(self, p: Tensor, projected: Tensor) -> None:
+    def accumulate_projected(self, p: Tensor, projected: Tensor) -> None:
         """Takes R, of the shape that ``gradients()`` returns, of a weight whose projector is known; several add up."""
         before = self.projected_gradients.get(p)
         self.projected_gradients[p] = projected if before is None else before + projected

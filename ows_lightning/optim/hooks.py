@@ -41,7 +41,7 @@ def remove_hook(p: Tensor) -> None:
             hook.handle.remove()
 
 
-def only_hook_owner(p: Tensor) -> GradientCapture | None:
+def gradient_consumer(p: Tensor) -> GradientCapture | None:
     """Returns whose hook gets a parameter's gradient; None if nobody's does, or if others look at that gradient, too."""
     hooks = gradient_hooks(p)
     return hooks[0].owner() if len(hooks) == 1 and isinstance(hooks[0], _Hook) else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ows_lightning.compat import version_counter
-from ows_lightning.optim.hooks import only_hook_owner
+from ows_lightning.optim.hooks import gradient_consumer
 
 if TYPE_CHECKING:
     from ows_lightning.optim.gradient_capture import GradientCapture
@@ -33,7 +33,7 @@ class ProjectedLinear(nn.Linear):
         weight, bias, update = self.weight, self.bias, self.update
         plain = not weight.requires_grad or not torch.is_grad_enabled()
         plain = plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
-        consumer = None if plain else only_hook_owner(weight)
+        consumer = None if plain else gradient_consumer(weight)
         projector = None if consumer is None else consumer.resting_projector(weight)
         projected: Tensor | None = None
         if projector is not None and projector.dtype == input.dtype:
@@ -45,8 +45,8 @@ class ProjectedLinear(nn.Linear):
         else:  # what the weight's gradient needs is kept first: checkpointing recomputes only until backward has all it needs
             rows = input.reshape(-1, input.size(-1))
             keeps = rows if projected is None else projected.view(-1, projected.size(-1))
-            kept = _Keep.apply(keeps.detach(), weight, None if projected is None else consumer)
-            output = _LinearBesideWeight.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))
+            kept = _SaveInput.apply(keeps.detach(), weight, None if projected is None else consumer)
+            output = _LinearWithoutWeightGrad.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))
         return output if update is None else output.add_(learned)
 
 
@@ -77,7 +77,7 @@ def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
 # With a row a token Y is no view: a model may write into it. Autograd leaves out the weight's node if it needs no gradient.
 
 
-class _LinearBesideWeight(torch.autograd.Function):
+class _LinearWithoutWeightGrad(torch.autograd.Function):
     """Y = X W^T + b, and the gradients of X and b; in backward dY also goes to the node that returned ``kept``."""
 
     @staticmethod
@@ -94,7 +94,7 @@ class _LinearBesideWeight(torch.autograd.Function):
         return gradient @ ctx.weight if of_input else None, None, gradient.sum(0) if of_bias else None, gradient
 
 
-class _Keep(torch.autograd.Function):
+class _SaveInput(torch.autograd.Function):
     """Keeps X for backward, and hands over the factors of G = dY^T X there; or X Q of a consumer, which takes R = dY^T (X Q).
 
     What it returns stands for Y, without values.
@@ -111,8 +111,8 @@ class _Keep(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, None]:
         (kept,), weight = ctx.saved_tensors, ctx.parameter
         if ctx.of_projected is not None:
-            ctx.of_projected.consume_projected(weight, gradient.mT @ kept)
+            ctx.of_projected.accumulate_projected(weight, gradient.mT @ kept)
             return None, None, None
-        consumer = only_hook_owner(weight)
-        consumed = consumer is not None and consumer.consume_factors(weight, gradient, kept)
+        consumer = gradient_consumer(weight)
+        consumed = consumer is not None and consumer.accumulate_factors(weight, gradient, kept)
         return None, None if consumed else gradient.mT @ kept, None

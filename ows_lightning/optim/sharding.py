@@ -47,7 +47,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole_matrices(tensor: Tensor) -> Tensor:
+def gather_matrices(tensor: Tensor) -> Tensor:
     """The tensor's matrices, each whole: gathers rows or columns, but leaves experts on the process that has them.
 
     Takes a tensor of shape (..., m, n) and returns (b, m, n) of this process's experts, or (m, n).
@@ -124,7 +124,8 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     mesh = next((t.device_mesh for t in tensors if is_sharded(t)), None)
     if mesh is None:
         return torch.linalg.vector_norm(torch.stack(norms))
-    squares = [norm.square() / (_copies(t) if is_sharded(t) else mesh.size()) for norm, t in zip(norms, tensors, strict=True)]
+    replicas = [_num_replicas(t) if is_sharded(t) else mesh.size() for t in tensors]
+    squares = [norm.square() / number for norm, number in zip(norms, replicas, strict=True)]
     square = torch.stack(squares).sum()
     for dim in range(mesh.ndim):
         dist.all_reduce(square, group=mesh.get_group(dim))
@@ -191,7 +192,7 @@ def _whole_placements(tensor: DTensor) -> list[Placement]:
     return [p if isinstance(p, Shard) and p.dim < tensor.dim() - 2 else replicate for p in tensor.placements]
 
 
-def _copies(tensor: DTensor) -> int:
+def _num_replicas(tensor: DTensor) -> int:
     return math.prod(tensor.device_mesh.size(dim) for dim, p in enumerate(tensor.placements) if p.is_replicate())
 
 

@@ -49,7 +49,7 @@ class RunRecord:
     @classmethod
     def read(cls, path: str | Path) -> RunRecord:
         """Reads a run's folder, or the newest run within; a UsageError says that there is none, or which file is damaged."""
-        if not is_run_folder(folder := find_run_folder(Path(path))):
+        if not is_run_folder(folder := newest_run(Path(path))):
             missing = f"{METRICS_FILE}, {HISTORY_FILE} or {SCORES_FILE}"
             what = f"not a run folder, it has no {missing}" if folder.is_dir() else "no such folder"
             raise UsageError(f"{path}: {what}; give the folder that `fit` or `score` wrote")
@@ -110,7 +110,7 @@ class RunRecord:
         return positions.tolist(), [found[s] for s in sorted(found)]
 
 
-def find_run_folder(path: Path) -> Path:
+def newest_run(path: Path) -> Path:
     """The run folder that ``path`` is, or in it the newest ``version_N`` that trained; the path itself if there is no run."""
     runs = [folder for folder in path.glob("version_*") if _version_number(folder) >= 0 and is_run_folder(folder)]
     if is_run_folder(path) or not runs:
@@ -118,7 +118,7 @@ def find_run_folder(path: Path) -> Path:
     return max(runs, key=lambda folder: (_has_trained(folder), _version_number(folder)))
 
 
-def run_folder_of(model: Path) -> Path | None:
+def run_containing(model: Path) -> Path | None:
     """The run's folder that a checkpoint or a model's directory lies in, or that the path is; None if it is of no run."""
     parents = model.parents if len(model.parents) > 2 else model.absolute().parents
     return next((folder for folder in (model, *parents[:2]) if (folder / CONFIG_FILE).is_file()), None)

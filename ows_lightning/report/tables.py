@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from ows_lightning.report.run import RunRecord
-from ows_lightning.sampling.distributions import score_in_file
+from ows_lightning.sampling.distributions import stored_score_name
 from ows_lightning.sampling.inclusion import inclusion_probabilities, window_inclusion
 
 Table: TypeAlias = dict[str, list[Any]]  # columns of one length; a table without rows: the run has no such data
@@ -25,7 +25,7 @@ def scores_table(run: RunRecord) -> Table:
         return {"block": [], "probability": []}
     table: Table = {"block": list(range(run.num_layers))}
     if any(run.scores["outlier_ratios"]):
-        table[score_in_file(run.scores.get("distribution", "outlier"))] = list(run.scores["outlier_ratios"])
+        table[stored_score_name(run.scores.get("distribution", "outlier"))] = list(run.scores["outlier_ratios"])
     return {**table, "probability": list(run.scores["probabilities"])}
 
 

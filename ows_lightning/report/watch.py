@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ows_lightning.errors import UsageError
-from ows_lightning.report.run import find_run_folder
+from ows_lightning.report.run import newest_run
 from ows_lightning.report.write import CONTENT_SECURITY_POLICY, render, write_report
 
 REFRESH = 3  # seconds after which the page asks for itself again
@@ -121,7 +121,7 @@ def watch(run: Path, port: int = 0) -> None:
 def is_running(run: Path) -> bool:
     """Whether a process holds the lock of the run's folder."""
     try:
-        lock = find_run_folder(run) / ".lock"
+        lock = newest_run(run) / ".lock"
         if lock.is_file():
             with FileLock(lock, timeout=0):
                 pass

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from jinja2 import Environment
 
-from ows_lightning.errors import UsageError, refuse_address
+from ows_lightning.errors import UsageError, refuse_url
 from ows_lightning.report import plots, tables
 from ows_lightning.report.run import CONFIG_FILE, RunRecord, is_run_folder
 from ows_lightning.report.tables import LABELS, UNKNOWN, formatted, key_figures
@@ -83,7 +83,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | 
         raise UsageError("report: no run given; give one or more run folders")
     output = Path(output)
     try:
-        refuse_address("output", output)
+        refuse_url("output", output)
         output.mkdir(parents=True, exist_ok=True)
         return _write_report(records, output, refresh)
     except OSError as error:

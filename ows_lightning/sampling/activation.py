@@ -17,7 +17,7 @@ def trainable_by_block(model: nn.Module) -> list[nn.ParameterList]:
     return [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in decoder_layers(model)]
 
 
-def trains_outside_blocks(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
+def outside_parameters(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
     """Maps each trainable parameter outside the blocks to whether it always trains: if one of its ``PARTS`` is named."""
     outside = non_block_parameters(model)
     always = {p for part in always_train for p in outside[part]}

@@ -17,14 +17,14 @@ SCORES |= {"weight_norm": "weight_norm", "gradient_norm": "gradient_norm"}
 UNIFORM_SHARE = 0.1  # of `gradient_norm`, so that no block starves
 
 
-def score_of(distribution: str | Sequence[float]) -> str | None:
+def score_name(distribution: str | Sequence[float]) -> str | None:
     """Returns what a distribution is computed from, as tables and pictures call it; None where no scores are needed."""
     return SCORES.get(distribution) if isinstance(distribution, str) else None
 
 
-def score_in_file(distribution: str | Sequence[float]) -> str:
+def stored_score_name(distribution: str | Sequence[float]) -> str:
     """Returns which score a run's file holds: its distribution's, or outlier ratios where the distribution needs no score."""
-    return score_of(distribution) or OUTLIER_RATIO
+    return score_name(distribution) or OUTLIER_RATIO
 
 
 def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str | Sequence[float] = "outlier") -> Tensor:

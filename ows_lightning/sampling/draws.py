@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ows_lightning.errors import UsageError
-from ows_lightning.sampling.grouping import grouped_draws, uniform_number
+from ows_lightning.sampling.grouping import grouped_draws, random_uniform
 from ows_lightning.sampling.inclusion import window_probabilities
 
 
@@ -25,7 +25,7 @@ def draw_blocks(probabilities: Tensor, count: int, generator: torch.Generator, g
             which = f"the {drawable} of {blocks} blocks whose probability is not zero"
             hint = f"take another distribution or threshold, or {hint}"
         raise UsageError(f"sampling.activated_layers: {count} is more than {which}; {hint}")
-    if grouping >= 1 or (grouping > 0 and uniform_number(generator) < grouping):
+    if grouping >= 1 or (grouping > 0 and random_uniform(generator) < grouping):
         return grouped_draws(tuple(probabilities.tolist()), count).draw(generator)
     return sorted(torch.multinomial(probabilities, count, replacement=False, generator=generator).tolist())
 

@@ -61,7 +61,7 @@ class GroupedDraws:
     def draw(self, generator: torch.Generator) -> list[int]:
         """Draws once; returns the blocks, ascending."""
         ends = np.cumsum(self.lowest)
-        lowest = int(np.searchsorted(ends, uniform_number(generator) * ends[-1], side="right"))
+        lowest = int(np.searchsorted(ends, random_uniform(generator) * ends[-1], side="right"))
         chances = self.others[lowest] / self.lowest[lowest]
         blocks = [lowest, *np.flatnonzero(chances >= _CERTAIN).tolist()]
         left = self._count - len(blocks)
@@ -70,7 +70,7 @@ class GroupedDraws:
             rest = np.flatnonzero((chances < _CERTAIN) & (chances > 0))
             rest = rest[torch.randperm(len(rest), generator=generator).numpy()]
             ends = np.cumsum(chances[rest])
-            points = (uniform_number(generator) + np.arange(left)) * (ends[-1] / left)
+            points = (random_uniform(generator) + np.arange(left)) * (ends[-1] / left)
             blocks += rest[np.searchsorted(ends[:-1], points, side="right")].tolist()
         return sorted(blocks)
 
@@ -78,6 +78,6 @@ class GroupedDraws:
 grouped_draws = lru_cache(maxsize=8)(GroupedDraws)  # made once: solving takes up to a second, drawing no time
 
 
-def uniform_number(generator: torch.Generator) -> float:
+def random_uniform(generator: torch.Generator) -> float:
     """Draws a number from 0 to 1."""
     return torch.rand((), dtype=torch.float64, generator=generator).item()

@@ -19,8 +19,8 @@ from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampl
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
-from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, trainable_by_block, trains_outside_blocks, unfreeze
-from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_of
+from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, outside_parameters, trainable_by_block, unfreeze
+from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
@@ -152,7 +152,7 @@ class BlockSampler:
         if self._loaded is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
-        self._blocks, self._others = trainable_by_block(model), trains_outside_blocks(model, self.always_train)
+        self._blocks, self._others = trainable_by_block(model), outside_parameters(model, self.always_train)
         language_model_of(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # a copy has it, too
         matrices = [p for block in self._blocks for p in block if p.dim() in (2, 3)]
         if small := [p for p in matrices if p.size(-1) <= self.resting_rank]:
@@ -308,7 +308,7 @@ class BlockSampler:
         """
         ratios: Sequence[float] = [1.0] * num_layers
         if self.scores is not None and self.distribution != "gradient_norm":
-            ratios = OutlierScores.load(Path(self.scores)).ratios_for(num_layers, architecture, self.distribution)
+            ratios = OutlierScores.load(Path(self.scores)).checked_ratios(num_layers, architecture, self.distribution)
         # A window also takes in blocks whose own probability is zero.
         distribution = "uniform" if self.distribution == "window" else self.distribution
         draw_blocks(sampling_probabilities(ratios, distribution), self.activated_layers, torch.Generator())
@@ -351,14 +351,14 @@ class BlockSampler:
             ratios = self.gradient_norms or ratios  # which are equal before there are any
         elif self.scores is not None and self.outlier_scores is None:  # `rescore_every` measures
             known = OutlierScores.load(Path(self.scores))
-            ratios = known.ratios_for(num_layers, architecture, self.distribution)
+            ratios = known.checked_ratios(num_layers, architecture, self.distribution)
             threshold, samples = known.threshold, known.calibration_samples
-            if threshold != self.threshold and score_of(self.distribution) == OUTLIER_RATIO:
+            if threshold != self.threshold and score_name(self.distribution) == OUTLIER_RATIO:
                 said = "sampling.threshold: %g counts where blocks are scored again alone; the scores in '%s' are those of %g"
                 log.warning(said, self.threshold, self.scores, threshold)
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(model)
-        elif score_of(self.distribution) == OUTLIER_RATIO:
+        elif score_name(self.distribution) == OUTLIER_RATIO:
             samples = self.calibration_samples
             ratios = layer_outlier_ratios(model, calibration_batches(loader, samples, self.seed), self.threshold)
         return OutlierScores(

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ows_lightning.errors import UsageError, command_line
-from ows_lightning.sampling.distributions import score_in_file, score_of
+from ows_lightning.sampling.distributions import score_name, stored_score_name
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
@@ -50,12 +50,12 @@ class OutlierScores:
             why = f"can't be read ({error.strerror})" if isinstance(error, OSError) else "holds no outlier scores"
             raise UsageError(f"sampling.scores: '{path}' {why}; `{command_line('score')}` writes one") from error
 
-    def ratios_for(
+    def checked_ratios(
         self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
     ) -> Sequence[float]:
         """Returns the outlier ratios; a UsageError if they don't suit a model's dimensions and a distribution."""
-        held = score_in_file(self.distribution) if any(self.outlier_ratios) else "no scores"
-        if score_of(distribution) not in (None, "gradient_norm", held):  # a run by gradient_norm finds its own
+        held = stored_score_name(self.distribution) if any(self.outlier_ratios) else "no scores"
+        if score_name(distribution) not in (None, "gradient_norm", held):  # a run by gradient_norm finds its own
             raise UsageError(
                 f"sampling.scores: holds {held} (its distribution is {self.distribution}), from which {distribution} "
                 f"can't be computed; run `{command_line('score')}` with sampling.distribution {distribution}"
@@ -71,7 +71,7 @@ class OutlierScores:
 
     def table(self) -> str:
         """Returns the scores as lines of text, a block a line."""
-        score = score_in_file(self.distribution)
+        score = stored_score_name(self.distribution)
         rows = enumerate(zip(self.outlier_ratios, self.probabilities, strict=True))
         lines = [f"{block:>5}   {ratio:>{len(score)}.4f}   {probability:>11.4f}" for block, (ratio, probability) in rows]
         return "\n".join([f"block   {score}   probability", *lines])

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks import auto_checkpointing, run_summary
-from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
+from ows_lightning.callbacks import auto_gradient_checkpointing, run_summary
+from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
 from ows_lightning.callbacks.run_summary import RunSummary, _delta_size
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.module import CausalLMModule
@@ -43,10 +43,10 @@ def test_a_prediction_is_for_the_devices_that_the_run_has(tmp_path: Path, monkey
     strategy = SimpleNamespace(broadcast=lambda number: number)
     module._trainer = run = SimpleNamespace(world_size=2, num_devices=2, is_global_zero=True, strategy=strategy)
     found: list[PlanSettings] = []
-    monkeypatch.setattr(run_summary, "predict", lambda settings: found.append(settings) or 1 / 0)
-    monkeypatch.setattr(auto_checkpointing, "fewest_checkpointed", lambda settings, budget: found.append(settings) or 0)
+    monkeypatch.setattr(run_summary, "predict_memory", lambda settings: found.append(settings) or 1 / 0)
+    monkeypatch.setattr(auto_gradient_checkpointing, "fewest_recomputed_blocks", lambda given, _: found.append(given) or 0)
     RunSummary(config)._memory_text(module)
-    AutoCheckpointing(config).on_fit_start(run, module)  # type: ignore[arg-type]
+    AutoGradientCheckpointing(config).on_fit_start(run, module)  # type: ignore[arg-type]
     assert [(settings.devices, settings.is_sharded) for settings in found] == [(2, True)] * 2
 
 

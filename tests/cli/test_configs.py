@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
 from ows_lightning.memory.fake_tensors import meta_model
-from ows_lightning.memory.plan_settings import find_dimensions
+from ows_lightning.memory.plan_settings import find_model_config
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.module import CausalLMModule
@@ -57,7 +57,7 @@ def check_on_meta(*configs: Path) -> OWSCLI:
     cli = OWSCLI([*arguments, "--trainer.accelerator", "cpu"], run=False)
     module = cli.model
     assert isinstance(module, CausalLMModule)
-    module.causal_lm = CausalLM(meta_model(find_dimensions(module.hparams.model_name_or_path)[0], torch.bfloat16))
+    module.causal_lm = CausalLM(meta_model(find_model_config(module.hparams.model_name_or_path)[0], torch.bfloat16))
     layers = decoder_layers(module)
     if (sampling := LayerwiseSampling.of(cli.trainer)) is not None:
         assert sampling.activated_layers < len(layers)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling
 from ows_lightning.memory.plan_settings import settings_from_config
-from ows_lightning.memory.prediction import predict
+from ows_lightning.memory.prediction import predict_memory
 from tests.data.samples import tiny_tokenizer
 from tests.distributed.launch import run
 from tests.memory.test_plan import make_config
@@ -103,7 +103,7 @@ def measured(arguments: list[str]) -> None:
     with track.held.without_gloos_copy():
         trainer.fit(module, DataLoader([tiny_batch(1, 16, vocab_size=100)] * 2, batch_size=None))  # type: ignore[arg-type]
     if dist.get_rank() == 0:
-        planned = predict(settings_from_config(config)).peak_bytes
+        planned = predict_memory(settings_from_config(config)).peak_bytes
         Path(output).write_text(json.dumps([track.held.peak, planned]))
 
 

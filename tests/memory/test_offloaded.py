@@ -11,7 +11,7 @@ import pytest
 
 from ows_lightning.memory import plan_from_config
 from ows_lightning.memory.plan_settings import settings_from_config
-from ows_lightning.memory.prediction import fetched_blocks, predict
+from ows_lightning.memory.prediction import fetched_blocks, predict_memory
 from ows_lightning.memory.tracker import HOST
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.offload.int8 import Int8Weights
@@ -45,7 +45,7 @@ def documented(head: str) -> dict[str, dict[str, str]]:
 )
 def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str, Any], limit: float) -> None:
     settings = settings_from_config(llama_7b(*batch, **changes))
-    needs, resident = predict(settings), predict(replace(settings, frozen_in="device", frozen_dtype=None))
+    needs, resident = predict_memory(settings), predict_memory(replace(settings, frozen_in="device", frozen_dtype=None))
     assert needs.peak_bytes <= limit
     if batch == (1, 16):
         model = "Llama-2-70B" if LLAMA_70B.items() <= changes.items() else "Llama-2-7B"
@@ -117,7 +117,7 @@ def test_blocks_of_several_sizes_count_each_as_it_is(tmp_path: Path) -> None:
     assert large > 3 * small
     whole = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     settings = settings_from_config(make_config(tmp_path, model__rank=4, model__frozen_in="host", data__batch_size=1))
-    needs = predict(settings)
+    needs = predict_memory(settings)
     offloader = BlockOffloader(layers)
     activate_blocks(layers, [0, 4])
     offloader.apply_draw()
@@ -126,7 +126,7 @@ def test_blocks_of_several_sizes_count_each_as_it_is(tmp_path: Path) -> None:
     assert needs.bytes["weights"] == pytest.approx(here, rel=0.01)
     assert needs.host_bytes == 2 * large + 3 * small
 
-    sharded = predict(replace(settings, frozen_in="device", strategy="fsdp2", devices=2))
+    sharded = predict_memory(replace(settings, frozen_in="device", strategy="fsdp2", devices=2))
     root = whole - 2 * large - 3 * small
     assert sharded.bytes["weights"] == pytest.approx(whole / 2 + root + 2 * large, rel=0.01)
     assert sharded.communicated_bytes == pytest.approx((root + 2 * (2 * large + 3 * small) + 2 * large) / 2, rel=0.03)
@@ -137,7 +137,7 @@ def test_slots_are_there_where_fewer_blocks_are_frozen(active: int, slots: int, 
     model = tiny_model("llama", **SHAPE)
     whole, layers = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]), decoder_layers(model)
     changes = {"model__frozen_in": "host", "model__window_blocks": slots, "sampling__activated_layers": active}
-    needs = predict(settings_from_config(make_config(directory, **changes)))
+    needs = predict_memory(settings_from_config(make_config(directory, **changes)))
     offloader = BlockOffloader(layers, slots)
     activate_blocks(layers, range(active))
     offloader.apply_draw()

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, OpenAIGPTConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_config_for_card
-from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_checkpointed
+from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_recomputed_blocks
 from ows_lightning.memory.fake_tensors import FakeOperators, meta_model, to_fake_
-from ows_lightning.memory.plan_settings import find_dimensions, settings_from_config
-from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict
+from ows_lightning.memory.plan_settings import find_model_config, settings_from_config
+from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict_memory
 from ows_lightning.memory.simulated_step import Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models import loss
@@ -173,7 +173,7 @@ def test_follows_other_architectures(architecture: str, precision: str, tmp_path
     settings = settings_from_config(make_config(tmp_path, model__rank=8, trainer__precision=precision))
     real = simulate_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
     expected = max(sum(sizes.values()) for sizes in real.peaks.values())
-    assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
+    assert predict_memory(settings).peak_bytes == pytest.approx(expected, rel=0.01)
 
 
 RECURRENT: dict[str, dict[str, Any]] = {
@@ -215,7 +215,7 @@ def test_follows_recurrent_and_hybrid_families(family: str, tmp_path: Path) -> N
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).train()
     real = simulate_steps(model, settings.method, Workload(settings.batch_size, settings.max_seq_length), MemoryTracker())
     expected = max(sum(sizes.values()) for sizes in real.peaks.values())
-    assert predict(settings).peak_bytes == pytest.approx(expected, rel=0.01)
+    assert predict_memory(settings).peak_bytes == pytest.approx(expected, rel=0.01)
 
 
 def test_the_loss_head_holds_the_chunk_of_the_device_that_is_planned_for(
@@ -301,10 +301,10 @@ def test_more_recomputing_blocks_need_less_memory_and_more_compute(directory: Pa
 @pytest.mark.slow
 def test_auto_recomputes_as_few_blocks_as_fit(directory: Path) -> None:
     settings = settings_from_config(make_config(directory, model__gradient_checkpointing="auto"))
-    needs = [predict(replace(settings, gradient_checkpointing=number)).peak_bytes for number in range(6)]
-    assert [fewest_checkpointed(settings, need) for need in needs] == [0, 1, 2, 3, 4, 5]
-    assert fewest_checkpointed(settings, 0) == 5
-    assert predict(settings).peak_bytes == needs[5]  # all of them while it is not known on which card
+    needs = [predict_memory(replace(settings, gradient_checkpointing=number)).peak_bytes for number in range(6)]
+    assert [fewest_recomputed_blocks(settings, need) for need in needs] == [0, 1, 2, 3, 4, 5]
+    assert fewest_recomputed_blocks(settings, 0) == 5
+    assert predict_memory(settings).peak_bytes == needs[5]  # all of them while it is not known on which card
     planned = plan(settings, ["ows", "full"], card="RTX 3060")
     assert planned.methods["ows"].peak_bytes == needs[0]
     assert "model.gradient_checkpointing: auto on RTX 3060, blocks of 5 that recompute: ows 0, full 0" in planned.notes
@@ -318,7 +318,7 @@ def test_auto_recomputes_as_few_blocks_as_fit(directory: Path) -> None:
     ("batch_size", "accumulate", "limit"), [pytest.param(16, 1, 17.9e9, marks=pytest.mark.slow), (1, 16, 14.2e9)]
 )
 def test_llama_2_7b_fits_where_it_should(batch_size: int, accumulate: int, limit: float) -> None:
-    needed = predict(settings_from_config(llama_7b(batch_size, accumulate)))
+    needed = predict_memory(settings_from_config(llama_7b(batch_size, accumulate)))
     assert 13.47e9 < needed.peak_bytes <= limit
     assert needed.bytes["weights"] == pytest.approx(13.48e9, rel=1e-3)
 
@@ -326,13 +326,13 @@ def test_llama_2_7b_fits_where_it_should(batch_size: int, accumulate: int, limit
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(16, 1), (1, 16)])
 def test_hardly_grows_with_the_number_of_active_blocks(batch_size: int, accumulate: int) -> None:
     configs = [llama_7b(batch_size, accumulate, sampling__activated_layers=count) for count in (1, 8)]
-    one, eight = (predict(settings_from_config(config)).peak_bytes for config in configs)
+    one, eight = (predict_memory(settings_from_config(config)).peak_bytes for config in configs)
     assert eight - one <= 0.5e9
 
 
 @pytest.mark.slow
 def test_plans_a_70b_model() -> None:
-    planned = predict(settings_from_config(llama_7b(model__model_name_or_path="meta-llama/Llama-2-70b-hf")))
+    planned = predict_memory(settings_from_config(llama_7b(model__model_name_or_path="meta-llama/Llama-2-70b-hf")))
     assert planned.bytes["weights"] == pytest.approx(137.95e9, rel=1e-3)
 
 
@@ -342,7 +342,7 @@ def test_says_what_would_make_it_fit() -> None:
     assert planned.advice[0].startswith("12 GB: ")
     assert planned.advice[1] == "16 GB: fits with data.batch_size 8 and trainer.accumulate_grad_batches 2"
     settings = settings_from_config(llama_7b(8, 2))
-    assert predict(settings).fits(16)
+    assert predict_memory(settings).fits(16)
 
 
 def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pyt
         fits = changed.gradient_checkpointing and changed.precision == "bf16-true" and changed.batch_size <= 2
         return MethodPlan({"weights": 10**9 if fits else 10**11})
 
-    monkeypatch.setattr("ows_lightning.memory.cards.predict", predict_by_rule)
+    monkeypatch.setattr("ows_lightning.memory.cards.predict_memory", predict_by_rule)
     assert advise(settings, 12) == (
         "fits with data.batch_size 2, trainer.accumulate_grad_batches 2, model.gradient_checkpointing true "
         "and trainer.precision bf16-true"
@@ -379,7 +379,7 @@ def test_advice_counts_what_offloaded_blocks_learn_at_rest(directory: Path) -> N
     settings = settings_from_config(make_config(directory, **changes))
     advised = next(one for one, changed in _cheaper_settings(settings) if changed.keys() == {"model.frozen_in"})
     given = settings_from_config(make_config(directory, **changes, model__frozen_in="host"))
-    assert predict(advised).bytes == predict(given).bytes
+    assert predict_memory(advised).bytes == predict_memory(given).bytes
 
 
 def test_adapters_of_some_layers_are_counted_in_those(directory: Path) -> None:
@@ -388,7 +388,7 @@ def test_adapters_of_some_layers_are_counted_in_those(directory: Path) -> None:
     for layers in ([0], [2, 3], None):
         config = make_config(directory, model__lora=lora | {"layers_to_transform": layers}, model__rank=None, sampling=None)
         config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
-        moments.append(predict(settings_from_config(config)).bytes["moments"])
+        moments.append(predict_memory(settings_from_config(config)).bytes["moments"])
     assert moments == [moments[0], 2 * moments[0], SHAPE["num_hidden_layers"] * moments[0]]
 
 
@@ -463,8 +463,8 @@ def test_writes_the_config_that_fits_a_card(tmp_path: Path) -> None:
     (spaced := tmp_path / "my out").mkdir()
     said = write_config_for_card(config, "rtx 4090", spaced)
     written = yaml.safe_load((spaced / "fit_rtx_4090.yaml").read_text())
-    assert predict(settings_from_config(written)).fits(24)
-    assert not predict(settings_from_config(config)).fits(24)
+    assert predict_memory(settings_from_config(written)).fits(24)
+    assert not predict_memory(settings_from_config(config)).fits(24)
     assert written["data"]["init_args"]["batch_size"] * written["trainer"]["accumulate_grad_batches"] == 30
     assert "data.batch_size" in said
     assert f"--config '{spaced}/fit_rtx_4090.yaml'" in said
@@ -509,7 +509,7 @@ def test_methods_that_another_tool_refuses_are_left_out(directory: Path, tmp_pat
 
 def test_double_precision_takes_twice_the_memory(directory: Path) -> None:
     single, double = (
-        predict(settings_from_config(make_config(directory, trainer__precision=p))) for p in ("32-true", "64-true")
+        predict_memory(settings_from_config(make_config(directory, trainer__precision=p))) for p in ("32-true", "64-true")
     )
     assert double.bytes["weights"] == pytest.approx(2 * single.bytes["weights"], rel=1e-3)  # frequencies stay in float32
 
@@ -526,7 +526,7 @@ def test_double_precision_takes_twice_the_memory(directory: Path) -> None:
     ],
 )
 def test_shipped_dimensions_need_no_download(name: str, billions: float) -> None:
-    model = meta_model(find_dimensions(name)[0], torch.bfloat16)
+    model = meta_model(find_model_config(name)[0], torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
 
 
@@ -537,24 +537,24 @@ def test_names_that_only_look_like_a_known_model_get_no_shipped_dimensions(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"model\.model_name_or_path"):
-        find_dimensions(name)
+        find_model_config(name)
 
 
 def test_local_files_come_before_shipped_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = "meta-llama/Llama-2-7b-hf"
-    assert "shipped" in find_dimensions(name)[1]
+    assert "shipped" in find_model_config(name)[1]
     tiny_model("llama").config.save_pretrained(tmp_path / name)
-    config, source = find_dimensions(name)
+    config, source = find_model_config(name)
     assert (config.num_hidden_layers, source) == (4, f"{name}/config.json")
 
 
 def test_a_step_is_followed_once_wherever_frozen_blocks_wait(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_from_config(make_config(directory))
-    here = predict(settings)
+    here = predict_memory(settings)
     with monkeypatch.context() as once:
         once.setattr("ows_lightning.memory.prediction.simulate_steps", lambda *_: pytest.fail("followed again"))
-        there = predict(replace(settings, frozen_in="host"))
+        there = predict_memory(replace(settings, frozen_in="host"))
     assert there.bytes["weights"] < here.bytes["weights"]
     assert there.bytes["activations"] == here.bytes["activations"]
-    assert there == predict(settings_from_config(make_config(directory, model__frozen_in="host")))
+    assert there == predict_memory(settings_from_config(make_config(directory, model__frozen_in="host")))

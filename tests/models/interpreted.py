@@ -8,7 +8,7 @@ import json
 import liger_kernel.ops.rms_norm
 import triton.language as tl
 
-from ows_lightning.models.execution import fuse_
+from ows_lightning.models.execution import apply_liger_kernels_
 from ows_lightning.models.loss import next_token_loss
 from tests.tiny import tiny_batch, tiny_model
 
@@ -16,7 +16,7 @@ liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.math.rsqrt(x)  # that of CUDA's l
 own = tiny_model("llama", num_hidden_layers=2)
 fused = copy.deepcopy(own)
 losses = [next_token_loss(own, tiny_batch(2, 9))[0] / 16]
-fuse_(fused, "liger")
+apply_liger_kernels_(fused, "liger")
 losses.append(next_token_loss(fused, tiny_batch(2, 9))[0] / 16)
 for loss in losses:
     loss.backward()

@@ -309,7 +309,7 @@ def test_what_a_fetch_uses_lives_until_it_has_run(tmp_path: Path) -> None:
 
 ORDERING = {
     "wait_event", "wait_stream", "record", "synchronize", "wait", "release", "result", "exception", "wait_for_computation",
-    "_stop_fetches", "finalize", "_synchronize", "_release", "release_all",
+    "_drain_fetches", "finalize", "_synchronize", "_release", "release_all",
 }  # fmt: skip
 PACKAGE = Path(ows_lightning.offload.__file__).parent
 
@@ -392,15 +392,15 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
     Mutant("offloader", "BlockOffloader.on_device", "self.schedule.release_all()"): _killed_by("validated", "host"),
     Mutant("offloader", "BlockOffloader.end_pass", "self.schedule.release_all()"): _killed_by("interrupted", "host"),
-    Mutant("offloader", "BlockOffloader.merge_offloaded", "self._stop_fetches()"): _killed_by("rested", "host"),
+    Mutant("offloader", "BlockOffloader.merge_offloaded", "self._drain_fetches()"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.merge_offloaded", "self._stream.wait_for_computation()"): _killed_by("rested", "int8"),
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.release(slot)"): looked_at_while_it_rests,
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.wait(slot)"): _killed_by("rested", "host"),
-    Mutant("offloader", "BlockOffloader.make_writable", "self._stop_fetches()"): _killed_by("loaded", "host"),
-    Mutant("offloader", "BlockOffloader.refresh", "self._stop_fetches()"): _killed_by("copied", "int8"),
-    Mutant("offloader", "BlockOffloader._move_blocks", "self._stop_fetches()"): _killed_by("trained", "int8"),
+    Mutant("offloader", "BlockOffloader.make_writable", "self._drain_fetches()"): _killed_by("loaded", "host"),
+    Mutant("offloader", "BlockOffloader.refresh", "self._drain_fetches()"): _killed_by("copied", "int8"),
+    Mutant("offloader", "BlockOffloader._move_blocks", "self._drain_fetches()"): _killed_by("trained", "int8"),
     Mutant("offloader", "BlockOffloader._set_active", "self._stream.wait_for_computation()"): _killed_by("trained", "int8"),
-    Mutant("offloader", "BlockOffloader._stop_fetches", "self._stream.synchronize()"): _killed_by("trained", "int8"),
+    Mutant("offloader", "BlockOffloader._drain_fetches", "self._stream.synchronize()"): _killed_by("trained", "int8"),
     Mutant("offloader", "BlockOffloader.wait", "self._stream.wait(slot)"): _killed_by("trained", "host"),
     Mutant("offloader", "BlockOffloader.release", "self._stream.release(slot)"): _killed_by("trained", "host"),
     Mutant("streams", "_synchronize", "stream.synchronize()"): _killed_by("trained", "int8"),

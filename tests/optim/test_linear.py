@@ -100,7 +100,7 @@ def test_a_rank_that_saves_nothing_takes_whole_gradients() -> None:
     optimizer = optimizer_of(model, rank=NARROW - 1)
     train(model, optimizer, 1)
     p = model.layers[0][0].weight
-    assert not optimizer.consume_factors(p, torch.ones(2, WIDE).double(), torch.ones(2, NARROW).double())
+    assert not optimizer.accumulate_factors(p, torch.ones(2, WIDE).double(), torch.ones(2, NARROW).double())
 
 
 def test_a_hook_on_a_weight_sees_its_gradient() -> None:

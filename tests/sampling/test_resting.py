@@ -504,7 +504,7 @@ def test_stochastic_rounding_keeps_small_updates_of_resting_weights(where: str) 
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 8}], lr=1e-3, stochastic_rounding=True)
     optimizer.rest([weight], 4)
     if where == "host":
-        optimizer.keep_updates_at_rest([weight], optimizer.write_updates)
+        optimizer.keep_resting_updates([weight], optimizer.add_resting_updates)
     direction = optimizer.resting_projector(weight) @ torch.ones(4, 64, dtype=torch.bfloat16)
     for _ in range(50):
         weight.grad = direction.T.clone()
@@ -580,12 +580,13 @@ def test_what_is_learned_at_rest_is_kept_in_float32() -> None:
     weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 8}], lr=1e-3)
     optimizer.rest([weight], 4)
-    optimizer.keep_updates_at_rest([weight], optimizer.write_updates)
+    optimizer.keep_resting_updates([weight], optimizer.add_resting_updates)
     projector = optimizer.resting_projector(weight)
     for _ in range(600):
         weight.grad = (projector @ torch.ones(4, 64, dtype=torch.bfloat16)).T.contiguous()
         optimizer.step()
-    torch.testing.assert_close(optimizer.updates_of([weight])[weight][0].float(), torch.full((64, 4), -0.6), rtol=2e-2, atol=0)
+    learned = optimizer.resting_updates([weight])[weight][0].float()
+    torch.testing.assert_close(learned, torch.full((64, 4), -0.6), rtol=2e-2, atol=0)
 
 
 def test_blocks_at_rest_have_trained_in_subspaces_of_the_seed(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.errors import first_line
-from ows_lightning.memory.cards import available_bytes, fewest_checkpointed
+from ows_lightning.memory.cards import available_bytes, fewest_recomputed_blocks
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 MEMORY_FRACTION = 0.9  # of the free memory: workspaces of kernels, fragmentation and 5 % of error are not predicted
 
 
-class AutoCheckpointing(Callback):
+class AutoGradientCheckpointing(Callback):
     """Chooses the number of recomputed blocks before training, if the module's ``gradient_checkpointing`` is ``auto``.
 
     The memory is predicted from the parsed ``config``. The number changes no bit, so a resumed run may choose another.
@@ -36,7 +36,7 @@ class AutoCheckpointing(Callback):
             try:
                 budget = MEMORY_FRACTION * available_bytes(pl_module.device, pl_module.parameters(), trainer.num_devices)
                 with torch.random.fork_rng(devices=[]):
-                    number = fewest_checkpointed(settings_of_run(self.config, pl_module), budget)
+                    number = fewest_recomputed_blocks(settings_of_run(self.config, pl_module), budget)
                 what = "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)"
                 log.info(what, number, count, budget / 1e9)
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation

@@ -14,7 +14,7 @@ from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.prediction import ModelSizes, blocks_are_alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_of
+from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
@@ -23,7 +23,7 @@ _DRAWS = 4000  # the mean over this many is within 0.3 % of the expectation
 
 
 @dataclass(frozen=True)
-class Compute:
+class FlopCount:
     """What a method computes, as torch's counter has it: matrix products alone, without decompositions."""
 
     # For each token that is trained on, in expectation over the draws: forward, recomputation, backward, projections, updates,
@@ -49,7 +49,7 @@ class _Flops(NamedTuple):
     full_gradient: float = 0.0  # and in each of its micro-batches, for gradients that other steps do without
 
 
-def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None) -> Compute:
+def count_flops(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None) -> FlopCount:
     """Counts a method's FLOPs on a fake model of few blocks, and takes the expectation over draws of the real one's.
 
     Backward runs down to the lowest active block. Above it, a frozen block passes the gradient on and an active one computes
@@ -87,13 +87,13 @@ def compute(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
     sampling = settings.sampling
-    scored = score_of(sampling.get("distribution", "outlier")) == OUTLIER_RATIO and not sampling.get("scores")
+    scored = score_name(sampling.get("distribution", "outlier")) == OUTLIER_RATIO and not sampling.get("scores")
     if method.ours and sampling and scored and settings.max_steps is not None:
         intervals, every = ceil(settings.max_steps / settings.interval_steps), sampling.get("rescore_every")
         samples = int(sampling.get("calibration_samples", 128)) * (ceil(intervals / every) if every else 1)
         trained_on = tokens * settings.accumulate_grad_batches * settings.devices * settings.max_steps
         per_token += samples * settings.max_seq_length / trained_on * count * block_forward
-    return Compute(per_token, block_forward, draws, origin)
+    return FlopCount(per_token, block_forward, draws, origin)
 
 
 def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:
@@ -188,9 +188,9 @@ def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     distribution, count = settings.method.distribution or settings.sampling.get("distribution", "outlier"), settings.blocks
     scores = settings.sampling.get("scores") if distribution != "gradient_norm" else None  # which only a run knows
     if settings.method.distribution is None and scores is not None:
-        ratios = OutlierScores.load(Path(scores)).ratios_for(count, architecture_of(settings.model), distribution)
+        ratios = OutlierScores.load(Path(scores)).checked_ratios(count, architecture_of(settings.model), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
-    if score_of(distribution) is not None:  # which only a run or a file of scores knows
+    if score_name(distribution) is not None:  # which only a run or a file of scores knows
         return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"
     origin = distribution if isinstance(distribution, str) else "a list of weights"
     return sampling_probabilities([1.0] * count, distribution), origin
@@ -222,7 +222,7 @@ class Speed:
         )
 
 
-def speed(settings: PlanSettings, computed: Compute, card: Card) -> Speed:
+def estimate_speed(settings: PlanSettings, computed: FlopCount, card: Card) -> Speed:
     """Estimates a speed: the longer of what a method's FLOPs take at `UTILISATION`, and what its fetches take."""
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
     block = sum(ModelSizes.of(settings).offloaded) / settings.blocks  # the mean, where they differ

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks.auto_checkpointing import AutoCheckpointing
+from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.models.execution import count_checkpointed
@@ -46,7 +46,7 @@ def test_auto_is_decided_before_the_run_trains(
     module = CausalLMModule(str(tmp_path), gradient_checkpointing="auto", rank=4, warmup_steps=0)
     trainer = Trainer(
         accelerator="cpu", devices=1, max_steps=1, logger=False, default_root_dir=tmp_path, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[AutoCheckpointing(config)],
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[AutoGradientCheckpointing(config)],
     )  # fmt: skip
     trainer.fit(module, DataLoader([tiny_batch()], batch_size=None))
     assert count_checkpointed(module.language_model) == recomputing

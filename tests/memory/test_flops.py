@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.cards import CARDS, find_card
-from ows_lightning.memory.compute import compute, speed
+from ows_lightning.memory.flops import count_flops, estimate_speed
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import METHODS
 from ows_lightning.module import CausalLMModule
@@ -126,7 +126,7 @@ ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {}}
 )
 def test_flops_are_those_that_torch_counts(directory: Path, changes: dict[str, Any]) -> None:
     config = make_config(directory, model__attn_implementation="eager", **changes)
-    expected = compute(settings_from_config(config)).flops_per_token
+    expected = count_flops(settings_from_config(config)).flops_per_token
     gap = config["model"]["init_args"].get("update_proj_gap", 2)  # counted are whole ages of a subspace
     assert expected == pytest.approx(run_and_count(config, steps=1 + gap), rel=0.02)
 
@@ -137,7 +137,7 @@ def test_llama_2_7b_by_its_lowest_block() -> None:
     for lowest in (0, 4, 8, 13, 16, 27):
         weights = [float(block in (lowest, 28, 29, 30, 31)) for block in range(32)]
         drawn = replace(settings, sampling={**settings.sampling, "distribution": weights})
-        found.append(compute(drawn).flops_per_token / N)
+        found.append(count_flops(drawn).flops_per_token / N)
     assert found == pytest.approx([5.60, 5.15, 4.71, 4.16, 3.83, 2.61], rel=0.005)
 
 
@@ -149,21 +149,21 @@ def test_blocks_at_rest_on_the_host_take_little_more() -> None:
         "sampling__scores": "configs/scores/llama2_7b.json",
     }
     settings = [settings_from_config(llama_7b(1, 16, **changes, sampling__resting_rank=rank)) for rank in (0, 16)]
-    without, resting = (compute(one).flops_per_token / N for one in settings)
+    without, resting = (count_flops(one).flops_per_token / N for one in settings)
     assert 0.02 < resting - without < 0.04
 
 
 def test_llama_2_7b_by_method() -> None:
     settings = settings_from_config(llama_7b(sampling__distribution="uniform"))
     methods = {name: replace(settings, method=METHODS[name](settings)) for name in ("ows", "full", "lora")}
-    found = {name: compute(method).flops_per_token / N for name, method in methods.items()}
+    found = {name: count_flops(method).flops_per_token / N for name, method in methods.items()}
     assert found == pytest.approx({"ows": 5.09, "full": 7.53, "lora": 6.05}, rel=0.005)
 
 
 def test_llama_2_7b_with_the_published_scores() -> None:
     changes = {"sampling__scores": "configs/scores/llama2_7b.json", "sampling__grouping": 1.0}
     settings = settings_from_config(llama_7b(**changes))
-    ours, lora = (compute(replace(settings, method=METHODS[name](settings))).flops_per_token for name in ("ows", "lora"))
+    ours, lora = (count_flops(replace(settings, method=METHODS[name](settings))).flops_per_token for name in ("ows", "lora"))
     assert ours / N == pytest.approx(4.81, rel=0.005)
     assert ours / lora <= 0.80
 
@@ -171,7 +171,7 @@ def test_llama_2_7b_with_the_published_scores() -> None:
 @pytest.mark.parametrize("changes", [{"model__compile": True}, {"trainer__precision": "bf16-mixed"}], ids=["compile", "mixed"])
 def test_what_calls_for_whole_gradients_computes_them(directory: Path, changes: dict[str, Any]) -> None:
     factored, whole = (
-        compute(settings_from_config(make_config(directory, sampling__distribution="uniform", **more))).flops_per_token
+        count_flops(settings_from_config(make_config(directory, sampling__distribution="uniform", **more))).flops_per_token
         for more in ({}, changes)
     )
     assert factored < whole
@@ -179,7 +179,9 @@ def test_what_calls_for_whole_gradients_computes_them(directory: Path, changes: 
 
 def test_says_where_probabilities_come_from(directory: Path, tmp_path: Path) -> None:
     def planned(**changes: Any) -> Any:
-        return compute(settings_from_config(make_config(directory, **{f"sampling__{key}": v for key, v in changes.items()})))
+        return count_flops(
+            settings_from_config(make_config(directory, **{f"sampling__{key}": v for key, v in changes.items()}))
+        )
 
     assert "uniform, for want of sampling.scores" in planned(distribution="outlier").probabilities
     low = OutlierScores("m", 5, 13.0, 8, "outlier", [9.0, 9.0, 0.1, 0.1, 0.1], [0.2] * 5)
@@ -198,7 +200,7 @@ def test_scores_count_as_often_as_they_are_computed(directory: Path) -> None:
     def scoring(distribution: str, **changes: Any) -> float:
         """Forward passes of a block over all calibration rows, of a run of 8 steps of 4 rows."""
         sampling = {**settings.sampling, "distribution": distribution, "calibration_samples": 16, **changes}
-        without, scored = (compute(replace(settings, sampling=sampling, max_steps=steps)) for steps in (None, 8))
+        without, scored = (count_flops(replace(settings, sampling=sampling, max_steps=steps)) for steps in (None, 8))
         return (scored.flops_per_token - without.flops_per_token) * 8 * 4 / 16 / scored.block_forward
 
     for distribution, blocks in {"outlier": 5, "outlier_reverse": 5, "window": 5, "uniform": 0, "weight_norm": 0}.items():
@@ -210,7 +212,7 @@ def test_scores_count_as_often_as_they_are_computed(directory: Path) -> None:
 def test_a_head_that_is_tied_to_the_embeddings_trains_them_too(where: str, tmp_path: Path) -> None:
     tiny_model("llama", num_hidden_layers=4, tie_word_embeddings=True).save_pretrained(tmp_path)
     head, embeddings = (
-        compute(settings_from_config(make_config(tmp_path, sampling__always_train=[part, "norm"], model__frozen_in=where)))
+        count_flops(settings_from_config(make_config(tmp_path, sampling__always_train=[part, "norm"], model__frozen_in=where)))
         for part in ("lm_head", "embeddings")
     )
     assert head.flops_per_token == embeddings.flops_per_token
@@ -218,12 +220,14 @@ def test_a_head_that_is_tied_to_the_embeddings_trains_them_too(where: str, tmp_p
 
 def test_a_file_of_scores_is_no_measure_of_gradients(directory: Path) -> None:
     config = make_config(directory, sampling__distribution="gradient_norm", sampling__scores="nowhere.json")
-    assert compute(settings_from_config(config)).probabilities.startswith("uniform")
+    assert count_flops(settings_from_config(config)).probabilities.startswith("uniform")
 
 
 def test_grouped_draws_compute_less(directory: Path) -> None:
     alone, grouped = (
-        compute(settings_from_config(make_config(directory, sampling__distribution="uniform", sampling__grouping=grouping)))
+        count_flops(
+            settings_from_config(make_config(directory, sampling__distribution="uniform", sampling__grouping=grouping))
+        )
         for grouping in (0.0, 1.0)
     )
     assert grouped.flops_per_token < alone.flops_per_token
@@ -232,9 +236,9 @@ def test_grouped_draws_compute_less(directory: Path) -> None:
 def test_a_runs_own_draws_stand_in_the_place_of_the_expectation(directory: Path) -> None:
     settings = settings_from_config(make_config(directory, sampling__distribution="uniform", sampling__activated_layers=2))
     fixed = settings_from_config(make_config(directory, sampling__distribution=[0.0, 1.0, 0.0, 0.0, 1.0]))
-    expected = compute(fixed)
-    assert compute(settings, drawn=[(1, 4)] * len(expected.draws)).flops_per_token == expected.flops_per_token
-    assert compute(settings, drawn=[(3, 4)]).flops_per_token < compute(settings, drawn=[(0, 4)]).flops_per_token
+    expected = count_flops(fixed)
+    assert count_flops(settings, drawn=[(1, 4)] * len(expected.draws)).flops_per_token == expected.flops_per_token
+    assert count_flops(settings, drawn=[(3, 4)]).flops_per_token < count_flops(settings, drawn=[(0, 4)]).flops_per_token
 
 
 # ---------------------------------------------------------------------- on a card
@@ -248,11 +252,11 @@ def test_a_card_is_bound_by_compute_or_by_its_link() -> None:
         settings_from_config(llama_7b(*batch, sampling__distribution="uniform", **where))
         for batch, where in (((16, 1), {}), ((1, 16), {"model__frozen_in": "host"}), ((32, 1), {"model__frozen_in": "host"}))
     )
-    speeds = [speed(settings, compute(settings), card) for settings in (resident, small, large)]
+    speeds = [estimate_speed(settings, count_flops(settings), card) for settings in (resident, small, large)]
     assert [fast.bound_by for fast in speeds] == ["compute", "link", "compute"]
     assert speeds[0].fetched_bytes == 0
     assert speeds[1].fetched_bytes > 10 * speeds[2].fetched_bytes
-    assert speeds[0].tokens_per_second == pytest.approx(card.tflops * 0.4e12 / compute(resident).flops_per_token)
+    assert speeds[0].tokens_per_second == pytest.approx(card.tflops * 0.4e12 / count_flops(resident).flops_per_token)
 
 
 @pytest.mark.parametrize(
