@@ -1,7 +1,5 @@
 """Validation, test and prediction: loss, perplexity, exact match, multiple choice, and generated answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CausalLMModule: a LightningModule around a causal LM of transformers."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -175,7 +173,11 @@ class CausalLMModule(EvaluationModule):
 
     def check(self, find: Callable[[str, bool], Any] = pretrained.load_config) -> Any:
         """Returns the model's config, or what `find` finds; a UsageError names any setting that is wrong, without weights."""
-        self.check_optimizer()
+        try:  # for a small matrix and a vector
+            optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(shape))]} for shape in ((2, 2), (2,))])
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"model.optimizer: {error}") from error
+        self._check_projection(optimizer)
         if self.hparams["lora"] is not None:
             lora_config(self.hparams["lora"])
         return find(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
@@ -184,15 +186,6 @@ class CausalLMModule(EvaluationModule):
         """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""
         name, trust_remote_code = self.hparams["model_name_or_path"], self.hparams["trust_remote_code"]
         return pretrained.exceeded_position_limit(pretrained.load_config(name, trust_remote_code), length, trust_remote_code)
-
-    def check_optimizer(self) -> Optimizer:
-        """Makes the optimizer for a small matrix and a vector; a UsageError says what is wrong, or that it can't project."""
-        try:
-            optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(shape))]} for shape in ((2, 2), (2,))])
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"model.optimizer: {error}") from error
-        self._check_projection(optimizer)
-        return optimizer
 
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain. Gives the Trainer the clean-up after a fit."""

@@ -1,7 +1,5 @@
 """One optimizer step: its loss, over micro-batches and processes, and the gradients that follow from it."""
 
-from __future__ import annotations
-
 import logging
 from typing import NamedTuple
 

@@ -95,9 +95,7 @@ class PredictionFile(Callback):
         self._path = folder / f"predictions{rank}.jsonl"
         self._path.write_text("", encoding="utf-8")
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: Any) -> None:
         """Appends a batch's rows: ``prompt``, ``reference``, ``generated``, and the data's other columns."""
         with self._path.open("a", encoding="utf-8") as file:
             for row in outputs:

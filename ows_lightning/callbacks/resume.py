@@ -1,7 +1,5 @@
 """Resuming a run exactly, with the options that are configured now, and with the same rows in ``metrics.csv``."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The run's folder: locked while the run lasts; in the end it holds the model in Hugging Face's format, and plots."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from pathlib import Path

@@ -14,9 +14,7 @@ class StepCallback(Callback):
         """Starts counting at the run's first step, which is not 0 in a resumed run."""
         self._steps_seen = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Calls ``on_step_end`` if there was a step."""
         if trainer.global_step != self._steps_seen:
             self._steps_seen = trainer.global_step

@@ -43,12 +43,10 @@ class Throughput(StepCallback):
         """Starts the clock."""
         self._batch_start = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Stops the clock."""
         self._seconds += time.perf_counter() - self._batch_start
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module, *batch)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the step's figures."""

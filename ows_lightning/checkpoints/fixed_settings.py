@@ -1,7 +1,5 @@
 """The settings that a resumed run can't change: saved in checkpoints, and checked when one is loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lightning's training loops, which resume exactly after the last optimizer step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Trainer

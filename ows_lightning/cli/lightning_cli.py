@@ -1,7 +1,5 @@
 """The commands that take a config: LightningCLI with this package's classes, and two callbacks at the top level."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 import os

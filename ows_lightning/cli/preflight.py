@@ -3,8 +3,6 @@
 What jsonargparse, Lightning's Trainer and torch's optimizers refuse by themselves is left to them.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import os
@@ -118,11 +116,10 @@ def check_run(
     if command in _RUNS:
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
-        for logger in trainer.loggers:  # a version of its own choice is free, and chosen as late as possible
-            used = (
-                isinstance(logger, CSVLogger) and logger._version is not None and Path(logger.log_dir, "metrics.csv").exists()
-            )
-            if used and getattr(rank_zero_only, "rank", 0) == 0:
+        # A version of its own choice is free, and chosen as late as possible.
+        versioned = [one for one in trainer.loggers if isinstance(one, CSVLogger) and one._version is not None]
+        for logger in versioned if getattr(rank_zero_only, "rank", 0) == 0 else ():
+            if Path(logger.log_dir, "metrics.csv").exists():
                 raise UsageError(f"trainer.logger.version: '{logger.log_dir}' holds a run already; leave version out")
     if command == "fit":
         callbacks = trainer.callbacks  # type: ignore[attr-defined]

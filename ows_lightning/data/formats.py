@@ -1,7 +1,5 @@
 """The formats of instruction data, recognised from their columns and turned into one: a conversation or plain text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The order of rows over ranks and epochs, and the loader that remembers its position in it."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice

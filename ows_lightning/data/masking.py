@@ -4,8 +4,6 @@ The targets are found by rendering: what the chat template adds when an answer i
 the answer with its end-of-turn token. Unlike `return_assistant_tokens_mask` this needs no ``{% generation %}``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Templates want a missing content as None (DeepSeek-R1) or as "", and a call's ar
 a part of a conversation. What is shown is found by rendering the conversation with a probe in each of its parts.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

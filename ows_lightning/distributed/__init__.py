@@ -7,5 +7,3 @@ from ows_lightning.distributed.fsdp2 import FSDP2Strategy
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
 StrategyRegistry.register("ddp_layerwise", LayerwiseDDPStrategy, override=True)
-
-__all__ = ["FSDP2Strategy", "LayerwiseDDPStrategy"]

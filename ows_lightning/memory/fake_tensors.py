@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ows_lightning.compat import storage_key
 from ows_lightning.models.decoder import decoder_layers, language_model_of
@@ -146,13 +145,6 @@ def _layout(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_layout, value))
     return None if isinstance(value, torch.Generator) else (type(value), value)
-
-
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None, **options: Any) -> nn.Module:
-    """Returns a causal LM on the meta device, in training mode."""
-    options |= {"dtype": dtype, "attn_implementation": attention}
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).train()
 
 
 def first_blocks(model: nn.Module, count: int) -> nn.Module:

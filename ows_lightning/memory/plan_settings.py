@@ -16,11 +16,10 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, PretrainedConfig
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.models.execution import GradientCheckpointing, check_gradient_checkpointing, num_checkpointed
-from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors
+from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors, meta_model
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.offload.options import offloads
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -104,9 +103,9 @@ class PlanSettings:
     @property
     def meta_model(self) -> nn.Module:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
+        options = {"dtype": self.dtype, "attn_implementation": self.attention, "trust_remote_code": self.trust_remote_code}
         with loading_errors(self.name):
-            key = self.dtype, self.attention
-            return self.cached(key, lambda: meta_model(self.model, *key, trust_remote_code=self.trust_remote_code))
+            return self.cached(tuple(options.values()), lambda: meta_model(self.model, **options))
 
     @cached_property
     def blocks(self) -> int:
@@ -171,6 +170,9 @@ _SAME_KEYS = {
 }  # fmt: skip
 """Keys of a config that are called the same in `PlanSettings`, and have the same defaults."""
 
+_METHOD_KEYS = {"proj_type", "subspace", "project_embeddings", "lora", "resting_rank"}
+"""The same of `TrainingMethod`."""
+
 
 def settings_from_config(config: Any) -> PlanSettings:
     """Returns what memory depends on in a parsed config, see `plan_from_config`."""
@@ -185,14 +187,10 @@ def settings_from_config(config: Any) -> PlanSettings:
         activated_layers=sampling.get("activated_layers", 5) if sampled else None,
         always_train=tuple(sampling.get("always_train", PARTS)),
         rank=model.get("rank", 128),
-        proj_type=model.get("proj_type", "std"),
-        subspace=model.get("subspace", "randomized"),
-        project_embeddings=model.get("project_embeddings", False),
         ours=True,
         factored=not model.get("compile", False) and strategy != "fsdp2",
         renews_while_active=model.get("update_proj_gap", 200) < sampling.get("interval_steps", 50),
-        lora=model.get("lora"),
-        resting_rank=sampling.get("resting_rank", 0),
+        **{key: value for key, value in {**model, **sampling}.items() if key in _METHOD_KEYS},
     )
     name = model.get("model_name_or_path", "")
     check_gradient_checkpointing(model.get("gradient_checkpointing", False))

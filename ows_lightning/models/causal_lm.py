@@ -42,8 +42,8 @@ class CausalLM(nn.Module):
 
         So does what transformers and peft keep in float32 in a half-precision model. Lightning's ``bf16-true`` would round it.
         """
-        buffers = [(m, name, b) for m in self.modules() for name, b in m.named_buffers(recurse=False)]
-        computed = {id(b) for m, name, b in buffers if name not in persistent_buffer_names(m)}
+        named = [(persistent_buffer_names(m), m.named_buffers(recurse=False)) for m in self.modules()]
+        computed = {id(buffer) for persistent, buffers in named for name, buffer in buffers if name not in persistent}
         in_half = self.language_model.dtype in (torch.bfloat16, torch.float16)
 
         def convert(tensor: Tensor) -> Tensor:

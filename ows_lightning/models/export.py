@@ -1,7 +1,5 @@
 """Writes a model as a directory that transformers, and every tool that reads its format, can load."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -240,8 +240,8 @@ def exceeded_position_limit(config: PretrainedConfig, length: int, trust_remote_
     small = copy.deepcopy(config)
     if not getattr(config, "layer_types", None):
         small.num_hidden_layers = 1
-    with torch.device("meta"), loading_errors(str(config.name_or_path)):
-        model = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
+    with loading_errors(str(config.name_or_path)):
+        model = meta_model(small, trust_remote_code=trust_remote_code)
     limits = {config.max_seq_len} if config.model_type == "mpt" else set()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
@@ -255,6 +255,12 @@ def exceeded_position_limit(config: PretrainedConfig, length: int, trust_remote_
     return limit if length > limit else None
 
 
+def meta_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Returns a causal LM on the meta device, in training mode; made of a copy of the config, which transformers changes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options).train()
+
+
 def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> None:
     """Refuses an attention that is unknown, not installed or not supported, before any weights are fetched."""
     known = sorted({"eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if not key.startswith("paged|"))})
@@ -263,8 +269,7 @@ def _check_attention(config: PretrainedConfig, attention: str, trust_remote_code
         raise UsageError(f"model.attn_implementation: unknown attention {attention!r}; {hint}")
     options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
     try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        meta_model(config, **options)
     except (ImportError, ValueError) as error:
         why = f"{_shortened(error)}; leave it out for transformers' own choice"
         raise UsageError(f"model.attn_implementation: {attention!r} can't be used here: {why}") from error

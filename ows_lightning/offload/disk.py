@@ -16,15 +16,7 @@ from torch import Tensor
 from ows_lightning.errors import RunError
 from ows_lightning.models.large_tensors import map_file, release_mapped_pages
 from ows_lightning.models.safetensors_file import StoredWeight
-from ows_lightning.offload.offloaded import (
-    OffloadedWeights,
-    as_bytes,
-    byte_offsets,
-    copy_into,
-    page_locked,
-    tensor_at,
-    total_nbytes,
-)
+from ows_lightning.offload.offloaded import OffloadedWeights, byte_offsets, copy_into, page_locked, tensor_at, total_nbytes
 
 
 class FileRegion:
@@ -59,7 +51,8 @@ class DiskWeights(OffloadedWeights):
     def fetch(self, slot: Sequence[Tensor]) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
         for target, (region, start) in zip(slot, self.places, strict=True):
-            self.disk.read_into(partial(region.read, start), as_bytes(target))
+            as_bytes = target.as_strided((target.numel(),), (1,)).view(torch.uint8)  # a weight has no gaps
+            self.disk.read_into(partial(region.read, start), as_bytes)
 
     def write_back(self, trained: Sequence[Tensor]) -> None:
         """Takes over the weights of a block that trained into the scratch file."""

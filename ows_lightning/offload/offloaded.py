@@ -53,15 +53,10 @@ def copy_into(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
     return [tensor_at(weight, memory, start).copy_(weight) for weight, start in places]
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Views a tensor without gaps as bytes: uint8, one-dimensional."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
 class OffloadedWeights:
     """A block's offloaded weights, a tensor each; a given weight that lies on the ``device`` already is not copied."""
 
-    memory: Tensor | None = None  # page-locked, that the weights lie in
+    memory: Tensor | None = None  # page-locked, around the weights; held here, for it is unlocked when nobody holds it
     fetch_exact = False  # also where there is a copy in int8
 
     def __init__(self, weights: Sequence[Tensor], device: torch.device | str = "cpu") -> None:

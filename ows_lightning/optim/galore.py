@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,6 @@ from ows_lightning.optim.projected_adamw import merge_update_, project, projecte
 from ows_lightning.optim.sharding import local
 from ows_lightning.optim.state_dtypes import saved_tensors
 from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, find_subspace, random_subspace
-
-if TYPE_CHECKING:
-    import torch.distributed.tensor
-    from torch.distributed.tensor import Placement
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +154,8 @@ class GaLoreAdamW(GradientCapture):
                 self.state[p][key] = value.to("cpu", copy=True)  # where reading it waits for no device
             else:
                 dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
-                self.state[p][key] = self._shard_state(p, key, value.to(p.device, dtype, copy=True))
+                value = value.to(p.device, dtype, copy=True)
+                self.state[p][key] = sharding.shard_state(value, p, self._projected_side(p), key == "projector")
         self._merge_resting_updates(p for p in self._group_and_index if p not in self._merge_callbacks)  # of an offloading run
 
     def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
@@ -245,7 +242,7 @@ class GaLoreAdamW(GradientCapture):
             with torch.inference_mode(False):  # else it could not be saved for backward later
                 found = _resting_subspace(p, state["rest"], self._group_and_index[p][1])
                 found = found.to(state.get("exp_avg", p).device)  # where it computes; the weight itself may be offloaded
-                self.resting_projectors[p] = self._shard_state(p, "projector", found)
+                self.resting_projectors[p] = sharding.shard_state(found, p, "right", is_projector=True)
         return self.resting_projectors[p]
 
     def _projected_side(self, p: Tensor) -> Side | None:
@@ -421,18 +418,6 @@ class GaLoreAdamW(GradientCapture):
         rotation = (sharding.gather_matrices(old).mT @ sharding.gather_matrices(projector)).to(state["exp_avg"].dtype)
         for moment, turn in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
             local(moment).copy_(project(local(moment), turn, side))
-
-    def _shard_state(self, p: Tensor, key: str, value: Tensor) -> Tensor:
-        """Takes this process's part of a saved state tensor where the weight is sharded and the tensor is not."""
-        if not sharding.is_sharded(p) or sharding.is_sharded(value):
-            return value
-        side = self._projected_side(p)
-        if side is None or value.shape == p.shape:
-            placements: Sequence[Placement] = p.placements
-        else:
-            find = sharding.projector_placements if key == "projector" else sharding.projected_placements
-            placements = find(p, side)
-        return torch.distributed.tensor.distribute_tensor(value, p.device_mesh, placements, src_data_rank=None)
 
 
 @torch.no_grad()

@@ -69,6 +69,16 @@ def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
     return [along_rows if p.is_shard(dim) else whole for p, whole in pairs]
 
 
+def shard_state(value: Tensor, weight: Tensor, side: Side | None, is_projector: bool) -> Tensor:
+    """Returns this process's part of a saved state tensor, where the weight is sharded and the tensor is not."""
+    if not is_sharded(weight) or is_sharded(value):
+        return value
+    placements: Sequence[Placement] = weight.placements
+    if side is not None and value.shape != weight.shape:
+        placements = (projector_placements if is_projector else projected_placements)(weight, side)
+    return torch.distributed.tensor.distribute_tensor(value, weight.device_mesh, placements, src_data_rank=None)
+
+
 def reduce_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
     """Turns each process's local product into the projected gradient; all-reduced where that dimension is sharded."""
     if not is_sharded(weight):

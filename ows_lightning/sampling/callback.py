@@ -47,8 +47,7 @@ class LayerwiseSampling(BlockSampler, Callback):
     @classmethod
     def of(cls, trainer: Trainer) -> LayerwiseSampling | None:
         """Returns the Trainer's LayerwiseSampling callback, if it has one."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, cls)), None)
+        return next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)  # type: ignore[attr-defined]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts afresh, and refuses strategies that can't let the trained blocks change."""

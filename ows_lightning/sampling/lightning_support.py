@@ -1,7 +1,5 @@
 """What sampled and projected training needs of a Trainer: a strategy, and gradient clipping."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

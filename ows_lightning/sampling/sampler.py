@@ -1,7 +1,5 @@
 """BlockSampler: which decoder blocks train and when that changes, for any training loop."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import math
@@ -260,11 +258,10 @@ class BlockSampler:
             mean = torch.where(before > 0, NORM_DECAY * before + (1 - NORM_DECAY) * norm, norm)
             before.copy_(torch.where((norm > 0) & norm.isfinite(), mean, before))
 
-    def activate(self, optimizers: Iterable[Optimizer]) -> None:
+    def activate(self, optimizers: Sequence[Optimizer]) -> None:
         """Lets the active blocks train, and freezes the others or lets them rest."""
-        seed = 1_000_003 * self.seed + self.history[-1][0]
-        held, active, others = list(optimizers), self.active_blocks, self._others.items()
-        self._frozen[:] = activate_blocks(self._blocks, active, others, held, self.resting_rank, seed)
+        others, seed = self._others.items(), 1_000_003 * self.seed + self.history[-1][0]
+        self._frozen[:] = activate_blocks(self._blocks, self.active_blocks, others, optimizers, self.resting_rank, seed)
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model; what rests does so until the optimizer ends it."""

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
-from ows_lightning.memory.fake_tensors import meta_model
 from ows_lightning.memory.plan_settings import find_model_config
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.pretrained import meta_model
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.run import RunRecord
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -57,7 +57,7 @@ def check_on_meta(*configs: Path) -> OWSCLI:
     cli = OWSCLI([*arguments, "--trainer.accelerator", "cpu"], run=False)
     module = cli.model
     assert isinstance(module, CausalLMModule)
-    module.causal_lm = CausalLM(meta_model(find_model_config(module.hparams.model_name_or_path)[0], torch.bfloat16))
+    module.causal_lm = CausalLM(meta_model(find_model_config(module.hparams.model_name_or_path)[0], dtype=torch.bfloat16))
     layers = decoder_layers(module)
     if (sampling := LayerwiseSampling.of(cli.trainer)) is not None:
         assert sampling.activated_layers < len(layers)
@@ -98,7 +98,8 @@ def test_a_config_for_a_large_model_trains_on_few_rows(
 def test_method_fits_the_code_over_a_large_model(method: Path) -> None:
     base = check_on_meta(CONFIGS / "models" / "llama2_7b.yaml").model
     over = check_on_meta(CONFIGS / "models" / "llama2_7b.yaml", method).model
-    rates = [module.check_optimizer().param_groups[0]["lr"] for module in (base, over)]
+    weights = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]
+    rates = [module.make_optimizer(weights).param_groups[0]["lr"] for module in (base, over)]
     assert rates[0] == 3e-4
     if method.stem in ("ows", "galore"):  # a method is a recipe; a rate belongs to a model and its task
         assert rates[1] == 3e-4

@@ -20,12 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, OpenAIGPTConfig
 from ows_lightning.errors import UsageError
 from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_config_for_card
 from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_recomputed_blocks
-from ows_lightning.memory.fake_tensors import FakeOperators, meta_model, to_fake_
+from ows_lightning.memory.fake_tensors import FakeOperators, to_fake_
 from ows_lightning.memory.plan_settings import find_model_config, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict_memory
 from ows_lightning.memory.simulated_step import Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models import loss
+from ows_lightning.models.pretrained import meta_model
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -237,7 +238,7 @@ def test_absurd_batches_take_no_longer_than_others(directory: Path) -> None:
     calls = {}
     for rows in (1_000, 100_000):
         settings = settings_from_config(make_config(directory, data__batch_size=rows))
-        model = meta_model(settings.model, settings.dtype)
+        model = meta_model(settings.model, dtype=settings.dtype)
         counted = Counted(operators)
         tracker = MemoryTracker(1, counted)
         with tracker:
@@ -526,7 +527,7 @@ def test_double_precision_takes_twice_the_memory(directory: Path) -> None:
     ],
 )
 def test_shipped_dimensions_need_no_download(name: str, billions: float) -> None:
-    model = meta_model(find_model_config(name)[0], torch.bfloat16)
+    model = meta_model(find_model_config(name)[0], dtype=torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
 
 
