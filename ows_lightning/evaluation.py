@@ -1,6 +1,6 @@
 """Validation, test and prediction: loss, perplexity, exact match, multiple choice, and generated answers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.data.masking import with_chat_template
 from ows_lightning.metrics.choices import ChoiceAccuracy
-from ows_lightning.metrics.exact_match import TeacherForcedAnswers
+from ows_lightning.metrics.exact_match import TeacherForcedAnswers, right_answers
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.pretrained import load_tokenizer
 
@@ -30,9 +30,9 @@ class EvaluationMetrics(MetricCollection):
         for metric in self.values():
             metric.set_dtype(torch.float32)
 
-    def add_answers(self, pairs: Iterable[tuple[str, str | None]]) -> None:
-        """Adds generated answers, each with its reference; one without (None) pads a rank's share, and does not count."""
-        hits = [float(answer.strip() == right.strip()) for answer, right in pairs if right is not None]
+    def add_answers(self, answers: Iterable[str], right: Iterable[Collection[str]]) -> None:
+        """Adds generated answers, each with those that are right; one without any pads a rank's share, and does not count."""
+        hits = [float(answer.strip() in texts) for answer, texts in zip(answers, right, strict=True) if texts]
         self["exact_match"].update(torch.tensor(hits, dtype=torch.float32, device=self["loss"].device))
 
     def compute_by_name(self, stage: str) -> dict[str, float]:
@@ -102,7 +102,7 @@ class EvaluationModule(LightningModule):
 
     def _evaluate(self, batch: dict[str, Any], metrics: EvaluationMetrics) -> None:
         if "reference" in batch:
-            metrics.add_answers(zip(self._answers(batch), batch["reference"], strict=True))
+            metrics.add_answers(self._answers(batch), right_answers(batch))
             return
         if self._greedy is None:
             parts = self._loaded_causal_lm(**batch)
@@ -126,8 +126,9 @@ class EvaluationModule(LightningModule):
         return [next(generated) if answer is None else answer for answer in known]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Returns a dict a row: what the batch knows of it (``prompt``, ``reference``), and the ``generated`` answer."""
-        facts = {key: values for key, values in batch.items() if not isinstance(values, Tensor)}
+        """Returns a dict a row: what the batch knows of it (``row``, ``prompt``, ...), and the ``generated`` answer."""
+        numbers = {"row": batch["row"].tolist()} if "row" in batch else {}
+        facts = numbers | {key: values for key, values in batch.items() if not isinstance(values, Tensor)}
         facts["generated"] = self.generate(batch)
         rows = [dict(zip(facts, values, strict=True)) for values in zip(*facts.values(), strict=True)]
         return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share

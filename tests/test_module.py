@@ -465,6 +465,13 @@ def test_answers_of_another_run_in_the_same_folder_are_gone(model_dir: ModelDir,
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
+def test_a_run_without_a_logger_leaves_files_of_the_user_alone(model_dir: ModelDir, tmp_path: Path) -> None:
+    (tmp_path / "generations.csv").write_text("mine")
+    run = trainer(tmp_path, ShowGenerations(["why?"], every_n_steps=1), max_steps=1, logger=False)
+    run.fit(CausalLMModule(str(model_dir()), rank=8), DataLoader(rows_with_uneven_targets(), batch_size=4))
+    assert (tmp_path / "generations.csv").read_text() == "mine"
+
+
 def test_a_model_named_by_a_path_is_saved_and_resumed(model_dir: ModelDir, tmp_path: Path) -> None:
     directory, rows = model_dir(), DataLoader(rows_with_uneven_targets(), batch_size=4)
     for ckpt_path, steps in ((None, 1), (tmp_path / "one.ckpt", 2)):

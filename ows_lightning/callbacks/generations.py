@@ -45,17 +45,14 @@ class ShowGenerations(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows what the model answers at first."""
         super().on_train_start(trainer, pl_module)
-        folder = run_folder(trainer)  # asks all ranks
-        if trainer.is_global_zero and not trainer.ckpt_path:  # a file of another run that was there
-            (folder / "generations.csv").unlink(missing_ok=True)
-        self._show(trainer, pl_module)
+        self._show(trainer, pl_module, anew=not trainer.ckpt_path)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows it after each interval."""
         if trainer.global_step % self.every_n_steps == 0:
             self._show(trainer, pl_module)
 
-    def _show(self, trainer: Trainer, module: LightningModule) -> None:
+    def _show(self, trainer: Trainer, module: LightningModule, anew: bool = False) -> None:
         if not isinstance(module, CausalLMModule):
             raise UsageError(f"ShowGenerations: {type(module).__name__} can't generate; use CausalLMModule")
         encoder = Encoder(module.tokenizer)
@@ -73,7 +70,7 @@ class ShowGenerations(StepCallback):
         log.info("Answers after step %d:\n%s", step, shown)
         if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "generations.csv").open("a", newline="", encoding="utf-8") as file:
+            with (folder / "generations.csv").open("w" if anew else "a", newline="", encoding="utf-8") as file:
                 header = [["step", "prompt", "answer"]] if file.tell() == 0 else []
                 csv.writer(file).writerows([*header, *([step, *pair] for pair in pairs)])
         for logger in trainer.loggers:
@@ -96,7 +93,7 @@ class PredictionFile(Callback):
         self._path.write_text("", encoding="utf-8")
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *batch: Any) -> None:
-        """Appends a batch's rows: ``prompt``, ``reference``, ``generated``, and the data's other columns."""
+        """Appends a batch's rows: ``row`` (from 0), ``prompt``, ``reference``, ``generated``, what else `PromptRows` has."""
         with self._path.open("a", encoding="utf-8") as file:
             for row in outputs:
                 known = {key: value for key, value in row.items() if value is not None}

@@ -135,7 +135,10 @@ class InstructionDataModule(LightningDataModule):
 
     def check(self) -> None:
         """Raises a UsageError for what is wrong in files, their syntax, columns and types; it needs no tokenizer."""
-        self._splits.check(choices=bool(self.test_dataset) or self._stage() == "test")
+        parts = _PARTS.get(self._stage(), _ALL_PARTS)
+        self._splits.check(parts, choices=bool(self.test_dataset) or self._stage() == "test")
+        if "train" not in parts:
+            return
         rows = self.batch_size if self.streaming else len(self._splits.examples_of("dataset"))
         if self.batch_size > max(rows, _SMALL_DATASET):  # the predicted memory would be wrong
             what = f"{self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
@@ -279,7 +282,7 @@ class InstructionDataModule(LightningDataModule):
             return [loss]
         examples = self._splits.examples(part)
         conversations = ((i, json.loads(entry["example"]).get("messages", [])) for i, entry in enumerate(examples))
-        answered = (i for i, messages in conversations if formats.split_prompt(messages)[1].strip())
+        answered = (i for i, chat in conversations if formats.split_prompt(chat)[1].strip() and chat[-1].get("weight", 1))
         first = list(itertools.islice(answered, self.exact_match_rows))
         return [loss, self._prompt_dataloader(examples.select(first))] if first else [loss]
 
@@ -288,7 +291,8 @@ class InstructionDataModule(LightningDataModule):
         whole = PromptRows(examples, Encoder(prompts.encoder.tokenizer))
         rows, tokenizer = [whole[i] for i in range(len(whole))], whole.encoder.tokenizer
         lengths = [len(row["input_ids"]) for row in rows]
-        references = [len(tokenizer(row["reference"], add_special_tokens=False).input_ids) for row in rows]
+        answers = [row["expected"] or row["reference"] for row in rows]
+        references = [len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
         if cut := sum(length > self.max_seq_length for length in lengths):
             rank_zero_warn(f"data.max_seq_length: {cut} of {len(lengths)} prompts have more tokens, and lose their start")
         model = self.trainer.lightning_module if self.trainer else None
@@ -348,7 +352,12 @@ class InstructionDataModule(LightningDataModule):
         if tokenizer is None:
             raise UsageError("data.tokenizer: name a tokenizer, since the model brings none")
         if tokenizer is not self._tokenised_by:
-            self._tokenised_by = with_chat_template(tokenizer)
+            own = getattr(model, "tokenizer", tokenizer)  # which generation and the exported model use
+            with_chat_template(tokenizer)
+            if (tokenizer.chat_template, tokenizer.get_vocab()) != (own.chat_template, own.get_vocab()):
+                hint = "leave it out, or give the model a directory that has this one"
+                raise UsageError(f"data.tokenizer: the model has another tokenizer or chat template; {hint}")
+            self._tokenised_by = tokenizer
             self._rows.clear()
             self._splits.tokens.clear()
         return Encoder(tokenizer, self.max_seq_length, self.train_on_prompt, self.last_turn_only)
@@ -377,6 +386,8 @@ def check_bounds(settings: Mapping[str, Any]) -> None:
                 raise UsageError(f"data.dataset: the weight of '{source}' must be {allowed}, got {weight!r}")
     if unknown := sorted(set(settings["columns"]) - set(formats.COLUMNS)):
         raise UsageError(f"data.columns: '{unknown[0]}' is no column of a format; those are {', '.join(formats.COLUMNS)}")
+    if settings["train_on_prompt"] and settings["last_turn_only"]:
+        raise UsageError("data.last_turn_only: train_on_prompt trains all tokens of a conversation; set one of the two")
     if settings["packing"] and settings["group_by_length"]:
         raise UsageError("data.group_by_length does nothing for packed rows, which have one length; set one of the two")
     if settings["streaming"] and settings["group_by_length"]:

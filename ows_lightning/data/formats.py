@@ -43,7 +43,9 @@ def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = Tru
     fitting = [name for required in (True, requires_answer) for name in FORMATS if not _first_missing(name, columns, required)]
     if fitting:
         return fitting[0]
-    wanted = {column for needed, _ in FORMATS.values() for group in needed for column in group} - set(columns)
+    names = [{column for group in needed for column in group} for needed, _ in FORMATS.values()]
+    begun = [of_format for of_format in names if not of_format.isdisjoint(columns)]
+    wanted = set().union(*(begun or names)) - set(columns)
     near = {column: closest_name(column, wanted) for column in columns}
     hint = next((f"; '{_shortened(column)}': did you mean '{name}'?" for column, name in near.items() if name), "")
     known = ", ".join(f"{name} ({', '.join('|'.join(group) for group in needed)})" for name, (needed, _) in FORMATS.items())
@@ -54,14 +56,18 @@ def recognise(columns: Iterable[str], row_name: str, requires_answer: bool = Tru
 def rename(row: Row, columns: Mapping[str, str], row_name: str, requires_answer: bool = True) -> Row:
     """Puts the user's columns under the names of the format: ``columns={"instruction": "question"}``.
 
-    Of each that a row needs (the answer's only with `requires_answer`) one of both has to be there.
+    Where a row fits no format then, of each that it needs (the answer's only with `requires_answer`) one of both has to be
+    there: other sources may have columns of other names.
     """
-    needed = {name for data_format in FORMATS for group in _needed_columns(data_format, requires_answer) for name in group}
-    for name, own in columns.items():
-        if name in needed and own not in row and name not in row:
-            raise UsageError(f"data.columns.{name}: {row_name} has no column '{own}' ({_names(row)}){did_you_mean(own, row)}")
     renamed = {name: row[column] for name, column in columns.items() if column in row}
-    return {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
+    renamed = {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
+    if all(_first_missing(data_format, renamed, requires_answer) for data_format in FORMATS):
+        needed = {name for data_format in FORMATS for group in _needed_columns(data_format, requires_answer) for name in group}
+        for name, own in columns.items():
+            if name in needed and own not in row and name not in row:
+                what = f"{row_name} has no column '{own}' ({_names(row)}){did_you_mean(own, row)}"
+                raise UsageError(f"data.columns.{name}: {what}")
+    return renamed
 
 
 def split_prompt(messages: list[Message]) -> tuple[list[Message], str]:
@@ -135,7 +141,7 @@ def _answer(row: Row, column: str, row_name: str) -> list[Message]:
     answer, choices = row.get("answer"), row.get("choices")
     if isinstance(choices, list) and (index := index_of_choice(answer, choices)) is not None:
         answer = choices[index]
-    elif isinstance(choices, list) and isinstance(answer, (int, float)):  # also a truth value
+    elif isinstance(choices, list) and (isinstance(answer, (int, float)) or str(answer).isdigit()):  # also a truth value
         raise UsageError(f"{row_name}: the answer {str(answer).lower()} is none of the choices; give one, or its index from 0")
     if isinstance(answer, (list, dict)):
         raise UsageError(f"{row_name}: 'answer' must be text, got {_type_text(answer)}")

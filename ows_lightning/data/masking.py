@@ -61,9 +61,7 @@ class Encoder:
         end them: each such answer ends a row of its own, trained in the form in which the model has to give it.
         """
         if "text" in example:
-            ids = self.tokenizer(example["text"]).input_ids if example["text"] else []
-            if ids and ids[-1] != self.tokenizer.eos_token_id:
-                ids = [*ids, self.tokenizer.eos_token_id]
+            ids = [*self._text_ids(example["text"]), self.tokenizer.eos_token_id] if example["text"] else []
             kept = ids[: self.max_seq_length]
             rows = [Encoded(kept, [IGNORE_INDEX, *kept[1:]], truncated=len(kept) < len(ids))]
         else:
@@ -85,7 +83,7 @@ class Encoder:
     def encode_prompt(self, example: Example, row_name: str) -> tuple[str, list[int]]:
         """The rendered prompt of an example and its token ids; the start is cut when it is longer than `max_seq_length`."""
         if "text" in example:
-            text, ids = example["text"], self.tokenizer(example["text"]).input_ids
+            text, ids = example["text"], self._text_ids(example["text"])
         else:
             tools = example.get("tools")
             messages = self._template.normalize_messages(split_prompt(example["messages"])[0], tools)
@@ -95,6 +93,13 @@ class Encoder:
         if not ids:
             raise UsageError(f"{row_name}: the prompt is empty; leave the row out, or give it a text")
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Token ids of plain text, with one BOS if the tokenizer adds any, and without an EOS at the end."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = self.tokenizer(text.rstrip() if text.rstrip().endswith(self.tokenizer.eos_token) else text).input_ids
+        ids = ids[1:] if ids[:2] == [bos, bos] else ids  # the text had it
+        return ids[:-1] if ids[-1:] == [eos] else ids
 
     def _relevant_messages(self, example: Example) -> list[Message]:
         """The messages up to the last answer, with `train_on_prompt` all, in the form that the chat template wants."""

@@ -52,11 +52,14 @@ def join_documents(documents: Sequence[tuple[list[int], list[int]]], packed: boo
 class PromptRows(Dataset[dict[str, Any]]):
     """Examples as prompts: ``input_ids``, the text as ``prompt``, the ``reference`` answer, ``answer``, ``choices``, ``row``.
 
-    Index ``len`` gives a row without a reference (None), which fills up the ranks' shares (see `ShardedSampler`).
+    ``expected`` is what the model is trained to generate where that is not the reference itself: Qwen3's template puts an
+    empty ``<think>`` before it. Index ``len`` gives a row without a reference (None), which fills up the ranks' shares (see
+    `ShardedSampler`).
     """
 
     def __init__(self, table: Any, encoder: Encoder) -> None:
         self.table, self.encoder = table, encoder
+        self._answer_encoder = Encoder(encoder.tokenizer, last_turn_only=True)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -66,7 +69,11 @@ class PromptRows(Dataset[dict[str, Any]]):
         example = json.loads(entry["example"])
         prompt, input_ids = self.encoder.encode_prompt(example, entry["where"])
         reference = split_prompt(example.get("messages", []))[1] if index < len(self) else None
-        row = {"input_ids": input_ids, "prompt": prompt, "reference": reference, "row": index}
+        trained = self._answer_encoder.encode(example, entry["where"]) if reference else []
+        targets = [label for row in trained for label in row.labels if label != IGNORE_INDEX]
+        answer = str(self.encoder.tokenizer.decode(targets, skip_special_tokens=True)).strip()
+        expected = answer if reference and answer not in ("", reference.strip()) else None
+        row = {"input_ids": input_ids, "prompt": prompt, "reference": reference, "expected": expected, "row": index}
         return row | {name: example.get(name) for name in ("answer", "choices")}
 
 

@@ -118,8 +118,11 @@ def _check_split_unset(source: DataSource) -> DataSource:
 def read_rows(source: DataSource) -> Iterator[tuple[str, Row]]:
     """Yields every row of a source with the words that name it in messages, such as ``train.jsonl line 7``."""
     if not source.files:
+        number = 0
         for number, row in enumerate(open_dataset(source), start=1):
             yield f"{source.name} row {number}", drop_arrow_nulls(row)
+        if not number:
+            raise source.error(f"'{source.name}' has no rows")
     for file in map(Path, source.files):
         place: str | None = None
         for place, row in _READERS[str(_suffix_of(file))](file, source):
@@ -207,6 +210,8 @@ def open_dataset(source: DataSource, streaming: bool = False) -> Any:
         return _one_split(datasets.load_dataset(path, config, split=split, streaming=streaming), source)
     except UsageError:
         raise
+    except IndexError:  # of `load_from_disk`
+        raise source.error(f"'{source.name}' has no rows") from None
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         inner = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         reason = first_line(inner or error)
@@ -285,7 +290,7 @@ def _read_csv(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
                 raise source.error(f"{file.name} {place} has {found} fields where the header has {expected}")
             yield place, row
     except csv.Error as error:
-        raise source.error(f"{file.name} line {reader.line_num} is not valid CSV: {error}") from None
+        raise source.error(f"{file.name} line {reader.line_num + 1} is not valid CSV: {error}") from None
 
 
 def _read_parquet(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:

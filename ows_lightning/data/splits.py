@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,13 +45,15 @@ class Splits:
     _examples: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
     tokens: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
 
-    def check(self, choices: bool) -> None:
-        """Reads all sources, and with `choices` looks for a test row whose answer is none of its choices."""
-        for key in ("dataset", "eval_dataset", "test_dataset"):
-            if getattr(self, key):
-                self.examples_of(key)
-        self._check_columns()
-        self._train_and_validation()
+    def check(self, parts: Collection[str], choices: bool) -> None:
+        """Reads the sources of these parts (all, to train), and with `choices` the choices of test rows, by their answers."""
+        keys = {"dataset", "eval_dataset", "test_dataset"} if "train" in parts else {self.setting_of(part) for part in parts}
+        for key in sorted(key for key in keys if key and getattr(self, key)):
+            self.examples_of(key)
+        if "train" in parts:
+            self._check_columns()
+        if "dataset" in keys:
+            self._train_and_validation()
         if choices and self.setting_of("test"):
             for entry in self.examples("test"):
                 choices_of(json.loads(entry["example"]), entry["where"])

@@ -13,6 +13,13 @@ _NEUTRAL_SETTINGS = {  # of generation: they leave greedy answers as they are, o
 }  # fmt: skip
 
 
+def right_answers(batch: dict[str, Any]) -> list[set[str]]:
+    """Returns what counts as right for each prompt (see `PromptRows`), stripped; nothing where it fills up a rank's share."""
+    expected = batch.get("expected", batch["reference"])
+    pairs = zip(batch["reference"], expected, strict=True)
+    return [set() if right is None else {right.strip(), (trained or right).strip()} for right, trained in pairs]
+
+
 class TeacherForcedAnswers:
     """What is known of the greedy answers to prompts, which end at one of the ``stops`` or after ``limit`` tokens.
 
@@ -49,24 +56,25 @@ class TeacherForcedAnswers:
             self._prefixes[prompt] = self._prefix(ids[positions[start:]].tolist(), tokens[start:])
 
     def answers(self, batch: dict[str, Any]) -> list[str | None]:
-        """Returns each prompt's answer, or its beginning where that already differs from ``reference``; else None."""
+        """Returns each prompt's answer, or its beginning where that is not of a right one already; else None."""
         prompts = (ids[mask.bool()] for ids, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True))
-        return [self._answer(prompt, right) for prompt, right in zip(prompts, batch["reference"], strict=True)]
+        return [self._answer(prompt, right) for prompt, right in zip(prompts, right_answers(batch), strict=True)]
 
     def _prefix(self, right: list[int], likeliest: list[int]) -> list[int]:
         pairs = enumerate(zip(likeliest, right, strict=True), start=1)
         ends = (number for number, (token, expected) in pairs if token != expected or token in self._stops)
         return likeliest[: min(next(ends, len(right)), self._limit)]
 
-    def _answer(self, prompt: Tensor, right: str | None) -> str | None:
-        if right is None:
+    def _answer(self, prompt: Tensor, right: set[str]) -> str | None:
+        if not right:
             return ""  # it fills up a rank's share
         if (prefix := self._prefixes.get(prompt.numpy().tobytes())) is None:
             return None
         text = str(self._tokenizer.decode(prefix, skip_special_tokens=True))
         ended = len(prefix) == self._limit or prefix[-1] in self._stops
         # Half a character, or a space that is cleaned up later, tells nothing.
-        return text if ended or not _without_spaces(right).startswith(_without_spaces(text.rstrip("\ufffd"))) else None
+        begins_one = any(_without_spaces(one).startswith(_without_spaces(text.rstrip("\ufffd"))) for one in right)
+        return text if ended or not begins_one else None
 
 
 def _without_spaces(text: str) -> str:

@@ -1,5 +1,6 @@
 """The model card of a trained model, from what its run left, and the upload to the hub."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from ows_lightning.errors import RunError, first_line
+from ows_lightning.errors import RunError, UsageError, first_line
 from ows_lightning.report.run import RunRecord, is_run_folder
 from ows_lightning.report.tables import LABELS, formatted, key_figures
 
@@ -21,7 +22,9 @@ def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
     header = ModelCardData(
         base_model=None if local else name, library_name="transformers", pipeline_tag="text-generation", tags=["ows_lightning"]
     )
-    run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None
+    run = None
+    with contextlib.suppress(UsageError):  # figures that can't be read must not keep the model from being saved
+        run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None
     how = f"`{base}`, fine-tuned with {_method(hparams, run)} in ows_lightning."
     parts = [f"---\n{header}\n---", f"# {Path(base).name}, fine-tuned", how, *(_from_run(run) if run else [])]
     return "\n\n".join(parts) + "\n"

@@ -60,7 +60,7 @@ class RunRecord:
                 path=folder,
                 scores=_read(folder / SCORES_FILE, _scores, f"write it again with `{command_line('score')}`"),
                 history=_read_history(folder / HISTORY_FILE),
-                metrics=_read_columns(folder / METRICS_FILE, lambda cell: float(cell) if cell else None),
+                metrics=_read_columns(folder / METRICS_FILE, _number),
                 config=_read(folder / CONFIG_FILE, _config),
                 texts={title: table for title, file in TEXT_FILES.items() if (table := _read_columns(folder / file, str))},
             )
@@ -192,6 +192,11 @@ def _read_history(path: Path) -> list[Draw]:
 
     # A resumed run writes the interval in which it was cut off again: the later row counts.
     return sorted({draw.interval: draw for draw in _read_rows(path, interval)}.values())
+
+
+def _number(cell: str) -> float | None:
+    """A figure of `METRICS_FILE`, where CSVLogger writes truth values as words; None for an empty cell."""
+    return float({"True": "1", "False": "0"}.get(cell, cell)) if cell else None
 
 
 def _read_columns(path: Path, convert: Callable[[str], T]) -> dict[str, list[T]]:

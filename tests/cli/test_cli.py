@@ -117,7 +117,8 @@ def test_predict_writes_a_line_a_row(config: Path) -> None:
     run("predict", config)
     rows = [json.loads(line) for line in Path("runs/version_0/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 4
-    assert all(row.keys() == {"prompt", "reference", "generated"} for row in rows)
+    assert all(row.keys() == {"row", "prompt", "reference", "generated"} for row in rows)
+    assert [row["row"] for row in rows] == [0, 1, 2, 3]
     assert {row["reference"] for row in rows} <= {"yes", "no"}
 
 

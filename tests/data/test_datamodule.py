@@ -20,9 +20,11 @@ from torch import Tensor
 
 from ows_lightning.data import InstructionDataModule, examples, masking, stream
 from ows_lightning.errors import UsageError
+from ows_lightning.evaluation import EvaluationMetrics
+from ows_lightning.metrics.exact_match import right_answers
 from ows_lightning.models.loss import token_mask
 from ows_lightning.sampling.outliers import calibration_batches
-from tests.data.samples import pairs, tiny_tokenizer
+from tests.data.samples import TEMPLATES, pairs, tiny_tokenizer
 from tests.tiny import tiny_model
 
 Write = Callable[..., str]
@@ -124,6 +126,7 @@ def test_prompts_with_their_references(jsonl: Write) -> None:
     (batch,) = data.predict_dataloader()
     assert batch["reference"] == ["it is 0", "it is 1"]
     assert batch["prompt"][1] == "<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n"
+    assert batch["expected"] == [None, None]
     assert (batch["answer"], batch["choices"], batch["row"].tolist()) == (["0", "1"], [["0", "1"]] * 2, [0, 1])
     assert batch["attention_mask"][0, 0] == 0
     assert batch["attention_mask"][:, -1].all()
@@ -174,11 +177,57 @@ def test_prompts_are_no_training_rows(jsonl: Write) -> None:
         make(prompts).check()
 
 
-def test_exact_match_is_of_rows_with_an_answer(jsonl: Write) -> None:
-    rows = [{"prompt": "q", "completion": None}, *pairs(3), {"prompt": "q", "completion": " "}]
+def test_exact_match_is_of_rows_with_an_answer_to_learn(jsonl: Write) -> None:
+    said = [
+        {"content": ""},
+        {"content": "no", "weight": 0},
+        {"content": "answer 0"},
+        {"content": " "},
+        {"content": "answer 1"},
+    ]
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **answer}]} for answer in said]
     data = ready(jsonl(pairs(4)), eval_dataset=jsonl(rows, "eval.jsonl"), exact_match_rows=2)
     _, prompts = data.val_dataloader()
     assert [batch["reference"] for batch in prompts] == [["answer 0", "answer 1"]]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_is_expected_is_what_the_template_has_a_model_learn(template: str, jsonl: Write) -> None:
+    data = ready(jsonl(pairs(2)), tokenizer=tiny_tokenizer(template), eval_dataset=jsonl(pairs(2)), exact_match_rows=2)
+    (losses,), (prompts,) = data.val_dataloader()
+    learned = [data.tokenizer.decode(row[row != -100], skip_special_tokens=True).strip() for row in losses["labels"]]
+    pairs_ = zip(prompts["expected"], prompts["reference"], strict=True)
+    assert [expected or reference for expected, reference in pairs_] == learned
+    metrics = EvaluationMetrics()
+    for texts, share in ((learned, 1.0), (prompts["reference"], 1.0), ([learned[0], "no"], 0.5)):
+        metrics.restart()
+        metrics.add_answers(texts, right_answers(prompts))
+        assert metrics["exact_match"].compute() == share
+
+
+def test_a_tokenizer_unlike_the_models_is_refused(jsonl: Write) -> None:
+    module = Recorder()
+    module.tokenizer = tiny_tokenizer("llama3")
+    with pytest.raises(UsageError, match=r"^data.tokenizer: the model has another tokenizer or chat template; leave it out"):
+        fit(make(jsonl(pairs(4))), module=module, max_steps=1)
+    fit(make(jsonl(pairs(4)), tokenizer=tiny_tokenizer("llama3")), module=module, max_steps=1)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_needs_no_training_rows(stage: str, jsonl: Write) -> None:
+    rows = jsonl(pairs(3), "rows.jsonl")
+    data = make("nowhere.jsonl", eval_dataset=rows, test_dataset=rows, columns={"instruction": "question"})
+    module = Predictor()
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    answered = getattr(trainer, stage)(module, datamodule=data)
+    assert module.validated or answered
+
+
+def test_sources_may_have_columns_of_different_names(jsonl: Write) -> None:
+    chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "of a chat"}]}]
+    own = jsonl([{"question": "q", "reply": "of a file"}], "own.jsonl")
+    data = ready([own, jsonl(chats, "chats.jsonl")], columns={"instruction": "question", "output": "reply"})
+    assert sorted(epoch(data)) == ["of a chat|", "of a file|"]
 
 
 def test_exact_match_rows_come_as_a_second_loader(jsonl: Write) -> None:
@@ -458,6 +507,7 @@ def test_columns_of_a_stream_are_renamed(jsonl: Write, tmp_path: Path, saved: bo
         ({"streaming": True, "val_size": 0.1}, "data.val_size: 0.1 of a stream is not known; give a number of rows, or 0"),
         ({"streaming": True, "group_by_length": True}, "data.group_by_length: the rows of a stream"),
         ({"packing": True, "group_by_length": True}, "data.group_by_length does nothing for packed rows"),
+        ({"train_on_prompt": True, "last_turn_only": True}, "data.last_turn_only: train_on_prompt trains all tokens"),
     ],
 )
 def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], message: str) -> None:
@@ -477,7 +527,8 @@ def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], mes
         ([{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}], {}, "rows.jsonl line 1 .* TypeError"),
         (pairs(3), {"batch_size": 300}, "data.batch_size: 300 is more than the 3 rows there are; set it to 3"),
         (pairs(3), {"columns": {"prompt": "question"}}, "data.columns.prompt: no row has a column 'question'"),
-        (pairs(3), {"columns": {"output": "complition"}}, "rows.jsonl line 1 has no column 'complition' .*'completion'"),
+        (pairs(3), {"columns": {"output": "complition"}}, "data.columns.output: no row has a column 'complition'"),
+        ([{"prompt": "q", "answr": "a"}], {"columns": {"completion": "answer"}}, "line 1 has no column 'answer' .*'answr'"),
         ([*pairs(2), {"prompt": "q"}], {}, "rows.jsonl line 3 has no column 'completion' or 'answer'"),
         ([{"prompt": "q", "ouput": "a"}], {}, "rows.jsonl line 1: columns 'prompt', 'ouput' fit no format"),
         (pairs(2), {"data_format": "alpaca"}, "rows.jsonl line 1 has no column 'instruction', which alpaca rows need"),
@@ -489,7 +540,11 @@ def test_settings_out_of_range_are_refused_at_once(settings: dict[str, Any], mes
             {"streaming": True, "columns": {"prompt": "question"}},
             "data.columns.prompt: no row has a column 'question'",
         ),
-        (pairs(3), {"streaming": True, "columns": {"output": "complition"}}, "rows.jsonl line 1 has no column 'complition'"),
+        (
+            pairs(3),
+            {"streaming": True, "columns": {"output": "complition"}},
+            "columns.output: no row has a column 'complition'",
+        ),
     ],
 )
 def test_check_finds_what_is_wrong_without_a_tokenizer(

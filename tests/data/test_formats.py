@@ -126,6 +126,10 @@ def test_columns_are_renamed() -> None:
             {"instruction": "q", " output": "a"},
             "' output': did you mean 'output'",
         ),  # of a CSV file with a space after its comma
+        (  # Dolly's: a hint at the format of plain text would train contexts
+            {"instruction": "q", "context": "c", "response": "a"},
+            r"'response' fit no format; known are .* \(text\) \(data.columns renames columns\)$",
+        ),
         ({"messages": []}, "row 1: 'messages' must be a list of messages, got an empty list"),
         ({"messages": [{"role": "usr", "content": "q"}]}, "row 1: 'messages' entry 1 has the role 'usr'; known are .*user"),
         ({"messages": [{"role": "user"}]}, "row 1: 'messages' entry 1: the content must be text, got nothing"),
@@ -175,7 +179,7 @@ def test_a_renamed_column_that_a_row_may_lack() -> None:
     assert rename({"question": "q"}, columns, "row 1", requires_answer=False) == {"instruction": "q"}  # of a test set
 
 
-@pytest.mark.parametrize("answer", [True, 2, -1, 1.0])  # an index that counts from 1, and one that pandas made a float
+@pytest.mark.parametrize("answer", [True, 2, -1, 1.0, "1"])  # an index from 1, one that pandas made a float, one as text
 def test_a_number_or_truth_that_is_none_of_the_choices_is_refused(answer: object) -> None:
     with pytest.raises(UsageError, match=f"row 1: the answer {str(answer).lower()} is none of the choices"):
         example({"prompt": "q", "choices": ["yes", "no"], "answer": answer})

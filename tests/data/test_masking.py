@@ -203,6 +203,15 @@ def test_plain_text_is_all_trained_ended_and_cut_at_its_end() -> None:
     assert made.tokenizer.decode(long.input_ids).startswith("who")
 
 
+@pytest.mark.parametrize("text", ["<s>yes</s>", "<s>yes</s>\n", "yes"])
+def test_a_text_that_begins_or_ends_as_rows_do_gets_no_second_token(text: str) -> None:
+    tokenizer: Any = SpeaksFirst(with_chat_template(tiny_tokenizer("llama3")))
+    made = Encoder(tokenizer, 512)
+    (row,) = made.encode({"text": text}, "row 1")
+    assert made.tokenizer.decode(row.input_ids) == "<s>yes</s>"
+    assert made.encode_prompt({"text": text}, "row 1")[1] == row.input_ids[:-1]
+
+
 def test_the_plain_template_goes_with_the_tokenizer() -> None:
     tokenizer = with_chat_template(tiny_tokenizer("none"))
     prompt = tokenizer.apply_chat_template(SYSTEM + TWO_TURNS[:1], tokenize=False, add_generation_prompt=True)
@@ -264,7 +273,7 @@ class SpeaksFirst:
 
     def __call__(self, text: str) -> Any:
         encoding = self.tokenizer(text)
-        encoding["input_ids"] = [3, *encoding["input_ids"]]
+        encoding["input_ids"] = [self.bos_token_id, *encoding["input_ids"]]
         return encoding
 
 

@@ -198,6 +198,9 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
     datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
     assert rows_of(tmp_path / "one") == ROWS
     assert rows_of(tmp_path / "splits", "test") == ROWS
+    data.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(UsageError, match=r"none' has no rows$"):
+        rows_of(tmp_path / "none")
     with pytest.raises(UsageError, match=r"has no split 'train'; set data.split to one of those it has: test$"):
         rows_of(tmp_path / "splits")
 
@@ -228,6 +231,8 @@ def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\nq,a\nq\n", "a.csv line 3 has 1 fields where the header has 2"),
         ("a.csv", b"prompt,completion\nq,a,b\n", "a.csv line 2 has 3 fields where the header has 2"),
         ("a.csv", b"prompt,completion\n", "a.csv has no rows"),
+        ("a.csv", b'prompt,completion\nq,a\nq,"a"b\n', "a.csv line 3 is not valid CSV"),
+        ("a.csv", b'prompt,completion\nq,"a\n', "a.csv line 2 is not valid CSV"),
         ("a.csv", b"prompt,completion,prompt\nq,a,b\n", "a.csv has the column 'prompt' twice"),
         ("a.parquet", b"PAR1", "a.parquet is not a readable parquet file"),
     ],

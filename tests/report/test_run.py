@@ -7,6 +7,7 @@ import pytest
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord
+from ows_lightning.report.model_card import model_card
 from ows_lightning.report.tables import key_figures
 
 
@@ -158,6 +159,18 @@ def test_damage_is_named_in_one_line(tmp_path, make_run, harm, message):
         RunRecord.read(folder)
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)
+
+
+def test_truth_values_that_a_user_logged_are_figures(tmp_path, make_run):
+    folder = make_run(tmp_path / "ows", steps=50)
+    damage("metrics.csv", "step,warm\n0,True\n1,False\n")(folder)
+    assert RunRecord.read(folder).series("warm") == ([0.0, 1.0], [1.0, 0.0])
+
+
+def test_figures_that_cannot_be_read_leave_a_model_its_card(tmp_path, make_run):
+    folder = make_run(tmp_path / "ows", steps=50)
+    damage("metrics.csv", "step,train_loss\n0,abc\n")(folder)
+    assert "fine-tuned with" in model_card({"model_name_or_path": "tiny", "rank": 8}, folder)
 
 
 def test_a_foreign_folder_is_refused(tmp_path):
