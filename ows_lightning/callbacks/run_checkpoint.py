@@ -1,5 +1,6 @@
 """ModelCheckpoint whose ``last.ckpt`` takes no extra space, and which removes superseded checkpoints of interrupted runs."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -105,10 +106,11 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def remove_interrupted(trainer: Trainer, saved: Path) -> None:
-    """Removes ``interrupted-step=N.ckpt`` of this run, and the one it was resumed from, once a later checkpoint is saved."""
+    """Removes the ``interrupted-step=N.ckpt`` that a run was resumed from, once there is a later one beside it."""
     if not trainer.is_global_zero or not saved.exists():
         return
-    resumed = Path(trainer.ckpt_path or "")
-    for path in {*saved.parent.glob("interrupted-step=*.ckpt"), resumed} - {saved}:
-        if path.name.startswith("interrupted-step=") and path.exists():
-            trainer.strategy.remove_checkpoint(path)
+    resumed, saved = Path(trainer.ckpt_path or "").absolute(), saved.absolute()
+    of_earlier_run = resumed.match("version_*/checkpoints/*") and resumed.parents[2] == saved.parent.parent.parent
+    if resumed.match("interrupted-step=*.ckpt") and resumed != saved and (of_earlier_run or resumed.parent == saved.parent):
+        with contextlib.suppress(OSError):
+            trainer.strategy.remove_checkpoint(resumed)

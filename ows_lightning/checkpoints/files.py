@@ -4,13 +4,13 @@ A file that torch writes is a zip archive, whose own sums leave out headers and 
 end, as the archive's comment, which torch and zip tools pass over. Those of a directory of shards are in its ``meta.pt``.
 """
 
+import contextlib
 import functools
 import io
 import os
 import pickle
 import re
 import shutil
-import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import release_mapped_pages
 
 META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
@@ -49,7 +50,7 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
 
 
 def save_file(value: dict[str, Any], path: Path) -> None:
-    """Writes a file of tensors and plain values with its checksum, and flushes it to the disk."""
+    """Writes a file with its checksum, and flushes it to the disk; a UsageError if `load_file` would refuse what is in it."""
     with ChecksummedFile(path) as file:
         try:
             torch.save({**value, "has_checksum": True}, file)
@@ -59,6 +60,9 @@ def save_file(value: dict[str, Any], path: Path) -> None:
         file.write(_COMMENT_LENGTH + _CHECKSUM % file.crc32)
         file.flush()
         os.fsync(file.fileno())
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        hint = "hand over numbers and text of Python's own (also as rates), or leave it out of save_hyperparameters"
+        raise UsageError(f"the checkpoint holds {', '.join(sorted(unsafe))}, with which no run can be resumed; {hint}")
 
 
 def partial_path(path: Any) -> Path:
@@ -81,14 +85,13 @@ def replace_atomically(partial: Path, path: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Flushes a file, or a directory's entries, to the disk; Windows can't open a directory."""
-    if sys.platform == "win32":
-        return
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    """Flushes a file, or a directory's entries, to the disk; Windows and some network file systems can't flush a directory."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -5,8 +5,6 @@ So the processes that a launcher starts connect to each other before they load a
 the process (abstract Unix sockets), and a thread waits for the end of a connection. Other systems have no such names.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import faulthandler
@@ -28,7 +26,7 @@ _RUN_ID_PARTS = (
 """What the processes of one run on one machine have in common, and those of other runs have not."""
 _GOODBYE = b"."
 
-_watchdog: _Watchdog | None = None
+_watchdog: "_Watchdog | None" = None
 
 
 def start() -> None:

@@ -1,7 +1,5 @@
 """Fake tensors: a shape, a storage that knows its size, no contents. Operators on them, and models of them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,7 +107,7 @@ class _TensorSpec:
     is_input: bool
 
     @classmethod
-    def of(cls, tensor: Tensor, inputs: Sequence[Any]) -> _TensorSpec:
+    def of(cls, tensor: Tensor, inputs: Sequence[Any]) -> "_TensorSpec":
         storage = storage_key(tensor)
         shares = (i for i, x in enumerate(inputs) if isinstance(x, Tensor) and storage_key(x) == storage)
         source = next(shares, None)

@@ -1,7 +1,5 @@
 """Predicts a training step's peak memory: of a config's method, and of what one would use instead."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -178,7 +176,7 @@ class ModelSizes(NamedTuple):
     largest_weight: int  # bytes, of a block's
 
     @classmethod
-    def of(cls, settings: PlanSettings) -> ModelSizes:
+    def of(cls, settings: PlanSettings) -> "ModelSizes":
         """Returns those of the settings' model."""
         layers = decoder_layers(settings.meta_model)
         blocks_of = Counter(p for layer in layers for p in layer.parameters())

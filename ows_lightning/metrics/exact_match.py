@@ -1,7 +1,5 @@
 """Exact match: greedy answers as far as the loss of the same rows shows them, so that only the others are generated."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +30,7 @@ class TeacherForcedAnswers:
         self._prefixes: dict[bytes, list[int]] = {}  # by prompt
 
     @classmethod
-    def of(cls, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> TeacherForcedAnswers | None:
+    def of(cls, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> "TeacherForcedAnswers | None":
         """For a model's settings of generation; None where these change greedy answers, as a penalty for repetition does."""
         if {name for name, value in generation.to_diff_dict().items() if value not in (None, False)} - _NEUTRAL_SETTINGS:
             return None

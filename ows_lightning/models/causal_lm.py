@@ -1,7 +1,5 @@
 """One module owns forward: a causal LM with its loss, its scores and its answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -37,7 +35,7 @@ class CausalLM(nn.Module):
         """The transformers model itself, also within a peft model."""
         return cast(PreTrainedModel, language_model_of(self.model))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
         """Converts and moves weights as any module does, but computed buffers, RoPE's frequencies, keep their dtype.
 
         So does what transformers and peft keep in float32 in a half-precision model. Lightning's ``bf16-true`` would round it.

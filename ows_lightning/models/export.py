@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,8 +111,9 @@ def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.Path
     target = Path(directory).expanduser().resolve()
     if not target.exists():
         return target
-    if target == Path.cwd():
-        raise UsageError(f"'{directory}' is the current folder, which can't be replaced; give a new directory in it")
+    if target == Path.cwd() or target.is_mount():
+        what = "the current folder or a mount point, which"
+        raise UsageError(f"'{directory}' is {what} can't be replaced; give a new directory in it")
     if target in (Path(source).expanduser().resolve() for source in sources):
         why = "is what the result is made from, and would be replaced; give another directory"
         raise UsageError(f"{str(target)!r} {why}")
@@ -233,11 +234,15 @@ def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...
 
 
 def untied_weights(model: nn.Module) -> list[_PlainWeight]:
-    """Returns the weights as ``weights_without_peft`` does, but a tied one once, under its first name."""
-    weights: dict[tuple[int, ...], _PlainWeight] = {}
-    for weight in weights_without_peft(model):
-        weights.setdefault((id(weight.tensor), *map(id, weight.adapters)), weight)
-    return list(weights.values())
+    """Returns the weights as ``weights_without_peft`` does, but one that the model ties once, under its name in files."""
+    tied: Mapping[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+    weights, known = [], set()
+    for weight in sorted(weights_without_peft(model), key=lambda weight: weight.name in tied):
+        identity = (id(weight.tensor), *map(id, weight.adapters))
+        if weight.name not in tied or identity not in known:
+            weights.append(weight)
+        known.add(identity)
+    return weights
 
 
 @contextlib.contextmanager

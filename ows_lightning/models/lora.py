@@ -27,6 +27,8 @@ def lora_config(settings: dict[str, Any]) -> Any:
         raise UsageError('model.lora: needs peft; pip install "ows_lightning[lora]"') from error
     if not isinstance(rank := settings.get("r", 8), int) or rank < 1:
         raise UsageError(f"model.lora.r: {rank!r} must be a whole number of at least 1")
+    if settings.get("alora_invocation_tokens"):
+        raise UsageError("model.lora.alora_invocation_tokens: such adapters can't be merged into the model; leave it out")
     known = inspect.signature(LoraConfig).parameters
     for key in settings:
         if key not in known:

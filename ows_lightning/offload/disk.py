@@ -1,7 +1,5 @@
 """Blocks offloaded to the disk: in the model's own files, and in a scratch file once they have changed."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import tempfile
@@ -39,7 +37,7 @@ class FileRegion:
 class DiskWeights(OffloadedWeights):
     """A block's weights on the disk, mapped: where ``Disk.place_weight`` found all of them, until they are written."""
 
-    def __init__(self, disk: Disk, weights: Sequence[Tensor]) -> None:
+    def __init__(self, disk: "Disk", weights: Sequence[Tensor]) -> None:
         self.disk = disk
         known = [disk.places.get(weight.data_ptr()) for weight in weights]
         self.tensors = list(weights)

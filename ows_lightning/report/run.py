@@ -1,7 +1,5 @@
 """What a run left in its folder, read back without the model or any training code."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -47,7 +45,7 @@ class RunRecord:
     texts: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # tables by title, see `TEXT_FILES`
 
     @classmethod
-    def read(cls, path: str | Path) -> RunRecord:
+    def read(cls, path: str | Path) -> "RunRecord":
         """Reads a run's folder, or the newest run within; a UsageError says that there is none, or which file is damaged."""
         if not is_run_folder(folder := newest_run(Path(path))):
             missing = f"{METRICS_FILE}, {HISTORY_FILE} or {SCORES_FILE}"

@@ -1,7 +1,5 @@
 """LayerwiseSampling: the Lightning callback that decides which decoder blocks train, and when that changes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +43,7 @@ class LayerwiseSampling(BlockSampler, Callback):
     _written_to: Path | None = None
 
     @classmethod
-    def of(cls, trainer: Trainer) -> LayerwiseSampling | None:
+    def of(cls, trainer: Trainer) -> "LayerwiseSampling | None":
         """Returns the Trainer's LayerwiseSampling callback, if it has one."""
         return next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)  # type: ignore[attr-defined]
 
@@ -71,7 +69,7 @@ class LayerwiseSampling(BlockSampler, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
         log_dir = trainer.log_dir if trainer.loggers else None  # every rank has to ask: `log_dir` is broadcast
-        folder = self.folder or (Path(log_dir) if log_dir else None)
+        folder = Path(chosen) if (chosen := self.folder or log_dir) else None
         writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._written_to = folder if writes else None
         metrics = self.start(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))

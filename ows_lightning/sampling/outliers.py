@@ -166,6 +166,9 @@ def _block_weights(block: nn.Module) -> list[_ScoredWeight]:
     for _, module, name, _ in weights_without_peft(block):
         if isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)) or name not in own_parameters(module):
             continue
+        if not getattr(module, name).is_floating_point():
+            hint = "give sampling.scores, a file of the model before it was quantised, or take uniform draws"
+            raise UsageError(f"sampling: the weights are quantised, which no outliers can be seen in; {hint}")
         if getattr(module, name).dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
             weights.append(_ScoredWeight(module, name, transposed=isinstance(module, Conv1D)))
     return weights

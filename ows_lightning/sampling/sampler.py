@@ -112,7 +112,7 @@ class BlockSampler:
         self.scores = scores
         self.rescore_every = rescore_every
         self.always_train = tuple(always_train)
-        self.seed = seed
+        self.seed = int(seed)
         self.grouping = grouping
         self.resting_rank = resting_rank
         self._blocks: list[nn.ParameterList] = []
@@ -207,6 +207,7 @@ class BlockSampler:
         Returns:
             Seconds by what they were spent on, and the number of the interval; empty if no draw was due.
         """
+        self._freeze_again()
         if self.history and (step == self.history[-1][1] or not self.should_draw(step)):
             return {}
         figures = {}
@@ -231,11 +232,12 @@ class BlockSampler:
 
     @torch.no_grad()
     def observe(self, optimizers: Iterable[Optimizer]) -> None:
-        """Updates the mean gradient norm of each active block, if the draws depend on it.
+        """Drops gradients of frozen blocks, and updates the mean gradient norms of active ones, if the draws depend on them.
 
         Call it before every optimizer step, when the gradients are complete. For GaLoreAdamW these are the projected
         gradients, else ``grad``. Gradients that are not finite are ignored. No device is waited for: a draw reads the means.
         """
+        self._freeze_again()
         if self.distribution != "gradient_norm":
             return
         projecting = [optimizer for optimizer in map(unwrapped, optimizers) if hasattr(optimizer, "gradient_of")]
@@ -257,6 +259,12 @@ class BlockSampler:
             before = self._norms[index]
             mean = torch.where(before > 0, NORM_DECAY * before + (1 - NORM_DECAY) * norm, norm)
             before.copy_(torch.where((norm > 0) & norm.isfinite(), mean, before))
+
+    def _freeze_again(self) -> None:
+        """Freezes what others have unfrozen since the draw: peft does, at the end of a pass of DPO's reference model."""
+        for p in self._frozen:
+            p.requires_grad_(False)
+            p.grad = None
 
     def activate(self, optimizers: Sequence[Optimizer]) -> None:
         """Lets the active blocks train, and freezes the others or lets them rest."""

@@ -1,7 +1,5 @@
 """The file of outlier scores: written by ``score`` and by every run, read by ``LayerwiseSampling(scores=...)``."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -41,7 +39,7 @@ class OutlierScores:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> OutlierScores:
+    def load(cls, path: Path) -> "OutlierScores":
         """Reads the scores from a JSON file; a UsageError if it is missing or holds none."""
         try:
             scores = cls(**json.loads(path.read_text()))

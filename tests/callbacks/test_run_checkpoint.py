@@ -64,6 +64,26 @@ def test_last_is_a_second_copy_where_there_are_no_hard_links(tmp_path: Path, mon
     assert load_verified(last)["global_step"] == 2
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+def test_what_a_signal_left_of_another_run_stays(resumes: bool, model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """In the same folder, and in one of the user's, which may not be writable."""
+
+    def fit(folder: str, steps: int, ckpt_path: Path | None = None) -> None:
+        trainer = OWSTrainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=steps,
+            callbacks=RunCheckpoint(tmp_path / folder, every_n_train_steps=1), default_root_dir=tmp_path / "runs",
+        )  # fmt: skip
+        rows = DataLoader([tiny_batch()] * 4, batch_size=None)
+        trainer.fit(CausalLMModule(str(model_dir()), rank=4), rows, ckpt_path=ckpt_path)
+
+    fit("first", 1)
+    kept = tmp_path / ("backup" if resumes else "second") / "interrupted-step=1.ckpt"
+    kept.parent.mkdir()
+    (tmp_path / "first" / "epoch=0-step=1.ckpt").rename(kept)
+    fit("second", 2, kept if resumes else None)
+    assert kept.exists()
+
+
 def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Arguments, tmp_path: Path) -> None:
     command = arguments(
         "--trainer.max_steps=4",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,12 +35,18 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_checkpoint_is_written_where_no_directory_can_be_opened(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_as_windows_does(path: Path, flags: int) -> int:
-        raise PermissionError(13, "Permission denied", str(path))
+@pytest.mark.parametrize("fails", ["open", "fsync"])  # on Windows, and on some network file systems
+def test_a_checkpoint_is_written_where_no_directory_can_be_flushed(
+    fails: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_os = getattr(os, fails)
 
-    monkeypatch.setattr("sys.platform", "win32")
-    monkeypatch.setattr("os.open", open_as_windows_does)
+    def not_of_a_directory(file: Any, *flags: int) -> Any:
+        if Path(file if fails == "open" else f"/proc/self/fd/{file}").is_dir():
+            raise OSError(22, "Invalid argument")
+        return of_os(file, *flags)
+
+    monkeypatch.setattr(os, fails, not_of_a_directory)
     content = {"state_dict": {"w": torch.randn(2)}, "loops": {}, "global_step": 3}
     AtomicCheckpointIO().save_checkpoint(content, saved / "third.ckpt")
     assert AtomicCheckpointIO().load_checkpoint(saved / "third.ckpt")["global_step"] == 3

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -499,6 +500,14 @@ def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path: Pa
 def test_an_interrupt_of_one_process_while_shards_are_written_is_an_interrupt(tmp_path: Path) -> None:
     interrupted = dcp.CheckpointException("write", {1: (KeyboardInterrupt(), traceback.extract_stack())})
     assert isinstance(write_error(tmp_path / "last.ckpt", interrupted), KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("value", [np.float64(1.0), Path("a")])
+def test_what_no_run_could_be_resumed_with_is_named_when_it_is_saved(value: object, tmp_path: Path) -> None:
+    rates = [{"param_groups": [{"lr": value}]}]
+    with pytest.raises(UsageError, match=r"^the checkpoint holds .*(scalar|Path).*, with which no run can be"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "optimizer_states": rates}, tmp_path / "a.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_tenth_run_is_newer_than_the_ninth(tmp_path: Path) -> None:

@@ -165,8 +165,9 @@ def test_an_earlier_model_is_replaced(tmp_path: Path, reload: Callable) -> None:
 
 def test_the_current_folder_is_not_pulled_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"'\.' is the current folder, which can't be replaced"):
-        save_huggingface(tiny_model("llama"), tiny_tokenizer(), ".")
+    for folder in (".", "/proc"):  # a volume is a mount point
+        with pytest.raises(UsageError, match=rf"'{folder}' is the current folder or a mount point, which can't be replaced"):
+            save_huggingface(tiny_model("llama"), tiny_tokenizer(), folder)
     with pytest.raises(UsageError, match="'s3://bucket/model' is an address; give a local folder"):
         save_huggingface(tiny_model("llama"), tiny_tokenizer(), "s3://bucket/model")
 
@@ -246,9 +247,10 @@ def test_lora_is_merged_into_a_plain_model(architecture: str, tmp_path: Path, re
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+        {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]},
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     ],
-    ids=["dora", "modules_to_save", "embeddings", "tokens", "experts"],
+    ids=["dora", "modules_to_save", "embeddings", "tokens", "replicated", "experts"],
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:.*tied.*")

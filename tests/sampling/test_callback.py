@@ -181,6 +181,44 @@ def test_what_the_user_froze_stays_frozen_and_the_rest_is_unfrozen_at_the_end(tm
     assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["net.model.layers.0.mlp.up_proj.weight"]
 
 
+class WithReference(SomebodyElsesModule):
+    """As DPO with adapters: the reference model is the same one with its adapters off, after which peft unfreezes all."""
+
+    def __init__(self, reference_first: bool) -> None:
+        super().__init__()
+        peft = pytest.importorskip("peft")
+        self.net = peft.get_peft_model(self.net, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        self.reference_first = reference_first
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        first = self.reference(batch) if self.reference_first else 0.0
+        loss = self.net(**batch).loss - first
+        return loss if self.reference_first else loss - self.reference(batch)
+
+    @torch.no_grad()
+    def reference(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.net.disable_adapter():
+            return self.net(**batch).loss
+
+
+@pytest.mark.parametrize("reference_first", [False, True])
+def test_adapters_that_peft_unfreezes_stay_frozen(reference_first: bool, tmp_path: Path) -> None:
+    sampling = LayerwiseSampling(1, interval_steps=100, distribution="uniform")
+    module = WithReference(reference_first)
+    trainer = fit(module, sampling, tmp_path, max_steps=3)
+    trained = {name.split(".")[5] for name, p in module.named_parameters() if "lora_B" in name and p.abs().sum() > 0}
+    assert trained == set(map(str, sampling.history[0][2]))
+    assert len(trainer.optimizers[0].state) == 2
+
+
+def test_a_folder_may_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sampling = LayerwiseSampling(1, interval_steps=100, distribution="uniform")
+    sampling.folder = "mine"  # type: ignore[assignment]
+    fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=1)
+    assert (tmp_path / "mine" / "sampling_history.csv").exists()
+
+
 def test_memory_of_states_does_not_grow_with_the_intervals(tmp_path: Path) -> None:
     sizes = []
 

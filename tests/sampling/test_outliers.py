@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -310,6 +311,14 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(UsageError, match=r"^calibration_samples: block 1 has activations that are not finite"):
         layer_outlier_ratios(model, [tiny_batch()])
+
+
+def test_quantised_weights_are_refused() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.ones(64, 32, dtype=torch.int8), requires_grad=False)
+    for scores in (partial(layer_outlier_ratios, batches=[tiny_batch()]), layer_weight_norms):
+        with pytest.raises(UsageError, match=r"^sampling: the weights are quantised, .* give sampling.scores"):
+            scores(model)
 
 
 def test_blocks_without_weights_have_no_outliers() -> None:
