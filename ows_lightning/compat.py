@@ -1,4 +1,4 @@
-"""The private functions and attributes of other libraries that this package calls: why, and what to do when one is gone.
+"""Private names of other libraries that this package calls, each with the reason and what replaces it if it is removed.
 
 Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason. Needs torch
 alone; others are passed in, or imported when they are used.

@@ -14,7 +14,7 @@ from ows_lightning.optim.sharding import clip_, scale_, total_norm
 
 log = logging.getLogger(__name__)
 
-_PROVISIONAL_TARGETS = 1024.0  # a power of two, which rounds nothing, of about the targets of a micro-batch
+_PROVISIONAL_TARGETS = 1024.0  # about the targets of a micro-batch; a power of two, so that dividing by it is exact
 
 
 class StepMetrics(NamedTuple):
@@ -31,9 +31,9 @@ class StepMetrics(NamedTuple):
 class StepAccumulator:
     """The optimizer step that is under way.
 
-    The step's loss is the mean over the target tokens of all its micro-batches and processes, whose number is known when the
-    last micro-batch has come. Until then gradients are those of sums over a fixed number; ``complete`` makes them those of the
-    mean. Processes, over which the strategy averages gradients, communicate once a step.
+    The step's loss is the mean over the target tokens of all its micro-batches and processes. How many there are is known only
+    after the last micro-batch: until then sums are divided by a fixed number, which ``complete`` corrects. Processes, over
+    which the strategy averages gradients, communicate once a step.
     """
 
     def __init__(self, processes: int) -> None:

@@ -37,7 +37,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on with the ``last.ckpt`` that a run is resumed from: as a link it has a state from before it was named."""
+        """Updates the ``last.ckpt`` that a run is resumed from: the state in it is from before its own path was known."""
         super().on_train_start(trainer, pl_module)
         last = Path(self.dirpath or "", f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         if trainer.ckpt_path and not self.last_model_path and last.exists() and last.samefile(trainer.ckpt_path):

@@ -1,7 +1,7 @@
 """Files of tensors and plain values: written whole, checked for changed bytes, and read without running code.
 
-A file that torch writes is a zip archive, whose own sums leave out headers and padding. So the CRC-32 of all of it is at its
-end, as the archive's comment, which torch and zip tools pass over. Those of a directory of shards are in its ``meta.pt``.
+torch writes a zip archive, whose own checksums do not cover headers and padding. So the CRC-32 of the whole file is stored as
+the archive's comment, which torch and zip tools ignore. Those of a directory of shards are in its ``meta.pt``.
 """
 
 import contextlib

@@ -68,7 +68,7 @@ def abort(code: int) -> None:
         return
     _watchdog.exit_code = code
     _watchdog.stop(b"")
-    # By a thread of C: what waits in C++ may hold Python up. Whatever is collected on the way may wait for the others.
+    # Its timer is a thread of C, which fires even if C++ code, or a destructor that waits for the others, blocks Python.
     faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (until the end)
 
 

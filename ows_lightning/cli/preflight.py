@@ -117,7 +117,7 @@ def check_run(
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
         # A version of its own choice is free, and chosen as late as possible.
-        versioned = [one for one in trainer.loggers if isinstance(one, CSVLogger) and one._version is not None]
+        versioned = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger) and logger._version is not None]
         for logger in versioned if getattr(rank_zero_only, "rank", 0) == 0 else ():
             if Path(logger.log_dir, "metrics.csv").exists():
                 raise UsageError(f"trainer.logger.version: '{logger.log_dir}' holds a run already; leave version out")

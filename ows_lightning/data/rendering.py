@@ -1,7 +1,7 @@
 """A conversation as a chat template writes it: in the form that the template wants, and with what it leaves out.
 
 Templates want a missing content as None (DeepSeek-R1) or as "", and a call's arguments as an object or as text. Many show only
-a part of a conversation. What is shown is found by rendering the conversation with a probe in each of its parts.
+a part of a conversation. To learn what is shown, a marker is put into each part, and the conversation rendered.
 """
 
 import json

@@ -18,7 +18,7 @@ def destroy_process_group_at_exit() -> None:
 def destroy_process_group(wait_for_others: bool = True) -> None:
     """Leaves the process group, if there is one, so that its threads have ended before the process does.
 
-    It waits for the others first, half a minute at most, so that none loses the store of the first while it still asks;
+    It waits for the others first, half a minute at most, since rank 0 holds the store, which the last one may still ask;
     not after an error, which they may not have met.
     """
     if not dist.is_available() or not dist.is_initialized():

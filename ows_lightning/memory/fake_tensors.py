@@ -22,9 +22,9 @@ _RUN_AS_IS = profiler._record_function_enter_new.default, profiler._record_funct
 class FakeOperators:
     """Runs operators on fake CPU tensors, for a `MemoryTracker`.
 
-    The layout of an operator's result follows from those of its arguments. torch's FakeTensorMode tells it, and once for each:
-    to look it up again takes a tenth of the time. Of work that is done chunk by chunk only those chunks are followed that tell
-    its peak; with ``merge_chunks`` it is done in one, which takes more memory and the same FLOPs.
+    The layout of an operator's result follows from those of its arguments. torch's FakeTensorMode tells it, once for each,
+    since a lookup takes a tenth of the time. Of chunked work only the chunks that decide the peak are run; with
+    ``merge_chunks`` it is done in one, which takes more memory and the same FLOPs.
     """
 
     _results: ClassVar[dict[Any, Any]] = {}  # of the process: layouts, never tensors, that all simulations share

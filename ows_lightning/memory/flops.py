@@ -75,25 +75,34 @@ def count_flops(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = 
 
     micro_batch = count * flops.forward + flops.head + sum(map(backward, draws)) / len(draws)
     resting = sum(count - min(blocks) - len(blocks) for blocks in draws) / len(draws) if method.resting_rank else 0.0
-    if resting and settings.offloads:  # W + B Q^T, in forward and in backward; linear layers do without
-        in_blocks = decoder_layers(settings.meta_model)
-        apart = {module.weight for module in in_blocks.modules() if method.factored and type(module) is nn.Linear}
-        matrices = (p for p in in_blocks.parameters() if p.dim() in (2, 3) and p.size(-1) > method.resting_rank)
-        weights = sum(p.numel() for p in matrices if p not in apart) / count
-        micro_batch += resting * 2 * 2 * method.resting_rank * weights
+    if resting and settings.offloads:
+        micro_batch += resting * _merging_flops(settings)
     renewal = flops.renewal + settings.accumulate_grad_batches * flops.full_gradient
     step = len(draws[0]) * (flops.update + renewal * _renewals(settings, draws)) + resting * flops.resting_update
     tokens = settings.batch_size * settings.max_seq_length
     block_forward = flops.forward / tokens
     per_token = micro_batch / tokens + step / (tokens * settings.accumulate_grad_batches)
-    sampling = settings.sampling
+    return FlopCount(per_token + _scoring_flops(settings, count * block_forward), block_forward, draws, origin)
+
+
+def _merging_flops(settings: PlanSettings) -> float:
+    """FLOPs of W + B Q^T in an offloaded block at rest, in forward and in backward; linear layers do without it."""
+    rank, blocks = settings.method.resting_rank, decoder_layers(settings.meta_model)
+    apart = {module.weight for module in blocks.modules() if settings.method.factored and type(module) is nn.Linear}
+    matrices = (p for p in blocks.parameters() if p.dim() in (2, 3) and p.size(-1) > rank)
+    return 2 * 2 * rank * sum(p.numel() for p in matrices if p not in apart) / settings.blocks
+
+
+def _scoring_flops(settings: PlanSettings, forward: float) -> float:
+    """FLOPs of the calibration rows' forward passes, for each token that is trained; 0 where no outliers are measured."""
+    sampling, steps = settings.sampling, settings.max_steps
     scored = score_name(sampling.get("distribution", "outlier")) == OUTLIER_RATIO and not sampling.get("scores")
-    if method.ours and sampling and scored and settings.max_steps is not None:
-        intervals, every = ceil(settings.max_steps / settings.interval_steps), sampling.get("rescore_every")
-        samples = int(sampling.get("calibration_samples", 128)) * (ceil(intervals / every) if every else 1)
-        trained_on = tokens * settings.accumulate_grad_batches * settings.devices * settings.max_steps
-        per_token += samples * settings.max_seq_length / trained_on * count * block_forward
-    return FlopCount(per_token, block_forward, draws, origin)
+    if not (settings.method.ours and sampling and scored) or steps is None:
+        return 0.0
+    intervals, every = ceil(steps / settings.interval_steps), sampling.get("rescore_every")
+    samples = int(sampling.get("calibration_samples", 128)) * (ceil(intervals / every) if every else 1)
+    rows = settings.batch_size * settings.accumulate_grad_batches * settings.devices * steps
+    return samples / rows * forward
 
 
 def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:

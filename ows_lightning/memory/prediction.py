@@ -247,7 +247,7 @@ def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, s
     """Turns the peak of one device, in a stage of a step, into that of each of n under FSDP2.
 
     Weights, gradients, moments and an elementwise optimizer's temporaries are sharded n ways; projectors are replicated, and
-    activations are those of the device's own rows. Beside that, a device holds (torch's ``_fsdp_param_group.py``)
+    activations are those of the device's own rows. In addition, a device holds (torch's ``_fsdp_param_group.py``)
 
     * in forward the root's weights and, while a block is copied from the buffer that it was gathered in, three blocks: that
       buffer and that of the block before (or of the root) are still there;

@@ -54,9 +54,9 @@ class _Allocation:
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all storages that live at a time, and breaks its peaks down by category.
 
-    A storage is allocated when an operator first returns it and freed when the last tensor on it dies. What it is for is
-    often known only later (a tensor turns out to be a gradient): `label` may say so at any time, and counts for peaks that
-    are already past. Until then, a storage has the `category` that was set when it came up.
+    A storage is allocated when an operator first returns it and freed when the last tensor on it dies. Its category is
+    often known only later (a tensor turns out to be a gradient): `label` may set it at any time, also for peaks that are
+    already past. Until then, a storage has the `category` that was set when it came up.
 
     Every instant belongs to one span (`begin_span`); `peaks` has the peak of each, and `flops` what was computed in it. What
     kernels allocate within themselves is not seen. Sizes are rounded up to the alignment: 512 bytes for CUDA's allocator.

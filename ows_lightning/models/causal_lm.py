@@ -1,4 +1,4 @@
-"""One module owns forward: a causal LM with its loss, its scores and its answers."""
+"""CausalLM: a causal LM whose forward returns the loss, with the likelihoods and the answers that evaluation needs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ class CausalLM(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
         """Converts and moves weights as any module does, but computed buffers, RoPE's frequencies, keep their dtype.
 
-        So does what transformers and peft keep in float32 in a half-precision model. Lightning's ``bf16-true`` would round it.
+        Nor are weights rounded that transformers or peft keep in float32 in a half-precision model, as ``bf16-true`` would.
         """
         named = [(persistent_buffer_names(m), m.named_buffers(recurse=False)) for m in self.modules()]
         computed = {id(buffer) for persistent, buffers in named for name, buffer in buffers if name not in persistent}

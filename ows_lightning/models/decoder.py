@@ -27,7 +27,7 @@ def language_model_of(model: nn.Module) -> nn.Module:
 
 
 def backbone(model: Any) -> nn.Module:
-    """Returns what a causal LM of transformers computes the LM head's input with."""
+    """Returns the part of a causal LM of transformers below its LM head."""
     # Llama 4's text model has no name of its own for it.
     return _decoder_and_layers(model)[0] if model.base_model is model else model.base_model
 

@@ -14,7 +14,7 @@ from ows_lightning.models.decoder import backbone
 from ows_lightning.models.large_tensors import rows_at_a_time
 
 CPU_CHUNK_BYTES = 1 << 25  # bytes of logits that a CPU holds at a time; below it, speed suffers before memory gains
-# For each chunk a GPU reads the head twice, and reads and writes its gradient: 1,024 rows have products enough to hide that.
+# A GPU reads the head twice for each chunk, and reads and writes its gradient; products of 1,024 rows take longer than that.
 GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 1024, 1 << 28
 
 
@@ -35,7 +35,7 @@ def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], chunk_device:
 
     Only positions that have a target reach the LM head, in chunks of the size for ``chunk_device``, or for the batch's device.
     The batch has ``input_ids`` and ``labels`` (B, L), int64, labels not shifted and -100 where there is no target, and what
-    else the model's forward takes; it comes from `precompute_on_host` if no device is to be waited for.
+    else the model's forward takes; pass it through `precompute_on_host` to wait for no device.
     """
     hidden, targets = _hidden_and_targets(model, batch)
     number = torch.full((), targets.numel(), device=targets.device)
@@ -56,7 +56,7 @@ def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tu
 
 
 def precompute_on_host(batch: dict[str, Any]) -> dict[str, Any]:
-    """Returns a batch in host memory with facts for which a step would otherwise have to wait for a GPU.
+    """Returns a batch in host memory with what a step would otherwise have to read back from a GPU.
 
     They are ``targets_at`` (N,), int64, the targets' positions in ``labels.flatten()``; ``padded``, whether a mask hides
     anything; and ``packed``, whether positions are other than those of any row.

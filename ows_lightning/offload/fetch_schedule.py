@@ -12,7 +12,7 @@ class FetchSchedule:
 
     In a forward pass a block's slot is free when the block is left; the block `slots` ranks above is fetched then, while the
     next one computes. In backward the block `slots` ranks below is fetched, and nothing below `lowest_in_backward`, the lowest
-    block that a gradient reaches. A slot that the pass needs no more gets what the next forward pass needs from it first.
+    block that a gradient reaches. A slot that this pass no longer needs gets the block that forward needs there first.
     With R offloaded blocks, of which B are needed in backward, and n slots, a micro-batch fetches the least, as forward needs
     all R: R + B - min(n, B) - (ranks below n that are in their slots after backward).
     """

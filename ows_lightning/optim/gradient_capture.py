@@ -48,7 +48,7 @@ def _shared_property(name: str, doc: str) -> Any:
 
 
 class GradientCapture(Optimizer):
-    """An optimizer that keeps of its matrices' gradients what its next step consumes: R = G Q, in place of ``grad``."""
+    """An optimizer that stores only the projected gradient R = G Q of each projected matrix, in place of ``grad``."""
 
     def _init_unsaved(self) -> None:
         """Makes the attributes that are not saved, before torch's own; they change only in place, see ``_SharedState``."""
@@ -254,7 +254,7 @@ class GradientCapture(Optimizer):
             finite = sharding.total_norm([matrices]).isfinite()
             matrices.masked_fill_(~finite, 0.0)
             found = self._new_subspace(p, matrices, side)
-            # A sketch's basis stays: `_rotate_sketches` broadcasts its singular vectors, which lie in every basis' span.
+            # Each process keeps its own sketch: `_rotate_sketches` broadcasts the singular vectors, which every basis spans.
             basis, group = (found.basis, None) if isinstance(found, Sketch) else (found, processes)
             projector = sharding.distribute_projector(basis, p, side, group)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
@@ -266,7 +266,7 @@ class GradientCapture(Optimizer):
 
     @torch.no_grad()
     def _rotate_sketches(self) -> None:
-        """Turns the new subspaces onto singular vectors, and R with them: G Q = (G B) (B^T Q), for Q is in the span of B.
+        """Rotates each new basis B to the singular vectors Q, and R with it: G Q = (G B) (B^T Q), since B spans Q.
 
         It waits for the device, once for all of a step's; G itself is long gone.
         """

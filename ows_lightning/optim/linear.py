@@ -42,7 +42,7 @@ class ProjectedLinear(nn.Linear):
             learned = F.linear(input @ update[1] if projected is None else projected, update[0].to(input.dtype))
         if plain:
             output: Tensor = F.linear(input, weight, bias)
-        else:  # what the weight's gradient needs is kept first: checkpointing recomputes only until backward has all it needs
+        else:  # saved first: checkpointing stops to recompute as soon as all is saved that backward needs
             rows = input.reshape(-1, input.size(-1))
             keeps = rows if projected is None else projected.view(-1, projected.size(-1))
             kept = _SaveInput.apply(keeps.detach(), weight, None if projected is None else consumer)
@@ -74,7 +74,7 @@ def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
             module.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-# With a row a token Y is no view: a model may write into it. Autograd leaves out the weight's node if it needs no gradient.
+# On 2-D input (a row per token) Y is no view, so that a model may write into it.
 
 
 class _LinearWithoutWeightGrad(torch.autograd.Function):
@@ -82,7 +82,10 @@ class _LinearWithoutWeightGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
-        ctx.weight, ctx.version = weight, version_counter(weight)  # saved for backward, it would have Y recomputed first
+        ctx.weight, ctx.version = (
+            weight,
+            version_counter(weight),
+        )  # not saved for backward: Y would be recomputed first
         return F.linear(input, weight, bias)
 
     @staticmethod

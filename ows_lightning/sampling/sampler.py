@@ -136,7 +136,7 @@ class BlockSampler:
         self.history: list[tuple[int, int, list[int]]] = []
         self.probabilities: Tensor | None = None
         self.seconds = 0.0
-        self._norms = torch.zeros(0)  # `gradient_norms`, on the gradients' device
+        self._norms = torch.zeros(0)  # what `gradient_norms` lists, on the gradients' device
         self._written: tuple[int, OutlierScores | None] = 0, None  # the draws and the scores that `write` has written
         self._loaded: dict[str, Any] | None = None  # the settings of a state that was loaded, until `start` goes on from it
 
