@@ -34,7 +34,8 @@ def start() -> None:
     global _watchdog
     atexit.unregister(_end_at_once)
     atexit.register(_end_at_once)  # before any library registers something, so that this comes last
-    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
+    launches_itself = "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    rank = os.environ.get("LOCAL_RANK") or ("" if launches_itself else os.environ.get("SLURM_LOCALID", ""))
     run = os.environ.get(_RUN_ID_VARIABLE) or "/".join(os.environ.get(name, "") for name in _RUN_ID_PARTS)
     if sys.platform == "linux" and _watchdog is None and rank.isdigit() and run.strip("/"):
         _watchdog = _Watchdog(run, int(rank), int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
@@ -46,7 +47,7 @@ def set_world_size(world_size: int) -> None:
     if _watchdog is not None:
         _watchdog.world_size = world_size
     elif sys.platform == "linux" and world_size > 1:
-        os.environ[_RUN_ID_VARIABLE] = str(os.getpid())
+        os.environ[_RUN_ID_VARIABLE] = f"{os.getpid()}/{time.monotonic_ns()}"  # containers may share process numbers
         _watchdog = _Watchdog(os.environ[_RUN_ID_VARIABLE], 0, world_size)
 
 

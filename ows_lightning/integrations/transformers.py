@@ -79,9 +79,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         if self.advance(state.global_step, [kwargs["optimizer"]], self._compute):
             self.write(self._written_to)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Lets the norms of the gradients count, where the draws depend on them."""
         self.observe([kwargs["optimizer"]])
 

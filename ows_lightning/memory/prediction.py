@@ -129,9 +129,8 @@ def blocks_are_alike(settings: PlanSettings) -> bool:
     lora = settings.method.lora
 
     def alike() -> bool:
-        model = (
-            settings.meta_model if lora is None else add_lora(copy.deepcopy(settings.meta_model), lora, low_cpu_mem_usage=True)
-        )
+        own = settings.meta_model
+        model = own if lora is None else add_lora(copy.deepcopy(own), lora, low_cpu_mem_usage=True)
         return len({tuple((name, p.shape) for name, p in layer.named_parameters()) for layer in decoder_layers(model)}) == 1
 
     return settings.cached(("alike", repr(lora)), alike)
@@ -223,8 +222,10 @@ def _waiting_gradients(settings: PlanSettings) -> int:
     if not (settings.on_gpu and method.ours and method.rank and (averages or settings.accumulate_grad_batches > 1)):
         return 0
     largest = max(decoder_layers(settings.meta_model), key=lambda layer: sum(p.numel() for p in layer.parameters()))
-    sizes = (p.nbytes // (settings.devices if settings.is_sharded else 1) for p in largest.parameters() if p.dim() > 1)
-    return method.active_blocks(settings.blocks) * sum(1 << (size - 1).bit_length() for size in sizes)
+    outside = outside_parameters(settings.meta_model, method.always_train if method.project_embeddings else ()).items()
+    waiting = [*largest.parameters()] * method.active_blocks(settings.blocks) + [p for p, trains in outside if trains]
+    sizes = (p.nbytes // (settings.devices if settings.is_sharded else 1) for p in waiting if p.dim() > 1)
+    return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
 def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:

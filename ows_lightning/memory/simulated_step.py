@@ -181,7 +181,7 @@ class _Simulation:
             before, tracker.category = tracker.category, "gradients"
             offloaded = galore.offloaded_gradients.get(p) if galore else None
             if offloaded is not None and on_host:
-                arriving = torch.empty_like(offloaded[..., : rows_at_a_time(p.size(-1), torch.device("cuda")), :])
+                arriving = torch.empty_like(offloaded[..., : rows_at_a_time(p[..., :1, :].numel(), torch.device("cuda")), :])
             tracker.label("gradients", [p.grad, None if on_host else offloaded])
             tracker.category = "other"
 

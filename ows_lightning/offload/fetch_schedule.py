@@ -25,7 +25,7 @@ class FetchSchedule:
     def set_blocks(self, order: Sequence[int]) -> None:
         """Sets which blocks are offloaded; no slot holds anything of use afterwards."""
         self.order = list(order)  # ascending: the block at a rank
-        self._rank = {block: rank for rank, block in enumerate(self.order)}
+        self.rank = {block: rank for rank, block in enumerate(self.order)}  # only offloaded blocks have one
         self._in_use: set[int] = set()
         self._left_early: set[int] = set()  # slots that went to a block below before this one's backward ended
         self.invalidate()
@@ -35,13 +35,9 @@ class FetchSchedule:
         self._holds: list[int | None] = [None] * self.slots
         self.lowest_in_backward = len(self.order)
 
-    def is_offloaded(self, block: int) -> bool:
-        """Whether a block is offloaded, and does not train."""
-        return block in self._rank
-
     def slot_of(self, block: int) -> int:
         """The slot that an offloaded block comes into."""
-        return self._rank[block] % self.slots
+        return self.rank[block] % self.slots
 
     def fetch_first(self) -> None:
         """Fetches what the next forward pass needs first, as after a draw."""
@@ -65,7 +61,7 @@ class FetchSchedule:
 
     def leave_forward(self, block: int, needed_in_backward: bool) -> None:
         """A block has computed; its slot is free, unless backward begins with this block."""
-        rank = self._rank[block]
+        rank = self.rank[block]
         self._release(block)
         if needed_in_backward:
             self.lowest_in_backward = min(self.lowest_in_backward, rank)
@@ -87,7 +83,7 @@ class FetchSchedule:
             self._after_backward(block)
 
     def _after_backward(self, block: int) -> None:
-        rank = self._rank[block]
+        rank = self.rank[block]
         self._release(block)
         below, first = rank - self.slots, rank % self.slots  # which the next forward pass needs
         self._issue(self.order[below if below >= self.lowest_in_backward else first])
@@ -108,5 +104,6 @@ class FetchSchedule:
             return
         for other in [other for other in self._in_use if self.slot_of(other) == slot]:
             raise RuntimeError(f"block {block} is needed while block {other} computes from the same slot")
-        self._holds[slot] = block
+        self._holds[slot] = None  # should the fetch be interrupted
         self.executor.issue(block, slot)
+        self._holds[slot] = block

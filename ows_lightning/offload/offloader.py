@@ -95,7 +95,7 @@ class BlockOffloader:
     @property
     def active(self) -> list[int]:
         """The blocks that train, which have memory of their own on the device."""
-        return [i for i in range(len(self.blocks)) if not self.schedule.is_offloaded(i)] if self.offloaded else []
+        return [i for i in range(len(self.blocks)) if i not in self.schedule.rank] if self.offloaded else []
 
     def apply_draw(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Gives the blocks that train now memory of their own on the device, and offloads those that no longer do.
@@ -142,7 +142,7 @@ class BlockOffloader:
         """Keeps a block on the device while its weights are looked at outside a forward pass."""
         index = self.blocks.index(block)
         self.prepare()
-        if not self.schedule.is_offloaded(index):
+        if index not in self.schedule.rank:
             yield
             return
         self.end_pass()
@@ -245,12 +245,12 @@ class BlockOffloader:
         self.prepare()
         self._drain_fetches()
         self.offloaded[index].make_writable()
-        if self.schedule.is_offloaded(index):
+        if index in self.schedule.rank:
             _set_data(self.parameters[index], self.offloaded[index].tensors)
 
     def refresh(self, index: int, *_: Any) -> None:
         """Makes what was written into a block's offloaded weights count, from the next fetch on."""
-        if self.schedule.is_offloaded(index):
+        if index in self.schedule.rank:
             self._drain_fetches()
             self.offloaded[index].refresh()
             self._versions[index] = _versions_of(self.parameters[index])

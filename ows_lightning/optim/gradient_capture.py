@@ -184,7 +184,7 @@ class GradientCapture(Optimizer):
         sharding.zero_missing_gradients(trained, has_gradient, process_group)
         self._project_all(renew=False)
         for p in [p for p in self._group_and_index if p in self.offloaded_gradients]:  # in one order on all processes
-            p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=True)
+            p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=p.is_cuda)
             sharding.average_([p.grad], process_group)
             self._project(p, processes=process_group or dist.group.WORLD)
         self._rotate_sketches()
@@ -330,9 +330,9 @@ class GradientCapture(Optimizer):
 
 def _add_from_host(gradient: Tensor, offloaded: Tensor) -> None:
     """Adds what ``_to_host`` took, some rows at a time: the device has no room for a second gradient."""
-    rows = rows_at_a_time(gradient.size(-1), gradient.device)
+    rows = rows_at_a_time(gradient[..., :1, :].numel(), gradient.device)
     for part, in_host in zip(gradient.split(rows, dim=-2), offloaded.split(rows, dim=-2), strict=True):
-        part.add_(in_host.to(part.device, non_blocking=True))
+        part.add_(in_host.to(part.device, non_blocking=part.is_cuda))
 
 
 def _to_host(gradient: Tensor, memory: Tensor | None) -> Tensor:

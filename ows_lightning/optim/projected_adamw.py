@@ -112,7 +112,7 @@ def _add_product_(
         accumulate = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
         accumulate(tall, wide, beta=beta, alpha=alpha)
         return
-    rows = rows_at_a_time(weight.size(-1), weight.device)
+    rows = rows_at_a_time(weight[..., :1, :].numel(), weight.device)
     for part, of_tall in zip(weight.split(rows, dim=-2), tall.split(rows, dim=-2), strict=True):
         exact = part.float().mul_(beta).add_(of_tall @ wide, alpha=alpha)
         round_stochastically_(part, exact, generator)

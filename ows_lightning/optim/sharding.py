@@ -185,7 +185,7 @@ def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) 
             of_dtype.append([])
         of_dtype[-1].append(tensor)
     for bucket in (bucket for of_dtype in buckets.values() for bucket in of_dtype if bucket):
-        flat = torch.cat([t.flatten() for t in bucket])
+        flat = torch.cat([t.flatten() for t in bucket]) if len(bucket) > 1 else bucket[0].flatten()  # no copy of a large one
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
         for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):

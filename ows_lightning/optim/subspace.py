@@ -60,13 +60,13 @@ def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
     for (basis, triangle, rank, generator), part in zip(sketches, parts, strict=True):
         # With A ~ C (A^T C)^T and A^T C = Q R, the left singular vectors of R turn Q onto A's right ones, largest first.
         axes, values, _ = torch.linalg.svd(part.view(triangle.shape))
-        vectors = basis.float() @ axes[..., :rank].to(basis.device, non_blocking=True)
+        vectors = basis.float() @ axes[..., :rank].to(basis.device, non_blocking=basis.is_cuda)
         # Rounding differs with the number of processes and must not decide anything. So directions beyond the gradient's
         # numerical rank come from the generator, and each vector's largest entry is made positive, for moments that are kept.
         left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
         if left_open.any():
             free = torch.randn(basis.size(-2), rank, generator=generator, dtype=torch.float32, device=basis.device)
-            vectors = _orthonormal(torch.where(left_open.to(basis.device, non_blocking=True), free, vectors))
+            vectors = _orthonormal(torch.where(left_open.to(basis.device, non_blocking=basis.is_cuda), free, vectors))
         yield vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
 
 
@@ -78,7 +78,8 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     """
     gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     exact = torch.promote_types(matrix.dtype, torch.float32)
-    basis = torch.linalg.qr(gaussian.to(exact)).Q.to(matrix.dtype).contiguous().to(matrix.device, non_blocking=True)
+    basis = torch.linalg.qr(gaussian.to(exact)).Q.to(matrix.dtype).contiguous()
+    basis = basis.to(matrix.device, non_blocking=matrix.is_cuda)  # MPS would read it when it is gone
     return basis.expand(*matrix.shape[:-2], -1, -1)
 
 

@@ -104,17 +104,10 @@ class BlockSampler:
                 raise UsageError(f"sampling.{name}: {value} {limit}")
         if grouping > 0 and distribution == "window":
             raise UsageError("sampling.grouping: the blocks of a window are neighbours already; leave it out, or take outlier")
-        self.activated_layers = activated_layers
-        self.interval_steps = interval_steps
-        self.distribution = distribution
-        self.threshold = threshold
-        self.calibration_samples = calibration_samples
-        self.scores = scores
-        self.rescore_every = rescore_every
-        self.always_train = tuple(always_train)
-        self.seed = int(seed)
-        self.grouping = grouping
-        self.resting_rank = resting_rank
+        self.activated_layers, self.interval_steps, self.distribution = activated_layers, interval_steps, distribution
+        self.threshold, self.calibration_samples, self.scores = threshold, calibration_samples, scores
+        self.rescore_every, self.always_train, self.seed = rescore_every, tuple(always_train), int(seed)
+        self.grouping, self.resting_rank = grouping, resting_rank
         self._blocks: list[nn.ParameterList] = []
         self._others: dict[nn.Parameter, bool] = {}
         self._frozen: list[nn.Parameter] = []

@@ -89,6 +89,18 @@ def test_who_was_never_started_is_missed() -> None:
     assert "another process of this run (local rank 1) was not there within" in said
 
 
+@pytest.mark.parametrize(
+    ("job", "watches"), [({}, False), ({"NTASKS": "2", "JOB_NAME": "bash"}, False), ({"NTASKS": "2"}, True)]
+)
+def test_a_batch_script_without_srun_is_one_process(job: dict[str, str], watches: bool) -> None:
+    """SLURM gives it a local rank, and Lightning starts the others itself."""
+    code = "from ows_lightning.cli import peer_watchdog; peer_watchdog.start(); print(peer_watchdog._watchdog is not None)"
+    names = {"LOCALID": "0", "JOB_ID": "77", **job}
+    environment = {**os.environ, **{f"SLURM_{name}": value for name, value in names.items()}}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{watches}\n"
+
+
 def test_a_process_that_can_not_end_is_ended() -> None:
     pair = Pair(f"peer_watchdog.abort(2); {HANGS}", "time.sleep(60)")
     assert pair.end(0)[0] == 1

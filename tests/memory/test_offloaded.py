@@ -67,6 +67,15 @@ def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str,
     )
 
 
+def test_projected_embeddings_wait_in_host_memory_too() -> None:
+    always = {"model__frozen_in": "host", "sampling__always_train": ["embeddings", "lm_head", "norm"]}
+    low, full = (
+        predict_memory(settings_from_config(llama_7b(1, 16, model__project_embeddings=project, **always))).host_bytes
+        for project in (True, False)
+    )
+    assert low - full == 2 * 2**28  # 32,000 x 4,096 in bfloat16, in powers of two
+
+
 class Device(Track):
     """Follows a run's memory on the device: all but weights that are offloaded elsewhere."""
 

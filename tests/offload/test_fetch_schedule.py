@@ -36,12 +36,12 @@ def micro_batch(schedule: FetchSchedule, blocks: int, lowest: int | None, first_
     """Forward and backward over all blocks; gradients reach those from `lowest` on, whose input has a hook if `first_left`."""
     schedule.begin_forward()
     for block in range(blocks):
-        if schedule.is_offloaded(block):
+        if block in schedule.rank:
             schedule.enter(block)
             schedule.leave_forward(block, needed_in_backward=lowest is not None and block >= lowest)
     if lowest is None:
         return
-    entered = [block for block in reversed(range(lowest, blocks)) if schedule.is_offloaded(block)]
+    entered = [block for block in reversed(range(lowest, blocks)) if block in schedule.rank]
     left = None
     for block in reversed(range(lowest, blocks)):
         if block in entered:
@@ -95,6 +95,23 @@ def test_a_micro_batch_fetches_the_least(slots: int, trained: list[int], embeddi
         still_there += last == slot
     least = len(offloaded) + len(needed) - min(slots, len(needed)) - still_there
     assert recorder.fetches - before == 3 * least
+
+
+def test_a_fetch_that_was_interrupted_is_made_again() -> None:
+    recorder = Recorder()
+    schedule = FetchSchedule(recorder, slots=2)
+    schedule.set_blocks(range(3))
+
+    def interrupted(block: int, slot: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder, "issue", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            schedule.enter(0)
+    schedule.begin_forward()
+    schedule.enter(0)
+    assert recorder.events == ["issue 0", "wait 0"]
 
 
 def test_a_pass_without_gradients_fetches_each_block_once() -> None:
