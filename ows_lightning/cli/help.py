@@ -22,9 +22,10 @@ _GENERAL_OPTIONS = """\
 --print_config
   Print the resulting config, and exit
 --seed_everything int (default: 0)
-  Seed of all random numbers; true draws one
+  Seed of dropout and of new weights; data.seed orders the rows, sampling.seed draws the blocks
 """
 _CLASS_HELP = """\
+Without any key of sampling every block trains.
 Another model or optimizer is named by its class: --model my_package.MyModule, --model.optimizer torch.optim.AdamW.
 Its arguments follow: --model.optimizer.lr 1e-4; in YAML they stand below class_path and init_args.
 `{} --model.help CLASS` lists them."""
@@ -85,7 +86,7 @@ def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str
         if not file.is_relative_to(_PACKAGE):
             description = description.split(". ")[0]  # Lightning's documentation has the rest
         type_ = "" if argument.annotation is None else f" {ast.unparse(argument.annotation)}"
-        shown = DEFAULTS.get(name, "" if default is None else ast.unparse(default))
+        shown = DEFAULTS.get(name, "" if default is None else ast.unparse(default).replace("None", "null"))
         lines = textwrap.wrap(description, width, initial_indent="  ", subsequent_indent="  ")
         found[name] = "\n".join([f"--{name}{type_}{f' (default: {shown})' if shown != '' else ''}", *lines])
     return found

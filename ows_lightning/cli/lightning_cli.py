@@ -32,6 +32,7 @@ from ows_lightning.cli.config_files import ConfigFile, shipped_data
 from ows_lightning.cli.help import DEFAULTS
 from ows_lightning.cli.parser import OneLineParser
 from ows_lightning.cli.preflight import check_plan, check_run, check_settings
+from ows_lightning.data.datamodule import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -51,6 +52,11 @@ class SaveConfig(SaveConfigCallback):
         config = config.clone()
         config.ckpt_path = None
         super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the file of a training alone, in whose folder an evaluation without a logger runs."""
+        if stage == "fit" or trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
 
 class OWSCLI(LightningCLI):
@@ -90,10 +96,9 @@ class OWSCLI(LightningCLI):
         """Adds the two callbacks' keys, and default classes for model and data."""
         parser.add_argument("--sampling", type=LayerwiseSampling | None, default=None)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        optimizer = {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
-        data = {"class_path": "ows_lightning.InstructionDataModule"}
-        last = DEFAULTS["checkpoint.save_last"]
-        parser.set_defaults({"model": default_model(optimizer), "data": data, "checkpoint.save_last": last})
+        model = {"class_path": "ows_lightning.CausalLMModule", "init_args": {"optimizer": default_optimizer()}}
+        data, last = {"class_path": "ows_lightning.InstructionDataModule"}, DEFAULTS["checkpoint.save_last"]
+        parser.set_defaults({"model": model, "data": data, "checkpoint.save_last": last})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lets every command take the config that `fit` wrote into a run's folder."""
@@ -129,23 +134,24 @@ class OWSCLI(LightningCLI):
             config["sampling"]["scores"] = shipped_data(config["sampling"].get("scores"))
 
     def _start_from_named_classes(self) -> bool:
-        """Where another module or optimizer is named than the default one, lets the parser start from that one's defaults.
+        """Where other classes are named than the default ones, lets the parser start from the defaults of those.
 
         The parser would keep the former class's values for arguments of the same name: AdamW would get GaLoreAdamW's rate.
         """
-        command = self.config.get("subcommand")
-        model = self.config.get(str(command), self.config)["model"] or {}
+        command, defaults = self.config.get("subcommand"), {}
+        model, data = (self.config.get(str(command), self.config)[section] or {} for section in ("model", "data"))
         optimizer = model.get("init_args", {}).get("optimizer")
         named = optimizer.get("class_path") if isinstance(optimizer, Namespace) else None
         kind = locate(model["class_path"]) if model else None
         if isinstance(kind, type) and not issubclass(kind, CausalLMModule):
-            defaults = {"class_path": model["class_path"]}
-        elif named is not None and locate(named) is not GaLoreAdamW:
-            defaults = default_model({"class_path": named})
-        else:
-            return False
-        self._parser(command).set_defaults({"model": defaults})
-        return True
+            defaults["model"] = {"class_path": model["class_path"]}
+        elif named is not None and (kind is not CausalLMModule or locate(named) is not GaLoreAdamW):
+            given = default_optimizer() if locate(named) is GaLoreAdamW else {"class_path": named}
+            defaults["model"] = {"class_path": model["class_path"], "init_args": {"optimizer": given}}
+        if data and locate(data["class_path"]) is not InstructionDataModule:
+            defaults["data"] = {"class_path": data["class_path"]}
+        self._parser(command).set_defaults(defaults)
+        return bool(defaults)
 
     def instantiate_classes(self) -> None:
         """Makes model, data and Trainer; a plan needs none of them, and has their settings checked."""
@@ -233,9 +239,9 @@ class OWSCLI(LightningCLI):
             log.warning("ckpt_path: no earlier run has saved a checkpoint in %s yet; this one starts anew", where)
 
 
-def default_model(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Returns the default section ``model``, with an optimizer."""
-    return {"class_path": "ows_lightning.CausalLMModule", "init_args": {"optimizer": optimizer}}
+def default_optimizer() -> dict[str, Any]:
+    """Returns the default ``model.optimizer``."""
+    return {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
 
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:

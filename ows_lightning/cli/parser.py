@@ -111,7 +111,7 @@ def _unknown_key_message(key: str, found: re.Match[str], owner: Any, parser: arg
         wrong, known = f"{key}.{of_class}", [f"{key}.{name}" for name in _arguments(owner)]
     else:
         wrong, known = (of_command or as_typed.lstrip("-").partition("=")[0]).replace(".init_args.", "."), []
-    near = _nearest_key(wrong, {*known, *_known_keys(parser)})
+    near = _nearest_key(wrong, {*known, *_known_keys(parser)} - {wrong})
     subject = f"{as_typed}: there is no such option" if as_typed else f"{wrong}: there is no such key"
     return subject + (f"; did you mean '{near}'?" if near else f"; `{_help_command(parser)}` lists all")
 
@@ -131,12 +131,12 @@ def _nearest_key(key: str, known: Iterable[str]) -> str | None:
     names = {other: other.rpartition(".")[2] for other in known}
     name = closest_name(key.rpartition(".")[2], names.values())
     alike = [other for other in names if names[other] == name]
-    return closest_name(key, alike, cutoff=0) if alike else closest_name(key, names)
+    return closest_name(key, alike, cutoff=0) if alike else None
 
 
 def _help_command(parser: argparse.ArgumentParser) -> str:
     _, *command = parser.prog.replace(" [options]", "").split(maxsplit=1)
-    return command_line(" ".join([*command, "--help"]))
+    return command_line(" ".join([*(command or ["COMMAND"]), "--help"]))
 
 
 def _wrong_type_message(key: str, value: str, expected: list[str]) -> str:

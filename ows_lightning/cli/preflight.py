@@ -116,12 +116,14 @@ def check_run(
     if command in _RUNS:
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
-        # A version of its own choice is free, and chosen as late as possible.
-        versioned = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger) and logger._version is not None]
-        for logger in versioned if getattr(rank_zero_only, "rank", 0) == 0 else ():
-            if Path(logger.log_dir, "metrics.csv").exists():
+        for logger in (logger for logger in trainer.loggers if isinstance(logger, CSVLogger) and logger._version is not None):
+            if command != "fit":
+                logger._version = None  # a free one, chosen as late as possible
+            elif getattr(rank_zero_only, "rank", 0) == 0 and Path(logger.log_dir, "metrics.csv").exists():
                 raise UsageError(f"trainer.logger.version: '{logger.log_dir}' holds a run already; leave version out")
     if command == "fit":
+        if LayerwiseSampling.of(trainer) is not None or model.hparams.get("rank") is not None:
+            check_strategy(trainer.strategy)  # that Lightning has chosen, before it starts other processes
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint):

@@ -172,6 +172,7 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
         values[section].get("init_args", values[section])[name] = value
     path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
     changed = f"with {_in_words(changes)}" if changes else "as it is"
-    path.write_text(f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}")
+    written = f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}"
+    path.write_text(written, encoding="utf-8")
     command = command_line(f"fit --config {shlex.quote(str(path))}")
     return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command}"

@@ -271,8 +271,6 @@ class BlockOffloader:
         self.slots = []  # they are as large as the largest block
         self._set_active([])
 
-    # ------------------------------------------------------------------ slots and memory
-
     @torch.no_grad()
     def _set_active(self, active: Sequence[int]) -> None:
         """Gives these blocks memory of their own on the device, to train in, and offloads the others."""
@@ -341,8 +339,6 @@ class BlockOffloader:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""
         self.schedule.invalidate()
         self._stream.synchronize()
-
-    # ------------------------------------------------------------------ events, as the schedule orders them
 
     def issue(self, block: int, slot: int) -> None:
         """Starts to fetch a block: when ``fetch`` is done, the weights in the slot are complete."""

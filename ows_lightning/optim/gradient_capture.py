@@ -303,8 +303,6 @@ class GradientCapture(Optimizer):
         before = self.projected_gradients.get(p)
         self.projected_gradients[p] = projected if before is None else before + projected
 
-    # ------------------------------------------------------------------ parameters
-
     def _index_parameters(self) -> None:
         self._group_and_index.clear()
         parameters = ((p, group) for group in self.param_groups for p in group["params"])

@@ -320,6 +320,21 @@ def test_classes_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not Path("runs/version_1/predictions.jsonl").exists()  # its predictions need not be texts
 
 
+def test_an_evaluation_leaves_the_training_its_folder_and_config(config: Path) -> None:
+    plain = ["--trainer.logger", "false", "--trainer.default_root_dir", "plain"]
+    run("fit", config, *plain, "--trainer.max_steps", "1")
+    written = Path("plain/config.yaml").read_text()
+    run("validate", config, *plain)
+    assert Path("plain/config.yaml").read_text() == written
+    named = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs", "--trainer.logger.name="]
+    named += ["--trainer.logger.version", "mine"]
+    run("fit", config, *named, "--trainer.max_steps", "1")
+    curves = Path("logs/mine/metrics.csv").read_text()
+    run("validate", config, *named)
+    assert Path("logs/mine/metrics.csv").read_text() == curves
+    assert Path("logs/version_0/metrics.csv").exists()
+
+
 @pytest.mark.slow
 def test_start_is_quiet(config: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

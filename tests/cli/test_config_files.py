@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from ows_lightning import CausalLMModule, InstructionDataModule
 from ows_lightning.cli.config_files import config_and_bases, find_config, shipped_configs
 from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
@@ -106,3 +108,22 @@ def test_another_optimizer_has_its_own_defaults(capsys: pytest.CaptureFixture[st
     assert settings("--model.optimizer.lr=1e-2") == {"lr": 1e-2, "weight_decay": 0.0}
     assert settings("--model.optimizer=torch.optim.NAdam") == nadam
     assert settings("--model.optimizer=NAdam", "--model.optimizer.lr=1e-5") == {**nadam, "lr": 1e-5}
+
+
+class OwnData(InstructionDataModule):
+    def __init__(self, dataset: str, batch_size: int = 3, seed: int = 5) -> None:
+        super().__init__(dataset, batch_size=batch_size, seed=seed)
+
+
+class OwnModule(CausalLMModule):
+    def __init__(self, model_name_or_path: str, rank: int = 9, optimizer: Any = None) -> None:
+        super().__init__(model_name_or_path, rank=rank, optimizer=optimizer)
+
+
+def test_classes_of_the_users_have_their_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = [f"--model={__name__}.OwnModule", f"--data={__name__}.OwnData"]
+    with pytest.raises(SystemExit):
+        main(["fit", *classes, "--model.model_name_or_path=x", "--data.dataset=y", "--print_config"])
+    made = yaml.safe_load(capsys.readouterr().out)
+    assert made["data"]["init_args"] == {"dataset": "y", "batch_size": 3, "seed": 5}
+    assert made["model"]["init_args"]["rank"] == 9

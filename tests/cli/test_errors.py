@@ -135,6 +135,12 @@ CASES = {
     "rate of the module": Case(fit("--model.learning_rate 1e-4"), "model.learning_rate", "did you mean 'model.optimizer.lr'?"),
     "misspelt flag of the model": Case(fit("--model.rankk 3"), "model.rankk", "did you mean 'model.rank'?"),
     "misspelt flag of the data": Case(fit("--data.batchsize 3"), "data.batchsize", "did you mean 'data.batch_size'?"),
+    "unknown key of the data": Case(
+        fit("--data.foo 3"), "data.foo", "there is no such key; `python main.py fit --help` lists all"
+    ),
+    "devices without a strategy": Case(
+        fit("--trainer.devices 2 --sampling.distribution uniform"), "trainer.strategy", "write strategy: ddp_layerwise"
+    ),
     "nothing for a list": Case(
         fit("--sampling.always_train null"), "sampling.always_train", "nothing is given; write a value, or leave the key out"
     ),
@@ -553,9 +559,8 @@ def test_a_version_that_another_run_has_written(typed: Callable[[str], tuple[str
     (world / "logs" / "mine").mkdir(parents=True)
     (world / "logs" / "mine" / "metrics.csv").write_text("step,train_loss\n0,1.0\n")
     logger = "--trainer.logger CSVLogger --trainer.logger.save_dir logs --trainer.logger.name= --trainer.logger.version mine"
-    for command in (fit(logger), f"validate --config base.yaml {logger}"):
-        line, code = typed(command)
-        assert (line, code) == ("trainer.logger.version: 'logs/mine' holds a run already; leave version out", 2)
+    line, code = typed(fit(logger))
+    assert (line, code) == ("trainer.logger.version: 'logs/mine' holds a run already; leave version out", 2)
     assert (world / "logs" / "mine" / "metrics.csv").read_text() == "step,train_loss\n0,1.0\n"
 
 

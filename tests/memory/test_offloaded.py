@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ows_lightning.memory import plan_from_config
 from ows_lightning.memory.plan_settings import settings_from_config
+from ows_lightning.memory.planner import plan_from_config
 from ows_lightning.memory.prediction import fetched_blocks, predict_memory
 from ows_lightning.memory.tracker import HOST
 from ows_lightning.models.decoder import decoder_layers

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, OpenAIGPTConfig
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory import Plan, plan, plan_from_config, plot_plan, write_config_for_card
-from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_recomputed_blocks
+from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_recomputed_blocks, write_config_for_card
 from ows_lightning.memory.fake_tensors import FakeOperators, to_fake_
 from ows_lightning.memory.plan_settings import find_model_config, settings_from_config
+from ows_lightning.memory.planner import Plan, plan, plan_from_config, plot_plan
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict_memory
 from ows_lightning.memory.simulated_step import Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
