@@ -27,7 +27,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest tests first: no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_docs.py", "test_examples.py", "test_fuzz.py"))
+    longest = ("test_docs.py", "test_examples.py", "test_fuzz.py", "test_peer_watchdog.py")
+    items.sort(key=lambda item: item.path.name not in longest)
 
 
 def pytest_collection_finish() -> None:
