@@ -35,7 +35,8 @@ def write_tables(study: Study, folder: Path) -> str:
             parts.append(error)
         if rates := rates_table(tuned, task):
             parts += ["Rates, chosen on validation rows with seeds that don't count; the best of a method first:", rates]
-    rows = counted.rows + (Ledger(folder / f"{study.shorter}.csv", COUNTED).rows if study.shorter else [])
+    shorter = Ledger(folder / f"{study.shorter}.csv", COUNTED).rows if study.shorter else []
+    rows = counted.rows + [{**row, "time_s": ""} for row in shorter]  # seconds of another machine, or day, are others
     for task in dict.fromkeys(name.partition("@")[0] for name in study.tasks):
         if of_lengths(counted.rows, task):
             lengths = of_lengths(rows, task)
