@@ -106,7 +106,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def remove_interrupted(trainer: Trainer, saved: Path) -> None:
-    """Removes the ``interrupted-step=N.ckpt`` that a run was resumed from, once there is a later one beside it."""
+    """Removes the ``interrupted-step=N.ckpt`` of its own folder, or an earlier run's, that a run was resumed from."""
     if not trainer.is_global_zero or not saved.exists():
         return
     resumed, saved = Path(trainer.ckpt_path or "").absolute(), saved.absolute()

@@ -121,9 +121,11 @@ def check_run(
                 logger._version = None  # a free one, chosen as late as possible
             elif getattr(rank_zero_only, "rank", 0) == 0 and Path(logger.log_dir, "metrics.csv").exists():
                 raise UsageError(f"trainer.logger.version: '{logger.log_dir}' holds a run already; leave version out")
+    sampling = LayerwiseSampling.of(trainer) if command == "fit" else None
+    projects = command == "fit" and isinstance(model, CausalLMModule) and model.hparams["rank"] is not None
+    if sampling is not None or projects:
+        check_strategy(trainer.strategy)  # that Lightning has chosen, before it starts other processes
     if command == "fit":
-        if LayerwiseSampling.of(trainer) is not None or model.hparams.get("rank") is not None:
-            check_strategy(trainer.strategy)  # that Lightning has chosen, before it starts other processes
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint):
@@ -133,7 +135,6 @@ def check_run(
         config = model.check()
         if model.hparams["kernels"] is not None and command != "export":
             liger_for(config)
-        sampling = LayerwiseSampling.of(trainer) if command == "fit" else None
         some_are_frozen = sampling is not None or model.hparams["lora"] is not None or command != "fit"
         if command in _RUNS:
             check_offloading(model.hparams, some_are_frozen, trainer.num_devices, str(trainer_args["strategy"]))

@@ -15,8 +15,8 @@ class ShardedSampler(DistributedSampler):
     """The order of rows, drawn from (seed, epoch), of which every rank takes its part.
 
     Rank r of w takes the rows r, r + w, ... of the order, so w ranks with batches of b rows see together the same rows at
-    the same step as one process with batches of w * b rows. When the rows don't divide evenly, the missing
-    ones have the index ``len(rows)``, a row without targets: all ranks make as many steps, and no row counts twice.
+    the same step as one process with batches of w * b rows. When the rows don't divide evenly, the missing ones have the
+    index ``len(rows)``, a row without targets: all ranks make as many steps, and no row counts twice.
 
     With `group_size`, rows are sorted by their tokens within every 50 groups of as many rows, and the groups shuffled, so that
     a batch's rows have similar lengths. Lightning leaves a `DistributedSampler` in place, and tells it the epoch.

@@ -118,8 +118,8 @@ def _answered(check: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: getattr(_known, "answers", {}).get(check.__name__, check)(*args, **kwargs)
 
 
-for name in {"fast_all", "find_packed_sequence_indices"} & vars(masking_utils).keys():  # once: threads share it
-    setattr(masking_utils, name, _answered(getattr(masking_utils, name)))
+for _name in {"fast_all", "find_packed_sequence_indices"} & vars(masking_utils).keys():  # once: threads share it
+    setattr(masking_utils, _name, _answered(getattr(masking_utils, _name)))
 
 
 def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -82,10 +82,7 @@ class _LinearWithoutWeightGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
-        ctx.weight, ctx.version = (
-            weight,
-            version_counter(weight),
-        )  # not saved for backward: Y would be recomputed first
+        ctx.weight, ctx.version = weight, version_counter(weight)  # if saved for backward, Y would be recomputed first
         return F.linear(input, weight, bias)
 
     @staticmethod

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, OWSTrainer
 from ows_lightning.callbacks.throughput import LearningRates
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
-from ows_lightning.cli.preflight import LOGGED_METRICS, iter_numbers
+from ows_lightning.cli.preflight import LOGGED_METRICS, check_run, iter_numbers
+from ows_lightning.errors import UsageError
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
 
@@ -101,3 +104,16 @@ def test_whatever_a_step_logs_can_be_monitored(tmp_path: Path) -> None:
     assert {name for name in trainer.callback_metrics if not name.startswith("lr-")} == {
         name for name in LOGGED_METRICS if not name.startswith("val_") and name not in ("epoch", "step")
     }
+
+
+def test_a_rank_of_somebody_elses_module_is_no_projection() -> None:
+    class Other(LightningModule):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    trainer = Trainer(strategy="ddp", devices=2, accelerator="cpu", logger=False)
+    arguments = defaultdict(lambda: None, strategy="ddp")
+    check_run("fit", Other(rank=3), LightningDataModule(), arguments, trainer)
+    with pytest.raises(UsageError, match="write strategy: ddp_layerwise"):
+        check_run("fit", CausalLMModule("nothing", rank=3), LightningDataModule(), arguments, trainer)
