@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ows_lightning import LayerwiseSampling
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.optim import galore
+from ows_lightning.optim.projected_adamw import adam_
 from ows_lightning.sampling.inclusion import inclusion_probabilities
 
 
@@ -164,6 +165,46 @@ def polar_factor(matrix: Tensor) -> Tensor:
     """Returns U V^T of a matrix U S V^T, with entries of the mean size 0.2, about Adam's (Moonlight, arXiv 2502.16982)."""
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     return 0.2 * max(matrix.shape[-2:]) ** 0.5 * (u @ vh)
+
+
+class ScaledGradient(Optimizer):
+    """Matrices move along their whole gradients, whose rows a low-rank Adam scales (APOLLO, arXiv 2412.05270).
+
+    With Adam's direction D of R = G Q, for a random orthonormal Q of rank r, row i of the update is |D_i| / |R_i| G_i.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, rank: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, {"lr": lr, "rank": rank, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step; returns what the closure does."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                p.sub_(self._direction(p, group), alpha=group["lr"])
+        return loss
+
+    def _direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        state, gradient = self.state[p], p.grad
+        assert gradient is not None
+        if not state:
+            state["step"] = 0
+            if p.dim() == 2:
+                state["projector"] = torch.linalg.qr(torch.randn(p.size(1), group["rank"])).Q
+            shape = p.shape if p.dim() < 2 else (p.size(0), group["rank"])
+            state["exp_avg"], state["exp_avg_sq"] = p.new_zeros(shape), p.new_zeros(shape)
+        state["step"] += 1
+        projected = gradient if p.dim() < 2 else gradient @ state["projector"]
+        (direction,) = adam_(
+            [state["exp_avg"]], [state["exp_avg_sq"]], [projected], [state["step"]], group["betas"], group["eps"]
+        )
+        if p.dim() < 2:
+            return direction
+        return gradient * (direction.norm(dim=1) / projected.norm(dim=1).clamp_min(1e-12))[:, None]
 
 
 class BalancedDraws(Callback):

@@ -14,6 +14,7 @@ from benchmarks.evidence.recipes import (
     KeptRest,
     PolarDirection,
     RateByInclusion,
+    ScaledGradient,
     SlowRest,
     balanced_blocks,
     polar_factor,
@@ -148,3 +149,16 @@ def test_projected_weights_move_by_polar_factors_and_vectors_by_adam(tmp_path: P
         moved = torch.linalg.svdvals(end - start)[:4]  # rank 4
         torch.testing.assert_close(moved, torch.full((4,), 1e-2 * 0.2 * max(4, len(start)) ** 0.5), rtol=1e-3, atol=0)
     assert galore.projected_adamw_ is projected_adamw_  # given back
+
+
+def test_whole_gradients_are_scaled_row_by_row_and_vectors_move_by_adam() -> None:
+    torch.manual_seed(0)
+    matrix, vector = torch.nn.Parameter(torch.zeros(3, 64)), torch.nn.Parameter(torch.zeros(3))
+    optimizer = ScaledGradient([matrix, vector], lr=0.1, rank=4)
+    matrix.grad, vector.grad = torch.randn(3, 64) * torch.tensor([[1.0], [10.0], [100.0]]), torch.tensor([1.0, -2.0, 3.0])
+    optimizer.step()
+    torch.testing.assert_close(vector.detach(), -0.1 * vector.grad.sign())  # Adam's first step
+    rows, gradients = matrix.detach(), matrix.grad
+    torch.testing.assert_close(rows / rows.norm(dim=1, keepdim=True), -gradients / gradients.norm(dim=1, keepdim=True))
+    projected = (gradients @ optimizer.state[matrix]["projector"]).norm(dim=1)
+    torch.testing.assert_close(rows.norm(dim=1), 0.1 * 4**0.5 * gradients.norm(dim=1) / projected)  # D is a row of four signs
