@@ -62,7 +62,11 @@ def shipped_configs() -> Iterator[tuple[str, Path]]:
 
 
 def shipped_data(name: Any) -> Any:
-    """Returns the path of a shipped file of rows or scores, if the working directory does not have it."""
+    """Returns the paths of shipped files of rows or scores where the working directory does not have them."""
+    if isinstance(name, dict):  # from sources to their weights
+        return {shipped_data(source): weight for source, weight in name.items()}
+    if isinstance(name, list):
+        return [shipped_data(source) for source in name]
     shipped = isinstance(name, str) and name.startswith(("examples/", "configs/scores/"))
     if shipped and not Path(name).exists() and (SHIPPED_FOLDER / name).exists():
         return str(SHIPPED_FOLDER / name)

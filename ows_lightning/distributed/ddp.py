@@ -1,6 +1,7 @@
 """Data parallelism for models whose trained blocks change: ``--trainer.strategy ddp_layerwise``."""
 
 import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import average_, zero_missing_gradients
+
+log = logging.getLogger(__name__)
 
 
 class LayerwiseDDPStrategy(DDPStrategy):
@@ -34,6 +37,8 @@ class LayerwiseDDPStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Gives all processes rank 0's weights; the model is not wrapped."""
         assert self.model is not None
+        if ignored := [*self._ddp_kwargs, *(["ddp_comm_hook"] if self._ddp_comm_hook is not None else [])]:
+            log.warning("trainer.strategy: LayerwiseDDPStrategy wraps no model, so it ignores %s", ", ".join(ignored))
         for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
             if self.world_size > 1:  # one process may offload blocks, and NCCL takes nothing from host memory
                 dist.broadcast(tensor.detach(), src=0)

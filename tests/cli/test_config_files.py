@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ows_lightning import CausalLMModule, InstructionDataModule
-from ows_lightning.cli.config_files import config_and_bases, find_config, shipped_configs
+from ows_lightning.cli.config_files import SHIPPED_FOLDER, config_and_bases, find_config, shipped_configs, shipped_data
 from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
 
@@ -50,6 +50,14 @@ def test_a_config_stands_on_another() -> None:
     Path("mine/first.yaml").write_text("base: llama2_7b\nseed_everything: 1\n")
     Path("mine/second.yaml").write_text("base: first.yaml\nseed_everything: 2\n")
     assert [path.stem for path in config_and_bases("mine/second.yaml")] == ["base", "llama2_7b", "first", "second"]
+
+
+def test_shipped_rows_are_found_in_lists_and_mappings() -> None:
+    name, mine = "examples/family_relationships/test.jsonl", "mine.jsonl"
+    shipped = str(SHIPPED_FOLDER / name)
+    assert shipped_data(name) == shipped
+    assert shipped_data([mine, name]) == [mine, shipped]
+    assert shipped_data({name: 2.0, mine: 1.0}) == {shipped: 2.0, mine: 1.0}
 
 
 def test_configs_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:

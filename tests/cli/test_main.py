@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,17 @@ def test_what_needs_no_library_loads_none(words: str) -> None:
     said, libraries = loaded(words)
     assert said.count("\n") > 3
     assert libraries == set()
+
+
+def test_output_whose_reader_has_left_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as nobody_reads:
+        monkeypatch.setattr("sys.stdout", nobody_reads)
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", "--config", "llama2_7b", "--method", "ows"])
+    assert ended.value.code == 1
+    assert "error" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

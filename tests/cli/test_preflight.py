@@ -14,7 +14,7 @@ from ows_lightning import CausalLMModule, OWSTrainer
 from ows_lightning.callbacks.throughput import LearningRates
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
-from ows_lightning.cli.preflight import LOGGED_METRICS, check_run, iter_numbers
+from ows_lightning.cli.preflight import LOGGED_METRICS, check_plan, check_run, iter_numbers
 from ows_lightning.errors import UsageError
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
@@ -104,6 +104,14 @@ def test_whatever_a_step_logs_can_be_monitored(tmp_path: Path) -> None:
     assert {name for name in trainer.callback_metrics if not name.startswith("lr-")} == {
         name for name in LOGGED_METRICS if not name.startswith("val_") and name not in ("epoch", "step")
     }
+
+
+def test_a_plan_refuses_the_strategy_that_a_run_would_get(tmp_path: Path) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    wanted = CausalLMModule(str(tmp_path), rank=3)
+    check_plan(wanted, None, {"devices": 1, "strategy": "auto"})
+    with pytest.raises(UsageError, match=r"ddp can't train .*write strategy: ddp_layerwise"):
+        check_plan(wanted, None, {"devices": 2, "strategy": "auto"})
 
 
 def test_a_rank_of_somebody_elses_module_is_no_projection() -> None:
