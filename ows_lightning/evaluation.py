@@ -1,6 +1,7 @@
 """Validation, test and prediction: loss, perplexity, exact match, multiple choice, and generated answers."""
 
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,17 +51,13 @@ class EvaluationModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.causal_lm: CausalLM | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.val_metrics, self.test_metrics, self.test_choices = EvaluationMetrics(), EvaluationMetrics(), ChoiceAccuracy()
         self._greedy: TeacherForcedAnswers | None = None  # of the rows whose loss has been taken
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use; with a plain chat template where it has none of its own."""
-        if self._tokenizer is None:
-            tokenizer = load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
-            self._tokenizer = with_chat_template(tokenizer)
-        return self._tokenizer
+        return with_chat_template(load_tokenizer(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"]))
 
     @property
     def _loaded_causal_lm(self) -> CausalLM:

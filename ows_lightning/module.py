@@ -31,7 +31,7 @@ from ows_lightning.models.loss import LossParts, precompute_on_host, token_mask
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.mapped_model import load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
-from ows_lightning.offload.options import check_offloading, offloader_for, offloads
+from ows_lightning.offload.options import check_offloading, offloads
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, merge_saved_updates_
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.sharding import is_sharded
@@ -227,8 +227,11 @@ class CausalLMModule(EvaluationModule):
         execution.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
         if self.hparams["compile"]:
             execution.compile_blocks(self.language_model)
-        self.offloader = None if self.device_mesh else offloader_for(decoder_layers(self), self.hparams, disk)
-        if self.offloader is not None:  # DDP sends weights even from one process to itself, and NCCL takes none from the host
+        if offloads(self.hparams) and self.device_mesh is None:
+            int8_in = self.hparams["frozen_in"] if self.hparams["frozen_dtype"] else None
+            options = self.hparams["window_blocks"], self.hparams["lora"] is not None, disk, int8_in
+            self.offloader = BlockOffloader(decoder_layers(self), *options)
+            # DDP sends weights even from one process to itself, and NCCL takes none from the host
             offloaded = {p for weights in self.offloader.parameters for p in weights}
             self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if p in offloaded]
 

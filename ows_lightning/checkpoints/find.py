@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, file_crc32, load_file
-from ows_lightning.checkpoints.shards import read_metadata
+from ows_lightning.checkpoints.shards import ShardReader
 from ows_lightning.errors import UsageError, first_line
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def load_verified(path: Path) -> dict[str, Any]:
     for name, expected in contents.get("sums", {}).items():
         if file_crc32(path / name) != expected:
             raise ValueError(f"{name} has another checksum than when it was written")
-    for info in read_metadata(path).storage_data.values():
+    for info in ShardReader(path).read_metadata().storage_data.values():
         if (path / info.relative_path).stat().st_size < info.offset + info.length:
             raise ValueError(f"{info.relative_path} is cut short")
     return contents

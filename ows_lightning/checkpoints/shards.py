@@ -98,26 +98,22 @@ def read_into(tensors: dict[str, Tensor], path: Path) -> None:
     if not tensors:
         return
     try:
-        dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
+        dcp.load(tensors, storage_reader=ShardReader(path), no_dist=True)
     except dcp.CheckpointException as error:  # which is no Exception
         raise ValueError(first_line(root_cause(error))) from error
 
 
 def _contents(path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
     """The saved tensors whose names begin with a prefix; anything else is never read, for torch would unpickle it."""
-    contents = read_metadata(path).state_dict_metadata.items()
+    contents = ShardReader(path).read_metadata().state_dict_metadata.items()
     return {k: info for k, info in contents if k.startswith(prefix) and isinstance(info, TensorStorageMetadata)}
 
 
-def read_metadata(path: Path) -> Metadata:
-    """Which tensors a directory of shards holds, and where."""
-    return _Reader(path).read_metadata()
-
-
-class _Reader(dcp.FileSystemReader):
+class ShardReader(dcp.FileSystemReader):
     """torch's reader of shards; it would unpickle whatever is in the list of contents."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Which tensors a directory of shards holds, and where."""
         with open(Path(self.path) / METADATA, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()

@@ -62,7 +62,8 @@ def rename(row: Row, columns: Mapping[str, str], row_name: str, requires_answer:
     renamed = {name: row[column] for name, column in columns.items() if column in row}
     renamed = {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
     if all(_first_missing(data_format, renamed, requires_answer) for data_format in FORMATS):
-        needed = {name for data_format in FORMATS for group in _needed_columns(data_format, requires_answer) for name in group}
+        last = None if requires_answer else 1
+        needed = {name for groups, _ in FORMATS.values() for group in groups[:last] for name in group}
         for name, own in columns.items():
             if name in needed and own not in row and name not in row:
                 what = f"{row_name} has no column '{own}' ({_names(row)}){did_you_mean(own, row)}"
@@ -230,13 +231,8 @@ def _text(row: Row, column: str, row_name: str, optional: bool = False) -> str:
 
 def _first_missing(data_format: str, columns: Iterable[str], requires_answer: bool) -> tuple[str, ...]:
     """The first column that a format needs and that is not there, with its alternatives."""
-    columns = set(columns)
-    return next((group for group in _needed_columns(data_format, requires_answer) if not columns.intersection(group)), ())
-
-
-def _needed_columns(data_format: str, requires_answer: bool) -> tuple[tuple[str, ...], ...]:
-    """The columns that a format needs, each with its alternatives; the answer's only with `requires_answer`."""
-    return FORMATS[data_format][0][: None if requires_answer else 1]
+    needed, columns = FORMATS[data_format][0][: None if requires_answer else 1], set(columns)
+    return next((group for group in needed if not columns.intersection(group)), ())
 
 
 def _type_text(value: Any) -> str:

@@ -56,7 +56,10 @@ class FakeOperators:
         key = func, tuple(kwargs), _layout(inputs)
         if key not in self._results:
             self._results[key] = self._infer(func, args, kwargs)
-        return _make_result(self._results[key], inputs)
+        result = self._results[key]
+        if isinstance(result, _TensorSpec):  # faster, and the usual case
+            return result.make(inputs)
+        return tree_map_only(_TensorSpec, lambda spec: spec.make(inputs), result)
 
     def _infer(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Returns an operator's result with an `_TensorSpec` in each tensor's place."""
@@ -124,12 +127,6 @@ class _TensorSpec:
             return made
         with torch._C._DisableTorchDispatch():
             return made.set_(source.untyped_storage(), self.offset, self.shape, self.stride)
-
-
-def _make_result(result: Any, inputs: Sequence[Any]) -> Any:
-    if isinstance(result, _TensorSpec):
-        return result.make(inputs)
-    return [_make_result(part, inputs) for part in result] if isinstance(result, (list, tuple)) else result
 
 
 def _chunks(tensor: Tensor, size: int, dim: int = 0) -> int:

@@ -78,13 +78,6 @@ def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if offloader is None else offloader.on_device(block)
 
 
-def restore_weights(block: nn.Module) -> None:
-    """Ends an offloaded block's pass: its parameters are its own weights again, with what they learned at rest merged in."""
-    if (offloader := getattr(block, "offloader", None)) is not None:
-        offloader.end_pass()
-        offloader.merge_updates()
-
-
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """Returns the module that directly holds the list of blocks, and that list."""
     language_model = language_model_of(model)

@@ -1,26 +1,14 @@
 """A run's settings for offloading: what they ask for, and what they refuse."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ows_lightning.errors import UsageError
-from ows_lightning.offload.disk import Disk
-from ows_lightning.offload.offloader import BlockOffloader
 
 
 def offloads(settings: Mapping[str, Any]) -> bool:
     """Whether a module's settings have its frozen blocks offloaded."""
     return settings["frozen_in"] != "device" or settings["frozen_dtype"] is not None
-
-
-def offloader_for(blocks: Iterable[nn.Module], settings: Mapping[str, Any], disk: Disk | None = None) -> BlockOffloader | None:
-    """Returns the offloader that a ``CausalLMModule``'s settings ask for; None where frozen blocks stay as they are."""
-    if not offloads(settings):
-        return None
-    int8_in = settings["frozen_in"] if settings["frozen_dtype"] == "int8" else None
-    return BlockOffloader(blocks, settings["window_blocks"], settings["lora"] is not None, disk, int8_in)
 
 
 def check_offloading(model: Mapping[str, Any], some_are_frozen: bool, devices: int, strategy: str) -> None:

@@ -156,7 +156,7 @@ class GaLoreAdamW(GradientCapture):
                 dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
                 value = value.to(p.device, dtype, copy=True)
                 self.state[p][key] = sharding.shard_state(value, p, self._projected_side(p), key == "projector")
-        self._merge_resting_updates(p for p in self._group_and_index if p not in self._merge_callbacks)  # of an offloading run
+        self.merge_updates(p for p in self._group_and_index if p not in self._merge_callbacks)  # of an offloading run
 
     def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
         """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
@@ -182,7 +182,7 @@ class GaLoreAdamW(GradientCapture):
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
-        self._merge_resting_updates([p for p in self._group_and_index if p not in resting])
+        self.merge_updates([p for p in self._group_and_index if p not in resting])
         for p in self._group_and_index:
             if (p in resting) != self.rests(p):
                 self.state.pop(p, None)
@@ -211,13 +211,10 @@ class GaLoreAdamW(GradientCapture):
         return {p: (self.state[p]["update"], q) for p in kept if (q := self.resting_projector(p)) is not None}
 
     @torch.no_grad()
-    def merge_updates(self) -> None:
-        """Writes what weights have learned at rest into them, where it is kept beside them; they go on resting."""
-        self._merge_resting_updates(self._group_and_index)
-
-    def _merge_resting_updates(self, weights: Iterable[Tensor]) -> None:
+    def merge_updates(self, weights: Iterable[Tensor] | None = None) -> None:
+        """Writes what weights, by default all, learned at rest into them, where it is kept beside them; they go on resting."""
         by_callback: dict[Any, list[Tensor]] = {}
-        for p in (p for p in weights if "update" in self.state.get(p, ())):
+        for p in (p for p in (self._group_and_index if weights is None else weights) if "update" in self.state.get(p, ())):
             by_callback.setdefault(self._merge_callbacks.get(p, self.add_resting_updates), []).append(p)
         for merge, found in by_callback.items():
             try:

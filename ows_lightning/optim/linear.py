@@ -43,7 +43,7 @@ class ProjectedLinear(nn.Linear):
         if plain:
             output: Tensor = F.linear(input, weight, bias)
         else:  # saved first: checkpointing stops to recompute as soon as all is saved that backward needs
-            rows = input.reshape(-1, input.size(-1))
+            rows = input.reshape(-1, input.size(-1))  # of 2-D input Y is no view, so that a model may write into it
             keeps = rows if projected is None else projected.view(-1, projected.size(-1))
             kept = _SaveInput.apply(keeps.detach(), weight, None if projected is None else consumer)
             output = _LinearWithoutWeightGrad.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))
@@ -72,9 +72,6 @@ def to_plain_linear(modules: Iterable[nn.Linear]) -> None:
         if type(module) is ProjectedLinear:
             module.update = None  # that of an interrupted pass
             module.__class__ = nn.Linear  # type: ignore[assignment]
-
-
-# On 2-D input (a row per token) Y is no view, so that a model may write into it.
 
 
 class _LinearWithoutWeightGrad(torch.autograd.Function):

@@ -121,12 +121,9 @@ def watch(run: Path, port: int = 0) -> None:
 def is_running(run: Path) -> bool:
     """Whether a process holds the lock of the run's folder."""
     try:
-        lock = newest_run(run) / ".lock"
-        if lock.is_file():
+        if (lock := newest_run(run) / ".lock").is_file():
             with FileLock(lock, timeout=0):
                 pass
-        return False
-    except Timeout:
-        return True
-    except OSError:  # there is no folder any more, or the lock is another user's
-        return False
+    except OSError as error:  # or there is no folder any more, or the lock is another user's
+        return isinstance(error, Timeout)
+    return False

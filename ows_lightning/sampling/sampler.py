@@ -233,16 +233,13 @@ class BlockSampler:
         self._freeze_again()
         if self.distribution != "gradient_norm":
             return
-        projecting = [optimizer for optimizer in map(unwrapped, optimizers) if hasattr(optimizer, "gradient_of")]
-        for optimizer in projecting:
-            optimizer.gradients()
-
-        def gradient_of(p: Tensor) -> Tensor | None:
-            found = (optimizer.gradient_of(p) for optimizer in projecting)
-            return next((gradient for gradient in found if gradient is not None), p.grad)
-
+        projected: dict[Tensor, Tensor] = {}
+        for optimizer in map(unwrapped, optimizers):
+            if hasattr(optimizer, "projected_gradients"):
+                optimizer.gradients()
+                projected |= optimizer.projected_gradients
         for index in self.active_blocks:
-            gradients = [gradient for p in self._blocks[index] if (gradient := gradient_of(p)) is not None]
+            gradients = [gradient for p in self._blocks[index] if (gradient := projected.get(p, p.grad)) is not None]
             if not gradients:
                 continue
             norm = total_norm(gradients) / math.sqrt(sum(p.numel() for p in self._blocks[index]))
