@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -50,6 +51,7 @@ def test_the_long_study(name: str, method: str) -> None:
     assert f"{', '.join(f'{loss:.2f}' for loss in others)}, {last:.3f}" in README
 
 
+@functools.cache
 def predicted(config: str, *flags: str, method: str = "ows") -> tuple[float, float]:
     """Peak on the card and bytes in host memory, in GB."""
     arguments = ["--config", str(ROOT / f"configs/{config}.yaml"), *flags]

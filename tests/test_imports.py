@@ -16,7 +16,7 @@ def printed(code: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_optimizer_needs_torch_alone() -> None:
+def test_the_optimizer_needs_torch_alone_and_who_uses_lightning_finds_the_strategies() -> None:
     code = (
         "import sys\nimport torch\nfrom ows_lightning.optim import GaLoreAdamW, galore_param_groups\n"
         "assert 'torch.distributed.tensor' not in sys.modules, 'as long again as half of torch'\n"
@@ -31,15 +31,11 @@ def test_the_optimizer_needs_torch_alone() -> None:
         "net.layers[0](torch.ones(1, 8)).sum().backward()\n"
         "optimizer.step()\n"
         "torch.save(optimizer.state_dict(), __import__('io').BytesIO())\n"
-        f"print([name for name in {HEAVY} if name in sys.modules])"
+        f"print([name for name in {HEAVY} if name in sys.modules])\n"
+        "from ows_lightning import LayerwiseSampling\nfrom lightning.pytorch.strategies import StrategyRegistry\n"
+        "print('fsdp2' in StrategyRegistry)"
     )
-    assert printed(code) == "[]"
-
-
-@pytest.mark.slow
-def test_who_uses_lightning_finds_the_strategies() -> None:
-    imports = "from ows_lightning import LayerwiseSampling\nfrom lightning.pytorch.strategies import StrategyRegistry\n"
-    assert printed(imports + "print('fsdp2' in StrategyRegistry)") == "True"
+    assert printed(code).splitlines() == ["[]", "True"]
 
 
 def test_every_public_name_is_there() -> None:

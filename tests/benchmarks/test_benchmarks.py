@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from benchmarks.methods import METHODS, PACKAGES
 from benchmarks.models import WORKLOADS
 from benchmarks.report import targets_table, write_report
 from benchmarks.worker import measure
+from tests.distributed import launch
 from tests.tiny import tiny_model
 
 SETTINGS = {
@@ -81,10 +84,15 @@ def test_command_writes_a_report_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert (tmp_path / "results.jsonl").read_text() == results
 
 
-@pytest.mark.slow
-def test_a_worker_that_fails_is_a_row(tmp_path):
-    error = compare._run({**SETTINGS, "method": "ours_frozen", "directory": str(tmp_path), "model": "missing"})["error"]
-    assert error == "KeyError: 'missing'"
+def test_a_worker_that_fails_is_a_row(tmp_path, monkeypatch):
+    settings = {**SETTINGS, "method": "ours_frozen", "directory": str(tmp_path)}
+    with pytest.raises(KeyError, match="missing"):
+        measure({**settings, "model": "missing"})
+    failing = tmp_path / "python"  # ends as Python does after an exception
+    failing.write_text("#!/bin/sh\necho Traceback >&2\necho \"KeyError: 'missing'\" >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(failing))
+    assert compare._run(settings)["error"] == "KeyError: 'missing'"
     runs = {"ours_frozen": [finished([1.0, 1.0, 2.0], 100, 300)], "full": [{"error": "out of memory"}]}
     write_report(runs, SETTINGS, tmp_path / "table")
     lines = (tmp_path / "table.md").read_text().splitlines()
@@ -115,7 +123,13 @@ def test_a_step_after_a_draw_is_compared_with_its_own_interval():
 
 
 @pytest.mark.slow
-def test_learning_compares_validation_losses_and_goes_on_where_it_stopped(model_dir, rows_file, tmp_path, capsys):
+def test_learning_compares_validation_losses_and_goes_on_where_it_stopped(model_dir, rows_file, tmp_path, monkeypatch, capsys):
+    def forked(command, *, cwd, **_):
+        assert command[:3] == [sys.executable, "main.py", "fit"]
+        assert (cwd / "main.py").is_file()
+        launch.run(command[2:], tmp_path / "output")
+
+    monkeypatch.setattr(learning, "subprocess", SimpleNamespace(run=forked))  # which imports nothing anew
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{model_name_or_path: {model_dir()}, rank: 8}}\n"

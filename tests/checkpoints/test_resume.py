@@ -30,7 +30,7 @@ from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.errors import RunError, UsageError
-from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
+from tests.distributed.fixtures import Arguments, arguments, command_of, home  # noqa: F401
 from tests.distributed.launch import Launch, run
 
 SAVED = ["--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1", "--trainer.max_steps=15",
@@ -171,49 +171,66 @@ FULL = ["--trainer.strategy.class_path=ows_lightning.distributed.FSDP2Strategy",
         "--trainer.strategy.init_args.save_distributed_checkpoint=false"]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def runs_of_two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two processes, which nobody changes."""
+    folder = tmp_path_factory.mktemp("two")
+    run(command_of(home, folder / "runs", *SAVED, strategy="fsdp2", ranks=2), folder, 2)
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def runs_of_one(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on one."""
+    folder = tmp_path_factory.mktemp("one")
+    run(command_of(home, folder / "runs", *SAVED), folder)
+    return folder / "runs"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_checkpoints_of_two_processes_load_on_one_and_back(kind: str, arguments: Arguments, tmp_path: Path) -> None:
+def test_checkpoints_of_two_processes_load_on_one_and_back(
+    kind: str, runs_of_one: Path, runs_of_two: Path, arguments: Arguments, tmp_path: Path
+) -> None:
     full = FULL if kind == "full" else []
-    run(arguments(*SAVED, runs=tmp_path / "one"), tmp_path / "one")
-    run([*arguments(*SAVED, strategy="fsdp2", ranks=2, runs=tmp_path / "two"), *full], tmp_path / "two", 2)
-    of_two, of_one = at_step(tmp_path / "two", 6), at_step(tmp_path / "one", 6)
+    if full:
+        run([*arguments(*SAVED, strategy="fsdp2", ranks=2, runs=tmp_path / "two"), *full], tmp_path / "two", 2)
+    of_two, of_one = at_step(tmp_path / "two" if full else runs_of_two, 6), at_step(runs_of_one, 6)
     assert of_two.is_dir() == (kind == "sharded")
-    run([*arguments(*SAVED, runs=tmp_path / "one"), f"--ckpt_path={of_two}"], tmp_path / "to-one")
+    run([*arguments(*SAVED, runs=tmp_path / "to-one"), f"--ckpt_path={of_two}"], tmp_path / "to-one")
     run(
-        [*arguments(*SAVED, strategy="fsdp2", ranks=2, runs=tmp_path / "two"), *full, f"--ckpt_path={of_one}"],
+        [*arguments(*SAVED, strategy="fsdp2", ranks=2, runs=tmp_path / "to-two"), *full, f"--ckpt_path={of_one}"],
         tmp_path / "to-two",
         2,
     )
-    through = weights(tmp_path / "one", 0)
-    for runs in ("one", "two"):
-        assert_close(through, weights(tmp_path / runs, 1))
+    through = weights(runs_of_one)
+    for runs in ("to-one", "to-two"):
+        assert_close(through, weights(tmp_path / runs))
 
 
 @pytest.mark.slow
-def test_checkpoints_of_two_processes_load_on_four_and_back(arguments: Arguments, tmp_path: Path) -> None:
+def test_checkpoints_of_two_processes_load_on_four_and_back(runs_of_two: Path, arguments: Arguments, tmp_path: Path) -> None:
     def fsdp2(ranks: int, *more: str) -> None:
         command = arguments(*SAVED, *more, strategy="fsdp2", ranks=ranks, runs=tmp_path / str(ranks))
         run(command, tmp_path / f"to-{ranks}", ranks)
 
-    fsdp2(2)
-    fsdp2(4, f"--ckpt_path={at_step(tmp_path / '2', 6)}")
+    fsdp2(4, f"--ckpt_path={at_step(runs_of_two, 6)}")
     fsdp2(2, f"--ckpt_path={at_step(tmp_path / '4', 9)}")
-    through = weights(tmp_path / "2", 0)
-    assert_close(through, weights(tmp_path / "4", 0))
-    assert_close(through, weights(tmp_path / "2", 1))
+    through = weights(runs_of_two)
+    assert_close(through, weights(tmp_path / "4"))
+    assert_close(through, weights(tmp_path / "2"))
 
 
 @pytest.mark.slow
-def test_a_sharded_checkpoint_exports_from_its_weights_alone(arguments: Arguments, tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_exports_from_its_weights_alone(runs_of_two: Path, arguments: Arguments, tmp_path: Path) -> None:
     """The weights that the run began with are not read."""
-    run(arguments(*SAVED, strategy="fsdp2", ranks=2), tmp_path / "two", 2)
     command = arguments()[1:]
     name = command.index("--model.model_name_or_path") + 1
     command[name] = str(shutil.copytree(command[name], tmp_path / "llama"))
     (tmp_path / "llama" / "model.safetensors").write_bytes(b"")
-    run(["export", *command, "--ckpt_path=last", f"--output={tmp_path / 'exported'}"], tmp_path / "export")
-    assert_identical(weights(tmp_path / "runs"), load_file(tmp_path / "exported" / "model.safetensors"))
+    last = runs_of_two / "version_0" / "checkpoints" / "last.ckpt"
+    run(["export", *command, f"--ckpt_path={last}", f"--output={tmp_path / 'exported'}"], tmp_path / "export")
+    assert_identical(weights(runs_of_two), load_file(tmp_path / "exported" / "model.safetensors"))
 
 
 # ------------------------------------------------------------------ damaged
@@ -242,9 +259,9 @@ def test_a_cut_checkpoint_is_named_and_passed_over(saved: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_cut_shard_is_found(arguments: Arguments, tmp_path: Path) -> None:
+def test_a_cut_shard_is_found(runs_of_two: Path, arguments: Arguments, tmp_path: Path) -> None:
     command = arguments(*SAVED, strategy="fsdp2", ranks=2)
-    run(command, tmp_path / "two", 2)
+    shutil.copytree(runs_of_two, tmp_path / "runs", symlinks=True)
     checkpoint = at_step(tmp_path / "runs", 12)
     places = random.Random(0)
     for file in [*checkpoint.glob("*.distcp"), checkpoint / "meta.pt", checkpoint / ".metadata"]:

@@ -18,6 +18,7 @@ from ows_lightning.cli.chat import add_generation_flags
 from ows_lightning.cli.conversation import load_conversation
 from ows_lightning.cli.main import main
 from tests.cli.test_cli import config, run, whole_config  # noqa: F401
+from tests.distributed.launch import Launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +87,7 @@ def test_answers_end_with_the_turn_where_the_model_does_not_say_so(model_dir: Ca
 
 
 @pytest.mark.slow
-def test_a_pipe_may_bring_anything(model_dir: Callable[..., Path], say: Callable[..., str]) -> None:
+def test_a_pipe_may_bring_anything(model_dir: Callable[..., Path], say: Callable[..., str], tmp_path: Path) -> None:
     model = model_dir()
     command = [sys.executable, str(ROOT / "main.py"), "chat", "--model", str(model), "--max_new_tokens", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -95,15 +96,18 @@ def test_a_pipe_may_bring_anything(model_dir: Callable[..., Path], say: Callable
     assert done.stdout.startswith(say(model, "who?").encode("ascii", "replace"))
     assert done.stdout.count(b"\n") == 4  # all but the longest are answered
     assert b"error: max_new_tokens: the message has " in done.stderr
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()  # as `| head` does
-    process.stdin.write(b"who?\n" * 3)
-    process.stdin.close()
-    assert process.wait(600) == 1
-    assert b"rror" not in process.stderr.read()
+    launch = Launch(command[2:], tmp_path / "closed", target=into_a_closed_pipe)
+    assert launch.wait() == [1]
+    assert "rror" not in launch.output
+
+
+def into_a_closed_pipe(arguments: list[str]) -> None:
+    """Runs a command whose output nobody reads any more, as with `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    sys.stdout = open(writing, "w")  # noqa: SIM115
+    sys.stdin = io.StringIO("who?\n" * 3)
+    main(arguments)
 
 
 def test_a_run_what_is_in_it_and_the_folder_of_runs_are_one_model(config: Path, say: Callable[..., str]) -> None:  # noqa: F811

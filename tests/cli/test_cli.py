@@ -220,15 +220,6 @@ def test_every_command_takes_the_config_that_fit_wrote(config: Path, capsys: pyt
         assert result in said
 
 
-@pytest.mark.slow
-def test_report_compares_runs_without_a_config(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):
-        run("fit", config, "--trainer.max_steps", "2")
-    main(["report", "runs/version_0", "runs/version_1", "--output", "compared"])
-    assert capsys.readouterr().out.splitlines()[-1] == "Written: compared/report.html"
-    assert Path("compared/loss.png").is_file()
-
-
 def test_loggers_and_generations_by_yaml(whole_config: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -74,18 +74,6 @@ def test_every_process_reads_its_own_part_of_the_weights(tmp_path: Path) -> None
     run([str(tmp_path / "model")], tmp_path, ranks=4, target=load_a_model)
 
 
-def hand_out_buffers(name: str) -> None:
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = load_into_shards(
-        lambda empty: empty_model(name, 0) if empty else load_model(name), name, mesh, torch.device("cpu"), "32"
-    ).model
-    expected = dict(load_model(name).named_buffers())
-    for key, buffer in model.named_buffers():
-        assert torch.equal(buffer, expected[key]), key
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_buffers_are_the_same_whatever_the_processes_hash_seeds(tmp_path: Path) -> None:
     """Stacked experts are handed out by rank 0, and with them the router's biases, which are buffers."""
@@ -99,7 +87,7 @@ def test_buffers_are_the_same_whatever_the_processes_hash_seeds(tmp_path: Path) 
         if "bias" in key:
             buffer.normal_()
     model.save_pretrained(tmp_path)
-    program = f"from tests.distributed.test_strategy import hand_out_buffers; hand_out_buffers({str(tmp_path)!r})"
+    program = f"from tests.distributed.buffers import hand_out_buffers; hand_out_buffers({str(tmp_path)!r})"
     processes, port = [], free_port()
     for rank in range(2):
         variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONHASHSEED": rank}

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord, write_report
 
@@ -77,6 +78,13 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path, make_run):
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
     assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
     assert all((path.parent / link["href"]).is_file() for link in page.all("a"))
+
+
+def test_the_command_compares_runs_without_a_config(tmp_path, make_run, capsys):
+    runs = [str(make_run(tmp_path / name, seed=seed)) for seed, name in enumerate(("a", "b"))]
+    main(["report", *runs, "--output", str(tmp_path / "compared")])
+    assert capsys.readouterr().out.splitlines()[-1] == f"Written: {tmp_path}/compared/report.html"
+    assert (tmp_path / "compared" / "loss.png").is_file()
 
 
 def test_compared_runs_have_a_row_each(tmp_path, make_run):
