@@ -87,7 +87,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _link(trainer: Trainer, newest: Path, path: Path) -> bool:
-        """Makes the link on rank 0; returns whether that worked."""
+        """Makes a hard link, or a folder of them, on rank 0; returns whether that worked."""
         linked = False
         if trainer.is_global_zero and newest.exists():
             partial = partial_path(path)

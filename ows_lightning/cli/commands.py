@@ -1,6 +1,7 @@
 """CommandTrainer: the Trainer with a method for each command that Lightning lacks."""
 
 import copy
+import logging
 import re
 import tempfile
 from dataclasses import asdict
@@ -28,6 +29,8 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.distributions import score_name
 from ows_lightning.sampling.scores import OutlierScores
 from ows_lightning.trainer import OWSTrainer
+
+log = logging.getLogger(__name__)
 
 
 class CommandTrainer(OWSTrainer):
@@ -89,7 +92,8 @@ class CommandTrainer(OWSTrainer):
         sampling = copy.copy(LayerwiseSampling.of(self)) or LayerwiseSampling()
         sampling.scores = None
         if score_name(sampling.distribution) in (None, "gradient_norm"):
-            sampling.distribution = "outlier"  # the other distributions need no scores, or those of a run
+            log.info("sampling.distribution: it takes no scores of a model, so these are those of `outlier`")
+            sampling.distribution = "outlier"
         self.strategy.connect(model)
         model.trainer = datamodule.trainer = self
         model.configure_model()

@@ -154,7 +154,7 @@ class OWSCLI(LightningCLI):
         return bool(defaults)
 
     def instantiate_classes(self) -> None:
-        """Makes model, data and Trainer; a plan needs none of them, and has their settings checked."""
+        """Makes model, data and Trainer; for a plan no Trainer, and all settings are checked."""
         if self.subcommand != "plan":
             super().instantiate_classes()
             return

@@ -21,13 +21,16 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
+from transformers import PretrainedConfig
 
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.cli.parser import SECTIONS
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable, refuse_url
 from ows_lightning.memory.plan_settings import find_model_config, number_of_devices
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import liger_for
+from ows_lightning.models.pretrained import meta_model
 from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.options import check_offloading
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -139,7 +142,7 @@ def check_run(
         if command in _RUNS:
             check_offloading(model.hparams, some_are_frozen, trainer.num_devices, str(trainer_args["strategy"]))
         if sampling is not None:
-            sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
+            _check_sampling(sampling, config, model)
             name, scores = model.hparams["model_name_or_path"], sampling.scores
             if scores is not None and Path(scored := OutlierScores.load(Path(scores)).model).name != Path(name).name:
                 log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", scores, scored, name)
@@ -157,7 +160,13 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
         if sampling is not None or model.hparams["rank"] is not None:
             check_strategy("ddp" if devices > 1 and strategy == "auto" else strategy)  # as Lightning chooses
         if sampling is not None:
-            sampling.check(config.get_text_config().num_hidden_layers, architecture_of(config))
+            _check_sampling(sampling, config, model)
+
+
+def _check_sampling(sampling: LayerwiseSampling, config: PretrainedConfig, model: CausalLMModule) -> None:
+    """Checks the settings against the model's blocks, which are counted: not every config has their number."""
+    blocks = decoder_layers(meta_model(config, trust_remote_code=model.hparams["trust_remote_code"]))
+    sampling.check(len(blocks), architecture_of(config))
 
 
 def check_devices(trainer: Trainer) -> None:

@@ -40,8 +40,8 @@ _WEIGHTS = (1e-6, 1e6)  # of the sources of a mixture
 class InstructionDataModule(LightningDataModule):
     """Instruction data from files or the hub, tokenised with the model's chat template, with loss only on the answers.
 
-    A source is a ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file (text also as ``.gz``, ``.bz2``, ``.xz`` or ``.zst``), a
-    directory or glob of them, a directory written by `datasets.Dataset.save_to_disk`, or a data set on the hub
+    A source is a ``.jsonl``, ``.json``, ``.parquet``, ``.csv`` or ``.tsv`` file (text also as ``.gz``, ``.bz2``, ``.xz`` or
+    ``.zst``), a directory or glob of them, a directory written by `datasets.Dataset.save_to_disk`, or a data set on the hub
     (``owner/name[/config][:split]``). The format is recognised from the columns:
 
     ================== ============================================ ==========================================
@@ -128,7 +128,7 @@ class InstructionDataModule(LightningDataModule):
         self.data_format, self.columns, self.split = data_format, columns or {}, split
         self.tokenizer = tokenizer
         self.num_workers, self.seed = num_workers, seed
-        check_bounds(vars(self))
+        check_settings(vars(self))
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
         self._tokenised_by: PreTrainedTokenizerBase | None = None  # `tokenizer`, or the model's
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
@@ -368,7 +368,7 @@ class InstructionDataModule(LightningDataModule):
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def check_bounds(settings: Mapping[str, Any]) -> None:
+def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises a UsageError for the first of the data module's settings, by name, that is wrong without a look at the rows."""
     for name, (least, most) in _BOUNDS.items():
         if not least <= (value := settings[name]) <= most:

@@ -62,8 +62,7 @@ def rename(row: Row, columns: Mapping[str, str], row_name: str, requires_answer:
     renamed = {name: row[column] for name, column in columns.items() if column in row}
     renamed = {**{name: value for name, value in row.items() if name not in columns.values()}, **renamed}
     if all(_first_missing(data_format, renamed, requires_answer) for data_format in FORMATS):
-        last = None if requires_answer else 1
-        needed = {name for groups, _ in FORMATS.values() for group in groups[:last] for name in group}
+        needed = {name for data_format in FORMATS for group in _needed_columns(data_format, requires_answer) for name in group}
         for name, own in columns.items():
             if name in needed and own not in row and name not in row:
                 what = f"{row_name} has no column '{own}' ({_names(row)}){did_you_mean(own, row)}"
@@ -116,8 +115,8 @@ def _from_prompt_completion(row: Row, row_name: str) -> Example:
 
 
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
-#: name -> (the columns it needs, each a tuple of alternatives, the answer's last; the conversion). `answer` stands in for an
-#: answer column that is missing, as in test sets.
+#: name -> (the columns it needs, each a tuple of alternatives; the conversion). Of several the last is the answer's, which
+#: prompts alone do without; `answer` is another name of it, as in test sets.
 FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Example]]] = {
     "messages": ((("messages",),), _from_messages),
     "sharegpt": ((("conversations",),), partial(_from_messages, column="conversations")),
@@ -231,8 +230,14 @@ def _text(row: Row, column: str, row_name: str, optional: bool = False) -> str:
 
 def _first_missing(data_format: str, columns: Iterable[str], requires_answer: bool) -> tuple[str, ...]:
     """The first column that a format needs and that is not there, with its alternatives."""
-    needed, columns = FORMATS[data_format][0][: None if requires_answer else 1], set(columns)
-    return next((group for group in needed if not columns.intersection(group)), ())
+    columns = set(columns)
+    return next((group for group in _needed_columns(data_format, requires_answer) if not columns.intersection(group)), ())
+
+
+def _needed_columns(data_format: str, requires_answer: bool) -> tuple[tuple[str, ...], ...]:
+    """The columns that a format needs, each with its alternatives; the answer's only with `requires_answer`."""
+    groups, _ = FORMATS[data_format]
+    return groups if requires_answer or len(groups) == 1 else groups[:-1]
 
 
 def _type_text(value: Any) -> str:

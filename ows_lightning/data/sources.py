@@ -31,7 +31,6 @@ def _open_zstandard(file: Path, mode: str) -> IO[bytes]:
     return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
 
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")  # in either case; text may also be compressed
 _COMPRESSIONS: dict[str, Callable[[Path, str], Any]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard
 }  # fmt: skip
@@ -104,7 +103,7 @@ def _suffix_of(path: Path) -> str | None:
     name = path.name.lower()
     compressed = Path(name).suffix in _COMPRESSIONS
     suffix = Path(Path(name).stem).suffix if compressed else Path(name).suffix
-    return suffix if suffix in SUFFIXES and not (compressed and suffix == ".parquet") else None
+    return suffix if suffix in _READERS and not (compressed and suffix == ".parquet") else None
 
 
 def _check_split_unset(source: DataSource) -> DataSource:

@@ -50,7 +50,7 @@ class _Flops(NamedTuple):
 
 
 def count_flops(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = None) -> FlopCount:
-    """Counts a method's FLOPs on a fake model of few blocks, and takes the expectation over draws of the real one's.
+    """Counts a method's FLOPs a token on a fake model of few blocks, and takes the expectation over draws of the real one's.
 
     Backward runs down to the lowest active block. Above it, a frozen block passes the gradient on and an active one computes
     that of its weights, too; below it nothing is computed but forward. The blocks that were drawn in each interval of a run
@@ -221,7 +221,7 @@ class Speed:
     hides_from_tokens: int  # of a micro-batch, from which on a block's fetch takes no longer than a block's forward pass
 
     def words(self) -> str:
-        """Says in a few words what bounds it."""
+        """Says what bounds it, with the figures that show it."""
         if not self.fetched_bytes:
             return f"compute, {self.compute_seconds:.1f} s a step"
         hidden = "hide behind" if self.bound_by == "compute" else "do not hide behind"

@@ -217,7 +217,7 @@ def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, in
 
 
 def _waiting_gradients(settings: PlanSettings) -> int:
-    """Page-locked bytes, a power of two each, of full gradients that wait for a step's last micro-batch or their average."""
+    """How many page-locked bytes, a power of two each, hold gradients that wait for a step's end or their average."""
     method, averages = settings.method, settings.devices > 1 and not settings.is_sharded
     if not (settings.on_gpu and method.ours and method.rank and (averages or settings.accumulate_grad_batches > 1)):
         return 0

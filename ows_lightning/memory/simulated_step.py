@@ -223,7 +223,7 @@ class _Simulation:
             if in_backward():
                 return  # recomputed within backward
             stage(f"forward {block_spans[index]}")
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
             if index and hidden.requires_grad:  # once its gradient is there, backward goes on to the block below
                 hidden.register_hook(lambda _: stage(f"backward {block_spans[index - 1]}"))
 

@@ -117,6 +117,7 @@ class MemoryTracker(TorchDispatchMode):
         return peaks
 
     def _allocation(self, tensor: Tensor) -> _Allocation:
+        """The memory of a tensor's storage, counted from the first call on until the storage is gone."""
         storage = tensor.untyped_storage()
         key = storage_key(tensor)
         if (allocation := self._alive.get(key)) is None:

@@ -36,7 +36,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Returns the decoder blocks of the causal LM in `model`, first block first.
 
     The blocks are the outermost `nn.ModuleList` that holds the most parameters; in a vision-language model only the language
-    part is searched. Models are not known by name, so a new architecture needs no entry anywhere.
+    part is searched. Models are not known by name, so a new architecture needs no entry anywhere. The list is the model's
+    own: who shortens it shortens the model.
 
     Args:
         model: A causal LM, or any module that contains one (LightningModule, peft model, vision-language model).
@@ -51,7 +52,7 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sorts the parameters outside the decoder blocks by what they belong to.
 
     They are under `embeddings` (of tokens and positions), `lm_head`, `norm` (the rest of the decoder, usually its final norm)
-    and `other` (what is no part of the language model, e.g. a vision tower); a head tied to the embeddings is under both.
+    and `other` (a vision tower, say, or a second stack of blocks); a head tied to the embeddings is under both.
     """
     holder, layers = _decoder_and_layers(model)
     language_model = language_model_of(model)
@@ -87,7 +88,7 @@ def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     if not any(sizes):
         raise UsageError(
             f"model: {type(language_model).__name__} has no decoder blocks (an nn.ModuleList that holds parameters); "
-            "give a decoder-only transformer"
+            "put its blocks into one, or give a decoder-only transformer"
         )
     return candidates[sizes.index(max(sizes))]
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -47,7 +46,7 @@ def checkpoint_activations(model: PreTrainedModel, setting: GradientCheckpointin
     layers = decoder_layers(model)
     if number := num_checkpointed(setting, len(layers)):
         if not model.supports_gradient_checkpointing:
-            name = f"{type(model).__name__} has none in transformers {transformers.__version__}"
+            name = f"{type(model).__name__}, whose supports_gradient_checkpointing is false, recomputes nothing"
             raise UsageError(f"model.gradient_checkpointing: {name}; set it to false")
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
         enable({"use_reentrant": False})

@@ -249,7 +249,7 @@ def untied_weights(model: nn.Module) -> list[_PlainWeight]:
 
 @contextlib.contextmanager
 def _merged_weight(weight: _PlainWeight) -> Iterator[Tensor]:
-    """The weight as one whole tensor with its adapters merged in; all ranks have to enter.
+    """Yields the weight as one whole tensor with its adapters merged in; all ranks have to enter.
 
     The merge happens in copies that take the parameters' places for as long as it takes.
     """

@@ -58,7 +58,9 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
     if not isinstance(distribution, str):
         weights = torch.as_tensor(distribution, dtype=torch.float64).cpu()
         if weights.shape != scores.shape:
-            raise UsageError(f"distribution: a list of {weights.numel()} weights for {blocks} blocks; give one weight a block")
+            raise UsageError(
+                f"sampling.distribution: a list of {weights.numel()} weights for {blocks} blocks; give one weight a block"
+            )
         return _normalised(weights, "distribution", "give at least one positive weight")
     if distribution == "uniform":
         return torch.full_like(scores, 1 / blocks)

@@ -160,7 +160,7 @@ class BlockSampler:
             log.warning("Blocks %s have no weight to train: an interval that draws them trains nothing in them", fixed)
         others = set(non_block_parameters(model)["other"])
         if foreign := [name for name, p in model.named_parameters() if p in others and p.requires_grad]:
-            log.warning("%s and what else is no part of the language model stays frozen while blocks are sampled", foreign[0])
+            log.warning("%s and all else outside the decoder stays frozen while blocks are sampled", foreign[0])
 
     def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
         """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`."""

@@ -10,13 +10,14 @@ import pytest
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from ows_lightning import CausalLMModule, OWSTrainer
+from ows_lightning import CausalLMModule, LayerwiseSampling, OWSTrainer
 from ows_lightning.callbacks.throughput import LearningRates
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
 from ows_lightning.cli.preflight import LOGGED_METRICS, check_plan, check_run, iter_numbers
 from ows_lightning.errors import UsageError
 from tests.data.samples import tiny_tokenizer
+from tests.models.architectures import tiny_config
 from tests.tiny import tiny_batch, tiny_model
 
 GIVEN = [
@@ -104,6 +105,15 @@ def test_whatever_a_step_logs_can_be_monitored(tmp_path: Path) -> None:
     assert {name for name in trainer.callback_metrics if not name.startswith("lr-")} == {
         name for name in LOGGED_METRICS if not name.startswith("val_") and name not in ("epoch", "step")
     }
+
+
+@pytest.mark.parametrize("kind", ["blt", "hrm_text"])
+def test_blocks_are_counted_not_read_from_a_config(kind: str, tmp_path: Path) -> None:
+    tiny_config(kind).save_pretrained(tmp_path)  # whose `num_hidden_layers` is missing, or means something else
+    trainer = {"devices": 1, "strategy": "auto"}
+    check_plan(CausalLMModule(str(tmp_path)), LayerwiseSampling(activated_layers=1, distribution=[1.0, 2.0]), trainer)
+    with pytest.raises(UsageError, match="a list of 3 weights for 2 blocks"):
+        check_plan(CausalLMModule(str(tmp_path)), LayerwiseSampling(distribution=[1.0, 2.0, 3.0]), trainer)
 
 
 def test_a_plan_refuses_the_strategy_that_a_run_would_get(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ def test_vision_language_model_gives_its_language_blocks() -> None:
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(4, 4)), nn.ModuleDict({"blocks": nn.ModuleList()})])
 def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
-    with pytest.raises(UsageError, match=r"^model: \w+ has no decoder blocks .*; give a decoder-only transformer$"):
+    with pytest.raises(
+        UsageError, match=r"^model: \w+ has no decoder blocks .*; put its blocks into one, or give a decoder-only transformer$"
+    ):
         decoder_layers(model)
 
 

@@ -67,7 +67,7 @@ def test_distributions_without_a_score_need_none(distribution: str) -> None:
         ([[0.1, 0.2]], "outlier", "one number a block"),
         ([0.1, 0.2], "outliers", "unknown 'outliers'; did you mean 'outlier'\\?"),
         ([0.1, 0.2], "lisa", "unknown 'lisa'; give outlier, uniform, decreasing, .* or a list of weights"),
-        ([0.1, 0.2], [1, 2, 3], "distribution: a list of 3 weights for 2 blocks; give one weight a block"),
+        ([0.1, 0.2], [1, 2, 3], "sampling.distribution: a list of 3 weights for 2 blocks; give one weight a block"),
         ([0.1, 0.2], [1, -2], "distribution: block 1 has -2.0"),
         ([0.1, 0.2], [0, 0], "distribution: all 2 are zero, give at least one positive weight"),
     ],

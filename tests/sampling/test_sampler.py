@@ -188,7 +188,7 @@ def test_a_head_beside_the_language_model_is_named(caplog: pytest.LogCaptureFixt
     model = nn.ModuleDict({"lm": tiny_model("llama"), "value": nn.Linear(32, 1)})
     sampler = BlockSampler(**SETTINGS)
     sampler.attach(model)
-    assert "value.weight and what else is no part of the language model stays frozen" in caplog.text
+    assert "value.weight and all else outside the decoder stays frozen" in caplog.text
     caplog.clear()
     sampler.release()
     model["value"].requires_grad_(False)
