@@ -58,6 +58,8 @@ class CommandTrainer(OWSTrainer):
             include_path: A folder with YAML files of further tasks.
             **kwargs: Lightning's.
         """
+        if tasks and not isinstance(model := kwargs.get("model", next(iter(args), None)), CausalLMModule):
+            raise UsageError(f"tasks: {type(model).__name__} holds no model that lm-eval can run; use CausalLMModule")
         manager = _task_manager(tasks, include_path) if tasks else None  # before anything is evaluated
         metrics = self._print_metrics(super().test(*args, verbose=False, **kwargs), verbose)  # type: ignore[misc]
         module = self.lightning_module
@@ -67,8 +69,8 @@ class CommandTrainer(OWSTrainer):
             from lm_eval.utils import make_table
 
             module.to(self.strategy.root_device)  # Lightning moves it to the CPU when a loop ends
-            model = HFLM(pretrained=module.language_model, tokenizer=module.tokenizer)
-            print(make_table(simple_evaluate(model, tasks=tasks, task_manager=manager)))
+            lm = HFLM(pretrained=module.language_model, tokenizer=module.tokenizer)
+            print(make_table(simple_evaluate(lm, tasks=tasks, task_manager=manager)))
         return metrics
 
     def _print_metrics(self, metrics: Any, verbose: bool) -> Any:

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
+from ows_lightning.cli.commands import CommandTrainer
 from ows_lightning.cli.main import main
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import to_example
@@ -164,3 +166,8 @@ def test_lm_eval_runs_on_the_checkpoint_and_on_the_exported_directory(
         device="cpu",
     )
     assert f"{results['results']['even']['acc,none']:.4f}".rstrip("0") in table
+
+
+def test_a_module_that_lm_eval_can_not_run_is_refused_before_anything_is_evaluated() -> None:
+    with pytest.raises(UsageError, match="tasks: BoringModel holds no model that lm-eval can run"):
+        CommandTrainer(logger=False, accelerator="cpu").test(BoringModel(), tasks=["hellaswag"])
