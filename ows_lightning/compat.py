@@ -22,10 +22,7 @@ def in_backward() -> bool:
 
 
 def backward_pass_id() -> int:
-    """The number of the backward pass that runs in this thread, -1 outside of any.
-
-    When it is gone: set a flag in a pre-hook of the loss and unset it in ``queue_callback``.
-    """
+    """The number of this thread's backward pass, -1 outside any. When it is gone: a flag, set in a hook of the loss."""
     return torch._C._current_graph_task_id()
 
 
@@ -45,10 +42,7 @@ def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that is equal for two tensors that share memory, also fake ones, whose ``data_ptr`` is 0.
-
-    When it is gone: ``untyped_storage()`` as a key of a WeakKeyDictionary.
-    """
+    """Equal for tensors that share memory, fake ones too. When it is gone: a WeakKeyDictionary of ``untyped_storage()``."""
     return int(tensor.untyped_storage()._cdata)
 
 

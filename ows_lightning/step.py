@@ -70,10 +70,7 @@ class StepAccumulator:
         self._is_complete = True
 
     def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepMetrics:
-        """Clips what the optimizer consumes, and begins the next step; call it after `complete`.
-
-        ``limit`` and ``algorithm`` are Lightning's ``gradient_clip_val`` (0 or None for none) and ``_algorithm``.
-        """
+        """Clips, by Lightning's two settings (0 or None: not), what the optimizer consumes; call it after `complete`."""
         assert self.totals is not None
         gradients = gradients_of(optimizer)
         norm = total_norm(gradients)

@@ -1,7 +1,4 @@
-"""Work on large tensors without large temporaries, and files that they are mapped from.
-
-Pages of such a file that were read count as the process's memory until they are released.
-"""
+"""Large tensors without large temporaries, and mapped files, whose pages that were read count as memory until released."""
 
 import mmap
 import weakref
@@ -15,10 +12,7 @@ _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def rows_at_a_time(elements: int, device: torch.device) -> int:
-    """Returns how many rows of ``elements`` elements to work on at a time.
-
-    Their float32 copies take 4 MB on a CPU, whose cache holds them, and 16 MB on a GPU, which wants fewer and larger kernels.
-    """
+    """How many rows to work on at a time: their float32 copies take 4 MB, as a CPU caches, or 16 on a GPU, for few kernels."""
     return max(1, (1 << (22 if device.type == "cuda" else 20)) // elements)
 
 
@@ -28,10 +22,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> mmap.mmap:
-    """Maps a file from byte ``start`` on, a multiple of the page size, for ``length`` bytes; 0 maps to its end.
-
-    What is written into the mapping goes into a writable file; otherwise it is lost with the pages.
-    """
+    """Maps ``length`` bytes of a file (0: the rest) from ``start``, a whole page; writes last if it is ``writable``."""
     access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # as torch does not map what it can't write
     memory = mmap.mmap(file.fileno(), length, access=access, offset=start)
     _maps.add(memory)

@@ -145,10 +145,7 @@ def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
 def summed_cross_entropy(
     model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_device: torch.device | None = None
 ) -> Tensor:
-    """Returns the summed cross entropy of a model's logits; of these, and of their gradient, a chunk exists at a time.
-
-    The states are (N, hidden), the targets (N,), int64; chunks have the size for ``chunk_device``, or for the states' device.
-    """
+    """The summed cross entropy for states (N, hidden) and targets (N,), of whose logits a chunk exists at a time."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     rows = _rows_per_chunk(model, hidden, chunk_device)
     if not torch.is_grad_enabled():

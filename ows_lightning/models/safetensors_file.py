@@ -20,10 +20,7 @@ _DTYPE_ORDER = {dtype: place for place, dtype in enumerate(_DTYPE_NAMES)}  # tha
 
 
 class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
-    """Writes a file, byte for byte as safetensors would: its header at once, then tensors in any order.
-
-    `safetensors.torch.save_file` wants all of them in memory. Of the ``layout`` only names, shapes and dtypes count.
-    """
+    """Writes what safetensors would, byte for byte, tensors in any order; of ``layout`` names, shapes and dtypes count."""
 
     def __init__(self, path: Path, layout: Mapping[str, Tensor]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}

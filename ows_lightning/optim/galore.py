@@ -12,7 +12,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim import sharding
 from ows_lightning.optim.gradient_capture import GradientCapture
-from ows_lightning.optim.projected_adamw import merge_update_, project, projected_adamw_
+from ows_lightning.optim.projected_adamw import merge_update_, project, projected_adamw_, without_autocast
 from ows_lightning.optim.sharding import local
 from ows_lightning.optim.state_dtypes import saved_tensors
 from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, find_subspace, random_subspace
@@ -106,6 +106,8 @@ class GaLoreAdamW(GradientCapture):
             param_group = {**PROJECTION_DEFAULTS, **param_group}
         _check_options(param_group)
         super().add_param_group(param_group)
+        if any(p.is_complex() for p in self.param_groups[-1]["params"]):
+            raise ValueError("params: complex weights are not supported")
         self._index_parameters()
         self._claim_gradients(self.param_groups[-1:])
 
@@ -118,6 +120,7 @@ class GaLoreAdamW(GradientCapture):
             self._init_unsaved()
             self._shared.in_backward, self._shared.draw_seed = state.pop("progress")
             super().__setstate__(state)
+            self._claim_gradients(self.param_groups)
         else:
             self._discard_gradients()
             self.resting_projectors.clear()
@@ -132,7 +135,6 @@ class GaLoreAdamW(GradientCapture):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         self._index_parameters()
-        self._claim_gradients(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, and the seed of the latest draw, which noise of rounding and random subspaces depend on."""
@@ -147,7 +149,13 @@ class GaLoreAdamW(GradientCapture):
         for number, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             if group.get("rank") is not None and "rank" not in saved:
                 raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}  # what hooks of yours make of the state
+        last = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        state_dict = loaded
         self._shared.draw_seed = state_dict.get("draw_seed", self._shared.draw_seed)
         for p, key, value in saved_tensors(self, state_dict):
             if key in ("rest", "step"):
@@ -331,6 +339,7 @@ class GaLoreAdamW(GradientCapture):
         log.warning("Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)", where, self.skipped_steps)
         return False
 
+    @without_autocast()
     def _step_projected(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         side, state, rests = self._projected_side(p), self.state[p], self.rests(p)
         assert side is not None
@@ -442,7 +451,7 @@ def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
 _VALID: dict[str, Callable[[Any], bool]] = {
     "lr": lambda lr: lr >= 0, "eps": lambda eps: eps >= 0, "weight_decay": lambda decay: decay >= 0,
     "betas": lambda betas: all(0 <= beta < 1 for beta in betas),
-    "rank": lambda rank: rank is None or rank >= 1, "update_proj_gap": lambda steps: steps >= 1,
+    "rank": lambda rank: rank is None or (isinstance(rank, int) and rank >= 1), "update_proj_gap": lambda steps: steps >= 1,
     "state_warmup_steps": lambda steps: steps >= 0, "max_grad_norm": lambda limit: limit is None or limit > 0,
     "moments_dtype": ("float32", "bfloat16").__contains__, "moments_at_renewal": ("keep", "reproject", "reset").__contains__,
     "proj_type": get_args(ProjType).__contains__, "subspace": get_args(SubspaceMethod).__contains__,
@@ -453,5 +462,5 @@ def _check_options(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range by a ValueError that names one."""
     for name, value in options.items():
         if name in _VALID and not _VALID[name](value):
-            hint = "must be at least 1 (leave it out to train in full rank)" if name == "rank" else "is out of range"
+            hint = "must be at least 1, and whole (without it: full rank)" if name == "rank" else "is out of range"
             raise ValueError(f"{name}: {value!r} {hint}")

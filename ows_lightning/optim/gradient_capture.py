@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim import sharding
-from ows_lightning.optim.hooks import hook_gradient, remove_hook
+from ows_lightning.optim.hooks import gradient_consumer, hook_gradient, remove_hook
 from ows_lightning.optim.linear import to_plain_linear, to_projected_linear
-from ows_lightning.optim.projected_adamw import project, project_factors
+from ows_lightning.optim.projected_adamw import project, project_factors, without_autocast
 from ows_lightning.optim.sharding import local
 from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
 
@@ -130,7 +130,7 @@ class GradientCapture(Optimizer):
         self._shared.in_backward = enabled
         self._claim_gradients(self.param_groups)
         if not enabled:
-            to_plain_linear(self._shared.projected_linears)
+            to_plain_linear(layer for layer in self._shared.projected_linears if gradient_consumer(layer.weight) is None)
             self._shared.projected_linears.clear()
         elif model is not None:
             self._shared.projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
@@ -221,6 +221,8 @@ class GradientCapture(Optimizer):
         for p in self._group_and_index:
             if not p.requires_grad:  # frozen since backward; its ``grad`` is None then, too
                 self._discard_gradients(p)
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; give the embedding sparse=False")
             if p.grad is not None or (renew and p in self.offloaded_gradients):
                 self._project(p, renew)
         self._rotate_sketches()
@@ -231,6 +233,7 @@ class GradientCapture(Optimizer):
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
 
     @torch.no_grad()
+    @without_autocast()
     def _project(self, p: Tensor, renew: bool = True, processes: dist.ProcessGroup | None = None) -> None:
         """Projects ``p.grad`` of a projected matrix; moves it to host memory if a new subspace is due and ``renew`` is False.
 
@@ -265,6 +268,7 @@ class GradientCapture(Optimizer):
             self.accumulate_projected(p, sharding.reduce_projected(projected, p, side))
 
     @torch.no_grad()
+    @without_autocast()
     def _rotate_sketches(self) -> None:
         """Rotates each new basis B to the singular vectors Q, and R with it: G Q = (G B) (B^T Q), since B spans Q.
 
@@ -309,9 +313,9 @@ class GradientCapture(Optimizer):
         self._group_and_index.update({p: (group, index) for index, (p, group) in enumerate(parameters)})
 
     def _claim_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Takes over these groups' gradients from any other optimizer."""
+        """Takes over these groups' gradients from any other optimizer, or leaves them, where it had them, to ``grad``."""
         for p in (p for group in groups for p in group["params"]):
-            remove_hook(p)
+            remove_hook(p, owner=None if self._shared.in_backward else self)
             if self._shared.in_backward and p.dim() in (2, 3) and p.numel():  # one in full rank may rest in a lower one
                 hook_gradient(p, self)
 

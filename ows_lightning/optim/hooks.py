@@ -19,7 +19,9 @@ class _Hook:
 
     def __init__(self, p: Tensor, owner: GradientCapture) -> None:
         self.owner = weakref.ref(owner)
-        self.handle: RemovableHandle = p.register_post_accumulate_grad_hook(self)
+        handle: RemovableHandle = p.register_post_accumulate_grad_hook(self)
+        self.remove = weakref.finalize(owner, handle.remove)
+        self.remove.atexit = False
 
     def __call__(self, p: Tensor) -> None:
         if (alive := self.owner()) is not None:
@@ -30,15 +32,15 @@ def hook_gradient(p: Tensor, owner: GradientCapture) -> None:
     """Calls ``owner.project_gradient(p)`` within backward, as soon as the gradient of p adds up, while the owner lives."""
     trains = p.requires_grad
     p.requires_grad_(True)  # torch accepts no hook on a frozen weight, but keeps one if it is frozen later
-    weakref.finalize(owner, _Hook(p, owner).handle.remove).atexit = False
+    _Hook(p, owner)
     p.requires_grad_(trains)
 
 
-def remove_hook(p: Tensor) -> None:
-    """Removes a parameter's hook, if it has one, whoever owns it: its gradient stays in ``p.grad`` again."""
+def remove_hook(p: Tensor, owner: GradientCapture | None = None) -> None:
+    """Removes a parameter's hook, this owner's or whoever's, if it has one: its gradient stays in ``p.grad`` again."""
     for hook in gradient_hooks(p):
-        if isinstance(hook, _Hook):
-            hook.handle.remove()
+        if isinstance(hook, _Hook) and (owner is None or hook.owner() is owner):
+            hook.remove()
 
 
 def gradient_consumer(p: Tensor) -> GradientCapture | None:

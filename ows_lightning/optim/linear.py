@@ -34,6 +34,7 @@ class ProjectedLinear(nn.Linear):
         plain = not weight.requires_grad or not torch.is_grad_enabled()
         plain = plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
         consumer = None if plain else gradient_consumer(weight)
+        plain = plain or consumer is None
         projector = None if consumer is None else consumer.resting_projector(weight)
         projected: Tensor | None = None
         if projector is not None and projector.dtype == input.dtype:
@@ -60,10 +61,10 @@ def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]
 
 def to_projected_linear(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     """Makes linear layers ProjectedLinear, in place; returns those. Subclasses of ``nn.Linear`` stay what they are."""
-    plain = [module for module in modules if type(module) is nn.Linear]
-    for module in plain:
+    layers = [module for module in modules if type(module) in (nn.Linear, ProjectedLinear)]
+    for module in layers:
         module.__class__ = ProjectedLinear
-    return plain
+    return layers  # type: ignore[return-value]
 
 
 def to_plain_linear(modules: Iterable[nn.Linear]) -> None:

@@ -1,7 +1,8 @@
 """The update rule of projected AdamW: project, Adam, project back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -9,6 +10,16 @@ from torch import Tensor
 from ows_lightning.compat import foreach_add_, foreach_addcmul_, foreach_div_, foreach_mul, foreach_mul_, foreach_sqrt
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.subspace import Side
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Lets products have their operands' dtypes, also where a loop of one's own backpropagates or steps within autocast."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def project(gradient: Tensor, projector: Tensor, side: Side) -> Tensor:

@@ -48,10 +48,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gather_matrices(tensor: Tensor) -> Tensor:
-    """The tensor's matrices, each whole: gathers rows or columns, but leaves experts on the process that has them.
-
-    Takes a tensor of shape (..., m, n) and returns (b, m, n) of this process's experts, or (m, n).
-    """
+    """The matrices of a tensor (..., m, n), each whole: (m, n), or (b, m, n) of the experts that this process has."""
     if not is_sharded(tensor):
         return tensor
     return tensor.redistribute(placements=_whole_placements(tensor)).to_local()
@@ -146,7 +143,8 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
     """Scales gradients in place so that ``norm``, theirs or a larger set's, is at most ``limit``; or clamps by ``value``."""
     if algorithm == "value":
         for gradient in gradients:
-            local(gradient).clamp_(-limit, limit)
+            part = local(gradient)
+            part.masked_fill_(part.isinf(), math.nan).clamp_(-limit, limit)  # which keeps NaN: the step is skipped
     else:  # of a norm that is NaN the factor is 1, or each gradient would seem to be at fault
         scale_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
 
@@ -161,10 +159,7 @@ def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
 def zero_missing_gradients(
     parameters: Sequence[Tensor], has_gradient: Sequence[bool], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Gives parameters that have a gradient on some process of the group, but not here, a ``grad`` of zeros.
-
-    Where all have one here, none is missing, and no device is waited for.
-    """
+    """Gives parameters that have a gradient elsewhere in the group a ``grad`` of zeros; waits for none where all have one."""
     if not parameters:
         return
     flags, device = torch.tensor(has_gradient, dtype=torch.uint8), parameters[0].device

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,19 @@ class BlockSampler:
         grouping: float = 0.0,
         resting_rank: int = 0,
     ) -> None:
+        whole = {"activated_layers": activated_layers, "interval_steps": interval_steps, "resting_rank": resting_rank}
+        whole |= {"calibration_samples": calibration_samples, "rescore_every": rescore_every or 0}
+        for key, number in whole.items():
+            if not isinstance(number, Integral):
+                raise UsageError(f"sampling.{key}: {number!r} is no whole number")
+        parts = isinstance(always_train, (list, tuple)) and {*always_train} <= {*PARTS}
         for name, value, valid, limit in (
             ("activated_layers", activated_layers, activated_layers >= 1, "must be at least 1"),
             ("interval_steps", interval_steps, interval_steps >= 1, "must be at least 1"),
             ("calibration_samples", calibration_samples, calibration_samples >= 1, "must be at least 1"),
             ("rescore_every", rescore_every, rescore_every is None or rescore_every >= 1, "must be at least 1"),
             ("threshold", threshold, 0 < threshold < math.inf, "must be a finite number above 0 (the paper's is 13)"),
-            ("always_train", list(always_train), {*always_train} <= {*PARTS}, f"names more than {', '.join(PARTS)}"),
+            ("always_train", always_train, parts, f"is no list of names among {', '.join(PARTS)}"),
             ("grouping", grouping, 0 <= grouping <= 1, "is not between 0 (independent draws) and 1"),
             ("resting_rank", resting_rank, resting_rank >= 0, "must be at least 1, or 0: frozen blocks stay as they are"),
         ):
@@ -181,6 +188,8 @@ class BlockSampler:
             raise UsageError(
                 f"sampling.resting_rank: {unable[0]} can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0"
             )
+        if any(isinstance(each, torch.optim.LBFGS) for each in optimizers):
+            raise UsageError("sampling: LBFGS steps all weights by one history, frozen ones, too; take another optimizer")
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
             raise UsageError(

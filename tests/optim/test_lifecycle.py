@@ -58,6 +58,22 @@ class TestTwoOptimizers:
         train(alone, galore(alone), range(6))
         assert equal(model, alone)
 
+    @pytest.mark.parametrize(
+        "later",
+        [lambda first: first.load_state_dict(first.state_dict()), lambda first: first.project_in_backward(False)],
+        ids=["loads a state", "ends"],
+    )
+    def test_what_the_first_does_later_leaves_the_gradients_to_the_second(self, later: Callable[[GaLoreAdamW], None]) -> None:
+        model, alone = net(), net()
+        first, second = galore(model), galore(model)
+        later(first)
+        loss_of(model, 0).backward()
+        assert model[0].weight.grad is None
+        second.zero_grad()
+        train(model, second, range(6))
+        train(alone, galore(alone), range(6))
+        assert equal(model, alone)
+
     def test_gradients_are_everybodys_again_when_it_is_gone(self) -> None:
         model = net()
         optimizer = galore(model)
@@ -137,6 +153,68 @@ def test_a_frozen_weight_is_hooked_for_when_it_trains(through: Callable) -> None
     loss_of(other_model, 0).backward()
     assert other_model[0].weight.grad is None
     assert len(other.gradients()) == len(list(other_model.parameters()))
+
+
+def test_a_hook_of_ones_own_may_change_a_state_before_it_is_loaded() -> None:
+    """As torch's documentation has it, to load by name."""
+    one, other = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.eye(8))
+    optimizer = GaLoreAdamW([{"params": [("one", one), ("other", other)]}], lr=1e-2)
+    (one.sum() + 2 * (other * other).sum()).backward()
+    optimizer.step()
+    turned = GaLoreAdamW([{"params": [("other", other), ("one", one)]}], lr=1e-2)
+
+    def by_name(_: torch.optim.Optimizer, given: dict) -> dict:
+        return {**given, "state": {0: given["state"][1], 1: given["state"][0]}}
+
+    turned.register_load_state_dict_pre_hook(by_name)
+    turned.load_state_dict(optimizer.state_dict())
+    for p in (one, other):
+        assert torch.equal(turned.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+
+
+def test_loads_and_switches_leave_nothing_behind() -> None:
+    model = net()
+    optimizer = galore(model)
+
+    def finalizers() -> int:
+        gc.collect()
+        return len(weakref.finalize._registry)  # type: ignore[attr-defined]
+
+    before = finalizers()
+    for _ in range(5):
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.project_in_backward(False)
+        optimizer.project_in_backward()
+    assert finalizers() == before
+
+
+@pytest.mark.parametrize("in_backward", [True, False])
+def test_a_loop_within_autocast_multiplies_as_one_outside(in_backward: bool) -> None:
+    """Lightning's manual optimization calls backward and step within it."""
+    models = [net(), net()]
+    for model, all_within in zip(models, (True, False), strict=True):
+        optimizer = galore(model, in_backward)
+        for step in range(6):
+            with torch.autocast("cpu", torch.bfloat16):
+                optimizer.zero_grad()
+                loss = loss_of(model, step)
+                if all_within:
+                    loss.backward()
+                    optimizer.step()
+            if not all_within:
+                loss.backward()
+                optimizer.step()
+    assert equal(*models)
+
+
+def test_complex_weights_and_sparse_gradients_are_refused() -> None:
+    with pytest.raises(ValueError, match="complex weights are not supported"):
+        GaLoreAdamW([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+    embedding = nn.Embedding(4, 3, sparse=True)
+    optimizer = GaLoreAdamW(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
 
 
 def test_groups_may_have_the_same_names(caplog: pytest.LogCaptureFixture) -> None:
@@ -276,6 +354,17 @@ class TestClipping:
         loss_of(model, 0).backward()
         optimizer.clip_gradients(0.003, "value")
         assert max(gradient.abs().max() for gradient in optimizer.gradients()).item() == pytest.approx(0.003)
+
+    @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+    def test_by_value_hides_no_gradient_that_is_not_finite(self, bad: float) -> None:
+        model, before = net(), net()
+        optimizer = galore(model)
+        loss_of(model, 0).backward()
+        optimizer.gradients()[0][0, 0] = bad
+        optimizer.clip_gradients(0.003, "value")
+        optimizer.step()
+        assert optimizer.skipped_steps == 1
+        assert equal(model, before)
 
 
 class TestLossScaler:

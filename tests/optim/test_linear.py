@@ -128,6 +128,29 @@ def test_gradients_come_back_when_projection_in_backward_ends() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_layers_are_those_of_whoever_projects() -> None:
+    model = net()
+    blocks = [[p for p in block.parameters() if p.dim() == 2] for block in model.layers]
+    first, second = (GaLoreAdamW([{"params": weights, "rank": 4}]) for weights in (blocks[0], blocks[1]))
+    first.project_in_backward(model=model)
+    second.project_in_backward(model=model)
+    first.project_in_backward(False)
+    assert type(model.layers[0][0]) is nn.Linear
+    assert type(model.layers[1][0]) is ProjectedLinear
+    del second  # as when a notebook's cell runs again
+    again = optimizer_of(model)
+    again.project_in_backward(False)
+    assert not any(type(module) is ProjectedLinear for module in model.modules())
+
+
+def test_a_copy_during_training_can_be_differentiated_twice() -> None:
+    model = net()
+    _optimizer = optimizer_of(model)
+    copied, x = copy.deepcopy(model), inputs(0).requires_grad_()
+    (gradient,) = torch.autograd.grad(copied(x).square().mean(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
 def test_a_layer_without_an_optimizer_is_an_ordinary_one() -> None:
     model, plain = net(), net()
     optimizer = optimizer_of(model)

@@ -394,7 +394,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         ({"threshold": math.inf}, "threshold: inf must be a finite number above 0"),
         ({"calibration_samples": 0}, "calibration_samples: 0 must be at least 1"),
         ({"rescore_every": 0}, "rescore_every: 0 must be at least 1"),
-        ({"always_train": ("head",)}, r"always_train: \['head'\] names more than embeddings, lm_head, norm"),
+        ({"rescore_every": 1.5}, "rescore_every: 1.5 is no whole number"),
+        ({"interval_steps": 8 / 4}, "interval_steps: 2.0 is no whole number"),
+        ({"activated_layers": "2"}, "activated_layers: '2' is no whole number"),
+        ({"always_train": "norm"}, "always_train: norm is no list of names among"),
+        ({"always_train": ("head",)}, r"always_train: \('head',\) is no list of names among embeddings, lm_head, norm"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
@@ -428,6 +432,13 @@ def test_an_optimizer_that_leaves_blocks_out_is_refused() -> None:
     some = torch.optim.SGD([*decoder_layers(model)[2:].parameters(), *model.lm_head.parameters()], lr=0.1)
     with pytest.raises(UsageError, match=r"the optimizer holds no weight of blocks \[0, 1\]"):
         sampler.start(0, [some], lambda: sampler.compute_scores(model, None))
+
+
+def test_an_optimizer_that_steps_frozen_weights_is_refused(tmp_path: Path) -> None:
+    module = SomebodyElsesModule()
+    module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match="LBFGS steps all weights by one history"):
+        fit(module, LayerwiseSampling(activated_layers=1, distribution="uniform"), tmp_path)
 
 
 def test_without_a_logger_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
