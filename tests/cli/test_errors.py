@@ -216,7 +216,7 @@ CASES = {
     "renewal every 0 steps": Case(fit("--model.update_proj_gap 0"), "model.update_proj_gap", "be at least 1"),
     "negative warm-up": Case(fit("--model.warmup_steps -1"), "model.warmup_steps", "share of all steps)"),
     "no calibration": Case(fit("--sampling.calibration_samples 0"), "sampling.calibration_samples", "be at least 1"),
-    "weights for other blocks": Case(fit("--sampling.distribution [1,2]"), "distribution", "give one weight a block"),
+    "weights for other blocks": Case(fit("--sampling.distribution [1,2]"), "sampling.distribution", "give one weight a block"),
     "batch of 0": Case(fit("--data.batch_size 0"), "", "least 1, got 0"),
     "rows of 1 token": Case(fit("--data.max_seq_length 1"), "", "least 2, got 1"),
     "more than all for validation": Case(fit("--data.val_size 1.5"), "", "of rows, got 1.5"),
