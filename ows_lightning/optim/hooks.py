@@ -37,9 +37,9 @@ def hook_gradient(p: Tensor, owner: GradientCapture) -> None:
 
 
 def remove_hook(p: Tensor, owner: GradientCapture | None = None) -> None:
-    """Removes a parameter's hook, this owner's or whoever's, if it has one: its gradient stays in ``p.grad`` again."""
+    """Removes a parameter's hook, this owner's (or Lightning's wrapper's) or whoever's: its gradient stays in ``p.grad``."""
     for hook in gradient_hooks(p):
-        if isinstance(hook, _Hook) and (owner is None or hook.owner() is owner):
+        if isinstance(hook, _Hook) and (owner is None or getattr(hook.owner(), "_shared", None) is owner._shared):
             hook.remove()
 
 

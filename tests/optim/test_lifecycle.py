@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 
 from ows_lightning.errors import UsageError
@@ -73,6 +74,15 @@ class TestTwoOptimizers:
         train(model, second, range(6))
         train(alone, galore(alone), range(6))
         assert equal(model, alone)
+
+    def test_lightnings_wrapper_and_what_it_wraps_are_one(self) -> None:
+        model = net()
+        optimizer = galore(model, in_backward=False)
+        wrapper = LightningOptimizer(optimizer)
+        wrapper.project_in_backward()  # type: ignore[attr-defined]
+        optimizer.project_in_backward(False)
+        loss_of(model, 0).backward()
+        assert model[0].weight.grad is not None
 
     def test_gradients_are_everybodys_again_when_it_is_gone(self) -> None:
         model = net()
