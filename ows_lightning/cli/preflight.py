@@ -155,11 +155,9 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
     if isinstance(model, CausalLMModule):
         config, _ = model.check(find_model_config)
         some_are_frozen = sampling is not None or model.hparams["lora"] is not None
-        devices, strategy = number_of_devices(trainer["devices"]), str(trainer["strategy"])
-        check_offloading(model.hparams, some_are_frozen, devices, strategy)
-        if sampling is not None or model.hparams["rank"] is not None:
-            check_strategy("ddp" if devices > 1 and strategy == "auto" else strategy)  # as Lightning chooses
+        check_offloading(model.hparams, some_are_frozen, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
         if sampling is not None:
+            check_strategy(str(trainer["strategy"]))
             _check_sampling(sampling, config, model)
 
 

@@ -137,6 +137,8 @@ def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str
     made = plan(settings, method, card)
     if number_of_devices(config["trainer"].get("devices") or 1) == 0 and settings.strategy is not None:
         made.notes.append("trainer.devices: auto counts as 1; --trainer.devices N plans what each of N holds")
+    if settings.devices > 1 and settings.strategy is None and settings.method.rank is not None:
+        made.notes.append("trainer.strategy: `fit` refuses auto here; write ddp_layerwise or fsdp2")
     return made
 
 

@@ -178,7 +178,9 @@ def test_plan_loads_nothing(config: Path, capsys: pytest.CaptureFixture[str]) ->
     run(
         "plan", config, "--trainer.accelerator", "gpu", "--trainer.devices", "8", "--method", "ows,full", "--output", "planned"
     )
-    assert "ows" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ows" in said
+    assert "trainer.strategy: `fit` refuses auto here" in said
     run("plan", config, "--method", "[full]", "--format", "json")
     plan = json.loads(capsys.readouterr().out)
     assert list(plan) == ["full"]

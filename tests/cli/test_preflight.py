@@ -116,14 +116,6 @@ def test_blocks_are_counted_not_read_from_a_config(kind: str, tmp_path: Path) ->
         check_plan(CausalLMModule(str(tmp_path)), LayerwiseSampling(distribution=[1.0, 2.0, 3.0]), trainer)
 
 
-def test_a_plan_refuses_the_strategy_that_a_run_would_get(tmp_path: Path) -> None:
-    tiny_model("llama").config.save_pretrained(tmp_path)
-    wanted = CausalLMModule(str(tmp_path), rank=3)
-    check_plan(wanted, None, {"devices": 1, "strategy": "auto"})
-    with pytest.raises(UsageError, match=r"ddp can't train .*write strategy: ddp_layerwise"):
-        check_plan(wanted, None, {"devices": 2, "strategy": "auto"})
-
-
 def test_a_rank_of_somebody_elses_module_is_no_projection() -> None:
     class Other(LightningModule):
         def __init__(self, rank: int) -> None:

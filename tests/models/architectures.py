@@ -187,7 +187,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 _TEXT = """# Architectures
 
 Any decoder-only model of transformers works if its decoder blocks are in a list and its LM head makes the logits from the last
-hidden states. Of several stacks of blocks (`blt`, `hrm_text`) the largest is sampled, and the others stay frozen. For each
+hidden states. Of several stacks of blocks (BLT's, HRM's) the largest is sampled, and the others stay frozen. For each
 model type of transformers {version} a model of two small blocks was scored, trained for a step with one block frozen,
 exported, and reloaded; its logits had to be equal bit for bit.
 `python -m tests.models.architectures` makes this page; a test checks each line.
