@@ -6,7 +6,6 @@ import weakref
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import gradient_hooks
 
@@ -19,8 +18,7 @@ class _Hook:
 
     def __init__(self, p: Tensor, owner: GradientCapture) -> None:
         self.owner = weakref.ref(owner)
-        handle: RemovableHandle = p.register_post_accumulate_grad_hook(self)
-        self.remove = weakref.finalize(owner, handle.remove)
+        self.remove = weakref.finalize(owner, p.register_post_accumulate_grad_hook(self).remove)
         self.remove.atexit = False
 
     def __call__(self, p: Tensor) -> None:
@@ -37,9 +35,10 @@ def hook_gradient(p: Tensor, owner: GradientCapture) -> None:
 
 
 def remove_hook(p: Tensor, owner: GradientCapture | None = None) -> None:
-    """Removes a parameter's hook, this owner's (or Lightning's wrapper's) or whoever's: its gradient stays in ``p.grad``."""
-    for hook in gradient_hooks(p):
-        if isinstance(hook, _Hook) and (owner is None or getattr(hook.owner(), "_shared", None) is owner._shared):
+    """Removes a parameter's hook, this owner's or, without one, whoever's: its gradient stays in ``p.grad`` again."""
+    for hook in (hook for hook in gradient_hooks(p) if isinstance(hook, _Hook)):
+        gradients = getattr(hook.owner(), "projected_gradients", None)  # which Lightning's wrapper of an optimizer shares
+        if owner is None or gradients is owner.projected_gradients:
             hook.remove()
 
 
