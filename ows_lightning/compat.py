@@ -22,7 +22,7 @@ def in_backward() -> bool:
 
 
 def backward_pass_id() -> int:
-    """The number of this thread's backward pass, -1 outside any. When it is gone: a flag, set in a hook of the loss."""
+    """The number of this thread's backward pass, -1 outside any. When it is gone: set a flag in a pre-hook of the loss."""
     return torch._C._current_graph_task_id()
 
 
@@ -42,7 +42,7 @@ def gradient_hooks(p: Tensor) -> list[Callable[..., Any]]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Equal for tensors that share memory, fake ones too. When it is gone: a WeakKeyDictionary of ``untyped_storage()``."""
+    """Equal for tensors that share memory, also fake ones. When it is gone: ``untyped_storage()`` in a WeakKeyDictionary."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -228,9 +228,9 @@ class CausalLMModule(EvaluationModule):
         if self.hparams["compile"]:
             execution.compile_blocks(self.language_model)
         if offloads(self.hparams) and self.device_mesh is None:
-            int8_in = self.hparams["frozen_in"] if self.hparams["frozen_dtype"] else None
-            options = self.hparams["window_blocks"], self.hparams["lora"] is not None, disk, int8_in
-            self.offloader = BlockOffloader(decoder_layers(self), *options)
+            slots, has_adapters = self.hparams["window_blocks"], self.hparams["lora"] is not None
+            int8_in = self.hparams["frozen_in"] if self.hparams["frozen_dtype"] == "int8" else None
+            self.offloader = BlockOffloader(decoder_layers(self), slots, has_adapters, disk, int8_in)
             # DDP sends weights even from one process to itself, and NCCL takes none from the host
             offloaded = {p for weights in self.offloader.parameters for p in weights}
             self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if p in offloaded]

@@ -70,7 +70,7 @@ class StepAccumulator:
         self._is_complete = True
 
     def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepMetrics:
-        """Clips, by Lightning's two settings (0 or None: not), what the optimizer consumes; call it after `complete`."""
+        """Clips what the optimizer consumes (at 0 or None: not), and begins the next step; call it after `complete`."""
         assert self.totals is not None
         gradients = gradients_of(optimizer)
         norm = total_norm(gradients)

@@ -1,7 +1,6 @@
 """CommandTrainer: the Trainer with a method for each command that Lightning lacks."""
 
 import copy
-import logging
 import re
 import tempfile
 from dataclasses import asdict
@@ -29,8 +28,6 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.distributions import score_name
 from ows_lightning.sampling.scores import OutlierScores
 from ows_lightning.trainer import OWSTrainer
-
-log = logging.getLogger(__name__)
 
 
 class CommandTrainer(OWSTrainer):
@@ -94,7 +91,7 @@ class CommandTrainer(OWSTrainer):
         sampling = copy.copy(LayerwiseSampling.of(self)) or LayerwiseSampling()
         sampling.scores = None
         if score_name(sampling.distribution) in (None, "gradient_norm"):
-            log.info("sampling.distribution: it takes no scores of a model, so these are those of `outlier`")
+            print(f"sampling.distribution: {sampling.distribution} takes no scores of a model; these are outlier's")
             sampling.distribution = "outlier"
         self.strategy.connect(model)
         model.trainer = datamodule.trainer = self

@@ -87,35 +87,34 @@ def _run(argv: list[str]) -> None:
         raise UsageError(f"{command}: the command comes first, before its options")
     elif command not in names:
         raise UsageError(f"there is no command '{command}'{did_you_mean(command, names) or listed}")
-    elif command == "plan" or command in OTHER_COMMANDS or {"-h", "--help"} & {*argv}:
+    else:
+        asks_help = command in CONFIG_COMMANDS and bool({"-h", "--help"} & {*argv})
+        if command in CONFIG_COMMANDS and command != "plan" and not asks_help:
+            _run_lightning(command, argv)
+            return
         try:
-            _print(command, argv)
+            if asks_help:
+                from ows_lightning.cli.help import help_text
+
+                print(help_text(command, CONFIG_COMMANDS[command]))
+            elif command in OTHER_COMMANDS:
+                module = importlib.import_module(f"ows_lightning.cli.{OTHER_COMMANDS[command][0]}")
+                getattr(module, command.replace("-", "_"))(argv[1:])
+            else:
+                _run_lightning(command, argv)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of our output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+
+
+def _run_lightning(command: str, argv: list[str]) -> None:
+    if command == "plan":
+        _import_without_plots()
     else:
         peer_watchdog.start()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
-        _run_lightning(argv)
-
-
-def _print(command: str, argv: list[str]) -> None:
-    """Runs a command that trains nothing, or shows the help of one that may."""
-    if command in OTHER_COMMANDS:
-        module = importlib.import_module(f"ows_lightning.cli.{OTHER_COMMANDS[command][0]}")
-        getattr(module, command.replace("-", "_"))(argv[1:])
-    elif {"-h", "--help"} & {*argv}:
-        from ows_lightning.cli.help import help_text
-
-        print(help_text(command, CONFIG_COMMANDS[command]))
-    else:
-        _import_without_plots()
-        _run_lightning(argv)
-
-
-def _run_lightning(argv: list[str]) -> None:
     from ows_lightning.cli.lightning_cli import OWSCLI
     from ows_lightning.distributed.process_group import destroy_process_group
 

@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
-from transformers import PretrainedConfig
 
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.cli.parser import SECTIONS
@@ -161,7 +160,7 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
             _check_sampling(sampling, config, model)
 
 
-def _check_sampling(sampling: LayerwiseSampling, config: PretrainedConfig, model: CausalLMModule) -> None:
+def _check_sampling(sampling: LayerwiseSampling, config: Any, model: CausalLMModule) -> None:
     """Checks the settings against the model's blocks, which are counted: not every config has their number."""
     blocks = decoder_layers(meta_model(config, trust_remote_code=model.hparams["trust_remote_code"]))
     sampling.check(len(blocks), architecture_of(config))

@@ -1,20 +1,18 @@
 """Data parallelism for models whose trained blocks change: ``--trainer.strategy ddp_layerwise``."""
 
 import itertools
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import average_, zero_missing_gradients
-
-log = logging.getLogger(__name__)
 
 
 class LayerwiseDDPStrategy(DDPStrategy):
@@ -38,7 +36,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
         """Gives all processes rank 0's weights; the model is not wrapped."""
         assert self.model is not None
         if ignored := [*self._ddp_kwargs, *(["ddp_comm_hook"] if self._ddp_comm_hook is not None else [])]:
-            log.warning("trainer.strategy: LayerwiseDDPStrategy wraps no model, so it ignores %s", ", ".join(ignored))
+            rank_zero_warn(f"trainer.strategy: LayerwiseDDPStrategy wraps no model, so it ignores {', '.join(ignored)}")
         for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
             if self.world_size > 1:  # one process may offload blocks, and NCCL takes nothing from host memory
                 dist.broadcast(tensor.detach(), src=0)

@@ -151,10 +151,7 @@ class _Simulation:
         if self.galore is not None:
             self.galore.accumulating = False
         tracker.begin_span((renews, "forward"))
-        ids = torch.zeros((work.batch_size, work.length), dtype=torch.int64, device=_trainable(model)[0].device)
-        mask = torch.ones_like(ids)
-        mask[0, -1] = 0  # padding somewhere, so that attention gets a mask
-        batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+        batch = _batch(work, _trainable(model)[0].device)
         tracker.category = "activations"
         device = torch.device("cuda" if work.host_memory else "cpu")
         # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
@@ -162,7 +159,7 @@ class _Simulation:
         with mixed:
             loss = next_token_loss(language_model, batch, device)[0] if method.ours else model(**batch, use_cache=False).loss
         loss.backward()
-        del loss, batch, ids, mask
+        del loss, batch
         tracker.category = "other"
         tracker.begin_span((renews, "step"))
         gradients = gradients_of(self.optimizer) if method.ours else [p.grad for p in _trainable(model) if p.grad is not None]
@@ -248,6 +245,13 @@ class _Simulation:
                     self.tracker.label("projectors" if key == "projector" else "moments", [value])
         if self.galore is not None:
             self.tracker.label("projectors", self.galore.resting_projectors.values())
+
+
+def _batch(work: Workload, device: torch.device) -> dict[str, Tensor]:
+    ids = torch.zeros((work.batch_size, work.length), dtype=torch.int64, device=device)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # padding somewhere, so that attention gets a mask
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -36,8 +36,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Returns the decoder blocks of the causal LM in `model`, first block first.
 
     The blocks are the outermost `nn.ModuleList` that holds the most parameters; in a vision-language model only the language
-    part is searched. Models are not known by name, so a new architecture needs no entry anywhere. The list is the model's
-    own: who shortens it shortens the model.
+    part is searched; no model is known by its name. The list is the model's own: who shortens it shortens the model.
 
     Args:
         model: A causal LM, or any module that contains one (LightningModule, peft model, vision-language model).
@@ -77,6 +76,13 @@ def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which a block's weights are on the device where it computes, also if the block is offloaded."""
     offloader = getattr(block, "offloader", None)
     return contextlib.nullcontext() if offloader is None else offloader.on_device(block)
+
+
+def restore_weights(block: nn.Module) -> None:
+    """Ends an offloaded block's pass: its parameters are its own weights again, with what they learned at rest merged in."""
+    if (offloader := getattr(block, "offloader", None)) is not None:
+        offloader.end_pass()
+        offloader.merge_updates()
 
 
 def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:

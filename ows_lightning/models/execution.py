@@ -46,8 +46,7 @@ def checkpoint_activations(model: PreTrainedModel, setting: GradientCheckpointin
     layers = decoder_layers(model)
     if number := num_checkpointed(setting, len(layers)):
         if not model.supports_gradient_checkpointing:
-            name = f"{type(model).__name__}, whose supports_gradient_checkpointing is false, recomputes nothing"
-            raise UsageError(f"model.gradient_checkpointing: {name}; set it to false")
+            raise UsageError(f"model.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
         enable({"use_reentrant": False})
         # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.

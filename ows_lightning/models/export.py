@@ -21,7 +21,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSO
 
 from ows_lightning.compat import own_parameters, persistent_buffer_names
 from ows_lightning.errors import RunError, UsageError, refuse_url
-from ows_lightning.models.decoder import language_model_of
+from ows_lightning.models.decoder import language_model_of, restore_weights
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
@@ -67,10 +67,8 @@ def save_huggingface(
     rank 0 writes; the others may call this too, and have to if the model is sharded.
     """
     target = check_replaceable(directory)
-    offloaders: set[Any] = {getattr(block, "offloader", None) for block in model.modules()}
-    for offloader in offloaders - {None}:
-        offloader.end_pass()  # an interrupted one may have left a block computing, from a copy in int8
-        offloader.merge_updates()
+    for block in model.modules():
+        restore_weights(block)  # an interrupted pass may have left one computing, from a copy in int8
     _check_finite(model)
     base: Any = language_model_of(model)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Large tensors without large temporaries, and mapped files, whose pages that were read count as memory until released."""
+"""Work on large tensors without large temporaries; mapped files, whose pages count as memory from reading to release."""
 
 import mmap
 import weakref
@@ -12,7 +12,8 @@ _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def rows_at_a_time(elements: int, device: torch.device) -> int:
-    """How many rows to work on at a time: their float32 copies take 4 MB, as a CPU caches, or 16 on a GPU, for few kernels."""
+    """Returns how many rows of ``elements`` elements to work on at a time."""
+    # Their float32 copies take 4 MB on a CPU, whose cache holds them, and 16 MB on a GPU, which wants fewer, larger kernels.
     return max(1, (1 << (22 if device.type == "cuda" else 20)) // elements)
 
 
@@ -22,7 +23,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def map_file(file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> mmap.mmap:
-    """Maps ``length`` bytes of a file (0: the rest) from ``start``, a whole page; writes last if it is ``writable``."""
+    """Maps ``length`` bytes (0: all) of a file from ``start``, a page's first; if ``writable``, it keeps what is written."""
     access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY  # as torch does not map what it can't write
     memory = mmap.mmap(file.fileno(), length, access=access, offset=start)
     _maps.add(memory)

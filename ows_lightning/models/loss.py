@@ -145,7 +145,7 @@ def _scaled(config: PretrainedConfig, logits: Tensor) -> Tensor:
 def summed_cross_entropy(
     model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_device: torch.device | None = None
 ) -> Tensor:
-    """The summed cross entropy for states (N, hidden) and targets (N,), of whose logits a chunk exists at a time."""
+    """Returns the summed cross entropy of states (N, hidden) and targets (N,), by chunks of a size for ``chunk_device``."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     rows = _rows_per_chunk(model, hidden, chunk_device)
     if not torch.is_grad_enabled():

@@ -20,10 +20,10 @@ _DTYPE_ORDER = {dtype: place for place, dtype in enumerate(_DTYPE_NAMES)}  # tha
 
 
 class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
-    """Writes what safetensors would, byte for byte, tensors in any order; of ``layout`` names, shapes and dtypes count."""
+    """Writes a file, byte for byte as safetensors would, whose tensors come in any order and need not all be in memory."""
 
     def __init__(self, path: Path, layout: Mapping[str, Tensor]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # of names, shapes and dtypes of the layout
         end = 0
         self._places: dict[str, tuple[int, Tensor]] = {}
         for name, tensor in sorted(layout.items(), key=lambda item: (-_DTYPE_ORDER[item[1].dtype], item[0])):

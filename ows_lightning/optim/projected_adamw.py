@@ -16,9 +16,8 @@ from ows_lightning.optim.subspace import Side
 def without_autocast() -> Iterator[None]:
     """Lets products have their operands' dtypes, also where a loop of one's own backpropagates or steps within autocast."""
     with ExitStack() as stack:
-        for kind in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

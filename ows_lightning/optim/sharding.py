@@ -159,13 +159,13 @@ def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
 def zero_missing_gradients(
     parameters: Sequence[Tensor], has_gradient: Sequence[bool], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Gives parameters that have a gradient elsewhere in the group a ``grad`` of zeros; waits for none where all have one."""
+    """Gives parameters that have a gradient on some process of the group, but not here, a ``grad`` of zeros."""
     if not parameters:
         return
     flags, device = torch.tensor(has_gradient, dtype=torch.uint8), parameters[0].device
     anywhere = torch.ones_like(flags, device=device) if all(has_gradient) else flags.to(device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
-    if not all(has_gradient):
+    if not all(has_gradient):  # else none is missing here, and no device is waited for
         for p, here, somewhere in zip(parameters, has_gradient, anywhere.tolist(), strict=True):
             if somewhere and not here:
                 p.grad = torch.zeros_like(p)

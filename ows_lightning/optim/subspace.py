@@ -50,7 +50,8 @@ def find_subspace(gradient: Tensor, rank: int, side: Side, method: SubspaceMetho
 
 
 def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
-    """Turns the bases of sketches: yields (..., n, r), float32. The CPU decomposes, for which the GPU is waited for once."""
+    """Turns the bases of sketches: yields orthonormal columns, (..., n, r), float32, of each; waits once for the GPU."""
+    # The small decompositions run on the CPU, since a GPU is no faster.
     triangles = [sketch.triangle for sketch in sketches]
     together = torch.cat([triangle.flatten().to(triangles[0].device) for triangle in triangles]).cpu()
     parts = together.split([triangle.numel() for triangle in triangles])

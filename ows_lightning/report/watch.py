@@ -124,6 +124,8 @@ def is_running(run: Path) -> bool:
         if (lock := newest_run(run) / ".lock").is_file():
             with FileLock(lock, timeout=0):
                 pass
-    except OSError as error:  # or there is no folder any more, or the lock is another user's
-        return isinstance(error, Timeout)
+    except Timeout:
+        return True
+    except OSError:  # there is no folder any more, or the lock is another user's
+        return False
     return False

@@ -56,12 +56,10 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
     blocks = len(scores)
 
     if not isinstance(distribution, str):
-        weights = torch.as_tensor(distribution, dtype=torch.float64).cpu()
+        weights, key = torch.as_tensor(distribution, dtype=torch.float64).cpu(), "sampling.distribution"
         if weights.shape != scores.shape:
-            raise UsageError(
-                f"sampling.distribution: a list of {weights.numel()} weights for {blocks} blocks; give one weight a block"
-            )
-        return _normalised(weights, "distribution", "give at least one positive weight")
+            raise UsageError(f"{key}: a list of {weights.numel()} weights for {blocks} blocks; give one weight a block")
+        return _normalised(weights, key, "give at least one positive weight")
     if distribution == "uniform":
         return torch.full_like(scores, 1 / blocks)
     if distribution in ("increasing", "decreasing"):
