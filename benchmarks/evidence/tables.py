@@ -232,7 +232,8 @@ def plot(lengths: dict[int, Values], path: Path) -> None:
         axis.set_xlabel(COSTS[cost])
         if len(lengths) > 1 and cost != "peak_mb":
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            left, right = axis.get_xlim()
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if right > 10 * left else (1, 2, 3, 5, 7)))
             axis.xaxis.set_major_formatter(ticker.EngFormatter())
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes[0].set_ylabel("Test loss (nats a target token)")
