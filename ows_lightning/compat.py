@@ -99,6 +99,17 @@ def attn_implementation_of(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def keep_in_float32_(model: Any, dtype: torch.dtype) -> None:
+    """Gives weights float32 that ``from_pretrained`` keeps in it (routers of experts). When it is gone: load one to see."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    if patterns := [*model._get_dtype_plan(dtype)]:
+        kept, *_ = build_glob_alternation(patterns)
+        for name, p in model.named_parameters():
+            if kept.search(name):
+                p.data = p.data.float()
+
+
 def without_weight_conversions(model: Any) -> Any:
     """A copy of a transformers model that forgot its files' layout. When it is gone: pass the model."""
     plain = copy.copy(model)

@@ -24,11 +24,12 @@ class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint whose ``last.ckpt`` is made of hard links to the checkpoint that was just saved, if there is one.
 
     A hard link stays when the checkpoint is removed, being no longer among the best, and needs no second writing. Where
-    the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole; so it is
-    where the best waits for the next validation: Lightning would take what ``monitor`` names from the one before.
+    the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole. It is also
+    written between validations, where the best has to wait: what ``monitor`` names is of the validation before.
     """
 
     _between_validations = False
+    _step_seen = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes ``save_last: link`` for True: its own links outlive the files that they are made of."""
@@ -39,12 +40,16 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Updates the ``last.ckpt`` that a run is resumed from: the state in it is from before its own path was known."""
         super().on_train_start(trainer, pl_module)
+        self._step_seen = trainer.global_step
         last = Path(self.dirpath or "", f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         if trainer.ckpt_path and not self.last_model_path and last.exists() and last.samefile(trainer.ckpt_path):
             self.last_model_path = str(last)
 
     def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:
-        """Saves ``last.ckpt`` although the best has to wait for a validation."""
+        """Saves ``last.ckpt`` at the end of a step, although the best has to wait for a validation."""
+        if trainer.global_step == self._step_seen:
+            return  # in the midst of the next step, of whose gradients a checkpoint keeps nothing
+        self._step_seen = trainer.global_step
         waited, self._defer_save_until_validation = self._defer_save_until_validation, False
         self._between_validations = True
         super().on_train_batch_end(trainer, *batch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ows_lightning.compat import local_shape_and_offset, replace_parameters_
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.safetensors_file import stored_weights
+from ows_lightning.models.pretrained import check_finite, persistent_buffers, weights_by_name
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
@@ -49,13 +50,14 @@ def load_into_shards(
     From safetensors that name the model's weights as the model does, every process reads its own parts. Else (GGUF, experts
     that transformers fuses when it loads, added tokens, adapters) rank 0 loads the model and hands out a weight at a time.
     """
-    model = build(True)
-    replace_parameters_(model, lambda p: p if p.is_meta else nn.Parameter(p.to("meta"), requires_grad=p.requires_grad))
-    files = stored_weights(name)
-    tensors = {**dict(model.named_parameters()), **_persistent_buffers(model)}
-    straight = all(key in files and files[key].shape == tensor.shape for key, tensor in tensors.items())
+    model: Any = build(True)
+    dtype = model.dtype  # also of weights that stay in float32 elsewhere, such as routers: FSDP takes one dtype in a block
+    replace_parameters_(
+        model, lambda p: nn.Parameter(p.to("meta", dtype if p.is_meta else p.dtype), requires_grad=p.requires_grad)
+    )
+    stored = weights_by_name(name, model)
     whole: dict[str, Tensor] = {}
-    if not straight and mesh.get_local_rank() == 0:
+    if not stored and mesh.get_local_rank() == 0:
         loaded = build(False)
         whole = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
 
@@ -66,11 +68,12 @@ def load_into_shards(
     with torch.no_grad():
         for key, buffer in model.named_buffers():
             buffer.copy_(buffers[key])
-        for key, tensor in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items():
-            if straight:
-                _read_local_part(tensor, files[key].path, key)
+        for key, tensor in {**dict(model.named_parameters()), **persistent_buffers(model)}.items():
+            if stored:
+                _read_local_part(tensor, stored[key].path, key)
             else:
                 _broadcast_weight(tensor, whole.pop(key, None), mesh)
+    check_finite(name, model)
     return causal_lm
 
 
@@ -96,8 +99,3 @@ def _broadcast_weight(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) ->
     else:
         dist.broadcast(full, group=mesh.get_group(), group_src=0)
         tensor.copy_(full)
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    buffers = dict(model.named_buffers())
-    return {key: buffers[key] for key in model.state_dict() if key in buffers}  # in an order that is the same on all ranks

@@ -22,14 +22,15 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ows_lightning.compat import faster_gguf_loading, replace_parameters_
+from ows_lightning.compat import faster_gguf_loading, keep_in_float32_, replace_parameters_
 from ows_lightning.errors import UsageError, closest_name
 from ows_lightning.models.large_tensors import all_finite, release_mapped_pages
+from ows_lightning.models.safetensors_file import StoredWeight, stored_weights
 from ows_lightning.models.source import MODEL_KEY, ModelSource, check_model_name, locate_model
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ def empty_model(name: str, num_tokens: int, dtype: torch.dtype = torch.float32, 
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         if num_tokens > next(model.get_input_embeddings().parameters()).size(0):
             model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    keep_in_float32_(model, dtype)
     model.tie_weights()  # accelerate makes a parameter of its own for every place
     with contextlib.suppress(OSError):  # it has none of its own
         model.generation_config = transformers.GenerationConfig.from_pretrained(locate_model(name).path)
@@ -141,6 +143,25 @@ def allocate(model: nn.Module) -> nn.Module:
         model, lambda p: nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=p.requires_grad) if p.is_meta else p
     )
     return model
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers that belong to a model's state, in an order that is the same on all ranks."""
+    buffers = dict(model.named_buffers())
+    return {key: buffers[key] for key in model.state_dict() if key in buffers}
+
+
+def weights_by_name(name: str, model: PreTrainedModel) -> dict[str, StoredWeight]:
+    """Returns where an empty model's weights and buffers are stored, if its files name all of them as it does; else nothing.
+
+    A UsageError says that they hold more blocks than the model.
+    """
+    stored, tied = stored_weights(name), model.all_tied_weights_keys.keys()
+    tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
+    if tied & stored.keys() or not all(key in stored and stored[key].fits(tensor) for key, tensor in tensors.items()):
+        return {}
+    check_surplus_blocks(name, model, stored.keys() - tensors.keys())
+    return stored
 
 
 def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable[str]) -> None:

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from ows_lightning.compat import replace_parameters_
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.pretrained import check_finite, check_surplus_blocks, empty_model, load_model
-from ows_lightning.models.safetensors_file import StoredWeight, stored_weights
+from ows_lightning.models.pretrained import check_finite, empty_model, load_model, persistent_buffers, weights_by_name
+from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.offload.disk import Disk
 
 
@@ -21,21 +21,15 @@ def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) ->
     converted into the scratch file, a weight at a time. Weights that transformers makes from others (of a GGUF file, of
     experts that it fuses, of added tokens) pass through host memory once, before they are offloaded to the disk.
     """
-    model, stored = empty_model(name, num_tokens, **options), stored_weights(name)
-    tied = model.all_tied_weights_keys.keys()
-    names = {p: key for key, p in model.named_parameters(remove_duplicate=False) if key not in tied}
-    buffers = {key: buffer for key, buffer in model.state_dict().items() if key not in {*names.values(), *tied}}
-    tensors = {**{key: p for p, key in names.items()}, **buffers}
-    fit = all(key in stored and stored[key].fits(tensor) for key, tensor in tensors.items())
-    kept_as_saved = any(getattr(model, kept, None) for kept in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    if not fit or kept_as_saved or tied & stored.keys():
+    model = empty_model(name, num_tokens, **options)
+    if not (stored := weights_by_name(name, model)):
         return load_model(name, **options)
-    check_surplus_blocks(name, model, stored.keys() - tensors.keys())
+    names = {p: key for key, p in model.named_parameters()}
     in_blocks = set(decoder_layers(model).parameters())
     replace_parameters_(
         model, lambda p: nn.Parameter((disk.place_weight if p in in_blocks else _read)(stored[names[p]], p.dtype))
     )
-    for key, buffer in buffers.items():
+    for key, buffer in persistent_buffers(model).items():
         buffer.copy_(_read(stored[key], buffer.dtype))
     check_finite(name, model)
     return model

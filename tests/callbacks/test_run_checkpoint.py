@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from ows_lightning import CausalLMModule, OWSTrainer
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.checkpoints.find import find_checkpoint, load_verified
+from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.cli.main import main
 from ows_lightning.report.model_card import without_folders
 from tests.data.samples import tiny_tokenizer
@@ -155,6 +156,32 @@ def test_the_best_waits_for_a_validation_of_its_own_weights(tmp_path: Path) -> N
     fit(3, "resumed")
     fit(9, "resumed", tmp_path / "resumed" / "last.ckpt")
     assert {path.name for path in (tmp_path / "resumed").glob("epoch=*.ckpt")} == {path.name for path in kept.values()}
+
+
+class CountsWrites(AtomicCheckpointIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[str] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.written.append(Path(path).name)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_accumulation_writes_a_step_once(tmp_path: Path) -> None:
+    """And not again at the following micro-batches, in which the number of the step is the same."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    rows = DataLoader([tiny_batch()] * 20, batch_size=None)
+    writes = CountsWrites()
+    kept = RunCheckpoint(tmp_path / "kept", monitor="val_loss", every_n_train_steps=2, save_top_k=-1, save_last=True)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=5, accumulate_grad_batches=4, val_check_interval=12, check_val_every_n_epoch=None,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[kept], plugins=[writes],
+    )  # fmt: skip
+    trainer.fit(CausalLMModule(str(tmp_path), rank=4), rows, rows)
+    # Of step 2 the best waits for the validation after step 3, of which last.ckpt is a link; step 4 has none.
+    assert writes.written == ["last.ckpt", "epoch=0-step=3.ckpt", "last.ckpt"]
 
 
 def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -19,11 +20,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ows_lightning.distributed.sharded_model import load_into_shards
+from ows_lightning.errors import UsageError
+from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import empty_model, load_model
 from ows_lightning.module import CausalLMModule
 from tests.data.samples import tiny_tokenizer
 from tests.distributed.launch import free_port, run
+from tests.models.architectures import tiny_config
 from tests.tiny import tiny_batch, tiny_model
 
 WIDTH = 1024
@@ -65,6 +69,38 @@ def test_one_process_sends_no_offloaded_weights_around(tmp_path: Path, monkeypat
     trainer.test(module, DataLoader([tiny_batch()], batch_size=None), verbose=False)
     assert sent  # what is on the device; NCCL takes nothing from host memory
     assert not {p.data_ptr() for layer in decoder_layers(module) for p in layer.parameters()} & {*sent}
+
+
+def sharded(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """The model of a folder, in the shards of this process alone."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    mesh, name, precision = init_device_mesh("cpu", (1,)), str(folder), "32-true" if dtype == torch.float32 else "bf16-true"
+    build = lambda empty: empty_model(name, 0, dtype) if empty else load_model(name, dtype)  # noqa: E731
+    return load_into_shards(build, name, mesh, torch.device("cpu"), precision)
+
+
+def test_shards_are_refused_what_a_whole_model_is(tmp_path: Path) -> None:
+    (model := tiny_model("llama")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(UsageError, match="more blocks than its config"):
+        sharded(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(UsageError, match="than the weight that its config ties it to"):
+        sharded(tmp_path)
+    model.model.layers[2].mlp.up_proj.weight.data[3, 4] = torch.inf
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="not finite"):
+        sharded(tmp_path)
+
+
+def test_shards_have_one_dtype(tmp_path: Path) -> None:
+    """FSDP takes no other; the router stays in float32 on one device."""
+    AutoModelForCausalLM.from_config(tiny_config("deepseek_v3")).save_pretrained(tmp_path)
+    model = sharded(tmp_path, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model(**tiny_batch()).total.backward()
 
 
 @pytest.mark.slow

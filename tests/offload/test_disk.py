@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from ows_lightning.checkpoints import files as checkpoints
 from ows_lightning.checkpoints.files import ChecksummedFile
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
-from ows_lightning.models.pretrained import load_model
+from ows_lightning.models.pretrained import empty_model, load_model
 from ows_lightning.models.safetensors_file import SafetensorsFile
 from ows_lightning.offload.disk import Disk
 from ows_lightning.offload.mapped_model import load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
+from tests.models.architectures import tiny_config
 from tests.offload.steps import LateOffloader, evaluate, train
 from tests.tiny import KINDS, tiny_model
 
@@ -82,6 +84,21 @@ def test_a_model_is_loaded_as_transformers_loads_it(architecture: str, dtypes: s
     assert [name for name, _ in found.named_parameters()] == [name for name, _ in expected.named_parameters()]
     assert found.config.to_dict() == expected.config.to_dict()
     assert found.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["gpt_oss", "deepseek_v3"])
+def test_what_transformers_keeps_in_float32_is_so_however_a_model_is_made(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Routers and norms of some families: what trained in float32 would else be exported in another dtype."""
+    AutoModelForCausalLM.from_config(tiny_config(kind)).save_pretrained(tmp_path)
+    expected = load_model(str(tmp_path), dtype=dtype).state_dict()
+    mapped = load_mapped_model(str(tmp_path), 0, Disk(tmp_path), dtype=dtype).state_dict()
+    torch.testing.assert_close(mapped, expected, rtol=0, atol=0)
+    empty = empty_model(str(tmp_path), 0, dtype).state_dict()
+    assert {name: weight.dtype for name, weight in empty.items()} == {name: weight.dtype for name, weight in expected.items()}
+    assert len({weight.dtype for weight in expected.values()}) == 1 + (kind == "deepseek_v3" or dtype == torch.float16)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
