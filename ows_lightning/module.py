@@ -38,7 +38,7 @@ from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import SubspaceMethod
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, stop_projecting
+from ows_lightning.sampling.lightning_support import check_strategy, check_unscaled, patch_clipping, stop_projecting
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
 
@@ -172,8 +172,8 @@ class CausalLMModule(EvaluationModule):
     # ------------------------------------------------------------------ set-up
 
     def check(self, find: Callable[[str, bool], Any] = pretrained.load_config) -> Any:
-        """Returns the model's config, or what `find` finds; a UsageError names any setting that is wrong, without weights."""
-        try:  # for a small matrix and a vector
+        """Checks all settings, without weights (UsageError); returns the model's config, or what ``find`` makes of a name."""
+        try:  # made for a small matrix and a vector: wrong arguments show here
             optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(shape))]} for shape in ((2, 2), (2,))])
         except (TypeError, ValueError) as error:
             raise UsageError(f"model.optimizer: {error}") from error
@@ -263,6 +263,7 @@ class CausalLMModule(EvaluationModule):
         scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
         if isinstance(optimizer, GaLoreAdamW):
             check_strategy(self.trainer.strategy)
+            check_unscaled(self.trainer.precision_plugin)
             optimizer.project_in_backward(model=self.model)  # last: an error before leaves no hook behind
             if self.offloader is not None:
                 self.offloader.attach_optimizer(optimizer)
@@ -334,8 +335,8 @@ class CausalLMModule(EvaluationModule):
         if self.step.totals is None:  # a `training_step` of a subclass
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        self.step.complete(optimizer, self.trainer.accumulate_grad_batches)  # where a subclass' `optimizer_step` did not
-        self.last_step = self.step.finish(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.step.rescale(optimizer, self.trainer.accumulate_grad_batches)  # where a subclass' `optimizer_step` did not
+        self.last_step = self.step.clip_and_report(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train_loss", self.last_step.loss, prog_bar=True)
         self.log("grad_norm", self.last_step.grad_norm)
 
@@ -345,7 +346,7 @@ class CausalLMModule(EvaluationModule):
 
         def closure() -> Any:
             loss = optimizer_closure()
-            self.step.complete(own, self.trainer.accumulate_grad_batches)  # which a GradientAccumulationScheduler may change
+            self.step.rescale(own, self.trainer.accumulate_grad_batches)  # which a GradientAccumulationScheduler may change
             return loss
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)

@@ -32,7 +32,7 @@ class StepAccumulator:
     """The optimizer step that is under way.
 
     The step's loss is the mean over the target tokens of all its micro-batches and processes. How many there are is known only
-    after the last micro-batch: until then sums are divided by a fixed number, which ``complete`` corrects. Processes, over
+    after the last micro-batch: until then sums are divided by a fixed number, which ``rescale`` corrects. Processes, over
     which the strategy averages gradients, communicate once a step.
     """
 
@@ -41,14 +41,14 @@ class StepAccumulator:
         self.signal_code = 0  # of `SaveOnSignal`: sent to all processes with the next step's loss; they see the sum
         self.totals: Tensor | None = None  # summed cross entropy, numbers of target and of all tokens, signal codes
         self._divisor: float | Tensor = _PROVISIONAL_TARGETS
-        self._is_complete = self._is_reduced = False
+        self._is_rescaled = self._is_reduced = False
 
     def add(self, parts: LossParts, tokens: Tensor, first: bool, last: bool) -> Tensor:
         """Adds a micro-batch of ``tokens`` (a scalar), and returns its loss; ``first`` drops an unfinished step's sums."""
         counts = [parts.targets, tokens, torch.full_like(tokens, self.signal_code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
         before = None if first else self.totals
-        self._is_complete, self._is_reduced = False, last
+        self._is_rescaled, self._is_reduced = False, last
         self.totals = here if before is None else before + here
         if last and self.processes > 1:
             dist.all_reduce(self.totals)  # strategy.reduce would hold all processes up with a barrier
@@ -56,21 +56,21 @@ class StepAccumulator:
             self._divisor = self.totals[1].clamp(min=1) / self.processes if last else _PROVISIONAL_TARGETS
         return parts.total / self._divisor
 
-    def complete(self, optimizer: Optimizer, micro_batches: int) -> None:
+    def rescale(self, optimizer: Optimizer, micro_batches: int) -> None:
         """Makes the gradient that of the step's mean loss, before hooks look at it.
 
         Gradients have to be complete, and averaged over processes. Lightning has divided each loss by ``micro_batches``. A
-        second call, before `finish`, does nothing.
+        second call, before `clip_and_report`, does nothing.
         """
-        if micro_batches > 1 and self.totals is not None and not self._is_complete:
+        if micro_batches > 1 and self.totals is not None and not self._is_rescaled:
             if not self._is_reduced and self.processes > 1:  # the last micro-batch had no loss
                 dist.all_reduce(self.totals)
             factor = self._divisor * micro_batches * self.processes / self.totals[1].clamp(min=1)
             scale_(gradients_of(optimizer), factor)
-        self._is_complete = True
+        self._is_rescaled = True
 
-    def finish(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepMetrics:
-        """Clips what the optimizer consumes (at 0 or None: not), and begins the next step; call it after `complete`."""
+    def clip_and_report(self, optimizer: Optimizer, limit: float | None = None, algorithm: str | None = None) -> StepMetrics:
+        """Clips what the optimizer consumes (at 0 or None: not), and begins the next step; call it after `rescale`."""
         assert self.totals is not None
         gradients = gradients_of(optimizer)
         norm = total_norm(gradients)

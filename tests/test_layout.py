@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "ows_lightning"
 # A folder or module imports from layers above its own here, and of its own layer only what comes before it.
 LAYERS = [
-    ["errors", "compat"],
+    ["errors", "atomic_files", "compat"],
     ["models"],
     ["optim", "offload"],
     ["checkpoints", "metrics", "data", "sampling", "report"],
@@ -45,4 +45,4 @@ def test_imports_follow_the_layers() -> None:
 
 def test_few_modules_stand_beside_the_folders() -> None:
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules <= {"module", "evaluation", "step", "trainer", "errors", "compat"}
+    assert modules <= {"module", "evaluation", "step", "trainer", "errors", "atomic_files", "compat"}

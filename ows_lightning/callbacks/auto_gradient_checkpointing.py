@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.errors import first_line
@@ -35,8 +34,7 @@ class AutoGradientCheckpointing(Callback):
         if trainer.is_global_zero:
             try:
                 budget = MEMORY_FRACTION * available_bytes(pl_module.device, pl_module.parameters(), trainer.num_devices)
-                with torch.random.fork_rng(devices=[]):
-                    number = fewest_recomputed_blocks(settings_of_run(self.config, pl_module), budget)
+                number = fewest_recomputed_blocks(settings_of_run(self.config, pl_module), budget)
                 what = "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)"
                 log.info(what, number, count, budget / 1e9)
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation

@@ -57,14 +57,19 @@ class Resume(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copies the configured options before the checkpoint overwrites them, which has to be of the same optimizers."""
-        now = changeable_settings(trainer, pl_module)["model.optimizer"]
-        if (before := self._saved_settings.get("model.optimizer", now)) != now and isinstance(pl_module, CausalLMModule):
-            raise UsageError(f"model.optimizer: the checkpoint is of {before}, this run of {now}; set it back, or start anew")
+        self._check_optimizers(trainer, pl_module)
         kept = ("params", "param_names", "lr", "initial_lr")
         self._num_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         for group in self._configured_groups(trainer):
             options = {name: value for name, value in group.items() if name not in kept}
             self._options.append({**options, "lr": group.get("initial_lr", group["lr"])})
+
+    def _check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = changeable_settings(trainer, pl_module)["model.optimizer"]  # "" before they are made
+        if now not in ("", before := self._saved_settings.get("model.optimizer", now)) and isinstance(
+            pl_module, CausalLMModule
+        ):
+            raise UsageError(f"model.optimizer: the checkpoint is of {before}, this run of {now}; set it back, or start anew")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Applies them to a resumed run, and logs what changed."""
@@ -118,6 +123,7 @@ class Resume(Callback):
         """Reads those of the run that is resumed."""
         self._saved_settings = checkpoint.get("changeable_settings", {})
         self._saved_options = checkpoint.get("configured_options")
+        self._check_optimizers(trainer, pl_module)  # fsdp2 made them, and began to fit, before
 
 
 def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

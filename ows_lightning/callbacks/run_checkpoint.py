@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
-from ows_lightning.checkpoints.files import partial_path, replace_atomically
+from ows_lightning.atomic_files import partial_path, replace_atomically
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.compat import logged_in_validation
 

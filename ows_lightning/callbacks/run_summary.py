@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from ows_lightning.callbacks.run_checkpoint import run_checkpoint
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
-from ows_lightning.errors import UsageError, add_note, command_line, first_line, is_out_of_memory
+from ows_lightning.errors import add_note, command_line, first_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.memory.prediction import predict_memory
 from ows_lightning.models.causal_lm import evaluating
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.delta import DeltaSize, max_delta_size, megabytes
 from ows_lightning.models.execution import count_checkpointed
-from ows_lightning.models.pretrained import load_config
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.run import is_run_folder
 from ows_lightning.sampling.activation import outside_parameters
@@ -111,10 +109,6 @@ class RunSummary(Callback):
         if after := _logged_metrics(trainer, *_SHOWN_METRICS):
             when = "training" if self.validated_step == trainer.global_step else f"step {self.validated_step}"
             log.info("After %s: validation %s", when, _metrics_text(after, self.before, self.batches_before))
-        if isinstance(pl_module, CausalLMModule) and (sizes := _delta_size(pl_module, LayerwiseSampling.of(trainer))):
-            reached = f"training reached {megabytes(sizes.delta)} ({100 * sizes.delta / sizes.model:.0f}%)"
-            whole = megabytes(sizes.model)
-            log.info("The model has %s, of which %s; a delta (export --delta) holds that, compressed", whole, reached)
         steps, quoted = [], shlex.quote(str(folder / "config.yaml"))
         if is_run_folder(folder):
             steps.append(f"report {shlex.quote(str(folder))}")
@@ -148,9 +142,8 @@ class RunSummary(Callback):
         available = available_bytes(device, module.parameters(), processes)
         there = f"{available / 1e9:.1f} GB available on {device}"
         try:
-            with torch.random.fork_rng(devices=[]):
-                recomputing = count_checkpointed(module.language_model)
-                needs = predict_memory(replace(settings_of_run(self.config, module), gradient_checkpointing=recomputing))
+            recomputing = count_checkpointed(module.language_model)
+            needs = predict_memory(replace(settings_of_run(self.config, module), gradient_checkpointing=recomputing))
         except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
@@ -201,23 +194,6 @@ def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> s
     at_rest = f" (at rest, rank {sampling.resting_rank})" if sampling.resting_rank else ""
     what = " + ".join([f"{sampling.activated_layers} blocks{at_rest}", *sampling.always_train])
     return f"{text}; at a time {what}: {_size_text(count, module)}; new blocks every {sampling.interval_steps} steps"
-
-
-def _delta_size(module: CausalLMModule, sampling: LayerwiseSampling | None) -> DeltaSize | None:
-    """Upper bound of a delta's size, from all weights that trained; None if the base's vocabulary can't be looked up."""
-    model = module.language_model
-    if sampling is None:
-        trained = [p for p in module.parameters() if p.requires_grad]
-    else:
-        trained = _sampled_weights(module, sampling, sampling.trained_blocks())
-    try:
-        base = load_config(module.hparams["model_name_or_path"], module.hparams["trust_remote_code"])
-    except UsageError:  # it is no longer there
-        return None
-    if base.get_text_config().vocab_size != model.config.get_text_config().vocab_size:  # rows were added
-        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-            trained += part.parameters() if part is not None else ()
-    return max_delta_size(module.model, trained)
 
 
 def _sampled_weights(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:

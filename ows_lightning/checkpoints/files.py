@@ -4,13 +4,11 @@ torch writes a zip archive, whose own checksums do not cover headers and padding
 the archive's comment, which torch and zip tools ignore. Those of a directory of shards are in its ``meta.pt``.
 """
 
-import contextlib
 import functools
 import io
 import os
 import pickle
 import re
-import shutil
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,35 +61,6 @@ def save_file(value: dict[str, Any], path: Path) -> None:
     if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(path):
         hint = "hand over numbers and text of Python's own (also as rates), or leave it out of save_hyperparameters"
         raise UsageError(f"the checkpoint holds {', '.join(sorted(unsafe))}, with which no run can be resumed; {hint}")
-
-
-def partial_path(path: Any) -> Path:
-    """The temporary name of a checkpoint that is being written, or removed."""
-    return Path(path).with_name(f".{Path(path).name}.partial")
-
-
-def replace_atomically(partial: Path, path: Path) -> None:
-    """Renames a finished file or directory to its final name; a directory that it replaces is ``.NAME.old`` meanwhile."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if partial.is_dir():
-        for written in (*partial.iterdir(), partial):
-            _fsync(written)
-    if path.is_dir():
-        path.rename(old)
-    partial.replace(path)
-    shutil.rmtree(old, ignore_errors=True)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    """Flushes a file, or a directory's entries, to the disk; Windows and some network file systems can't flush a directory."""
-    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
 
 
 def root_cause(error: BaseException) -> BaseException:

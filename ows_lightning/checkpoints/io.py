@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ows_lightning.checkpoints.files import load_file, partial_path, replace_atomically, root_cause, save_file
+from ows_lightning.atomic_files import partial_path, replace_atomically
+from ows_lightning.checkpoints.files import load_file, root_cause, save_file
 from ows_lightning.checkpoints.find import last_good, read_checkpoint
 from ows_lightning.checkpoints.shards import load_shards
 from ows_lightning.errors import RunError, first_line

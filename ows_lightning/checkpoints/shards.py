@@ -67,8 +67,8 @@ def load_tensors(
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fills a module's weights, plain ones or DTensors, from a checkpoint of either kind; nothing else of it is read."""
+def load_weights(module: nn.Module, path: Path, strict: bool = True) -> None:
+    """Fills a module's weights from a file, or from a directory of shards DTensors, too; if ``strict``, all (UsageError)."""
     prefix = "state_dict."
     weights = {prefix + name: weight for name, weight in module.state_dict().items()}
     if path.is_dir():
@@ -79,7 +79,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
             merge_saved_updates_(checkpoint["state_dict"], optimizer)
         whole = {prefix + name: weight for name, weight in checkpoint["state_dict"].items()}
         shapes = {name: weight.shape for name, weight in whole.items()}
-    if different := sorted(shapes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):
+    if not strict:
+        weights = {name: weights[name] for name in weights.keys() & shapes.keys()}
+    elif different := sorted(shapes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):
         raise UsageError(f"ckpt_path: '{path}' is of another model, as to {different[0][0].removeprefix(prefix)}")
     if path.is_dir():
         read_into(weights, path)

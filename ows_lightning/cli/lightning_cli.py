@@ -179,7 +179,7 @@ class OWSCLI(LightningCLI):
                 trainer_args[key] = False
         callbacks = trainer_args["callbacks"] or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
-        if sampling is not None or "ddp" not in str(trainer_args["strategy"]):
+        if (self.subcommand == "fit" and sampling is not None) or "ddp" not in str(trainer_args["strategy"]):
             check_strategy(trainer_args["strategy"])  # before Lightning reports something else
         # After the user's, which may log; before sampling, whose scores take a while.
         callbacks.append(SaveOnSignal())

@@ -33,7 +33,7 @@ from ows_lightning.models.pretrained import meta_model
 from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.options import check_offloading
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.lightning_support import check_strategy
+from ows_lightning.sampling.lightning_support import check_strategy, check_unscaled
 from ows_lightning.sampling.scores import OutlierScores, architecture_of
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,8 @@ def check_run(
     projects = command == "fit" and isinstance(model, CausalLMModule) and model.hparams["rank"] is not None
     if sampling is not None or projects:
         check_strategy(trainer.strategy)  # that Lightning has chosen, before it starts other processes
+    if projects:
+        check_unscaled(trainer.precision_plugin)
     if command == "fit":
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:

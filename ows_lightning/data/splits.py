@@ -203,7 +203,7 @@ class Splits:
 
 
 def _mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: int) -> list[np.ndarray]:
-    """Repeats each source's row indices to its weight's share, in part as the seed draws; the largest for it is taken once."""
+    """Repeats each source's rows up to its share, a remainder drawn by the seed; the largest for its weight is taken once."""
     once = max(parts, key=lambda name: len(parts[name]) / weights[name])
     per_weight = len(parts[once]) / weights[once]
     most = max(parts, key=lambda name: per_weight * weights[name] / len(parts[name]))

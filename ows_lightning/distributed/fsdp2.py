@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.files import META, METADATA, file_crc32, partial_path, replace_atomically, save_file
+from ows_lightning.atomic_files import partial_path, replace_atomically
+from ows_lightning.checkpoints.files import META, METADATA, file_crc32, save_file
 from ows_lightning.checkpoints.find import load_verified, read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split_checkpoint
@@ -128,7 +129,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         module, path, saved = self.lightning_module, Path(checkpoint["path"]), checkpoint.get("state_dict")
         if saved is None:
-            read_checkpoint(path, lambda path: load_weights(module, path))
+            read_checkpoint(path, lambda path: load_weights(module, path, strict))
             return
         state = module.state_dict()
         if strict and (different := sorted(state.keys() ^ saved.keys())):

@@ -174,5 +174,4 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     changed = f"with {_in_words(changes)}" if changes else "as it is"
     written = f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}"
     path.write_text(written, encoding="utf-8")
-    command = command_line(f"fit --config {shlex.quote(str(path))}")
-    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command}"
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line(f'fit --config {shlex.quote(str(path))}')}"

@@ -62,7 +62,7 @@ class FakeOperators:
         return tree_map_only(_TensorSpec, lambda spec: spec.make(inputs), result)
 
     def _infer(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Returns an operator's result with an `_TensorSpec` in each tensor's place."""
+        """Returns an operator's result with a `_TensorSpec` in each tensor's place."""
 
         def stand_in(tensor: Tensor) -> Tensor:
             whole = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device="meta")

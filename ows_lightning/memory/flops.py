@@ -218,7 +218,7 @@ class Speed:
     compute_seconds: float  # of an optimizer step
     fetched_bytes: int  # of an optimizer step, in expectation over the draws
     fetch_seconds: float  # what they take over the card's link
-    hides_from_tokens: int  # of a micro-batch, from which on a block's fetch takes no longer than a block's forward pass
+    hides_from_tokens: int  # the smallest micro-batch whose forward pass of a block hides a fetch
 
     def words(self) -> str:
         """Says what bounds it, with the figures that show it."""

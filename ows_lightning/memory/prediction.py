@@ -70,6 +70,7 @@ torch's AdamW, peft with r = 16, galore-torch, LISA with gamma = 2, and OWS' ref
 blocks that are frozen again. Batches, precision and checkpointing are the config's."""
 
 
+@torch.random.fork_rng(devices=[])
 def predict_memory(settings: PlanSettings) -> MethodPlan:
     """Predicts what the settings' method needs on each device, from a step of a fake model with all its operators.
 

@@ -17,7 +17,7 @@ def language_model_of(model: nn.Module) -> nn.Module:
     pretrained = [module for module in model.modules() if _is_pretrained(module)]
     candidates = [module for module in pretrained if module.get_output_embeddings() is not None] or pretrained
     if len(candidates) > 1:
-        # A LightningModule's, once they are made.
+        # A LightningModule's; before a fit it has none.
         optimizers = getattr(getattr(model, "_trainer", None), "optimizers", None) or []
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         for trained in (held, {p for p in model.parameters() if p.requires_grad}):
@@ -78,7 +78,7 @@ def on_device(block: nn.Module) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if offloader is None else offloader.on_device(block)
 
 
-def restore_weights(block: nn.Module) -> None:
+def end_offloaded_pass(block: nn.Module) -> None:
     """Ends an offloaded block's pass: its parameters are its own weights again, with what they learned at rest merged in."""
     if (offloader := getattr(block, "offloader", None)) is not None:
         offloader.end_pass()

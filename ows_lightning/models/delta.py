@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
-from ows_lightning.models.decoder import language_model_of
 from ows_lightning.models.export import atomic_directory, check_replaceable, group_by_file_tensors, is_of_model, untied_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
@@ -45,13 +44,7 @@ class DeltaSize(NamedTuple):
     model: int
 
     def __str__(self) -> str:
-        return f"{megabytes(self.delta)}, {self.delta / max(self.model, 1):.1%} of the model's {megabytes(self.model)}"
-
-
-def megabytes(count: int) -> str:
-    """Returns a number of bytes in MB, with a digit behind the point where it is small."""
-    digits = 3 if count < 1e6 else 1 if count < 1e8 else 0
-    return f"{count / 1e6:,.{digits}f} MB"
+        return f"{self.delta / 1e6:,.3f} MB, {self.delta / max(self.model, 1):.1%} of the model's {self.model / 1e6:,.3f} MB"
 
 
 class Delta:
@@ -217,16 +210,6 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
         model.generation_config = GenerationConfig.from_pretrained(change.directory)
     log.info("The delta has %s.", sizes)
     return sizes
-
-
-def max_delta_size(model: nn.Module, trained: Iterable[Tensor]) -> DeltaSize:
-    """The largest size that a delta can have, given the parameters that ever trained; a matrix with an adapter counts, too."""
-    base: Any = language_model_of(model)
-    ever = set(trained)
-    pairs = [(weight.tensor, weight.adapters) for weight in untied_weights(base)]
-    ever |= {tensor for tensor, adapters in pairs if adapters}  # what was tied to one is then stored apart
-    changed = [tensor for tensor, _ in pairs if tensor in ever]
-    return DeltaSize(sum(tensor.nbytes for tensor in changed), sum(tensor.nbytes for tensor, _ in pairs))
 
 
 def _copy_all_but_weights(source: Path, target: Path) -> None:

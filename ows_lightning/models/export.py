@@ -19,9 +19,10 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationConfig,
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
+from ows_lightning.atomic_files import partial_path, replace_atomically
 from ows_lightning.compat import own_parameters, persistent_buffer_names
 from ows_lightning.errors import RunError, UsageError, refuse_url
-from ows_lightning.models.decoder import language_model_of, restore_weights
+from ows_lightning.models.decoder import end_offloaded_pass, language_model_of
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
@@ -67,13 +68,12 @@ def save_huggingface(
     rank 0 writes; the others may call this too, and have to if the model is sharded.
     """
     target = check_replaceable(directory)
-    for block in model.modules():
-        restore_weights(block)  # an interrupted pass may have left one computing, from a copy in int8
-    _check_finite(model)
-    base: Any = language_model_of(model)
     for module in model.modules():
+        end_offloaded_pass(module)  # an interrupted one may have left a block computing, from a copy in int8
         if isinstance(module, FSDPModule):
             module.reshard()  # the outermost one stays gathered after a forward pass
+    _check_finite(model)
+    base: Any = language_model_of(model)
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     writes = not distributed.is_initialized() or distributed.get_rank() == 0
     with atomic_directory(target, "model") if writes else contextlib.nullcontext(target) as partial:
@@ -138,18 +138,14 @@ def is_of_model(path: Path) -> bool:
 @contextlib.contextmanager
 def atomic_directory(target: Path, what: str) -> Iterator[Path]:
     """Yields an empty folder that replaces the target in the end, or is removed after an error; a full disk is a RunError."""
-    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    partial = partial_path(target)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
         for file in partial.glob("*.safetensors"):  # safetensors gives them to their owner alone
             file.chmod((partial / "config.json").stat().st_mode)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_atomically(partial, target)
     except (OSError, SafetensorError) as error:
         raise RunError(f"can't write the {what} to {str(target)!r} ({error}); free space or choose another") from error
     finally:

@@ -152,10 +152,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_by_name(name: str, model: PreTrainedModel) -> dict[str, StoredWeight]:
-    """Returns where an empty model's weights and buffers are stored, if its files name all of them as it does; else nothing.
-
-    A UsageError says that they hold more blocks than the model.
-    """
+    """Returns where an empty model's tensors are stored, if its files name all as it does, else nothing; checks its blocks."""
     stored, tied = stored_weights(name), model.all_tied_weights_keys.keys()
     tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
     if tied & stored.keys() or not all(key in stored and stored[key].fits(tensor) for key, tensor in tensors.items()):

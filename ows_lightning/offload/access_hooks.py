@@ -25,7 +25,7 @@ def add_access_hooks(offloader: BlockOffloader) -> None:
         block.register_load_state_dict_pre_hook(partial(_before_write, offloader, index))
         block.register_load_state_dict_post_hook(partial(offloader.refresh, index))
         block._apply = partial(_apply_to_block, offloader, index)  # type: ignore[method-assign]
-        block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `restore_weights`
+        block.offloader = offloader  # type: ignore[assignment]  # for `on_device` and `end_offloaded_pass`
         # The layers of peft that merge adapters into their weights.
         for adapted in [m for m in block.modules() if hasattr(type(m), "merge") and hasattr(type(m), "unmerge")]:
             for name in ("merge", "unmerge"):

@@ -28,10 +28,10 @@ def total_nbytes(tensors: Sequence[Tensor]) -> int:
 def views_into(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Views memory (uint8, one-dimensional, `total_nbytes(tensors)`) with the dtypes, shapes and strides of tensors."""
     return [
-        memory[start : start + tensor.nbytes]
-        .view(tensor.dtype)
-        .as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
-        for start, tensor in zip(byte_offsets(tensors), tensors, strict=False)
+        memory[start : start + like.nbytes]
+        .view(like.dtype)
+        .as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+        for start, like in zip(byte_offsets(tensors), tensors, strict=False)
     ]
 
 
@@ -95,8 +95,7 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
     memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     address, cudart = whole.data_ptr(), torch.cuda.cudart()
-    error = int(cudart.cudaHostRegister(address, len(memory), 1))  # for all devices, whichever is the current one
-    if error:
+    if error := int(cudart.cudaHostRegister(address, len(memory), 1)):  # for all devices, whichever is the current one
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)  # takes the error, which the next kernel would raise
         raise RunError(

@@ -216,7 +216,7 @@ class BlockOffloader:
         if added == before:
             return
         if before:  # of an earlier step: the weights themselves are needed again
-            self._stream.release(slot)  # which others, that are in it now, were just written into
+            self._stream.release(slot)  # the fetch has to wait: earlier updates were just written into this slot
             self.issue(block, slot)
             self._stream.wait(slot)
         for p, (update, projector) in updates.items():

@@ -35,7 +35,7 @@ def hook_gradient(p: Tensor, owner: GradientCapture) -> None:
 
 
 def remove_hook(p: Tensor, owner: GradientCapture | None = None) -> None:
-    """Removes a parameter's hook, this owner's or, without one, whoever's: its gradient stays in ``p.grad`` again."""
+    """Removes a parameter's hook, of this owner or, without one, of any: its gradient stays in ``p.grad`` again."""
     for hook in (hook for hook in gradient_hooks(p) if isinstance(hook, _Hook)):
         gradients = getattr(hook.owner(), "projected_gradients", None)  # which Lightning's wrapper of an optimizer shares
         if owner is None or gradients is owner.projected_gradients:

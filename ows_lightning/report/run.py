@@ -135,8 +135,7 @@ def _has_trained(folder: Path) -> bool:
 
 
 def _version_number(folder: Path) -> int:
-    match = re.fullmatch(r"version_(\d+)", folder.name)
-    return int(match[1]) if match else -1
+    return int(match[1]) if (match := re.fullmatch(r"version_(\d+)", folder.name)) else -1
 
 
 def _read(path: Path, parse: Callable[[str], T], hint: str = "mend it, or delete it") -> T | None:

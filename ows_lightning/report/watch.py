@@ -64,11 +64,10 @@ def serve(page: Page, port: int) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.headers.get("Host") not in hosts:  # a site whose name leads here, to read the page in one's browser
+            if self.headers.get("Host") not in hosts:  # another site's name may resolve to 127.0.0.1
                 self.send_error(HTTPStatus.FORBIDDEN)
                 return
-            found = page.get(self.path)
-            if found is None:
+            if (found := page.get(self.path)) is None:
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
             kind, content = found

@@ -67,8 +67,7 @@ def write_pictures(run_dir: str | Path) -> list[Path]:
     if not is_run_folder(Path(run_dir)):
         return []
     run = RunRecord.read(run_dir)
-    shown: list[tuple[Picture, RunRecord | list[RunRecord]]] = [(picture, run) for picture in PICTURES_OF_ONE_RUN]
-    shown += [(picture, [run]) for picture in COMPARISONS]
+    shown: list[tuple[Picture, Any]] = [*((one, run) for one in PICTURES_OF_ONE_RUN), *((one, [run]) for one in COMPARISONS)]
     return [png for picture, subject in shown if (png := picture.draw(subject, run.path / f"{picture.name}.png"))]
 
 

@@ -13,7 +13,7 @@ from ows_lightning.sampling.distributions import score_name, stored_score_name
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
-    """Returns what configs of a model and of its fine-tuned or exported copies share (of no config: nothing)."""
+    """Returns what configs of a model and of its fine-tuned or exported copies share; nothing without a config."""
     config = config.get_text_config() if isinstance(config, PretrainedConfig) else None
     keys = ("model_type", "hidden_size", "intermediate_size")
     return {key: value for key in keys if (value := getattr(config, key, None)) is not None}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks import auto_gradient_checkpointing, run_summary
 from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
-from ows_lightning.callbacks.run_summary import RunSummary, _delta_size
+from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -68,19 +68,6 @@ def test_a_prediction_that_fails_is_a_line_and_the_run_goes_on(
     assert trainer.global_step == 1
     (line,) = [line for line in caplog.text.splitlines() if line.startswith("Memory")]
     assert "not predicted (" in line
-
-
-def test_rows_for_new_tokens_count_in_the_size_of_a_delta(tmp_path: Path) -> None:
-    tiny_model("llama", vocab_size=20, tie_word_embeddings=False).save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)  # which has more tokens
-    module = CausalLMModule(str(tmp_path))
-    module.configure_model()
-    module.requires_grad_(False)
-    model = module.model
-    model.model.norm.requires_grad_(True)
-    size = _delta_size(module, None)
-    assert size is not None
-    assert size.delta == model.model.norm.weight.nbytes + model.model.embed_tokens.weight.nbytes + model.lm_head.weight.nbytes
 
 
 def test_the_prediction_is_added_to_what_others_have_noted_on_an_error() -> None:

@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ows_lightning.checkpoints.files import partial_path
+from ows_lightning.atomic_files import partial_path
 from ows_lightning.checkpoints.find import find_checkpoint, last_good, load_verified
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
@@ -442,19 +442,29 @@ def test_the_config_of_a_resumed_run_does_not_name_the_checkpoint_that_it_went_o
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("strategy", "change", "line"),
     [
-        (["--model.optimizer=torch.optim.SGD"], "model.optimizer: the checkpoint is of AdamW, this run of SGD; set it back"),
-        (["--data.streaming=true"], "data.streaming: the checkpoint is of a run with False; set it so, or start anew"),
+        (
+            "auto",
+            "model.optimizer=torch.optim.SGD",
+            "model.optimizer: the checkpoint is of AdamW, this run of SGD; set it back",
+        ),
+        (
+            "fsdp2",
+            "model.optimizer=torch.optim.SGD",
+            "model.optimizer: the checkpoint is of AdamW, this run of SGD; set it back",
+        ),
+        ("auto", "data.streaming=true", "data.streaming: the checkpoint is of a run with False; set it so, or start anew"),
     ],
-    ids=["optimizer", "streaming"],
+    ids=["optimizer", "optimizer of shards", "streaming"],
 )
 def test_what_the_checkpoint_has_no_state_for_is_refused(
-    change: list[str], line: str, arguments: Arguments, tmp_path: Path
+    strategy: str, change: str, line: str, arguments: Arguments, tmp_path: Path
 ) -> None:
-    command = [*arguments("--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3"), "--model.rank=null"]
+    optimizer = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.rank=null"]
+    command = arguments(*optimizer, strategy=strategy)
     run([*command, "--trainer.max_steps=2"], tmp_path / "first")
-    launch = Launch([*command, "--trainer.max_steps=4", "--ckpt_path=last", *change], tmp_path / "second")
+    launch = Launch([*command, "--trainer.max_steps=4", "--ckpt_path=last", f"--{change}"], tmp_path / "second")
     assert launch.wait() == [2]
     assert line in launch.output
 

@@ -367,11 +367,22 @@ CASES = {
         "trainer.precision",
         "set trainer.precision: bf16-true or bf16-mixed",
     ),
+    "a loss scaler": Case(
+        fit(
+            "--trainer.precision null --trainer.plugins MixedPrecision "
+            "--trainer.plugins.precision 16-mixed --trainer.plugins.device cpu"
+        ),
+        "trainer.precision",
+        "16-mixed scales the loss, but gradients are projected in backward, before that can be undone; write bf16-mixed",
+    ),
     "too many devices": Case(fit("--trainer.devices 9999"), "trainer.devices", "cores of this machine"),
     "no number of devices": Case(
         fit("--trainer.devices many"), "trainer.devices", "give 1 or more, a list of indices, or auto"
     ),
     "DDP": Case(fit("--trainer.strategy ddp"), "trainer.strategy", "write strategy: ddp_layerwise"),
+    "a validation with DDP, which trains nothing": Case(
+        "validate --config base.yaml --trainer.strategy ddp --ckpt_path best", "", "`ModelCheckpoint` is not configured"
+    ),
     "another DDP": Case(
         fit("--trainer.strategy ddp_find_unused_parameters_true"), "trainer.strategy", "write strategy: ddp_layerwise"
     ),

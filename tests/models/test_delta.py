@@ -20,7 +20,7 @@ from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
 from ows_lightning.models import export
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.delta import DeltaSize, apply_delta, load_delta, max_delta_size, write_delta
+from ows_lightning.models.delta import DeltaSize, apply_delta, load_delta, write_delta
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import load_model, load_tokenizer, resize_embeddings
 from tests.cli.test_cli import config, run, whole_config  # noqa: F401
@@ -188,22 +188,16 @@ def test_lora_is_merged(model_dir: Callable[..., Path], part: str) -> None:
     """Also where it parts tied embeddings from the head."""
     peft = pytest.importorskip("peft")
     base = model_dir(tie_word_embeddings=True)
-    most: list[DeltaSize] = []
 
     def change(model: PreTrainedModel) -> nn.Module:
         torch.manual_seed(1)
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[part]))
-        most.append(max_delta_size(wrapped, [p for p in wrapped.parameters() if p.requires_grad]))
-        return wrapped
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[part]))
 
     sizes = make_delta(base, change)
-    assert sizes.model == most[0].model
-    assert sizes.delta <= most[0].delta < sizes.model
-    changed, whole = (
-        load_file(base.parent / "delta" / "delta-00001.safetensors"),
-        load_file(base.parent / "whole" / "model.safetensors"),
-    )
-    assert sum(whole[name].nbytes for name in changed) == most[0].delta
+    assert sizes.delta < sizes.model
+    whole = load_file(base.parent / "whole" / "model.safetensors")
+    changed = load_file(base.parent / "delta" / "delta-00001.safetensors")
+    assert changed.keys() == {name for name in whole if part in name or (part, name) == ("embed_tokens", "lm_head.weight")}
     check_restored(base)
 
 

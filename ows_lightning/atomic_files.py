@@ -1,0 +1,36 @@
+"""Files and folders that take their names once they are on the disk as a whole: a kill leaves the old one, or the new."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def partial_path(path: Any) -> Path:
+    """The temporary name of what is being written, or removed."""
+    return Path(path).with_name(f".{Path(path).name}.partial")
+
+
+def replace_atomically(partial: Path, path: Path) -> None:
+    """Renames a finished file or directory to its final name; a directory that it replaces is ``.NAME.old`` meanwhile."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if partial.is_dir():
+        for written in (*partial.rglob("*"), partial):
+            _fsync(written)
+    if path.is_dir():
+        path.rename(old)
+    partial.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    """Flushes a file, or a directory's entries, to the disk; Windows and some network file systems can't flush a directory."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
