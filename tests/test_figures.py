@@ -67,21 +67,22 @@ def test_what_a_7b_model_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     one_row = ("--data.batch_size", "1", "--trainer.accumulate_grad_batches", "16")
 
     def check(name: str, *flags: str, method: str = "ows", more: str = "") -> None:
-        found = [predicted("models/llama2_7b", *flags, *micro_batch, method=method)[0] for micro_batch in ((), one_row)]
-        assert rows.pop(name) == [f"{found[0]:.2f}", f"{found[1]:.2f}{more}"]
+        found = [predicted("models/llama2_7b", *flags, *micro_batch, method=method) for micro_batch in ((), one_row)]
+        whole, single = (f"{peak:.2f}" + (f" ({in_host:.2f})" if "host" in flags else "") for peak, in_host in found)
+        assert rows.pop(name) == [whole, single + more]
 
     lora, host = ("--config", str(ROOT / "configs/methods/lora.yaml")), ("--model.frozen_in", "host")
-    two_blocks, _ = predicted("models/llama2_7b_4gb")
+    two_blocks, host_of_two = predicted("models/llama2_7b_4gb")
     check("OWS, five blocks")
     check("with rank 16 at rest", "--sampling.resting_rank", "16")
     check("LoRA", method="lora")
     check("OWS as published (states kept, embeddings trained)", method="ows_published")
     check("full AdamW", method="full")
-    _, of_five = predicted("models/llama2_7b", *host)
-    or_two = f", or {two_blocks:.2f} with two blocks"
-    check(f"OWS, frozen blocks in host memory (and {of_five:.2f} GB there)", *host, more=or_two)
+    or_two = f"; two blocks {two_blocks:.2f} ({host_of_two:.2f})"
+    check("OWS, frozen blocks in host memory (GB there)", *host, more=or_two)
     check("LoRA, the same (`--config methods/lora`)", *lora, *host)
     assert not rows
     of_lora, _ = predicted("models/llama2_7b", *lora, *host, *one_row)
-    assert f"peaks of {two_blocks:.2f} and {of_lora:.2f} GB predicted" in README
-    assert f"Llama-2-70B is predicted at {predicted('models/llama2_70b_12gb')[0]:.2f} GB" in README
+    assert f"peaks of {of_lora:.2f} and {two_blocks:.2f} GB predicted" in README
+    peak, in_host = predicted("models/llama2_70b_12gb")
+    assert f"Llama-2-70B (`llama2_70b_12gb`): {peak:.2f} GB predicted, {in_host:.0f} in host memory" in README

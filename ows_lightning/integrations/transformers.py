@@ -1,7 +1,6 @@
 """The method in transformers' Trainer and in TRL's trainers, which are Trainers: SFTTrainer, DPOTrainer and others."""
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -21,7 +20,6 @@ from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import unfreeze
 from ows_lightning.sampling.sampler import BlockSampler, unwrapped
-from ows_lightning.sampling.scores import OutlierScores
 
 
 class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
@@ -70,13 +68,13 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         self.attach(model)
         records = args.save_strategy != "no" and state.is_world_process_zero
         self._written_to = Path(str(args.output_dir)) if records else None
-        self._compute: Callable[[], OutlierScores] = partial(self.compute_scores, model, kwargs["train_dataloader"])
-        self.start(state.global_step, [optimizer], self._compute)
+        self.start(state.global_step, [optimizer], partial(self.compute_scores, model, kwargs["train_dataloader"]))
         self.write(self._written_to)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draws new blocks where this step is the first of an interval."""
-        if self.advance(state.global_step, [kwargs["optimizer"]], self._compute):
+        compute = partial(self.compute_scores, kwargs["model"], kwargs["train_dataloader"])
+        if self.advance(state.global_step, [kwargs["optimizer"]], compute):
             self.write(self._written_to)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -87,7 +85,6 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         """Names the blocks that never trained, and unfreezes all."""
         self.warn_of_never_trained()
         self.release()
-        vars(self).pop("_compute", None)  # it holds the model
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints keep of this callback: plain values."""

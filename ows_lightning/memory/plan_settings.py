@@ -199,20 +199,14 @@ def settings_from_config(config: Any) -> PlanSettings:
     if (limit := exceeded_position_limit(config_of_model, length, trust)) is not None:
         raise UsageError(f"data.max_seq_length: {length}, and the model has positions for {limit}; set it to {limit} or less")
     return PlanSettings(
-        name=name,
-        model=config_of_model,
-        dimensions=found,
-        method=method,
+        name=name, model=config_of_model, dimensions=found, method=method, on_gpu=on_gpu, strategy=strategy, sampling=sampling,
+        devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
         accumulate_grad_batches=trainer.get("accumulate_grad_batches") or 1,
         precision={"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
         attention="eager" if model.get("attn_implementation") == "eager" else None,
-        strategy=strategy,
-        devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
-        on_gpu=on_gpu,
-        sampling=sampling,
         max_steps=steps if (steps := trainer.get("max_steps") or -1) > 0 else None,
         **{key: value for key, value in {**model, **data, **sampling}.items() if key in _SAME_KEYS},
-    )
+    )  # fmt: skip
 
 
 def settings_of_run(config: Any, module: CausalLMModule) -> PlanSettings:

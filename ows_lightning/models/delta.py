@@ -132,13 +132,9 @@ def write_delta(
         local = Path(base).expanduser()
         about = {
             "base": local.absolute().name if local.exists() else base,  # without the folders of this machine
-            "base_sha256": _combined_hash(before),
-            "dtype": str(dtype).removeprefix("torch."),
-            "tensors": count,
-            "packed": compressed,
-            "files": files,
-            "other_files": others,
-        }
+            "base_sha256": _combined_hash(before), "dtype": str(dtype).removeprefix("torch."),
+            "tensors": count, "packed": compressed, "files": files, "other_files": others,
+        }  # fmt: skip
         (partial / DELTA_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return DeltaSize(delta_bytes, model_bytes)
 

@@ -40,6 +40,7 @@ def _before_state_dict(offloader: BlockOffloader, block: nn.Module, prefix: str,
 
 def _before_write(offloader: BlockOffloader, index: int, *_: Any) -> None:
     offloader.end_pass()
+    offloader.merge_updates()  # else what was learned at rest would be added to what is written
     offloader.make_writable(index)
 
 

@@ -1,11 +1,12 @@
 """Freezing: some blocks train; the others, unless they train at rest, have no gradient and no optimizer state."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 
 Part = Literal["embeddings", "lm_head", "norm"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -31,7 +32,7 @@ def activate_blocks(
     optimizers: Sequence[Any] = (),
     resting_rank: int = 0,
     resting_seed: int = 0,
-) -> list[nn.Parameter]:
+) -> set[nn.Parameter]:
     """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two steps.
 
     A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers, so that memory does not
@@ -64,7 +65,7 @@ def activate_blocks(
             optimizer.rest(resting, resting_rank, resting_seed)
     for p, trainable in trains.items():
         p.requires_grad_(trainable or p in resting)
-    frozen = [p for p in trains if not p.requires_grad]
+    frozen = {p for p in trains if not p.requires_grad}
     for p in frozen:
         p.grad = None
         for optimizer in optimizers:
@@ -75,5 +76,26 @@ def activate_blocks(
 def unfreeze(model: nn.Module) -> None:
     """Lets those parameters train again that a BlockSampler froze, in any run, and none that the user did."""
     for module in model.modules():
-        for p in vars(module).pop("frozen_by_sampling", ()):
+        for p in (frozen := vars(module).pop("frozen_by_sampling", set())):
             p.requires_grad_(True)
+        frozen.clear()
+
+
+def begin_freezing(model: nn.Module) -> set[nn.Parameter]:
+    """Unfreezes what an earlier run left frozen, and returns a set for what this one freezes, which a copy has, too.
+
+    Layers of peft freeze it again when they have unfrozen all their adapters, as after a pass of DPO's reference model.
+    """
+    unfreeze(model)
+    frozen = language_model_of(model).frozen_by_sampling = set[nn.Parameter]()  # type: ignore[assignment]
+    for layer in (module for module in model.modules() if hasattr(type(module), "enable_adapters")):
+        for name in ("enable_adapters", "set_adapter"):
+            setattr(layer, name, partial(_change_and_freeze, layer, getattr(type(layer), name), frozen))
+    return frozen
+
+
+def _change_and_freeze(layer: Any, change: Callable[..., None], frozen: set[nn.Parameter], *args: Any, **kwargs: Any) -> None:
+    change(layer, *args, **kwargs)
+    for p in layer.parameters():
+        if p in frozen:
+            p.requires_grad_(False)

@@ -18,7 +18,14 @@ from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampl
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
-from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, outside_parameters, trainable_by_block, unfreeze
+from ows_lightning.sampling.activation import (
+    PARTS,
+    Part,
+    activate_blocks,
+    begin_freezing,
+    outside_parameters,
+    trainable_by_block,
+)
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
@@ -117,7 +124,7 @@ class BlockSampler:
         self.grouping, self.resting_rank = grouping, resting_rank
         self._blocks: list[nn.ParameterList] = []
         self._others: dict[nn.Parameter, bool] = {}
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: set[nn.Parameter] = set()
         self.reset()
 
     @property
@@ -146,12 +153,11 @@ class BlockSampler:
         An earlier run is forgotten, except a state that was loaded; what it left frozen is unfrozen.
         """
         self.release()
-        unfreeze(model)  # else what a run without its end left frozen would count as frozen by the user
+        self._frozen = begin_freezing(model)  # else what a run without its end left frozen would count as the user's
         if self._loaded is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
         self._blocks, self._others = trainable_by_block(model), outside_parameters(model, self.always_train)
-        language_model_of(model).frozen_by_sampling = self._frozen = []  # type: ignore[assignment]  # a copy has it, too
         matrices = [p for block in self._blocks for p in block if p.dim() in (2, 3)]
         if small := [p for p in matrices if p.size(-1) <= self.resting_rank]:
             few = f"{len(small)} of the {len(matrices)} matrices of the blocks"
@@ -209,7 +215,6 @@ class BlockSampler:
         Returns:
             Seconds by what they were spent on, and the number of the interval; empty if no draw was due.
         """
-        self._freeze_again()
         if self.history and (step == self.history[-1][1] or not self.should_draw(step)):
             return {}
         figures = {}
@@ -234,12 +239,11 @@ class BlockSampler:
 
     @torch.no_grad()
     def observe(self, optimizers: Iterable[Optimizer]) -> None:
-        """Drops gradients of frozen blocks, and updates the mean gradient norms of active ones, if the draws depend on them.
+        """Updates the mean gradient norms of active blocks, if the draws depend on them.
 
         Call it before every optimizer step, when the gradients are complete. For GaLoreAdamW these are the projected
         gradients, else ``grad``. Gradients that are not finite are ignored. No device is waited for: a draw reads the means.
         """
-        self._freeze_again()
         if self.distribution != "gradient_norm":
             return
         projected: dict[Tensor, Tensor] = {}
@@ -259,22 +263,18 @@ class BlockSampler:
             mean = torch.where(before > 0, NORM_DECAY * before + (1 - NORM_DECAY) * norm, norm)
             before.copy_(torch.where((norm > 0) & norm.isfinite(), mean, before))
 
-    def _freeze_again(self) -> None:
-        """Freezes what others have unfrozen since the draw: peft does, at the end of a pass of DPO's reference model."""
-        for p in self._frozen:
-            p.requires_grad_(False)
-            p.grad = None
-
     def activate(self, optimizers: Sequence[Optimizer]) -> None:
         """Lets the active blocks train, and freezes the others or lets them rest."""
         others, seed = self._others.items(), 1_000_003 * self.seed + self.history[-1][0]
-        self._frozen[:] = activate_blocks(self._blocks, self.active_blocks, others, optimizers, self.resting_rank, seed)
+        self._frozen.clear()
+        self._frozen |= activate_blocks(self._blocks, self.active_blocks, others, optimizers, self.resting_rank, seed)
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model; what rests does so until the optimizer ends it."""
         for p in self._frozen:
             p.requires_grad_(True)
-        self._blocks, self._others, self._frozen[:] = [], {}, []
+        self._blocks, self._others = [], {}
+        self._frozen.clear()
 
     def warn_of_never_trained(self) -> None:
         """Warns of the blocks that were never drawn, and never trained at rest either."""
@@ -366,15 +366,11 @@ class BlockSampler:
             samples = self.calibration_samples
             ratios = layer_outlier_ratios(model, calibration_batches(loader, samples, self.seed), self.threshold)
         return OutlierScores(
-            model=getattr(config, "_name_or_path", ""),
-            num_layers=num_layers,
-            threshold=threshold,
-            calibration_samples=samples,
-            distribution=self.distribution,
+            model=getattr(config, "_name_or_path", ""), architecture=architecture, num_layers=num_layers,
+            distribution=self.distribution, threshold=threshold, calibration_samples=samples,
             outlier_ratios=torch.as_tensor(ratios, dtype=torch.float64).tolist(),
             probabilities=sampling_probabilities(ratios, self.distribution).tolist(),
-            architecture=architecture,
-        )
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: settings, scores, probabilities and draws so far. Tensors and plain values only."""

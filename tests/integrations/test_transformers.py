@@ -208,8 +208,11 @@ def test_a_model_can_be_trained_again_with_a_new_callback_and_is_not_kept(tmp_pa
         return made, sampling
 
     model = tiny_model("llama")
+    failed, interrupted = make(model, Fails())
     with pytest.raises(KeyboardInterrupt):
-        make(model, Fails())[0].train()
+        failed.train()
+    interrupted.release()
+    del failed
     trainer, sampling = make(model)
     trainer.train()
     assert len(sampling.history) == 2
@@ -217,6 +220,27 @@ def test_a_model_can_be_trained_again_with_a_new_callback_and_is_not_kept(tmp_pa
     del model, trainer
     gc.collect()
     assert kept() is None
+    assert interrupted.history
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_adapters_under_dpo_are_clipped_by_what_trains(checkpointing: bool, tmp_path: Path) -> None:
+    """The reference is the model without adapters, all of which peft unfreezes after each of its passes."""
+    peft = pytest.importorskip("peft")
+    norms = []
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
+            assert len(gradients) == sum(p.requires_grad for p in model.parameters())
+
+    lora = peft.LoraConfig(r=2, target_modules="all-linear")
+    options = {"gradient_checkpointing": checkpointing, "max_steps": 2, "max_grad_norm": 1e9}
+    trainer, _ = make_trainer(tmp_path, "dpo", False, Norms(), peft_config=lora, **options)
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged == pytest.approx(norms, rel=1e-4)
 
 
 def test_a_resumed_run_with_other_settings_is_refused(tmp_path: Path) -> None:

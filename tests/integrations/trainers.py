@@ -21,7 +21,13 @@ LAYERS, STEPS, INTERVAL, ACCUMULATE = 5, 10, 3, 2
 
 
 def make_trainer(
-    output: Path, kind: str = "sft", galore: bool = False, *callbacks: TrainerCallback, sampling: Any = None, **options: Any
+    output: Path,
+    kind: str = "sft",
+    galore: bool = False,
+    *callbacks: TrainerCallback,
+    sampling: Any = None,
+    peft_config: Any = None,
+    **options: Any,
 ) -> tuple[Any, LayerwiseSamplingCallback]:
     """A trainer of TRL's with our callback, on a tiny model; two micro-batches a step."""
     set_seed(0)
@@ -37,7 +43,7 @@ def make_trainer(
         "gradient_accumulation_steps": ACCUMULATE, "save_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True,
         "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "max_length": 32, **options,
     }  # fmt: skip
-    rest: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [sampling, *callbacks]}
+    rest: dict[str, Any] = {"processing_class": tokenizer, "callbacks": [sampling, *callbacks], "peft_config": peft_config}
     if kind == "sft":
         rows = [{"prompt": f"is {i} even?", "completion": " yes" if i % 2 == 0 else " no"} for i in range(24)]
         trainer = SFTTrainer(model, args=SFTConfig(**common), train_dataset=Dataset.from_list(rows), **rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import logging
 import math
@@ -189,6 +190,12 @@ class WithReference(SomebodyElsesModule):
         peft = pytest.importorskip("peft")
         self.net = peft.get_peft_model(self.net, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
         self.reference_first = reference_first
+        self.requiring: list[list[bool]] = []  # a gradient, of the adapters, as backward finds them
+        self.net.gradient_checkpointing_enable()  # which recomputes a block as forward found it, or fails
+        self.net.enable_input_require_grads()
+
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        self.requiring.append([p.requires_grad for name, p in self.named_parameters() if "lora" in name])
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         first = self.reference(batch) if self.reference_first else 0.0
@@ -209,6 +216,12 @@ def test_adapters_that_peft_unfreezes_stay_frozen(reference_first: bool, tmp_pat
     trained = {name.split(".")[5] for name, p in module.named_parameters() if "lora_B" in name and p.abs().sum() > 0}
     assert trained == set(map(str, sampling.history[0][2]))
     assert len(trainer.optimizers[0].state) == 2
+    assert [sum(each) for each in module.requiring] == [2, 2, 2]
+    other = copy.deepcopy(module)
+    with module.net.disable_adapter():
+        pass
+    adapters = [[p.requires_grad for name, p in one.named_parameters() if "lora" in name] for one in (module, other)]
+    assert adapters == [[True] * 2 * LAYERS] * 2  # the run is over
 
 
 def test_a_folder_may_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

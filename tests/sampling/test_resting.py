@@ -478,6 +478,25 @@ def test_an_average_of_weights_has_what_offloaded_blocks_learned(model_dir: Call
         assert_agree(p, q)
 
 
+class Rewind(Callback):
+    """Puts the first step's weights back after the fifth, in the middle of an interval."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 1:
+            self.saved = {name: weight.clone() for name, weight in pl_module.model.state_dict().items()}
+        if trainer.global_step == 5:
+            pl_module.model.load_state_dict(self.saved)
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_weights_that_are_loaded_between_two_steps_replace_what_was_learned(
+    where: str, model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    models = [fit(model_dir(), tmp_path, Rewind(), frozen_in=place).model for place in (where, "device")]
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert_agree(ours, theirs)
+
+
 class WithTeacher(CausalLMModule):
     """There is a second model, of the same names, in front of the one that trains."""
 
