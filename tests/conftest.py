@@ -74,6 +74,8 @@ def add_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[P
     """Gives a llama's directory code that comes with the model, in two files."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", [*sys.path])  # to which transformers adds it
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of another test, whose folder it would be looked for in
 
     def add(model: Path) -> None:
         classes = {"AutoConfig": "frob.Config", "AutoModelForCausalLM": "frob.Model"}
