@@ -26,7 +26,7 @@ from benchmarks.report import Runs, targets_table, write_report
 from ows_lightning.cli.preflight import cpu_has_bfloat16
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("benchmarks", "ows_lightning/optim", "ows_lightning/sampling", "ows_lightning/models/loss.py")
+MEASURED = ("benchmarks", *(f"ows_lightning/{part}" for part in ("optim", "sampling", "models", "offload", "compat.py")))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             f"--tasks: {', '.join(sorted(others))} is not in {study.name}; say with --budget for how many target tokens"
         )
+    if args.results == RESULTS and (args.model or args.precision or (args.budget and wanted)):
+        parser.error("--model, --precision, --budget: the rows there are of the study's own; name a folder by --results")
     study = replace(study, tasks={**wanted, **dict.fromkeys(sorted(others), args.budget)})
     if others := set(args.methods or ()) - {method.name for method in study.methods}:
         parser.error(f"--methods: {', '.join(sorted(others))} is not in {study.name}")

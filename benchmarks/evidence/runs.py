@@ -177,12 +177,11 @@ def right_numbers(study: Study, model: Path, task: Task, folder: Path, threads: 
         return None
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
-    rows.write_text(
-        "".join(task.test.read_text(encoding="utf-8").splitlines(True)[: study.exact_match_rows]), encoding="utf-8"
-    )
+    first = task.test.read_text(encoding="utf-8").split("\n")[: study.exact_match_rows]  # not at U+2028, as in an answer
+    rows.write_text("\n".join(first) + "\n", encoding="utf-8")
     evaluate(study, model, rows, folder, threads, "predict")
     (answers,) = folder.rglob("predictions.jsonl")
-    given = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    given = [json.loads(line) for line in answers.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     return sum(final_number(row["generated"]) == final_number(row["reference"]) for row in given) / len(given)
 
 

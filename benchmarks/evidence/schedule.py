@@ -41,8 +41,8 @@ def choose_rate(rates: Sequence[float], loss: Callable[[float], float]) -> float
             raise RuntimeError(f"every rate of {sorted(losses)} breaks down")
         if min(losses) < best < max(losses):
             return best
-        further = best / factor if best == min(losses) else best * factor
-        losses[further] = loss(float(f"{further:.2g}"))
+        further = float(f"{best / factor if best == min(losses) else best * factor:.2g}")
+        losses[further] = loss(further)
     raise RuntimeError(f"the best rate {best:g} lies at an edge of {sorted(losses)}")
 
 
@@ -112,7 +112,7 @@ class Schedule:
     def _validation_loss(self, task: str, method: Method, rate: float) -> float:
         losses = []
         for seed in self.study.tune_seeds:
-            row = self.tuned.find(task=task, method=method.name, lr=rate, seed=seed)
+            row = self.tuned.find(task=task, method=method.name, lr=rate, seed=seed, steps=self.tasks[task][1])
             if row is None:
                 run = self._new(task, method, rate, seed)
                 known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}
@@ -124,7 +124,7 @@ class Schedule:
     def _count(self, task: str, rates: dict[str, float], which: tuple[int, Method]) -> None:
         seed, method = which
         rate = rates[method.name]
-        row = self.counted.find(task=task, method=method.name, seed=seed)
+        row = self.counted.find(task=task, method=method.name, seed=seed, steps=self.tasks[task][1])
         if row is None:
             run = self._new(task, method, rate, seed)
             known = {"task": task, "method": method.name, "lr": rate, "seed": seed, "steps": run.steps, "commit": commit()}

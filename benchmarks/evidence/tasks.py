@@ -168,7 +168,7 @@ def _cmudict(sizes: dict[str, int]) -> dict[str, list[Row]]:
 
 
 def _read(data_root: Path, name: str) -> list[Row]:
-    return [json.loads(line) for line in (data_root / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (data_root / f"{name}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 def _split(train: list[Row], test: list[Row], sizes: dict[str, int], question: Callable[[Row], str]) -> dict[str, list[Row]]:
@@ -186,4 +186,4 @@ def _split(train: list[Row], test: list[Row], sizes: dict[str, int], question: C
 def final_number(text: str) -> str | None:
     """The last number in a text, without thousands separators; None where there is none."""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return f"{float(numbers[-1].replace(',', '')):g}" if numbers else None
+    return f"{float(numbers[-1].replace(',', '')):.15g}" if numbers else None

@@ -31,7 +31,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
 
     Every row comes with the position after it: the state of the stream at the start of the block and the number of rows
     seen, the same on all ranks. An iteration that begins there, at ``state``, gives exactly the remaining rows. Rank r of w
-    takes the rows r, r + w, ... of the stream, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows.
+    takes the rows r, r + w, ... of these, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows.
     """
 
     examples: datasets.IterableDataset
@@ -55,7 +55,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
         while True:
             rows = self._rows(list(itertools.islice(stream, BLOCK)), state["block"])
             for index, row in enumerate(rows, start=state["first_row"]):
-                if index >= state["next_row"] and index % self.num_replicas == self.rank:
+                if index >= state["next_row"] and (index - state["next_row"]) % self.num_replicas == self.rank:
                     yield row, {**state, "next_row": index - self.rank + self.num_replicas}
             state = {**state, "block": state["block"] + 1, "first_row": state["first_row"] + len(rows)}
             state["examples"] = self.examples.state_dict()

@@ -99,6 +99,7 @@ def test_the_grid_grows_until_the_best_rate_lies_within(best):
     chosen = choose_rate((1e-4, 3e-4, 1e-3), loss)
     assert abs(math.log(chosen / best)) < math.log(3) / 2 + 0.2
     assert min(tried) < chosen < max(tried)
+    assert chosen in tried
 
 
 def test_a_rate_at_the_edge_of_every_grid_is_refused():
@@ -286,6 +287,13 @@ def test_a_task_outside_the_study_needs_a_budget(capsys):
     assert "--budget" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--model other", "--precision bf16-true", "--tasks boolq --budget 10"])
+def test_rows_of_another_kind_go_elsewhere(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["methods", *option.split()])
+    assert "name a folder by --results" in capsys.readouterr().err
+
+
 def test_methods_can_be_picked(monkeypatch, capsys):
     picked = []
     monkeypatch.setattr("benchmarks.evidence.__main__.run", lambda study, args: picked.extend(study.order()))
@@ -358,7 +366,8 @@ def test_studies_for_a_gpu_run_on_a_tiny_model(name, model, tmp_path, monkeypatc
 def test_what_was_made_of_one_question_is_in_one_split(tmp_path):
     rows = [{"query": f"{i}", "response": f"{i}", "original_question": f"{i // 4}"} for i in range(200)]
     (tmp_path / "metamathqa_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "metamathqa_test.jsonl").write_text(json.dumps({"question": "q", "answer": "#### 1"}))
+    text = json.dumps({"question": "q\u2028", "answer": "#### 1"}, ensure_ascii=False)  # which no line ends with
+    (tmp_path / "metamathqa_test.jsonl").write_text(text, encoding="utf-8")
     task = tasks.make("metamathqa", tmp_path, {"validation": 10, "test": 1}, tmp_path)
     train, validation = (
         {int(json.loads(line)["output"]) // 4 for line in path.read_text().splitlines()}
@@ -369,7 +378,8 @@ def test_what_was_made_of_one_question_is_in_one_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("so 3 + 4 = 7.\n#### 1,234", "1234"), ("The answer is: -2.50", "-2.5"), ("none", None)]
+    ("text", "number"),
+    [("so 3 + 4 = 7.\n#### 1,234", "1234"), ("The answer is: -2.50", "-2.5"), ("none", None), ("12345678", "12345678")],
 )
 def test_the_final_number_of_an_answer(text, number):
     assert tasks.final_number(text) == number

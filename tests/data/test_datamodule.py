@@ -425,6 +425,24 @@ def test_two_processes_share_the_batches_of_one(jsonl: Write, tmp_path: Path, st
     assert [sum(sizes) for _, sizes in ranks] == [2, 2]
 
 
+def test_a_stream_goes_on_from_any_row_on_any_number_of_processes(jsonl: Write) -> None:
+    rows = fit(make(jsonl(pairs(40)), streaming=True, val_size=3), max_steps=1).trainer.train_dataloader.dataset
+    state, seen = dataclasses.replace(rows).state, []
+
+    def take(state: Any, rank: int, num_replicas: int, count: int) -> list[Any]:
+        share = dataclasses.replace(rows, rank=rank, num_replicas=num_replicas)
+        share.state = state
+        return [*itertools.islice(share, count)]
+
+    everything = [item for item, _ in take(state, 0, 1, 22)]
+    for processes, count in ((1, 3), (2, 2), (3, 3), (1, 2), (2, 2)):
+        shares = [take(state, rank, processes, count) for rank in range(processes)]
+        seen += [item for batch in zip(*shares, strict=True) for item, _ in batch]
+        state, *others = (share[-1][1] for share in shares)
+        assert others == [state] * (processes - 1)
+    assert seen == everything
+
+
 def test_every_process_scores_blocks_on_the_same_rows_of_a_stream(jsonl: Write) -> None:
     module = fit(make(jsonl(pairs(18)), streaming=True, val_size=3), max_steps=1)
     loader: Any = module.trainer.train_dataloader
