@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side, with tiny models
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many containers set it: all that tests start would compile torch anew
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what tests start would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
