@@ -20,9 +20,10 @@ class Throughput(StepCallback):
     """Logs what each optimizer step of CausalLMModule costs; a resumed run's figures go on from the checkpoint's.
 
     ``tokens_per_second`` counts the time from each batch's start to its end, so neither validation nor generation, scoring,
-    saving or waiting for data. ``tokens``, ``target_tokens``, ``time_s`` and ``renewal_s`` are sums since the run began:
-    ``time_s`` of all time, ``renewal_s`` of the time that subspaces took. ``peak_memory_mb`` is the most memory held so far,
-    in MB: allocated on a GPU, resident of the process on a CPU (on macOS since its start; Windows does not tell).
+    saving or waiting for data; of a GPU, which a step waits for once, a little less. ``tokens``, ``target_tokens``, ``time_s``
+    and ``renewal_s`` are sums since the run began: ``time_s`` of all time, ``renewal_s`` of what subspaces took.
+    ``peak_memory_mb`` is the most memory held so far, in MB: allocated on a GPU, resident of the process on a CPU (on macOS
+    since its start; Windows does not tell).
     """
 
     def __init__(self) -> None:

@@ -98,6 +98,7 @@ class CommandTrainer(OWSTrainer):
         model.configure_model()
         datamodule.prepare_data()
         datamodule.setup("fit")
+        self.accelerator.setup_device(self.strategy.root_device)  # the current one, where Triton's kernels run
         model.to(self.strategy.root_device)
         scores = sampling.compute_scores(model, datamodule.train_dataloader())
         scores.save(output / "outlier_scores.json")

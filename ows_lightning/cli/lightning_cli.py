@@ -65,20 +65,12 @@ class OWSCLI(LightningCLI):
     def __init__(self, args: list[str], **kwargs: Any) -> None:
         self._asked = args[0] if args else None
         super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            trainer_class=CommandTrainer,
-            parser_class=OneLineParser,
-            parser_kwargs={"allow_abbrev": False},
+            LightningModule, LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
+            trainer_class=CommandTrainer, parser_class=OneLineParser, parser_kwargs={"allow_abbrev": False},
             auto_configure_optimizers=False,  # the module takes its optimizer as a callable: FSDP2 replaces parameters
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            args=args,
-            **kwargs,
-        )
+            save_config_callback=SaveConfig, save_config_kwargs={"overwrite": True}, seed_everything_default=0,
+            args=args, **kwargs,
+        )  # fmt: skip
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Lightning's commands and CommandTrainer's. If one is asked for, only its parser is made, which saves seconds."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.optim.sharding import average_, zero_missing_gradients
+from ows_lightning.optim.sharding import average_, broadcast_, zero_missing_gradients
 
 
 class LayerwiseDDPStrategy(DDPStrategy):
@@ -39,7 +39,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
             rank_zero_warn(f"trainer.strategy: LayerwiseDDPStrategy wraps no model, so it ignores {', '.join(ignored)}")
         for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
             if self.world_size > 1:  # one process may offload blocks, and NCCL takes nothing from host memory
-                dist.broadcast(tensor.detach(), src=0)
+                broadcast_(tensor.detach(), dist.group.WORLD)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

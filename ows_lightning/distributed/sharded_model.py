@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _InfiniteBarrier
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -57,9 +58,10 @@ def load_into_shards(
     )
     stored = weights_by_name(name, model)
     whole: dict[str, Tensor] = {}
-    if not stored and mesh.get_local_rank() == 0:
-        loaded = build(False)
-        whole = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+    with _InfiniteBarrier():  # NCCL would give up on a rank that takes half an hour to load
+        if not stored and mesh.get_local_rank() == 0:
+            loaded = build(False)
+            whole = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
 
     causal_lm = CausalLM(model)
     shard_model(causal_lm, mesh, precision)

@@ -82,7 +82,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 def load_model(
     name: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Loads a causal LM on the CPU, in training mode, its weights in this dtype, whatever they were saved in.
+    """Loads a causal LM on the default device, in training mode, its weights in this dtype, whatever they were saved in.
 
     ``attn_implementation`` is one of transformers' (`sdpa`, `eager`, `flash_attention_2`, ...). A UsageError says that the
     model can't be loaded or trained, or that the attention is unknown, missing or not supported by it.
@@ -99,7 +99,11 @@ def load_model(
     elif hasattr(transformers, "GgufConfig"):  # else this version of transformers always dequantises
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    with loading_errors(name):  # sizes that do not match are reported below, in one line
+    if (
+        device := torch.get_default_device()
+    ).type != "cpu":  # a GPU's, where the frequencies of RoPE would be rounded otherwise
+        arguments["device_map"] = {"": device}
+    with torch.device("cpu"), loading_errors(name):  # sizes that do not match are reported below, in one line
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **arguments, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )

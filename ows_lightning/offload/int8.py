@@ -18,9 +18,9 @@ def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
         if weight.dim() < 2:
             quantized.append(weight)
             continue
-        values = weight.float()
-        scale = values.abs().amax(-1, keepdim=True) / 127  # -128 is left out
-        codes = values / scale.clamp_min(torch.finfo(torch.float32).tiny)
+        values = weight.to(torch.float32, copy=True)
+        scale = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)) / 127  # -128 is left out
+        codes = values.div_(scale.clamp_min(torch.finfo(torch.float32).tiny))
         quantized += [codes.round_().to(torch.int8), scale]
     return quantized
 

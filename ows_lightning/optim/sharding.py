@@ -95,18 +95,19 @@ def distribute_projector(projector: Tensor, weight: Tensor, side: Side, group: d
     """
     if not is_sharded(weight):
         if group is not None:
-            _broadcast_(projector, group)
+            broadcast_(projector, group)
         return projector
     placements = _whole_placements(weight)
     for dim, placement in enumerate(placements):
         if placement.is_replicate():
-            _broadcast_(projector, weight.device_mesh.get_group(dim))
+            broadcast_(projector, weight.device_mesh.get_group(dim))
     tensor = _from_local(projector, weight, placements, (*weight.shape[:-2], *projector.shape[-2:]))
     return tensor.redistribute(placements=projector_placements(weight, side))
 
 
-def _broadcast_(tensor: Tensor, group: dist.ProcessGroup) -> None:
-    sent = tensor.contiguous()  # NCCL takes nothing else, and a decomposition's Q is transposed
+def broadcast_(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sends the first rank's values, of any layout: NCCL takes contiguous ones alone, and Q of a decomposition is not."""
+    sent = tensor.contiguous()
     dist.broadcast(sent, group=group, group_src=0)
     tensor.copy_(sent)
 

@@ -43,13 +43,10 @@ class GroupedDraws:
         for tolerance in (1e-10, 1e-8, 1e-6):
             solution = linprog(
                 np.append(-drawable.astype(np.float64), np.zeros(len(m))),
-                A_ub=at_most_q if len(m) else None,
-                b_ub=np.zeros(len(m)) if len(m) else None,
-                A_eq=vstack([drawn_in_all, drawn_beside]),
-                b_eq=np.append(pi[drawable], np.zeros(n)),
-                bounds=(0, 1),
-                options={"primal_feasibility_tolerance": tolerance},
-            )
+                A_ub=at_most_q if len(m) else None, b_ub=np.zeros(len(m)) if len(m) else None,
+                A_eq=vstack([drawn_in_all, drawn_beside]), b_eq=np.append(pi[drawable], np.zeros(n)),
+                bounds=(0, 1), options={"primal_feasibility_tolerance": tolerance},
+            )  # fmt: skip
             if solution.success:
                 break
         else:

@@ -378,3 +378,16 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"not finite \(model\.layers\.1\.mlp\.up_proj\.weight, 1 tensors"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_that_is_loaded_onto_a_gpu_has_the_bits_of_one_on_the_cpu(tmp_path: Path) -> None:
+    """RoPE's frequencies, too, which a GPU rounds otherwise."""
+    tiny_model("llama", head_dim=64).save_pretrained(tmp_path)
+    with torch.device("cuda"):
+        there = load_model(str(tmp_path))
+    here = load_model(str(tmp_path))
+    assert {tensor.device.type for tensor in [*there.parameters(), *there.buffers()]} == {"cuda"}
+    torch.testing.assert_close(dict(there.cpu().named_buffers()), dict(here.named_buffers()), rtol=0, atol=0)
+    torch.testing.assert_close(dict(there.named_parameters()), dict(here.named_parameters()), rtol=0, atol=0)

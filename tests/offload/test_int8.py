@@ -32,8 +32,9 @@ def round_to_int8(layer: torch.nn.Module) -> None:
 @pytest.mark.parametrize("shape", [(6, 10), (3, 6, 10), (10,), (1, 1)])
 def test_a_weight_is_off_by_half_a_step_at_the_most(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = torch.empty_like(weight)
+    found, before = torch.empty_like(weight), weight.clone()
     dequantize(quantize([weight]), [found])
+    assert torch.equal(weight, before)
     if len(shape) == 1:
         assert torch.equal(found, weight)
     else:
