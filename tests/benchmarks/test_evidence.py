@@ -226,10 +226,10 @@ def run_small(content, name, tasks_, methods, model, tmp_path, *more):
     content["settings"] = content.get("settings", {}) | {"sampling.threshold": 2.0, "model.max_new_tokens": 4}
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     chosen = ledger.Ledger(tmp_path / "results" / f"{name}_rates.csv", ledger.TUNED)
-    for task, method in itertools.product(tasks_, methods):
+    for task, method, steps in itertools.product(tasks_, methods, range(1, 30)):  # whatever the budget buys
+        known = {"task": task, "method": method, "steps": steps, "seed": 101, "commit": ""}
         for rate, loss in ((1e-3, 3.0), (1e-2, 2.0), (1e-1, 2.5)):
-            row = {"task": task, "method": method, "lr": rate, "seed": 101, "steps": 7, "validation_loss": loss, "commit": ""}
-            chosen.add(row)
+            chosen.add({**known, "lr": rate, "validation_loss": loss})
     arguments = [str(tmp_path / f"{name}.yaml"), "--model", str(model), "--precision", "32-true", "--budget", "40"]
     arguments += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work"), "--jobs", "2"]
     main([*arguments, "--tasks", *tasks_, *more])

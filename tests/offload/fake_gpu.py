@@ -400,7 +400,7 @@ class _Devices(TorchFunctionMode):
             device, dtype = GPU if memory_of(args[0]).on_gpu else HOST, args[0].dtype
         else:
             device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        result = tensor if dtype is None else tensor.to(dtype)
+        result = tensor if dtype is None else tensor.to(dtype, copy=copy)
         if device is None or device.type == "meta":
             return result if device is None else result.to(device)
         if (device.type == "cuda") == memory_of(result).on_gpu:
