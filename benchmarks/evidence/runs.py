@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from benchmarks.evidence.study import ROOT, STUDIES, Method, Study
-from benchmarks.evidence.tasks import UNRELATED, Task, final_number
+from benchmarks.evidence.tasks import UNRELATED, Task, final_number, read_rows
 from ows_lightning.memory.flops import count_flops
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.report.run import RunRecord
@@ -177,11 +177,11 @@ def right_numbers(study: Study, model: Path, task: Task, folder: Path, threads: 
         return None
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
-    first = task.test.read_text(encoding="utf-8").split("\n")[: study.exact_match_rows]  # not at U+2028, as in an answer
-    rows.write_text("\n".join(first) + "\n", encoding="utf-8")
+    with task.test.open(encoding="utf-8") as lines:
+        rows.write_text("".join(itertools.islice(lines, study.exact_match_rows)), encoding="utf-8")
     evaluate(study, model, rows, folder, threads, "predict")
     (answers,) = folder.rglob("predictions.jsonl")
-    given = [json.loads(line) for line in answers.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    given = read_rows(answers)
     return sum(final_number(row["generated"]) == final_number(row["reference"]) for row in given) / len(given)
 
 

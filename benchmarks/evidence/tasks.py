@@ -123,7 +123,7 @@ def _generated(name: str, sizes: dict[str, int]) -> dict[str, list[Row]]:
 
 def _from_files(name: str, sizes: dict[str, int], data_root: Path) -> dict[str, list[Row]]:
     """Rows of files; validation rows are taken out of the training file."""
-    train, test = (_read(data_root, f"{name}_{split}") for split in ("train", "test"))
+    train, test = (read_rows(data_root / f"{name}_{split}.jsonl") for split in ("train", "test"))
     if name in MULTIPLE_CHOICE:
         train, test = ([{"system": SYSTEM, **row} for row in rows] for rows in (train, test))
     return _split(train, test, sizes, _question)
@@ -137,7 +137,7 @@ def _question(row: Row) -> str:
 def _metamathqa(sizes: dict[str, int], data_root: Path | None) -> dict[str, list[Row]]:
     """Rows of MetaMathQA and GSM8K; what was made of one question of GSM8K is all in one split."""
     if data_root is not None:
-        train, test = _read(data_root, f"{METAMATHQA}_train"), _read(data_root, f"{METAMATHQA}_test")
+        train, test = (read_rows(data_root / f"{METAMATHQA}_{split}.jsonl") for split in ("train", "test"))
     else:
         from datasets import load_dataset
 
@@ -167,8 +167,10 @@ def _cmudict(sizes: dict[str, int]) -> dict[str, list[Row]]:
     return {split: list(itertools.islice(shuffled, sizes[split])) for split in SEEDS}
 
 
-def _read(data_root: Path, name: str) -> list[Row]:
-    return [json.loads(line) for line in (data_root / f"{name}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")]
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSON lines file; U+2028 and the like, which end a line for ``splitlines``, may stand in a text."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def _split(train: list[Row], test: list[Row], sizes: dict[str, int], question: Callable[[Row], str]) -> dict[str, list[Row]]:

@@ -66,9 +66,8 @@ class Resume(Callback):
 
     def _check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = changeable_settings(trainer, pl_module)["model.optimizer"]  # "" before they are made
-        if now not in ("", before := self._saved_settings.get("model.optimizer", now)) and isinstance(
-            pl_module, CausalLMModule
-        ):
+        before = self._saved_settings.get("model.optimizer", now)
+        if isinstance(pl_module, CausalLMModule) and now not in ("", before):
             raise UsageError(f"model.optimizer: the checkpoint is of {before}, this run of {now}; set it back, or start anew")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

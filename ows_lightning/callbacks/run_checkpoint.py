@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor
 
 from ows_lightning.atomic_files import partial_path, replace_atomically
+from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.compat import logged_in_validation
 
@@ -20,7 +21,7 @@ def run_checkpoint(trainer: Trainer) -> Checkpoint | None:
     return next((one for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint)), trainer.checkpoint_callback)
 
 
-class RunCheckpoint(ModelCheckpoint):
+class RunCheckpoint(StepCallback, ModelCheckpoint):
     """ModelCheckpoint whose ``last.ckpt`` is made of hard links to the checkpoint that was just saved, if there is one.
 
     A hard link stays when the checkpoint is removed, being no longer among the best, and needs no second writing. Where
@@ -29,7 +30,6 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     _between_validations = False
-    _step_seen = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes ``save_last: link`` for True: its own links outlive the files that they are made of."""
@@ -40,19 +40,15 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Updates the ``last.ckpt`` that a run is resumed from: the state in it is from before its own path was known."""
         super().on_train_start(trainer, pl_module)
-        self._step_seen = trainer.global_step
         last = Path(self.dirpath or "", f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         if trainer.ckpt_path and not self.last_model_path and last.exists() and last.samefile(trainer.ckpt_path):
             self.last_model_path = str(last)
 
-    def on_train_batch_end(self, trainer: Trainer, *batch: Any) -> None:
-        """Saves ``last.ckpt`` at the end of a step, although the best has to wait for a validation."""
-        if trainer.global_step == self._step_seen:
-            return  # in the midst of the next step, of whose gradients a checkpoint keeps nothing
-        self._step_seen = trainer.global_step
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves ``last.ckpt`` although the best has to wait for a validation."""
         waited, self._defer_save_until_validation = self._defer_save_until_validation, False
         self._between_validations = True
-        super().on_train_batch_end(trainer, *batch)
+        ModelCheckpoint.on_train_batch_end(self, trainer, pl_module, None, None, 0)  # it looks at no batch
         deferred = self._defer_save_until_validation
         self._defer_save_until_validation |= waited  # before the state is saved
         if deferred and not self._should_skip_saving_checkpoint(trainer):

@@ -12,6 +12,7 @@ class StepCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting at the run's first step, which is not 0 in a resumed run."""
+        super().on_train_start(trainer, pl_module)
         self._steps_seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:

@@ -75,7 +75,8 @@ def load_into_shards(
                 _read_local_part(tensor, stored[key].path, key)
             else:
                 _broadcast_weight(tensor, whole.pop(key, None), mesh)
-    check_finite(name, model)
+    if stored:  # else rank 0 has looked
+        check_finite(name, model)
     return causal_lm
 
 

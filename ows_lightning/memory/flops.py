@@ -152,10 +152,16 @@ def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
         resting_update = (rests("step") - without("step")) / others
         resting_flops = (rests() - without()) / others - resting_update
     return _Flops(
-        forward=step("forward") / blocks, head=step("loss_head"),
-        backward_lowest=lowest, backward_active=above, backward_frozen=frozen, resting=resting_flops,
-        update=step("step") / trained, resting_update=resting_update, renewal=(step(renews=True) - step()) / trained,
-    )  # fmt: skip
+        forward=step("forward") / blocks,
+        head=step("loss_head"),
+        backward_lowest=lowest,
+        backward_active=above,
+        backward_frozen=frozen,
+        resting=resting_flops,
+        update=step("step") / trained,
+        resting_update=resting_update,
+        renewal=(step(renews=True) - step()) / trained,
+    )
 
 
 def _renewals(settings: PlanSettings, draws: Sequence[Sequence[int]]) -> float:

@@ -99,10 +99,9 @@ def load_model(
     elif hasattr(transformers, "GgufConfig"):  # else this version of transformers always dequantises
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    if (
-        device := torch.get_default_device()
-    ).type != "cpu":  # a GPU's, where the frequencies of RoPE would be rounded otherwise
+    if (device := torch.get_default_device()).type != "cpu":
         arguments["device_map"] = {"": device}
+    # Computed buffers come from the CPU, as those of offloaded models: a GPU rounds RoPE's frequencies otherwise.
     with torch.device("cpu"), loading_errors(name):  # sizes that do not match are reported below, in one line
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **arguments, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True

@@ -28,10 +28,10 @@ def total_nbytes(tensors: Sequence[Tensor]) -> int:
 def views_into(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Views memory (uint8, one-dimensional, `total_nbytes(tensors)`) with the dtypes, shapes and strides of tensors."""
     return [
-        memory[start : start + like.nbytes]
-        .view(like.dtype)
-        .as_strided(like.shape, torch.empty_like(like, device="meta").stride())
-        for start, like in zip(byte_offsets(tensors), tensors, strict=False)
+        memory[start : start + tensor.nbytes]
+        .view(tensor.dtype)
+        .as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
+        for start, tensor in zip(byte_offsets(tensors), tensors, strict=False)
     ]
 
 

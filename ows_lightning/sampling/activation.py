@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 
@@ -81,14 +82,15 @@ def unfreeze(model: nn.Module) -> None:
         frozen.clear()
 
 
-def begin_freezing(model: nn.Module) -> set[nn.Parameter]:
-    """Unfreezes what an earlier run left frozen, and returns a set for what this one freezes, which a copy has, too.
+def keep_frozen(model: nn.Module) -> set[nn.Parameter]:
+    """Unfreezes what an earlier run left frozen, and returns a set, which a copy has, too: what is put into it stays frozen.
 
     Layers of peft freeze it again when they have unfrozen all their adapters, as after a pass of DPO's reference model.
     """
     unfreeze(model)
     frozen = language_model_of(model).frozen_by_sampling = set[nn.Parameter]()  # type: ignore[assignment]
-    for layer in (module for module in model.modules() if hasattr(type(module), "enable_adapters")):
+    of_peft = (m for m in model.modules() if hasattr(type(m), "enable_adapters") and not isinstance(m, PreTrainedModel))
+    for layer in of_peft:
         for name in ("enable_adapters", "set_adapter"):
             setattr(layer, name, partial(_change_and_freeze, layer, getattr(type(layer), name), frozen))
     return frozen

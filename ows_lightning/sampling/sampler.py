@@ -18,14 +18,7 @@ from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampl
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
-from ows_lightning.sampling.activation import (
-    PARTS,
-    Part,
-    activate_blocks,
-    begin_freezing,
-    outside_parameters,
-    trainable_by_block,
-)
+from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, keep_frozen, outside_parameters, trainable_by_block
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
@@ -153,7 +146,7 @@ class BlockSampler:
         An earlier run is forgotten, except a state that was loaded; what it left frozen is unfrozen.
         """
         self.release()
-        self._frozen = begin_freezing(model)  # else what a run without its end left frozen would count as the user's
+        self._frozen = keep_frozen(model)  # else what a run without its end left frozen would count as the user's
         if self._loaded is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
