@@ -75,16 +75,21 @@ def test_packed_rows_on_flash_attention() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_neox"])
 @pytest.mark.parametrize("flatten", [False, True])
-def test_models_that_keep_documents_apart_are_accepted_as_they_were(architecture: str, flatten: bool) -> None:
-    model = tiny_model(architecture)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_keep_documents_apart_are_accepted_as_they_were(
+    architecture: str, flatten: bool, dtype: torch.dtype
+) -> None:
+    model = tiny_model(architecture).to(dtype)
     require_separate_documents(model, flatten)
     assert model.training
 
 
-@pytest.mark.parametrize("architecture", ["opt", "bloom"])
-def test_models_that_would_mix_documents_are_refused(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("opt", torch.float32), ("bloom", torch.float32), ("opt", torch.bfloat16)]
+)
+def test_models_that_would_mix_documents_are_refused(architecture: str, dtype: torch.dtype) -> None:
     with pytest.raises(UsageError, match=r"^data.packing: .*Model would mix the documents of a row; set data.packing: false"):
-        require_separate_documents(tiny_model(architecture), flatten=False)
+        require_separate_documents(tiny_model(architecture).to(dtype), flatten=False)
 
 
 def test_pack_fills_rows_and_loses_nothing() -> None:
