@@ -13,17 +13,27 @@ def partial_path(path: Any) -> Path:
 
 
 def replace_atomically(partial: Path, path: Path) -> None:
-    """Renames a finished file or directory to its final name; a directory that it replaces is ``.NAME.old`` meanwhile."""
+    """Renames a finished file or directory to its final name.
+
+    What it replaces is ``.NAME.old`` for a moment, if one of the two is a directory.
+    """
     old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     if partial.is_dir():
         for written in (*partial.rglob("*"), partial):
             _fsync(written)
-    if path.is_dir():
+    if path.is_dir() or (path.exists() and partial.is_dir()):
         path.rename(old)
     partial.replace(path)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     _fsync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

@@ -32,7 +32,7 @@ class EvaluationMetrics(MetricCollection):
             metric.set_dtype(torch.float32)
 
     def add_answers(self, answers: Iterable[str], right: Iterable[Collection[str]]) -> None:
-        """Adds generated answers, each with those that are right; one without any pads a rank's share, and does not count."""
+        """Adds generated answers, each with the texts that count as right; one without any only fills a rank's share."""
         hits = [float(answer.strip() in texts) for answer, texts in zip(answers, right, strict=True) if texts]
         self["exact_match"].update(torch.tensor(hits, dtype=torch.float32, device=self["loss"].device))
 

@@ -4,12 +4,14 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from ows_lightning.callbacks.resume import Resume
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.stop_on_nan import StopOnNaN
 from ows_lightning.callbacks.throughput import Throughput
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
+from ows_lightning.compat import check_at_validations
 
 
 class OWSTrainer(Trainer):
@@ -29,6 +31,9 @@ class OWSTrainer(Trainer):
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or ())
         kinds = (Resume, Throughput, StopOnNaN, SaveOnSignal)  # a checkpoint on a signal has the throughput of its step, too
         ours = [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
+        for callback in given:
+            if isinstance(callback, EarlyStopping) and str(callback.monitor).startswith("val_"):
+                check_at_validations(callback)
         super().__init__(*args, callbacks=[*ours, *given], **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user gave a plugin
             self.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, OWSTrainer
@@ -44,6 +44,25 @@ def test_a_run_that_is_told_to_end_saves_itself(tmp_path: Path) -> None:
     found = find_checkpoint("last", tmp_path)
     assert found is not None
     assert Path(found).name == "interrupted-step=2.ckpt"
+
+
+def test_a_run_that_ends_before_a_validation_does_not_stop_early(tmp_path: Path) -> None:
+    """Its last epoch is cut, and ends without the metric that EarlyStopping would ask for there."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    stopping = EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    batches = DataLoader([tiny_batch()] * 4, batch_size=None)
+
+    def fit(max_steps: int) -> int:
+        trainer = OWSTrainer(
+            accelerator="cpu", max_steps=max_steps, default_root_dir=tmp_path, logger=False, callbacks=stopping,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(CausalLMModule(str(tmp_path), rank=4), batches, batches)
+        return trainer.global_step
+
+    assert fit(max_steps=2) == 2
+    assert fit(max_steps=20) == 8  # after the second validation, which is no better than the first
 
 
 class Overflow(Callback):

@@ -38,9 +38,9 @@ CHANGEABLE = {  # settings of which a change is logged: a resumed run may have o
 class Resume(Callback):
     """Lets a run continue exactly after the checkpoint's step, with the options and number of steps that are configured now.
 
-    Lightning alone would take the options from the checkpoint; changes are logged. And no ModelCheckpoint saves the step
-    again at which the run is resumed: it would do so after the first micro-batch, of which a checkpoint keeps no gradients,
-    and a run resumed from there would have missed it.
+    Lightning alone would take the options from the checkpoint; changes are logged. And no ModelCheckpoint saves the resumed
+    step again: it would do so after the first micro-batch, whose gradient is in no checkpoint, so that a run resumed from
+    there would miss it.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, 
     found = {key: plain(getattr(owner, name)) for key, owner, name in settings if hasattr(owner, name)}
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-        del found["trainer.accumulate_grad_batches"]  # which it changes by itself
+        del found["trainer.accumulate_grad_batches"]  # the scheduler changes it
     return {**found, "model.optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)}
 
 
@@ -147,6 +147,8 @@ class ContinueMetricsCSV(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the run's folder, the number of its rows, and this step's row if it is not logged yet."""
         folder = run_folder(trainer)  # asks all ranks
+        for logger in trainer.loggers:
+            logger.save()  # rows that a CSVLogger of the user's still holds
         file = folder / "metrics.csv"
         logged = max(file.read_bytes().count(b"\n") - 1, 0) if file.is_file() else 0
         checkpoint["curves"] = {"folder": str(folder), "logged": logged, "row": _unlogged_row(trainer)}
@@ -170,16 +172,17 @@ def _unlogged_row(trainer: Trainer) -> dict[str, Any] | None:
 
 def _copy_rows(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> None:
     """Writes the rows up to a checkpoint into the ``metrics.csv`` of the run that resumes it and logs the later ones again."""
-    saved = checkpoint.get("curves", {})
-    before = next((f for f in (path.parent.parent, Path(saved.get("folder", ""))) if (f / "metrics.csv").is_file()), None)
+    if (saved := checkpoint.get("curves")) is None:  # it was saved without this callback
+        return
+    before = next((f for f in (path.parent.parent, Path(saved["folder"])) if (f / "metrics.csv").is_file()), None)
     now = Path(logger.log_dir)
     if before is None:
         return
     with (before / "metrics.csv").open(newline="") as file:
-        logged = [row for row in csv.DictReader(file) if row["step"]][: saved.get("logged")]
+        logged = [row for row in csv.DictReader(file) if row["step"]][: saved["logged"]]
     # The resumed run repeats a step that was not complete.
     rows: list[dict[str, Any]] = [row for row in logged if int(float(row["step"])) < checkpoint["global_step"]]
-    rows += [saved["row"]] if saved.get("row") else []
+    rows += [saved["row"]] if saved["row"] else []
     now.mkdir(parents=True, exist_ok=True)
     columns = sorted({key for row in rows for key in row})
     logger.experiment.metrics_keys = columns  # the experiment removes a file that is there

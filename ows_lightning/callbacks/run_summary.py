@@ -69,7 +69,11 @@ class RunSummary(Callback):
         """Logs the share of the weights that train at some time, if the draws are known beforehand."""
         self.first_step = trainer.global_step
         sampling, steps = LayerwiseSampling.of(trainer), trainer.estimated_stepping_batches
-        if sampling is None or not trainer.is_global_zero or steps == float("inf"):
+        if not trainer.is_global_zero or steps == float("inf"):
+            return
+        if trainer.enable_validation and (trainer.val_check_batch or 0) > steps * trainer.accumulate_grad_batches:
+            log.warning("No validation in these %d steps: set trainer.val_check_interval to that many or fewer", steps)
+        if sampling is None:
             return
         if (drawn := sampling.planned_blocks(int(steps))) is not None:  # else later draws depend on scores to come
             share = _size_text(_numel(_sampled_weights(pl_module, sampling, drawn)), pl_module)
@@ -112,7 +116,9 @@ class RunSummary(Callback):
         steps, quoted = [], shlex.quote(str(folder / "config.yaml"))
         if is_run_folder(folder):
             steps.append(f"report {shlex.quote(str(folder))}")
-        if last := getattr(run_checkpoint(trainer), "last_model_path", ""):
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        has_test_rows = not isinstance(data, InstructionDataModule) or data.test_dataset or data.eval_dataset or data.val_size
+        if has_test_rows and (last := getattr(run_checkpoint(trainer), "last_model_path", "")):
             steps.append(f"test --config {quoted} --ckpt_path {shlex.quote(last)}")
         there = {
             "model": "the model in model/ (for AutoModelForCausalLM.from_pretrained)", "checkpoints": "checkpoints/",
@@ -198,9 +204,8 @@ def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> s
 
 def _sampled_weights(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:
     """The parameters of some blocks, and those outside the blocks that always train."""
-    layers = decoder_layers(module)
     outside = (p for p, trains in outside_parameters(module, sampling.always_train).items() if trains)
-    return list(dict.fromkeys([*outside, *(p for block in blocks for p in layers[block].parameters())]))
+    return list(dict.fromkeys([*outside, *sampling.weights_of(blocks)]))
 
 
 def _size_text(count: int, module: LightningModule) -> str:

@@ -31,7 +31,8 @@ class StopOnNaN(StepCallback):
         if self._in_a_row < pl_module.hparams["max_skipped_steps"]:
             return
         folder = getattr(run_checkpoint(trainer), "dirpath", None)
-        good: Path | str | None = trainer.strategy.broadcast(last_good(Path(folder)) if folder else None)
+        good: Path | str | None = last_good(Path(folder)) if folder and trainer.is_global_zero else None
+        good = trainer.strategy.broadcast(good)
         if folder and good is None:
             good = f"{folder}/stopped-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(good)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.module import CausalLMModule
@@ -20,10 +21,10 @@ class Throughput(StepCallback):
     """Logs what each optimizer step of CausalLMModule costs; a resumed run's figures go on from the checkpoint's.
 
     ``tokens_per_second`` counts the time from each batch's start to its end, so neither validation nor generation, scoring,
-    saving or waiting for data; of a GPU, which a step waits for once, a little less. ``tokens``, ``target_tokens``, ``time_s``
-    and ``renewal_s`` are sums since the run began: ``time_s`` of all time, ``renewal_s`` of what subspaces took.
-    ``peak_memory_mb`` is the most memory held so far, in MB: allocated on a GPU, resident of the process on a CPU (on macOS
-    since its start; Windows does not tell).
+    saving or waiting for data; of a GPU's time, not what comes after a step's one synchronisation. ``tokens``,
+    ``target_tokens``, ``time_s`` and ``renewal_s`` are sums since the run began: ``time_s`` of all time, ``renewal_s`` of
+    what subspaces took. ``peak_memory_mb`` is the most memory held so far, in MB: allocated on a GPU, resident of the process
+    on a CPU (on macOS since its start; Windows does not tell).
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,12 @@ class Throughput(StepCallback):
         if renewals := [optimizer.renewal_s for optimizer in trainer.optimizers if isinstance(optimizer, GaLoreAdamW)]:
             here["renewal_s"] = sum(renewals)
         return {name: value + self._before.get(name, 0.0) for name, value in here.items()}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the sums at a validation of a fit, too: a step that it follows need not be one that is logged."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(self._sums(trainer), step=trainer.global_step - 1)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the sums so far."""

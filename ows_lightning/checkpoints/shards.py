@@ -101,7 +101,7 @@ def read_into(tensors: dict[str, Tensor], path: Path) -> None:
         return
     try:
         dcp.load(tensors, storage_reader=ShardReader(path), no_dist=True)
-    except dcp.CheckpointException as error:  # which is no Exception
+    except dcp.CheckpointException as error:  # it derives from BaseException
         raise ValueError(first_line(root_cause(error))) from error
 
 

@@ -32,7 +32,7 @@ OTHER_COMMANDS = {
     "report": ("folder_commands", "Draw one run or compare several, from their folders; --watch shows a running one"),
     "configs": ("config_files", "List the config files that come with this package"),
 }
-"""The others: the module of this folder whose function of the command's name takes what follows it."""
+"""The other commands: the module of this folder with a function of that name, which takes the arguments, and the help."""
 
 _IGNORED_WARNINGS = (
     "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do

@@ -139,9 +139,9 @@ def check_run(
         config = model.check()
         if model.hparams["kernels"] is not None and command != "export":
             liger_for(config)
-        some_are_frozen = sampling is not None or model.hparams["lora"] is not None or command != "fit"
         if command in _RUNS:
-            check_offloading(model.hparams, some_are_frozen, trainer.num_devices, str(trainer_args["strategy"]))
+            trains_all = command == "fit" and sampling is None
+            check_offloading(model.hparams, trains_all, trainer.num_devices, str(trainer_args["strategy"]))
         if sampling is not None:
             _check_sampling(sampling, config, model)
             name, scores = model.hparams["model_name_or_path"], sampling.scores
@@ -155,8 +155,7 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
     """Checks what a plan is made of as `check_run` does, except what depends on this machine; the data may be elsewhere."""
     if isinstance(model, CausalLMModule):
         config, _ = model.check(find_model_config)
-        some_are_frozen = sampling is not None or model.hparams["lora"] is not None
-        check_offloading(model.hparams, some_are_frozen, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
+        check_offloading(model.hparams, sampling is None, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
         if sampling is not None:
             check_strategy(str(trainer["strategy"]))
             _check_sampling(sampling, config, model)

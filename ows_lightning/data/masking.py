@@ -140,7 +140,8 @@ class Encoder:
     def _answer_span(self, text: str, messages: list[Message], i: int, tools: Any, row_name: str) -> Span | None:
         """Where message `i` and its end-of-turn token stand in `text`.
 
-        None if the template writes it, or its context, differently there than at the end, or ends only the last answer.
+        None if the template renders it, or the text before it, differently here than at a conversation's end, or gives only
+        the last answer an end token.
         """
         head = self._template.render(messages[:i], tools, row_name, add_generation_prompt=True)
         start = _common_prefix(head, text)

@@ -42,6 +42,7 @@ class Splits:
     columns: Mapping[str, str]
     split: str
     seed: int
+    _tables: dict[str, list[datasets.Dataset]] = field(default_factory=dict, init=False)  # one for each source
     _examples: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
     tokens: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
 
@@ -173,7 +174,9 @@ class Splits:
         return np.concatenate(mixed)
 
     def _read_tables(self, key: str) -> list[datasets.Dataset]:
-        return [read_examples(source, self.data_format, self.columns) for source in self._sources(key)]
+        if key not in self._tables:
+            self._tables[key] = [read_examples(source, self.data_format, self.columns) for source in self._sources(key)]
+        return self._tables[key]
 
     def _sources(self, key: str) -> list[DataSource]:
         named = getattr(self, key)

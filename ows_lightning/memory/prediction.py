@@ -199,7 +199,7 @@ def _offloaded_blocks(settings: PlanSettings, count: int) -> int | None:
 
 
 def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, int]:
-    """What the device holds more than a whole model's weights (less, if negative), and what host memory holds.
+    """Bytes on the device beyond the whole model's weights (negative: fewer), and bytes in host memory.
 
     Blocks that train (the largest, where they differ), embeddings, head and norm stay as they are; for offloaded ones there
     are slots. Blocks in int8 are dequantised into the slots, from copies on the device or from memory that the copies pass
@@ -220,12 +220,15 @@ def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, in
 def _waiting_gradients(settings: PlanSettings) -> int:
     """How many page-locked bytes, a power of two each, hold gradients that wait for a step's end or their average."""
     method, averages = settings.method, settings.devices > 1 and not settings.is_sharded
-    if not (settings.on_gpu and method.ours and method.rank and (averages or settings.accumulate_grad_batches > 1)):
+    if not (settings.on_gpu and method.ours and (averages or settings.accumulate_grad_batches > 1)):
+        return 0
+    if method.rank is None or method.lora is not None:
         return 0
     largest = max(decoder_layers(settings.meta_model), key=lambda layer: sum(p.numel() for p in layer.parameters()))
     outside = outside_parameters(settings.meta_model, method.always_train if method.project_embeddings else ()).items()
     waiting = [*largest.parameters()] * method.active_blocks(settings.blocks) + [p for p, trains in outside if trains]
-    sizes = (p.nbytes // (settings.devices if settings.is_sharded else 1) for p in waiting if p.dim() > 1)
+    projected = (p for p in waiting if p.dim() in (2, 3) and min(p.shape[-2:]) > method.rank)
+    sizes = (p.nbytes // (settings.devices if settings.is_sharded else 1) for p in projected)
     return sum(1 << (size - 1).bit_length() for size in sizes)
 
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
-from ows_lightning.models.decoder import backbone, decoder_layers, language_model_of
+from ows_lightning.models.decoder import PARTS, backbone, decoder_layers, language_model_of
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
@@ -21,7 +21,7 @@ from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.linear import set_updates
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import SubspaceMethod
-from ows_lightning.sampling.activation import PARTS, activate_blocks, outside_parameters, trainable_by_block
+from ows_lightning.sampling.activation import activate_blocks, outside_parameters, trainable_by_block
 from ows_lightning.step import gradients_of
 
 _NOT_TRACKED = "between"

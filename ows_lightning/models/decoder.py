@@ -2,11 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard, get_args
 
 from torch import nn
 
 from ows_lightning.errors import UsageError
+
+Part = Literal["embeddings", "lm_head", "norm"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""The parts of a model outside its blocks, as ``always_train`` names them, see `non_block_parameters`."""
 
 
 def language_model_of(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def add_access_hooks(offloader: BlockOffloader) -> None:
     """Lets others find whole weights in an offloader's blocks, and the offloader see what they write.
 
-    * A state dict outlives the pass that was interrupted, and what is loaded counts at once.
+    * An unfinished pass is ended before a state dict is taken; loaded weights are used from the next fetch on.
     * What moves the model, ``to`` or a Trainer, leaves the blocks where they are offloaded and moves the offloader.
     * peft merges adapters into a weight's ``data``, which torch does not count as a write.
     """

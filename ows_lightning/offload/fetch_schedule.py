@@ -13,8 +13,8 @@ class FetchSchedule:
     In a forward pass a block's slot is free when the block is left; the block `slots` ranks above is fetched then, while the
     next one computes. In backward the block `slots` ranks below is fetched, and nothing below `lowest_in_backward`, the lowest
     block that a gradient reaches. A slot that this pass no longer needs gets the block that forward needs there first.
-    With R offloaded blocks, of which B are needed in backward, and n slots, a micro-batch fetches the least, as forward needs
-    all R: R + B - min(n, B) - (ranks below n that are in their slots after backward).
+    With R offloaded blocks, B of them needed in backward, and n slots, a micro-batch needs at least R + B - min(n, B) - k
+    fetches, where k of the first n blocks are in their slots when backward ends; it makes no more.
     """
 
     def __init__(self, executor: Any, slots: int) -> None:

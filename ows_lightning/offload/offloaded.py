@@ -56,7 +56,7 @@ def copy_into(memory: Any, weights: Sequence[Tensor]) -> list[Tensor]:
 class OffloadedWeights:
     """A block's offloaded weights, a tensor each; a given weight that lies on the ``device`` already is not copied."""
 
-    memory: Tensor | None = None  # page-locked, around the weights; held here, for it is unlocked when nobody holds it
+    memory: Tensor | None = None  # page-locked, around the weights; unlocked when this reference goes
     fetch_exact = False  # also where there is a copy in int8
 
     def __init__(self, weights: Sequence[Tensor], device: torch.device | str = "cpu") -> None:

@@ -74,7 +74,7 @@ class BlockOffloader:
         self._stream = CopyStream()
         self._staging: Tensor | None = None  # that int8 copies pass through, one at a time; as large as the largest of them
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
-        self._slot_updates: dict[int, list[Any]] = {}  # which updates of a resting block a slot's contents have in them
+        self._slot_updates: dict[int, list[Any]] = {}  # by slot: the resting updates that its weights include
         self._updated_layers: dict[int, list[ProjectedLinear]] = {}  # of a block on the device, that compute with an update
 
     def __getstate__(self) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class GaLoreAdamW(GradientCapture):
         self._index_parameters()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's, and the seed of the latest draw, which noise of rounding and random subspaces depend on."""
+        """torch's, and ``draw_seed``, which rounding noise and random subspaces are derived from."""
         return {**super().state_dict(), "draw_seed": self._shared.draw_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ class GaLoreAdamW(GradientCapture):
         self._merge_callbacks.update((p, merge) for p in weights if p in self._group_and_index)
 
     def resting_updates(self, weights: Iterable[Tensor]) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """B (..., m, r) and Q (..., n, r) of what weights have learned at rest, of those where that is kept beside them."""
+        """Returns B (..., m, r) and Q (..., n, r) of those weights whose resting updates are kept beside them."""
         kept = [p for p in weights if "update" in self.state.get(p, ())]
         return {p: (self.state[p]["update"], q) for p in kept if (q := self.resting_projector(p)) is not None}
 
@@ -448,19 +448,26 @@ def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
     return random_subspace(weight, rest.numel(), (1_000_003 * int(rest[0]) + number) % 2**63)
 
 
-_VALID: dict[str, Callable[[Any], bool]] = {
-    "lr": lambda lr: lr >= 0, "eps": lambda eps: eps >= 0, "weight_decay": lambda decay: decay >= 0,
-    "betas": lambda betas: all(0 <= beta < 1 for beta in betas),
-    "rank": lambda rank: rank is None or (isinstance(rank, int) and rank >= 1), "update_proj_gap": lambda steps: steps >= 1,
-    "state_warmup_steps": lambda steps: steps >= 0, "max_grad_norm": lambda limit: limit is None or limit > 0,
-    "moments_dtype": ("float32", "bfloat16").__contains__, "moments_at_renewal": ("keep", "reproject", "reset").__contains__,
-    "proj_type": get_args(ProjType).__contains__, "subspace": get_args(SubspaceMethod).__contains__,
+_LEAST = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "moments_dtype": ("float32", "bfloat16"), "moments_at_renewal": ("keep", "reproject", "reset"),
+    "proj_type": get_args(ProjType), "subspace": get_args(SubspaceMethod),
 }  # fmt: skip
 
 
 def _check_options(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range by a ValueError that names one."""
     for name, value in options.items():
-        if name in _VALID and not _VALID[name](value):
-            hint = "must be at least 1, and whole (without it: full rank)" if name == "rank" else "is out of range"
-            raise ValueError(f"{name}: {value!r} {hint}")
+        fault = ""
+        if name in _LEAST and not value >= _LEAST[name]:
+            fault = f"must be at least {_LEAST[name]}"
+        elif name in _CHOICES and value not in _CHOICES[name]:
+            fault = f"must be {' or '.join(_CHOICES[name])}"
+        elif name == "betas" and not all(0 <= beta < 1 for beta in value):
+            fault = "must be at least 0 and less than 1"
+        elif name == "rank" and not (value is None or (isinstance(value, int) and value >= 1)):
+            fault = "must be at least 1, and whole (without it: full rank)"
+        elif name == "max_grad_norm" and not (value is None or value > 0):
+            fault = "must be more than 0"
+        if fault:
+            raise ValueError(f"{name}: {value!r} {fault}")

@@ -212,7 +212,10 @@ class GradientCapture(Optimizer):
         """Drops what waits for a step, of one parameter or of all."""
         waiting: dict[Tensor, Any]
         for waiting in (self.projected_gradients, self.offloaded_gradients, self._new_projectors, self.sketches):
-            waiting.pop(p, None) if p is not None else waiting.clear()
+            if p is None:
+                waiting.clear()
+            else:
+                waiting.pop(p, None)
 
     # ------------------------------------------------------------------ projection
 
@@ -237,7 +240,7 @@ class GradientCapture(Optimizer):
     def _project(self, p: Tensor, renew: bool = True, processes: dist.ProcessGroup | None = None) -> None:
         """Projects ``p.grad`` of a projected matrix; moves it to host memory if a new subspace is due and ``renew`` is False.
 
-        Processes that averaged the gradient all take the new subspace of the first one of their group.
+        If the gradient was averaged over ``processes``, all take the first one's new subspace.
         """
         if (side := self._projected_side(p)) is None:
             return

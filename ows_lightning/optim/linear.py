@@ -30,18 +30,14 @@ class ProjectedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
-        weight, bias, update = self.weight, self.bias, self.update
-        plain = not weight.requires_grad or not torch.is_grad_enabled()
-        plain = plain or torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type)
-        consumer = None if plain else gradient_consumer(weight)
-        plain = plain or consumer is None
+        weight, bias, update, consumer = self.weight, self.bias, self.update, self._consumer(input)
         projector = None if consumer is None else consumer.resting_projector(weight)
         projected: Tensor | None = None
         if projector is not None and projector.dtype == input.dtype:
             projected = (input.detach() if update is None else input) @ projector
         if update is not None:
             learned = F.linear(input @ update[1] if projected is None else projected, update[0].to(input.dtype))
-        if plain:
+        if consumer is None:
             output: Tensor = F.linear(input, weight, bias)
         else:  # saved first: checkpointing stops to recompute as soon as all is saved that backward needs
             rows = input.reshape(-1, input.size(-1))  # of 2-D input Y is no view, so that a model may write into it
@@ -49,6 +45,12 @@ class ProjectedLinear(nn.Linear):
             kept = _SaveInput.apply(keeps.detach(), weight, None if projected is None else consumer)
             output = _LinearWithoutWeightGrad.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))
         return output if update is None else output.add_(learned)
+
+    def _consumer(self, input: Tensor) -> GradientCapture | None:
+        """The optimizer that takes the weight's gradient as factors; None where the layer is to compute as ``nn.Linear``."""
+        if not (self.weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        return None if torch.is_autocast_enabled(input.device.type) else gradient_consumer(self.weight)
 
 
 def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
@@ -93,9 +95,9 @@ class _LinearWithoutWeightGrad(torch.autograd.Function):
 
 
 class _SaveInput(torch.autograd.Function):
-    """Keeps X for backward, and hands over the factors of G = dY^T X there; or X Q of a consumer, which takes R = dY^T (X Q).
+    """Saves X, and offers dY and X to the optimizer in backward; or saves X Q, where Q is known, and hands over dY^T (X Q).
 
-    What it returns stands for Y, without values.
+    Its result has Y's shape and no values: it only connects the graph.
     """
 
     @staticmethod

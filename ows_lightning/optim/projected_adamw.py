@@ -88,43 +88,62 @@ def projected_adamw_(
     bfloat16 moments need a generator: they are updated in float32 and rounded stochastically, since rounded to nearest a
     second moment would never decay. With ``round_weights``, bfloat16 weights are rounded the same way.
     """
-    shrink = 1 - lr * weight_decay
-    rounds_moments = exp_avgs[0].dtype == torch.bfloat16
-    m, v = list(exp_avgs), list(exp_avg_sqs)
-    if rounds_moments:
-        m, v = [t.float() for t in m], [t.float() for t in v]
-    r = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, m, strict=True)]
-    d = adam_(m, v, r, steps, betas, eps)
-    if rounds_moments:
-        for stored, exact in zip((*exp_avgs, *exp_avg_sqs), (*m, *v), strict=True):
-            round_stochastically_(stored, exact, generator)
-    if projectors is not None:
-        for weight, direction, projector in zip(weights, d, projectors, strict=True):
-            tall, wide = (direction, projector.mT) if side == "right" else (projector, direction)
-            _add_product_(weight, tall, wide, shrink, -lr * scale * shrink, generator if round_weights else None)
+    shrink, noise = 1 - lr * weight_decay, generator if round_weights else None
+    directions = _directions(gradients, exp_avgs, exp_avg_sqs, steps, betas, eps, generator)
+    if projectors is None:
+        _add_(weights, directions, shrink, -lr * scale, noise)
         return
-    w = [weight.float() for weight in weights] if round_weights else list(weights)
-    foreach_add_(w, [direction.to(weight.dtype) for direction, weight in zip(d, w, strict=True)], alpha=-lr * scale)
+    for weight, d, q in zip(weights, directions, projectors, strict=True):
+        left, right = (d, q.mT) if side == "right" else (q, d)
+        _add_product_(weight, left, right, shrink, -lr * scale * shrink, noise)
+
+
+def _directions(
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int],
+    betas: tuple[float, float],
+    eps: float,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
+    """Adam's directions, see ``adam_``; bfloat16 moments are updated in float32 and rounded stochastically."""
+    if exp_avgs[0].dtype != torch.bfloat16:
+        r = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, exp_avgs, strict=True)]
+        return adam_(list(exp_avgs), list(exp_avg_sqs), r, steps, betas, eps)
+    m, v, r = ([tensor.float() for tensor in tensors] for tensors in (exp_avgs, exp_avg_sqs, gradients))
+    directions = adam_(m, v, r, steps, betas, eps)
+    for stored, exact in zip((*exp_avgs, *exp_avg_sqs), (*m, *v), strict=True):
+        round_stochastically_(stored, exact, generator)
+    return directions
+
+
+def _add_(
+    weights: Sequence[Tensor], directions: Sequence[Tensor], shrink: float, alpha: float, generator: torch.Generator | None
+) -> None:
+    """W <- shrink (W + alpha D); with a generator, formed in float32 and rounded stochastically to the weights' bfloat16."""
+    w = list(weights) if generator is None else [weight.float() for weight in weights]
+    foreach_add_(w, [d.to(weight.dtype) for d, weight in zip(directions, w, strict=True)], alpha=alpha)
     foreach_mul_(w, shrink)
-    if round_weights:
+    if generator is not None:
         for stored, exact in zip(weights, w, strict=True):
             round_stochastically_(stored, exact, generator)
 
 
 def _add_product_(
-    weight: Tensor, tall: Tensor, wide: Tensor, beta: float, alpha: float, generator: torch.Generator | None
+    weight: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, generator: torch.Generator | None
 ) -> None:
-    """W <- beta W + alpha T U; with a generator, formed in float32 and rounded stochastically to the weight's bfloat16."""
+    """W <- beta W + alpha L R; with a generator, formed in float32 and rounded stochastically to the weight's bfloat16."""
     dtype = weight.dtype if generator is None else torch.float32
-    tall, wide = tall.to(dtype), wide.to(dtype)
+    left, right = left.to(dtype), right.to(dtype)
     # One fused product and sum: the update never exists as a matrix of the weight's size.
     if generator is None:
         accumulate = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
-        accumulate(tall, wide, beta=beta, alpha=alpha)
+        accumulate(left, right, beta=beta, alpha=alpha)
         return
     rows = rows_at_a_time(weight[..., :1, :].numel(), weight.device)
-    for part, of_tall in zip(weight.split(rows, dim=-2), tall.split(rows, dim=-2), strict=True):
-        exact = part.float().mul_(beta).add_(of_tall @ wide, alpha=alpha)
+    for part, of_left in zip(weight.split(rows, dim=-2), left.split(rows, dim=-2), strict=True):
+        exact = part.float().mul_(beta).add_(of_left @ right, alpha=alpha)
         round_stochastically_(part, exact, generator)
 
 

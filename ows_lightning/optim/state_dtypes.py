@@ -18,7 +18,7 @@ def saved_tensors(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterat
 
 
 def keep_state_dtypes(optimizer: Optimizer) -> None:
-    """Makes an optimizer load its state in the saved dtypes; of torch's own, scalars alone (NAdam's ``mu_product``)."""
+    """Makes an optimizer load its state in the saved dtypes; of torch's optimizers only scalars (NAdam's ``mu_product``)."""
     loading: dict[str, Any] = {}
     from_torch = type(optimizer).__module__.startswith("torch.optim")
 

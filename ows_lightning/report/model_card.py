@@ -25,13 +25,14 @@ def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
     run = None
     with contextlib.suppress(UsageError):  # figures that can't be read must not keep the model from being saved
         run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None
-    how = f"`{base}`, fine-tuned with {_method(hparams, run)} in ows_lightning."
+    method = _method(hparams, run)
+    how = f"`{base}`, fine-tuned with {f'{method} in ' if method else ''}ows_lightning."
     parts = [f"---\n{header}\n---", f"# {Path(base).name}, fine-tuned", how, *(_from_run(run) if run else [])]
     return "\n\n".join(parts) + "\n"
 
 
 def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
-    """The name of what was done, from the module's settings and those of the run."""
+    """The name of what was done, from the module's settings and those of the run; "" if it is not known."""
     if settings.get("lora") is not None:
         return "LoRA"
     galore = "GaLore" if settings.get("rank") is not None else None
@@ -39,7 +40,7 @@ def _method(settings: Mapping[str, Any], run: RunRecord | None) -> str:
     if not sampling and run and run.history:
         sampling = {"distribution": "of another callback"}
     if not sampling:
-        return galore or ("full fine-tuning" if run and run.config else "ows_lightning's optimizer in full rank")
+        return (galore or "full fine-tuning") if run and run.config else ""
     distribution = sampling.get("distribution", "outlier")
     if distribution == "outlier":
         name = "[OWS, Outlier-weighed Layerwise Sampling](https://arxiv.org/abs/2405.18380)"

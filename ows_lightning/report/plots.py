@@ -98,7 +98,7 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
     realised = [100 * share for share in table["realised_share"]]
     ax.bar(table["block"], realised, color=SKY, label=f"realised in {len(run.history)} intervals")
     top = max(realised)
-    if run.scores:
+    if table["expected_share"][0] is not None:
         expected = np.array(table["expected_share"], dtype=float)
         spread = 2 * np.sqrt(expected * (1 - expected).clip(0) / len(run.history))
         low, high = (expected - spread).clip(0), (expected + spread).clip(max=1)
@@ -124,7 +124,8 @@ def plot_loss(runs: Runs, x: XAxis = "step", ax: Axes | None = None) -> tuple[Fi
     for number, run in enumerate(runs):
         steps, losses = run.series("train_loss", x)
         alone = not run.series("val_loss", x)[1]
-        ax.plot(np.multiply(steps, scale), losses, color=_style(number)["color"], linewidth=1, alpha=1 if alone else 0.45)
+        look: dict[str, Any] = {"linewidth": 1, "alpha": 1 if alone else 0.45, "marker": "." if len(losses) == 1 else None}
+        ax.plot(np.multiply(steps, scale), losses, color=_style(number)["color"], **look)
         steps, losses = run.series("val_loss", x)
         ax.plot(np.multiply(steps, scale), losses, markevery=math.ceil(len(losses) / 25) or 1, **_style(number))
     style_axes(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")

@@ -42,7 +42,8 @@ def block_frequency_table(run: RunRecord) -> Table:
     counts, blocks = Counter(block for draw in run.history for block in draw.blocks), range(run.num_layers)
     expected: list[float | None] = [None] * run.num_layers
     distribution = (run.scores or {}).get("distribution")
-    if run.scores and distribution != "gradient_norm":  # its probabilities change from draw to draw
+    changes = distribution == "gradient_norm" or _find_key(run.config, "rescore_every")
+    if run.scores and not changes:  # else the file has the latest probabilities, not those of all draws
         sizes = Counter(len(draw.blocks) for draw in run.history)
         chances = window_inclusion if distribution == "window" else inclusion_probabilities
         shares = [n * chances(run.scores["probabilities"], size) for size, n in sizes.items()]
@@ -76,7 +77,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
 def write_csv(table: Table, path: Path) -> None:
     """Writes a table; numbers keep all their digits, a missing one is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file)
         writer.writerow(table)
         writer.writerows(zip(*table.values(), strict=True))
 

@@ -2,16 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
-
-Part = Literal["embeddings", "lm_head", "norm"]
-PARTS: tuple[Part, ...] = get_args(Part)
-"""The parts of a model outside its blocks, as ``always_train`` names them."""
 
 
 def trainable_by_block(model: nn.Module) -> list[nn.ParameterList]:
@@ -74,16 +70,20 @@ def activate_blocks(
     return frozen
 
 
+_UNFREEZING = ("enable_adapters", "set_adapter")  # methods of peft's layers that unfreeze adapters
+
+
 def unfreeze(model: nn.Module) -> None:
     """Lets those parameters train again that a BlockSampler froze, in any run, and none that the user did."""
     for module in model.modules():
-        for p in (frozen := vars(module).pop("frozen_by_sampling", set())):
+        for p in vars(module).pop("frozen_by_sampling", ()):
             p.requires_grad_(True)
-        frozen.clear()
+        for name in _UNFREEZING:
+            vars(module).pop(name, None)
 
 
-def keep_frozen(model: nn.Module) -> set[nn.Parameter]:
-    """Unfreezes what an earlier run left frozen, and returns a set, which a copy has, too: what is put into it stays frozen.
+def begin_freezing(model: nn.Module) -> set[nn.Parameter]:
+    """Unfreezes what a run without its end left frozen, and returns a set, kept on the model, of what is frozen from now on.
 
     Layers of peft freeze it again when they have unfrozen all their adapters, as after a pass of DPO's reference model.
     """
@@ -91,9 +91,15 @@ def keep_frozen(model: nn.Module) -> set[nn.Parameter]:
     frozen = language_model_of(model).frozen_by_sampling = set[nn.Parameter]()  # type: ignore[assignment]
     of_peft = (m for m in model.modules() if hasattr(type(m), "enable_adapters") and not isinstance(m, PreTrainedModel))
     for layer in of_peft:
-        for name in ("enable_adapters", "set_adapter"):
+        for name in _UNFREEZING:
             setattr(layer, name, partial(_change_and_freeze, layer, getattr(type(layer), name), frozen))
     return frozen
+
+
+def end_freezing(model: nn.Module, frozen: set[nn.Parameter]) -> None:
+    """Unfreezes what is in the set that `begin_freezing` returned, unless another sampler has the model by now."""
+    if getattr(language_model_of(model), "frozen_by_sampling", None) is frozen:
+        unfreeze(model)
 
 
 def _change_and_freeze(layer: Any, change: Callable[..., None], frozen: set[nn.Parameter], *args: Any, **kwargs: Any) -> None:

@@ -81,6 +81,8 @@ def layer_weight_norms(model: nn.Module) -> Tensor:
 def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[str, Tensor]]:
     """Returns batches of ``samples`` training rows, or all there are, the same on every rank and in every run with that seed.
 
+    Of a stream they are whole batches, until there are as many rows.
+
     Of the train DataLoader the data set and the collate function are used, not its position.
     """
     hint = f"sampling.scores: give a file from `{command_line('score')}`"

@@ -16,9 +16,15 @@ from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampling_settings
 from ows_lightning.errors import UsageError
-from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
+from ows_lightning.models.decoder import PARTS, Part, decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
-from ows_lightning.sampling.activation import PARTS, Part, activate_blocks, keep_frozen, outside_parameters, trainable_by_block
+from ows_lightning.sampling.activation import (
+    activate_blocks,
+    begin_freezing,
+    end_freezing,
+    outside_parameters,
+    trainable_by_block,
+)
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
@@ -115,6 +121,7 @@ class BlockSampler:
         self.threshold, self.calibration_samples, self.scores = threshold, calibration_samples, scores
         self.rescore_every, self.always_train, self.seed = rescore_every, tuple(always_train), int(seed)
         self.grouping, self.resting_rank = grouping, resting_rank
+        self._model: nn.Module | None = None
         self._blocks: list[nn.ParameterList] = []
         self._others: dict[nn.Parameter, bool] = {}
         self._frozen: set[nn.Parameter] = set()
@@ -146,7 +153,7 @@ class BlockSampler:
         An earlier run is forgotten, except a state that was loaded; what it left frozen is unfrozen.
         """
         self.release()
-        self._frozen = keep_frozen(model)  # else what a run without its end left frozen would count as the user's
+        self._model, self._frozen = model, begin_freezing(model)
         if self._loaded is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
@@ -163,7 +170,7 @@ class BlockSampler:
             name = type(language_model_of(model)).__name__
             raise UsageError(f"sampling: no block of {name} has a weight to train; unfreeze them, or train without sampling")
         if fixed:
-            log.warning("Blocks %s have no weight to train: an interval that draws them trains nothing in them", fixed)
+            log.warning("Blocks %s have no weight to train, and are never drawn", fixed)
         others = set(non_block_parameters(model)["other"])
         if foreign := [name for name, p in model.named_parameters() if p in others and p.requires_grad]:
             log.warning("%s and all else outside the decoder stays frozen while blocks are sampled", foreign[0])
@@ -215,10 +222,11 @@ class BlockSampler:
         if self.probabilities is None or new or self.distribution == "gradient_norm":
             start = time.perf_counter()
             self.outlier_scores = compute()
-            self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
+            trains = torch.tensor([len(block) > 0 for block in self._blocks])
+            self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64) * trains
             figures["scoring_s"] = time.perf_counter() - start
         start = time.perf_counter()
-        # A draw between two intervals, where `should_draw` is overridden, is another one than theirs.
+        # `should_draw` may be overridden to draw within an interval: that draw needs a number of its own.
         interval = max(step // self.interval_steps, self.history[-1][0] + 1 if self.history else 0)
         self.history.append((interval, step, self.blocks_of(interval)))
         self.activate([*map(unwrapped, optimizers)])
@@ -264,10 +272,9 @@ class BlockSampler:
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model; what rests does so until the optimizer ends it."""
-        for p in self._frozen:
-            p.requires_grad_(True)
-        self._blocks, self._others = [], {}
-        self._frozen.clear()
+        if self._model is not None:
+            end_freezing(self._model, self._frozen)
+        self._model, self._blocks, self._others = None, [], {}
 
     def warn_of_never_trained(self) -> None:
         """Warns of the blocks that were never drawn, and never trained at rest either."""
@@ -325,6 +332,10 @@ class BlockSampler:
             return None
         coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
         return self.trained_blocks(map(self.blocks_of, coming))
+
+    def weights_of(self, blocks: Iterable[int]) -> list[nn.Parameter]:
+        """Returns the weights that train where these blocks are drawn."""
+        return [p for block in blocks for p in self._blocks[block]]
 
     def trained_blocks(self, coming: Iterable[Sequence[int]] = ()) -> set[int]:
         """Returns the blocks that were drawn so far or will be, and with `resting_rank` those above: they train at rest."""

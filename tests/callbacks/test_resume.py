@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks.resume import Resume
+from ows_lightning.callbacks.resume import ContinueMetricsCSV, Resume
 
 
 class Scheduled(LightningModule):
@@ -61,6 +62,22 @@ def fit(module: LightningModule, folder: Path, steps: int, ckpt_path: Path | Non
     )  # fmt: skip
     trainer.fit(module, DataLoader(rows, batch_size=1), ckpt_path=ckpt_path)
     return trainer
+
+
+def test_a_checkpoint_of_a_plain_trainer_takes_no_rows_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("metrics.csv").write_text("epoch,accuracy\n0,0.5\n")  # somebody else's
+    module = TwoOptimizers((0.1, 0.1))
+    fit(module, tmp_path, steps=2).save_checkpoint("plain/model.ckpt")
+    logger = CSVLogger(tmp_path / "runs", name="")
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=4, logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[ContinueMetricsCSV()], log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(torch.ones(4, 4), batch_size=1), ckpt_path="plain/model.ckpt")
+    assert not list(tmp_path.glob("runs/**/metrics.csv"))  # nothing was logged
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "one cycle"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks import auto_gradient_checkpointing, run_summary
@@ -18,6 +18,7 @@ from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.callback import LayerwiseSampling
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
 
@@ -48,6 +49,33 @@ def test_a_prediction_is_for_the_devices_that_the_run_has(tmp_path: Path, monkey
     RunSummary(config)._memory_text(module)
     AutoGradientCheckpointing(config).on_fit_start(run, module)  # type: ignore[arg-type]
     assert [(settings.devices, settings.is_sharded) for settings in found] == [(2, True)] * 2
+
+
+class Adapters(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.model = peft.get_peft_model(tiny_model("llama"), lora)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.model(**batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(p for p in self.parameters() if p.requires_grad)
+
+
+def test_what_the_user_froze_does_not_count_as_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    module = Adapters()
+    all_of_them = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    sampling = LayerwiseSampling(2, interval_steps=1, distribution="uniform")
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=8, callbacks=[sampling, RunSummary()], default_root_dir=tmp_path,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([tiny_batch()] * 8, batch_size=None))
+    assert f"Over the run, 4 of 4 blocks train: {all_of_them / 1e3:.4g}K weights" in caplog.text
 
 
 @pytest.mark.parametrize("model", ["itself", "another"])

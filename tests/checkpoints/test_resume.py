@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ows_lightning.atomic_files import partial_path
+from ows_lightning.atomic_files import partial_path, replace_atomically
 from ows_lightning.checkpoints.find import find_checkpoint, last_good, load_verified
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
@@ -306,6 +306,27 @@ def test_a_checkpoint_whose_replacement_was_cut_off_is_found(saved: Path) -> Non
     (saved / "first.ckpt").unlink()
     (saved / "second.ckpt").rename(saved / ".second.ckpt.old")  # a kill before the new one had its name
     assert last_good(saved) == saved / ".second.ckpt.old"
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_checkpoint_of_the_other_kind_stays_until_the_new_one_is_whole(
+    is_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a run on one device is resumed by ``fsdp2``, or the other way round."""
+    path, partial = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.partial"
+    for written, folder in ((path, not is_folder), (partial, is_folder)):
+        if folder:
+            written.mkdir()
+        (written / "shard" if folder else written).write_text(written.name)
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", lambda *paths: 1 / 0)  # a kill at this moment
+        with pytest.raises(ZeroDivisionError):
+            replace_atomically(partial, path)
+    old = tmp_path / ".last.ckpt.old"
+    assert old.exists() or path.is_file()
+    replace_atomically(partial, path)
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+    assert path.is_dir() == is_folder
 
 
 class Parsed(Exception):

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ows_lightning.cli.main import main
+from ows_lightning.report import RunRecord
 from tests.distributed.launch import Launch
 from tests.tiny import tiny_model
 
@@ -409,9 +410,47 @@ def test_a_development_run_leaves_no_files_and_a_bar_of_the_users_is_the_only_on
     caplog.set_level(logging.INFO, "ows_lightning")
     generations = "{class_path: ows_lightning.callbacks.generations.ShowGenerations, init_args: {prompts: [a?]}}"
     callbacks = ("--trainer.callbacks", f"[{{class_path: TQDMProgressBar}}, {generations}]")
+    earlier = Path("runs/version_3/metrics.csv")
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("step,train_loss\n" + "".join(f"{step},{1 + step}\n" for step in range(20)))
     run("fit", config, "--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "true", *callbacks)
-    assert not [path for path in Path("runs").rglob("*") if path.is_file() and path.name != ".lock"]
+    written = [path for path in Path("runs").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert written == [earlier]
     assert "checkpoints/" not in caplog.text  # nor is anything said to be there
+    assert "Self-check" not in caplog.text  # of another run's figures
+
+
+def test_curves_by_time_and_tokens_do_not_end_at_the_last_logged_step(config: Path) -> None:
+    run("fit", config, "--trainer.log_every_n_steps", "3")
+    record = RunRecord.read(Path("runs"))
+    steps, tokens = record.series("tokens")
+    assert steps == [1, 2, 3]  # validations follow steps 1 and 3, counted from 0
+    assert record.series("val_loss", "tokens")[0] == [tokens[0], tokens[2]]
+    assert tokens[0] < tokens[1] < tokens[2]
+
+
+def test_a_users_csv_logger_keeps_its_rows_in_a_resumed_run(config: Path) -> None:
+    logger = "{class_path: CSVLogger, init_args: {save_dir: runs, name: mine, flush_logs_every_n_steps: 100}}"
+    for steps, last in ((2, ()), (4, ("--ckpt_path", "last"))):
+        more = ("--checkpoint.monitor", "null", "--sampling.interval_steps", "1", "--trainer.max_steps", str(steps), *last)
+        run("fit", config, "--trainer.logger", logger, *more)
+    steps, losses = RunRecord.read(Path("runs/mine/version_1")).series("train_loss")
+    assert steps == [0, 1, 2, 3]
+    assert losses[:2] == RunRecord.read(Path("runs/mine/version_0")).series("train_loss")[1]
+    assert RunRecord.read(Path("runs/mine/version_1")).series("interval")[1] == [0, 1, 2, 3]
+
+
+def test_a_run_without_validation_says_so_and_suggests_no_test_of_rows_that_there_are_not(
+    config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    run("fit", config, "--trainer.max_steps", "1")
+    assert "No validation in these 1 steps: set trainer.val_check_interval to that many or fewer" in caplog.text
+    assert " test --config" in caplog.text
+    caplog.clear()
+    run("fit", config, "--trainer.max_steps", "2", "--data.val_size", "0", "--checkpoint.monitor", "null")
+    assert "No validation" not in caplog.text
+    assert " test --config" not in caplog.text
 
 
 def test_answers_of_a_resumed_run_begin_where_the_run_began(config: Path) -> None:

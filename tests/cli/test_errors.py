@@ -757,6 +757,12 @@ def test_every_error_is_one_line(error: BaseException, line: str, code: int) -> 
     assert message_and_exit_code(error) == (line, code)
 
 
+def test_what_an_interrupt_caused_is_an_interrupt() -> None:
+    error = RecursionError("maximum recursion depth exceeded")
+    error.__context__ = KeyboardInterrupt()
+    assert message_and_exit_code(error) == ("interrupted", 130)
+
+
 def test_hints_are_for_the_command() -> None:
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     line, _ = message_and_exit_code(memory, "test")

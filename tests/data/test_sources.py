@@ -83,6 +83,11 @@ def test_values_that_a_spreadsheet_separated_otherwise(tmp_path: Path, delimiter
     assert rows_of(tmp_path / "rows.csv") == [{"prompt": "q, r", "completion": "a"}]
 
 
+def test_a_quoted_name_may_have_the_mark_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('prompt;completion;"notes, misc"\nq;a;n\n')
+    assert rows_of(tmp_path / "rows.csv") == [{"prompt": "q", "completion": "a", "notes, misc": "n"}]
+
+
 def test_tab_separated_values(tmp_path: Path) -> None:
     (tmp_path / "rows.tsv").write_text("prompt\tcompletion\nq, r\ta\n")
     assert rows_of(tmp_path / "rows.tsv") == [{"prompt": "q, r", "completion": "a"}]

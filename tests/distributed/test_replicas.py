@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException
@@ -103,6 +103,51 @@ def in_a_group_of_its_own(arguments: list[str]) -> None:
 
 def test_gradients_are_averaged_over_the_group_that_is_given(tmp_path: Path) -> None:
     run([], tmp_path, RANKS, target=in_a_group_of_its_own)
+
+
+class ManualSteps(LightningModule):
+    """Steps of two micro-batches by manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        shapes = ((8, 6), (6, 8))
+        self.weights = nn.ParameterList(torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes)
+
+    def training_step(self, inputs: Tensor, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.optimizer.accumulating = batch_idx % 2 == 0
+        self.manual_backward((inputs @ self.weights[1] @ self.weights[0]).square().mean() / 2)
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> GaLoreAdamW:
+        group = {"params": list(self.weights), "rank": 2, "update_proj_gap": 2, "subspace": "svd"}
+        return GaLoreAdamW([group], lr=0.1)
+
+
+def with_manual_steps(arguments: list[str]) -> None:
+    """Both processes together, and then this one with the rows of both, as one process would have them."""
+    rows = torch.rand(8, 2, 5, 6, generator=torch.Generator().manual_seed(0))  # of micro-batches and processes
+    module, alone = ManualSteps(), ManualSteps()
+    trainer = Trainer(
+        accelerator="cpu", devices=RANKS, strategy="ddp_layerwise", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, max_epochs=1, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(rows[:, int(os.environ["RANK"])], batch_size=None))
+    optimizer = alone.configure_optimizers()
+    for number, both in enumerate(rows):
+        (both @ alone.weights[1] @ alone.weights[0]).square().mean().div(2).backward()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    for weight, expected in zip(module.weights, alone.weights, strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_manual_steps_of_several_micro_batches_equal_those_of_one_process(tmp_path: Path) -> None:
+    run([], tmp_path, RANKS, target=with_manual_steps)
 
 
 def without_averaging(arguments: list[str]) -> None:

@@ -67,6 +67,15 @@ def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str,
     )
 
 
+def test_gradients_in_full_rank_do_not_wait() -> None:
+    host_bytes = [
+        predict_memory(settings_from_config(llama_7b(1, 4, **changes))).host_bytes
+        for changes in ({"model__lora": {"r": 16}}, {"model__rank": 4096}, {"model__rank": 128})
+    ]
+    assert host_bytes[:2] == [0, 0]
+    assert host_bytes[2] > 1e9
+
+
 def test_projected_embeddings_wait_in_host_memory_too() -> None:
     always = {"model__frozen_in": "host", "sampling__always_train": ["embeddings", "lm_head", "norm"]}
     low, full = (

@@ -13,6 +13,7 @@ from torch import nn
 
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.optim.projected_adamw import projected_adamw_
 from tests.tiny import tiny_batch, tiny_model
 
 RANK = 4
@@ -400,11 +401,29 @@ def test_bad_groups_are_refused(settings: dict, named: str) -> None:
         GaLoreAdamW([{"params": list(net().parameters()), **settings}])
 
 
+def test_a_process_may_hold_none_of_the_experts() -> None:
+    """As the third one of three, of four experts."""
+    weight, moment = torch.zeros(0, 6, 4, dtype=torch.bfloat16), torch.zeros(0, 6, 2)
+    projector = torch.zeros(0, 4, 2, dtype=torch.bfloat16)
+    settings: dict = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "generator": torch.Generator(), "round_weights": True}
+    projected_adamw_([weight], [moment], [projector], [moment.clone()], [moment.clone()], [1], side="right", **settings)
+    assert weight.shape == (0, 6, 4)
+
+
 @pytest.mark.parametrize(
-    "settings", [{"lr": -1.0}, {"eps": -1.0}, {"betas": (0.9, 1.0)}, {"moments_dtype": "float8"}, {"state_warmup_steps": -1}]
+    ("settings", "valid"),
+    [
+        ({"lr": -1.0}, "at least 0"),
+        ({"lr": float("nan")}, "at least 0"),
+        ({"eps": -1.0}, "at least 0"),
+        ({"betas": (0.9, 1.0)}, "at least 0 and less than 1"),
+        ({"moments_dtype": "float8"}, "float32 or bfloat16"),
+        ({"state_warmup_steps": -1}, "at least 0"),
+        ({"max_grad_norm": 0.0}, "more than 0"),
+    ],
 )
-def test_bad_settings_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(settings))):
+def test_bad_settings_are_refused(settings: dict, valid: str) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}: .* must be {valid}$"):
         GaLoreAdamW(net().parameters(), **settings)
 
 

@@ -121,6 +121,19 @@ def test_realised_frequency_follows_the_expected_one(tmp_path, make_run):
     np.testing.assert_allclose(table["realised_share"], table["expected_share"], atol=4 * 0.5 / 2000**0.5)
 
 
+def test_no_share_is_expected_where_probabilities_changed(run, tmp_path, make_run):
+    _, ax = plots.plot_block_frequency(run)
+    assert any("expected" in text.get_text() for text in ax.get_legend().get_texts())
+    folder = make_run(tmp_path / "rescored")
+    (folder / "config.yaml").write_text("sampling: {rescore_every: 2}\n")
+    by_norm = make_run(tmp_path / "by_norm")
+    scores = by_norm / "outlier_scores.json"
+    scores.write_text(scores.read_text().replace('"distribution": "outlier"', '"distribution": "gradient_norm"'))
+    for changing in (folder, by_norm):
+        _, ax = plots.plot_block_frequency(RunRecord.read(changing))
+        assert not any("expected" in text.get_text() for text in ax.get_legend().get_texts())
+
+
 def test_write_pictures_skips_what_there_is_no_data_for(tmp_path, make_run):
     ows = make_run(tmp_path / "ows")
     names = ["loss", "loss_by_tokens", "loss_by_time", "memory", "throughput"]

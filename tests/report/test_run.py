@@ -8,7 +8,7 @@ import pytest
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord
 from ows_lightning.report.model_card import model_card
-from ows_lightning.report.tables import key_figures
+from ows_lightning.report.tables import key_figures, write_csv
 
 
 def test_reads_what_a_run_left(tmp_path, make_run):
@@ -165,6 +165,20 @@ def test_truth_values_that_a_user_logged_are_figures(tmp_path, make_run):
     folder = make_run(tmp_path / "ows", steps=50)
     damage("metrics.csv", "step,warm\n0,True\n1,False\n")(folder)
     assert RunRecord.read(folder).series("warm") == ([0.0, 1.0], [1.0, 0.0])
+
+
+def test_texts_of_models_come_back(tmp_path, make_run):
+    folder = make_run(tmp_path / "ows", steps=50)
+    texts = {"prompt": ["a, b"], "base": ["one\rtwo"], "tuned": ['"']}
+    write_csv(texts, folder / "comparison.csv")
+    assert RunRecord.read(folder).texts["Base and tuned model"] == texts
+
+
+def test_a_card_claims_no_method_that_it_does_not_know(tmp_path, make_run):
+    settings = {"model_name_or_path": "tiny", "rank": 8}
+    assert "`tiny`, fine-tuned with ows_lightning." in model_card(settings, tmp_path)  # a checkpoint's own folder
+    folder = make_run(tmp_path / "galore", steps=50, sampled=False)
+    assert "`tiny`, fine-tuned with GaLore in ows_lightning." in model_card(settings, folder)
 
 
 def test_figures_that_cannot_be_read_leave_a_model_its_card(tmp_path, make_run):

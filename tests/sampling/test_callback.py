@@ -222,6 +222,7 @@ def test_adapters_that_peft_unfreezes_stay_frozen(reference_first: bool, tmp_pat
         pass
     adapters = [[p.requires_grad for name, p in one.named_parameters() if "lora" in name] for one in (module, other)]
     assert adapters == [[True] * 2 * LAYERS] * 2  # the run is over
+    assert not any("enable_adapters" in vars(layer) for layer in module.modules())  # and leaves nothing behind
 
 
 def test_a_folder_may_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,11 +432,13 @@ def test_a_model_without_a_weight_to_train_in_its_blocks_is_refused(tmp_path: Pa
         fit(module, LayerwiseSampling(activated_layers=1, distribution="uniform"), tmp_path)
 
 
-def test_blocks_that_can_not_train_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_blocks_that_can_not_train_are_named_and_never_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = SomebodyElsesModule()
     decoder_layers(module)[:2].requires_grad_(False)
-    fit(module, LayerwiseSampling(activated_layers=1, distribution="uniform"), tmp_path)
-    assert "Blocks [0, 1] have no weight to train: an interval that draws them trains nothing in them" in caplog.messages
+    sampling = LayerwiseSampling(activated_layers=1, interval_steps=1, distribution="uniform", always_train=[])
+    fit(module, sampling, tmp_path, max_steps=20)  # if only they were drawn, no loss would require a gradient
+    assert "Blocks [0, 1] have no weight to train, and are never drawn" in caplog.messages
+    assert {block for _, _, blocks in sampling.history for block in blocks} == set(range(2, LAYERS))
 
 
 def test_an_optimizer_that_leaves_blocks_out_is_refused() -> None:

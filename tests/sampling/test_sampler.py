@@ -114,6 +114,16 @@ def test_what_an_interrupted_run_left_frozen_trains_in_the_next(again: str) -> N
     assert trainable(model) == free
 
 
+def test_who_ends_late_leaves_the_run_of_another_alone() -> None:
+    model = tiny_model("llama")
+    sampler, other = BlockSampler(**SETTINGS), BlockSampler(**SETTINGS)
+    train(sampler, model, range(1))
+    train(other, model, range(1))
+    active = trainable(model)
+    sampler.release()
+    assert trainable(model) == active
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_do_not_count_in_the_norms(value: float) -> None:
     model, sampler = tiny_model("llama"), BlockSampler(activated_layers=1, interval_steps=2, distribution="gradient_norm")
