@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, fixed_settings
+from ows_lightning.checkpoints.fixed_settings import FIXED_MODEL_KEYS, check_fixed_settings, plain, sampling_settings
 from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError, first_line
@@ -278,11 +279,7 @@ class CausalLMModule(EvaluationModule):
     def param_groups(self) -> Any:
         """Returns what the optimizer is made for: groups of named parameters, with the settings of projection."""
         names = ("rank", "update_proj_gap", "scale", "proj_type", "subspace", "project_embeddings")
-        settings = {name: self.hparams[name] for name in names if self.hparams[name] is not None}
-        groups = galore_param_groups(self.model, **settings)
-        if self.hparams["rank"] is None:
-            groups = [{key: group[key] for key in ("params", "weight_decay") if key in group} for group in groups]
-        return groups
+        return galore_param_groups(self.model, **{name: self.hparams[name] for name in names})
 
     @torch.compiler.set_stance("force_eager")
     def on_fit_start(self) -> None:
@@ -368,13 +365,8 @@ class CausalLMModule(EvaluationModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Leaves what offloaded blocks learn at rest to the optimizer's state, as checkpoints do; ``model``'s includes it."""
-        if self.offloader is None:
+        with patch.object(self.offloader, "saves_updates_apart", True) if self.offloader else contextlib.nullcontext():
             return super().state_dict(*args, **kwargs)
-        self.offloader.saves_updates_apart = True
-        try:
-            return super().state_dict(*args, **kwargs)
-        finally:
-            self.offloader.saves_updates_apart = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the settings that have to be the same when the run is resumed; weights alone are saved whole."""
@@ -398,8 +390,12 @@ class CausalLMModule(EvaluationModule):
                 merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
 
     def _fixed_settings(self) -> dict[str, Any]:
-        architecture = architecture_of(self.language_model.config)
-        return fixed_settings(self.hparams, len(decoder_layers(self)), architecture, LayerwiseSampling.of(self.trainer))
+        """The settings that can't change, as plain values by their YAML keys, and the model's dimensions."""
+        settings = {f"model.{key}": self.hparams[key] for key in FIXED_MODEL_KEYS if key in self.hparams}
+        settings |= {"number of blocks": len(decoder_layers(self)), **architecture_of(self.language_model.config)}
+        if (sampling := LayerwiseSampling.of(self.trainer)) is not None:
+            settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
+        return {key: plain(value) for key, value in settings.items()}
 
 
 class RestoreAfterFit(Callback):

@@ -20,6 +20,7 @@ from ows_lightning.compat import mark_step_saved
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
+from ows_lightning.report.tables import write_csv
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then continues differently
@@ -178,20 +179,15 @@ def _copy_rows(path: Path, logger: CSVLogger, checkpoint: Mapping[str, Any]) -> 
     now = Path(logger.log_dir)
     if before is None:
         return
-    with (before / "metrics.csv").open(newline="") as file:
-        logged = [row for row in csv.DictReader(file) if row["step"]][: saved["logged"]]
-    # The resumed run repeats a step that was not complete.
-    rows: list[dict[str, Any]] = [row for row in logged if int(float(row["step"])) < checkpoint["global_step"]]
-    rows += [saved["row"]] if saved["row"] else []
+
+    def rows_of(name: str) -> list[dict[str, Any]]:  # the resumed run repeats a step that was not complete
+        with (before / name).open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if row["step"] and int(float(row["step"])) < checkpoint["global_step"]]
+
+    rows = rows_of("metrics.csv")[: saved["logged"]] + ([saved["row"]] if saved["row"] else [])
     now.mkdir(parents=True, exist_ok=True)
     columns = sorted({key for row in rows for key in row})
     logger.experiment.metrics_keys = columns  # the experiment removes a file that is there
-    with (now / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    if (before / "generations.csv").is_file():
-        with (before / "generations.csv").open(newline="", encoding="utf-8") as file:
-            answers = [row for row in csv.reader(file) if row[0] == "step" or int(row[0]) < checkpoint["global_step"]]
-        with (now / "generations.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(answers)
+    write_csv({name: [row.get(name) for row in rows] for name in columns}, now / "metrics.csv")
+    if (before / "generations.csv").is_file() and (answers := rows_of("generations.csv")):
+        write_csv({name: [row[name] for row in answers] for name in answers[0]}, now / "generations.csv")

@@ -11,17 +11,6 @@ FIXED_MODEL_KEYS = ("model_name_or_path", "rank", "proj_type", "project_embeddin
 FIXED_SAMPLING_KEYS = ("activated_layers", "interval_steps", "distribution", "always_train", "grouping", "resting_rank")
 
 
-def fixed_settings(
-    hparams: Mapping[str, Any], num_layers: int, architecture: Mapping[str, Any], sampling: object | None
-) -> dict[str, Any]:
-    """Returns the settings that can't change, as plain values by their YAML keys, and the model's dimensions."""
-    settings: dict[str, Any] = {f"model.{key}": hparams[key] for key in FIXED_MODEL_KEYS if key in hparams}
-    settings |= {"number of blocks": num_layers, **architecture}
-    if sampling is not None:
-        settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
-    return {key: plain(value) for key, value in settings.items()}
-
-
 def sampling_settings(sampling: object) -> dict[str, Any]:
     """Returns a BlockSampler's settings that can't change, as plain values by their names."""
     return {key: plain(getattr(sampling, key)) for key in FIXED_SAMPLING_KEYS}
@@ -30,7 +19,7 @@ def sampling_settings(sampling: object) -> dict[str, Any]:
 def check_fixed_settings(
     saved: Mapping[str, Any] | None, now: Mapping[str, Any], resumes: bool = True, prefix: str = "ckpt_path"
 ) -> None:
-    """Raises a UsageError, with both values, if the ``fixed_settings`` saved in a checkpoint and those now differ.
+    """Raises a UsageError, with both values, if the fixed settings saved in a checkpoint and those now differ.
 
     If no training resumes, the model's dimensions alone have to agree. The error begins with ``prefix``.
     """

@@ -101,7 +101,6 @@ class ExactFitLoop(_FitLoop):
     """The loop over epochs, each an `ExactEpochLoop`."""
 
     epoch_loop: ExactEpochLoop
-    _loaded = False
     _position: Any = None  # the loaders' at the start of the step that is under way
 
     @property
@@ -121,17 +120,12 @@ class ExactFitLoop(_FitLoop):
             state["combined_loader"] = self._position
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
-        """Loads a checkpoint's counters, which are interpreted when the data is there."""
-        super().load_state_dict(state_dict, prefix)
-        self._loaded = True
-
     def setup_data(self) -> None:
         """Makes the loader, and finds out where a resumed run continues: after a step, or at the start of an epoch."""
         super().setup_data()
-        if not self._loaded:
+        if not self._loaded_from_state_dict:  # of a checkpoint's counters, which are interpreted when the data is there
             return
-        self._loaded = False
+        self._loaded_from_state_dict = False
         _Loop.restarting.fset(self, True)  # type: ignore[attr-defined]  # else the position is not taken over
         self._load_combined_loader_states()
         _Loop.restarting.fset(self, False)  # type: ignore[attr-defined]  # Lightning's own way of going on

@@ -90,11 +90,6 @@ def load_weights(module: nn.Module, path: Path, strict: bool = True) -> None:
             weight.copy_(whole[name])
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes tensors, plain ones or DTensors, into a directory of shards; each process its part."""
-    dcp.save(tensors, storage_writer=_Writer(path))
-
-
 def read_into(tensors: dict[str, Tensor], path: Path) -> None:
     """Fills tensors, plain ones or DTensors, from a directory of shards."""
     if not tensors:
@@ -123,10 +118,11 @@ class ShardReader(dcp.FileSystemReader):
         return metadata
 
 
-class _Writer(dcp.FileSystemWriter):
+class ShardWriter(dcp.FileSystemWriter):
     """torch's writer of shards; only the error itself reaches the other processes, not what is behind it."""
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        """Writes this process's part."""
         try:
             return super().write_data(*args, **kwargs)
         except RuntimeError as error:

@@ -1,11 +1,9 @@
 """Multiple choice: each row once with each of its choices as the answer, in the form in which answers are trained."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, tensor
 from torch.utils.data import Dataset
@@ -14,9 +12,6 @@ from ows_lightning.data.formats import Example, index_of_choice, split_prompt
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.rows import collate
 from ows_lightning.errors import UsageError
-
-if TYPE_CHECKING:
-    import datasets
 
 _ANSWER_FORMAT = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)\s*$")  # the commonsense tasks of LLM-Adapters
 
@@ -28,7 +23,7 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
     index ``len`` repeats the last one, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
     """
 
-    def __init__(self, table: datasets.Dataset, encoder: Encoder) -> None:
+    def __init__(self, table: Any, encoder: Encoder) -> None:
         # Only the last turn: earlier answers of a conversation are not part of the choice.
         self.encoder = Encoder(encoder.tokenizer, encoder.max_seq_length, last_turn_only=True)
         self.rows: list[tuple[int, str, Example, list[str], int]] = []  # row, where, example, choices, the right one

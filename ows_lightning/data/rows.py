@@ -86,21 +86,18 @@ def collate(items: Sequence[Item], pad_token_id: int, flatten: bool = False) -> 
     packed = "position_ids" in items[0]
     if packed and flatten:
         return {name: torch.tensor([[x for item in items for x in item[name]]]) for name in items[0]}
-    ids = [_tensor(item["input_ids"]) for item in items]
-    labels = [_tensor(item["labels"]) for item in items]
-    batch = {"input_ids": pad_sequence(ids, True, pad_token_id), "labels": pad_sequence(labels, True, IGNORE_INDEX)}
-    if not packed:
-        return batch | {"attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True)}
-    return batch | {"position_ids": pad_sequence([_tensor(item["position_ids"]) for item in items], True)}
+    rows = [item if packed else {**item, "attention_mask": [1] * len(item["input_ids"])} for item in items]
+    padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "position_ids" if packed else "attention_mask": 0}
+    return {name: pad_sequence([torch.tensor(row[name]) for row in rows], True, value) for name, value in padding.items()}
 
 
 def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Pads prompts on the left: ``input_ids`` and ``attention_mask``, int64 (B, L); ``row``, int64 (B,); lists of the rest."""
     batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
-    ids = [_tensor(row) for row in batch["input_ids"]]
+    ids = [torch.tensor(row) for row in batch["input_ids"]]
     batch["input_ids"] = pad_sequence(ids, True, pad_token_id, padding_side="left")
     batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left")
-    batch["row"] = _tensor(batch["row"])
+    batch["row"] = torch.tensor(batch["row"])
     return batch
 
 
@@ -144,7 +141,3 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
         lm = language_model_of(model)
         name = type(getattr(lm, "base_model", lm)).__name__
         raise UsageError(f"data.packing: {name} would mix the documents of a row; set data.packing: false")
-
-
-def _tensor(values: Sequence[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)

@@ -1,11 +1,9 @@
 """Training rows from a stream that is never held as a whole."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -17,9 +15,6 @@ from ows_lightning.data.masking import Encoder
 from ows_lightning.data.rows import Item, join_documents, pack
 from ows_lightning.data.sources import join_names
 from ows_lightning.errors import UsageError
-
-if TYPE_CHECKING:
-    import datasets
 
 State = dict[str, Any]
 BLOCK = 1000  # examples that are read, packed and shuffled together
@@ -34,7 +29,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     takes the rows r, r + w, ... of these, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows.
     """
 
-    examples: datasets.IterableDataset
+    examples: Any  # a `datasets.IterableDataset`
     encoder: Encoder
     length: int
     packing: bool

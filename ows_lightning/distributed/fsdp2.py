@@ -18,7 +18,7 @@ from ows_lightning.atomic_files import partial_path, replace_atomically
 from ows_lightning.checkpoints.files import META, METADATA, file_crc32, save_file
 from ows_lightning.checkpoints.find import load_verified, read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
-from ows_lightning.checkpoints.shards import load_optimizers, load_weights, save_tensors, split_checkpoint
+from ows_lightning.checkpoints.shards import ShardWriter, load_optimizers, load_weights, split_checkpoint
 from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.errors import RunError, UsageError
 
@@ -86,7 +86,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         try:
             self._on_rank_zero(path, begin)
-            save_tensors(tensors, partial)
+            dcp.save(tensors, storage_writer=ShardWriter(partial))
             sums = self._sums(partial)
             self._on_rank_zero(path, finish)
         except dcp.CheckpointException as error:  # on all processes, if it is one's

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _InfiniteBarrier
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ows_lightning.compat import local_shape_and_offset, replace_parameters_
 from ows_lightning.models.causal_lm import CausalLM
@@ -97,8 +96,5 @@ def _broadcast_weight(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) ->
     full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if whole is not None:
         full.copy_(whole)
-    if isinstance(tensor, DTensor):
-        tensor.copy_(distribute_tensor(full, mesh, tensor.placements))  # from rank 0
-    else:
-        dist.broadcast(full, group=mesh.get_group(), group_src=0)
-        tensor.copy_(full)
+    sent = distribute_tensor(full, mesh, tensor.placements if isinstance(tensor, DTensor) else [Replicate()])  # from rank 0
+    tensor.copy_(sent if isinstance(tensor, DTensor) else sent.to_local())

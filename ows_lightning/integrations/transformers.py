@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from accelerate.state import GradientState
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -104,9 +104,9 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
 class _TrainersGaLoreAdamW(GaLoreAdamW):
     """The optimizer of ``use_galore``: the Trainer says, before a micro-batch, whether it is the last of its step."""
 
-    @property
-    def accumulating(self) -> bool:
-        return not GradientState().sync_gradients
+    def project_gradient(self, p: Tensor) -> None:
+        self.accumulating = not GradientState().sync_gradients
+        super().project_gradient(p)
 
 
 class _GaLoreCallback(TrainerCallback):

@@ -33,7 +33,6 @@ from ows_lightning.models.source import DELTA_FILE
 
 log = logging.getLogger(__name__)
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _METADATA = {"format": "pt"}  # without which transformers does not read a safetensors file
 
 
@@ -257,4 +256,4 @@ def decompress(compressed: Tensor, base: Tensor) -> Tensor:
 
 
 def _integers(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()]).numpy()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().view(f"i{tensor.element_size()}")

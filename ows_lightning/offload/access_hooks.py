@@ -57,10 +57,8 @@ def _apply_to_block(offloader: BlockOffloader, index: int, fn: Callable[[Tensor]
     offloader.set_device(fn(torch.empty(0, device=offloader.device)).device)
     block, parameters = offloader.blocks[index], offloader.parameters[index]
     if any(fn(torch.empty(0, dtype=p.dtype)).dtype != p.dtype for p in parameters):
-        offloader.offload_all()
-        with torch.no_grad():
-            offloader.replace(index, [fn(p.data).to("cpu") for p in parameters])
-            for gradient in [p.grad for p in parameters if p.grad is not None]:
-                gradient.data = fn(gradient.data)
+        offloader.convert(index, fn)
+        for gradient in [p.grad for p in parameters if p.grad is not None]:
+            gradient.data = fn(gradient.data)
     ids = {id(p) for p in parameters}
     return type(block)._apply(block, lambda tensor: tensor if id(tensor) in ids else fn(tensor), recurse)

@@ -116,11 +116,6 @@ class BlockOffloader:
                     if isinstance(value, Tensor) and key not in kept and value.device != self.device:
                         state[key] = value.to(self.device)
 
-    def offload_all(self) -> None:
-        """Offloads all blocks, and leaves the slots empty; those that train get their memory again when it is needed."""
-        if self.offloaded:
-            self._set_active([])
-
     def set_device(self, device: torch.device) -> None:
         """Sets the device that computes."""
         device = torch.empty(0, device=device).device  # `cuda` is the current card
@@ -263,10 +258,10 @@ class BlockOffloader:
                 self.refresh(index)
 
     @torch.no_grad()
-    def replace(self, index: int, weights: Sequence[Tensor]) -> None:
-        """Gives a block other weights, of another dtype: a tensor in host memory for each of its parameters."""
+    def convert(self, index: int, fn: Callable[[Tensor], Tensor]) -> None:
+        """Gives a block's weights another dtype; blocks that train get memory on the device again when it is needed."""
         self._set_active([])
-        self.offloaded[index] = self._offload(weights)
+        self.offloaded[index] = self._offload([fn(p.data).to("cpu") for p in self.parameters[index]])
         _set_data(self.parameters[index], self.offloaded[index].tensors)
         self.slots = []  # they are as large as the largest block
         self._set_active([])

@@ -112,25 +112,19 @@ class GaLoreAdamW(GradientCapture):
         self._claim_gradients(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "progress": (self._shared.in_backward, self._shared.draw_seed)}
+        return {**super().__getstate__(), "progress": (self.projects_in_backward, self._draw_seed)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Sets up a copy or an unpickled optimizer, or takes over a loaded state (torch calls it in ``load_state_dict``)."""
-        if "_shared" not in self.__dict__:
+        if "projected_gradients" not in vars(self):
             self._init_unsaved()
-            self._shared.in_backward, self._shared.draw_seed = state.pop("progress")
+            self.projects_in_backward, self._draw_seed = state.pop("progress")
             super().__setstate__(state)
             self._claim_gradients(self.param_groups)
         else:
             self._discard_gradients()
             self.resting_projectors.clear()
-            old_state, old_groups = self.state, self.param_groups
             super().__setstate__(state)
-            # In place: Lightning's wrapper has copied the attributes and shares these objects.
-            old_state.clear()
-            old_state.update(self.state)
-            old_groups[:] = self.param_groups
-            self.state, self.param_groups = old_state, old_groups
         for group in self.param_groups:  # an older version's state lacks some
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -138,7 +132,7 @@ class GaLoreAdamW(GradientCapture):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and ``draw_seed``, which rounding noise and random subspaces are derived from."""
-        return {**super().state_dict(), "draw_seed": self._shared.draw_seed}
+        return {**super().state_dict(), "draw_seed": self._draw_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; moments keep the dtype in which they were saved (torch casts to the parameter's).
@@ -150,14 +144,10 @@ class GaLoreAdamW(GradientCapture):
             if group.get("rank") is not None and "rank" not in saved:
                 raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
         loaded: dict[str, Any] = {}  # what hooks of yours make of the state
-        last = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
-        try:
+        with self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)):
             super().load_state_dict(state_dict)
-        finally:
-            last.remove()
-        state_dict = loaded
-        self._shared.draw_seed = state_dict.get("draw_seed", self._shared.draw_seed)
-        for p, key, value in saved_tensors(self, state_dict):
+        self._draw_seed = loaded.get("draw_seed", self._draw_seed)
+        for p, key, value in saved_tensors(self, loaded):
             if key in ("rest", "step"):
                 self.state[p][key] = value.to("cpu", copy=True)  # where reading it waits for no device
             else:
@@ -186,7 +176,7 @@ class GaLoreAdamW(GradientCapture):
         Raises:
             ValueError: A weight is no matrix that the rank makes smaller.
         """
-        self._shared.draw_seed = seed
+        self._draw_seed = seed
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
@@ -277,7 +267,7 @@ class GaLoreAdamW(GradientCapture):
         group, index = self._group_and_index[p]
         seed = index + int(self.state[p].get("step", 0))
         if group["subspace"] == "random":  # another one whenever a block becomes active, too
-            seed = (1_000_003 * self._shared.draw_seed + seed) % 2**63
+            seed = (1_000_003 * self._draw_seed + seed) % 2**63
         return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     @torch.no_grad()
@@ -297,12 +287,12 @@ class GaLoreAdamW(GradientCapture):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if hasattr(self, "grad_scale") and (self._shared.in_backward or self.grad_scale is not None):
+        if hasattr(self, "grad_scale") and (self.projects_in_backward or self.grad_scale is not None):
             raise UsageError(
                 "GradScaler: it can't unscale gradients that are projected before it sees them; leave out "
                 "project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
             )
-        if not self._shared.replicas_checked:
+        if not self._replicas_checked:
             self._warn_of_replicas()
         self._project_all()
         if not self._clip_and_check():
@@ -318,7 +308,7 @@ class GaLoreAdamW(GradientCapture):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Makes GradScaler pass its scale to ``step`` if gradients are not in ``grad``, so that ``step`` can refuse it."""
-        return self._shared.in_backward or bool(self.projected_gradients)
+        return self.projects_in_backward or bool(self.projected_gradients)
 
     def _clip_and_check(self) -> bool:
         """Clips what the step consumes; False, with a warning, if it is not finite. Only here does it wait for the device."""
@@ -335,7 +325,7 @@ class GaLoreAdamW(GradientCapture):
         found = ((name, self.gradient_of(p)) for name, p in self._named_parameters())
         names = [name for name, gradient in found if gradient is not None and not local(gradient).isfinite().all()]
         where = ", ".join(names) or "another process"
-        self._shared.skipped_steps += 1
+        self.skipped_steps += 1
         log.warning("Step skipped: the gradient of %s holds NaN or Inf (%d skipped so far)", where, self.skipped_steps)
         return False
 
@@ -392,7 +382,7 @@ class GaLoreAdamW(GradientCapture):
     def _noise(self, p: Tensor, device: torch.device) -> torch.Generator:
         # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.
         number, steps = self._group_and_index[p][1], int(self.state[p]["step"])
-        seed = (1_000_003 * (1_000_003 * self._shared.draw_seed + number) + steps) % 2**63
+        seed = (1_000_003 * (1_000_003 * self._draw_seed + number) + steps) % 2**63
         return torch.Generator(device).manual_seed(seed)
 
     def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:

@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,32 +26,21 @@ from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class _SharedState:
-    """State that changes in training. Lightning's wrapper copies the optimizer's attributes: it shares this object."""
-
-    in_backward: bool = False
-    accumulating: bool = False
-    ddp_averaging: bool = False
-    replicas_checked: bool = False  # average_gradients() was called, or its absence was warned of
-    known_finite: bool = False
-    skipped_steps: int = 0
-    draw_seed: int = 0  # of the latest draw
-    renewal_s: float = 0.0
-    renewal_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-    projected_linears: weakref.WeakSet[nn.Linear] = field(default_factory=weakref.WeakSet)
-
-
-def _shared_property(name: str, doc: str) -> Any:
-    return property(lambda self: getattr(self._shared, name), lambda self, value: setattr(self._shared, name, value), doc=doc)
-
-
 class GradientCapture(Optimizer):
     """An optimizer that stores only the projected gradient R = G Q of each projected matrix, in place of ``grad``."""
 
     def _init_unsaved(self) -> None:
-        """Makes the attributes that are not saved, before torch's own; they change only in place, see ``_SharedState``."""
-        self._shared = _SharedState()
+        """Makes the attributes that are not saved, before torch's own."""
+        self.accumulating = False  # set it True while backward runs for a micro-batch that is not the last of its step
+        self.ddp_averaging = False  # True where ``average_gradients()`` comes before every step: backward takes no subspace
+        self.known_finite = False  # set it True where the norm of ``gradients()`` is known to be finite: no step waits for it
+        self.projects_in_backward = False
+        self.skipped_steps = 0  # so far, for a NaN or Inf
+        self._draw_seed = 0  # of the latest draw
+        self._replicas_checked = False  # average_gradients() was called, or its absence was warned of
+        self._renewal_s = 0.0
+        self._renewal_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._projected_linears: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
         self._group_and_index: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
         self.projected_gradients: dict[Tensor, Tensor] = {}  # R of the coming step, by weight
         self.offloaded_gradients: dict[Tensor, Tensor] = {}  # full ones, in host memory, of a step that renews their subspaces
@@ -66,31 +54,22 @@ class GradientCapture(Optimizer):
     _new_subspace: Callable[[Tensor, Tensor, Side], Tensor | Sketch]  # from a gradient (..., m, n): a projector or a sketch
     resting_projector: Callable[[Tensor], Tensor | None]  # Q (n, r) of a weight (m, n) that trains at rest; None of others
 
-    accumulating = _shared_property(
-        "accumulating", "Set it True while backward runs for a micro-batch that is not the last of its step."
-    )
-    ddp_averaging = _shared_property(
-        "ddp_averaging", "Set it True once where ``average_gradients()`` comes before every step: backward takes no subspace."
-    )
-    known_finite = _shared_property(
-        "known_finite", "Set it True where the norm of ``gradients()`` is known to be finite: the next step does not wait."
-    )
-
-    projects_in_backward = property(lambda self: self._shared.in_backward, doc="Whether ``project_in_backward`` is on.")
-    skipped_steps = property(lambda self: self._shared.skipped_steps, doc="Steps skipped so far, for a NaN or Inf.")
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; through Lightning's wrapper, which derives from this class, that of the optimizer within."""
+        owner = self if name in vars(self) else vars(self).get("_optimizer", self)
+        object.__setattr__(owner, name, value)
 
     @property
     def renewal_s(self) -> float:
         """Seconds spent on finding subspaces so far. On a GPU, reading it waits for those that are being found."""
         self._add_up_renewals(wait=True)
-        return self._shared.renewal_s
+        return self._renewal_s
 
     def _add_up_renewals(self, wait: bool) -> None:
-        shared = self._shared
-        while shared.renewal_events and (wait or shared.renewal_events[0][1].query()):
-            begin, end = shared.renewal_events.pop(0)
+        while self._renewal_events and (wait or self._renewal_events[0][1].query()):
+            begin, end = self._renewal_events.pop(0)
             end.synchronize()
-            shared.renewal_s += begin.elapsed_time(end) / 1000
+            self._renewal_s += begin.elapsed_time(end) / 1000
 
     @contextmanager
     def _time_renewal(self, device: torch.device) -> Iterator[None]:
@@ -100,12 +79,12 @@ class GradientCapture(Optimizer):
             begin.record(torch.cuda.current_stream(device))
             yield
             end.record(torch.cuda.current_stream(device))
-            self._shared.renewal_events.append((begin, end))
+            self._renewal_events.append((begin, end))
             self._add_up_renewals(wait=False)  # those that are over: maybe nobody ever reads the time
         else:
             start = time.perf_counter()
             yield
-            self._shared.renewal_s += time.perf_counter() - start
+            self._renewal_s += time.perf_counter() - start
 
     def project_in_backward(self, enabled: bool = True, model: nn.Module | None = None) -> None:
         """From now on a projected matrix's gradient is projected within backward, and freed at once.
@@ -127,13 +106,13 @@ class GradientCapture(Optimizer):
             enabled: False leaves the gradients of later backward passes to ``grad`` again.
             model: A module that contains the causal LM whose weights this optimizer holds.
         """
-        self._shared.in_backward = enabled
+        self.projects_in_backward = enabled
         self._claim_gradients(self.param_groups)
         if not enabled:
-            to_plain_linear(layer for layer in self._shared.projected_linears if gradient_consumer(layer.weight) is None)
-            self._shared.projected_linears.clear()
+            to_plain_linear(layer for layer in self._projected_linears if gradient_consumer(layer.weight) is None)
+            self._projected_linears.clear()
         elif model is not None:
-            self._shared.projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
+            self._projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
 
     # ------------------------------------------------------------------ what a step consumes
 
@@ -189,18 +168,18 @@ class GradientCapture(Optimizer):
             self._project(p, processes=process_group or dist.group.WORLD)
         self._rotate_sketches()
         sharding.average_(self._gradients_of(self._group_and_index), process_group)
-        self._shared.replicas_checked = True
+        self._replicas_checked = True
 
     def _warn_of_replicas(self) -> None:
         """Warns, once, where processes that each hold all weights step without ``average_gradients()``: they drift apart."""
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several and self._shared.in_backward and not any(map(sharding.is_sharded, self._group_and_index)):
+        if several and self.projects_in_backward and not any(map(sharding.is_sharded, self._group_and_index)):
             log.warning(
                 "No average_gradients() came before this step of one of several processes: unless you average gradients() "
                 "yourself, their weights drift apart, since DDP sees no gradient that is projected in backward. Call it "
                 "before each step, or take the strategy ddp_layerwise"
             )
-        self._shared.replicas_checked = True
+        self._replicas_checked = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, also projected ones."""
@@ -318,8 +297,8 @@ class GradientCapture(Optimizer):
     def _claim_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
         """Takes over these groups' gradients from any other optimizer, or leaves them, where it had them, to ``grad``."""
         for p in (p for group in groups for p in group["params"]):
-            remove_hook(p, owner=None if self._shared.in_backward else self)
-            if self._shared.in_backward and p.dim() in (2, 3) and p.numel():  # one in full rank may rest in a lower one
+            remove_hook(p, owner=None if self.projects_in_backward else self)
+            if self.projects_in_backward and p.dim() in (2, 3) and p.numel():  # one in full rank may rest in a lower one
                 hook_gradient(p, self)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:

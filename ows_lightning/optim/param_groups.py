@@ -11,7 +11,7 @@ from ows_lightning.optim.subspace import SubspaceMethod
 
 def galore_param_groups(
     model: nn.Module,
-    rank: int = 128,
+    rank: int | None = 128,
     update_proj_gap: int = 200,
     scale: float = 1.0,
     proj_type: ProjType = "std",
@@ -24,7 +24,7 @@ def galore_param_groups(
 
     Args:
         model: A module that contains a causal LM.
-        rank: Rank r of the projected gradients.
+        rank: Rank r of the projected gradients; with None the first group is of full rank, too.
         update_proj_gap: Optimizer steps T between two renewals of a subspace.
         scale: Factor alpha of the projected updates.
         proj_type: The dimension that is projected: ``std`` the smaller, ``reverse_std`` the larger, or ``left`` / ``right``.
@@ -45,7 +45,7 @@ def galore_param_groups(
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     settings = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "subspace": subspace}
     groups: list[dict[str, Any]] = [
-        {"params": [(name, p) for name, p in trainable if id(p) in blocks], **settings},
+        {"params": [(name, p) for name, p in trainable if id(p) in blocks], **({} if rank is None else settings)},
         {"params": [(name, p) for name, p in trainable if id(p) not in blocks and p.dim() >= 2]},
         {"params": [(name, p) for name, p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]

@@ -40,13 +40,22 @@ def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, 
 
 
 def adam_(
-    m: list[Tensor], v: list[Tensor], r: list[Tensor], steps: Sequence[int], betas: tuple[float, float], eps: float
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    steps: Sequence[int],
+    betas: tuple[float, float],
+    eps: float,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R^2;  returns D = sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps).
 
-    Adam, arXiv 1412.6980, for several tensors at once, of one dtype; t are the ``steps``, from 1.
+    Adam, arXiv 1412.6980, for several tensors at once, of one dtype; t are the ``steps``, from 1. bfloat16 moments are updated
+    in float32 and rounded stochastically.
     """
-    beta1, beta2 = betas
+    (beta1, beta2), rounds = betas, exp_avgs[0].dtype == torch.bfloat16
+    m, v = ([moment.float() if rounds else moment for moment in moments] for moments in (exp_avgs, exp_avg_sqs))
+    r = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, m, strict=True)]
     foreach_mul_(m, beta1)
     foreach_add_(m, r, alpha=1 - beta1)
     foreach_mul_(v, beta2)
@@ -55,6 +64,9 @@ def adam_(
     foreach_add_(roots, eps)
     d = list(foreach_mul(m, [math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]))
     foreach_div_(d, roots)
+    if rounds:
+        for stored, exact in zip((*exp_avgs, *exp_avg_sqs), (*m, *v), strict=True):
+            round_stochastically_(stored, exact, generator)
     return d
 
 
@@ -89,33 +101,13 @@ def projected_adamw_(
     second moment would never decay. With ``round_weights``, bfloat16 weights are rounded the same way.
     """
     shrink, noise = 1 - lr * weight_decay, generator if round_weights else None
-    directions = _directions(gradients, exp_avgs, exp_avg_sqs, steps, betas, eps, generator)
+    directions = adam_(exp_avgs, exp_avg_sqs, gradients, steps, betas, eps, generator)
     if projectors is None:
         _add_(weights, directions, shrink, -lr * scale, noise)
         return
     for weight, d, q in zip(weights, directions, projectors, strict=True):
         left, right = (d, q.mT) if side == "right" else (q, d)
         _add_product_(weight, left, right, shrink, -lr * scale * shrink, noise)
-
-
-def _directions(
-    gradients: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[int],
-    betas: tuple[float, float],
-    eps: float,
-    generator: torch.Generator | None,
-) -> list[Tensor]:
-    """Adam's directions, see ``adam_``; bfloat16 moments are updated in float32 and rounded stochastically."""
-    if exp_avgs[0].dtype != torch.bfloat16:
-        r = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, exp_avgs, strict=True)]
-        return adam_(list(exp_avgs), list(exp_avg_sqs), r, steps, betas, eps)
-    m, v, r = ([tensor.float() for tensor in tensors] for tensors in (exp_avgs, exp_avg_sqs, gradients))
-    directions = adam_(m, v, r, steps, betas, eps)
-    for stored, exact in zip((*exp_avgs, *exp_avg_sqs), (*m, *v), strict=True):
-        round_stochastically_(stored, exact, generator)
-    return directions
 
 
 def _add_(

@@ -120,15 +120,8 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     tensors = list(tensors)
     if not tensors:
         return torch.zeros(())
-    of_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        of_dtype.setdefault(tensor.dtype, []).append(tensor)
-    tensors = [tensor for group in of_dtype.values() for tensor in group]
-    norms = [
-        norm.to(tensors[0].device)
-        for dtype, group in of_dtype.items()
-        for norm in foreach_norm([local(t) for t in group], 2, torch.promote_types(dtype, torch.float32))
-    ]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    norms = [norm.to(tensors[0].device) for norm in foreach_norm([local(t) for t in tensors], 2, dtype)]
     mesh = next((t.device_mesh for t in tensors if is_sharded(t)), None)
     if mesh is None:
         return torch.linalg.vector_norm(torch.stack(norms))

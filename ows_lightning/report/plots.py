@@ -74,9 +74,7 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
     end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
-    active = np.zeros((run.num_layers, len(starts)))
-    for column, draw in enumerate(run.history):
-        active[list(draw.blocks), column] = 1
+    active = np.array([[block in draw.blocks for draw in run.history] for block in range(run.num_layers)], dtype=float)
     rows, colours = np.arange(run.num_layers + 1) - 0.5, ListedColormap(["#EEF3F7", BLUE])
     borders: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6} if len(starts) <= MAX_BORDERS else {"linewidth": 0}
     ax.pcolormesh([*starts, end], rows, active, cmap=colours, vmin=0, vmax=1, **borders)
@@ -155,8 +153,6 @@ def plot_throughput(runs: Runs, ax: Axes | None = None) -> tuple[Figure, Axes]:
 
 
 def _plot_metric(runs: Runs, metric: str, title: str, label: str, ax: Axes | None) -> tuple[Figure, Axes]:
-    from matplotlib.ticker import StrMethodFormatter
-
     runs = _as_runs(runs)
     table = metric_table(runs, metric)
     fig, ax = _axes_for(table[metric], runs, METRICS_FILE, ax)
@@ -164,7 +160,7 @@ def _plot_metric(runs: Runs, metric: str, title: str, label: str, ax: Axes | Non
         steps, values = run.series(metric)
         ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**_style(number), "linewidth": 1.2})
     ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.yaxis.set_major_formatter("{x:,.0f}")
     style_axes(ax, title, "optimizer step", label)
     _legend(ax, _run_handles(runs))
     return fig, ax
@@ -206,10 +202,7 @@ def style_axes(ax: Axes, title: str, x: str, y: str, grid: bool = True) -> None:
 
 
 def _block_axis(ax: Axes, num_layers: int, vertical: bool = False) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis = ax.yaxis if vertical else ax.xaxis
-    axis.set_major_locator(MaxNLocator(nbins=16, integer=True, steps=[1, 2, 4, 5, 10]))
+    ax.locator_params(axis="y" if vertical else "x", nbins=16, integer=True, steps=[1, 2, 4, 5, 10])
     (ax.set_ylim if vertical else ax.set_xlim)(-0.6, num_layers - 0.4)
 
 

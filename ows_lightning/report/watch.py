@@ -99,8 +99,7 @@ def watch(run: Path, port: int = 0) -> None:
     """Serves a run's page until the run ends or the user interrupts; of a run that has ended, until the user does."""
     if not run.is_dir():
         raise UsageError(f"{run}: no such folder; give the folder that a run writes to")
-    with tempfile.TemporaryDirectory() as output:
-        server = serve(Page(run, Path(output)), port)
+    with tempfile.TemporaryDirectory() as output, serve(Page(run, Path(output)), port) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             print(f"{run}: http://127.0.0.1:{server.server_address[1]}/ (until the run ends, or Ctrl-C)", flush=True)
@@ -114,7 +113,6 @@ def watch(run: Path, port: int = 0) -> None:
             print("Stopped.")
         finally:
             server.shutdown()
-            server.server_close()
 
 
 def is_running(run: Path) -> bool:
@@ -123,8 +121,6 @@ def is_running(run: Path) -> bool:
         if (lock := newest_run(run) / ".lock").is_file():
             with FileLock(lock, timeout=0):
                 pass
-    except Timeout:
-        return True
-    except OSError:  # there is no folder any more, or the lock is another user's
-        return False
+    except OSError as error:  # else there is no folder any more, or the lock is another user's
+        return isinstance(error, Timeout)
     return False
