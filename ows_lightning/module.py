@@ -10,7 +10,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from ows_lightning.checkpoints.fixed_settings import FIXED_MODEL_KEYS, check_fixed_settings, plain, sampling_settings
 from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
-from ows_lightning.errors import UsageError, first_line
+from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
+from ows_lightning.lightning_support import RestoreAfterFit, check_strategy, check_unscaled, patch_clipping
 from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
@@ -39,7 +40,6 @@ from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import SubspaceMethod
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.lightning_support import check_strategy, check_unscaled, patch_clipping, stop_projecting
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
 
@@ -396,23 +396,3 @@ class CausalLMModule(EvaluationModule):
         if (sampling := LayerwiseSampling.of(self.trainer)) is not None:
             settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
         return {key: plain(value) for key, value in settings.items()}
-
-
-class RestoreAfterFit(Callback):
-    """Ends projection in backward, and merges what blocks learned at rest, when a fit ends: any code may train the model."""
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Does both, for each GaLoreAdamW of the Trainer, and gives Lightning its own clipping back."""
-        if stage != "fit":
-            return
-        stop_projecting(trainer)
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, GaLoreAdamW):
-                optimizer.merge_updates()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lightning calls no ``teardown`` after an exception."""
-        try:
-            self.teardown(trainer, pl_module, "fit")
-        except RuntimeError as error:  # a full GPU has no room for a block either, and the first error is what counts
-            log.warning("What offloaded blocks have learned at rest is lost (%s)", first_line(error))

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling, OWSTrainer, galore_param_groups
 from ows_lightning.errors import UsageError
+from ows_lightning.lightning_support import check_strategy
 from ows_lightning.models.loss import LossParts
-from ows_lightning.sampling.lightning_support import check_strategy
 from tests.distributed.launch import run
 from tests.tiny import tiny_batch, tiny_model
 

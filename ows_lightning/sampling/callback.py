@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ows_lightning.errors import UsageError
+from ows_lightning.lightning_support import check_strategy, patch_clipping, stop_projecting
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.sampling.activation import unfreeze
-from ows_lightning.sampling.lightning_support import check_strategy, patch_clipping, stop_projecting
 from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import OutlierScores
 

@@ -1,14 +1,17 @@
-"""What sampled and projected training needs of a Trainer: a strategy, and gradient clipping."""
+"""What sampled and projected training needs of a Trainer: a strategy, gradient clipping, and a clean-up after a fit."""
 
+import logging
 import re
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, first_line
 from ows_lightning.optim.galore import GaLoreAdamW
+
+log = logging.getLogger(__name__)
 
 
 def check_strategy(strategy: object) -> None:
@@ -65,3 +68,23 @@ def stop_projecting(trainer: Trainer) -> None:
 def unpatch_clipping(precision: Precision) -> None:
     """Undoes ``patch_clipping``, if it was called."""
     vars(precision).pop("clip_gradients", None)
+
+
+class RestoreAfterFit(Callback):
+    """Ends projection in backward, and merges what blocks learned at rest, when a fit ends: any code may train the model."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Does both, for each GaLoreAdamW of the Trainer, and gives Lightning its own clipping back."""
+        if stage != "fit":
+            return
+        stop_projecting(trainer)
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, GaLoreAdamW):
+                optimizer.merge_updates()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lightning calls no ``teardown`` after an exception."""
+        try:
+            self.teardown(trainer, pl_module, "fit")
+        except RuntimeError as error:  # a full GPU has no room for a block either, and the first error is what counts
+            log.warning("What offloaded blocks have learned at rest is lost (%s)", first_line(error))
