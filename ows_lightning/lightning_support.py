@@ -44,7 +44,7 @@ def patch_clipping(precision: Precision) -> None:
     module's own call in ``configure_gradient_clipping`` or in manual optimization. By itself it clips ``grad``, where
     gradients that were projected in backward are missing.
     """
-    unpatch_clipping(precision)
+    vars(precision).pop("clip_gradients", None)  # of a run that ended without its teardown
     original = precision.clip_gradients
 
     def clip_gradients(optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
@@ -59,15 +59,10 @@ def patch_clipping(precision: Precision) -> None:
 
 def stop_projecting(trainer: Trainer) -> None:
     """Ends projection in backward by the Trainer's optimizers, and clipping by them: any code may train the model next."""
-    unpatch_clipping(trainer.precision_plugin)
+    vars(trainer.precision_plugin).pop("clip_gradients", None)  # undoes ``patch_clipping``
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, GaLoreAdamW):
             optimizer.project_in_backward(False)
-
-
-def unpatch_clipping(precision: Precision) -> None:
-    """Undoes ``patch_clipping``, if it was called."""
-    vars(precision).pop("clip_gradients", None)
 
 
 class RestoreAfterFit(Callback):

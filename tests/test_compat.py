@@ -20,6 +20,7 @@ OUTSIDE = {
     "callbacks/resume.py": {  # which rows Lightning's loggers have written, and when it steps
         "trainer._logger_connector", "loop._batches_that_stepped", "loop._should_accumulate",
     },
+    "callbacks/run_folder.py": {"super()._get_next_version"},  # overridden where CSVLogger calls it
     "callbacks/run_checkpoint.py": {  # overridden where ModelCheckpoint calls them
         "super()._save_checkpoint", "super()._monitor_candidates", "super()._save_topk_checkpoint",
     },

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ows_lightning.callbacks.run_checkpoint import run_checkpoint
 from ows_lightning.errors import DISK_FULL, UsageError, add_note, not_writable
@@ -21,6 +22,19 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 def run_folder(trainer: Trainer) -> Path:
     """Returns the folder of a run: its logger's, or ``default_root_dir``. Call it on all ranks: rank 0 broadcasts it."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class RunLogger(CSVLogger):
+    """Makes the folder of its version when it chooses the number: runs that start together get one each."""
+
+    def _get_next_version(self) -> int:
+        while True:
+            version = super()._get_next_version()
+            if getattr(rank_zero_only, "rank", 0) != 0:  # rank 0 tells the others
+                return version
+            with contextlib.suppress(FileExistsError):
+                Path(self.root_dir, f"version_{version}").mkdir(parents=True)
+                return version
 
 
 class RunFolder(Callback):

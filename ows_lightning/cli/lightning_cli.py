@@ -20,7 +20,7 @@ from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientChec
 from ows_lightning.callbacks.generations import PredictionFile
 from ows_lightning.callbacks.resume import ContinueMetricsCSV
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
-from ows_lightning.callbacks.run_folder import RunFolder
+from ows_lightning.callbacks.run_folder import RunFolder, RunLogger
 from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
@@ -240,5 +240,5 @@ def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: st
     """Puts a CSV logger before those of ``trainer.logger``: its folder is the run's, and pictures come from its file."""
     given = [loggers] if isinstance(loggers, Logger) else [] if loggers is None or isinstance(loggers, bool) else [*loggers]
     if not any(isinstance(logger, CSVLogger) for logger in given):
-        given.append(CSVLogger(folder, name="", flush_logs_every_n_steps=1))  # so that a killed run keeps its curves
+        given.append(RunLogger(folder, name="", flush_logs_every_n_steps=1))  # so that a killed run keeps its curves
     return sorted(given, key=lambda logger: not isinstance(logger, CSVLogger))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks.run_folder import RunFolder
+from ows_lightning.callbacks.run_folder import RunFolder, RunLogger
 from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
@@ -52,6 +53,12 @@ def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
 
 def batches() -> DataLoader:
     return DataLoader([tiny_batch()] * 2, batch_size=None)
+
+
+def test_runs_that_start_together_have_a_folder_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        versions = [*threads.map(lambda _: RunLogger(tmp_path, name="").version, range(16))]
+    assert sorted(versions) == list(range(16))
 
 
 def test_is_free_after_an_exception(tmp_path: Path) -> None:
