@@ -6,8 +6,9 @@ alone; others are passed in, or imported when they are used.
 
 import copy
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -97,6 +98,36 @@ def persistent_buffer_names(module: nn.Module) -> list[str]:
 def attn_implementation_of(config: Any) -> str | None:
     """The attention that transformers chose for a model (``sdpa``, ``eager``, ...). When it is gone: `flash` is unknown."""
     return getattr(config, "_attn_implementation", None)
+
+
+_answers = threading.local()  # by name, to transformers' checks of masks; other threads of this process ask them
+
+
+@contextmanager
+def known_mask_checks(padded: bool, packed: bool) -> Iterator[None]:
+    """Answers transformers' checks of mask values, which wait for a GPU, in this thread. When they are gone: leave it out."""
+
+    def documents(position_ids: Tensor) -> Tensor | None:
+        starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+        return starts.cumsum(-1) if packed else None
+
+    _patch_mask_checks()
+    vars(_answers).update(fast_all=lambda mask: not padded, find_packed_sequence_indices=documents)
+    try:
+        yield
+    finally:
+        vars(_answers).clear()
+
+
+@functools.cache
+def _patch_mask_checks() -> None:
+    from transformers import masking_utils
+
+    def answered(check: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: getattr(_answers, check.__name__, check)(*args, **kwargs)
+
+    for name in {"fast_all", "find_packed_sequence_indices"} & vars(masking_utils).keys():
+        setattr(masking_utils, name, answered(getattr(masking_utils, name)))
 
 
 def keep_in_float32_(model: Any, dtype: torch.dtype) -> None:

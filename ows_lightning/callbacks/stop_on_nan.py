@@ -32,8 +32,7 @@ class StopOnNaN(StepCallback):
             return
         folder = getattr(run_checkpoint(trainer), "dirpath", None)
         good: Path | str | None = last_good(Path(folder)) if folder and trainer.is_global_zero else None
-        good = trainer.strategy.broadcast(good)
-        if folder and good is None:
+        if folder and (good := trainer.strategy.broadcast(good)) is None:
             good = f"{folder}/stopped-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(good)
         where = f"the last checkpoint is '{good}'" if good else "checkpoints are switched off"

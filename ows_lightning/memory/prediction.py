@@ -220,9 +220,8 @@ def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, in
 def _waiting_gradients(settings: PlanSettings) -> int:
     """How many page-locked bytes, a power of two each, hold gradients that wait for a step's end or their average."""
     method, averages = settings.method, settings.devices > 1 and not settings.is_sharded
-    if not (settings.on_gpu and method.ours and (averages or settings.accumulate_grad_batches > 1)):
-        return 0
-    if method.rank is None or method.lora is not None:
+    waits = settings.on_gpu and (averages or settings.accumulate_grad_batches > 1)
+    if method.rank is None or method.lora is not None or not (method.ours and waits):
         return 0
     largest = max(decoder_layers(settings.meta_model), key=lambda layer: sum(p.numel() for p in layer.parameters()))
     outside = outside_parameters(settings.meta_model, method.always_train if method.project_embeddings else ()).items()

@@ -1,20 +1,18 @@
 """Next-token loss that never holds the logits of a whole batch."""
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ows_lightning.compat import known_mask_checks
 from ows_lightning.models.decoder import backbone
 from ows_lightning.models.large_tensors import rows_at_a_time
 
-_known = threading.local()  # `answers` of `_known_mask_checks`
 CPU_CHUNK_BYTES = 1 << 25  # bytes of logits that a CPU holds at a time; below it, speed suffers before memory gains
 # A GPU reads the head twice for each chunk, and reads and writes its gradient; products of 1,024 rows take longer than that.
 GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 1024, 1 << 28
@@ -94,32 +92,9 @@ def _hidden_and_targets(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[
         for needed, key in (("padded", "attention_mask"), ("packed", "position_ids")):
             if not batch[needed]:  # without it the model does the same
                 inputs.pop(key, None)
-        with _known_mask_checks(batch["padded"], batch["packed"]):
+        with known_mask_checks(batch["padded"], batch["packed"]):
             hidden = last_hidden_state(model, inputs)
     return hidden.flatten(0, 1)[at - 1], batch["labels"].flatten()[at]
-
-
-@contextmanager
-def _known_mask_checks(padded: bool, packed: bool) -> Iterator[None]:
-    """Answers transformers' checks of mask values, each of which waits for a GPU, by what is known, in this thread alone."""
-
-    def documents(position_ids: Tensor) -> Tensor | None:
-        starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
-        return starts.cumsum(-1) if packed else None
-
-    _known.answers = {"fast_all": lambda mask: not padded, "find_packed_sequence_indices": documents}
-    try:
-        yield
-    finally:
-        del _known.answers
-
-
-def _answered(check: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: getattr(_known, "answers", {}).get(check.__name__, check)(*args, **kwargs)
-
-
-for _name in {"fast_all", "find_packed_sequence_indices"} & vars(masking_utils).keys():  # once: threads share it
-    setattr(masking_utils, _name, _answered(getattr(masking_utils, _name)))
 
 
 def last_hidden_state(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

@@ -42,8 +42,7 @@ def block_frequency_table(run: RunRecord) -> Table:
     counts, blocks = Counter(block for draw in run.history for block in draw.blocks), range(run.num_layers)
     expected: list[float | None] = [None] * run.num_layers
     distribution = (run.scores or {}).get("distribution")
-    changes = distribution == "gradient_norm" or _find_key(run.config, "rescore_every")
-    if run.scores and not changes:  # else the file has the latest probabilities, not those of all draws
+    if run.scores and distribution != "gradient_norm" and not _find_key(run.config, "rescore_every"):  # else they changed
         sizes = Counter(len(draw.blocks) for draw in run.history)
         chances = window_inclusion if distribution == "window" else inclusion_probabilities
         shares = [n * chances(run.scores["probabilities"], size) for size, n in sizes.items()]

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
 
+_UNFREEZING = ("enable_adapters", "set_adapter")  # methods of peft's layers that unfreeze adapters
+
 
 def trainable_by_block(model: nn.Module) -> list[nn.ParameterList]:
     """Returns each block's trainable parameters, first block first, without what the user froze (LoRA's base)."""
@@ -68,9 +70,6 @@ def activate_blocks(
         for optimizer in optimizers:
             optimizer.state.pop(p, None)
     return frozen
-
-
-_UNFREEZING = ("enable_adapters", "set_adapter")  # methods of peft's layers that unfreeze adapters
 
 
 def unfreeze(model: nn.Module) -> None:

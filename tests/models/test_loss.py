@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from ows_lightning.compat import known_mask_checks
 from ows_lightning.models import loss
 from ows_lightning.models.loss import loss_and_predictions, next_token_loss, precompute_on_host
 from tests.tiny import KINDS, tiny_batch, tiny_model
@@ -138,7 +139,7 @@ def test_a_gpus_chunk_has_rows_enough_to_hide_that_the_head_is_read(monkeypatch:
 def test_what_a_thread_knows_of_its_masks_is_no_other_threads() -> None:
     """As where a second training, or a server, runs in the same process."""
     hides = torch.tensor([[True, False]])
-    with loss._known_mask_checks(padded=False, packed=False), ThreadPoolExecutor(1) as other:
+    with known_mask_checks(padded=False, packed=False), ThreadPoolExecutor(1) as other:
         assert masking_utils.fast_all(hides)
         assert not other.submit(masking_utils.fast_all, hides).result()
     assert not masking_utils.fast_all(hides)
