@@ -18,11 +18,11 @@ def replace_atomically(partial: Path, path: Path) -> None:
     What it replaces is ``.NAME.old`` for a moment, if one of the two is a directory.
     """
     old = path.with_name(f".{path.name}.old")
-    _remove(old)
     if partial.is_dir():
         for written in (*partial.rglob("*"), partial):
             _fsync(written)
-    if path.is_dir() or (path.exists() and partial.is_dir()):
+    if path.is_dir() or (partial.is_dir() and os.path.lexists(path)):
+        _remove(old)
         path.rename(old)
     partial.replace(path)
     _remove(old)

@@ -171,12 +171,6 @@ def mark_step_saved(callback: Any, step: int) -> None:
     callback._last_global_step_saved = step
 
 
-def check_at_validations(stopping: Any) -> None:
-    """Lets Lightning's EarlyStopping check after validations, not at the end of an epoch that had none, if it is not told."""
-    if stopping._check_on_train_epoch_end is None:
-        stopping._check_on_train_epoch_end = False
-
-
 def logged_in_validation(trainer: Any) -> set[str]:
     """Names of the metrics that validations of a fit have logged so far. When it is gone: those that begin with ``val_``."""
     return {entry.meta.name for entry in trainer.fit_loop.epoch_loop.val_loop._results.values()}

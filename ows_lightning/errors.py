@@ -55,7 +55,8 @@ def message_and_exit_code(error: BaseException, command: str = "fit") -> tuple[s
     if "gloo/transport" in text or isinstance(error, _class_if_imported("torch.distributed", "DistBackendError")):
         return f"another process of this run has ended or hangs, its own output says why ({text[:200]})", 1
     if any(isinstance(inner, KeyboardInterrupt) for inner in _causes(error)):
-        return "; ".join(["interrupted", *getattr(error, "__notes__", ())]), 130
+        then = [] if isinstance(error, KeyboardInterrupt) else [text]
+        return "; ".join(["interrupted", *then, *getattr(error, "__notes__", ())]), 130
     return f"{type(error).__name__}: {text} (set OWS_DEBUG=1 for the stack trace)", 1
 
 

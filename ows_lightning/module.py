@@ -190,8 +190,8 @@ class CausalLMModule(EvaluationModule):
 
     def setup(self, stage: str) -> None:
         """Starts afresh: of an earlier run the weights remain. Gives the Trainer the clean-up after a fit."""
-        trains_all = stage == "fit" and LayerwiseSampling.of(self.trainer) is None
-        check_offloading(self.hparams, trains_all, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
+        trains_unsampled = stage == "fit" and LayerwiseSampling.of(self.trainer) is None
+        check_offloading(self.hparams, trains_unsampled, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
         if stage != "fit":
             return
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -11,7 +11,6 @@ from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.stop_on_nan import StopOnNaN
 from ows_lightning.callbacks.throughput import Throughput
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
-from ows_lightning.compat import check_at_validations
 
 
 class OWSTrainer(Trainer):
@@ -28,12 +27,13 @@ class OWSTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
-        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or ())
+        given: list[Any] = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or ())
         kinds = (Resume, Throughput, StopOnNaN, SaveOnSignal)  # a checkpoint on a signal has the throughput of its step, too
         ours = [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
         for callback in given:
-            if isinstance(callback, EarlyStopping) and str(callback.monitor).startswith("val_"):
-                check_at_validations(callback)
+            validates = isinstance(callback, EarlyStopping) and callback.monitor.startswith("val_")
+            if validates and callback._check_on_train_epoch_end is None:
+                callback._check_on_train_epoch_end = False  # an epoch may be cut before its validation
         super().__init__(*args, callbacks=[*ours, *given], **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user gave a plugin
             self.strategy.checkpoint_io = AtomicCheckpointIO()

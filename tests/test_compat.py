@@ -24,6 +24,8 @@ OUTSIDE = {
     "callbacks/run_checkpoint.py": {  # overridden where ModelCheckpoint calls them
         "super()._save_checkpoint", "super()._monitor_candidates", "super()._save_topk_checkpoint",
     },
+    "callbacks/throughput.py": {"trainer.fit_loop.epoch_loop._batches_that_stepped"},  # the step of a validation's figures
+    "trainer.py": {"callback._check_on_train_epoch_end"},  # whether EarlyStopping was told when to check
     "checkpoints/loops.py": {  # the state of Lightning's loops, which it saves a step behind
         "_FitLoop", "_Loop", "_TrainingEpochLoop", "_DataFetcher", "self._combined_loader._state_dicts",
     },

@@ -28,13 +28,13 @@ class RunLogger(CSVLogger):
     """Makes the folder of its version when it chooses the number: runs that start together get one each."""
 
     def _get_next_version(self) -> int:
-        while True:
-            version = super()._get_next_version()
-            if getattr(rank_zero_only, "rank", 0) != 0:  # rank 0 tells the others
-                return version
+        version = super()._get_next_version()
+        while getattr(rank_zero_only, "rank", 0) == 0:  # which tells the others
             with contextlib.suppress(FileExistsError):
                 Path(self.root_dir, f"version_{version}").mkdir(parents=True)
-                return version
+                break
+            version += 1
+        return version
 
 
 class RunFolder(Callback):

@@ -71,11 +71,10 @@ class RunSummary(Callback):
         sampling, steps = LayerwiseSampling.of(trainer), trainer.estimated_stepping_batches
         if not trainer.is_global_zero or steps == float("inf"):
             return
-        if trainer.enable_validation and (trainer.val_check_batch or 0) > steps * trainer.accumulate_grad_batches:
+        validates, due = pl_module.automatic_optimization and any(trainer.num_val_batches), trainer.val_check_batch or 0
+        if validates and steps * trainer.accumulate_grad_batches < due < float("inf"):
             log.warning("No validation in these %d steps: set trainer.val_check_interval to that many or fewer", steps)
-        if sampling is None:
-            return
-        if (drawn := sampling.planned_blocks(int(steps))) is not None:  # else later draws depend on scores to come
+        if sampling is not None and (drawn := sampling.planned_blocks(int(steps))) is not None:  # else they depend on scores
             share = _size_text(_numel(_sampled_weights(pl_module, sampling, drawn)), pl_module)
             log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(decoder_layers(pl_module)), share)
 

@@ -42,11 +42,9 @@ class SelfChecks(Callback):
         sampling, folder = LayerwiseSampling.of(trainer), run_folder(trainer)  # asks all ranks
         if sampling is None or not isinstance(pl_module, CausalLMModule) or not trainer.is_global_zero:
             return
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # it has no folder of its own
-            return
         try:
-            losses = RunRecord.read(folder).series("train_loss")[1]
-        except UsageError:  # without a logger there may be no curves
+            losses = [] if trainer.fast_dev_run else RunRecord.read(folder).series("train_loss")[1]  # type: ignore[attr-defined]
+        except UsageError:  # without a logger, as in a development run, there may be no curves
             losses = []
         projecting = next((o for o in trainer.optimizers if isinstance(o, GaLoreAdamW)), None)
         states = None if projecting is None else measure_state_bytes(projecting, pl_module)

@@ -72,9 +72,10 @@ class Throughput(StepCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the sums at a validation of a fit, too: a step that it follows need not be one that is logged."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if isinstance(pl_module, CausalLMModule) and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            sums, step = self._sums(trainer), trainer.fit_loop.epoch_loop._batches_that_stepped
             for logger in trainer.loggers:
-                logger.log_metrics(self._sums(trainer), step=trainer.global_step - 1)
+                logger.log_metrics(sums, step=step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Saves the sums so far."""

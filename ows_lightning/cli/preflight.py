@@ -140,8 +140,8 @@ def check_run(
         if model.hparams["kernels"] is not None and command != "export":
             liger_for(config)
         if command in _RUNS:
-            trains_all = command == "fit" and sampling is None
-            check_offloading(model.hparams, trains_all, trainer.num_devices, str(trainer_args["strategy"]))
+            trains_unsampled = command == "fit" and sampling is None
+            check_offloading(model.hparams, trains_unsampled, trainer.num_devices, str(trainer_args["strategy"]))
         if sampling is not None:
             _check_sampling(sampling, config, model)
             name, scores = model.hparams["model_name_or_path"], sampling.scores

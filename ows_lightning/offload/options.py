@@ -11,11 +11,8 @@ def offloads(settings: Mapping[str, Any]) -> bool:
     return settings["frozen_in"] != "device" or settings["frozen_dtype"] is not None
 
 
-def check_offloading(model: Mapping[str, Any], trains_all: bool, devices: int, strategy: str) -> None:
-    """Refuses, by a UsageError, to offload where no block is frozen, or whose weights several devices share.
-
-    ``model`` are the module's settings; ``trains_all`` says that a run trains and samples no blocks.
-    """
+def check_offloading(model: Mapping[str, Any], trains_unsampled: bool, devices: int, strategy: str) -> None:
+    """Refuses, by a UsageError, to offload where no block is frozen, or whose weights several devices share."""
     if not offloads(model):
         return
     frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]
@@ -27,7 +24,7 @@ def check_offloading(model: Mapping[str, Any], trains_all: bool, devices: int, s
             f"{key} is for one device, and {what} is set; set trainer.devices: 1 and trainer.strategy: "
             f"auto, or {resident} to share the weights among devices by fsdp2"
         )
-    if trains_all and model["lora"] is None:
+    if trains_unsampled and model["lora"] is None:
         raise UsageError(
             f"{key} needs frozen blocks, and full fine-tuning trains all of them; sample blocks "
             f"(`sampling`), or set model.lora or {resident}"

@@ -55,9 +55,10 @@ class GradientCapture(Optimizer):
     resting_projector: Callable[[Tensor], Tensor | None]  # Q (n, r) of a weight (m, n) that trains at rest; None of others
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; through Lightning's wrapper, which derives from this class, that of the optimizer within."""
-        owner = self if name in vars(self) else vars(self).get("_optimizer", self)
-        object.__setattr__(owner, name, value)
+        """Sets an attribute; Lightning's wrapper, which derives from this class, sets those of the optimizer within there."""
+        inner = vars(self).get("_optimizer", self)
+        is_inner = name in vars(inner) and name not in vars(self) and not hasattr(type(self), name)
+        object.__setattr__(inner if is_inner else self, name, value)
 
     @property
     def renewal_s(self) -> float:

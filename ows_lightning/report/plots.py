@@ -122,8 +122,7 @@ def plot_loss(runs: Runs, x: XAxis = "step", ax: Axes | None = None) -> tuple[Fi
     for number, run in enumerate(runs):
         steps, losses = run.series("train_loss", x)
         alone = not run.series("val_loss", x)[1]
-        look: dict[str, Any] = {"linewidth": 1, "alpha": 1 if alone else 0.45, "marker": "." if len(losses) == 1 else None}
-        ax.plot(np.multiply(steps, scale), losses, color=_style(number)["color"], **look)
+        ax.plot(np.multiply(steps, scale), losses, color=_style(number)["color"], linewidth=1, alpha=1 if alone else 0.45)
         steps, losses = run.series("val_loss", x)
         ax.plot(np.multiply(steps, scale), losses, markevery=math.ceil(len(losses) / 25) or 1, **_style(number))
     style_axes(ax, f"Loss by {label.partition(' (')[0]}", label, "loss (nats per target token)")

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,11 @@ class BlockSampler:
             name = type(language_model_of(model)).__name__
             raise UsageError(f"sampling: no block of {name} has a weight to train; unfreeze them, or train without sampling")
         if fixed:
-            log.warning("Blocks %s have no weight to train, and are never drawn", fixed)
+            log.warning("Blocks %s have no weight to train, and are drawn in a window at most", fixed)
+        if self.distribution != "window" and self.activated_layers > (count := len(self._blocks) - len(fixed)):
+            raise UsageError(
+                f"sampling.activated_layers: {self.activated_layers} is more than the {count} blocks that can train"
+            )
         others = set(non_block_parameters(model)["other"])
         if foreign := [name for name, p in model.named_parameters() if p in others and p.requires_grad]:
             log.warning("%s and all else outside the decoder stays frozen while blocks are sampled", foreign[0])
@@ -221,9 +225,8 @@ class BlockSampler:
         new = self.rescore_every is not None and len(self.history) % self.rescore_every == 0
         if self.probabilities is None or new or self.distribution == "gradient_norm":
             start = time.perf_counter()
-            self.outlier_scores = compute()
-            trains = torch.tensor([len(block) > 0 for block in self._blocks])
-            self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64) * trains
+            self.outlier_scores = self._without_fixed_blocks(compute())
+            self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
             figures["scoring_s"] = time.perf_counter() - start
         start = time.perf_counter()
         # `should_draw` may be overridden to draw within an interval: that draw needs a number of its own.
@@ -233,6 +236,13 @@ class BlockSampler:
         figures["drawing_s"] = time.perf_counter() - start
         self.seconds += sum(figures.values())
         return {**figures, "interval": float(interval)}
+
+    def _without_fixed_blocks(self, scores: OutlierScores) -> OutlierScores:
+        """The scores, with a probability of 0 for blocks that have no weight to train."""
+        if all(map(len, self._blocks)):
+            return scores
+        kept = [p if len(block) else 0.0 for p, block in zip(scores.probabilities, self._blocks, strict=True)]
+        return replace(scores, probabilities=[p / (sum(kept) or 1) for p in kept])
 
     def should_draw(self, step: int) -> bool:
         """Whether optimizer step ``step`` (from 0) needs a draw that has not happened. Override to draw at other times."""
@@ -274,12 +284,12 @@ class BlockSampler:
         """Unfreezes what was frozen, and drops the references to the model; what rests does so until the optimizer ends it."""
         if self._model is not None:
             end_freezing(self._model, self._frozen)
-        self._model, self._blocks, self._others = None, [], {}
+        self._model, self._blocks, self._others, self._frozen = None, [], {}, set()
 
     def warn_of_never_trained(self) -> None:
         """Warns of the blocks that were never drawn, and never trained at rest either."""
         blocks = len(self._blocks)
-        if never := sorted({*range(blocks)} - self.trained_blocks()):
+        if never := sorted({index for index in range(blocks) if len(self._blocks[index])} - self.trained_blocks()):
             log.warning(
                 f"{len(never)} of {blocks} blocks never trained in {len(self.history)} intervals: "
                 f"{', '.join(map(str, never))}. A higher `activated_layers` or a lower `interval_steps` reaches more."

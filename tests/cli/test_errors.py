@@ -760,7 +760,7 @@ def test_every_error_is_one_line(error: BaseException, line: str, code: int) -> 
 def test_what_an_interrupt_caused_is_an_interrupt() -> None:
     error = RecursionError("maximum recursion depth exceeded")
     error.__context__ = KeyboardInterrupt()
-    assert message_and_exit_code(error) == ("interrupted", 130)
+    assert message_and_exit_code(error) == ("interrupted; maximum recursion depth exceeded", 130)
 
 
 def test_hints_are_for_the_command() -> None:

@@ -8,9 +8,12 @@ import io
 import logging
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 
@@ -25,6 +28,32 @@ def galore(model: nn.Module, in_backward: bool = True, gap: int = 4, **settings:
     if in_backward:
         optimizer.project_in_backward()
     return optimizer
+
+
+class ScaledSteps(LightningModule):
+    """Manual optimization with a schedule and a GradScaler of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization, self.net = False, net()
+
+    def on_train_start(self) -> None:
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizers(), 1000)
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    def training_step(self, step: int, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.accumulating = False
+        self.manual_backward(self.scaler.scale(loss_of(self.net, step)))
+        self.scaler.unscale_(optimizer)
+        optimizer.gradients()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        optimizer.zero_grad()
+
+    def configure_optimizers(self) -> GaLoreAdamW:
+        return galore(self.net, in_backward=False)
 
 
 class TestTwoOptimizers:
@@ -83,6 +112,18 @@ class TestTwoOptimizers:
         optimizer.project_in_backward(False)
         loss_of(model, 0).backward()
         assert model[0].weight.grad is not None
+
+    def test_schedulers_and_scalers_may_hold_lightnings_wrapper(self, tmp_path: Path) -> None:
+        """As with ``self.optimizers()`` in manual optimization: both put attributes on it, and take some away again."""
+        plain, module = net(), ScaledSteps()
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, default_root_dir=tmp_path, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, range(3))
+        train(plain, galore(plain, in_backward=False), range(3))
+        for one, other in zip(module.net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one, other)
 
     def test_gradients_are_everybodys_again_when_it_is_gone(self) -> None:
         model = net()

@@ -122,6 +122,7 @@ def test_who_ends_late_leaves_the_run_of_another_alone() -> None:
     active = trainable(model)
     sampler.release()
     assert trainable(model) == active
+    assert not sampler._frozen  # nor does it keep the weights
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
