@@ -160,6 +160,7 @@ def without_averaging(arguments: list[str]) -> None:
         if arguments == ["averaged"]:
             optimizer.average_gradients()
         optimizer.step()
+    dist.barrier()  # who ends before the other has connected to it takes it down
     dist.destroy_process_group()
 
 
