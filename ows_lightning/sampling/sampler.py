@@ -242,7 +242,7 @@ class BlockSampler:
         if all(map(len, self._blocks)):
             return scores
         kept = [p if len(block) else 0.0 for p, block in zip(scores.probabilities, self._blocks, strict=True)]
-        return replace(scores, probabilities=[p / (sum(kept) or 1) for p in kept])
+        return replace(scores, probabilities=sampling_probabilities(kept, kept).tolist())
 
     def should_draw(self, step: int) -> bool:
         """Whether optimizer step ``step`` (from 0) needs a draw that has not happened. Override to draw at other times."""
