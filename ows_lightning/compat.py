@@ -62,13 +62,8 @@ def keep_recomputation_out_of_inference_graphs() -> None:
 
 
 # One kernel for many tensors on a GPU, as in torch.optim; they have no public name. When they are gone: a loop.
-foreach_add_ = torch._foreach_add_
-foreach_addcmul_ = torch._foreach_addcmul_
-foreach_div_ = torch._foreach_div_
-foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
-foreach_sqrt = torch._foreach_sqrt
 
 
 def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

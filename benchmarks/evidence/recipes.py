@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -144,21 +144,20 @@ class PolarDirection(Callback):
 
     def _step(
         self,
-        weights: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        projectors: Sequence[Tensor] | None,
-        exp_avgs: Sequence[Tensor],
+        weight: Tensor,
+        gradient: Tensor,
+        projector: Tensor | None,
+        exp_avg: Tensor,
         *state: Any,
         **settings: Any,
     ) -> None:
-        if projectors is None:
-            self._rule(weights, gradients, projectors, exp_avgs, *state, **settings)
+        if projector is None:
+            self._rule(weight, gradient, projector, exp_avg, *state, **settings)
             return
-        for weight, gradient, projector, moment in zip(weights, gradients, projectors, exp_avgs, strict=True):
-            moment.lerp_(gradient.to(moment.dtype), 1 - settings["betas"][0])
-            direction = polar_factor(moment).to(weight.dtype)
-            update = direction @ projector.mT if settings["side"] == "right" else projector @ direction
-            weight.sub_(update, alpha=settings["lr"] * settings["scale"])
+        exp_avg.lerp_(gradient.to(exp_avg.dtype), 1 - settings["betas"][0])
+        direction = polar_factor(exp_avg).to(weight.dtype)
+        update = direction @ projector.mT if settings["side"] == "right" else projector @ direction
+        weight.sub_(update, alpha=settings["lr"] * settings["scale"])
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
@@ -199,9 +198,7 @@ class ScaledGradient(Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = p.new_zeros(shape), p.new_zeros(shape)
         state["step"] += 1
         projected = gradient if p.dim() < 2 else gradient @ state["projector"]
-        (direction,) = adam_(
-            [state["exp_avg"]], [state["exp_avg_sq"]], [projected], [state["step"]], group["betas"], group["eps"]
-        )
+        direction = adam_(state["exp_avg"], state["exp_avg_sq"], projected, state["step"], group["betas"], group["eps"])
         if p.dim() < 2:
             return direction
         return gradient * (direction.norm(dim=1) / projected.norm(dim=1).clamp_min(1e-12))[:, None]

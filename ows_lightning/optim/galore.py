@@ -302,7 +302,8 @@ class GaLoreAdamW(GradientCapture):
             for p in group["params"]:
                 if p in self.projected_gradients:
                     self._step_projected(p, self.projected_gradients.pop(p), group)
-            self._step_full_rank([p for p in group["params"] if p.grad is not None and p.numel()], group)
+                elif p.grad is not None and p.numel():
+                    self._step_full_rank(p, group)
         return loss
 
     @property
@@ -335,40 +336,29 @@ class GaLoreAdamW(GradientCapture):
         assert side is not None
         if p in self._new_projectors:
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
-        projector = self.resting_projectors[p] if rests else state["projector"]
+        projector: Tensor | None = local(self.resting_projectors[p] if rests else state["projector"])
         step = self._advance_state(state, gradient, group)
         settings = self._settings(p, step, group) | {"side": side, "scale": group.get("scale", 1.0)}
         weight = local(p)
-        projectors: list[Tensor] | None = [local(projector)]
         if rests:  # decay would shrink all of a weight of which a few directions learn
             settings["weight_decay"] = 0.0
         if rests and p in self._merge_callbacks:  # B <- B - lr * scale * Adam(R)
             if "update" not in state:
                 state["update"] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-            weight, projectors, settings["round_weights"] = state["update"], None, False
-        moments = [local(state["exp_avg"])], [local(state["exp_avg_sq"])]
-        projected_adamw_([weight], [local(gradient)], projectors, *moments, [step], **settings)
+            weight, projector, settings["round_weights"] = state["update"], None, False
+        moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+        projected_adamw_(weight, local(gradient), projector, *moments, step, **settings)
 
-    def _step_full_rank(self, parameters: Iterable[Tensor], group: dict[str, Any]) -> None:
-        """AdamW in full rank: small tensors together, large ones in parts, for few kernels and small temporaries."""
-        together: dict[Any, tuple[dict[str, Any], list[list[tuple[Any, ...]]]]] = {}  # batches by settings, device and dtypes
-        for p in parameters:
-            state, gradient = self.state[p], p.grad
-            assert gradient is not None
-            step = self._advance_state(state, gradient, group)
-            settings = self._settings(p, step, group)
-            rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
-            tensors = [torch.atleast_1d(local(t)) for t in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
-            key = (settings["lr"], settings["generator"], p.device, *(t.dtype for t in tensors))  # a generator is one weight's
-            _, batches = together.setdefault(key, (settings, [[]]))
-            for part in zip(*(t.split(rows) for t in tensors), strict=True):
-                if batches[-1] and sum(w.numel() for w, *_ in batches[-1]) + part[0].numel() > rows_at_a_time(1, p.device):
-                    batches.append([])
-                batches[-1].append((*part, step))
-        for settings, batches in together.values():
-            for batch in batches:
-                weights, gradients, exp_avgs, exp_avg_sqs, steps = map(list, zip(*batch, strict=True))
-                projected_adamw_(weights, gradients, None, exp_avgs, exp_avg_sqs, steps, **settings)
+    def _step_full_rank(self, p: Tensor, group: dict[str, Any]) -> None:
+        """AdamW in full rank; large tensors in parts, for small temporaries."""
+        state, gradient = self.state[p], p.grad
+        assert gradient is not None
+        step = self._advance_state(state, gradient, group)
+        settings = self._settings(p, step, group)
+        rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
+        tensors = [torch.atleast_1d(local(t)) for t in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
+        for weight, gradient, exp_avg, exp_avg_sq in zip(*(t.split(rows) for t in tensors), strict=True):
+            projected_adamw_(weight, gradient, None, exp_avg, exp_avg_sq, step, **settings)
 
     def _settings(self, p: Tensor, step: int, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of a parameter's update number ``step``, see `_advance_state`; a generator only where it rounds."""

@@ -1,13 +1,12 @@
 """The update rule of projected AdamW: project, Adam, project back."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from ows_lightning.compat import foreach_add_, foreach_addcmul_, foreach_div_, foreach_mul, foreach_mul_, foreach_sqrt
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.subspace import Side
 
@@ -40,43 +39,37 @@ def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, 
 
 
 def adam_(
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    steps: Sequence[int],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    gradient: Tensor,
+    step: int,
     betas: tuple[float, float],
     eps: float,
     generator: torch.Generator | None = None,
-) -> list[Tensor]:
+) -> Tensor:
     """M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R^2;  returns D = sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps).
 
-    Adam, arXiv 1412.6980, for several tensors at once, of one dtype; t are the ``steps``, from 1. bfloat16 moments are updated
-    in float32 and rounded stochastically.
+    Adam, arXiv 1412.6980; t is the ``step``, from 1. bfloat16 moments are updated in float32 and rounded stochastically.
     """
-    (beta1, beta2), rounds = betas, exp_avgs[0].dtype == torch.bfloat16
-    m, v = ([moment.float() if rounds else moment for moment in moments] for moments in (exp_avgs, exp_avg_sqs))
-    r = [gradient.to(moment.dtype) for gradient, moment in zip(gradients, m, strict=True)]
-    foreach_mul_(m, beta1)
-    foreach_add_(m, r, alpha=1 - beta1)
-    foreach_mul_(v, beta2)
-    foreach_addcmul_(v, r, r, value=1 - beta2)
-    roots = foreach_sqrt(v)
-    foreach_add_(roots, eps)
-    d = list(foreach_mul(m, [math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]))
-    foreach_div_(d, roots)
+    (beta1, beta2), rounds = betas, exp_avg.dtype == torch.bfloat16
+    m, v = (moment.float() if rounds else moment for moment in (exp_avg, exp_avg_sq))
+    r = gradient.to(m.dtype)
+    m.mul_(beta1).add_(r, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(r, r, value=1 - beta2)
+    d = m.mul(math.sqrt(1 - beta2**step) / (1 - beta1**step)).div_(v.sqrt().add_(eps))
     if rounds:
-        for stored, exact in zip((*exp_avgs, *exp_avg_sqs), (*m, *v), strict=True):
-            round_stochastically_(stored, exact, generator)
+        round_stochastically_(exp_avg, m, generator)
+        round_stochastically_(exp_avg_sq, v, generator)
     return d
 
 
 def projected_adamw_(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    projectors: Sequence[Tensor] | None,
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[int],
+    weight: Tensor,
+    gradient: Tensor,
+    projector: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
     *,
     lr: float,
     betas: tuple[float, float],
@@ -87,39 +80,33 @@ def projected_adamw_(
     generator: torch.Generator | None = None,
     round_weights: bool = False,
 ) -> None:
-    """One step of AdamW for one weight or many, each W (m x n) projected by its Q, or in full rank; all is changed in place.
+    """One step of AdamW for a weight W (m x n), projected by its Q or in full rank; all is changed in place.
 
     With Adam's direction D of R, see ``adam_``::
 
         W <- (1 - lr decay) (W - lr scale D Q^T)       right;  W - lr scale P D left;  W - lr scale D in full rank
 
-    R are the ``gradients`` (G in full rank), Q or P the ``projectors`` (None: in full rank), M the ``exp_avgs`` and V the
-    ``exp_avg_sqs``, of the shapes of R, and t the ``steps``, from 1. Decay acts after the step, as in galore-torch.
-    Several weights in one call give the same bits as one call each.
+    R is the ``gradient`` (G in full rank), Q or P the ``projector`` (None: in full rank), M the ``exp_avg`` and V the
+    ``exp_avg_sq``, of the shape of R, and t the ``step``, from 1. Decay acts after the step, as in galore-torch.
 
     bfloat16 moments need a generator: they are updated in float32 and rounded stochastically, since rounded to nearest a
-    second moment would never decay. With ``round_weights``, bfloat16 weights are rounded the same way.
+    second moment would never decay. With ``round_weights``, a bfloat16 weight is rounded the same way.
     """
     shrink, noise = 1 - lr * weight_decay, generator if round_weights else None
-    directions = adam_(exp_avgs, exp_avg_sqs, gradients, steps, betas, eps, generator)
-    if projectors is None:
-        _add_(weights, directions, shrink, -lr * scale, noise)
-        return
-    for weight, d, q in zip(weights, directions, projectors, strict=True):
-        left, right = (d, q.mT) if side == "right" else (q, d)
+    d = adam_(exp_avg, exp_avg_sq, gradient, step, betas, eps, generator)
+    if projector is None:
+        _add_(weight, d, shrink, -lr * scale, noise)
+    else:
+        left, right = (d, projector.mT) if side == "right" else (projector, d)
         _add_product_(weight, left, right, shrink, -lr * scale * shrink, noise)
 
 
-def _add_(
-    weights: Sequence[Tensor], directions: Sequence[Tensor], shrink: float, alpha: float, generator: torch.Generator | None
-) -> None:
-    """W <- shrink (W + alpha D); with a generator, formed in float32 and rounded stochastically to the weights' bfloat16."""
-    w = list(weights) if generator is None else [weight.float() for weight in weights]
-    foreach_add_(w, [d.to(weight.dtype) for d, weight in zip(directions, w, strict=True)], alpha=alpha)
-    foreach_mul_(w, shrink)
+def _add_(weight: Tensor, direction: Tensor, shrink: float, alpha: float, generator: torch.Generator | None) -> None:
+    """W <- shrink (W + alpha D); with a generator, formed in float32 and rounded stochastically to the weight's bfloat16."""
+    w = weight if generator is None else weight.float()
+    w.add_(direction.to(w.dtype), alpha=alpha).mul_(shrink)
     if generator is not None:
-        for stored, exact in zip(weights, w, strict=True):
-            round_stochastically_(stored, exact, generator)
+        round_stochastically_(weight, w, generator)
 
 
 def _add_product_(

@@ -406,7 +406,7 @@ def test_a_process_may_hold_none_of_the_experts() -> None:
     weight, moment = torch.zeros(0, 6, 4, dtype=torch.bfloat16), torch.zeros(0, 6, 2)
     projector = torch.zeros(0, 4, 2, dtype=torch.bfloat16)
     settings: dict = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "generator": torch.Generator(), "round_weights": True}
-    projected_adamw_([weight], [moment], [projector], [moment.clone()], [moment.clone()], [1], side="right", **settings)
+    projected_adamw_(weight, moment, projector, moment.clone(), moment.clone(), 1, side="right", **settings)
     assert weight.shape == (0, 6, 4)
 
 
