@@ -111,34 +111,31 @@ def column(table: datasets.Dataset, name: str) -> np.ndarray:
 
 def _examples(source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Iterator[Row]:
     for row_name, row in sources.read_rows(source):
-        if data_format is None:  # the first row tells it for all
-            renamed = formats.rename(row, columns, row_name, source.requires_answer)
-            data_format = formats.recognise(renamed, row_name, source.requires_answer)
-        yield _table_row(row, row_name, source, data_format, columns)
+        data_format, entry = table_row(row, row_name, source, data_format, columns)  # the first row tells it for all
+        yield entry
 
 
 def _stream_row(row: Row, index: int, source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Row:
-    return _table_row(sources.drop_arrow_nulls(dict(row)), f"{source.name} row {index + 1}", source, data_format, columns)
+    row = sources.drop_arrow_nulls(dict(row))
+    return table_row(row, f"{source.name} row {index + 1}", source, data_format, columns)[1]
 
 
-def _table_row(row: Row, row_name: str, source: DataSource, data_format: str | None, columns: Mapping[str, str]) -> Row:
+def table_row(
+    row: Row, row_name: str, source: DataSource, data_format: str | None, columns: Mapping[str, str]
+) -> tuple[str, Row]:
+    """A row's format, recognised if it is not given, and its columns `example_features`; any fault of the row names it."""
     renamed = formats.rename(row, columns, row_name, source.requires_answer)
     data_format = data_format or formats.recognise(renamed, row_name, source.requires_answer)
-    entry = to_table_entry(renamed, data_format, row_name, source.requires_answer)
-    return {**entry, "renamed": [name for name in columns.values() if name in row]}
-
-
-def to_table_entry(row: Row, data_format: str, row_name: str, requires_answer: bool) -> dict[str, str]:
-    """The columns ``where`` and ``example`` of a row whose columns have the names of its format; any fault names the row."""
     try:
-        example = json.dumps(formats.to_example(row, data_format, row_name, requires_answer), ensure_ascii=False, default=str)
+        content = formats.to_example(renamed, data_format, row_name, source.requires_answer)
+        example = json.dumps(content, ensure_ascii=False, default=str)
         example.encode()
     except UsageError:
         raise
-    except Exception as error:  # any fault of the row: name the row
+    except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UsageError(f"{row_name} can't be read as {data_format}: {reason}") from error
-    return {"where": row_name, "example": example}
+    return data_format, {"where": row_name, "example": example, "renamed": [own for own in columns.values() if own in row]}
 
 
 def encode(

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from ows_lightning.data import formats
-from ows_lightning.data.examples import to_table_entry
+from ows_lightning.data.examples import table_row
 from ows_lightning.data.masking import Encoder, with_chat_template
+from ows_lightning.data.sources import DataSource
 from ows_lightning.errors import UsageError
 from tests.data.samples import TEMPLATES, tiny_tokenizer
 from tests.data.test_rendering import FIRST_CALL, NO_SYSTEM, PHI4, QWEN, R1, ZEPHYR
@@ -103,8 +103,8 @@ def test_any_row_is_well_encoded_or_refused_by_its_name(row: dict[str, Any], tem
     made = encoder(template, max_seq_length)
     refused: UsageError | None = None
     try:
-        name = formats.recognise(row, "line 7")
-        example = json.loads(to_table_entry(row, name, "line 7", requires_answer=True)["example"])
+        _, entry = table_row(row, "line 7", DataSource("rows", "dataset", (), ("train",)), None, {})
+        example = json.loads(entry["example"])
         encoded = made.encode(example, "line 7")
         made.unshown_parts(example)
         prompt_ids = made.encode_prompt(example, "line 7")[1]
