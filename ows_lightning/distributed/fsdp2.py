@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.atomic_files import partial_path, replace_atomically
@@ -21,6 +21,7 @@ from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
 from ows_lightning.checkpoints.shards import ShardWriter, load_optimizers, load_weights, split_checkpoint
 from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.optim.sharding import shard_state
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -156,7 +157,4 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 def _local_part(value: Any, weight: Tensor) -> Any:
     """This process's part of a tensor that is distributed as a weight is, if it has its shape."""
-    whole = isinstance(value, Tensor) and not isinstance(value, DTensor)
-    if not isinstance(weight, DTensor) or not whole or value.shape != weight.shape:
-        return value
-    return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)  # all have it
+    return shard_state(value, weight) if isinstance(value, Tensor) and value.shape == weight.shape else value

@@ -66,7 +66,7 @@ def projector_placements(weight: DTensor, side: Side) -> list[Placement]:
     return [along_rows if p.is_shard(dim) else whole for p, whole in pairs]
 
 
-def shard_state(value: Tensor, weight: Tensor, side: Side | None, is_projector: bool) -> Tensor:
+def shard_state(value: Tensor, weight: Tensor, side: Side | None = None, is_projector: bool = False) -> Tensor:
     """Returns this process's part of a saved state tensor, where the weight is sharded and the tensor is not."""
     if not is_sharded(weight) or is_sharded(value):
         return value
