@@ -30,8 +30,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import GradientCheckpointing, Kernels
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import LossParts, precompute_on_host, token_mask
-from ows_lightning.offload.disk import Disk
-from ows_lightning.offload.mapped_model import load_mapped_model
+from ows_lightning.offload.disk import Disk, load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.offload.options import check_offloading, offloads
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, merge_saved_updates_

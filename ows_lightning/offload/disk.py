@@ -6,13 +6,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ows_lightning.compat import replace_parameters_
 from ows_lightning.errors import RunError
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.large_tensors import map_file, release_mapped_pages
+from ows_lightning.models.pretrained import check_finite, empty_model, load_model, persistent_buffers, weights_by_name
 from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.offload.offloaded import OffloadedWeights, byte_offsets, copy_into, page_locked, tensor_at, total_nbytes
 
@@ -143,3 +148,29 @@ class Disk:
         target.copy_(part, non_blocking=True)
         copied.record(torch.cuda.current_stream(target.device))
         self._staging.append((buffer, copied))
+
+
+def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) -> PreTrainedModel:
+    """Loads a model as ``load_model`` does, its blocks mapped from files; embeddings get rows for ``num_tokens`` tokens.
+
+    A block that the model's safetensors hold in the dtype asked for stays there, and one in another dtype is
+    converted into the scratch file, a weight at a time. Weights that transformers makes from others (of a GGUF file, of
+    experts that it fuses, of added tokens) pass through host memory once, before they are offloaded to the disk.
+    """
+    model = empty_model(name, num_tokens, **options)
+    if not (stored := weights_by_name(name, model)):
+        return load_model(name, **options)
+    names = {p: key for key, p in model.named_parameters()}
+    in_blocks = set(decoder_layers(model).parameters())
+    replace_parameters_(
+        model, lambda p: nn.Parameter((disk.place_weight if p in in_blocks else _read)(stored[names[p]], p.dtype))
+    )
+    for key, buffer in persistent_buffers(model).items():
+        buffer.copy_(_read(stored[key], buffer.dtype))
+    check_finite(name, model)
+    return model
+
+
+def _read(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
+    with safe_open(stored.path, "pt") as file:
+        return file.get_tensor(stored.key).to(dtype, copy=True)

@@ -20,8 +20,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import empty_model, load_model
 from ows_lightning.models.safetensors_file import SafetensorsFile
-from ows_lightning.offload.disk import Disk
-from ows_lightning.offload.mapped_model import load_mapped_model
+from ows_lightning.offload.disk import Disk, load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
 from tests.models.architectures import tiny_config

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
-from ows_lightning.offload.disk import Disk
+from ows_lightning.offload.disk import Disk, load_mapped_model
 from ows_lightning.offload.int8 import dequantize, quantize
-from ows_lightning.offload.mapped_model import load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
 from tests.offload.steps import evaluate, train
