@@ -96,7 +96,7 @@ def load_model(
         arguments["use_safetensors"] = True
         # Without this, transformers asks a web service to convert a pickle and loads what that uploads.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    elif hasattr(transformers, "GgufConfig"):  # else this version of transformers always dequantises
+    else:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     if (device := torch.get_default_device()).type != "cpu":
