@@ -1,4 +1,4 @@
-"""Files and folders that take their names once they are on the disk as a whole: a kill leaves the old one, or the new."""
+"""Files and folders that appear under their names atomically: a kill leaves the old one, or the new."""
 
 import contextlib
 import os

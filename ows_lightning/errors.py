@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class UsageError(ValueError):
-    """A setting or an input is wrong: the message names the key or the row, and how to mend it. Exit code 2."""
+    """A setting or an input is wrong: the message names the key or the row, and how to fix it. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -101,7 +101,7 @@ def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | 
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:
-    """An exception's class, if its library was imported at all: only then can it have been raised."""
+    """An exception's class, in a tuple for ``isinstance``; empty if its library was not imported."""
     return (getattr(sys.modules[module], name),) if module in sys.modules else ()
 
 

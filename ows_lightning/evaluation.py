@@ -32,7 +32,7 @@ class EvaluationMetrics(MetricCollection):
             metric.set_dtype(torch.float32)
 
     def add_answers(self, answers: Iterable[str], right: Iterable[Collection[str]]) -> None:
-        """Adds generated answers, each with the texts that count as right; one without any only fills a rank's share."""
+        """Adds generated answers, each with the correct texts; a filler row has none, and is left out."""
         hits = [float(answer.strip() in texts) for answer, texts in zip(answers, right, strict=True) if texts]
         self["exact_match"].update(torch.tensor(hits, dtype=torch.float32, device=self["loss"].device))
 
@@ -128,7 +128,7 @@ class EvaluationModule(LightningModule):
         facts = numbers | {key: values for key, values in batch.items() if not isinstance(values, Tensor)}
         facts["generated"] = self.generate(batch)
         rows = [dict(zip(facts, values, strict=True)) for values in zip(*facts.values(), strict=True)]
-        return [row for row in rows if row.get("reference", "") is not None]  # None: it fills up a rank's share
+        return [row for row in rows if row.get("reference", "") is not None]  # else a filler row
 
     @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
     def generate(self, batch: dict[str, Any]) -> list[str]:

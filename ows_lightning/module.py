@@ -153,7 +153,7 @@ class CausalLMModule(EvaluationModule):
         self.save_hyperparameters(ignore=["optimizer"])
         self.make_optimizer: Callable[[Any], Optimizer] = optimizer
         self.offloader: BlockOffloader | None = None  # of frozen blocks
-        self.last_step: StepMetrics | None = None  # of the latest optimizer step
+        self.last_step_metrics: StepMetrics | None = None  # of the latest optimizer step
 
     @property
     def model(self) -> Any:
@@ -171,8 +171,8 @@ class CausalLMModule(EvaluationModule):
 
     # ------------------------------------------------------------------ set-up
 
-    def check(self, find: Callable[[str, bool], Any] = pretrained.load_config) -> Any:
-        """Checks all settings, without weights (UsageError); returns the model's config, or what ``find`` makes of a name."""
+    def check(self, load_config: Callable[[str, bool], Any] = pretrained.load_config) -> Any:
+        """Checks all settings, without weights (UsageError); returns what ``load_config`` returns for the model's name."""
         try:  # made for a small matrix and a vector: wrong arguments show here
             optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(shape))]} for shape in ((2, 2), (2,))])
         except (TypeError, ValueError) as error:
@@ -180,7 +180,7 @@ class CausalLMModule(EvaluationModule):
         self._check_projection(optimizer)
         if self.hparams["lora"] is not None:
             lora_config(self.hparams["lora"])
-        return find(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+        return load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
 
     def exceeded_position_limit(self, length: int) -> int | None:
         """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""
@@ -205,8 +205,8 @@ class CausalLMModule(EvaluationModule):
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         if on_gpu and self._precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
             log.warning("trainer.precision: this card only emulates bfloat16, which takes long; 32-true may be faster")
-        self.step = StepAccumulator(self.trainer.world_size)
-        self.last_step = None
+        self.step_accumulator = StepAccumulator(self.trainer.world_size)
+        self.last_step_metrics = None
 
     def configure_model(self) -> None:
         """Loads the weights, once, in the dtype that the Trainer's precision asks for."""
@@ -318,7 +318,7 @@ class CausalLMModule(EvaluationModule):
         parts = self(**batch)
         if not isinstance(parts, LossParts):
             raise UsageError("forward must return LossParts where a batch has labels; or override training_step")
-        return self.step.add(parts, token_mask(batch).sum(), place == 0, last)
+        return self.step_accumulator.add(parts, token_mask(batch).sum(), place == 0, last)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """If the loss is not finite, sets all gradients to NaN, so that every process skips the step."""
@@ -328,13 +328,14 @@ class CausalLMModule(EvaluationModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips what the optimizer consumes, and logs loss and norm."""
-        if self.step.totals is None:  # a `training_step` of a subclass
+        if self.step_accumulator.totals is None:  # a `training_step` of a subclass
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        self.step.rescale(optimizer, self.trainer.accumulate_grad_batches)  # where a subclass' `optimizer_step` did not
-        self.last_step = self.step.clip_and_report(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.log("train_loss", self.last_step.loss, prog_bar=True)
-        self.log("grad_norm", self.last_step.grad_norm)
+        # Where a subclass' `optimizer_step` did not.
+        self.step_accumulator.rescale(optimizer, self.trainer.accumulate_grad_batches)
+        self.last_step_metrics = self.step_accumulator.clip_and_report(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.log("train_loss", self.last_step_metrics.loss, prog_bar=True)
+        self.log("grad_norm", self.last_step_metrics.grad_norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Steps, and drops the gradients at once: Lightning would keep full-rank ones through the next forward."""
@@ -342,7 +343,7 @@ class CausalLMModule(EvaluationModule):
 
         def closure() -> Any:
             loss = optimizer_closure()
-            self.step.rescale(own, self.trainer.accumulate_grad_batches)  # which a GradientAccumulationScheduler may change
+            self.step_accumulator.rescale(own, self.trainer.accumulate_grad_batches)  # which a scheduler may change
             return loss
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
@@ -364,7 +365,7 @@ class CausalLMModule(EvaluationModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Leaves what offloaded blocks learn at rest to the optimizer's state, as checkpoints do; ``model``'s includes it."""
-        with patch.object(self.offloader, "saves_updates_apart", True) if self.offloader else contextlib.nullcontext():
+        with patch.object(self.offloader, "saves_updates_separately", True) if self.offloader else contextlib.nullcontext():
             return super().state_dict(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -126,8 +126,8 @@ def test_an_optimizer_step_of_ones_own_has_the_gradient_of_the_steps_mean(model_
     for batch_size, accumulate in ((16, 1), (4, 4)):
         module = StepsAsLightningsDocs(str(model_dir(num_hidden_layers=4)), optimizer=galore, rank=4)
         trainer(tmp_path, max_steps=1, accumulate_grad_batches=accumulate).fit(module, loader(16, batch_size))
-        assert module.last_step is not None
-        norms.append(float(module.last_step.grad_norm))
+        assert module.last_step_metrics is not None
+        norms.append(float(module.last_step_metrics.grad_norm))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
@@ -147,8 +147,8 @@ def test_a_term_that_is_added_to_the_loss_weighs_the_same_under_accumulation(mod
         module.configure_model()
         expected = 2 * float(module.term.detach()) ** 0.5
         trainer(tmp_path, max_steps=1, accumulate_grad_batches=accumulate).fit(module, loader(16, batch_size))
-        assert module.last_step is not None
-        assert float(module.last_step.grad_norm) == pytest.approx(expected, rel=1e-4)
+        assert module.last_step_metrics is not None
+        assert float(module.last_step_metrics.grad_norm) == pytest.approx(expected, rel=1e-4)
 
 
 class SkipsASecondBatch(CausalLMModule):

@@ -119,13 +119,13 @@ class SlowRest(Callback):
         """Takes the settings of each weight's update over."""
         (optimizer,) = trainer.optimizers
         assert isinstance(optimizer, galore.GaLoreAdamW)
-        optimizer._settings = partial(self._settings, optimizer, optimizer._settings)  # type: ignore[method-assign]
+        optimizer._update_arguments = partial(self._settings, optimizer, optimizer._update_arguments)  # type: ignore[method-assign]
 
     def _settings(
         self, optimizer: galore.GaLoreAdamW, settings: Callable[..., dict[str, Any]], p: nn.Parameter, *which: Any
     ) -> dict[str, Any]:
         found = settings(p, *which)
-        return {**found, "lr": found["lr"] * self.factor} if optimizer.rests(p) else found
+        return {**found, "lr": found["lr"] * self.factor} if optimizer.is_resting(p) else found
 
 
 class PolarDirection(Callback):

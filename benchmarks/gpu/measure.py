@@ -56,7 +56,7 @@ def attempt(row: Row, device: torch.device) -> dict[str, Any]:
     """Returns a row's figures, or its ``error`` in a line."""
     start = time.perf_counter()
     try:
-        figures = PARTS[row["part"]](row, device)
+        figures = NON_BLOCK_PARTS[row["part"]](row, device)
     except torch.OutOfMemoryError:
         figures = {"error": "out of memory"}
     except Exception as error:  # whatever it is, the other rows are worth having
@@ -123,7 +123,7 @@ def adversarial(row: Row, device: torch.device) -> dict[str, Any]:
     return {asleep: weights == first for asleep, weights in zip(ASLEEP, others, strict=True)}
 
 
-PARTS = {"plan": plan, "step": step, "loss head": head, "waits": waits, "adversarial": adversarial}
+NON_BLOCK_PARTS = {"plan": plan, "step": step, "loss head": head, "waits": waits, "adversarial": adversarial}
 SLEEP = 20_000_000  # cycles: more than 10 ms
 
 
@@ -342,9 +342,9 @@ class _TimedCopies(CopyStream):
         self._copied: list[Any] = []
         self.waits = 0
 
-    def around(self, device: torch.device, slots: int, reads_files: bool = False) -> CopyStream:
+    def around(self, device: torch.device, num_slots: int, reads_files: bool = False) -> CopyStream:
         """Takes the place of ``copy_stream_for``."""
-        self._inner = copy_stream_for(device, slots, reads_files)
+        self._inner = copy_stream_for(device, num_slots, reads_files)
         return self
 
     def issue(self, slot: int, fetch: Callable[[], None]) -> None:

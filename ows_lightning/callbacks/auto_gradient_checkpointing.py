@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.errors import first_line
-from ows_lightning.memory.cards import available_bytes, fewest_recomputed_blocks
+from ows_lightning.memory.cards import available_bytes, fewest_checkpointed_blocks
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
@@ -34,7 +34,7 @@ class AutoGradientCheckpointing(Callback):
         if trainer.is_global_zero:
             try:
                 budget = MEMORY_FRACTION * available_bytes(pl_module.device, pl_module.parameters(), trainer.num_devices)
-                number = fewest_recomputed_blocks(settings_of_run(self.config, pl_module), budget)
+                number = fewest_checkpointed_blocks(settings_of_run(self.config, pl_module), budget)
                 what = "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)"
                 log.info(what, number, count, budget / 1e9)
             except Exception as error:  # anything that the model or a user's optimizer raises in the simulation

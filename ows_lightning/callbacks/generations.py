@@ -15,7 +15,7 @@ from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.data.masking import Encoder
 from ows_lightning.errors import UsageError
-from ows_lightning.models.causal_lm import evaluating
+from ows_lightning.models.causal_lm import eval_mode
 from ows_lightning.module import CausalLMModule
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,14 @@ class ShowGenerations(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows what the model answers at first."""
         super().on_train_start(trainer, pl_module)
-        self._show(trainer, pl_module, anew=not trainer.ckpt_path)
+        self._show(trainer, pl_module, overwrite=not trainer.ckpt_path)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows it after each interval."""
         if trainer.global_step % self.every_n_steps == 0:
             self._show(trainer, pl_module)
 
-    def _show(self, trainer: Trainer, module: LightningModule, anew: bool = False) -> None:
+    def _show(self, trainer: Trainer, module: LightningModule, overwrite: bool = False) -> None:
         if not isinstance(module, CausalLMModule):
             raise UsageError(f"ShowGenerations: {type(module).__name__} can't generate; use CausalLMModule")
         encoder = Encoder(module.tokenizer)
@@ -60,7 +60,7 @@ class ShowGenerations(StepCallback):
         for prompt in self.prompts:
             _, ids = encoder.encode_prompt({"messages": [{"role": "user", "content": prompt}]}, row_name="a prompt")
             batch = torch.tensor([ids], device=module.device)
-            with trainer.precision_plugin.forward_context(), evaluating(module):
+            with trainer.precision_plugin.forward_context(), eval_mode(module):
                 answers += module.generate({"input_ids": batch, "attention_mask": torch.ones_like(batch)})
         folder = run_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero:
@@ -70,7 +70,7 @@ class ShowGenerations(StepCallback):
         log.info("Answers after step %d:\n%s", step, shown)
         if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "generations.csv").open("w" if anew else "a", newline="", encoding="utf-8") as file:
+            with (folder / "generations.csv").open("w" if overwrite else "a", newline="", encoding="utf-8") as file:
                 header = [["step", "prompt", "answer"]] if file.tell() == 0 else []
                 csv.writer(file).writerows([*header, *([step, *pair] for pair in pairs)])
         for logger in trainer.loggers:

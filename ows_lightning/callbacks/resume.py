@@ -57,12 +57,12 @@ class Resume(Callback):
             resume_exactly(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copies the configured options before the checkpoint overwrites them, which has to be of the same optimizers."""
+        """Copies the configured options before the checkpoint, which must be of the same optimizers, overwrites them."""
         self._check_optimizers(trainer, pl_module)
-        kept = ("params", "param_names", "lr", "initial_lr")
+        not_options = ("params", "param_names", "lr", "initial_lr")
         self._num_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         for group in self._configured_groups(trainer):
-            options = {name: value for name, value in group.items() if name not in kept}
+            options = {name: value for name, value in group.items() if name not in not_options}
             self._options.append({**options, "lr": group.get("initial_lr", group["lr"])})
 
     def _check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -16,7 +16,7 @@ from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.compat import logged_in_validation
 
 
-def run_checkpoint(trainer: Trainer) -> Checkpoint | None:
+def checkpoint_callback(trainer: Trainer) -> Checkpoint | None:
     """Returns a Trainer's RunCheckpoint, in whose folder ``--ckpt_path last`` looks, or else its first ``Checkpoint``."""
     return next((one for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint)), trainer.checkpoint_callback)
 

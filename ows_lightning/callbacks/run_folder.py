@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from ows_lightning.callbacks.run_checkpoint import run_checkpoint
+from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.errors import DISK_FULL, UsageError, add_note, not_writable
 from ows_lightning.models.export import check_replaceable, save_huggingface
 from ows_lightning.module import CausalLMModule
@@ -66,7 +66,7 @@ class RunFolder(Callback):
         for checkpoints in set(folder.parent.glob("version_*/checkpoints")) - {folder / "checkpoints"}:  # of killed runs
             with contextlib.suppress(OSError), FileLock(checkpoints.parent / ".lock").acquire(timeout=0):
                 _remove_unfinished(checkpoints)
-        elsewhere = getattr(run_checkpoint(trainer), "dirpath", None)
+        elsewhere = getattr(checkpoint_callback(trainer), "dirpath", None)
         if elsewhere and "://" not in str(elsewhere) and folder not in Path(elsewhere).absolute().parents:
             with contextlib.suppress(OSError):
                 self._lock(Path(elsewhere))

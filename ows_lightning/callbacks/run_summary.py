@@ -12,19 +12,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
-from ows_lightning.callbacks.run_checkpoint import run_checkpoint
+from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import add_note, command_line, first_line, is_out_of_memory
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.memory.prediction import predict_memory
-from ows_lightning.models.causal_lm import evaluating
+from ows_lightning.models.causal_lm import eval_mode
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.run import is_run_folder
-from ows_lightning.sampling.activation import outside_parameters
+from ows_lightning.sampling.activation import non_block_trains
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class RunSummary(Callback):
         seconds = times.get("renewal_s", 0.0) + (0.0 if sampling is None else sampling.seconds)
         if seconds and trainer.is_global_zero and (whole := times.get("time_s")):
             log.info("Scores, draws and subspaces took %.1f s of %.0f s (%.1f%%)", seconds, whole, 100 * seconds / whole)
-        if isinstance(pl_module, CausalLMModule) and (found := _losses_with_int8(trainer, pl_module)) is not None:
+        if isinstance(pl_module, CausalLMModule) and (found := _int8_and_exact_losses(trainer, pl_module)) is not None:
             log.info("Validation loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +117,7 @@ class RunSummary(Callback):
             steps.append(f"report {shlex.quote(str(folder))}")
         data = trainer.datamodule  # type: ignore[attr-defined]
         has_test_rows = not isinstance(data, InstructionDataModule) or data.test_dataset or data.eval_dataset or data.val_size
-        if has_test_rows and (last := getattr(run_checkpoint(trainer), "last_model_path", "")):
+        if has_test_rows and (last := getattr(checkpoint_callback(trainer), "last_model_path", "")):
             steps.append(f"test --config {quoted} --ckpt_path {shlex.quote(last)}")
         there = {
             "model": "the model in model/ (for AutoModelForCausalLM.from_pretrained)", "checkpoints": "checkpoints/",
@@ -203,7 +203,7 @@ def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> s
 
 def _sampled_weights(module: LightningModule, sampling: LayerwiseSampling, blocks: Iterable[int] = ()) -> list[nn.Parameter]:
     """The parameters of some blocks, and those outside the blocks that always train."""
-    outside = (p for p, trains in outside_parameters(module, sampling.always_train).items() if trains)
+    outside = (p for p, trains in non_block_trains(module, sampling.always_train).items() if trains)
     return list(dict.fromkeys([*outside, *sampling.weights_of(blocks)]))
 
 
@@ -233,14 +233,14 @@ def _metrics_text(after: dict[str, float], before: dict[str, float] | None = Non
     return ", ".join(parts)
 
 
-def _losses_with_int8(trainer: Trainer, module: CausalLMModule) -> tuple[float, float] | None:
+def _int8_and_exact_losses(trainer: Trainer, module: CausalLMModule) -> tuple[float, float] | None:
     """The validation loss with frozen blocks in int8, and with exact weights; None without int8 or validation rows."""
     if module.offloader is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
         return None
-    with evaluating(module):
-        rounded = _validation_loss(trainer, module)
+    with eval_mode(module):
+        quantized = _validation_loss(trainer, module)
         with module.offloader.exact_weights():
-            return rounded, _validation_loss(trainer, module)
+            return quantized, _validation_loss(trainer, module)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 
-from ows_lightning.callbacks.run_checkpoint import remove_interrupted, run_checkpoint
+from ows_lightning.callbacks.run_checkpoint import checkpoint_callback, remove_interrupted
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.errors import RunError
@@ -56,7 +56,7 @@ class SaveOnSignal(StepCallback):
         """Notes a signal for the other processes."""
         if isinstance(pl_module, CausalLMModule):
             number = self._received
-            pl_module.step.signal_code = _CODE_BASE ** _SIGNALS.index(signal.Signals(number)) if number else 0
+            pl_module.step_accumulator.signal_code = _CODE_BASE ** _SIGNALS.index(signal.Signals(number)) if number else 0
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves and ends the run by a RunError on all ranks, if a signal arrived."""
@@ -64,7 +64,7 @@ class SaveOnSignal(StepCallback):
             return
         if number != signal.SIGTERM and callable(requeue := self._previous_handlers.get(signal.Signals(number))):
             requeue(number, None)
-        folder = getattr(run_checkpoint(trainer), "dirpath", None) or run_folder(trainer) / "checkpoints"
+        folder = getattr(checkpoint_callback(trainer), "dirpath", None) or run_folder(trainer) / "checkpoints"
         path = f"{folder}/interrupted-step={trainer.global_step}.ckpt"  # Path would make a local folder of an address
         trainer.save_checkpoint(path, weights_only=False)
         remove_interrupted(trainer, Path(path))
@@ -75,8 +75,9 @@ class SaveOnSignal(StepCallback):
         """The signal that arrived on any rank, or 0; the same on all ranks."""
         if trainer.world_size == 1:
             return self._received
-        if isinstance(pl_module, CausalLMModule) and pl_module.last_step is not None:  # told with the step's loss, in one wait
-            codes = pl_module.last_step.signal_codes
+        if isinstance(pl_module, CausalLMModule) and pl_module.last_step_metrics is not None:
+            # They came with the step's loss, for which the step has waited.
+            codes = pl_module.last_step_metrics.signal_codes
             return next((n for i, n in enumerate(_SIGNALS) if codes // _CODE_BASE**i % _CODE_BASE), 0)
         number = torch.tensor(self._received, device=trainer.strategy.root_device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)  # strategy.reduce would hold all ranks up with a barrier

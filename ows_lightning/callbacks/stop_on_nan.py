@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
-from ows_lightning.callbacks.run_checkpoint import run_checkpoint
+from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.errors import RunError
@@ -25,12 +25,12 @@ class StopOnNaN(StepCallback):
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts skipped steps, and ends the run by a RunError on all ranks."""
-        if not isinstance(pl_module, CausalLMModule) or pl_module.last_step is None:
+        if not isinstance(pl_module, CausalLMModule) or pl_module.last_step_metrics is None:
             return
-        self._in_a_row = self._in_a_row + 1 if pl_module.last_step.skipped else 0
+        self._in_a_row = self._in_a_row + 1 if pl_module.last_step_metrics.skipped else 0
         if self._in_a_row < pl_module.hparams["max_skipped_steps"]:
             return
-        folder = getattr(run_checkpoint(trainer), "dirpath", None)
+        folder = getattr(checkpoint_callback(trainer), "dirpath", None)
         good: Path | str | None = last_good(Path(folder)) if folder and trainer.is_global_zero else None
         if folder and (good := trainer.strategy.broadcast(good)) is None:
             good = f"{folder}/stopped-step={trainer.global_step}.ckpt"

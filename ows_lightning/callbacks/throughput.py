@@ -52,12 +52,12 @@ class Throughput(StepCallback):
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the step's figures."""
-        if not isinstance(pl_module, CausalLMModule) or pl_module.last_step is None:
+        if not isinstance(pl_module, CausalLMModule) or pl_module.last_step_metrics is None:
             return
-        self._tokens += pl_module.last_step.tokens
-        self._targets += pl_module.last_step.targets
+        self._tokens += pl_module.last_step_metrics.tokens
+        self._targets += pl_module.last_step_metrics.targets
         # Tensors on the host: for a number, Lightning would wait for the device and put it there.
-        pl_module.log("tokens_per_second", torch.tensor(pl_module.last_step.tokens / self._seconds), prog_bar=True)
+        pl_module.log("tokens_per_second", torch.tensor(pl_module.last_step_metrics.tokens / self._seconds), prog_bar=True)
         self._seconds = 0.0
         metrics = self._sums(trainer)
         if (peak := _peak_memory_mb(pl_module.device)) is not None:

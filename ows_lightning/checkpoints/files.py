@@ -20,8 +20,8 @@ import torch.distributed.checkpoint as dcp
 from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import release_mapped_pages
 
-META = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
-METADATA = ".metadata"  # torch's name for the list of what is in the shards
+META_FILE = "meta.pt"  # Lightning's name for what is in a sharded checkpoint beside the shards
+DCP_METADATA_FILE = ".metadata"  # torch's name for the list of what is in the shards
 REQUIRED_KEYS = ("state_dict", "loops", "global_step")
 # What torch and pickle raise on a file that is truncated or not a checkpoint.
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from ows_lightning.checkpoints.files import META, METADATA, READ_ERRORS, REQUIRED_KEYS, file_crc32, load_file
+from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, READ_ERRORS, REQUIRED_KEYS, file_crc32, load_file
 from ows_lightning.checkpoints.shards import ShardReader
 from ows_lightning.errors import UsageError, first_line
 
@@ -62,7 +62,7 @@ def load_verified(path: Path) -> dict[str, Any]:
     """Returns a checkpoint's contents with memory-mapped or no tensors, after all checksums were verified."""
     if not path.is_dir():
         return load_file(path)
-    contents = load_file(path / META, needed=REQUIRED_KEYS[1:])
+    contents = load_file(path / META_FILE, needed=REQUIRED_KEYS[1:])
     for name, expected in contents.get("sums", {}).items():
         if file_crc32(path / name) != expected:
             raise ValueError(f"{name} has another checksum than when it was written")
@@ -76,7 +76,7 @@ def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
     """Returns `read(path)` after verifying all checksums; a fault becomes a UsageError that names the last good checkpoint."""
     if not path.exists():
         raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_hint(path)}")
-    if path.is_dir() and not any((path / name).exists() for name in (META, METADATA)):
+    if path.is_dir() and not any((path / name).exists() for name in (META_FILE, DCP_METADATA_FILE)):
         within = next(filter(None, map(last_good, _checkpoint_folders(path))), None)
         hint = f"the last good one in it is '{within}'" if within else "there is no good one in it"
         raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {hint}")

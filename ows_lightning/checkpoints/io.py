@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, hold tensors and plain values only, and are found again.
+"""Checkpoints that are written atomically, hold tensors and plain values only, and are found again.
 
 A checkpoint is a file, or a directory into which every process wrote its shards (``meta.pt`` and the format of
 ``torch.distributed.checkpoint``). Both hold the same dict, so that either can be resumed on any number of processes.
@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             save_file(checkpoint, partial)
             replace_atomically(partial, Path(path))
         except (OSError, RuntimeError) as error:
-            raise write_error(path, error) from error
+            raise save_error(path, error) from error
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         super().remove_checkpoint(path)
 
 
-def write_error(path: Any, error: BaseException) -> BaseException:
+def save_error(path: Any, error: BaseException) -> BaseException:
     """The error of a checkpoint that could not be written; a user's interrupt remains one."""
     reason = root_cause(error)
     if isinstance(reason, KeyboardInterrupt):

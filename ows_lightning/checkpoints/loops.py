@@ -21,11 +21,11 @@ class ExactEpochLoop(_TrainingEpochLoop):
     """The loop over an epoch's batches, which a resumed run enters after its last optimizer step.
 
     Depending on when the checkpoint was saved, Lightning 2.6 skips a validation that was due, counts the last step twice, or,
-    at an epoch's last batch, loses or repeats an epoch. Here the first turn of a resumed epoch trains nothing and does all
+    at an epoch's last batch, loses or repeats an epoch. Here a resumed epoch's first iteration trains nothing and does all
     that follows a step, whatever the checkpoint was saved in.
     """
 
-    replays_step_end = False  # the next turn is that first one
+    replays_step_end = False  # the next iteration trains nothing, and does what follows a step
     _validated = False
     _unfinished = 0  # batches of a step that had only begun when the checkpoint was saved
 
@@ -40,7 +40,7 @@ class ExactEpochLoop(_TrainingEpochLoop):
             super().reset()
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        """Trains a batch; in the first turn of a resumed epoch, none."""
+        """Trains a batch; in the first iteration of a resumed epoch, none."""
         if self.replays_step_end:
             self._skip_next_val = self._validated
             return
@@ -75,7 +75,7 @@ class ExactEpochLoop(_TrainingEpochLoop):
             batches.is_last_batch = batches.current.processed >= of_epoch
 
     def set_logged_step(self, done: bool) -> None:
-        """Sets the step number that is logged, which counts steps whose turn of the loop has ended."""
+        """Sets the logged step number; without ``done``, the last step does not count yet."""
         if self.trainer.lightning_module.automatic_optimization:
             self._batches_that_stepped = self.global_step - (not done)
 

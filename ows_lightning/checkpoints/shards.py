@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ows_lightning.checkpoints.files import META, METADATA, REQUIRED_KEYS, UNSAFE, load_file, root_cause
+from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, REQUIRED_KEYS, UNSAFE, load_file, root_cause
 from ows_lightning.errors import UsageError, first_line
 from ows_lightning.optim.galore import merge_saved_updates_
 
@@ -31,13 +31,13 @@ def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
 
 def load_shards(path: Path) -> dict[str, Any]:
     """Reads a directory of shards as the dict that a checkpoint in one file would be."""
-    checkpoint = load_file(path / META, needed=REQUIRED_KEYS[1:])
+    checkpoint = load_file(path / META_FILE, needed=REQUIRED_KEYS[1:])
     checkpoint["state_dict"] = load_tensors(path, "state_dict.")
-    checkpoint["optimizer_states"] = load_optimizers(path, checkpoint["optimizer_states"])
+    checkpoint["optimizer_states"] = load_optimizer_states(path, checkpoint["optimizer_states"])
     return checkpoint
 
 
-def load_optimizers(
+def load_optimizer_states(
     path: Path, states: list[dict[str, Any]], empty: Callable[[int, int, TensorStorageMetadata], Tensor] | None = None
 ) -> list[dict[str, Any]]:
     """Returns optimizer states with the tensors that ``split_checkpoint`` took out of them.
@@ -68,7 +68,7 @@ def load_tensors(
 
 @torch.no_grad()
 def load_weights(module: nn.Module, path: Path, strict: bool = True) -> None:
-    """Fills a module's weights from a file, or from a directory of shards DTensors, too; if ``strict``, all (UsageError)."""
+    """Fills a module's weights from a file or shards, the latter DTensors, too; ``strict`` refuses others (UsageError)."""
     prefix = "state_dict."
     weights = {prefix + name: weight for name, weight in module.state_dict().items()}
     if path.is_dir():
@@ -107,11 +107,11 @@ def _contents(path: Path, prefix: str) -> dict[str, TensorStorageMetadata]:
 
 
 class ShardReader(dcp.FileSystemReader):
-    """torch's reader of shards; it would unpickle whatever is in the list of contents."""
+    """torch's reader of shards, but it unpickles known classes alone; torch's would unpickle anything."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Which tensors a directory of shards holds, and where."""
-        with open(Path(self.path) / METADATA, "rb") as file:
+        with open(Path(self.path) / DCP_METADATA_FILE, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -119,7 +119,7 @@ class ShardReader(dcp.FileSystemReader):
 
 
 class ShardWriter(dcp.FileSystemWriter):
-    """torch's writer of shards; only the error itself reaches the other processes, not what is behind it."""
+    """torch's writer of shards; it raises an error's root cause, since other processes get no chained errors."""
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
         """Writes this process's part."""

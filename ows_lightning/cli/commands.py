@@ -26,7 +26,7 @@ from ows_lightning.report.plots import plot_scores
 from ows_lightning.report.run import RunRecord, run_containing
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.distributions import score_name
-from ows_lightning.sampling.scores import OutlierScores
+from ows_lightning.sampling.scores import BlockScores
 from ows_lightning.trainer import OWSTrainer
 
 
@@ -79,7 +79,7 @@ class CommandTrainer(OWSTrainer):
                 print(f"{name:<20} {value:.4g}" + ("" if error is None else f" ± {error:.3g}"))
         return metrics
 
-    def score(self, model: LightningModule, datamodule: LightningDataModule, output: Path = Path(".")) -> OutlierScores:
+    def score(self, model: LightningModule, datamodule: LightningDataModule, output: Path = Path(".")) -> BlockScores:
         """Compute the blocks' outlier scores; prints them, and writes them as JSON and as a bar chart.
 
         Args:

@@ -62,7 +62,7 @@ def shipped_configs() -> Iterator[tuple[str, Path]]:
 
 
 def shipped_data(name: Any) -> Any:
-    """Returns the paths of shipped files of rows or scores where the working directory does not have them."""
+    """Replaces paths of shipped data and score files by the package's, where the working directory lacks them."""
     if isinstance(name, dict):  # from sources to their weights
         return {shipped_data(source): weight for source, weight in name.items()}
     if isinstance(name, list):

@@ -1,4 +1,4 @@
-"""``report`` and ``apply-delta``, which need no config: they make one folder of others."""
+"""``report`` and ``apply-delta``, which need no config: they read folders and write one."""
 
 from pathlib import Path
 

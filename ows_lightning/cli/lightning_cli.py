@@ -54,7 +54,7 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves the file of a training alone, in whose folder an evaluation without a logger runs."""
+        """Keeps a training's config where an evaluation without a logger runs in its folder."""
         if stage == "fit" or trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
@@ -160,7 +160,7 @@ class OWSCLI(LightningCLI):
             return
         launcher = self.trainer.strategy.launcher if subcommand in LightningCLI.subcommands() else None  # ours launch nothing
         if launcher is not None and not launcher.is_interactive_compatible:  # its processes run this command line
-            peer_watchdog.set_world_size(self.trainer.num_devices)
+            peer_watchdog.set_local_world_size(self.trainer.num_devices)
         super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -62,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
         _run(argv)
-        peer_watchdog.stop(ends=args is None)
+        peer_watchdog.stop(program_ends=args is None)
     except (Exception, KeyboardInterrupt) as error:
         exit_with(error, argv)
     except SystemExit as error:

@@ -32,8 +32,8 @@ _watchdog: "_Watchdog | None" = None
 def start() -> None:
     """Starts the watchdog, where the environment says which one of several processes this is."""
     global _watchdog
-    atexit.unregister(_end_at_once)
-    atexit.register(_end_at_once)  # before any library registers something, so that this comes last
+    atexit.unregister(_exit_at_once)
+    atexit.register(_exit_at_once)  # before any library registers something, so that this comes last
     launches_itself = "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     rank = os.environ.get("LOCAL_RANK") or ("" if launches_itself else os.environ.get("SLURM_LOCALID", ""))
     run = os.environ.get(_RUN_ID_VARIABLE) or "/".join(os.environ.get(name, "") for name in _RUN_ID_PARTS)
@@ -41,8 +41,11 @@ def start() -> None:
         _watchdog = _Watchdog(run, int(rank), int(os.environ.get("LOCAL_WORLD_SIZE") or 0))
 
 
-def set_world_size(world_size: int) -> None:
-    """Says how many processes the run has here; this one exits if not all are there after `START_TIMEOUT`."""
+def set_local_world_size(world_size: int) -> None:
+    """Says how many processes the run has here; the one that launches them starts its watchdog, if they are several.
+
+    It exits if not all are there after `START_TIMEOUT`.
+    """
     global _watchdog
     if _watchdog is not None:
         _watchdog.world_size = world_size
@@ -51,16 +54,16 @@ def set_world_size(world_size: int) -> None:
         _watchdog = _Watchdog(os.environ[_RUN_ID_VARIABLE], 0, world_size)
 
 
-def stop(ends: bool = False) -> None:
+def stop(program_ends: bool = False) -> None:
     """Stops the watchdog, so that the others don't mind the end of this process; a RunError if one of them died before.
 
-    If the program ``ends``, it does so at once: its end takes seconds of a processor, a minute of a busy machine.
+    If the ``program_ends``, it does so at once: its end takes seconds of a processor, a minute of a busy machine.
     """
     if _watchdog is None:
         return
     if failure := _watchdog.stop(_GOODBYE):
         raise RunError(f"{failure} before this one was through; its own output says why")
-    _watchdog.exit_code = 0 if ends else None
+    _watchdog.exit_code = 0 if program_ends else None
 
 
 def abort(code: int) -> None:
@@ -73,8 +76,8 @@ def abort(code: int) -> None:
     faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115 (until the end)
 
 
-def _end_at_once() -> None:
-    """Ends this process without the interpreter's own end.
+def _exit_at_once() -> None:
+    """Exits without the interpreter's shutdown, if `stop` or `abort` has set an exit code.
 
     That collects process groups, and waits for gloo's threads, which after an error wait for the interpreter in turn: forever.
     """

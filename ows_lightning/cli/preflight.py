@@ -1,4 +1,4 @@
-"""Checks of a command's settings before weights are loaded and devices used: one line names the setting and the mend.
+"""Checks of a command's settings before weights are loaded and devices used: one line names the setting and the fix.
 
 What jsonargparse, Lightning's Trainer and torch's optimizers refuse by themselves is left to them.
 """
@@ -34,7 +34,7 @@ from ows_lightning.models.pretrained import meta_model
 from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.options import check_offloading
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.scores import OutlierScores, architecture_of
+from ows_lightning.sampling.scores import BlockScores, architecture_of
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ _POSITIVE_ARGUMENTS = {
 }  # fmt: skip
 """The Trainer's arguments with which 0 makes a command useless."""
 
-_RUNS = (*_POSITIVE_ARGUMENTS,)
+_COMMANDS_WITH_FOLDER = (*_POSITIVE_ARGUMENTS,)
 """The commands that write into a run's folder."""
 
 
@@ -115,7 +115,7 @@ def check_run(
             raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")
     if command != "export":  # which computes nothing
         check_devices(trainer)
-    if command in _RUNS:
+    if command in _COMMANDS_WITH_FOLDER:
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
         for logger in (logger for logger in trainer.loggers if isinstance(logger, CSVLogger) and logger._version is not None):
@@ -139,13 +139,13 @@ def check_run(
         config = model.check()
         if model.hparams["kernels"] is not None and command != "export":
             liger_for(config)
-        if command in _RUNS:
+        if command in _COMMANDS_WITH_FOLDER:
             trains_unsampled = command == "fit" and sampling is None
             check_offloading(model.hparams, trains_unsampled, trainer.num_devices, str(trainer_args["strategy"]))
         if sampling is not None:
             _check_sampling(sampling, config, model)
             name, scores = model.hparams["model_name_or_path"], sampling.scores
-            if scores is not None and Path(scored := OutlierScores.load(Path(scores)).model).name != Path(name).name:
+            if scores is not None and Path(scored := BlockScores.load(Path(scores)).model).name != Path(name).name:
                 log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", scores, scored, name)
     if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
         data.check()

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ows_lightning.compat import attn_implementation_of
 from ows_lightning.data import formats
 from ows_lightning.data.examples import column
-from ows_lightning.data.loaders import ResumableLoader, ShardedSampler
+from ows_lightning.data.loaders import RankSampler, ResumableLoader
 from ows_lightning.data.masking import IGNORE_INDEX, Encoder, with_chat_template
 from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
 from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, require_separate_documents
@@ -128,7 +128,7 @@ class InstructionDataModule(LightningDataModule):
         self.data_format, self.columns, self.split = data_format, columns or {}, split
         self.tokenizer = tokenizer
         self.num_workers, self.seed = num_workers, seed
-        check_settings(vars(self))
+        check_data_settings(vars(self))
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
         self._tokenised_by: PreTrainedTokenizerBase | None = None  # `tokenizer`, or the model's
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
@@ -139,7 +139,7 @@ class InstructionDataModule(LightningDataModule):
         self._splits.check(parts, choices=bool(self.test_dataset) or self._stage() == "test")
         if "train" not in parts:
             return
-        rows = self.batch_size if self.streaming else len(self._splits.examples_of("dataset"))
+        rows = self.batch_size if self.streaming else len(self._splits.all_examples("dataset"))
         if self.batch_size > max(rows, _SMALL_DATASET):  # the predicted memory would be wrong
             what = f"{self.batch_size} is more than the {rows} rows there are; set it to {rows} or less"
             raise UsageError(f"data.batch_size: {what}")
@@ -149,8 +149,8 @@ class InstructionDataModule(LightningDataModule):
         self.check()
         encoder = self._encoder()
         for part in _PARTS.get(self._stage(), _ALL_PARTS):
-            if (key := self._splits.setting_of(part)) and len(self._splits.examples_of(key)):
-                self._splits.tokens_of(key, encoder)
+            if (key := self._splits.key_of(part)) and len(self._splits.all_examples(key)):
+                self._splits.all_tokens(key, encoder)
 
     def setup(self, stage: str | None = None) -> None:
         """Tokenises (or takes from the cache) the rows that `stage` needs; a UsageError says that none has a target."""
@@ -163,10 +163,10 @@ class InstructionDataModule(LightningDataModule):
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
         encoder = self._encoder()
         for part in parts:
-            if part not in self._rows and self._splits.setting_of(part):
+            if part not in self._rows and self._splits.key_of(part):
                 self._rows[part] = self._splits.rows(part, encoder, self.packing and part == "train")
                 longest = max(self._rows[part].lengths)
-                self._check_positions(longest, f"data.{self._splits.setting_of(part)} has a row of {longest} tokens")
+                self._check_positions(longest, f"data.{self._splits.key_of(part)} has a row of {longest} tokens")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled training rows, one rank's share of them."""
@@ -185,7 +185,7 @@ class InstructionDataModule(LightningDataModule):
         loaders = self._eval_dataloaders("test")
         examples = self._splits.examples("test") if loaders else ()
         if len(choices := ChoiceRows(examples, self._encoder())):
-            loaders.append(self._ordered_dataloader(choices, collate_choices, choices.most))
+            loaders.append(self._ordered_dataloader(choices, collate_choices, choices.max_choices))
         return loaders
 
     def predict_dataloader(self) -> DataLoader:
@@ -252,7 +252,7 @@ class InstructionDataModule(LightningDataModule):
             raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {hint}")
 
     def _require_rows(self, part: str, what_for: str) -> None:
-        if self._splits.setting_of(part) is None:
+        if self._splits.key_of(part) is None:
             key, hint = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
             raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {hint} or a val_size")
 
@@ -264,7 +264,7 @@ class InstructionDataModule(LightningDataModule):
     def _shuffled_dataloader(self) -> ResumableLoader:
         rows, (rank, world_size) = self._rows["train"], self._ranks()
         group_size = self.batch_size * world_size if self.group_by_length else None
-        sampler = ShardedSampler(rows.lengths, rank, world_size, seed=self.seed, group_size=group_size)
+        sampler = RankSampler(rows.lengths, rank, world_size, seed=self.seed, group_size=group_size)
         options = self._loader_options(self.batch_size, self.num_workers, self._collate_training())
         loader = ResumableLoader(rows, sampler=sampler, **options)
         loader.trainer = self.trainer
@@ -307,8 +307,8 @@ class InstructionDataModule(LightningDataModule):
     def _ordered_dataloader(
         self, rows: Rows | PromptRows | ChoiceRows, collate_rows: Callable[..., Any], sequences: int = 1
     ) -> DataLoader:
-        """One rank's share of rows, of ``sequences`` at most, in their order; filled up to as many batches on all ranks."""
-        sampler = ShardedSampler(range(len(rows)), *self._ranks(), shuffle=False)
+        """One rank's part of rows, in order, each of at most ``sequences`` sequences; all ranks have as many batches."""
+        sampler = RankSampler(range(len(rows)), *self._ranks(), shuffle=False)
         collate_fn = partial(collate_rows, pad_token_id=self._pad_token_id)
         options = self._loader_options(max(1, self.eval_batch_size // sequences), self.num_workers, collate_fn)
         return DataLoader(rows, sampler=sampler, **options)
@@ -368,7 +368,7 @@ class InstructionDataModule(LightningDataModule):
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
+def check_data_settings(settings: Mapping[str, Any]) -> None:
     """Raises a UsageError for the first of the data module's settings, by name, that is wrong without a look at the rows."""
     for name, (least, most) in _BOUNDS.items():
         if not least <= (value := settings[name]) <= most:

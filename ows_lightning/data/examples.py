@@ -151,14 +151,14 @@ def encode(
     return {name: [row[i] for row in rows] for i, name in enumerate(token_features())}
 
 
-def warn_of_losses(key: str, documents: Any, where: Sequence[str], among: str) -> None:
-    """Names the rows (by ``where``) that have no target, and those of which the chat template leaves something out."""
-    lost: dict[str, dict[int, None]] = {}  # the rows of each loss, in order
+def warn_of_dropped_content(key: str, documents: Any, where: Sequence[str], among: str) -> None:
+    """Warns of rows without a target, and of those of which the chat template drops something; names them by ``where``."""
+    dropped: dict[str, dict[int, None]] = {}  # the rows by what is dropped, in order
     for row, length, unshown in zip(*(documents[name][:] for name in ("row", "length", "unshown")), strict=True):
         shown = [f"lose {what}, which the chat template does not show" for what in unshown]
         for what in shown if length else ["have no answer to train on and are left out", *shown]:
-            lost.setdefault(what, {})[row] = None
-    for what, rows in lost.items():
+            dropped.setdefault(what, {})[row] = None
+    for what, rows in dropped.items():
         names = sources.join_names([where[row] for row in itertools.islice(rows, 11)])
         rank_zero_warn(f"data.{key}: {len(rows)} of {among} {what}: {names}")
 

@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 
 
-class ShardedSampler(DistributedSampler):
+class RankSampler(DistributedSampler):
     """The order of rows, drawn from (seed, epoch), of which every rank takes its part.
 
     Rank r of w takes the rows r, r + w, ... of the order, so w ranks with batches of b rows see together the same rows at
     the same step as one process with batches of w * b rows. When the rows don't divide evenly, the missing ones have the
-    index ``len(rows)``, a row without targets: all ranks make as many steps, and no row counts twice.
+    index ``len(rows)``, a filler row without targets: all ranks make as many steps, and no row counts twice.
 
     With `group_size`, rows are sorted by their tokens within every 50 groups of as many rows, and the groups shuffled, so that
     a batch's rows have similar lengths. Lightning leaves a `DistributedSampler` in place, and tells it the epoch.
@@ -48,7 +48,7 @@ class ShardedSampler(DistributedSampler):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader over a `ShardedSampler` that knows its position, which Lightning keeps in its checkpoints.
+    """A DataLoader over a `RankSampler` that knows its position, which Lightning keeps in its checkpoints.
 
     The position is the epoch and how many rows all ranks have seen of it, so a run may be resumed with another batch size or
     number of ranks. At the end of an epoch it is the start of the next, where torchdata's StatefulDataLoader is exhausted.
@@ -62,7 +62,7 @@ class ResumableLoader(DataLoader[Any]):
         epoch = self.trainer.current_epoch if self.trainer else getattr(self.sampler, "epoch", 0)
         rows = self._resume_at[1] if self._resume_at[0] == epoch else 0
         self._resume_at = (0, 0)
-        if isinstance(self.sampler, ShardedSampler):
+        if isinstance(self.sampler, RankSampler):
             self.sampler.set_epoch(epoch)
             self.sampler.skip, skipped_batches = rows, 0
         else:  # overfit_batches replaces the sampler
@@ -76,7 +76,7 @@ class ResumableLoader(DataLoader[Any]):
     def state_dict(self) -> dict[str, Any]:
         """The position: ``epoch``, the ``rows`` of it that all ranks have seen, and what the ``order`` depends on."""
         order: dict[str, int] = {}
-        if isinstance(sampler := self.sampler, ShardedSampler):
+        if isinstance(sampler := self.sampler, RankSampler):
             order = {"rows": len(sampler.lengths), "seed": sampler.seed, "group_size": sampler.group_size or 0}
             order["lengths"] = zlib.crc32(sampler.lengths.tobytes())  # of other rows, others
         rows = self._position[1] * getattr(self.sampler, "num_replicas", 1)
@@ -101,7 +101,7 @@ class ResumableLoader(DataLoader[Any]):
     @property
     def batches_before(self) -> int | None:
         """Number of an epoch's batches before the position; None if unknown."""
-        if not isinstance(self.sampler, ShardedSampler) or self.batch_size is None:
+        if not isinstance(self.sampler, RankSampler) or self.batch_size is None:
             return None
         # The end of an epoch is the start of the next.
         rest = len(self.sampler) - self._position[1] if self._position[1] else 0

@@ -20,7 +20,7 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
     """One item for each example that has choices, with all of its choices, so that they are always in one batch.
 
     For each choice it has ``input_ids``, ``labels`` of the choice alone, ``row``, ``right`` and ``characters``. The item at
-    index ``len`` repeats the last one, which changes no score: it fills up the ranks' shares (see `ShardedSampler`).
+    index ``len`` is a filler row (see `RankSampler`): it repeats the last one, which changes no score.
     """
 
     def __init__(self, table: Any, encoder: Encoder) -> None:
@@ -32,7 +32,7 @@ class ChoiceRows(Dataset[list[dict[str, Any]]]):
             options, right = choices_of(example, entry["where"])
             if options:
                 self.rows.append((row, entry["where"], example, options, right))
-        self.most = max((len(options) for _, _, _, options, _ in self.rows), default=1)  # choices of a row
+        self.max_choices = max((len(options) for _, _, _, options, _ in self.rows), default=1)  # choices of a row
 
     def __len__(self) -> int:
         return len(self.rows)

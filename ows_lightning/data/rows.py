@@ -13,7 +13,7 @@ from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.masking import IGNORE_INDEX, Encoder
 from ows_lightning.errors import UsageError
-from ows_lightning.models.causal_lm import evaluating, run_causal_lm
+from ows_lightning.models.causal_lm import eval_mode, run_causal_lm
 from ows_lightning.models.decoder import language_model_of
 
 Item = dict[str, list[int]]
@@ -22,7 +22,7 @@ Item = dict[str, list[int]]
 class Rows(Dataset[Item]):
     """Rows of token ids and labels, each made of the documents (see `token_features`) of these indices, several when packed.
 
-    Index ``len(rows)`` gives a row without a target, which fills up the ranks' shares (see `ShardedSampler`).
+    Index ``len(rows)`` gives a row without a target, which fills up the ranks' shares (see `RankSampler`).
     """
 
     def __init__(self, documents: Any, rows: Sequence[Sequence[int]], packed: bool = False) -> None:
@@ -54,7 +54,7 @@ class PromptRows(Dataset[dict[str, Any]]):
 
     ``expected`` is what the model is trained to generate where that is not the reference itself: Qwen3's template puts an
     empty ``<think>`` before it. Index ``len`` gives a row without a reference (None), which fills up the ranks' shares (see
-    `ShardedSampler`).
+    `RankSampler`).
     """
 
     def __init__(self, table: Any, encoder: Encoder) -> None:
@@ -133,7 +133,7 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     batch = collate([join_documents([(ids, ids) for ids in row], True) for row in rows], pad_token_id=0, flatten=flatten)
     device = next(model.parameters()).device
     inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-    with evaluating(model):
+    with eval_mode(model):
         logits = run_causal_lm(model, **inputs, use_cache=False).logits
     first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()
     tolerance = min(64 * torch.finfo(logits.dtype).eps, 1 / 16) * alone.abs().max()  # 64 eps are half of it in bfloat16

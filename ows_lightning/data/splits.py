@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from ows_lightning.data.examples import column, example_features, read_examples, stream_examples, tokenise, warn_of_losses
+from ows_lightning.data.examples import (
+    column,
+    example_features,
+    read_examples,
+    stream_examples,
+    tokenise,
+    warn_of_dropped_content,
+)
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.rows import Rows, pack
 from ows_lightning.data.sources import DataSource, join_names, resolve
-from ows_lightning.data.stream import BLOCK
+from ows_lightning.data.stream import BUFFER_SIZE
 from ows_lightning.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,14 +55,14 @@ class Splits:
 
     def check(self, parts: Collection[str], choices: bool) -> None:
         """Reads the sources of these parts (all, to train), and with `choices` the choices of test rows, by their answers."""
-        keys = {"dataset", "eval_dataset", "test_dataset"} if "train" in parts else {self.setting_of(part) for part in parts}
+        keys = {"dataset", "eval_dataset", "test_dataset"} if "train" in parts else {self.key_of(part) for part in parts}
         for key in sorted(key for key in keys if key and getattr(self, key)):
-            self.examples_of(key)
+            self.all_examples(key)
         if "train" in parts:
             self._check_columns()
         if "dataset" in keys:
             self._train_and_validation()
-        if choices and self.setting_of("test"):
+        if choices and self.key_of("test"):
             for entry in self.examples("test"):
                 choices_of(json.loads(entry["example"]), entry["where"])
 
@@ -65,12 +72,12 @@ class Splits:
             return
         there = {name for table in self._examples.values() for names in table["renamed"] for name in names}
         if self.streaming:
-            there |= {name for entry in self._stream().take(BLOCK) for name in entry["renamed"]}
+            there |= {name for entry in self._stream().take(BUFFER_SIZE) for name in entry["renamed"]}
         for name, own in self.columns.items():
             if own not in there:
                 raise UsageError(f"data.columns.{name}: no row has a column '{own}'; correct the name, or leave it out")
 
-    def setting_of(self, part: str) -> str | None:
+    def key_of(self, part: str) -> str | None:
         """The setting that a part's rows come from; None where there are none, or a stream of them."""
         if part == "train":
             return None if self.streaming else "dataset"
@@ -80,18 +87,18 @@ class Splits:
 
     def examples(self, part: str) -> datasets.Dataset:
         """The examples of a part."""
-        return self.examples_of(str(self.setting_of(part))).select(self._indices(part))
+        return self.all_examples(str(self.key_of(part))).select(self._indices(part))
 
     def rows(self, part: str, encoder: Encoder, packing: bool = False) -> Rows:
         """The tokenised rows of a part that have a target, at least one; with `packing` several documents to a row."""
-        key = str(self.setting_of(part))
-        documents = self.tokens_of(key, encoder)
+        key = str(self.key_of(part))
+        documents = self.all_tokens(key, encoder)
         row_of, wanted = column(documents, "row"), self._indices(part)
         first, last = np.searchsorted(row_of, wanted, "left"), np.searchsorted(row_of, wanted, "right")
         has_target = column(documents, "length") > 0
         chosen = [i for a, b in zip(first.tolist(), last.tolist(), strict=True) for i in range(a, b) if has_target[i]]
         if not has_target.any():
-            where = self.examples_of(key)["where"]
+            where = self.all_examples(key)["where"]
             unshown = ", ".join(dict.fromkeys(what for parts in documents["unshown"] for what in parts))
             raise UsageError(
                 f"data.{key}: none of {len(where)} rows has a target token (an answer that is not empty): "
@@ -105,7 +112,7 @@ class Splits:
         packed = pack(column(documents, "length")[chosen].tolist(), encoder.max_seq_length)
         return Rows(documents, [[chosen[i] for i in row] for row in packed], packed=True)
 
-    def examples_of(self, key: str) -> datasets.Dataset:
+    def all_examples(self, key: str) -> datasets.Dataset:
         """All examples of a setting; of a stream those for validation."""
         from datasets import concatenate_datasets
 
@@ -114,15 +121,15 @@ class Splits:
             self._examples[key] = self._head_of_stream() if is_stream else concatenate_datasets(self._read_tables(key))
         return self._examples[key]
 
-    def tokens_of(self, key: str, encoder: Encoder) -> datasets.Dataset:
+    def all_tokens(self, key: str, encoder: Encoder) -> datasets.Dataset:
         """The documents of all examples of a setting, see `token_features`; logs what was left out or cut."""
         if key not in self.tokens:
-            examples = self.examples_of(key)
+            examples = self.all_examples(key)
             tokens = self.tokens[key] = tokenise(examples, encoder, key)
             dropped = len(self.indices_without_target(key))
             documents, rows = len(tokens) - dropped, len(examples) - dropped
             if documents:
-                warn_of_losses(key, tokens, examples["where"], f"{len(examples)} rows")
+                warn_of_dropped_content(key, tokens, examples["where"], f"{len(examples)} rows")
             if documents > rows:
                 why = "since the template rewrites earlier answers: each is trained at the end of a row of its own."
                 rank_zero_info(f"data.{key}: {rows} rows became {documents}, {why}")
@@ -137,19 +144,19 @@ class Splits:
 
     def training_stream(self) -> datasets.IterableDataset:
         """The training examples of a stream, over and over, without those for validation."""
-        return self._stream().skip(len(self.examples_of("dataset"))).repeat(None)
+        return self._stream().skip(len(self.all_examples("dataset"))).repeat(None)
 
     def _indices(self, part: str) -> np.ndarray:
         """The examples of a part, by their index in what its setting names."""
-        key = self.setting_of(part)
+        key = self.key_of(part)
         if key != "dataset":
-            return np.arange(len(self.examples_of(str(key))))
+            return np.arange(len(self.all_examples(str(key))))
         train, val = self._train_and_validation()
         return self._apply_mixture(train) if part == "train" else val
 
     def _train_and_validation(self) -> tuple[np.ndarray, np.ndarray]:
         """The examples of `dataset` to train on, and those for validation."""
-        total = len(self.examples_of("dataset"))
+        total = len(self.all_examples("dataset"))
         if self.streaming:
             return np.arange(0), np.arange(total)
         if self.eval_dataset or not self.val_size:

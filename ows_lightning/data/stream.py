@@ -10,14 +10,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ows_lightning.data.examples import encode, warn_of_losses
+from ows_lightning.data.examples import encode, warn_of_dropped_content
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.rows import Item, join_documents, pack
 from ows_lightning.data.sources import join_names
 from ows_lightning.errors import UsageError
 
 State = dict[str, Any]
-BLOCK = 1000  # examples that are read, packed and shuffled together
+BUFFER_SIZE = 1000  # examples that are read, packed and shuffled together
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
 
     Every row comes with the position after it: the state of the stream at the start of the block and the number of rows
     seen, the same on all ranks. An iteration that begins there, at ``state``, gives exactly the remaining rows. Rank r of w
-    takes the rows r, r + w, ... of these, as with `ShardedSampler`. ``len`` is what a run takes of this rank's rows.
+    takes the rows r, r + w, ... of these, as with `RankSampler`. ``len`` is what a run takes of this rank's rows.
     """
 
     examples: Any  # a `datasets.IterableDataset`
@@ -48,7 +48,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
         self.examples.load_state_dict(state["examples"])
         stream = iter(self.examples)
         while True:
-            rows = self._rows(list(itertools.islice(stream, BLOCK)), state["block"])
+            rows = self._rows(list(itertools.islice(stream, BUFFER_SIZE)), state["block"])
             for index, row in enumerate(rows, start=state["first_row"]):
                 if index >= state["next_row"] and (index - state["next_row"]) % self.num_replicas == self.rank:
                     yield row, {**state, "next_row": index - self.rank + self.num_replicas}
@@ -65,8 +65,8 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
             if not documents:
                 named = join_names(dict.fromkeys(where))
                 raise UsageError(f"data.dataset: none of the first {len({*where})} rows has an answer to train on: {named}")
-            among, limit = f"the first {BLOCK} rows", self.encoder.max_seq_length
-            warn_of_losses("dataset", columns, where, among)
+            among, limit = f"the first {BUFFER_SIZE} rows", self.encoder.max_seq_length
+            warn_of_dropped_content("dataset", columns, where, among)
             if (cut := sum(columns["truncated"])) and self.length > 1:  # not for a sample of one row
                 rank_zero_info(f"data.dataset: {cut} of {among} were cut to max_seq_length={limit} tokens.")
         rows = [[i] for i in range(len(documents))]

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.atomic_files import partial_path, replace_atomically
-from ows_lightning.checkpoints.files import META, METADATA, file_crc32, save_file
+from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, file_crc32, save_file
 from ows_lightning.checkpoints.find import load_verified, read_checkpoint
-from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
-from ows_lightning.checkpoints.shards import ShardWriter, load_optimizers, load_weights, split_checkpoint
+from ows_lightning.checkpoints.io import AtomicCheckpointIO, save_error
+from ows_lightning.checkpoints.shards import ShardWriter, load_optimizer_states, load_weights, split_checkpoint
 from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.optim.sharding import shard_state
@@ -66,7 +66,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return gathered
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint whole or not at all; a RunError on all ranks, if one of them can't write."""
+        """Writes a checkpoint atomically; a RunError on all ranks, if one of them can't write."""
         path = Path(self.broadcast(filepath))
         if self._save_distributed_checkpoint:
             self._save_shards(checkpoint, path)
@@ -82,21 +82,23 @@ class FSDP2Strategy(ModelParallelStrategy):
             partial.mkdir(parents=True)
 
         def finish() -> None:
-            save_file({**rest, "sums": {**sums, METADATA: file_crc32(partial / METADATA)}}, partial / META)
+            save_file(
+                {**rest, "sums": {**sums, DCP_METADATA_FILE: file_crc32(partial / DCP_METADATA_FILE)}}, partial / META_FILE
+            )
             replace_atomically(partial, path)
 
         try:
             self._on_rank_zero(path, begin)
             dcp.save(tensors, storage_writer=ShardWriter(partial))
-            sums = self._sums(partial)
+            sums = self._checksums(partial)
             self._on_rank_zero(path, finish)
         except dcp.CheckpointException as error:  # on all processes, if it is one's
-            raise write_error(path, error) from error
+            raise save_error(path, error) from error
         finally:
             if self.global_rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _sums(self, folder: Path) -> dict[str, int]:
+    def _checksums(self, folder: Path) -> dict[str, int]:
         """The checksums of all processes' shards, each made by the process that wrote it."""
         sums: list[Any] = [None] * self.world_size
         dist.all_gather_object(sums, {file.name: file_crc32(file) for file in folder.glob(f"__{self.global_rank}_*")})
@@ -109,7 +111,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             try:
                 act()
             except (OSError, RuntimeError) as error:
-                message = str(error if isinstance(error, RunError) else write_error(path, error))
+                message = str(error if isinstance(error, RunError) else save_error(path, error))
         if message := self.broadcast(message):
             raise RunError(message)
 
@@ -148,7 +150,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return torch.empty(saved.size, dtype=dtype)  # of low rank: the optimizer takes its part
 
         if "state_dict" not in checkpoint:
-            states = read_checkpoint(Path(checkpoint["path"]), lambda path: load_optimizers(path, states, empty))
+            states = read_checkpoint(Path(checkpoint["path"]), lambda path: load_optimizer_states(path, states, empty))
         for weights, optimizer, state in zip(places, self.optimizers, states, strict=True):
             for number, values in state["state"].items():
                 state["state"][number] = {key: _local_part(value, weights[number]) for key, value in values.items()}

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from ows_lightning.compat import local_shape_and_offset, replace_parameters_
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.models.pretrained import check_finite, persistent_buffers, weights_by_name
+from ows_lightning.models.pretrained import check_finite, find_stored_weights, persistent_buffers
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
@@ -55,7 +55,7 @@ def load_into_shards(
     replace_parameters_(
         model, lambda p: nn.Parameter(p.to("meta", dtype if p.is_meta else p.dtype), requires_grad=p.requires_grad)
     )
-    stored = weights_by_name(name, model)
+    stored = find_stored_weights(name, model)
     whole: dict[str, Tensor] = {}
     with _InfiniteBarrier():  # NCCL would give up on a rank that takes half an hour to load
         if not stored and mesh.get_local_rank() == 0:

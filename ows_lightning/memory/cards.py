@@ -70,24 +70,24 @@ def _name_and_memory(name: str, left_out: set[str] = _MAKERS) -> tuple[str, int 
 
 
 def available_bytes(device: torch.device, weights: Iterable[Tensor] = (), processes: int = 1) -> int:
-    """Bytes that are free on a device, or taken there by torch, such as ``weights`` may be; each process has its share."""
+    """Bytes that are free on a GPU or reserved by torch; on a CPU a process's share, with the ``weights`` there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return psutil.virtual_memory().available // processes + sum(p.nbytes for p in weights if p.device.type == device.type)
 
 
-def fewest_recomputed_blocks(settings: PlanSettings, budget: float) -> int:
+def fewest_checkpointed_blocks(settings: PlanSettings, budget: float) -> int:
     """Returns the fewest blocks, from the lowest up, that must recompute for a run to fit ``budget`` bytes; all if none do."""
 
     def fits(number: int) -> bool:
         return predict_memory(replace(settings, gradient_checkpointing=number)).peak_bytes <= budget
 
-    return 0 if fits(0) else bisect_left(range(settings.blocks), True, lo=1, key=fits)
+    return 0 if fits(0) else bisect_left(range(settings.num_blocks), True, lo=1, key=fits)
 
 
-def advise(settings: PlanSettings, card: int) -> str:
-    """Says in a sentence what would make a run fit a card of ``card`` GB, or that nothing does."""
-    changes = changes_that_fit(settings, card)
+def advise(settings: PlanSettings, gigabytes: int) -> str:
+    """Says in a sentence what would make a run fit a card of so many ``gigabytes``, or that nothing does."""
+    changes = changes_that_fit(settings, gigabytes)
     if changes is None:
         least, _ = list(_cheaper_settings(settings))[-1]
         more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
@@ -96,18 +96,19 @@ def advise(settings: PlanSettings, card: int) -> str:
     return f"fits with {_in_words(changes)}" if changes else "fits"
 
 
-def changes_that_fit(settings: PlanSettings, card: int) -> dict[str, Any] | None:
+def changes_that_fit(settings: PlanSettings, gigabytes: int) -> dict[str, Any] | None:
     """Returns the keys of a config, dotted, whose new values make a run fit: the mildest change, with the largest batches."""
     milder = list(_cheaper_settings(settings))
-    if not predict_memory(_with_batch_size(milder[-1][0], 1)).fits(card):
+    if not predict_memory(_with_batch_size(milder[-1][0], 1)).fits(gigabytes):
         return None
     sizes = [size for size in range(settings.batch_size, 0, -1) if settings.batch_size % size == 0]
 
     def fitting(changed: PlanSettings) -> list[int]:
         whole = not changed.offloads and changed.devices == 1
-        if whole and sum(p.nbytes for p in changed.meta_model.parameters()) > card * 1e9:  # no step is to be followed
+        if whole and sum(p.nbytes for p in changed.meta_model.parameters()) > gigabytes * 1e9:  # no step is to be followed
             return []
-        return sizes[bisect_left(sizes, True, key=lambda size: predict_memory(_with_batch_size(changed, size)).fits(card)) :]
+        smallest = bisect_left(sizes, True, key=lambda size: predict_memory(_with_batch_size(changed, size)).fits(gigabytes))
+        return sizes[smallest:]
 
     best, changes = next((_with_batch_size(changed, size), keys) for changed, keys in milder for size in fitting(changed))
     if best.batch_size < settings.batch_size:
@@ -132,7 +133,7 @@ def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, di
     method, count = settings.method, settings.method.activated_layers
     alone = settings.devices == 1 and settings.strategy is None  # others are refused with offloaded blocks
     offload = alone and (count is not None or method.lora is not None) and settings.frozen_in == "device"
-    recompute = settings.num_checkpointed < settings.blocks and bool(settings.meta_model.supports_gradient_checkpointing)
+    recompute = settings.num_checkpointed < settings.num_blocks and bool(settings.meta_model.supports_gradient_checkpointing)
     changes: dict[str, Any] = {}
     yield settings, {}
     milder: list[tuple[bool, str, Any]] = [
@@ -172,6 +173,6 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
         values[section].get("init_args", values[section])[name] = value
     path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
     changed = f"with {_in_words(changes)}" if changes else "as it is"
-    written = f"# {settings.name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}"
+    written = f"# {settings.model_name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}"
     path.write_text(written, encoding="utf-8")
     return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line(f'fit --config {shlex.quote(str(path))}')}"

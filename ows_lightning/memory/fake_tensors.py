@@ -87,7 +87,7 @@ def to_fake_(model: nn.Module) -> None:
 
 
 class _Fake(FakeTensor):
-    """Derives from FakeTensor because transformers reads no mask values of one."""
+    """A tensor without contents; a FakeTensor, since transformers reads no mask values of one."""
 
     device = Tensor.device
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
-from ows_lightning.sampling.scores import OutlierScores, architecture_of
+from ows_lightning.sampling.scores import BlockScores, architecture_of
 
 _DRAWS = 4000  # the mean over this many is within 0.3 % of the expectation
 
@@ -34,7 +34,7 @@ class FlopCount:
     probabilities: str  # where those of the draws come from, in words
 
 
-class _Flops(NamedTuple):
+class _BlockFlops(NamedTuple):
     """FLOPs of one block, or of the head, in a micro-batch; from ``update`` on, in an optimizer step."""
 
     forward: float
@@ -56,7 +56,7 @@ def count_flops(settings: PlanSettings, drawn: Sequence[Sequence[int]] | None = 
     that of its weights, too; below it nothing is computed but forward. The blocks that were drawn in each interval of a run
     give its own FLOPs, in place of the expectation.
     """
-    method, count, num_checkpointed = settings.method, settings.blocks, settings.num_checkpointed
+    method, count, num_checkpointed = settings.method, settings.num_blocks, settings.num_checkpointed
     draws, origin = (drawn, "the run's") if drawn else _simulated_draws(settings)
     flops = _micro_batch_flops(settings, recompute=num_checkpointed == count)
     checkpointed = _micro_batch_flops(settings, recompute=True) if 0 < num_checkpointed < count else flops
@@ -90,7 +90,7 @@ def _merging_flops(settings: PlanSettings) -> float:
     rank, blocks = settings.method.resting_rank, decoder_layers(settings.meta_model)
     apart = {module.weight for module in blocks.modules() if settings.method.factored and type(module) is nn.Linear}
     matrices = (p for p in blocks.parameters() if p.dim() in (2, 3) and p.size(-1) > rank)
-    return 2 * 2 * rank * sum(p.numel() for p in matrices if p not in apart) / settings.blocks
+    return 2 * 2 * rank * sum(p.numel() for p in matrices if p not in apart) / settings.num_blocks
 
 
 def _scoring_flops(settings: PlanSettings, forward: float) -> float:
@@ -105,22 +105,22 @@ def _scoring_flops(settings: PlanSettings, forward: float) -> float:
     return samples / rows * forward
 
 
-def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _Flops:
-    """Counts those of a micro-batch, where all blocks recompute their activations or none."""
-    flops = _count_flops(settings, recompute, settings.batch_size)
+def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _BlockFlops:
+    """Counts the FLOPs of a micro-batch, where all blocks recompute their activations or none."""
+    flops = _simulate_flops(settings, recompute, settings.batch_size)
     if settings.method.rank is None:
         return flops
     # Of a renewal's, those of full gradients grow with the rows; the others are computed once a step.
-    full_gradient = _count_flops(settings, recompute, 2 * settings.batch_size).renewal - flops.renewal
+    full_gradient = _simulate_flops(settings, recompute, 2 * settings.batch_size).renewal - flops.renewal
     return flops._replace(renewal=flops.renewal - full_gradient, full_gradient=full_gradient)
 
 
-def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
+def _simulate_flops(settings: PlanSettings, recompute: bool, rows: int) -> _BlockFlops:
     # `renews_while_active` makes every step renew its subspaces, the worst case for memory. Here renewals are counted apart.
     resting = replace(settings.method, renews_while_active=False)
     method = replace(resting, resting_rank=0)
 
-    def step_of(active: int, frozen: int, method: TrainingMethod = method) -> Callable[..., float]:
+    def stage_flops(active: int, frozen: int, method: TrainingMethod = method) -> Callable[..., float]:
         """Returns a function: FLOPs of the stages that begin with a word, in an ordinary step or one that renews subspaces."""
         num_checkpointed = active + frozen if recompute else 0
         stages = simulate(replace(settings, method=method), active, frozen, num_checkpointed, rows).flops
@@ -131,27 +131,27 @@ def _count_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Flops:
 
         return total
 
-    count = settings.blocks
+    count = settings.num_blocks
     if not blocks_are_alike(settings):  # of several kinds: the mean over all blocks
         blocks = trained = count
-        step = step_of(count, 0)
+        step = stage_flops(count, 0)
         lowest = above = step("backward") / count
         frozen = 0.0
         if method.activated_layers is not None and count > 1:
-            frozen = (step_of(1, count - 1)("backward") - lowest) / (count - 1)
+            frozen = (stage_flops(1, count - 1)("backward") - lowest) / (count - 1)
     else:
         trained = min(count, 3 if method.activated_layers is None else min(method.activated_layers, 2))
         blocks = trained + (method.activated_layers is not None and count > trained)
-        step = step_of(trained, blocks - trained)
+        step = stage_flops(trained, blocks - trained)
         lowest, frozen = step("backward lowest"), step("backward frozen")
         above = step("backward active") / max(1, trained - 1)
     resting_flops = resting_update = 0.0
     active, others = (1, count - 1) if blocks == count else (trained, blocks - trained)
     if resting.resting_rank and others:
-        without, rests = (step_of(active, others, one) for one in (method, resting))
+        without, rests = (stage_flops(active, others, one) for one in (method, resting))
         resting_update = (rests("step") - without("step")) / others
         resting_flops = (rests() - without()) / others - resting_update
-    return _Flops(
+    return _BlockFlops(
         forward=step("forward") / blocks,
         head=step("loss_head"),
         backward_lowest=lowest,
@@ -179,7 +179,7 @@ def _renewals(settings: PlanSettings, draws: Sequence[Sequence[int]]) -> float:
 
 
 def _simulated_draws(settings: PlanSettings) -> tuple[list[list[int]], str]:
-    method, count = settings.method, settings.blocks
+    method, count = settings.method, settings.num_blocks
     if method.activated_layers is None:
         return [list(range(count))], "every block trains"
     probabilities, origin = _probabilities(settings)
@@ -194,10 +194,10 @@ def _simulated_draws(settings: PlanSettings) -> tuple[list[list[int]], str]:
 
 def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     """The blocks' probabilities, and where they come from: uniform ones stand for those that only a run can measure."""
-    distribution, count = settings.method.distribution or settings.sampling.get("distribution", "outlier"), settings.blocks
+    distribution, count = settings.method.distribution or settings.sampling.get("distribution", "outlier"), settings.num_blocks
     scores = settings.sampling.get("scores") if distribution != "gradient_norm" else None  # which only a run knows
     if settings.method.distribution is None and scores is not None:
-        ratios = OutlierScores.load(Path(scores)).checked_ratios(count, architecture_of(settings.model), distribution)
+        ratios = BlockScores.load(Path(scores)).scores_for(count, architecture_of(settings.model_config), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"
     if score_name(distribution) is not None:  # which only a run or a file of scores knows
         return sampling_probabilities([1.0] * count, "uniform"), f"uniform, for want of sampling.scores ({distribution})"
@@ -206,7 +206,7 @@ def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
 
 
 UTILISATION = 0.4
-"""The share of a card's dense rate that training is taken to reach. Published runs on one card lie between 0.3 and 0.5."""
+"""The assumed model FLOPs utilisation (MFU). Published runs on one card lie between 0.3 and 0.5."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,8 @@ class Speed:
 def estimate_speed(settings: PlanSettings, computed: FlopCount, card: Card) -> Speed:
     """Estimates a speed: the longer of what a method's FLOPs take at `UTILISATION`, and what its fetches take."""
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
-    block = sum(ModelSizes.of(settings).offloaded) / settings.blocks  # the mean, where they differ
-    fetches = sum(fetched_blocks(draw, settings, settings.blocks) for draw in computed.draws) / len(computed.draws)
+    block = sum(ModelSizes.of(settings).offloaded) / settings.num_blocks  # the mean, where they differ
+    fetches = sum(fetched_blocks(draw, settings, settings.num_blocks) for draw in computed.draws) / len(computed.draws)
     fetched = int(fetches * block) * settings.accumulate_grad_batches
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches
     computing, fetching = tokens * computed.flops_per_token / rate, fetched / link

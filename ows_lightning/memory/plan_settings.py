@@ -17,8 +17,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.simulated_step import TrainingMethod
-from ows_lightning.models.decoder import PARTS, decoder_layers, non_block_parameters
-from ows_lightning.models.execution import GradientCheckpointing, check_gradient_checkpointing, num_checkpointed
+from ows_lightning.models.decoder import NON_BLOCK_PARTS, decoder_layers, non_block_parameters
+from ows_lightning.models.execution import GradientCheckpointing, check_gradient_checkpointing, num_to_checkpoint
 from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors, meta_model
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.offload.options import offloads
@@ -68,10 +68,10 @@ def _read(name: str, directory: Path, trust_remote_code: bool) -> PretrainedConf
 class PlanSettings:
     """What memory depends on."""
 
-    name: str  # of the model
-    model: PretrainedConfig = field(compare=False)
+    model_name: str
+    model_config: PretrainedConfig = field(compare=False)
     method: TrainingMethod
-    dimensions: str = ""  # where `model` was found, in words
+    dimensions: str = ""  # where `model_config` was found, in words
     batch_size: int = 16  # rows of a micro-batch, on each device
     max_seq_length: int = 512  # tokens in a row; all of them are targets, and all rows are full
     accumulate_grad_batches: int = 1  # micro-batches in a step
@@ -103,11 +103,11 @@ class PlanSettings:
     def meta_model(self) -> nn.Module:
         """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
         options = {"dtype": self.dtype, "attn_implementation": self.attention, "trust_remote_code": self.trust_remote_code}
-        with loading_errors(self.name):
-            return self.cached(tuple(options.values()), lambda: meta_model(self.model, **options))
+        with loading_errors(self.model_name):
+            return self.cached(tuple(options.values()), lambda: meta_model(self.model_config, **options))
 
     @cached_property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         """Number of the model's blocks."""
         return len(decoder_layers(self.meta_model))
 
@@ -121,15 +121,15 @@ class PlanSettings:
     @property
     def num_checkpointed(self) -> int:
         """How many of the blocks, the first ones, recompute their activations."""
-        return num_checkpointed(self.gradient_checkpointing, self.blocks)
+        return num_to_checkpoint(self.gradient_checkpointing, self.num_blocks)
 
     @property
     def title(self) -> str:
         """Says in a line what is planned."""
         batch, count = f"{self.batch_size} x {self.max_seq_length} tokens", self.accumulate_grad_batches
-        parts = [self.name, f"{count} x {batch}" if count > 1 else batch, self.precision]
+        parts = [self.model_name, f"{count} x {batch}" if count > 1 else batch, self.precision]
         if self.num_checkpointed:
-            some = f" of {self.num_checkpointed} blocks" if self.num_checkpointed < self.blocks else ""
+            some = f" of {self.num_checkpointed} blocks" if self.num_checkpointed < self.num_blocks else ""
             parts.append(f"checkpointing{some}")
         frozen = [where for where in (self.frozen_in, self.frozen_dtype) if where not in ("device", None)]
         parts += [f"frozen blocks in {where}" for where in frozen]
@@ -182,9 +182,9 @@ def settings_from_config(config: Any) -> PlanSettings:
     precision, on_gpu = str(trainer.get("precision") or "32-true"), trainer.get("accelerator") not in ("cpu", "mps")
     strategy = _strategy(trainer.get("strategy"))
     method = TrainingMethod(
-        optimizer=_optimizer(model.get("optimizer"), on_gpu),
+        optimizer=_optimizer_factory(model.get("optimizer"), on_gpu),
         activated_layers=sampling.get("activated_layers", 5) if sampled else None,
-        always_train=tuple(sampling.get("always_train", PARTS)),
+        always_train=tuple(sampling.get("always_train", NON_BLOCK_PARTS)),
         rank=model.get("rank", 128),
         ours=True,
         factored=not model.get("compile", False) and strategy != "fsdp2",
@@ -198,8 +198,8 @@ def settings_from_config(config: Any) -> PlanSettings:
     if (limit := exceeded_position_limit(config_of_model, length, trust)) is not None:
         raise UsageError(f"data.max_seq_length: {length}, and the model has positions for {limit}; set it to {limit} or less")
     return PlanSettings(
-        name=name, model=config_of_model, dimensions=found, method=method, on_gpu=on_gpu, strategy=strategy, sampling=sampling,
-        devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
+        model_name=name, model_config=config_of_model, dimensions=found, method=method, on_gpu=on_gpu, strategy=strategy,
+        sampling=sampling, devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
         accumulate_grad_batches=trainer.get("accumulate_grad_batches") or 1,
         precision={"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
         attention="eager" if model.get("attn_implementation") == "eager" else None,
@@ -213,8 +213,8 @@ def settings_of_run(config: Any, module: CausalLMModule) -> PlanSettings:
     return replace(settings_from_config(config), on_gpu=module.device.type == "cuda", devices=module.trainer.world_size)
 
 
-def _optimizer(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:
-    """From what a config says of an optimizer to what makes it from parameters."""
+def _optimizer_factory(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:
+    """Returns a function that makes the configured optimizer from parameters."""
     if setting is None or callable(setting):
         return setting or GaLoreAdamW
     path = setting["class_path"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.cards import CARDS, Card, advise, fewest_recomputed_blocks, find_card
+from ows_lightning.memory.cards import CARDS, Card, advise, fewest_checkpointed_blocks, find_card
 from ows_lightning.memory.flops import UTILISATION, FlopCount, Speed, count_flops, estimate_speed
 from ows_lightning.memory.plan_settings import PlanSettings, number_of_devices, settings_from_config
-from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, predict_memory
+from ows_lightning.memory.prediction import CATEGORIES, METHODS, MemoryPrediction, predict_memory
 from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Plan:
     """What methods need, each under its name; ``ows`` is the config's own."""
 
     title: str  # what was planned
-    methods: dict[str, MethodPlan]
-    computes: dict[str, FlopCount]
+    methods: dict[str, MemoryPrediction]
+    flop_counts: dict[str, FlopCount]
     advice: list[str]  # a sentence for each card that `ows` does not fit
     notes: list[str]  # which cards fit, where the figures come from
     parameters: int  # the model's weights
@@ -37,10 +37,10 @@ class Plan:
     speeds: dict[str, Speed]  # none without a card
 
     def to_json(self) -> str:
-        """Returns one JSON object: method -> what a `MethodPlan` has, its FLOPs and, with a card, what a `Speed` has."""
+        """Returns one JSON object: method -> what a `MemoryPrediction` has, its FLOPs and, with a card, what a `Speed` has."""
         figures: dict[str, dict[str, Any]] = {}
         for name, needs in self.methods.items():
-            computed = self.computes[name]
+            computed = self.flop_counts[name]
             figures[name] = {"peak_bytes": needs.peak_bytes, **vars(needs), "flops_per_token": computed.flops_per_token}
             figures[name]["probabilities"] = computed.probabilities
             if self.card is not None:
@@ -49,7 +49,7 @@ class Plan:
 
     def to_table(self) -> str:
         """Returns a table as text, in GB (10^9 bytes), and the advice below it."""
-        needs, computes = list(self.methods.values()), [self.computes[name] for name in self.methods]
+        needs, computes = list(self.methods.values()), [self.flop_counts[name] for name in self.methods]
         columns = {name.replace("_", " "): [f"{n.bytes[name] / 1e9:.2f}" for n in needs] for name in CATEGORIES}
         columns["peak"] = [f"{n.peak_bytes / 1e9:.2f}" for n in needs]
         columns["fits"] = [next((f"{card} GB" for card in MEMORY_SIZES if n.fits(card)), "none") for n in needs]
@@ -78,7 +78,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     chosen = None if card is None else find_card(card)
     advice, notes = [], []
     runs: dict[str, PlanSettings] = {}
-    plans: dict[str, MethodPlan] = {}
+    plans: dict[str, MemoryPrediction] = {}
     for name in methods or METHODS:
         try:
             runs[name] = _with_num_checkpointed(replace(settings, method=METHODS[name](settings)), chosen)
@@ -91,7 +91,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
         note = "stands for true; --card says how many blocks recompute on that card"
         if chosen is not None:
             numbers = ", ".join(f"{name} {runs[name].num_checkpointed}" for name in plans)
-            note = f"on {chosen.name}, blocks of {settings.blocks} that recompute: {numbers}"
+            note = f"on {chosen.name}, blocks of {settings.num_blocks} that recompute: {numbers}"
         notes.append(f"model.gradient_checkpointing: auto {note}")
     settings = runs.get("ows", settings)
     computes = {name: count_flops(runs[name]) for name in plans}
@@ -125,7 +125,7 @@ def _with_num_checkpointed(settings: PlanSettings, card: Card | None) -> PlanSet
     if settings.gradient_checkpointing != "auto":
         return settings
     if card is not None and settings.method.ours:
-        return replace(settings, gradient_checkpointing=fewest_recomputed_blocks(settings, card.memory * 1e9))
+        return replace(settings, gradient_checkpointing=fewest_checkpointed_blocks(settings, card.memory * 1e9))
     none = replace(settings, gradient_checkpointing=0)
     fits = card is not None and predict_memory(none).fits(card.memory)
     return none if fits else replace(settings, gradient_checkpointing=True)

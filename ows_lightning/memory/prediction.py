@@ -13,13 +13,13 @@ from torch.optim import AdamW, Optimizer
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, to_fake_
 from ows_lightning.memory.plan_settings import PlanSettings
-from ows_lightning.memory.simulated_step import StepMemory, TrainingMethod, Workload, block_groups, simulate_steps
+from ows_lightning.memory.simulated_step import StepCosts, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.models.lora import add_lora
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.sampling.activation import outside_parameters
+from ows_lightning.sampling.activation import non_block_trains
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
@@ -29,7 +29,7 @@ _STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a
 
 
 @dataclass(frozen=True)
-class MethodPlan:
+class MemoryPrediction:
     """What a method needs on each device."""
 
     bytes: dict[str, int]  # category -> those at the peak, see `CATEGORIES`
@@ -41,9 +41,9 @@ class MethodPlan:
         """The most memory that is allocated at a time."""
         return sum(self.bytes.values())
 
-    def fits(self, card: int) -> bool:
-        """Whether it fits a card of ``card`` GB."""
-        return self.peak_bytes <= card * 1e9
+    def fits(self, gigabytes: int) -> bool:
+        """Whether it fits a card of so many ``gigabytes``."""
+        return self.peak_bytes <= gigabytes * 1e9
 
 
 def _adamw(settings: PlanSettings) -> Callable[[Any], Optimizer]:
@@ -71,7 +71,7 @@ blocks that are frozen again. Batches, precision and checkpointing are the confi
 
 
 @torch.random.fork_rng(devices=[])
-def predict_memory(settings: PlanSettings) -> MethodPlan:
+def predict_memory(settings: PlanSettings) -> MemoryPrediction:
     """Predicts what the settings' method needs on each device, from a step of a fake model with all its operators.
 
     The highest of a step's stages is the peak. Kernels' workspaces (cuBLAS, say) are not in it. It raises a UsageError if the
@@ -83,7 +83,8 @@ def predict_memory(settings: PlanSettings) -> MethodPlan:
         raise
     except Exception as error:  # what a model's code raises when its tensors have no contents
         raise UsageError(
-            f"model.model_name_or_path: can't follow a {settings.model.model_type} model in {settings.precision} ({error})"
+            f"model.model_name_or_path: can't follow a {settings.model_config.model_type} model in {settings.precision} "
+            f"({error})"
         ) from error
     sizes = ModelSizes.of(settings)
     device, host = _offloaded_bytes(settings, sizes)
@@ -91,20 +92,20 @@ def predict_memory(settings: PlanSettings) -> MethodPlan:
     if settings.is_sharded:
         peaks = [_per_device_peak(span[-1], peak, settings, sizes) for span, peak in zip(memory.peaks, peaks, strict=True)]
     highest = max(peaks, key=lambda peak: sum(peak.values()))
-    return MethodPlan(highest, host + _waiting_gradients(settings), _communicated_bytes(memory, settings, sizes))
+    return MemoryPrediction(highest, host + _waiting_gradients(settings), _communicated_bytes(memory, settings, sizes))
 
 
-def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
+def extrapolate(settings: PlanSettings, alike: bool) -> StepCosts:
     """Simulates steps of models of few blocks, or of all blocks where these are not alike, and goes on linearly.
 
     Blocks of a group (see `block_groups`) add the same each, so that the peaks of each stage of a step are linear in the
     number of blocks of each group: it is exact.
     """
-    active = settings.method.active_blocks(settings.blocks)
-    groups = block_groups(active, settings.blocks - active, settings.num_checkpointed)
+    active = settings.method.active_blocks(settings.num_blocks)
+    groups = block_groups(active, settings.num_blocks - active, settings.num_checkpointed)
     few = {name: size if size <= _MAX_SIMULATED or not alike else 2 for name, size in groups.items()}
 
-    def simulate_groups(groups: dict[str, int]) -> StepMemory:
+    def simulate_groups(groups: dict[str, int]) -> StepCosts:
         frozen, frozen_kept, active, active_kept = groups.values()
         num_checkpointed = min(settings.num_checkpointed, 1 + frozen + active)
         return simulate(settings, 1 + active + active_kept, frozen + frozen_kept, num_checkpointed)
@@ -112,13 +113,13 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepMemory:
     base, more = simulate_groups(few), {name: size - few[name] for name, size in groups.items() if size > few[name]}
     steps = [(times, simulate_groups({**few, name: few[name] + 1})) for name, times in more.items()]
 
-    def extended(value: Callable[[StepMemory], int]) -> int:
+    def extended(value: Callable[[StepCosts], int]) -> int:
         return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)
 
     def of_category(span: tuple[Any, ...], name: str) -> int:
         return extended(lambda memory: memory.peaks[span].get(name, 0))
 
-    return StepMemory(
+    return StepCosts(
         {span: {name: of_category(span, name) for name in CATEGORIES} for span in base.peaks},
         extended(lambda memory: memory.trained),
         extended(lambda memory: memory.consumed),
@@ -137,7 +138,7 @@ def blocks_are_alike(settings: PlanSettings) -> bool:
     return settings.cached(("alike", repr(lora)), alike)
 
 
-def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed: int, rows: int | None = None) -> StepMemory:
+def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed: int, rows: int | None = None) -> StepCosts:
     """Simulates a step of a fake model of the settings' first blocks; the same step is simulated once.
 
     ``active`` and ``frozen`` are numbers of blocks; the lowest ``num_checkpointed`` recompute their activations. With
@@ -151,7 +152,7 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
     length, offloads = settings.max_seq_length, settings.offloads and method.resting_rank > 0
     work = Workload(batch_size, length, accumulates, settings.autocast, settings.on_gpu, offloads)
 
-    def simulated() -> StepMemory:
+    def simulated() -> StepCosts:
         model = first_blocks(settings.meta_model, active + frozen)
         checkpoint_activations(model, num_checkpointed)  # type: ignore[arg-type]
         if method.lora is not None:
@@ -169,8 +170,8 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
 class ModelSizes(NamedTuple):
     """The sizes of a model's blocks, the largest first, and of all else. What several blocks share counts as all else."""
 
-    blocks: list[int]  # parameters of each
-    root: int  # parameters of all else
+    block_numel: list[int]  # parameters of each
+    root_numel: int  # parameters of all else
     on_device: list[int]  # bytes of each block as it trains
     offloaded: list[int]  # bytes of each while it is offloaded, or in int8
     largest_weight: int  # bytes, of a block's
@@ -205,10 +206,10 @@ def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, in
     are slots. Blocks in int8 are dequantised into the slots, from copies on the device or from memory that the copies pass
     through one by one. The host has every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone.
     """
-    offloaded, is_int8 = _offloaded_blocks(settings, settings.blocks), settings.frozen_dtype == "int8"
+    offloaded, is_int8 = _offloaded_blocks(settings, settings.num_blocks), settings.frozen_dtype == "int8"
     if offloaded is None:
         return 0, 0
-    frozen = slice(settings.blocks - offloaded, None)
+    frozen = slice(settings.num_blocks - offloaded, None)
     on_device = settings.window_blocks * sizes.on_device[0] - sum(sizes.on_device[frozen])
     if is_int8:
         on_device += sum(sizes.offloaded[frozen]) if settings.frozen_in == "device" else sizes.offloaded[0]
@@ -224,8 +225,8 @@ def _waiting_gradients(settings: PlanSettings) -> int:
     if method.rank is None or method.lora is not None or not (method.ours and waits):
         return 0
     largest = max(decoder_layers(settings.meta_model), key=lambda layer: sum(p.numel() for p in layer.parameters()))
-    outside = outside_parameters(settings.meta_model, method.always_train if method.project_embeddings else ()).items()
-    waiting = [*largest.parameters()] * method.active_blocks(settings.blocks) + [p for p, trains in outside if trains]
+    outside = non_block_trains(settings.meta_model, method.always_train if method.project_embeddings else ()).items()
+    waiting = [*largest.parameters()] * method.active_blocks(settings.num_blocks) + [p for p, trains in outside if trains]
     projected = (p for p in waiting if p.dim() in (2, 3) and min(p.shape[-2:]) > method.rank)
     sizes = (p.nbytes // (settings.devices if settings.is_sharded else 1) for p in projected)
     return sum(1 << (size - 1).bit_length() for size in sizes)
@@ -261,11 +262,11 @@ def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, s
     sharded = {"weights", "gradients", "moments"} | ({"other"} if settings.method.rank is None else set())
     each = {name: -(-size // settings.devices) if name in sharded else size for name, size in peak.items()}
     dtype, method, backward = settings.compute_dtype, settings.method, stage.startswith("backward")
-    root, block, of_blocks = sizes.root * dtype.itemsize, sizes.blocks[0] * dtype.itemsize, 0
+    root, block, of_blocks = sizes.root_numel * dtype.itemsize, sizes.block_numel[0] * dtype.itemsize, 0
     before = root if stage in ("forward", "forward lowest") else block
     gathered = {"step": 0, "loss_head": root + block}.get(stage, root + 2 * block + (0 if backward else before))
     if method.lora is None and (backward or stage == "loss_head"):
-        outside = outside_parameters(settings.meta_model, method.always_train).items()
+        outside = non_block_trains(settings.meta_model, method.always_train).items()
         of_root = sum(p.numel() for p, always in outside if always or method.activated_layers is None)
         each["gradients"] += of_root * dtype.itemsize * (settings.devices - 1) // settings.devices
     if method.lora is None and backward:
@@ -275,7 +276,7 @@ def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, s
     return each
 
 
-def _communicated_bytes(memory: StepMemory, settings: PlanSettings, sizes: ModelSizes) -> int:
+def _communicated_bytes(memory: StepCosts, settings: PlanSettings, sizes: ModelSizes) -> int:
     """Bytes that each of n devices sends in an optimizer step; its share in a ring is (n - 1) / n of the tensors.
 
     FSDP2: in every micro-batch, the blocks' weights are gathered in forward and again in backward, frozen ones too, and the
@@ -284,7 +285,7 @@ def _communicated_bytes(memory: StepMemory, settings: PlanSettings, sizes: Model
     """
     n = settings.devices
     if settings.is_sharded:
-        gathered = (2 * sum(sizes.blocks) + sizes.root) * settings.compute_dtype.itemsize
+        gathered = (2 * sum(sizes.block_numel) + sizes.root_numel) * settings.compute_dtype.itemsize
         return settings.accumulate_grad_batches * (gathered + 4 * memory.trained) * (n - 1) // n
     reduced = memory.consumed if settings.method.ours else memory.trained * settings.dtype.itemsize
     return 2 * reduced * (n - 1) // n

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_lightning.compat import in_backward
 from ows_lightning.memory.tracker import HOST, MemoryTracker
-from ows_lightning.models.decoder import PARTS, backbone, decoder_layers, language_model_of
+from ows_lightning.models.decoder import NON_BLOCK_PARTS, backbone, decoder_layers, language_model_of
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import next_token_loss
@@ -21,7 +21,7 @@ from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.linear import set_updates
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.subspace import SubspaceMethod
-from ows_lightning.sampling.activation import activate_blocks, outside_parameters, trainable_by_block
+from ows_lightning.sampling.activation import activate_blocks, non_block_trains, trainable_by_block
 from ows_lightning.step import gradients_of
 
 _NOT_TRACKED = "between"
@@ -33,7 +33,7 @@ class TrainingMethod:
 
     optimizer: Callable[[Any], Optimizer]  # from parameters or groups
     activated_layers: int | None = None  # blocks that train at a time; None trains all
-    always_train: tuple[str, ...] = PARTS  # what trains outside the blocks
+    always_train: tuple[str, ...] = NON_BLOCK_PARTS  # what trains outside the blocks
     rank: int | None = None  # of the projected gradients; None trains in full rank
     proj_type: ProjType = "std"
     subspace: SubspaceMethod = "randomized"
@@ -64,7 +64,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class StepMemory:
+class StepCosts:
     """What a method's steps took, by span: a stage of a step, and within blocks the group of the block and its place there."""
 
     peaks: dict[tuple[Any, ...], dict[str, int]]  # span -> category -> bytes, at the span's peak
@@ -73,7 +73,7 @@ class StepMemory:
     flops: dict[tuple[Any, ...], int] = field(default_factory=dict)  # span -> those of its matrix products
 
 
-def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepMemory:
+def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tracker: MemoryTracker) -> StepCosts:
     """Takes a method's worst optimizer steps under a tracker: the first one after a draw, which finds subspaces, and another.
 
     Of all draws, the one that costs most is taken: the lowest block trains, so that activations are kept from there up, and so
@@ -95,7 +95,7 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
             for hook in hooks:
                 hook.remove()
     peaks = {span: sizes for span, sizes in tracker.peaks().items() if span and _NOT_TRACKED not in span[-1]}
-    return StepMemory(peaks, sum(p.numel() for p in _trainable(model)), consumed, dict(tracker.flops))
+    return StepCosts(peaks, sum(p.numel() for p in _trainable(model)), consumed, dict(tracker.flops))
 
 
 class _Simulation:
@@ -115,7 +115,7 @@ class _Simulation:
         model, method, count = self.model, self.method, len(decoder_layers(self.model))
         active = method.active_blocks(count)
         self._watch_stages(_block_spans(block_groups(active, count - active, count_checkpointed(model))))
-        in_blocks, others = trainable_by_block(model), outside_parameters(model, method.always_train)
+        in_blocks, others = trainable_by_block(model), non_block_trains(model, method.always_train)
 
         def draw(blocks: Sequence[int]) -> None:
             if method.activated_layers is not None:
@@ -129,7 +129,7 @@ class _Simulation:
             self.optimizer.zero_grad()
 
         if self.work.offloads and self.galore is not None:
-            self.galore.keep_resting_updates(decoder_layers(model).parameters(), merge=lambda weights: None)
+            self.galore.keep_updates_separate(decoder_layers(model).parameters(), merge=lambda weights: None)
         # What has a state by then: what trains always, every block if states are kept, or at rest.
         draw(range(count) if method.keeps_states else ())
         take_empty_step(_trainable(model))
@@ -236,7 +236,7 @@ class _Simulation:
         backbone(language_model_of(self.model)).register_forward_hook(leave_decoder)
 
     def _rests(self, p: nn.Parameter) -> bool:
-        return self.galore is not None and self.galore.rests(p)
+        return self.galore is not None and self.galore.is_resting(p)
 
     def _label_states(self) -> None:
         for state in self.optimizer.state.values():

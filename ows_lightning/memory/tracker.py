@@ -20,7 +20,7 @@ _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 _ITS_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def flops_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """Returns the FLOPs of an operator's matrix products, two for a multiplication with its addition; 0 for all else.
 
     Fused attention counts as its matrix products would one by one: two in forward, four in backward, masked or not.
@@ -78,7 +78,7 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs an operator, and takes its results into account."""
         result = self._operate(func, args, kwargs or {})
-        self.flops[self.span] += flops_of(func, args, kwargs or {}, result)
+        self.flops[self.span] += operator_flops(func, args, kwargs or {}, result)
         for value in [result] if isinstance(result, Tensor) else tree_leaves(result):  # faster, and the usual case
             if isinstance(value, Tensor):
                 self._allocation(value)

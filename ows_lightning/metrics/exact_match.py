@@ -54,7 +54,7 @@ class TeacherForcedAnswers:
             self._prefixes[prompt] = self._prefix(ids[positions[start:]].tolist(), tokens[start:])
 
     def answers(self, batch: dict[str, Any]) -> list[str | None]:
-        """Returns each prompt's answer, or its beginning where that is not of a right one already; else None."""
+        """Returns each prompt's answer, or the known start of a wrong one; None where it must be generated."""
         prompts = (ids[mask.bool()] for ids, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True))
         return [self._answer(prompt, right) for prompt, right in zip(prompts, right_answers(batch), strict=True)]
 
@@ -65,7 +65,7 @@ class TeacherForcedAnswers:
 
     def _answer(self, prompt: Tensor, right: set[str]) -> str | None:
         if not right:
-            return ""  # it fills up a rank's share
+            return ""  # a filler row
         if (prefix := self._prefixes.get(prompt.numpy().tobytes())) is None:
             return None
         text = str(self._tokenizer.decode(prefix, skip_special_tokens=True))

@@ -84,7 +84,7 @@ class CausalLM(nn.Module):
         config = model.config.get_text_config()
         ids = input_ids % config.vocab_size
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with evaluating(self):
+        with eval_mode(self):
             try:
                 expected = model(**inputs, use_cache=False).logits
             except (ValueError, TypeError, AttributeError) as error:  # e.g. a draft model, which wants another model's states
@@ -100,8 +100,8 @@ class CausalLM(nn.Module):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turns dropout off; afterwards every module is in its own mode again, as a user or Lightning set it."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Sets eval mode; afterwards every module is in its own mode again, as a user or Lightning set it."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -9,7 +9,7 @@ from torch import nn
 from ows_lightning.errors import UsageError
 
 Part = Literal["embeddings", "lm_head", "norm"]
-PARTS: tuple[Part, ...] = get_args(Part)
+NON_BLOCK_PARTS: tuple[Part, ...] = get_args(Part)
 """The parts of a model outside its blocks, as ``always_train`` names them, see `non_block_parameters`."""
 
 

@@ -27,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import without_weight_conversions
 from ows_lightning.errors import UsageError
-from ows_lightning.models.export import atomic_directory, check_replaceable, group_by_file_tensors, is_of_model, untied_weights
+from ows_lightning.models.export import atomic_directory, check_replaceable, group_by_file_tensors, is_of_model, unique_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -184,7 +184,7 @@ def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSiz
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
     plain = without_weight_conversions(model)
-    for group in group_by_file_tensors(plain, untied_weights(model)):
+    for group in group_by_file_tensors(plain, unique_weights(model)):
         weights = {weight.name: weight.tensor.detach() for weight in group}
         pieces = revert_weight_conversion(plain, weights)
         new = {piece: change.read(piece, pieces) for piece in pieces if piece in change.places}
@@ -217,7 +217,7 @@ def _copy_all_but_weights(source: Path, target: Path) -> None:
 def _file_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the names and in the form of its files."""
     plain = without_weight_conversions(model)
-    for group in group_by_file_tensors(plain, untied_weights(model)):
+    for group in group_by_file_tensors(plain, unique_weights(model)):
         yield from revert_weight_conversion(plain, {weight.name: weight.tensor.detach() for weight in group}).items()
 
 

@@ -26,9 +26,9 @@ def check_gradient_checkpointing(setting: GradientCheckpointing) -> None:
         raise UsageError(f"model.gradient_checkpointing: {setting} must be true, false, auto, or a number of blocks from 0 on")
 
 
-def num_checkpointed(setting: GradientCheckpointing, count: int) -> int:
+def num_to_checkpoint(setting: GradientCheckpointing, num_layers: int) -> int:
     """Returns how many of a model's blocks a setting lets recompute."""
-    return count if setting is True or setting == "auto" else min(int(setting), count)
+    return num_layers if setting is True or setting == "auto" else min(int(setting), num_layers)
 
 
 def count_checkpointed(model: nn.Module) -> int:
@@ -44,7 +44,7 @@ def checkpoint_activations(model: PreTrainedModel, setting: GradientCheckpointin
     another number. A UsageError says that the model's class can't recompute, or not some of its blocks alone.
     """
     layers = decoder_layers(model)
-    if number := num_checkpointed(setting, len(layers)):
+    if number := num_to_checkpoint(setting, len(layers)):
         if not model.supports_gradient_checkpointing:
             raise UsageError(f"model.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name

@@ -165,7 +165,7 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 
 def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> None:
     """Writes what ``save_pretrained`` would, but with a weight of a sharded, adapted or mapped model in memory at a time."""
-    weights = untied_weights(model)
+    weights = unique_weights(model)
     kept_apart = {weight.name for weight in weights} & model.all_tied_weights_keys.keys()
     if writes:
         model.save_pretrained(directory, state_dict={})  # all but the weights
@@ -231,8 +231,8 @@ def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...
             yield from weights_without_peft(child, f"{prefix}{name}.")
 
 
-def untied_weights(model: nn.Module) -> list[_PlainWeight]:
-    """Returns the weights as ``weights_without_peft`` does, but one that the model ties once, under its name in files."""
+def unique_weights(model: nn.Module) -> list[_PlainWeight]:
+    """Returns the weights as ``weights_without_peft`` does, but a tied one only once, under its name in files."""
     tied: Mapping[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
     weights, known = [], set()
     for weight in sorted(weights_without_peft(model), key=lambda weight: weight.name in tied):

@@ -154,8 +154,8 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {key: buffers[key] for key in model.state_dict() if key in buffers}
 
 
-def weights_by_name(name: str, model: PreTrainedModel) -> dict[str, StoredWeight]:
-    """Returns where an empty model's tensors are stored, if its files name all as it does, else nothing; checks its blocks."""
+def find_stored_weights(name: str, model: PreTrainedModel) -> dict[str, StoredWeight]:
+    """Returns where the files store an empty model's tensors; {} unless they name all as it does. Checks its blocks."""
     stored, tied = stored_weights(name), model.all_tied_weights_keys.keys()
     tensors = {**dict(model.named_parameters()), **persistent_buffers(model)}
     if tied & stored.keys() or not all(key in stored and stored[key].fits(tensor) for key, tensor in tensors.items()):
@@ -169,7 +169,7 @@ def check_surplus_blocks(name: str, model: PreTrainedModel, unexpected: Iterable
     forms = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
     surplus = sorted(key for key in unexpected if "#" in (form := re.sub(r"\.\d+\.", ".#.", key)) and form in forms)
     if surplus:
-        which = f"({surplus[0]}, {len(surplus)} in all), which would be dropped; mend num_hidden_layers, or delete the weights"
+        which = f"({surplus[0]}, {len(surplus)} in all), which would be dropped; fix num_hidden_layers, or delete the weights"
         raise UsageError(f"{MODEL_KEY}: {name!r} has weights for more blocks than its config.json says {which}")
 
 
@@ -214,11 +214,11 @@ def _gguf_config(source: ModelSource, modified: float) -> PretrainedConfig:
 
 def check_trainable(name: str, config: PretrainedConfig) -> None:
     """Raises a UsageError unless a config is that of a decoder-only causal LM whose weights can be trained."""
-    if fault := _untrainable(config):
+    if fault := _why_untrainable(config):
         raise UsageError(f"{MODEL_KEY}: {name!r} {fault}")
 
 
-def _untrainable(config: PretrainedConfig) -> str | None:
+def _why_untrainable(config: PretrainedConfig) -> str | None:
     kind = config.model_type
     if config.is_encoder_decoder:
         return f"is an encoder-decoder ({kind}); give a decoder-only causal LM"

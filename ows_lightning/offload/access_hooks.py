@@ -34,7 +34,7 @@ def add_access_hooks(offloader: BlockOffloader) -> None:
 
 def _before_state_dict(offloader: BlockOffloader, block: nn.Module, prefix: str, keep_vars: bool) -> None:
     offloader.end_pass()
-    if not offloader.saves_updates_apart:
+    if not offloader.saves_updates_separately:
         offloader.merge_updates()
 
 

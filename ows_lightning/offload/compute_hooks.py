@@ -39,7 +39,7 @@ class ComputeHooks:
             self._begin_forward(block.training)
         self.offloader.prepare()
         schedule = self.offloader.schedule
-        if index in schedule.rank:
+        if schedule.is_offloaded(index):
             schedule.enter(index)
             inputs = _tensors_with_gradient((args, kwargs))
             if any(tensor.is_leaf for tensor in inputs):  # it would keep the hook for later passes
@@ -53,7 +53,7 @@ class ComputeHooks:
     @torch.compiler.disable
     def _after_forward(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         schedule = self.offloader.schedule
-        if in_backward() or index not in schedule.rank:
+        if in_backward() or not schedule.is_offloaded(index):
             return
         outputs = _tensors_with_gradient(output)
         for tensor in outputs:

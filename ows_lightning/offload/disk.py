@@ -17,7 +17,7 @@ from ows_lightning.compat import replace_parameters_
 from ows_lightning.errors import RunError
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.large_tensors import map_file, release_mapped_pages
-from ows_lightning.models.pretrained import check_finite, empty_model, load_model, persistent_buffers, weights_by_name
+from ows_lightning.models.pretrained import check_finite, empty_model, find_stored_weights, load_model, persistent_buffers
 from ows_lightning.models.safetensors_file import StoredWeight
 from ows_lightning.offload.offloaded import OffloadedWeights, byte_offsets, copy_into, page_locked, tensor_at, total_nbytes
 
@@ -158,7 +158,7 @@ def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) ->
     experts that it fuses, of added tokens) pass through host memory once, before they are offloaded to the disk.
     """
     model = empty_model(name, num_tokens, **options)
-    if not (stored := weights_by_name(name, model)):
+    if not (stored := find_stored_weights(name, model)):
         return load_model(name, **options)
     names = {p: key for key, p in model.named_parameters()}
     in_blocks = set(decoder_layers(model).parameters())

@@ -7,41 +7,46 @@ from typing import Any
 class FetchSchedule:
     """Decides which block is fetched when, from what computes now; the ``executor``, a `BlockOffloader`, carries it out.
 
-    An offloaded block has a rank among the offloaded ones, and always comes into the slot of its rank modulo the number of
-    slots. Autograd keeps views of weights from the forward pass, so in backward a block has to lie where it lay in forward.
+    An offloaded block has a position among the offloaded ones, and always comes into the slot of its position modulo the
+    number of slots. Autograd keeps views of weights from the forward pass: in backward a block has to lie where it lay then.
 
-    In a forward pass a block's slot is free when the block is left; the block `slots` ranks above is fetched then, while the
-    next one computes. In backward the block `slots` ranks below is fetched, and nothing below `lowest_in_backward`, the lowest
-    block that a gradient reaches. A slot that this pass no longer needs gets the block that forward needs there first.
+    In a forward pass a block's slot is free when the block is left; the block `num_slots` positions above is fetched then,
+    while the next one computes. In backward it is the block `num_slots` positions below, and nothing below
+    `lowest_in_backward`, the lowest block that a gradient reaches. A slot that this pass no longer needs gets the block that
+    forward needs there first.
     With R offloaded blocks, B of them needed in backward, and n slots, a micro-batch needs at least R + B - min(n, B) - k
     fetches, where k of the first n blocks are in their slots when backward ends; it makes no more.
     """
 
-    def __init__(self, executor: Any, slots: int) -> None:
+    def __init__(self, executor: Any, num_slots: int) -> None:
         self.executor = executor
-        self.slots = slots
+        self.num_slots = num_slots
         self.set_blocks(())
 
     def set_blocks(self, order: Sequence[int]) -> None:
         """Sets which blocks are offloaded; no slot holds anything of use afterwards."""
-        self.order = list(order)  # ascending: the block at a rank
-        self.rank = {block: rank for rank, block in enumerate(self.order)}  # only offloaded blocks have one
+        self.order = list(order)  # ascending: the block at a position
+        self.position = {block: position for position, block in enumerate(self.order)}  # only offloaded blocks have one
         self._in_use: set[int] = set()
         self._left_early: set[int] = set()  # slots that went to a block below before this one's backward ended
         self.invalidate()
 
     def invalidate(self) -> None:
         """Drops what the slots hold: it was fetched before something wrote into the offloaded blocks."""
-        self._holds: list[int | None] = [None] * self.slots
+        self._holds: list[int | None] = [None] * self.num_slots
         self.lowest_in_backward = len(self.order)
+
+    def is_offloaded(self, block: int) -> bool:
+        """Whether a block is offloaded."""
+        return block in self.position
 
     def slot_of(self, block: int) -> int:
         """The slot that an offloaded block comes into."""
-        return self.rank[block] % self.slots
+        return self.position[block] % self.num_slots
 
     def fetch_first(self) -> None:
         """Fetches what the next forward pass needs first, as after a draw."""
-        for block in self.order[: self.slots]:
+        for block in self.order[: self.num_slots]:
             self._issue(block)
 
     def begin_forward(self) -> None:
@@ -61,14 +66,14 @@ class FetchSchedule:
 
     def leave_forward(self, block: int, needed_in_backward: bool) -> None:
         """A block has computed; its slot is free, unless backward begins with this block."""
-        rank = self.rank[block]
+        position = self.position[block]
         self._release(block)
         if needed_in_backward:
-            self.lowest_in_backward = min(self.lowest_in_backward, rank)
-        if rank + self.slots < len(self.order):
-            self._issue(self.order[rank + self.slots])
+            self.lowest_in_backward = min(self.lowest_in_backward, position)
+        if position + self.num_slots < len(self.order):
+            self._issue(self.order[position + self.num_slots])
         elif not needed_in_backward:
-            self._issue(self.order[rank % self.slots])  # for the next forward pass
+            self._issue(self.order[position % self.num_slots])  # for the next forward pass
 
     def leave_backward(self, block: int) -> None:
         """The gradient of a block's input is there: nothing more is computed from its weights."""
@@ -83,9 +88,9 @@ class FetchSchedule:
             self._after_backward(block)
 
     def _after_backward(self, block: int) -> None:
-        rank = self.rank[block]
+        position = self.position[block]
         self._release(block)
-        below, first = rank - self.slots, rank % self.slots  # which the next forward pass needs
+        below, first = position - self.num_slots, position % self.num_slots  # which the next forward pass needs
         self._issue(self.order[below if below >= self.lowest_in_backward else first])
 
     def release_all(self) -> None:

@@ -36,7 +36,7 @@ def views_into(memory: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def tensor_at(weight: Tensor, memory: Any, start: int) -> Tensor:
-    """Makes a tensor with the dtype, shape and strides of a weight without gaps, within a buffer, from a byte on.
+    """Views a buffer from byte ``start`` on as a tensor with the dtype, shape and strides of a gapless weight.
 
     It has its own storage: code that saves models takes views of one storage for tied weights.
     """
@@ -82,7 +82,7 @@ class OffloadedWeights:
         """Prepares the ``tensors`` for writes other than ``write_back``."""
 
     def refresh(self) -> None:
-        """To be called after others have read or written the ``tensors``."""
+        """After other code read or wrote the ``tensors``: subclasses free pages or requantise."""
 
 
 def page_locked(nbytes: int, device: torch.device) -> Tensor:

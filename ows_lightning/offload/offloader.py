@@ -41,15 +41,15 @@ class BlockOffloader:
     def __init__(
         self,
         blocks: Iterable[nn.Module],  # decoder blocks, first block first
-        slots: int = 2,  # blocks that fit on the device at a time, at least 2
+        num_slots: int = 2,  # blocks that fit on the device at a time, at least 2
         frozen_only: bool = False,  # leave on the device what trains now: adapters
         disk: Disk | None = None,  # offload to it, not to host memory
         int8_in: str | None = None,  # ``device``, ``host`` or ``disk``, where copies in int8 lie; None makes none
     ) -> None:
         self.blocks = list(blocks)
-        self.num_slots = slots
+        self.num_slots = num_slots
         self.device = torch.device("cpu")
-        self.saves_updates_apart = False  # a state dict leaves what is learned at rest to the optimizer's state
+        self.saves_updates_separately = False  # a state dict leaves what is learned at rest to the optimizer's state
         self.was_copied = False  # there is another copy of the model, with which weights may be exchanged
         self._disk = disk
         self._int8_in = int8_in
@@ -83,7 +83,7 @@ class BlockOffloader:
         for index in range(len(self.offloaded)):
             self.make_writable(index)  # weight averaging copies a model, and exchanges weights with the copy later
         self.was_copied = True
-        kept = ("blocks", "num_slots", "device", "saves_updates_apart", "was_copied", "parameters", "_int8_in")
+        kept = ("blocks", "num_slots", "device", "saves_updates_separately", "was_copied", "parameters", "_int8_in")
         return {key: getattr(self, key) for key in kept} | {"_disk": None, "_optimizer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class BlockOffloader:
     @property
     def active(self) -> list[int]:
         """The blocks that train, which have memory of their own on the device."""
-        return [i for i in range(len(self.blocks)) if i not in self.schedule.rank] if self.offloaded else []
+        return [i for i in range(len(self.blocks)) if not self.schedule.is_offloaded(i)] if self.offloaded else []
 
     def apply_draw(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Gives the blocks that train now memory of their own on the device, and offloads those that no longer do.
@@ -104,7 +104,7 @@ class BlockOffloader:
         The ``optimizers``' state of these blocks moves to the device, too: a checkpoint may be loaded before the draw.
         """
         own = self.optimizer
-        training = [any(p.requires_grad and not (own and own.rests(p)) for p in weights) for weights in self.parameters]
+        training = [any(p.requires_grad and not (own and own.is_resting(p)) for p in weights) for weights in self.parameters]
         active = [index for index, trains in enumerate(training) if trains]
         if not self.offloaded or active != self.active:
             self._set_active(active)
@@ -137,7 +137,7 @@ class BlockOffloader:
         """Keeps a block on the device while its weights are looked at outside a forward pass."""
         index = self.blocks.index(block)
         self.prepare()
-        if index not in self.schedule.rank:
+        if not self.schedule.is_offloaded(index):
             yield
             return
         self.end_pass()
@@ -172,7 +172,7 @@ class BlockOffloader:
     def attach_optimizer(self, optimizer: GaLoreAdamW) -> None:
         """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
         self._optimizer = ref(optimizer)
-        optimizer.keep_resting_updates([p for weights in self.parameters for p in weights], self.merge_offloaded)
+        optimizer.keep_updates_separate([p for weights in self.parameters for p in weights], self._merge_into_offloaded)
 
     def merge_updates(self) -> None:
         """Writes what offloaded blocks have learned at rest into their weights; they go on resting."""
@@ -180,7 +180,7 @@ class BlockOffloader:
             optimizer.merge_updates()
 
     @torch.no_grad()
-    def merge_offloaded(self, weights: Sequence[Tensor]) -> None:
+    def _merge_into_offloaded(self, weights: Sequence[Tensor]) -> None:
         """Writes what weights have learned at rest into them, W + B Q^T, where they are offloaded."""
         merged = set(weights)
         self.prepare()
@@ -240,12 +240,12 @@ class BlockOffloader:
         self.prepare()
         self._drain_fetches()
         self.offloaded[index].make_writable()
-        if index in self.schedule.rank:
+        if self.schedule.is_offloaded(index):
             _set_data(self.parameters[index], self.offloaded[index].tensors)
 
     def refresh(self, index: int, *_: Any) -> None:
         """Makes what was written into a block's offloaded weights count, from the next fetch on."""
-        if index in self.schedule.rank:
+        if self.schedule.is_offloaded(index):
             self._drain_fetches()
             self.offloaded[index].refresh()
             self._versions[index] = _versions_of(self.parameters[index])
@@ -288,20 +288,20 @@ class BlockOffloader:
         self._drain_fetches()
         before = self.active
         if not self.offloaded:
-            self._offload_first()
+            self._offload_all()
         for index in set(before) - set(active):  # first, so that their memory can be used again
             self._offload_trained(index)
         on_device = set(before) & set(active)
-        self._set_offloaded(on_device)
+        self._schedule_all_except(on_device)
         for index in sorted(set(active) - set(before)):
             self._load_for_training(index)
             on_device.add(index)
-            self._set_offloaded(on_device)
+            self._schedule_all_except(on_device)
 
-    def _set_offloaded(self, on_device: Collection[int]) -> None:
+    def _schedule_all_except(self, on_device: Collection[int]) -> None:
         self.schedule.set_blocks([i for i, weights in enumerate(self.parameters) if weights and i not in on_device])
 
-    def _offload_first(self) -> None:
+    def _offload_all(self) -> None:
         if self._int8_in in ("host", "disk"):
             self._staging = torch.empty(0, dtype=torch.uint8, device=self.device)
         offloaded = []

@@ -51,12 +51,12 @@ class _CudaStream(CopyStream):
     when used. What a fetch reads and writes lives at least until it has run, also where the model is dropped meanwhile.
     """
 
-    def __init__(self, device: torch.device, slots: int, reads_files: bool = False) -> None:
+    def __init__(self, device: torch.device, num_slots: int, reads_files: bool = False) -> None:
         super().__init__(reads_files)
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.arrived = [torch.cuda.Event() for _ in range(slots)]
-        self.released = [torch.cuda.Event() for _ in range(slots)]
+        self.arrived = [torch.cuda.Event() for _ in range(num_slots)]
+        self.released = [torch.cuda.Event() for _ in range(num_slots)]
         self._running: dict[int, Callable[[], None]] = {}  # by slot; it holds the memory
         weakref.finalize(self, _synchronize, self.stream, self._running).atexit = False
 
@@ -87,6 +87,6 @@ def _synchronize(stream: torch.cuda.Stream, running: dict[int, Callable[[], None
     running.clear()
 
 
-def copy_stream_for(device: torch.device, slots: int, reads_files: bool = False) -> CopyStream:
-    """Returns the kind of fetches that a device needs, by a thread if they read files."""
-    return _CudaStream(device, slots, reads_files) if device.type == "cuda" else CopyStream(reads_files)
+def copy_stream_for(device: torch.device, num_slots: int, reads_files: bool = False) -> CopyStream:
+    """Returns the CopyStream for a device; a thread runs fetches that read files."""
+    return _CudaStream(device, num_slots, reads_files) if device.type == "cuda" else CopyStream(reads_files)

@@ -98,7 +98,7 @@ class GaLoreAdamW(GradientCapture):
     def _init_unsaved(self) -> None:
         super()._init_unsaved()
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
-        self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_resting_updates``
+        self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_separate``
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a projected one gets the defaults of the keys that it does not set."""
@@ -182,7 +182,7 @@ class GaLoreAdamW(GradientCapture):
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
         self.merge_updates([p for p in self._group_and_index if p not in resting])
         for p in self._group_and_index:
-            if (p in resting) != self.rests(p):
+            if (p in resting) != self.is_resting(p):
                 self.state.pop(p, None)
                 self.resting_projectors.pop(p, None)
                 self._discard_gradients(p)
@@ -191,11 +191,11 @@ class GaLoreAdamW(GradientCapture):
             if self.ddp_averaging and p not in self.resting_projectors and (q := self.resting_projector(p)) is not None:
                 dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round differently
 
-    def rests(self, p: Tensor) -> bool:
+    def is_resting(self, p: Tensor) -> bool:
         """Whether a parameter trains at rest."""
         return "rest" in self.state.get(p, ())
 
-    def keep_resting_updates(self, weights: Iterable[Tensor], merge: Callable[[Sequence[Tensor]], None]) -> None:
+    def keep_updates_separate(self, weights: Iterable[Tensor], merge: Callable[[Sequence[Tensor]], None]) -> None:
         """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``resting_updates``.
 
         It is for weights that are offloaded between two passes, and only read. Their state has one tensor more: B (m x r).
@@ -226,11 +226,12 @@ class GaLoreAdamW(GradientCapture):
         """W <- W + B Q^T, rounded as a step rounds, for weights that are in memory; B is not dropped."""
         for p, (update, projector) in self.resting_updates(weights).items():
             rounds = self._group_and_index[p][0]["stochastic_rounding"] and p.dtype == torch.bfloat16
-            merge_update_(local(p.data), local(update), local(projector), self._noise(p, p.device) if rounds else None)
+            generator = self._rounding_generator(p, p.device) if rounds else None
+            merge_update_(local(p.data), local(update), local(projector), generator)
 
     def resting_projector(self, p: Tensor) -> Tensor | None:
         """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
-        if not self.rests(p):
+        if not self.is_resting(p):
             return None
         if p not in self.resting_projectors:
             state = self.state[p]
@@ -242,7 +243,7 @@ class GaLoreAdamW(GradientCapture):
 
     def _projected_side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
-        if self.rests(p):
+        if self.is_resting(p):
             return "right"
         group, _ = self._group_and_index[p]
         if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0 or group["rank"] >= min(p.shape[-2:]):
@@ -257,7 +258,7 @@ class GaLoreAdamW(GradientCapture):
             self._rotate_sketches()
         if p in self._new_projectors:
             return self._new_projectors[p]
-        if self.rests(p):
+        if self.is_resting(p):
             return self.resting_projector(p)
         (group, _), state = self._group_and_index[p], self.state.get(p, {})
         due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
@@ -332,13 +333,13 @@ class GaLoreAdamW(GradientCapture):
 
     @without_autocast()
     def _step_projected(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        side, state, rests = self._projected_side(p), self.state[p], self.rests(p)
+        side, state, rests = self._projected_side(p), self.state[p], self.is_resting(p)
         assert side is not None
         if p in self._new_projectors:
             self._renew(state, self._new_projectors.pop(p), side, group["moments_at_renewal"])
         projector: Tensor | None = local(self.resting_projectors[p] if rests else state["projector"])
         step = self._advance_state(state, gradient, group)
-        settings = self._settings(p, step, group) | {"side": side, "scale": group.get("scale", 1.0)}
+        settings = self._update_arguments(p, step, group) | {"side": side, "scale": group.get("scale", 1.0)}
         weight = local(p)
         if rests:  # decay would shrink all of a weight of which a few directions learn
             settings["weight_decay"] = 0.0
@@ -354,22 +355,22 @@ class GaLoreAdamW(GradientCapture):
         state, gradient = self.state[p], p.grad
         assert gradient is not None
         step = self._advance_state(state, gradient, group)
-        settings = self._settings(p, step, group)
+        settings = self._update_arguments(p, step, group)
         rows = rows_at_a_time(p.numel() // p.size(0), p.device) if p.dim() else 1
         tensors = [torch.atleast_1d(local(t)) for t in (p, gradient, state["exp_avg"], state["exp_avg_sq"])]
         for weight, gradient, exp_avg, exp_avg_sq in zip(*(t.split(rows) for t in tensors), strict=True):
             projected_adamw_(weight, gradient, None, exp_avg, exp_avg_sq, step, **settings)
 
-    def _settings(self, p: Tensor, step: int, group: dict[str, Any]) -> dict[str, Any]:
+    def _update_arguments(self, p: Tensor, step: int, group: dict[str, Any]) -> dict[str, Any]:
         """The settings of a parameter's update number ``step``, see `_advance_state`; a generator only where it rounds."""
         lr = group["lr"] * min(1.0, step / (group["state_warmup_steps"] + 1))
         settings = {"lr": lr, **{key: group[key] for key in ("betas", "eps", "weight_decay")}, "generator": None}
         settings["round_weights"] = group["stochastic_rounding"] and p.dtype == torch.bfloat16
         if settings["round_weights"] or self.state[p]["exp_avg"].dtype == torch.bfloat16:
-            settings["generator"] = self._noise(p, self.state[p]["exp_avg"].device)
+            settings["generator"] = self._rounding_generator(p, self.state[p]["exp_avg"].device)
         return settings
 
-    def _noise(self, p: Tensor, device: torch.device) -> torch.Generator:
+    def _rounding_generator(self, p: Tensor, device: torch.device) -> torch.Generator:
         # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.
         number, steps = self._group_and_index[p][1], int(self.state[p]["step"])
         seed = (1_000_003 * (1_000_003 * self._draw_seed + number) + steps) % 2**63
@@ -402,8 +403,8 @@ class GaLoreAdamW(GradientCapture):
             return
         # First moments are linear in the gradient; second ones are moved as if coordinates were independent.
         rotation = (sharding.gather_matrices(old).mT @ sharding.gather_matrices(projector)).to(state["exp_avg"].dtype)
-        for moment, turn in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
-            local(moment).copy_(project(local(moment), turn, side))
+        for moment, factor in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
+            local(moment).copy_(project(local(moment), factor, side))
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class GradientCapture(Optimizer):
         self.projected_gradients: dict[Tensor, Tensor] = {}  # R of the coming step, by weight
         self.offloaded_gradients: dict[Tensor, Tensor] = {}  # full ones, in host memory, of a step that renews their subspaces
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
-        # By weight, a subspace that is not yet turned onto singular vectors, R in it, and the processes that share it.
+        # By weight, a subspace that is not yet rotated onto singular vectors, R in it, and the processes that share it.
         self.sketches: dict[Tensor, tuple[Sketch, Tensor, dist.ProcessGroup | None]] = {}
 
     # Methods of the subclass.
@@ -262,13 +262,13 @@ class GradientCapture(Optimizer):
         waiting = list(self.sketches.items())
         self.sketches.clear()
         with self._time_renewal(waiting[0][0].device):
-            turned = singular_vectors([sketch for _, (sketch, *_) in waiting])
-            for (p, (sketch, projected, processes)), exact in zip(waiting, turned, strict=True):
+            rotated = singular_vectors([sketch for _, (sketch, *_) in waiting])
+            for (p, (sketch, projected, processes)), exact in zip(waiting, rotated, strict=True):
                 side, vectors = self._projected_side(p), exact.to(sketch.basis.dtype)
                 assert side is not None
                 self._new_projectors[p] = sharding.distribute_projector(vectors, p, side, processes)  # rank 0's on all
-                turn = (sketch.basis.mT @ vectors).to(projected.dtype)  # which autocast may have taken
-                self.accumulate_projected(p, sharding.reduce_projected(project(projected, turn, side), p, side))
+                rotation = (sketch.basis.mT @ vectors).to(projected.dtype)  # which autocast may have taken
+                self.accumulate_projected(p, sharding.reduce_projected(project(projected, rotation, side), p, side))
 
     @torch.no_grad()
     def accumulate_factors(self, p: Tensor, output_gradient: Tensor, inputs: Tensor) -> bool:
@@ -296,7 +296,7 @@ class GradientCapture(Optimizer):
         self._group_and_index.update({p: (group, index) for index, (p, group) in enumerate(parameters)})
 
     def _claim_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Takes over these groups' gradients from any other optimizer, or leaves them, where it had them, to ``grad``."""
+        """Hooks these groups' matrices, in place of any other optimizer; or, if not projecting, removes its own hooks."""
         for p in (p for group in groups for p in group["params"]):
             remove_hook(p, owner=None if self.projects_in_backward else self)
             if self.projects_in_backward and p.dim() in (2, 3) and p.numel():  # one in full rank may rest in a lower one

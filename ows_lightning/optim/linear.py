@@ -101,17 +101,17 @@ class _SaveInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, weight: Tensor, of_projected: GradientCapture | None) -> Tensor:
+    def forward(ctx: Any, kept: Tensor, weight: Tensor, consumer: GradientCapture | None) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.parameter, ctx.of_projected = weight, of_projected
+        ctx.parameter, ctx.consumer = weight, consumer
         return kept.new_empty(()).expand(kept.size(0), weight.size(0))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, None]:
         (kept,), weight = ctx.saved_tensors, ctx.parameter
-        if ctx.of_projected is not None:
-            ctx.of_projected.accumulate_projected(weight, gradient.mT @ kept)
+        if ctx.consumer is not None:
+            ctx.consumer.accumulate_projected(weight, gradient.mT @ kept)
             return None, None, None
         consumer = gradient_consumer(weight)
         consumed = consumer is not None and consumer.accumulate_factors(weight, gradient, kept)

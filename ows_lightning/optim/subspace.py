@@ -9,7 +9,7 @@ from torch import Tensor
 Side = Literal["left", "right"]
 SubspaceMethod = Literal["randomized", "svd", "random"]
 
-NOISE = 1e-5  # singular values below this part of the largest are rounding in float32
+RANK_TOLERANCE = 1e-5  # singular values below this part of the largest are rounding in float32
 OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 4.2) find 5 to 10 enough in most cases
 
 
@@ -17,7 +17,7 @@ class Sketch(NamedTuple):
     """A randomized subspace, whose basis `singular_vectors` turns."""
 
     basis: Tensor  # orthonormal columns (..., n, k), of the gradient's dtype: the leading vectors' span, and some more
-    triangle: Tensor  # R (..., k, k) of the QR decomposition that gave the basis, whose left singular vectors turn it
+    r_factor: Tensor  # R (..., k, k) of the QR decomposition that gave the basis, whose left singular vectors rotate it
     rank: int  # number of vectors asked for
     generator: torch.Generator  # gives the directions beyond the gradient's numerical rank
 
@@ -45,23 +45,23 @@ def find_subspace(gradient: Tensor, rank: int, side: Side, method: SubspaceMetho
     test = torch.randn(shape, generator=generator, dtype=torch.float32, device=matrix.device)
     rows = _orthonormal(matrix.mT @ test.to(matrix.dtype)).to(matrix.dtype)
     columns = _orthonormal(matrix @ rows).to(matrix.dtype)
-    basis, triangle = torch.linalg.qr((matrix.mT @ columns).float())
-    return Sketch(basis.to(gradient.dtype), triangle, rank, generator)
+    basis, r_factor = torch.linalg.qr((matrix.mT @ columns).float())
+    return Sketch(basis.to(gradient.dtype), r_factor, rank, generator)
 
 
 def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
-    """Turns the bases of sketches: yields orthonormal columns, (..., n, r), float32, of each; waits once for the GPU."""
+    """Rotates the bases of sketches: yields orthonormal columns, (..., n, r), float32, of each; waits once for the GPU."""
     # The small decompositions run on the CPU, since a GPU is no faster.
-    triangles = [sketch.triangle for sketch in sketches]
-    together = torch.cat([triangle.flatten().to(triangles[0].device) for triangle in triangles]).cpu()
-    parts = together.split([triangle.numel() for triangle in triangles])
-    for (basis, triangle, rank, generator), part in zip(sketches, parts, strict=True):
-        # With A ~ C (A^T C)^T and A^T C = Q R, the left singular vectors of R turn Q onto A's right ones, largest first.
-        axes, values, _ = torch.linalg.svd(part.view(triangle.shape))
+    r_factors = [sketch.r_factor for sketch in sketches]
+    together = torch.cat([r_factor.flatten().to(r_factors[0].device) for r_factor in r_factors]).cpu()
+    parts = together.split([r_factor.numel() for r_factor in r_factors])
+    for (basis, r_factor, rank, generator), part in zip(sketches, parts, strict=True):
+        # With A ~ C (A^T C)^T and A^T C = Q R, the left singular vectors of R rotate Q onto A's right ones, largest first.
+        axes, values, _ = torch.linalg.svd(part.view(r_factor.shape))
         vectors = basis.float() @ axes[..., :rank].to(basis.device, non_blocking=basis.is_cuda)
         # Rounding differs with the number of processes and must not decide anything. So directions beyond the gradient's
         # numerical rank come from the generator, and each vector's largest entry is made positive, for moments that are kept.
-        left_open = values[..., None, :rank] <= NOISE * values[..., None, :1]
+        left_open = values[..., None, :rank] <= RANK_TOLERANCE * values[..., None, :1]
         if left_open.any():
             free = torch.randn(basis.size(-2), rank, generator=generator, dtype=torch.float32, device=basis.device)
             vectors = _orthonormal(torch.where(left_open.to(basis.device, non_blocking=basis.is_cuda), free, vectors))

@@ -37,7 +37,7 @@ class RunRecord:
 
     name: str  # what to call the run in legends and tables
     path: Path  # the run's folder
-    scores: dict[str, Any] | None = None  # ``outlier_scores.json`` (see `OutlierScores`); None where no blocks were scored
+    scores: dict[str, Any] | None = None  # ``outlier_scores.json`` (see `BlockScores`); None where no blocks were scored
     history: list[Draw] = field(default_factory=list)  # of ``sampling_history.csv``; empty where no blocks were sampled
     # Columns of ``metrics.csv``, all of one length; None where a row, of one logging call, has no value.
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
@@ -138,7 +138,7 @@ def _version_number(folder: Path) -> int:
     return int(match[1]) if (match := re.fullmatch(r"version_(\d+)", folder.name)) else -1
 
 
-def _read(path: Path, parse: Callable[[str], T], hint: str = "mend it, or delete it") -> T | None:
+def _read(path: Path, parse: Callable[[str], T], hint: str = "fix it, or delete it") -> T | None:
     """What a function makes of a file's text; None if there is no file, a UsageError that names the file if it is damaged."""
     if not path.is_file():
         return None

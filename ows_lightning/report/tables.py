@@ -12,7 +12,7 @@ import numpy as np
 
 from ows_lightning.report.run import RunRecord
 from ows_lightning.sampling.distributions import stored_score_name
-from ows_lightning.sampling.inclusion import inclusion_probabilities, window_inclusion
+from ows_lightning.sampling.inclusion import inclusion_probabilities, window_inclusion_probabilities
 
 Table: TypeAlias = dict[str, list[Any]]  # columns of one length; a table without rows: the run has no such data
 
@@ -44,7 +44,7 @@ def block_frequency_table(run: RunRecord) -> Table:
     distribution = (run.scores or {}).get("distribution")
     if run.scores and distribution != "gradient_norm" and not _find_key(run.config, "rescore_every"):  # else they changed
         sizes = Counter(len(draw.blocks) for draw in run.history)
-        chances = window_inclusion if distribution == "window" else inclusion_probabilities
+        chances = window_inclusion_probabilities if distribution == "window" else inclusion_probabilities
         shares = [n * chances(run.scores["probabilities"], size) for size, n in sizes.items()]
         expected = (np.sum(shares, axis=0) / len(run.history)).tolist()
     counted = [counts[block] for block in blocks]

@@ -17,8 +17,8 @@ def trainable_by_block(model: nn.Module) -> list[nn.ParameterList]:
     return [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in decoder_layers(model)]
 
 
-def outside_parameters(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
-    """Maps each trainable parameter outside the blocks to whether it always trains: if one of its ``PARTS`` is named."""
+def non_block_trains(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
+    """Maps each trainable parameter outside the blocks to whether it always trains: its part (`NON_BLOCK_PARTS`) is named."""
     outside = non_block_parameters(model)
     always = {p for part in always_train for p in outside[part]}
     return {p: p in always for part in outside.values() for p in part if p.requires_grad}
@@ -81,8 +81,8 @@ def unfreeze(model: nn.Module) -> None:
             vars(module).pop(name, None)
 
 
-def begin_freezing(model: nn.Module) -> set[nn.Parameter]:
-    """Unfreezes what a run without its end left frozen, and returns a set, kept on the model, of what is frozen from now on.
+def track_frozen(model: nn.Module) -> set[nn.Parameter]:
+    """Unfreezes what an interrupted run left frozen; returns a set, kept on the model, to list what is frozen from now on.
 
     Layers of peft freeze it again when they have unfrozen all their adapters, as after a pass of DPO's reference model.
     """
@@ -91,17 +91,17 @@ def begin_freezing(model: nn.Module) -> set[nn.Parameter]:
     of_peft = (m for m in model.modules() if hasattr(type(m), "enable_adapters") and not isinstance(m, PreTrainedModel))
     for layer in of_peft:
         for name in _UNFREEZING:
-            setattr(layer, name, partial(_change_and_freeze, layer, getattr(type(layer), name), frozen))
+            setattr(layer, name, partial(_freeze_again_after, layer, getattr(type(layer), name), frozen))
     return frozen
 
 
-def end_freezing(model: nn.Module, frozen: set[nn.Parameter]) -> None:
-    """Unfreezes what is in the set that `begin_freezing` returned, unless another sampler has the model by now."""
+def unfreeze_tracked(model: nn.Module, frozen: set[nn.Parameter]) -> None:
+    """Unfreezes what is in the set that `track_frozen` returned, unless another sampler has the model by now."""
     if getattr(language_model_of(model), "frozen_by_sampling", None) is frozen:
         unfreeze(model)
 
 
-def _change_and_freeze(layer: Any, change: Callable[..., None], frozen: set[nn.Parameter], *args: Any, **kwargs: Any) -> None:
+def _freeze_again_after(layer: Any, change: Callable[..., None], frozen: set[nn.Parameter], *args: Any, **kwargs: Any) -> None:
     change(layer, *args, **kwargs)
     for p in layer.parameters():
         if p in frozen:

@@ -13,7 +13,7 @@ from ows_lightning.lightning_support import check_strategy, patch_clipping, stop
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.sampling.activation import unfreeze
 from ows_lightning.sampling.sampler import BlockSampler
-from ows_lightning.sampling.scores import OutlierScores
+from ows_lightning.sampling.scores import BlockScores
 
 
 class LayerwiseSampling(BlockSampler, Callback):
@@ -98,13 +98,13 @@ class LayerwiseSampling(BlockSampler, Callback):
             stop_projecting(trainer)
             self.release()
 
-    def compute_scores(self, model: LightningModule, loader: Any) -> OutlierScores:  # type: ignore[override]
+    def compute_scores(self, model: LightningModule, loader: Any) -> BlockScores:  # type: ignore[override]
         """As ``BlockSampler.compute_scores``, in the Trainer's precision and under the name that the module was given."""
         with model.trainer.precision_plugin.forward_context():
             scores = super().compute_scores(model, loader)
         return replace(scores, model=model.hparams.get("model_name_or_path", scores.model))
 
-    def _scores(self, trainer: Trainer, pl_module: LightningModule) -> OutlierScores:
+    def _scores(self, trainer: Trainer, pl_module: LightningModule) -> BlockScores:
         return trainer.strategy.broadcast(self.compute_scores(pl_module, trainer.train_dataloader))
 
     def _write_and_log(self, trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -12,14 +12,14 @@ Distribution = Literal[
     "outlier", "uniform", "decreasing", "increasing", "outlier_reverse", "weight_norm", "window", "gradient_norm"
 ]  # fmt: skip
 OUTLIER_RATIO = "outlier_ratio_percent"
-SCORES = dict.fromkeys(("outlier", "outlier_reverse", "window"), OUTLIER_RATIO)
-SCORES |= {"weight_norm": "weight_norm", "gradient_norm": "gradient_norm"}
+SCORE_NAMES = dict.fromkeys(("outlier", "outlier_reverse", "window"), OUTLIER_RATIO)
+SCORE_NAMES |= {"weight_norm": "weight_norm", "gradient_norm": "gradient_norm"}
 UNIFORM_SHARE = 0.1  # of `gradient_norm`, so that no block starves
 
 
 def score_name(distribution: str | Sequence[float]) -> str | None:
     """Returns what a distribution is computed from, as tables and pictures call it; None where no scores are needed."""
-    return SCORES.get(distribution) if isinstance(distribution, str) else None
+    return SCORE_NAMES.get(distribution) if isinstance(distribution, str) else None
 
 
 def stored_score_name(distribution: str | Sequence[float]) -> str:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, command_line
-from ows_lightning.models.causal_lm import evaluating, run_causal_lm
+from ows_lightning.models.causal_lm import eval_mode, run_causal_lm
 from ows_lightning.models.decoder import decoder_layers, language_model_of, on_device
 from ows_lightning.models.export import full_tensor, weights_without_peft
 from ows_lightning.models.loss import token_mask
@@ -38,7 +38,7 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
         A_ij = ||X_j||_2 * |W_ij|
         D_l  = 100 * mean over all A of block l of [A > threshold * mean(A of block l)]
 
-    The weights of a block are those of its `nn.Linear` and `Conv1D` modules, and the bare parameters that activations
+    The weights of a block are those of its `nn.Linear` and `Conv1D` modules, and the raw parameters that activations
     are multiplied with (experts, routers). An expert's norms run over the tokens that are routed to it. Biases and LoRA's
     adapters do not count. The model's mode, hooks and gradients are left as they were. Under FSDP2 all ranks have to pass the
     same batches.
@@ -207,7 +207,7 @@ def _outlier_ratio(weights: list[_ScoredWeight], threshold: float) -> float:
 class _InputRecorder(TorchFunctionMode):
     """Adds up the squares of every weight's input features while the model runs.
 
-    Linear modules report through a hook. A bare parameter is recognised by its memory in the matrix products that its
+    Linear modules report through a hook. A raw parameter is recognised by its memory in the matrix products that its
     block computes: that holds for one expert out of a stack as well, and for whatever tensor FSDP2 puts in its place.
     """
 
@@ -287,7 +287,7 @@ def _measure_inputs(
     )
     recorder = _InputRecorder()
     num_texts = 0
-    with _evaluation_mode(model, blocks), recorder.watching(layers, blocks):
+    with _calibration_mode(model, blocks), recorder.watching(layers, blocks):
         for batch in batches:
             for inputs, tokens in _inputs_and_mask(batch, device, row_by_row=has_experts):
                 recorder.tokens = tokens
@@ -325,15 +325,15 @@ def _inputs_and_mask(
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module, blocks: list[list[_ScoredWeight]]) -> Iterator[None]:
-    """Turns dropout off and has transformers' experts use plain matrix products; restores both afterwards."""
+def _calibration_mode(model: nn.Module, blocks: list[list[_ScoredWeight]]) -> Iterator[None]:
+    """Sets eval mode and has transformers' experts use plain matrix products; restores both afterwards."""
     raw = (weight.owner for weights in blocks for weight in weights if weight.is_raw_parameter)
     configs: list[Any] = [getattr(owner, "config", None) for owner in raw]
     before = [(config, config._experts_implementation) for config in configs if hasattr(config, "_experts_implementation")]
     try:
         for config, _ in before:
             config._experts_implementation = "eager"
-        with evaluating(model):
+        with eval_mode(model):
             yield
     finally:
         for config, implementation in before:

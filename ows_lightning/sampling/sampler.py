@@ -16,19 +16,19 @@ from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampling_settings
 from ows_lightning.errors import UsageError
-from ows_lightning.models.decoder import PARTS, Part, decoder_layers, language_model_of, non_block_parameters
+from ows_lightning.models.decoder import NON_BLOCK_PARTS, Part, decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
 from ows_lightning.sampling.activation import (
     activate_blocks,
-    begin_freezing,
-    end_freezing,
-    outside_parameters,
+    non_block_trains,
+    track_frozen,
     trainable_by_block,
+    unfreeze_tracked,
 )
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
-from ows_lightning.sampling.scores import OutlierScores, architecture_of
+from ows_lightning.sampling.scores import BlockScores, architecture_of
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,14 @@ class BlockSampler:
         for key, number in whole.items():
             if not isinstance(number, Integral):
                 raise UsageError(f"sampling.{key}: {number!r} is no whole number")
-        parts = isinstance(always_train, (list, tuple)) and {*always_train} <= {*PARTS}
+        parts = isinstance(always_train, (list, tuple)) and {*always_train} <= {*NON_BLOCK_PARTS}
         for name, value, valid, limit in (
             ("activated_layers", activated_layers, activated_layers >= 1, "must be at least 1"),
             ("interval_steps", interval_steps, interval_steps >= 1, "must be at least 1"),
             ("calibration_samples", calibration_samples, calibration_samples >= 1, "must be at least 1"),
             ("rescore_every", rescore_every, rescore_every is None or rescore_every >= 1, "must be at least 1"),
             ("threshold", threshold, 0 < threshold < math.inf, "must be a finite number above 0 (the paper's is 13)"),
-            ("always_train", always_train, parts, f"is no list of names among {', '.join(PARTS)}"),
+            ("always_train", always_train, parts, f"is no list of names among {', '.join(NON_BLOCK_PARTS)}"),
             ("grouping", grouping, 0 <= grouping <= 1, "is not between 0 (independent draws) and 1"),
             ("resting_rank", resting_rank, resting_rank >= 0, "must be at least 1, or 0: frozen blocks stay as they are"),
         ):
@@ -139,13 +139,13 @@ class BlockSampler:
 
     def reset(self) -> None:
         """Forgets an earlier run."""
-        self.outlier_scores: OutlierScores | None = None
+        self.outlier_scores: BlockScores | None = None
         self.history: list[tuple[int, int, list[int]]] = []
         self.probabilities: Tensor | None = None
         self.seconds = 0.0
         self._norms = torch.zeros(0)  # what `gradient_norms` lists, on the gradients' device
-        self._written: tuple[int, OutlierScores | None] = 0, None  # the draws and the scores that `write` has written
-        self._loaded: dict[str, Any] | None = None  # the settings of a state that was loaded, until `start` goes on from it
+        self._written: tuple[int, BlockScores | None] = 0, None  # the draws and the scores that `write` has written
+        self._loaded_settings: dict[str, Any] | None = None  # of a state that was loaded, until `start` goes on from it
 
     def attach(self, model: nn.Module) -> None:
         """Finds the blocks and checks the settings against them, see `check`; nothing is frozen yet.
@@ -153,11 +153,11 @@ class BlockSampler:
         An earlier run is forgotten, except a state that was loaded; what it left frozen is unfrozen.
         """
         self.release()
-        self._model, self._frozen = model, begin_freezing(model)
-        if self._loaded is None:
+        self._model, self._frozen = model, track_frozen(model)
+        if self._loaded_settings is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
-        self._blocks, self._others = trainable_by_block(model), outside_parameters(model, self.always_train)
+        self._blocks, self._others = trainable_by_block(model), non_block_trains(model, self.always_train)
         matrices = [p for block in self._blocks for p in block if p.dim() in (2, 3)]
         if small := [p for p in matrices if p.size(-1) <= self.resting_rank]:
             few = f"{len(small)} of the {len(matrices)} matrices of the blocks"
@@ -165,13 +165,13 @@ class BlockSampler:
             if len(small) == len(matrices):
                 raise UsageError(f"{said}; give at most {max(p.size(-1) for p in small) - 1}")
             log.warning("%s, which stay frozen at rest", said)
-        fixed = [index for index, block in enumerate(self._blocks) if not len(block)]
-        if len(fixed) == len(self._blocks):
+        untrainable = [index for index, block in enumerate(self._blocks) if not len(block)]
+        if len(untrainable) == len(self._blocks):
             name = type(language_model_of(model)).__name__
             raise UsageError(f"sampling: no block of {name} has a weight to train; unfreeze them, or train without sampling")
-        if fixed:
-            log.warning("Blocks %s have no weight to train, and are drawn in a window at most", fixed)
-        if self.distribution != "window" and self.activated_layers > (count := len(self._blocks) - len(fixed)):
+        if untrainable:
+            log.warning("Blocks %s have no weight to train, and are drawn in a window at most", untrainable)
+        if self.distribution != "window" and self.activated_layers > (count := len(self._blocks) - len(untrainable)):
             raise UsageError(
                 f"sampling.activated_layers: {self.activated_layers} is more than the {count} blocks that can train"
             )
@@ -179,21 +179,21 @@ class BlockSampler:
         if foreign := [name for name, p in model.named_parameters() if p in others and p.requires_grad]:
             log.warning("%s and all else outside the decoder stays frozen while blocks are sampled", foreign[0])
 
-    def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
+    def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], BlockScores]) -> dict[str, float]:
         """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`."""
         optimizers, self._written = [*map(unwrapped, optimizers)], (0, None)
-        self._require_held(optimizers)
-        if self._loaded is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
-            check_fixed_settings(self._loaded, sampling_settings(self), prefix="sampling")
-            self._loaded = None
+        self._check_optimizers(optimizers)
+        if self._loaded_settings is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
+            check_fixed_settings(self._loaded_settings, sampling_settings(self), prefix="sampling")
+            self._loaded_settings = None
         if not self.history:
             return self.advance(step, optimizers, compute)
         self.activate(optimizers)
         interval, drawn, _ = self.history[-1]
         return {"interval": float(interval)} if drawn == step else {}  # saved within the step that the draw was for
 
-    def _require_held(self, optimizers: Iterable[Optimizer]) -> None:
-        """Refuses optimizers that hold no parameter of some block, which would then never train, or can't let it rest."""
+    def _check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuses optimizers that hold no weight of some block, which would never train, or that can't let it rest."""
         if self.resting_rank and (unable := [type(each).__name__ for each in optimizers if not hasattr(each, "rest")]):
             raise UsageError(
                 f"sampling.resting_rank: {unable[0]} can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0"
@@ -207,7 +207,7 @@ class BlockSampler:
                 "parameters, before any is frozen"
             )
 
-    def advance(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], OutlierScores]) -> dict[str, float]:
+    def advance(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], BlockScores]) -> dict[str, float]:
         """Draws new blocks if an interval begins, and lets them train.
 
         Args:
@@ -225,7 +225,7 @@ class BlockSampler:
         new = self.rescore_every is not None and len(self.history) % self.rescore_every == 0
         if self.probabilities is None or new or self.distribution == "gradient_norm":
             start = time.perf_counter()
-            self.outlier_scores = self._without_fixed_blocks(compute())
+            self.outlier_scores = self._without_untrainable_blocks(compute())
             self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
             figures["scoring_s"] = time.perf_counter() - start
         start = time.perf_counter()
@@ -237,7 +237,7 @@ class BlockSampler:
         self.seconds += sum(figures.values())
         return {**figures, "interval": float(interval)}
 
-    def _without_fixed_blocks(self, scores: OutlierScores) -> OutlierScores:
+    def _without_untrainable_blocks(self, scores: BlockScores) -> BlockScores:
         """The scores, with a probability of 0 for blocks that have no weight to train."""
         if all(map(len, self._blocks)):
             return scores
@@ -283,7 +283,7 @@ class BlockSampler:
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model; what rests does so until the optimizer ends it."""
         if self._model is not None:
-            end_freezing(self._model, self._frozen)
+            unfreeze_tracked(self._model, self._frozen)
         self._model, self._blocks, self._others, self._frozen = None, [], {}, set()
 
     def warn_of_never_trained(self) -> None:
@@ -322,7 +322,7 @@ class BlockSampler:
         """
         ratios: Sequence[float] = [1.0] * num_layers
         if self.scores is not None and self.distribution != "gradient_norm":
-            ratios = OutlierScores.load(Path(self.scores)).checked_ratios(num_layers, architecture, self.distribution)
+            ratios = BlockScores.load(Path(self.scores)).scores_for(num_layers, architecture, self.distribution)
         # A window also takes in blocks whose own probability is zero.
         distribution = "uniform" if self.distribution == "window" else self.distribution
         draw_blocks(sampling_probabilities(ratios, distribution), self.activated_layers, torch.Generator())
@@ -354,7 +354,7 @@ class BlockSampler:
             return set(range(min(map(min, draws)), len(self.probabilities)))
         return {block for blocks in draws for block in blocks}
 
-    def compute_scores(self, model: nn.Module, loader: Any) -> OutlierScores:
+    def compute_scores(self, model: nn.Module, loader: Any) -> BlockScores:
         """Returns the blocks' scores and the probabilities that follow from them.
 
         Args:
@@ -368,8 +368,8 @@ class BlockSampler:
         if self.distribution == "gradient_norm":
             ratios = self.gradient_norms or ratios  # which are equal before there are any
         elif self.scores is not None and self.outlier_scores is None:  # `rescore_every` measures
-            known = OutlierScores.load(Path(self.scores))
-            ratios = known.checked_ratios(num_layers, architecture, self.distribution)
+            known = BlockScores.load(Path(self.scores))
+            ratios = known.scores_for(num_layers, architecture, self.distribution)
             threshold, samples = known.threshold, known.calibration_samples
             if threshold != self.threshold and score_name(self.distribution) == OUTLIER_RATIO:
                 said = "sampling.threshold: %g counts where blocks are scored again alone; the scores in '%s' are those of %g"
@@ -379,7 +379,7 @@ class BlockSampler:
         elif score_name(self.distribution) == OUTLIER_RATIO:
             samples = self.calibration_samples
             ratios = layer_outlier_ratios(model, calibration_batches(loader, samples, self.seed), self.threshold)
-        return OutlierScores(
+        return BlockScores(
             model=getattr(config, "_name_or_path", ""), architecture=architecture, num_layers=num_layers,
             distribution=self.distribution, threshold=threshold, calibration_samples=samples,
             outlier_ratios=torch.as_tensor(ratios, dtype=torch.float64).tolist(),
@@ -399,9 +399,9 @@ class BlockSampler:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the state of the run that is resumed; `start` applies it, and refuses that of other settings."""
-        self._loaded = state_dict.get("settings") or sampling_settings(self)  # older states have none to compare
+        self._loaded_settings = state_dict.get("settings") or sampling_settings(self)  # older states have none to compare
         scores = state_dict.get("scores")
-        self.outlier_scores = None if scores is None else OutlierScores(**scores)
+        self.outlier_scores = None if scores is None else BlockScores(**scores)
         probabilities = state_dict["probabilities"]
         self.probabilities = None if probabilities is None else torch.as_tensor(probabilities, dtype=torch.float64)
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]

@@ -20,7 +20,7 @@ def architecture_of(config: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class OutlierScores:
+class BlockScores:
     """The blocks' scores, and the sampling probabilities computed from them."""
 
     model: str  # its name, as the user gave it
@@ -39,7 +39,7 @@ class OutlierScores:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "OutlierScores":
+    def load(cls, path: Path) -> "BlockScores":
         """Reads the scores from a JSON file; a UsageError if it is missing or holds none."""
         try:
             scores = cls(**json.loads(path.read_text()))
@@ -48,10 +48,10 @@ class OutlierScores:
             why = f"can't be read ({error.strerror})" if isinstance(error, OSError) else "holds no outlier scores"
             raise UsageError(f"sampling.scores: '{path}' {why}; `{command_line('score')}` writes one") from error
 
-    def checked_ratios(
+    def scores_for(
         self, num_layers: int, architecture: Mapping[str, Any], distribution: str | Sequence[float]
     ) -> Sequence[float]:
-        """Returns the outlier ratios; a UsageError if they don't suit a model's dimensions and a distribution."""
+        """Returns the scores; a UsageError if they don't suit a model's dimensions and a distribution."""
         held = stored_score_name(self.distribution) if any(self.outlier_ratios) else "no scores"
         if score_name(distribution) not in (None, "gradient_norm", held):  # a run by gradient_norm finds its own
             raise UsageError(

@@ -84,7 +84,7 @@ def test_a_model_that_would_be_replaced_is_named_before_anything_trains(
     module = CausalLMModule(str(tmp_path / base), optimizer=torch.optim.AdamW, rank=None)
     with pytest.raises(UsageError, match=message):
         trainer(tmp_path, RunFolder()).fit(module, batches())
-    assert module.last_step is None
+    assert module.last_step_metrics is None
     assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 

@@ -45,7 +45,7 @@ def test_a_prediction_is_for_the_devices_that_the_run_has(tmp_path: Path, monkey
     module._trainer = run = SimpleNamespace(world_size=2, num_devices=2, is_global_zero=True, strategy=strategy)
     found: list[PlanSettings] = []
     monkeypatch.setattr(run_summary, "predict_memory", lambda settings: found.append(settings) or 1 / 0)
-    monkeypatch.setattr(auto_gradient_checkpointing, "fewest_recomputed_blocks", lambda given, _: found.append(given) or 0)
+    monkeypatch.setattr(auto_gradient_checkpointing, "fewest_checkpointed_blocks", lambda given, _: found.append(given) or 0)
     RunSummary(config)._memory_text(module)
     AutoGradientCheckpointing(config).on_fit_start(run, module)  # type: ignore[arg-type]
     assert [(settings.devices, settings.is_sharded) for settings in found] == [(2, True)] * 2

@@ -27,7 +27,7 @@ from torch import Tensor
 from ows_lightning.atomic_files import partial_path, replace_atomically
 from ows_lightning.checkpoints.find import find_checkpoint, last_good, load_verified
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings
-from ows_lightning.checkpoints.io import AtomicCheckpointIO, write_error
+from ows_lightning.checkpoints.io import AtomicCheckpointIO, save_error
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.errors import RunError, UsageError
 from tests.distributed.fixtures import Arguments, arguments, command_of, home  # noqa: F401
@@ -547,7 +547,7 @@ def test_an_interrupt_while_a_checkpoint_is_written_is_an_interrupt(tmp_path: Pa
 
 def test_an_interrupt_of_one_process_while_shards_are_written_is_an_interrupt(tmp_path: Path) -> None:
     interrupted = dcp.CheckpointException("write", {1: (KeyboardInterrupt(), traceback.extract_stack())})
-    assert isinstance(write_error(tmp_path / "last.ckpt", interrupted), KeyboardInterrupt)
+    assert isinstance(save_error(tmp_path / "last.ckpt", interrupted), KeyboardInterrupt)
 
 
 @pytest.mark.parametrize("value", [np.float64(1.0), Path("a")])

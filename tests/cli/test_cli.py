@@ -157,7 +157,7 @@ def test_scores_serve_the_models_that_were_made_of_the_scored_one(config: Path, 
 
 def test_commands_of_one_process_wait_for_no_other(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     awaited: list[int] = []  # the watchdog would end the command if so many were not there in time
-    monkeypatch.setattr("ows_lightning.cli.peer_watchdog.set_world_size", awaited.append)
+    monkeypatch.setattr("ows_lightning.cli.peer_watchdog.set_local_world_size", awaited.append)
     run("score", config, "--trainer.devices", "2", "--trainer.strategy", "ddp_layerwise")
     assert awaited == []
     assert Path("outlier_scores.json").is_file()

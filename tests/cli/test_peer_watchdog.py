@@ -80,7 +80,7 @@ def test_an_end_in_a_collective_is_left_to_it() -> None:
 
 def test_who_was_never_started_is_missed() -> None:
     pair = Pair(
-        "peer_watchdog.set_world_size(2); time.sleep(60)".replace(
+        "peer_watchdog.set_local_world_size(2); time.sleep(60)".replace(
             "peer_watchdog.", "peer_watchdog._watchdog._start_deadline = 0; peer_watchdog.", 1
         )
     )
@@ -117,7 +117,7 @@ def test_an_error_ends_without_what_the_interpreter_would_wait_for() -> None:
 @pytest.mark.parametrize(("after", "code"), [("", 0), ("; raise ValueError", 1)])
 def test_a_good_end_takes_no_time_that_nobody_watches(after: str, code: int) -> None:
     held = f"import sys; sys.held = type('Held', (), {{'__del__': lambda _: {HANGS}}})()"
-    end, said = Pair(f"{held}; peer_watchdog.stop(ends=True){after}", "peer_watchdog.stop()").end(0)
+    end, said = Pair(f"{held}; peer_watchdog.stop(program_ends=True){after}", "peer_watchdog.stop()").end(0)
     assert end == code
     assert ("ValueError" in said) == bool(code)
 

@@ -364,7 +364,7 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_a_resumed_run_sees_the_remaining_batches(
     jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: dict[str, Any], settings: dict[str, Any], every: str
 ) -> None:
-    monkeypatch.setattr(stream, "BLOCK", 4)
+    monkeypatch.setattr(stream, "BUFFER_SIZE", 4)
     file = jsonl(pairs(10))
     checkpoints = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True, **{every: 1})
     whole = fit(make(file, tokenizer=None, **settings), callbacks=[checkpoints], **run).seen
@@ -685,7 +685,7 @@ def test_a_stream_mixes_by_weight(jsonl: Write) -> None:
 
 
 def test_a_streamed_mixture_repeats_each_source_as_a_whole(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "BLOCK", 10)  # within which rows are shuffled
+    monkeypatch.setattr(stream, "BUFFER_SIZE", 10)  # within which rows are shuffled
     few, many = (
         jsonl(pairs(10), "few.jsonl"),
         jsonl([{"instruction": "q", "output": f"other {i}"} for i in range(25)], "many.jsonl"),
@@ -697,7 +697,7 @@ def test_a_streamed_mixture_repeats_each_source_as_a_whole(jsonl: Write, monkeyp
 
 
 def test_a_stream_is_shuffled_by_seed(jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "BLOCK", 12)
+    monkeypatch.setattr(stream, "BUFFER_SIZE", 12)
     file, in_file = jsonl(pairs(12)), [f"answer {i}|" for i in range(12)]
 
     def order(seed: int) -> list[str]:

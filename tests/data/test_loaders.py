@@ -4,19 +4,19 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler
 
-from ows_lightning.data.loaders import ShardedSampler
+from ows_lightning.data.loaders import RankSampler
 
 LENGTHS = torch.randint(1, 100, (23,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def batches(sampler: ShardedSampler, size: int) -> list[list[int]]:
+def batches(sampler: RankSampler, size: int) -> list[list[int]]:
     return list(BatchSampler(sampler, size, drop_last=False))
 
 
 @pytest.mark.parametrize("group_size", [None, 8])
 def test_ranks_share_the_batches_of_one_process(group_size: int | None) -> None:
-    whole = batches(ShardedSampler(LENGTHS, seed=3, group_size=group_size), 8)
-    ranks = [batches(ShardedSampler(LENGTHS, rank, 2, seed=3, group_size=group_size), 4) for rank in range(2)]
+    whole = batches(RankSampler(LENGTHS, seed=3, group_size=group_size), 8)
+    ranks = [batches(RankSampler(LENGTHS, rank, 2, seed=3, group_size=group_size), 4) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == len(whole)
     for batch, *parts in zip(whole, *ranks, strict=True):
         without_filling = [i for part in parts for i in part if i < len(LENGTHS)]
@@ -24,12 +24,12 @@ def test_ranks_share_the_batches_of_one_process(group_size: int | None) -> None:
 
 
 def test_ranks_are_filled_up_with_the_row_without_targets() -> None:
-    assert [i for rank in range(2) for i in ShardedSampler(LENGTHS, rank, 2, shuffle=False)].count(len(LENGTHS)) == 1
+    assert [i for rank in range(2) for i in RankSampler(LENGTHS, rank, 2, shuffle=False)].count(len(LENGTHS)) == 1
 
 
 def test_the_order_depends_on_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = ShardedSampler(LENGTHS, seed=seed)
+        sampler = RankSampler(LENGTHS, seed=seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -40,7 +40,7 @@ def test_the_order_depends_on_seed_and_epoch() -> None:
 def test_batches_grouped_by_length_have_less_padding() -> None:
     def padding(group_size: int | None) -> int:
         lengths = torch.randint(1, 500, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
-        rows = batches(ShardedSampler(lengths, group_size=group_size), 8)
+        rows = batches(RankSampler(lengths, group_size=group_size), 8)
         assert sorted(i for row in rows for i in row) == list(range(1000))
         return sum(max(lengths[i] for i in row) - lengths[j] for row in rows for j in row)
 

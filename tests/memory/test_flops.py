@@ -21,7 +21,7 @@ from ows_lightning.memory.prediction import METHODS
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
-from ows_lightning.sampling.scores import OutlierScores
+from ows_lightning.sampling.scores import BlockScores
 from tests.memory.test_plan import LENGTH, llama_7b, make_config
 from tests.tiny import tiny_batch, tiny_model
 
@@ -184,8 +184,8 @@ def test_says_where_probabilities_come_from(directory: Path, tmp_path: Path) -> 
         )
 
     assert "uniform, for want of sampling.scores" in planned(distribution="outlier").probabilities
-    low = OutlierScores("m", 5, 13.0, 8, "outlier", [9.0, 9.0, 0.1, 0.1, 0.1], [0.2] * 5)
-    high = OutlierScores("m", 5, 13.0, 8, "outlier", [0.1, 0.1, 0.1, 9.0, 9.0], [0.2] * 5)
+    low = BlockScores("m", 5, 13.0, 8, "outlier", [9.0, 9.0, 0.1, 0.1, 0.1], [0.2] * 5)
+    high = BlockScores("m", 5, 13.0, 8, "outlier", [0.1, 0.1, 0.1, 9.0, 9.0], [0.2] * 5)
     for name, scores in {"low": low, "high": high}.items():
         scores.save(tmp_path / f"{name}.json")
     below, above = (planned(distribution="outlier", scores=str(tmp_path / f"{name}.json")) for name in ("low", "high"))

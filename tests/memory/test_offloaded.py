@@ -55,7 +55,7 @@ def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str,
     weights = resident.bytes["weights"]
     # What is offloaded; and, under accumulation, full gradients of the active blocks, in powers of two.
     matrices = sum(p.nbytes for p in decoder_layers(settings.meta_model)[0].parameters() if p.dim() > 1)
-    gradients = settings.method.active_blocks(settings.blocks) * matrices * (settings.accumulate_grad_batches > 1)
+    gradients = settings.method.active_blocks(settings.num_blocks) * matrices * (settings.accumulate_grad_batches > 1)
     assert gradients <= resident.host_bytes <= 2 * gradients
     offloaded = needs.host_bytes - resident.host_bytes
     if settings.frozen_in == "disk":

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, OpenAIGPTConfig
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_recomputed_blocks, write_config_for_card
+from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_checkpointed_blocks, write_config_for_card
 from ows_lightning.memory.fake_tensors import FakeOperators, to_fake_
 from ows_lightning.memory.plan_settings import find_model_config, settings_from_config
 from ows_lightning.memory.planner import Plan, plan, plan_from_config, plot_plan
-from ows_lightning.memory.prediction import CATEGORIES, METHODS, MethodPlan, extrapolate, predict_memory
+from ows_lightning.memory.prediction import CATEGORIES, METHODS, MemoryPrediction, extrapolate, predict_memory
 from ows_lightning.memory.simulated_step import Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
 from ows_lightning.models import loss
@@ -238,7 +238,7 @@ def test_absurd_batches_take_no_longer_than_others(directory: Path) -> None:
     calls = {}
     for rows in (1_000, 100_000):
         settings = settings_from_config(make_config(directory, data__batch_size=rows))
-        model = meta_model(settings.model, dtype=settings.dtype)
+        model = meta_model(settings.model_config, dtype=settings.dtype)
         counted = Counted(operators)
         tracker = MemoryTracker(1, counted)
         with tracker:
@@ -276,9 +276,9 @@ class Counted:
 def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: int, batch_size: int) -> None:
     changes = {"model__gradient_checkpointing": checkpointing, "data__batch_size": batch_size}
     settings = settings_from_config(make_config(directory, **changes, sampling__activated_layers=6))
-    shape = copy.deepcopy(settings.model)
+    shape = copy.deepcopy(settings.model_config)
     shape.num_hidden_layers = 10
-    deeper = replace(settings, model=shape, method=METHODS[method](settings), _cache={})
+    deeper = replace(settings, model_config=shape, method=METHODS[method](settings), _cache={})
 
     def peak(alike: bool) -> int:
         memory = extrapolate(deeper, alike)
@@ -292,7 +292,7 @@ def test_more_recomputing_blocks_need_less_memory_and_more_compute(directory: Pa
     numbers = [False, 1, 3, True]
     plans = [plan_from_config(make_config(directory, model__gradient_checkpointing=number), ["ows"]) for number in numbers]
     peaks = [planned.methods["ows"].peak_bytes for planned in plans]
-    flops = [planned.computes["ows"].flops_per_token for planned in plans]
+    flops = [planned.flop_counts["ows"].flops_per_token for planned in plans]
     assert peaks == sorted(peaks, reverse=True)
     assert flops == sorted(flops)
     assert len(set(peaks)) == len(set(flops)) == 4
@@ -303,8 +303,8 @@ def test_more_recomputing_blocks_need_less_memory_and_more_compute(directory: Pa
 def test_auto_recomputes_as_few_blocks_as_fit(directory: Path) -> None:
     settings = settings_from_config(make_config(directory, model__gradient_checkpointing="auto"))
     needs = [predict_memory(replace(settings, gradient_checkpointing=number)).peak_bytes for number in range(6)]
-    assert [fewest_recomputed_blocks(settings, need) for need in needs] == [0, 1, 2, 3, 4, 5]
-    assert fewest_recomputed_blocks(settings, 0) == 5
+    assert [fewest_checkpointed_blocks(settings, need) for need in needs] == [0, 1, 2, 3, 4, 5]
+    assert fewest_checkpointed_blocks(settings, 0) == 5
     assert predict_memory(settings).peak_bytes == needs[5]  # all of them while it is not known on which card
     planned = plan(settings, ["ows", "full"], card="RTX 3060")
     assert planned.methods["ows"].peak_bytes == needs[0]
@@ -349,9 +349,9 @@ def test_says_what_would_make_it_fit() -> None:
 def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_from_config(make_config(directory, sampling__always_train=["embeddings", "norm"]))
 
-    def predict_by_rule(changed: Any) -> MethodPlan:
+    def predict_by_rule(changed: Any) -> MemoryPrediction:
         fits = changed.gradient_checkpointing and changed.precision == "bf16-true" and changed.batch_size <= 2
-        return MethodPlan({"weights": 10**9 if fits else 10**11})
+        return MemoryPrediction({"weights": 10**9 if fits else 10**11})
 
     monkeypatch.setattr("ows_lightning.memory.cards.predict_memory", predict_by_rule)
     assert advise(settings, 12) == (

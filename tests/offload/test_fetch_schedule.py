@@ -36,12 +36,12 @@ def micro_batch(schedule: FetchSchedule, blocks: int, lowest: int | None, first_
     """Forward and backward over all blocks; gradients reach those from `lowest` on, whose input has a hook if `first_left`."""
     schedule.begin_forward()
     for block in range(blocks):
-        if block in schedule.rank:
+        if schedule.is_offloaded(block):
             schedule.enter(block)
             schedule.leave_forward(block, needed_in_backward=lowest is not None and block >= lowest)
     if lowest is None:
         return
-    entered = [block for block in reversed(range(lowest, blocks)) if block in schedule.rank]
+    entered = [block for block in reversed(range(lowest, blocks)) if schedule.is_offloaded(block)]
     left = None
     for block in reversed(range(lowest, blocks)):
         if block in entered:
@@ -56,7 +56,7 @@ def micro_batch(schedule: FetchSchedule, blocks: int, lowest: int | None, first_
 
 def test_in_forward_the_next_block_comes_while_one_computes_and_in_backward_the_one_below() -> None:
     recorder = Recorder()
-    schedule = FetchSchedule(recorder, slots=2)
+    schedule = FetchSchedule(recorder, num_slots=2)
     schedule.set_blocks([0, 1, 3, 4])  # block 2 trains
     schedule.fetch_first()
     micro_batch(schedule, 5, lowest=2, first_left=True)
@@ -99,7 +99,7 @@ def test_a_micro_batch_fetches_the_least(slots: int, trained: list[int], embeddi
 
 def test_a_fetch_that_was_interrupted_is_made_again() -> None:
     recorder = Recorder()
-    schedule = FetchSchedule(recorder, slots=2)
+    schedule = FetchSchedule(recorder, num_slots=2)
     schedule.set_blocks(range(3))
 
     def interrupted(block: int, slot: int) -> None:
@@ -116,7 +116,7 @@ def test_a_fetch_that_was_interrupted_is_made_again() -> None:
 
 def test_a_pass_without_gradients_fetches_each_block_once() -> None:
     recorder = Recorder()
-    schedule = FetchSchedule(recorder, slots=2)
+    schedule = FetchSchedule(recorder, num_slots=2)
     schedule.set_blocks(range(6))
     micro_batch(schedule, 6, lowest=None, first_left=False)
     before = recorder.fetches
@@ -126,7 +126,7 @@ def test_a_pass_without_gradients_fetches_each_block_once() -> None:
 
 def test_the_lowest_adapters_block_is_left_when_backward_ends() -> None:
     recorder = Recorder()
-    schedule = FetchSchedule(recorder, slots=2)
+    schedule = FetchSchedule(recorder, num_slots=2)
     schedule.set_blocks(range(4))
     micro_batch(schedule, 4, lowest=0, first_left=False)
     assert not recorder.computing
@@ -134,7 +134,7 @@ def test_the_lowest_adapters_block_is_left_when_backward_ends() -> None:
 
 
 def test_a_block_that_is_left_without_having_been_entered_is_an_error() -> None:
-    schedule = FetchSchedule(Recorder(), slots=2)
+    schedule = FetchSchedule(Recorder(), num_slots=2)
     schedule.set_blocks(range(4))
     with pytest.raises(RuntimeError, match="block 3 without"):
         schedule.leave_backward(3)

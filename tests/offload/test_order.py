@@ -392,8 +392,10 @@ MUTANTS: dict[Mutant, Callable[[Path], None]] = {
     Mutant("offloaded", "_unlock", "torch.cuda.synchronize(device)"): partial(computed_before_it_trains, "disk"),
     Mutant("offloader", "BlockOffloader.on_device", "self.schedule.release_all()"): _killed_by("validated", "host"),
     Mutant("offloader", "BlockOffloader.end_pass", "self.schedule.release_all()"): _killed_by("interrupted", "host"),
-    Mutant("offloader", "BlockOffloader.merge_offloaded", "self._drain_fetches()"): _killed_by("rested", "host"),
-    Mutant("offloader", "BlockOffloader.merge_offloaded", "self._stream.wait_for_computation()"): _killed_by("rested", "int8"),
+    Mutant("offloader", "BlockOffloader._merge_into_offloaded", "self._drain_fetches()"): _killed_by("rested", "host"),
+    Mutant("offloader", "BlockOffloader._merge_into_offloaded", "self._stream.wait_for_computation()"): _killed_by(
+        "rested", "int8"
+    ),
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.release(slot)"): looked_at_while_it_rests,
     Mutant("offloader", "BlockOffloader._apply_updates", "self._stream.wait(slot)"): _killed_by("rested", "host"),
     Mutant("offloader", "BlockOffloader.make_writable", "self._drain_fetches()"): _killed_by("loaded", "host"),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord, plots, write_pictures
 from ows_lightning.report.tables import block_frequency_table
-from ows_lightning.sampling.distributions import SCORES
+from ows_lightning.sampling.distributions import SCORE_NAMES
 
 ALL = [
     plots.plot_scores,
@@ -63,10 +63,10 @@ def test_scores_are_bars_and_probabilities_dots_on_them(run):
     np.testing.assert_allclose(dots / right.get_ylim()[1], np.divide(run.scores["outlier_ratios"], ax.get_ylim()[1]))
 
 
-@pytest.mark.parametrize("distribution", SCORES)
+@pytest.mark.parametrize("distribution", SCORE_NAMES)
 def test_every_kind_of_score_is_drawn_under_its_name(distribution, run):
     _, ax = plots.plot_scores(replace(run, scores={**run.scores, "distribution": distribution}))
-    assert ax.get_ylabel() == plots.SCORE_LABELS[SCORES[distribution]][1]
+    assert ax.get_ylabel() == plots.SCORE_LABELS[SCORE_NAMES[distribution]][1]
 
 
 def test_uniform_sampling_draws_no_empty_scores(tmp_path, make_run):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Zamba2Config, Zamba2ForCausalLM
 
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.sampling.activation import activate_blocks, outside_parameters, trainable_by_block
+from ows_lightning.sampling.activation import activate_blocks, non_block_trains, trainable_by_block
 from tests.tiny import tiny_batch, tiny_model
 
 
@@ -36,7 +36,7 @@ def test_what_was_frozen_before_and_what_is_not_of_the_language_model() -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
     model.model.norm.weight.requires_grad_(False)
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
-    others = outside_parameters(model, ["lm_head", "norm"])
+    others = non_block_trains(model, ["lm_head", "norm"])
     assert others == {model.model.embed_tokens.weight: False, model.lm_head.weight: True}
     assert [len(block) for block in trainable_by_block(model)] == [8, 9, 9, 9]
 

@@ -26,7 +26,7 @@ from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.distributions import sampling_probabilities
 from ows_lightning.sampling.sampler import BlockSampler
-from ows_lightning.sampling.scores import OutlierScores
+from ows_lightning.sampling.scores import BlockScores
 from tests.tiny import tiny_model
 
 LAYERS = 6
@@ -260,7 +260,7 @@ def test_scores_decide_the_draws_and_are_written(tmp_path: Path) -> None:
                 if p.dim() == 2:
                     p.fill_(0.01)
     fit(module, sampling, tmp_path, max_steps=8)
-    written = OutlierScores.load(tmp_path / "outlier_scores.json")
+    written = BlockScores.load(tmp_path / "outlier_scores.json")
     assert len(written.outlier_ratios) == LAYERS
     assert written.calibration_samples == 4
     assert sum(written.probabilities) == pytest.approx(1)
@@ -270,14 +270,14 @@ def test_scores_decide_the_draws_and_are_written(tmp_path: Path) -> None:
 
 def test_scores_from_a_file_are_taken_as_they_are(tmp_path: Path) -> None:
     ratios = [0.0, 0.0, 0.0, 2.0, 0.0, 0.0]
-    OutlierScores("m", LAYERS, 13.0, 8, "outlier", ratios, ratios).save(tmp_path / "scores.json")
+    BlockScores("m", LAYERS, 13.0, 8, "outlier", ratios, ratios).save(tmp_path / "scores.json")
     sampling = LayerwiseSampling(activated_layers=1, interval_steps=1, scores=tmp_path / "scores.json")
     fit(SomebodyElsesModule(), sampling, tmp_path, max_steps=3)
     assert [blocks for _, _, blocks in history(tmp_path)] == [[3]] * 3
 
 
 def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
-    OutlierScores("other", 3, 13.0, 8, "outlier", [1.0] * 3, [1 / 3] * 3).save(tmp_path / "scores.json")
+    BlockScores("other", 3, 13.0, 8, "outlier", [1.0] * 3, [1 / 3] * 3).save(tmp_path / "scores.json")
     with pytest.raises(UsageError, match=r"scores: holds those of 'other', whose number of blocks is 3, but the model's is 6"):
         fit(SomebodyElsesModule(), LayerwiseSampling(activated_layers=1, scores=tmp_path / "scores.json"), tmp_path)
 
@@ -303,13 +303,13 @@ def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_scores_of_another_kind_are_refused(distribution: str, ratios: list, message: str, tmp_path: Path) -> None:
-    OutlierScores("m", LAYERS, 13.0, 8, distribution, ratios, ratios).save(tmp_path / "scores.json")
+    BlockScores("m", LAYERS, 13.0, 8, distribution, ratios, ratios).save(tmp_path / "scores.json")
     with pytest.raises(UsageError, match=re.escape(message)):
         LayerwiseSampling(activated_layers=2, scores=tmp_path / "scores.json").check(LAYERS, {})
 
 
 def test_the_table_of_scores_names_them() -> None:
-    norms, ratios = (OutlierScores("m", 1, 13.0, 8, name, [250.5], [1.0]) for name in ("weight_norm", "outlier"))
+    norms, ratios = (BlockScores("m", 1, 13.0, 8, name, [250.5], [1.0]) for name in ("weight_norm", "outlier"))
     assert norms.table() == "block   weight_norm   probability\n    0      250.5000        1.0000"
     assert "outlier_ratio_percent" in ratios.table()
 
@@ -523,7 +523,7 @@ def test_a_used_callback_can_be_pickled(tmp_path: Path) -> None:
 def test_seconds_and_scores_go_on_after_a_resume() -> None:
     before, after = LayerwiseSampling(), LayerwiseSampling()
     before.seconds = 3.5
-    before.outlier_scores = OutlierScores("m", 2, 13.0, 8, "outlier", [1.0, 3.0], [0.25, 0.75])
+    before.outlier_scores = BlockScores("m", 2, 13.0, 8, "outlier", [1.0, 3.0], [0.25, 0.75])
     after.load_state_dict(before.state_dict())
     assert after.seconds == 3.5
     assert after.outlier_scores == before.outlier_scores
@@ -704,7 +704,7 @@ def test_gradient_norms_of_active_blocks_decide_the_draws(module: type[Lightning
         for index, norm in step.items():
             means[index] = 0.9 * (means[index] or norm) + 0.1 * norm
     assert sampling.gradient_norms == pytest.approx(means, rel=1e-4)
-    written = OutlierScores.load(tmp_path / "outlier_scores.json")
+    written = BlockScores.load(tmp_path / "outlier_scores.json")
     assert list(written.probabilities) == sampling.probabilities.tolist()
     assert len(set(written.probabilities)) > 2
     assert min(written.probabilities) >= 0.1 / LAYERS
@@ -737,7 +737,7 @@ def test_scores_are_computed_in_the_trainers_precision(tmp_path: Path) -> None:
     dtypes: list[torch.dtype] = []
 
     class Watched(LayerwiseSampling):
-        def compute_scores(self, model: LightningModule, loader: Any) -> OutlierScores:
+        def compute_scores(self, model: LightningModule, loader: Any) -> BlockScores:
             layer = decoder_layers(model)[0].mlp.up_proj
             handle = layer.register_forward_hook(lambda layer, args, output: dtypes.append(output.dtype))
             scores = super().compute_scores(model, loader)
@@ -761,7 +761,7 @@ def test_a_window_is_grouped_already() -> None:
 
 
 def test_a_loader_of_whole_batches_gives_the_same_scores(tmp_path: Path) -> None:
-    def scores(train: DataLoader) -> OutlierScores | None:
+    def scores(train: DataLoader) -> BlockScores | None:
         sampling = LayerwiseSampling(activated_layers=2, interval_steps=2, calibration_samples=16, threshold=2.0)
         fit(Projected(), sampling, tmp_path, train=train, max_steps=1)
         return sampling.outlier_scores

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ows_lightning.errors import UsageError
-from ows_lightning.sampling.distributions import SCORES, Distribution, sampling_probabilities
+from ows_lightning.sampling.distributions import SCORE_NAMES, Distribution, sampling_probabilities
 from tests.published import LLAMA_2_7B
 
 
@@ -48,7 +48,7 @@ def test_reverse_order_hands_out_the_same_probabilities() -> None:
     assert reverse.argmax() == outlier.argmin() == 27
 
 
-@pytest.mark.parametrize("distribution", [name for name in get_args(Distribution) if name not in SCORES])
+@pytest.mark.parametrize("distribution", [name for name in get_args(Distribution) if name not in SCORE_NAMES])
 def test_distributions_without_a_score_need_none(distribution: str) -> None:
     without, given = (sampling_probabilities(scores, distribution) for scores in ([0.0, 0.0], [1.0, 3.0]))
     assert torch.equal(without, given)

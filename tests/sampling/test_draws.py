@@ -8,7 +8,7 @@ import torch
 from ows_lightning.errors import UsageError
 from ows_lightning.sampling.distributions import sampling_probabilities
 from ows_lightning.sampling.draws import draw_blocks, draw_window
-from ows_lightning.sampling.inclusion import window_inclusion
+from ows_lightning.sampling.inclusion import window_inclusion_probabilities
 from tests.sampling.test_distributions import LLAMA_2_7B
 
 
@@ -64,7 +64,7 @@ def test_a_window_is_drawn_by_its_sum_of_probabilities() -> None:
     sums = {0: 0.0, 1: 3.0, 2: 4.0, 3: 3.0}
     for low, weight in sums.items():
         assert sum(draw[0] == low for draw in draws) / len(draws) == pytest.approx(weight / 10, abs=0.02)
-    assert window_inclusion(probabilities, 2).tolist() == pytest.approx([0.0, 0.3, 0.7, 0.7, 0.3])
+    assert window_inclusion_probabilities(probabilities, 2).tolist() == pytest.approx([0.0, 0.3, 0.7, 0.7, 0.3])
     assert draw_window(probabilities, 5, generator) == [0, 1, 2, 3, 4]
     # Uniform windows of five of 32 blocks: 13.5 blocks lie below on average, and 5.87 - 0.11 * 13.5 = 4.4 operations remain.
     assert sum(draw_window(sampling_probabilities([1.0] * 32, "window"), 5, generator)[0] for _ in range(4000)) / 4000 == (

@@ -279,7 +279,7 @@ def test_any_seed_of_a_run_is_one_of_its_subspaces() -> None:
     for p in weights:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert all(optimizer.rests(p) for p in weights[1:])
+    assert all(optimizer.is_resting(p) for p in weights[1:])
 
 
 class SaveAt(Callback):
@@ -523,7 +523,7 @@ def test_stochastic_rounding_keeps_small_updates_of_resting_weights(where: str) 
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 8}], lr=1e-3, stochastic_rounding=True)
     optimizer.rest([weight], 4)
     if where == "host":
-        optimizer.keep_resting_updates([weight], optimizer.add_resting_updates)
+        optimizer.keep_updates_separate([weight], optimizer.add_resting_updates)
     direction = optimizer.resting_projector(weight) @ torch.ones(4, 64, dtype=torch.bfloat16)
     for _ in range(50):
         weight.grad = direction.T.clone()
@@ -599,7 +599,7 @@ def test_what_is_learned_at_rest_is_kept_in_float32() -> None:
     weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     optimizer = GaLoreAdamW([{"params": [weight], "rank": 8}], lr=1e-3)
     optimizer.rest([weight], 4)
-    optimizer.keep_resting_updates([weight], optimizer.add_resting_updates)
+    optimizer.keep_updates_separate([weight], optimizer.add_resting_updates)
     projector = optimizer.resting_projector(weight)
     for _ in range(600):
         weight.grad = (projector @ torch.ones(4, 64, dtype=torch.bfloat16)).T.contiguous()
