@@ -162,7 +162,7 @@ def fingerprint(dataset: Any) -> str:
 
 
 def mark_step_saved(callback: Any, step: int) -> None:
-    """Tells Lightning's ModelCheckpoint that it has saved a step: see what ``_should_skip_saving_checkpoint`` compares."""
+    """Tells Lightning's ModelCheckpoint that a step is saved. When it is gone: a resumed run saves its first step twice."""
     callback._last_global_step_saved = step
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
@@ -12,8 +12,6 @@ from ows_lightning.checkpoints.shards import ShardReader
 from ows_lightning.errors import UsageError, first_line
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
@@ -32,7 +30,7 @@ def find_checkpoint(ckpt_path: str, *places: Path) -> str | Path | None:
             raise UsageError(f"ckpt_path: no checkpoint '{ckpt_path}'")
         return ckpt_path
     if ckpt_path != "last":
-        read_checkpoint(Path(ckpt_path), load_verified)
+        read_checkpoint(Path(ckpt_path))
         return Path(ckpt_path)
     return next((path for place in places for folder in _checkpoint_folders(place) if (path := last_good(folder))), None)
 
@@ -51,7 +49,8 @@ def last_good(folder: Path, other_than: Path | None = None) -> Path | None:
         there = [path for path in folder.glob(pattern) if path.exists()]  # not links to what is gone
         for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             try:
-                if path != other_than and load_verified(path):
+                if path != other_than:
+                    load_verified(path)
                     return path
             except READ_ERRORS as error:
                 log.warning("Passed over the damaged checkpoint %s (%s)", path, first_line(error))
@@ -72,8 +71,8 @@ def load_verified(path: Path) -> dict[str, Any]:
     return contents
 
 
-def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
-    """Returns `read(path)` after verifying all checksums; a fault becomes a UsageError that names the last good checkpoint."""
+def read_checkpoint(path: Path, read: Callable[[Path], Any] = load_verified) -> Any:
+    """Returns `read(path)`, by default `load_verified`'s; a fault is a UsageError that names the last good checkpoint."""
     if not path.exists():
         raise UsageError(f"ckpt_path: no checkpoint '{path}'; {_hint(path)}")
     if path.is_dir() and not any((path / name).exists() for name in (META_FILE, DCP_METADATA_FILE)):
@@ -81,7 +80,6 @@ def read_checkpoint(path: Path, read: Callable[[Path], T]) -> T:
         hint = f"the last good one in it is '{within}'" if within else "there is no good one in it"
         raise UsageError(f"ckpt_path: '{path}' is a folder, not a checkpoint; {hint}")
     try:
-        load_verified(path)
         return read(path)
     except UsageError:
         raise

@@ -11,8 +11,8 @@ from typing import Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ows_lightning.atomic_files import partial_path, replace_atomically
-from ows_lightning.checkpoints.files import load_file, root_cause, save_file
-from ows_lightning.checkpoints.find import last_good, read_checkpoint
+from ows_lightning.checkpoints.files import root_cause, save_file
+from ows_lightning.checkpoints.find import last_good, load_verified, read_checkpoint
 from ows_lightning.checkpoints.shards import load_shards
 from ows_lightning.errors import RunError, first_line
 
@@ -40,13 +40,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Reads a file, whose tensors are mapped, or a directory of shards, always with ``weights_only=True``."""
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)
-        return read_checkpoint(Path(path), lambda path: load_shards(path) if path.is_dir() else load_file(path))
+        return read_checkpoint(Path(path), _load)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint; a directory is renamed first, so that no half of it looks like a checkpoint."""
         if Path(path).is_dir():
             path = Path(path).rename(partial_path(path))
         super().remove_checkpoint(path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    contents = load_verified(path)
+    return load_shards(path) if path.is_dir() else contents
 
 
 def save_error(path: Any, error: BaseException) -> BaseException:

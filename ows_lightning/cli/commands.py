@@ -167,6 +167,7 @@ class CommandTrainer(OWSTrainer):
         model.trainer = self  # the module reads the precision from it
         model.hparams.update(attn_implementation=None, kernels=None)  # nothing is computed, and a GPU's may be missing here
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
+        read_checkpoint(checkpoint)  # which verifies all shards
         read_checkpoint(checkpoint, lambda path: load_weights(model, path))
         card = model_card(model.hparams, run)
         if delta:

@@ -17,13 +17,14 @@ from ows_lightning.compat import attn_implementation_of
 from ows_lightning.data import formats
 from ows_lightning.data.examples import column
 from ows_lightning.data.loaders import RankSampler, ResumableLoader
-from ows_lightning.data.masking import IGNORE_INDEX, Encoder, with_chat_template
+from ows_lightning.data.masking import Encoder, with_chat_template
 from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
 from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, require_separate_documents
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import language_model_of
+from ows_lightning.models.loss import IGNORE_INDEX
 
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}

@@ -30,7 +30,7 @@ def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool 
     example = FORMATS[data_format][1](row, row_name)
     avoided = str(row.get("label")).lower() == "false"  # of TRL's rows for KTO; text in a CSV file
     if data_format == "prompt_completion" and avoided:
-        example["messages"] = split_prompt(_untrained(example["messages"]))[0]
+        example["messages"] = split_prompt(untrained(example["messages"]))[0]
     if row.get("tools"):
         tools, what = row["tools"], f"{row_name}: 'tools'"
         example["tools"] = _objects(_parsed_json(tools, what) if isinstance(tools, str) else without_none(tools), what)
@@ -109,9 +109,9 @@ def _from_prompt_completion(row: Row, row_name: str) -> Example:
     prompt = _from_messages(row, row_name, column="prompt")["messages"]
     completion = row.get("completion")
     if isinstance(completion, str) or completion is None:
-        return {"messages": _untrained(prompt) + _answer(row, "completion", row_name)}
+        return {"messages": untrained(prompt) + _answer(row, "completion", row_name)}
     answer = _from_messages({"completion": completion}, row_name, column="completion")  # a system message is the prompt's
-    return {"messages": _untrained(prompt) + answer["messages"]}
+    return {"messages": untrained(prompt) + answer["messages"]}
 
 
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -153,7 +153,8 @@ def _with_system(row: Row, messages: list[Message], row_name: str) -> list[Messa
     return [{"role": "system", "content": system}, *messages] if system and messages[0]["role"] != "system" else messages
 
 
-def _untrained(messages: list[Message]) -> list[Message]:
+def untrained(messages: Iterable[Message]) -> list[Message]:
+    """The messages, of which no answer is trained."""
     return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 

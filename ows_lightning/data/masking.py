@@ -14,11 +14,11 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from ows_lightning.data.formats import Example, Message, split_prompt
+from ows_lightning.data.formats import Example, Message, split_prompt, untrained
 from ows_lightning.data.rendering import ChatTemplate, merge_system_message
 from ows_lightning.errors import UsageError
+from ows_lightning.models.loss import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 #: For tokenizers without a chat template, such as those of base models.
 PLAIN_TEMPLATE = """\
 {% for message in messages %}\
@@ -133,8 +133,7 @@ class Encoder:
             if turns[-1] in alone:
                 raise UsageError(f"{row_name}: the chat template renders the answer in a way that hides where it begins")
             for i in alone:
-                earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:i]]
-                rows += self._conversation([*earlier, messages[i]], tools, row_name)
+                rows += self._conversation([*untrained(messages[:i]), messages[i]], tools, row_name)
         return rows
 
     def _answer_span(self, text: str, messages: list[Message], i: int, tools: Any, row_name: str) -> Span | None:

@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 
 from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
-from ows_lightning.data.masking import IGNORE_INDEX, Encoder
+from ows_lightning.data.masking import Encoder
 from ows_lightning.errors import UsageError
 from ows_lightning.models.causal_lm import eval_mode, run_causal_lm
 from ows_lightning.models.decoder import language_model_of
+from ows_lightning.models.loss import IGNORE_INDEX
 
 Item = dict[str, list[int]]
 

@@ -37,8 +37,8 @@ class LayerwiseDDPStrategy(DDPStrategy):
         assert self.model is not None
         if ignored := [*self._ddp_kwargs, *(["ddp_comm_hook"] if self._ddp_comm_hook is not None else [])]:
             rank_zero_warn(f"trainer.strategy: LayerwiseDDPStrategy wraps no model, so it ignores {', '.join(ignored)}")
-        for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
-            if self.world_size > 1:  # one process may offload blocks, and NCCL takes nothing from host memory
+        if self.world_size > 1:  # one process may offload blocks, and NCCL takes nothing from host memory
+            for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
                 broadcast_(tensor.detach(), dist.group.WORLD)
 
     @contextmanager

@@ -11,16 +11,16 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ows_lightning.atomic_files import partial_path, replace_atomically
 from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, file_crc32, save_file
-from ows_lightning.checkpoints.find import load_verified, read_checkpoint
+from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, save_error
 from ows_lightning.checkpoints.shards import ShardWriter, load_optimizer_states, load_weights, split_checkpoint
 from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.errors import RunError, UsageError
+from ows_lightning.models.export import full_tensor
 from ows_lightning.optim.sharding import shard_state
 
 
@@ -60,7 +60,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             return dict(state)
         gathered = {}
         for name, value in state.items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            whole = full_tensor(value) if isinstance(value, Tensor) else value
             if self.global_rank == 0:
                 gathered[name] = whole.cpu() if isinstance(whole, Tensor) else whole
         return gathered
@@ -123,7 +123,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint except its tensors, which the two following methods read, each process its part."""
         path = Path(self.broadcast(checkpoint_path))
-        return {**read_checkpoint(path, load_verified), "path": str(path)}
+        return {**read_checkpoint(path), "path": str(path)}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Reads this process's part of the weights into the module."""

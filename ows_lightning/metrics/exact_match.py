@@ -5,6 +5,8 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ows_lightning.models.loss import IGNORE_INDEX
+
 _NEUTRAL_SETTINGS = {  # of generation: they leave greedy answers as they are, or are overruled
     "bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length",
     "max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config",
@@ -39,7 +41,7 @@ class TeacherForcedAnswers:
 
     def add(self, batch: dict[str, Tensor], likeliest: Tensor) -> None:
         """Notes what the likeliest tokens at a batch's targets, (N,), row by row, show of the answers at its rows' ends."""
-        has_target = batch["labels"].cpu() != -100
+        has_target = batch["labels"].cpu() != IGNORE_INDEX
         has_target[:, 0] = False
         found = iter(likeliest.tolist())
         for ids, at in zip(batch["input_ids"].cpu(), has_target, strict=True):

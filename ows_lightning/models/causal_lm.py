@@ -67,7 +67,7 @@ class CausalLM(nn.Module):
         """Returns the summed log-likelihood (nats) of each row's target tokens, (B,), float32; the batch is not packed."""
         model, targets = self.language_model, batch["labels"][:, 1:]
         hidden = loss.last_hidden_state(model, {key: batch[key] for key in ("input_ids", "attention_mask")})[:, :-1]
-        has_target = targets != -100
+        has_target = targets != loss.IGNORE_INDEX
         losses = cross_entropy(loss.logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
         return losses.new_zeros(len(targets)).index_add_(0, has_target.nonzero()[:, 0], -losses)
 

@@ -13,6 +13,7 @@ from ows_lightning.compat import known_mask_checks
 from ows_lightning.models.decoder import backbone
 from ows_lightning.models.large_tensors import rows_at_a_time
 
+IGNORE_INDEX = -100  # a label that is no target, as in transformers
 CPU_CHUNK_BYTES = 1 << 25  # bytes of logits that a CPU holds at a time; below it, speed suffers before memory gains
 # A GPU reads the head twice for each chunk, and reads and writes its gradient; products of 1,024 rows take longer than that.
 GPU_CHUNK_ROWS, GPU_CHUNK_BYTES = 1024, 1 << 28
@@ -78,7 +79,7 @@ def token_mask(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _positions_of_targets(labels: Tensor) -> Tensor:
-    row, column = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    row, column = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     return row * labels.size(1) + column + 1
 
 

@@ -15,7 +15,7 @@ from ows_lightning.optim.gradient_capture import GradientCapture
 from ows_lightning.optim.projected_adamw import merge_update_, project, projected_adamw_, without_autocast
 from ows_lightning.optim.sharding import local
 from ows_lightning.optim.state_dtypes import saved_tensors
-from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, find_subspace, random_subspace
+from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, derived_seed, find_subspace, random_subspace
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class GaLoreAdamW(GradientCapture):
         group, index = self._group_and_index[p]
         seed = index + int(self.state[p].get("step", 0))
         if group["subspace"] == "random":  # another one whenever a block becomes active, too
-            seed = (1_000_003 * self._draw_seed + seed) % 2**63
+            seed = derived_seed(self._draw_seed, seed)
         return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     @torch.no_grad()
@@ -373,8 +373,7 @@ class GaLoreAdamW(GradientCapture):
     def _rounding_generator(self, p: Tensor, device: torch.device) -> torch.Generator:
         # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.
         number, steps = self._group_and_index[p][1], int(self.state[p]["step"])
-        seed = (1_000_003 * (1_000_003 * self._draw_seed + number) + steps) % 2**63
-        return torch.Generator(device).manual_seed(seed)
+        return torch.Generator(device).manual_seed(derived_seed(self._draw_seed, number, steps))
 
     def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
         """Makes moments, or converts them to the configured dtype, and returns the number of their coming step, from 1."""
@@ -426,7 +425,7 @@ def merge_saved_updates_(weights: MutableMapping[str, Tensor], optimizer: Mappin
 
 def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
     """Q of a weight at rest, from the seed of the rest period, given once for each column, and its number in the optimizer."""
-    return random_subspace(weight, rest.numel(), (1_000_003 * int(rest[0]) + number) % 2**63)
+    return random_subspace(weight, rest.numel(), derived_seed(int(rest[0]), number))
 
 
 _LEAST = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1}

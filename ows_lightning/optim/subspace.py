@@ -1,5 +1,6 @@
 """The subspace that a gradient is projected onto: its leading singular vectors, exact or randomized, or a random one."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -66,6 +67,11 @@ def singular_vectors(sketches: Sequence[Sketch]) -> Iterator[Tensor]:
             free = torch.randn(basis.size(-2), rank, generator=generator, dtype=torch.float32, device=basis.device)
             vectors = _orthonormal(torch.where(left_open.to(basis.device, non_blocking=basis.is_cuda), free, vectors))
         yield vectors * vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True)).sign()
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed that follows from several numbers; other small numbers hardly ever give the same one."""
+    return functools.reduce(lambda seed, number: 1_000_003 * seed + number, numbers) % 2**63
 
 
 def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:

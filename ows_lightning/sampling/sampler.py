@@ -18,6 +18,7 @@ from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampl
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import NON_BLOCK_PARTS, Part, decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
+from ows_lightning.optim.subspace import derived_seed
 from ows_lightning.sampling.activation import (
     activate_blocks,
     non_block_trains,
@@ -276,7 +277,7 @@ class BlockSampler:
 
     def activate(self, optimizers: Sequence[Optimizer]) -> None:
         """Lets the active blocks train, and freezes the others or lets them rest."""
-        others, seed = self._others.items(), 1_000_003 * self.seed + self.history[-1][0]
+        others, seed = self._others.items(), derived_seed(self.seed, self.history[-1][0])
         self._frozen.clear()
         self._frozen |= activate_blocks(self._blocks, self.active_blocks, others, optimizers, self.resting_rank, seed)
 
@@ -330,7 +331,7 @@ class BlockSampler:
     def blocks_of(self, interval: int) -> list[int]:
         """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""
         assert self.probabilities is not None
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + interval)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, interval))
         if self.distribution == "window":
             return draw_window(self.probabilities, self.activated_layers, generator)
         return draw_blocks(self.probabilities, self.activated_layers, generator, self.grouping)
