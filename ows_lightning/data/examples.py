@@ -151,7 +151,7 @@ def encode(
     return {name: [row[i] for row in rows] for i, name in enumerate(token_features())}
 
 
-def warn_of_dropped_content(key: str, documents: Any, where: Sequence[str], among: str) -> None:
+def warn_of_dropped(key: str, documents: Any, where: Sequence[str], among: str) -> None:
     """Warns of rows without a target, and of those of which the chat template drops something; names them by ``where``."""
     dropped: dict[str, dict[int, None]] = {}  # the rows by what is dropped, in order
     for row, length, unshown in zip(*(documents[name][:] for name in ("row", "length", "unshown")), strict=True):

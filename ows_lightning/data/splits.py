@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from ows_lightning.data.examples import (
-    column,
-    example_features,
-    read_examples,
-    stream_examples,
-    tokenise,
-    warn_of_dropped_content,
-)
+from ows_lightning.data.examples import column, example_features, read_examples, stream_examples, tokenise, warn_of_dropped
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.rows import Rows, pack
@@ -129,7 +122,7 @@ class Splits:
             dropped = len(self.indices_without_target(key))
             documents, rows = len(tokens) - dropped, len(examples) - dropped
             if documents:
-                warn_of_dropped_content(key, tokens, examples["where"], f"{len(examples)} rows")
+                warn_of_dropped(key, tokens, examples["where"], f"{len(examples)} rows")
             if documents > rows:
                 why = "since the template rewrites earlier answers: each is trained at the end of a row of its own."
                 rank_zero_info(f"data.{key}: {rows} rows became {documents}, {why}")

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ows_lightning.data.examples import encode, warn_of_dropped_content
+from ows_lightning.data.examples import encode, warn_of_dropped
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.rows import Item, join_documents, pack
 from ows_lightning.data.sources import join_names
@@ -66,7 +66,7 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
                 named = join_names(dict.fromkeys(where))
                 raise UsageError(f"data.dataset: none of the first {len({*where})} rows has an answer to train on: {named}")
             among, limit = f"the first {BUFFER_SIZE} rows", self.encoder.max_seq_length
-            warn_of_dropped_content("dataset", columns, where, among)
+            warn_of_dropped("dataset", columns, where, among)
             if (cut := sum(columns["truncated"])) and self.length > 1:  # not for a sample of one row
                 rank_zero_info(f"data.dataset: {cut} of {among} were cut to max_seq_length={limit} tokens.")
         rows = [[i] for i in range(len(documents))]

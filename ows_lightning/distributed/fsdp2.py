@@ -82,9 +82,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             partial.mkdir(parents=True)
 
         def finish() -> None:
-            save_file(
-                {**rest, "sums": {**sums, DCP_METADATA_FILE: file_crc32(partial / DCP_METADATA_FILE)}}, partial / META_FILE
-            )
+            sums[DCP_METADATA_FILE] = file_crc32(partial / DCP_METADATA_FILE)
+            save_file({**rest, "sums": sums}, partial / META_FILE)
             replace_atomically(partial, path)
 
         try:

@@ -1,6 +1,7 @@
 """Finds the decoder blocks of a causal LM by the model's structure, and what lies outside them."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -105,10 +106,11 @@ def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 def _outermost_lists(module: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
     """Yields every `nn.ModuleList` that lies in no other one, with the module whose attribute it is."""
+    stacked = Counter(type(child) for name, child in module.named_children() if name.isdigit())
     for child in module.children():
         if "text" not in getattr(type(child), "input_modalities", "text"):
             continue  # a tower for images or sound, which may be larger than the language model
         if isinstance(child, nn.ModuleList):
             yield module, child
-        else:
+        elif stacked[type(child)] < 2:  # blocks of an nn.Sequential have lists, too: of experts
             yield from _outermost_lists(child)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning import LightningModule
@@ -55,6 +57,17 @@ def test_finds_the_blocks_inside_other_modules() -> None:
 def test_finds_the_blocks_of_a_model_that_is_not_from_transformers() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "blocks": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
     assert decoder_layers(model) is model["blocks"]
+
+
+@pytest.mark.parametrize("holder", [nn.Sequential, lambda *blocks: nn.ModuleDict({str(i): b for i, b in enumerate(blocks)})])
+def test_experts_of_blocks_in_a_sequence_are_not_taken_for_blocks(holder: Any) -> None:
+    def block() -> nn.Module:
+        return nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+
+    with pytest.raises(UsageError, match="has no decoder blocks"):
+        decoder_layers(nn.ModuleDict({"embed": nn.Embedding(8, 4), "blocks": holder(block(), block())}))
+    one = nn.Sequential(nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4)])}))
+    assert decoder_layers(one) is one[0]["blocks"]
 
 
 def test_vision_language_model_gives_its_language_blocks() -> None:
