@@ -260,6 +260,7 @@ class CausalLMModule(EvaluationModule):
         optimizer = self.make_optimizer(self.param_groups())
         self._check_projection(optimizer)
         steps = self.trainer.estimated_stepping_batches
+        steps = math.inf if steps < 0 else steps  # of a stream without a length
         scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
         if isinstance(optimizer, GaLoreAdamW):
             check_strategy(self.trainer.strategy)

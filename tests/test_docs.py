@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 from lightning.pytorch import Trainer
@@ -23,11 +23,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import ows_lightning
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import CONFIG_COMMANDS, main
-from ows_lightning.data import InstructionDataModule
+from ows_lightning.data import InstructionDataModule, formats
 from ows_lightning.data.formats import recognise, to_example
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
+from ows_lightning.sampling.distributions import Distribution
+from ows_lightning.sampling.sampler import BlockSampler
 from tests.bare import make_bare
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
@@ -331,6 +333,17 @@ def test_what_no_gpu_has_run_is_said_once_in_the_same_words(document: Path) -> N
     text = " ".join(document.read_text().split())
     unseen = re.search(r"frozen_in|frozen_dtype|fsdp2|strategies/host|\bint8\b|\d GB\b|predictions? ", text)
     assert text.count("verified on CPUs, not yet on a GPU") == (unseen is not None or document.name == "index.md")
+
+
+@pytest.mark.parametrize(
+    ("names", "document", "owner"),
+    [(Distribution, "method.md", BlockSampler), (formats.DataFormat, "own-data.md", InstructionDataModule)],
+)
+def test_every_choice_has_its_line(names: Any, document: str, owner: type) -> None:
+    text, docstring = (ROOT / "docs" / document).read_text(), inspect.getdoc(owner) or ""
+    for name in get_args(names):
+        assert f"\n| `{name}` |" in text, name
+        assert re.search(rf"\b{name}\b", docstring), name
 
 
 def test_every_document_is_found_from_the_readme() -> None:

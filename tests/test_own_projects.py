@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling, OWSTrainer, galore_param_groups
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import RunError, UsageError
 from ows_lightning.lightning_support import check_strategy
 from ows_lightning.models.loss import LossParts
 from tests.distributed.launch import run
@@ -114,6 +115,46 @@ def test_validation_leaves_another_loops_projection_alone(model_dir: ModelDir, t
 
 
 # ------------------------------------------------------------------ what a subclass overrides
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return itertools.cycle(loader().dataset)
+
+
+def test_a_schedule_over_a_stream_without_a_length_asks_for_the_number_of_steps(model_dir: ModelDir, tmp_path: Path) -> None:
+    module = CausalLMModule(str(model_dir()), rank=4)
+    with pytest.raises(UsageError, match="the schedule needs the number of steps"):
+        trainer(tmp_path, max_steps=-1, max_epochs=1).fit(module, DataLoader(Endless(), batch_size=4))
+
+
+class NeverANumber(Theirs):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * float("nan")
+
+
+def test_gradients_that_stay_nan_end_another_projects_run_too(tmp_path: Path) -> None:
+    module = NeverANumber()
+    with pytest.raises(RunError, match="10 steps in a row"):
+        trainer(tmp_path, kind=OWSTrainer, max_steps=40).fit(module, loader(rows=64))
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+class OfRank(Theirs):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def configure_optimizers(self) -> Any:
+        return GaLoreAdamW(galore_param_groups(self.net, rank=self.rank), lr=self.lr)
+
+
+def test_a_resumed_run_of_ones_own_module_keeps_its_rank(tmp_path: Path) -> None:
+    first = trainer(tmp_path, kind=OWSTrainer)
+    first.fit(OfRank(4), loader())
+    first.save_checkpoint(tmp_path / "rank4.ckpt")
+    with pytest.raises(UsageError, match=r"^optimizer: rank 4 in the checkpoint, 8 now; set it back, or start anew$"):
+        trainer(tmp_path, kind=OWSTrainer, max_steps=4).fit(OfRank(8), loader(), ckpt_path=tmp_path / "rank4.ckpt")
 
 
 class StepsAsLightningsDocs(CausalLMModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -43,7 +44,7 @@ def write_tables(study: Study, folder: Path) -> str:
             if len(lengths) > 1:
                 parts += [f"## {task}, by length", length_table(lengths, study.reference)]
             picture = f"{study.name}_{task}.png"
-            plot(lengths, folder / picture)
+            plot(lengths, folder / picture, f"{task}, {', '.join(map(str, lengths))} steps; bars: range of the seeds")
             parts.append(f"![Test loss on {task} against time, FLOPs and memory]({picture})")
     text = "\n\n".join(parts) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,13 +213,17 @@ def adjusted(p_values: dict[str, float]) -> dict[str, float]:
     return result
 
 
-def plot(lengths: dict[int, Values], path: Path) -> None:
-    """Test loss against time, FLOPs and memory, where measured; a line a method, bars over the seeds' range."""
+def plot(lengths: dict[int, Values], path: Path, title: str) -> None:
+    """Test loss against time, FLOPs and memory, where measured; a line a method, bars over the seeds' range.
+
+    Of several lengths, methods that were run at one alone are left to the tables.
+    """
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib import ticker
 
-    names = dict.fromkeys(name for values in lengths.values() for name in values)
+    runs_at = Counter(name for values in lengths.values() for name in values)
+    names = [name for name in runs_at if runs_at[name] > 1 or len(lengths) == 1]
     measured = [cost for cost in COSTS if not all(math.isnan(each) for name in names for each in _mean(lengths, name, cost))]
     figure, axes = plt.subplots(1, len(measured), figsize=(4 * len(measured), 4), sharey=True, layout="constrained")
     for axis, cost in zip(axes, measured, strict=True):
@@ -236,6 +241,7 @@ def plot(lengths: dict[int, Values], path: Path) -> None:
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if right > 10 * left else (1, 2, 3, 5, 7)))
             axis.xaxis.set_major_formatter(ticker.EngFormatter())
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    figure.suptitle(title, fontsize="medium")
     axes[0].set_ylabel("Test loss (nats a target token)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)

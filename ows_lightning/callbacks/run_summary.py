@@ -69,7 +69,7 @@ class RunSummary(Callback):
         """Logs the share of the weights that train at some time, if the draws are known beforehand."""
         self.first_step = trainer.global_step
         sampling, steps = LayerwiseSampling.of(trainer), trainer.estimated_stepping_batches
-        if not trainer.is_global_zero or steps == float("inf"):
+        if not trainer.is_global_zero or not 0 <= steps < float("inf"):
             return
         validates, due = pl_module.automatic_optimization and any(trainer.num_val_batches), trainer.val_check_batch or 0
         if validates and steps * trainer.accumulate_grad_batches < due < float("inf"):

@@ -8,27 +8,27 @@ from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.errors import RunError
-from ows_lightning.module import CausalLMModule
 
 
 class StopOnNaN(StepCallback):
-    """Ends a run of CausalLMModule after ``model.max_skipped_steps`` skipped steps in a row.
+    """Ends a run after ``model.max_skipped_steps`` (10) skipped steps in a row, in a module of one's own those of GaLoreAdamW.
 
     The weights are still those of the last good step then. The error names the last checkpoint; without one, it is saved here.
     """
 
-    _in_a_row = 0
+    _in_a_row = _skipped = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run."""
-        self._in_a_row = 0
+        self._in_a_row = self._skipped = 0
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts skipped steps, and ends the run by a RunError on all ranks."""
-        if not isinstance(pl_module, CausalLMModule) or pl_module.last_step_metrics is None:
-            return
-        self._in_a_row = self._in_a_row + 1 if pl_module.last_step_metrics.skipped else 0
-        if self._in_a_row < pl_module.hparams["max_skipped_steps"]:
+        metrics, before = getattr(pl_module, "last_step_metrics", None), self._skipped
+        self._skipped = sum(getattr(optimizer, "skipped_steps", 0) for optimizer in trainer.optimizers)
+        skipped = self._skipped > before if metrics is None else metrics.skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if self._in_a_row < pl_module.hparams.get("max_skipped_steps", 10):
             return
         folder = getattr(checkpoint_callback(trainer), "dirpath", None)
         good: Path | str | None = last_good(Path(folder)) if folder and trainer.is_global_zero else None

@@ -128,10 +128,12 @@ def _nearest_key(key: str, known: Iterable[str]) -> str | None:
     """The key that is meant: it has the same last name or one like it, as `max_steps` and `trainer.max_steps` have."""
     if (meant := _OTHERS_NAMES.get(key.rpartition(".")[2])) is not None:
         return meant
+    section, _, last = key.rpartition(".")
     names = {other: other.rpartition(".")[2] for other in known}
-    name = closest_name(key.rpartition(".")[2], names.values())
+    beside = [names[other] for other in names if other.rpartition(".")[0] == section]  # else any section's
+    name = closest_name(last, beside) or closest_name(last, names.values())
     alike = [other for other in names if names[other] == name]
-    return closest_name(key, alike, cutoff=0) if alike else None
+    return closest_name(key, alike, cutoff=0) if alike else _nearest_key(section, names) if "." in section else None
 
 
 def _help_command(parser: argparse.ArgumentParser) -> str:

@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.sharding import average_, broadcast_, zero_missing_gradients
 
@@ -26,11 +25,6 @@ class LayerwiseDDPStrategy(DDPStrategy):
 
     averages_changing_blocks = True  # what `check_strategy` asks of a DDP strategy
     _accumulates = False
-
-    def setup_environment(self) -> None:
-        """Starts the processes' communication."""
-        super().setup_environment()
-        destroy_process_group_at_exit()
 
     def configure_ddp(self) -> None:
         """Gives all processes rank 0's weights; the model is not wrapped."""

@@ -18,7 +18,6 @@ from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, file_c
 from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, save_error
 from ows_lightning.checkpoints.shards import ShardWriter, load_optimizer_states, load_weights, split_checkpoint
-from ows_lightning.distributed.process_group import destroy_process_group_at_exit
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models.export import full_tensor
 from ows_lightning.optim.sharding import shard_state
@@ -43,7 +42,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Starts the processes' communication."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        destroy_process_group_at_exit()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state: this process's shards, or all of it on rank 0."""

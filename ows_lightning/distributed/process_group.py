@@ -1,18 +1,11 @@
 """How a process leaves the process group that it trained in."""
 
-import atexit
 import contextlib
 from datetime import timedelta
 
 import torch.distributed as dist
 
 _BARRIER_TIMEOUT = timedelta(seconds=30)
-
-
-def destroy_process_group_at_exit() -> None:
-    """Makes this process leave its group, if it is in one, before the interpreter ends: gloo's threads must end first."""
-    atexit.unregister(destroy_process_group)
-    atexit.register(destroy_process_group, False)
 
 
 def destroy_process_group(wait_for_others: bool = True) -> None:

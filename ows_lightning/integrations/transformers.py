@@ -101,8 +101,8 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         self.load_state_dict(saved["attributes"]["resumed"])
 
 
-class _TrainersGaLoreAdamW(GaLoreAdamW):
-    """The optimizer of ``use_galore``: the Trainer says, before a micro-batch, whether it is the last of its step."""
+class _AccumulatingGaLoreAdamW(GaLoreAdamW):
+    """The optimizer of ``use_galore``: its ``accumulating`` follows what accelerate says of a micro-batch."""
 
     def project_gradient(self, p: Tensor) -> None:
         self.accumulating = not GradientState().sync_gradients
@@ -158,9 +158,11 @@ def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW
         raise UsageError("model_init: train makes a new model and optimizer; give Trainer the model itself")
     if args.fp16:
         raise UsageError("fp16: its scaled gradients can't be projected within backward; set bf16=True, or neither")
+    if given := options.keys() & {"lr", "betas", "eps", "weight_decay"}:
+        raise UsageError(f"use_galore: {min(given)} comes from the Trainer's arguments (learning_rate, adam_beta1, ...)")
     of_groups = {name: options.pop(name) for name in signature(galore_param_groups).parameters if name in options}
     groups, betas = galore_param_groups(model, rank=rank, **of_groups), (args.adam_beta1, args.adam_beta2)
-    optimizer = _TrainersGaLoreAdamW(
+    optimizer = _AccumulatingGaLoreAdamW(
         groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, **options
     )
     trainer.accelerator.clip_grad_norm_ = lambda parameters, max_norm, norm_type=2: optimizer.clip_gradients(max_norm)
@@ -192,7 +194,7 @@ def _require_state(optimizer: Optimizer) -> None:
 
 def _require_use_galore(optimizer: Optimizer, args: TrainingArguments) -> None:
     """Refuses a GaLoreAdamW whose gradients the Trainer would not see."""
-    if not isinstance(optimizer, GaLoreAdamW) or isinstance(optimizer, _TrainersGaLoreAdamW):
+    if not isinstance(optimizer, GaLoreAdamW) or isinstance(optimizer, _AccumulatingGaLoreAdamW):
         return
     if optimizer.projects_in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):
         raise UsageError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MEMORY_SIZES = (12, 16, 24, 40, 48, 80)
+MEMORY_SIZES = (4, 8, 12, 16, 24, 40, 48, 80)
 """Sizes of GPUs in GB of 10^9 bytes. A 24 GB card has some 7 % more; CUDA's own context and fragmentation take that."""
 
 

@@ -174,20 +174,19 @@ class _Simulation:
     def watch_gradients(self, renews: bool) -> list[RemovableHandle]:
         """Registers hooks for a step that tell the tracker which tensors are gradients, and what is computed from them."""
         galore, tracker, on_host = self.galore, self.tracker, self.work.host_memory
-        before, arriving = "", None  # rows of an offloaded gradient that are added to the present one
+        held: list[Any] = []  # from `begin` to `end`: the category before, and rows that arrive of an offloaded gradient
 
         def begin(p: Tensor) -> None:
-            nonlocal before, arriving
-            before, tracker.category = tracker.category, "gradients"
+            held[:], tracker.category = [tracker.category], "gradients"
             offloaded = galore.offloaded_gradients.get(p) if galore else None
             if offloaded is not None and on_host:
-                arriving = torch.empty_like(offloaded[..., : rows_at_a_time(p[..., :1, :].numel(), torch.device("cuda")), :])
+                held.append(torch.empty_like(offloaded[..., : rows_at_a_time(p[..., :1, :].numel(), torch.device("cuda")), :]))
             tracker.label("gradients", [p.grad, None if on_host else offloaded])
             tracker.category = "other"
 
         def end(p: Tensor) -> None:
-            nonlocal arriving
-            tracker.category, arriving = before, None
+            tracker.category = held[0]
+            held.clear()
             if galore is not None:
                 tracker.label("gradients", [galore.projected_gradients.get(p)])
                 if (found := galore.sketches.get(p)) is not None:

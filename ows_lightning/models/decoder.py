@@ -63,7 +63,9 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     head = language_model.get_output_embeddings() if _is_pretrained(language_model) else None
 
     in_blocks = set(layers.modules())
-    embeddings = nn.ModuleList(m for m in holder.modules() if isinstance(m, nn.Embedding) and m not in in_blocks)
+    # An adapter of peft's lies in a layer around the embeddings.
+    found = (m for m in holder.modules() if isinstance(getattr(m, "base_layer", m), nn.Embedding))
+    embeddings = nn.ModuleList(m for m in found if m not in in_blocks)
     groups = {"embeddings": list(embeddings.parameters()), "lm_head": [] if head is None else list(head.parameters())}
     placed = {*layers.parameters(), *groups["embeddings"], *groups["lm_head"]}
     groups["norm"] = [p for p in holder.parameters() if p not in placed]

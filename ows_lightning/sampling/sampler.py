@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, sampling_settings
+from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, plain, sampling_settings
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import NON_BLOCK_PARTS, Part, decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
@@ -98,10 +98,11 @@ class BlockSampler:
         grouping: float = 0.0,
         resting_rank: int = 0,
     ) -> None:
+        distribution = plain(distribution)  # not NumPy's or torch's: JSON, generators and safe checkpoints want plain values
         whole = {"activated_layers": activated_layers, "interval_steps": interval_steps, "resting_rank": resting_rank}
         whole |= {"calibration_samples": calibration_samples, "rescore_every": rescore_every or 0}
         for key, number in whole.items():
-            if not isinstance(number, Integral):
+            if not isinstance(number, Integral) or isinstance(number, bool):
                 raise UsageError(f"sampling.{key}: {number!r} is no whole number")
         parts = isinstance(always_train, (list, tuple)) and {*always_train} <= {*NON_BLOCK_PARTS}
         for name, value, valid, limit in (
@@ -118,10 +119,11 @@ class BlockSampler:
                 raise UsageError(f"sampling.{name}: {value} {limit}")
         if grouping > 0 and distribution == "window":
             raise UsageError("sampling.grouping: the blocks of a window are neighbours already; leave it out, or take outlier")
-        self.activated_layers, self.interval_steps, self.distribution = activated_layers, interval_steps, distribution
-        self.threshold, self.calibration_samples, self.scores = threshold, calibration_samples, scores
-        self.rescore_every, self.always_train, self.seed = rescore_every, tuple(always_train), int(seed)
-        self.grouping, self.resting_rank = grouping, resting_rank
+        self.activated_layers, self.interval_steps = int(activated_layers), int(interval_steps)
+        self.distribution, self.threshold, self.scores = distribution, float(threshold), scores
+        self.calibration_samples, self.rescore_every = int(calibration_samples), plain(rescore_every)
+        self.always_train, self.seed = tuple(always_train), int(seed)
+        self.grouping, self.resting_rank = float(grouping), int(resting_rank)
         self._model: nn.Module | None = None
         self._blocks: list[nn.ParameterList] = []
         self._others: dict[nn.Parameter, bool] = {}

@@ -163,7 +163,7 @@ def test_lengths_are_compared_at_equal_steps_and_at_equal_cost(tmp_path):
     assert lines[0] == ["Method", "32 steps", "128 steps", "FLOPs of ows with 32", "FLOPs of ows with 128", "Peak memory (MB)"]
     assert lines[2][1:5] == ["4.000 (1 seeds)", "2.000 (1 seeds)", "4.000", "2.000"]
     assert lines[3][1:5] == ["3.000 (1 seeds)", "1.000 (1 seeds)", "", "2.000"]  # half way between its own lengths
-    tables.plot(lengths, tmp_path / "t.png")
+    tables.plot(lengths, tmp_path / "t.png", "t")
     assert (tmp_path / "t.png").is_file()
 
 

@@ -80,6 +80,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         "sampling.yaml": "sampling: {activated_layer: 3}\n",
         "trainer.yaml": "trainer: {max_step: 3}\n",
+        "columns.yaml": "data: {colums: {a: b}}\n",
         "number.yaml": "trainer: 3\n",
         "section.yaml": "modell: {rank: 3}\n",
         "optimizer.yaml": "model: {optimizer: {class_path: GaLoreAdamW, init_args: {lrr: 1.0}}}\n",
@@ -151,6 +152,10 @@ CASES = {
     "key of another section": Case(
         fit("--data.activated_layers 3"), "data.activated_layers", "did you mean 'sampling.activated_layers'?"
     ),
+    "misspelt key of a section whose keys others have": Case(
+        fit("--checkpoint.every_n_step 3"), "--checkpoint.every_n_step", "did you mean 'checkpoint.every_n_train_steps'?"
+    ),
+    "misspelt key with entries": Case(fit("--config columns.yaml"), "data.colums.a", "did you mean 'data.columns'?"),
     "misspelt key": Case(fit("--config trainer.yaml"), "trainer.max_step", "did you mean 'trainer.max_steps'?"),
     "misspelt key beside those that fit alone has": Case(
         "score --config base.yaml --config run.yaml", "outputt", "did you mean 'output'?"

@@ -372,6 +372,12 @@ def test_a_model_that_the_trainer_makes_itself_is_refused(tmp_path: Path) -> Non
         use_galore(trainer)
 
 
+def test_settings_of_the_trainers_arguments_are_named(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path)
+    with pytest.raises(UsageError, match=r"^use_galore: lr comes from the Trainer's arguments"):
+        use_galore(trainer, lr=1e-3)
+
+
 def test_float16_is_refused(tmp_path: Path) -> None:
     trainer, _ = make_trainer(tmp_path)
     trainer.args.fp16 = True

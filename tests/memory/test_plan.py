@@ -340,8 +340,9 @@ def test_plans_a_70b_model() -> None:
 @pytest.mark.slow
 def test_says_what_would_make_it_fit() -> None:
     planned = plan_from_config(llama_7b(), ["ows"])
-    assert planned.advice[0].startswith("12 GB: ")
-    assert planned.advice[1] == "16 GB: fits with data.batch_size 8 and trainer.accumulate_grad_batches 2"
+    assert planned.advice[0].startswith("4 GB: fits with data.batch_size 1,")
+    assert planned.advice[1] == "8, 12 GB: fits with model.frozen_in host"
+    assert planned.advice[2] == "16 GB: fits with data.batch_size 8 and trainer.accumulate_grad_batches 2"
     settings = settings_from_config(llama_7b(8, 2))
     assert predict_memory(settings).fits(16)
 

@@ -54,6 +54,16 @@ def test_finds_the_blocks_inside_other_modules() -> None:
     assert decoder_layers(Wrapper(lora)) is lora.base_model.model.transformer.h
 
 
+def test_adapters_of_embeddings_belong_to_them() -> None:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "embed_tokens"])
+    model = get_peft_model(tiny_model("llama"), lora)
+    adapters = {p for name, p in model.named_parameters() if "lora_embedding" in name}
+    groups = non_block_parameters(model)
+    assert adapters
+    assert adapters <= set(groups["embeddings"])
+    assert adapters.isdisjoint(groups["norm"])
+
+
 def test_finds_the_blocks_of_a_model_that_is_not_from_transformers() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "blocks": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
     assert decoder_layers(model) is model["blocks"]

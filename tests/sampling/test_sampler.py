@@ -141,6 +141,28 @@ def test_gradients_that_are_not_finite_do_not_count_in_the_norms(value: float) -
     assert sampler.gradient_norms == before
 
 
+def test_numbers_of_numpy_and_torch_are_settings_like_any_other(tmp_path: Path) -> None:
+    settings = {
+        "activated_layers": np.int64(1),
+        "interval_steps": np.int64(2),
+        "threshold": np.float32(3),
+        "grouping": np.float64(0),
+    }
+    for distribution in (np.array([1, 2, 0, 0]), torch.tensor([1.0, 2.0, 0.0, 0.0]), [np.float32(1), 2, 0, 0]):
+        ours, plain = (
+            BlockSampler(**settings, distribution=distribution),
+            BlockSampler(**SETTINGS | {"distribution": [1, 2, 0, 0]}),
+        )
+        for sampler in (ours, plain):
+            train(sampler, tiny_model("llama"), range(5))
+            sampler.write(tmp_path)
+        assert ours.history == plain.history
+        torch.save(ours.state_dict(), tmp_path / "state.pt")
+        torch.load(tmp_path / "state.pt", weights_only=True)
+    with pytest.raises(UsageError, match=r"^sampling.activated_layers: True is no whole number$"):
+        BlockSampler(activated_layers=True)
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_a_resumed_run_goes_on_in_ones_own_loop(early: bool) -> None:
     whole, before, after = BlockSampler(**SETTINGS), BlockSampler(**SETTINGS), BlockSampler(**SETTINGS)
