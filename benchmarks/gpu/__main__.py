@@ -46,7 +46,7 @@ PACKAGES = {
 }
 """What it imports beside torch, transformers and lightning, and under which name to bring that along. Without peft
 or galore-torch, and without pytest and datasets, the rows that need them say so."""
-NON_BLOCK_PARTS = ("step", "waits", "adversarial", "plan", "tests", "loss head")
+PARTS = ("step", "waits", "adversarial", "plan", "tests", "loss head")
 LEAST = 15.0  # seconds below which no further row is begun
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run on a tiny model")
     parser.add_argument("--minutes", type=float, default=9.5, help="what the whole may take")
-    parser.add_argument("--parts", nargs="+", choices=NON_BLOCK_PARTS, help="all by default")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="all by default")
     parser.add_argument("--only", help="rows with this in their name")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="directory of gpu.md and gpu.json")
     args = parser.parse_args(arguments)

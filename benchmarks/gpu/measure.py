@@ -56,7 +56,7 @@ def attempt(row: Row, device: torch.device) -> dict[str, Any]:
     """Returns a row's figures, or its ``error`` in a line."""
     start = time.perf_counter()
     try:
-        figures = NON_BLOCK_PARTS[row["part"]](row, device)
+        figures = PARTS[row["part"]](row, device)
     except torch.OutOfMemoryError:
         figures = {"error": "out of memory"}
     except Exception as error:  # whatever it is, the other rows are worth having
@@ -123,7 +123,7 @@ def adversarial(row: Row, device: torch.device) -> dict[str, Any]:
     return {asleep: weights == first for asleep, weights in zip(ASLEEP, others, strict=True)}
 
 
-NON_BLOCK_PARTS = {"plan": plan, "step": step, "loss head": head, "waits": waits, "adversarial": adversarial}
+PARTS = {"plan": plan, "step": step, "loss head": head, "waits": waits, "adversarial": adversarial}
 SLEEP = 20_000_000  # cycles: more than 10 ms
 
 

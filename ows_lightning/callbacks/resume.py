@@ -96,7 +96,7 @@ class Resume(Callback):
                 same = key in formerly and formerly[key] == value
                 if same or (saved := group.get(place)) == value:
                     continue
-                if key in ("rank", "proj_type"):  # the state's shapes are the checkpoint's
+                if key in ("rank", "proj_type") and "proj_type" in group:  # GaLoreAdamW's state has the checkpoint's shapes
                     raise UsageError(f"optimizer: {key} {saved} in the checkpoint, {value} now; set it back, or start anew")
                 if place == "initial_lr" and not recomputed:
                     rank_zero_warn(f"The resumed run keeps lr {saved}, instead of {value}: its schedule is the checkpoint's")

@@ -189,7 +189,7 @@ def _data_texts(data: object) -> dict[str, str]:
 
 
 def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> str:
-    text = f"{int(steps):,} steps" if steps != float("inf") else "no end"
+    text = f"{int(steps):,} steps" if 0 <= steps < float("inf") else "no end"
     sampling = LayerwiseSampling.of(trainer)
     if sampling is None:
         return f"{text}; {_size_text(_numel(p for p in module.parameters() if p.requires_grad), module)}"

@@ -8,6 +8,7 @@ from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.errors import RunError
+from ows_lightning.module import CausalLMModule
 
 
 class StopOnNaN(StepCallback):
@@ -18,14 +19,15 @@ class StopOnNaN(StepCallback):
 
     _in_a_row = _skipped = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets an earlier run."""
-        self._in_a_row = self._skipped = 0
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets an earlier run, of which optimizers may be left."""
+        super().on_train_start(trainer, pl_module)
+        self._in_a_row, self._skipped = 0, _skipped_steps(trainer)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts skipped steps, and ends the run by a RunError on all ranks."""
-        metrics, before = getattr(pl_module, "last_step_metrics", None), self._skipped
-        self._skipped = sum(getattr(optimizer, "skipped_steps", 0) for optimizer in trainer.optimizers)
+        metrics = pl_module.last_step_metrics if isinstance(pl_module, CausalLMModule) else None
+        before, self._skipped = self._skipped, _skipped_steps(trainer)
         skipped = self._skipped > before if metrics is None else metrics.skipped
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if self._in_a_row < pl_module.hparams.get("max_skipped_steps", 10):
@@ -40,3 +42,7 @@ class StopOnNaN(StepCallback):
             f"{self._in_a_row} steps in a row had NaN or Inf in the loss or a gradient and were skipped; {where}; "
             "lower the learning rate, or set trainer.gradient_clip_val"
         )
+
+
+def _skipped_steps(trainer: Trainer) -> int:
+    return sum(getattr(optimizer, "skipped_steps", 0) for optimizer in trainer.optimizers)

@@ -131,7 +131,7 @@ def _nearest_key(key: str, known: Iterable[str]) -> str | None:
     section, _, last = key.rpartition(".")
     names = {other: other.rpartition(".")[2] for other in known}
     beside = [names[other] for other in names if other.rpartition(".")[0] == section]  # else any section's
-    name = closest_name(last, beside) or closest_name(last, names.values())
+    name = last if last in names.values() else closest_name(last, beside) or closest_name(last, names.values())
     alike = [other for other in names if names[other] == name]
     return closest_name(key, alike, cutoff=0) if alike else _nearest_key(section, names) if "." in section else None
 

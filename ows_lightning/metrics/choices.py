@@ -1,4 +1,4 @@
-"""Multiple choice by log_likelihood: the choice that the model finds likeliest counts as its answer."""
+"""Multiple choice by likelihood: the choice that the model finds likeliest counts as its answer."""
 
 import torch
 from torch import Tensor

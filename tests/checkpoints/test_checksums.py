@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-from ows_lightning.checkpoints.files import verify_checksum
+from ows_lightning.checkpoints.files import META_FILE, file_crc32, save_file, verify_checksum
 from ows_lightning.checkpoints.find import find_checkpoint, last_good
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
+from ows_lightning.checkpoints.shards import ShardWriter, split_checkpoint
+from ows_lightning.distributed.fsdp2 import FSDP2Strategy
 from ows_lightning.errors import UsageError
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
 from tests.distributed.launch import Launch, run
@@ -99,6 +102,23 @@ def test_a_bit_anywhere_in_a_folder_of_shards(arguments: Arguments, tmp_path: Pa
     launch = Launch(export, tmp_path / "export")
     assert launch.wait() == [2], launch.output
     assert not (tmp_path / "exported").exists()
+
+
+def test_a_damaged_shard_is_found_when_a_checkpoint_is_read(tmp_path: Path) -> None:
+    """Not only when the command line looks for it."""
+    checkpoint = {"state_dict": {"weight": torch.randn(64, 64)}, "optimizer_states": [], "loops": {}, "global_step": 1}
+    tensors, rest = split_checkpoint(checkpoint)
+    path = tmp_path / "a.ckpt"
+    dcp.save(tensors, storage_writer=ShardWriter(path), no_dist=True)
+    save_file({**rest, "sums": {file.name: file_crc32(file) for file in path.iterdir()}}, path / META_FILE)
+    loads = AtomicCheckpointIO().load_checkpoint, FSDP2Strategy(save_distributed_checkpoint=True).load_checkpoint
+    for load in loads:
+        load(path)
+    shard = next(path.glob("*.distcp"))
+    flip(shard, shard.read_bytes(), shard.stat().st_size // 2, 1)
+    for load in loads:
+        with pytest.raises(UsageError, match="is damaged"):
+            load(path)
 
 
 def test_files_of_other_programs_have_no_sum(tmp_path: Path) -> None:

@@ -285,8 +285,8 @@ def test_cards_are_known_by_name() -> None:
 @pytest.mark.parametrize(
     ("written", "error"),
     [
-        ("RTX 4091", "^fit: unknown card 'RTX 4091'; did you mean 'RTX 4090'\\? Known: RTX 3060, "),
-        ("banana", "^fit: unknown card 'banana'; Known: RTX 3060, "),
+        ("RTX 4091", "^fit: unknown card 'RTX 4091'; did you mean 'RTX 4090'\\? Known: RTX 4060, "),
+        ("banana", "^fit: unknown card 'banana'; Known: RTX 4060, "),
         ("", "^fit: unknown card ''; Known: "),
         ("A100", "^fit: 'A100' is no card that is known; did you mean 'A100 40GB' .* or 'A100 80GB' "),
         ("RTX 3060 8 GB", "^fit: 'RTX 3060 8 GB' is no card that is known; did you mean 'RTX 3060' \\(12 GB\\)"),
