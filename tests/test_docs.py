@@ -237,7 +237,7 @@ FOLLOWED: dict[Any, Any] = {}
 
 def followed_once(settings: PlanSettings, key: Any, make: Callable[[], Any]) -> Any:
     """What a plan follows, which other plans of the same model need, too."""
-    key = settings.model.to_json_string(), repr(key)
+    key = settings.model_config.to_json_string(), repr(key)
     if key not in FOLLOWED:
         FOLLOWED[key] = make()
     return FOLLOWED[key]
