@@ -177,7 +177,7 @@ METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] =
     "ours_resting": ("Ours, embeddings frozen, resting rank 16", ours_resting),
     "ours_thin": ("Ours, embeddings frozen, two thirds of the blocks in a quarter of the rank", ours_thin),
     "ours_grouped_resting": ("Ours, embeddings frozen, grouping 1, resting rank 16", ours_grouped_resting),
-    "ours_whole": ("The same, whole gradients", ours_whole),
+    "ours_whole": ("Ours, embeddings frozen, grouping 1, whole gradients", ours_whole),
     "forward_backward": ("Forward and backward of ours, grouping 0", forward_backward),
 }
 """Key -> how tables call the method, and what sets it up."""

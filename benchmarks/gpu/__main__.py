@@ -136,7 +136,8 @@ class _Worker:
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
-        self._lines.get()  # it is ready, or has ended
+        if self._lines.get() is None:  # it has ended before it was ready
+            self._lines.put(None)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
