@@ -1,6 +1,7 @@
 """What sampled and projected training needs of a Trainer: a strategy, gradient clipping, and a clean-up after a fit."""
 
 import logging
+import math
 import re
 from typing import Any
 
@@ -12,6 +13,12 @@ from ows_lightning.errors import UsageError, first_line
 from ows_lightning.optim.galore import GaLoreAdamW
 
 log = logging.getLogger(__name__)
+
+
+def expected_steps(trainer: Trainer) -> float:
+    """A fit's optimizer steps; inf where nobody knows them, as of a stream without a length, for which Lightning has -1."""
+    steps = trainer.estimated_stepping_batches
+    return steps if steps >= 0 else math.inf
 
 
 def check_strategy(strategy: object) -> None:

@@ -23,7 +23,7 @@ from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
-from ows_lightning.lightning_support import RestoreAfterFit, check_strategy, check_unscaled, patch_clipping
+from ows_lightning.lightning_support import RestoreAfterFit, check_strategy, check_unscaled, expected_steps, patch_clipping
 from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
@@ -259,8 +259,7 @@ class CausalLMModule(EvaluationModule):
         """Returns the optimizer over all trainable parameters, and a schedule by optimizer steps."""
         optimizer = self.make_optimizer(self.param_groups())
         self._check_projection(optimizer)
-        steps = self.trainer.estimated_stepping_batches
-        steps = math.inf if steps < 0 else steps  # of a stream without a length
+        steps = expected_steps(self.trainer)
         scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
         if isinstance(optimizer, GaLoreAdamW):
             check_strategy(self.trainer.strategy)
@@ -332,8 +331,7 @@ class CausalLMModule(EvaluationModule):
         if self.step_accumulator.totals is None:  # a `training_step` of a subclass
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        # Where a subclass' `optimizer_step` did not.
-        self.step_accumulator.rescale(optimizer, self.trainer.accumulate_grad_batches)
+        self.step_accumulator.rescale(optimizer, self.trainer.accumulate_grad_batches)  # where a subclass did not
         self.last_step_metrics = self.step_accumulator.clip_and_report(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train_loss", self.last_step_metrics.loss, prog_bar=True)
         self.log("grad_norm", self.last_step_metrics.grad_norm)

@@ -16,6 +16,7 @@ from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import add_note, command_line, first_line, is_out_of_memory
+from ows_lightning.lightning_support import expected_steps
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.memory.prediction import predict_memory
@@ -55,7 +56,7 @@ class RunSummary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the summary."""
-        folder, steps = run_folder(trainer), trainer.estimated_stepping_batches  # both ask all ranks
+        folder, steps = run_folder(trainer), expected_steps(trainer)  # both ask all ranks
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -68,8 +69,8 @@ class RunSummary(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the share of the weights that train at some time, if the draws are known beforehand."""
         self.first_step = trainer.global_step
-        sampling, steps = LayerwiseSampling.of(trainer), trainer.estimated_stepping_batches
-        if not trainer.is_global_zero or not 0 <= steps < float("inf"):
+        sampling, steps = LayerwiseSampling.of(trainer), expected_steps(trainer)
+        if not trainer.is_global_zero or steps == float("inf"):
             return
         validates, due = pl_module.automatic_optimization and any(trainer.num_val_batches), trainer.val_check_batch or 0
         if validates and steps * trainer.accumulate_grad_batches < due < float("inf"):
@@ -189,7 +190,7 @@ def _data_texts(data: object) -> dict[str, str]:
 
 
 def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> str:
-    text = f"{int(steps):,} steps" if 0 <= steps < float("inf") else "no end"
+    text = f"{int(steps):,} steps" if steps != float("inf") else "no end"
     sampling = LayerwiseSampling.of(trainer)
     if sampling is None:
         return f"{text}; {_size_text(_numel(p for p in module.parameters() if p.requires_grad), module)}"

@@ -76,8 +76,7 @@ class SaveOnSignal(StepCallback):
         if trainer.world_size == 1:
             return self._received
         if isinstance(pl_module, CausalLMModule) and pl_module.last_step_metrics is not None:
-            # They came with the step's loss, for which the step has waited.
-            codes = pl_module.last_step_metrics.signal_codes
+            codes = pl_module.last_step_metrics.signal_codes  # which came with the step's loss, in one wait
             return next((n for i, n in enumerate(_SIGNALS) if codes // _CODE_BASE**i % _CODE_BASE), 0)
         number = torch.tensor(self._received, device=trainer.strategy.root_device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)  # strategy.reduce would hold all ranks up with a barrier

@@ -167,7 +167,8 @@ class CommandTrainer(OWSTrainer):
         model.trainer = self  # the module reads the precision from it
         model.hparams.update(attn_implementation=None, kernels=None)  # nothing is computed, and a GPU's may be missing here
         model.causal_lm = CausalLM(allocate(model.build(empty=True)))
-        read_checkpoint(checkpoint)  # which verifies all shards
+        if checkpoint.is_dir():  # a file is verified as it is read
+            read_checkpoint(checkpoint)
         read_checkpoint(checkpoint, lambda path: load_weights(model, path))
         card = model_card(model.hparams, run)
         if delta:

@@ -42,10 +42,7 @@ def start() -> None:
 
 
 def set_local_world_size(world_size: int) -> None:
-    """Says how many processes the run has here; the one that launches them starts its watchdog, if they are several.
-
-    It exits if not all are there after `START_TIMEOUT`.
-    """
+    """Says how many processes the run has here, all to be there by `START_TIMEOUT`; the launching one starts its watchdog."""
     global _watchdog
     if _watchdog is not None:
         _watchdog.world_size = world_size

@@ -223,7 +223,7 @@ def _file_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def _tensor_hash(name: str, tensor: Tensor) -> str:
     value = hashlib.sha256(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-    value.update(_bytes(tensor).data)
+    value.update(_integers(tensor).data)
     return value.hexdigest()
 
 
@@ -256,8 +256,4 @@ def decompress(compressed: Tensor, base: Tensor) -> Tensor:
 
 
 def _integers(tensor: Tensor) -> Any:
-    return _bytes(tensor).view(f"i{tensor.element_size()}")
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().view(f"i{tensor.element_size()}")

@@ -15,7 +15,7 @@ OVERSAMPLING = 16  # extra test vectors; Halko et al. (arXiv 0909.4061, section 
 
 
 class Sketch(NamedTuple):
-    """A randomized subspace, whose basis `singular_vectors` turns."""
+    """A randomized subspace, whose basis `singular_vectors` rotates."""
 
     basis: Tensor  # orthonormal columns (..., n, k), of the gradient's dtype: the leading vectors' span, and some more
     r_factor: Tensor  # R (..., k, k) of the QR decomposition that gave the basis, whose left singular vectors rotate it
