@@ -243,7 +243,7 @@ def plot(lengths: dict[int, Values], path: Path, title: str) -> None:
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     figure.suptitle(title, fontsize="medium")
     axes[0].set_ylabel("Test loss (nats a target token)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", ncols=1 + len(names) // 18)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
