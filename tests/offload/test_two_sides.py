@@ -24,8 +24,9 @@ from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.offload.offloader import BlockOffloader
+from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.activation import activate_blocks
-from tests.offload.fake_gpu import GPU, FakeGpu
+from tests.offload.fake_gpu import GPU, FakeGpu, memory_of
 from tests.offload.test_fit import assert_identical
 from tests.tiny import tiny_batch, tiny_model
 
@@ -83,6 +84,31 @@ def test_a_state_that_was_loaded_before_the_draw_comes_to_the_device(options: di
         found = {key: value.device.type for key, value in optimizer.state[weight].items()}
         del model, layers, offloader, weight, optimizer
     assert found == {"step": step, "exp_avg": "cuda", "exp_avg_sq": "cuda"}
+
+
+def gradients_of_three_passes(device: str) -> tuple[list[torch.Tensor], set[int]]:
+    """What a step whose subspaces are due consumes, and where its matrices' gradients waited in host memory, by address."""
+    model = tiny_model("llama", num_hidden_layers=2).to(device)
+    optimizer = GaLoreAdamW(galore_param_groups(model, rank=4, update_proj_gap=3), lr=1e-2)
+    optimizer.project_in_backward()
+    batches = [{key: value.to(device) for key, value in tiny_batch(seed=seed).items()} for seed in range(3)]
+    addresses = set()
+    for number, batch in enumerate(batches):
+        optimizer.accumulating = number < 2
+        model(**batch, use_cache=False).loss.backward()
+        for waiting in optimizer.offloaded_gradients.values():
+            assert memory_of(waiting).pinned == (device == "cuda")
+            assert not waiting.is_cuda
+            addresses.add(waiting.data_ptr())
+    return [gradient.cpu() for gradient in optimizer.gradients()], addresses
+
+
+def test_gradients_wait_for_a_step_in_page_locked_memory_that_is_used_again() -> None:
+    expected, _ = gradients_of_three_passes("cpu")
+    with FakeGpu(late=True).installed():
+        found, addresses = gradients_of_three_passes("cuda")
+    assert len(addresses) == 2 * 7  # a buffer for each matrix of two blocks, not one for each pass
+    assert_identical(found, expected)
 
 
 @pytest.mark.slow
