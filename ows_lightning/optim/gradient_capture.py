@@ -36,7 +36,6 @@ class GradientCapture(Optimizer):
         self.known_finite = False  # set it True where the norm of ``gradients()`` is known to be finite: no step waits for it
         self.projects_in_backward = False
         self.skipped_steps = 0  # so far, for a NaN or Inf
-        self._draw_seed = 0  # of the latest draw
         self._replicas_checked = False  # average_gradients() was called, or its absence was warned of
         self._renewal_s = 0.0
         self._renewal_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
