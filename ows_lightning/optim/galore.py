@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import rows_at_a_time
-from ows_lightning.optim import sharding
 from ows_lightning.optim.projected_adamw import project, projected_adamw_, without_autocast
 from ows_lightning.optim.resting import RestingWeights
-from ows_lightning.optim.sharding import local
+from ows_lightning.optim.sharding import clip_, gather_matrices, local, shard_state, total_norm
 from ows_lightning.optim.state_dtypes import saved_tensors
 from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, derived_seed, find_subspace
 
@@ -147,7 +146,7 @@ class GaLoreAdamW(RestingWeights):
             else:
                 dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
                 value = value.to(p.device, dtype, copy=True)
-                self.state[p][key] = sharding.shard_state(value, p, self._projected_side(p), key == "projector")
+                self.state[p][key] = shard_state(value, p, self._projected_side(p), key == "projector")
         self.merge_updates(p for p in self._group_and_index if p not in self._merge_callbacks)  # of an offloading run
 
     def _projected_side(self, p: Tensor) -> Side | None:
@@ -228,9 +227,9 @@ class GaLoreAdamW(RestingWeights):
         clipped = [group for group in self.param_groups if group["max_grad_norm"] is not None]
         if not gradients or (known_finite and not clipped):
             return True
-        norm = sharding.total_norm(gradients)
+        norm = total_norm(gradients)
         for group in clipped:
-            sharding.clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
+            clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
         if known_finite or norm.isfinite():
             return True
         found = ((name, self.gradient_of(p)) for name, p in self._named_parameters())
@@ -305,7 +304,7 @@ class GaLoreAdamW(RestingWeights):
             state["reset_at"] = int(state["step"])  # which goes on: it seeds the next subspace
             return
         # First moments are linear in the gradient; second ones are moved as if coordinates were independent.
-        rotation = (sharding.gather_matrices(old).mT @ sharding.gather_matrices(projector)).to(state["exp_avg"].dtype)
+        rotation = (gather_matrices(old).mT @ gather_matrices(projector)).to(state["exp_avg"].dtype)
         for moment, factor in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
             local(moment).copy_(project(local(moment), factor, side))
 
