@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import rows_at_a_time
+from ows_lightning.optim.gradient_capture import GradientCapture
 from ows_lightning.optim.projected_adamw import project, projected_adamw_, without_autocast
-from ows_lightning.optim.resting import RestingWeights
 from ows_lightning.optim.sharding import clip_, gather_matrices, local, shard_state, total_norm
 from ows_lightning.optim.state_dtypes import saved_tensors
-from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, derived_seed, find_subspace
+from ows_lightning.optim.subspace import Side, SubspaceMethod
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ ProjType = Literal["std", "reverse_std", "right", "left"]
 PROJECTION_DEFAULTS = {"update_proj_gap": 200, "scale": 1.0, "proj_type": "std", "subspace": "randomized"}
 
 
-class GaLoreAdamW(RestingWeights):
+class GaLoreAdamW(GradientCapture):
     """AdamW in which a group with ``rank`` r trains its matrices by gradient low-rank projection.
 
     With G (m x n) the gradient of a weight W and m >= n::
@@ -148,36 +148,6 @@ class GaLoreAdamW(RestingWeights):
                 value = value.to(p.device, dtype, copy=True)
                 self.state[p][key] = shard_state(value, p, self._projected_side(p), key == "projector")
         self.merge_updates(p for p in self._group_and_index if p not in self._merge_callbacks)  # of an offloading run
-
-    def _projected_side(self, p: Tensor) -> Side | None:
-        """Which side of a matrix is projected; None where it trains in full rank."""
-        if self.is_resting(p):
-            return "right"
-        group, _ = self._group_and_index[p]
-        if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0 or group["rank"] >= min(p.shape[-2:]):
-            return None
-        tall = p.size(-2) >= p.size(-1)
-        right = {"std": tall, "reverse_std": not tall, "right": True, "left": False}[group["proj_type"]]
-        return "right" if right else "left"
-
-    def _projector(self, p: Tensor) -> Tensor | None:
-        """The projector of the coming step; None if it has to be found."""
-        if p in self.sketches:
-            self._rotate_sketches()
-        if p in self._new_projectors:
-            return self._new_projectors[p]
-        if self.is_resting(p):
-            return self.resting_projector(p)
-        (group, _), state = self._group_and_index[p], self.state.get(p, {})
-        due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
-        return None if due else state["projector"]
-
-    def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
-        group, index = self._group_and_index[p]
-        seed = index + int(self.state[p].get("step", 0))
-        if group["subspace"] == "random":  # another one whenever a block becomes active, too
-            seed = derived_seed(self._draw_seed, seed)
-        return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -6,18 +6,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ows_lightning.optim.gradient_capture import GradientCapture
 from ows_lightning.optim.projected_adamw import merge_update_
 from ows_lightning.optim.sharding import local, shard_state
 from ows_lightning.optim.subspace import derived_seed, random_subspace
 
 
-class RestingWeights(GradientCapture):
+class RestingWeights(Optimizer):
     """An optimizer some of whose weights may rest: in which subspaces, and where what they learn is; a subclass steps them."""
 
+    _discard_gradients: Callable[[Tensor], None]  # of the subclass: drops what a weight has for the coming step
+
     def _init_unsaved(self) -> None:
-        super()._init_unsaved()
+        """Makes the attributes that are not saved, before torch's own."""
+        self.ddp_averaging = False  # True where ``average_gradients()`` comes before every step: backward takes no subspace
+        self._group_and_index: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
         self._draw_seed = 0  # of the latest draw
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
         self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_separate``
