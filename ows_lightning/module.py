@@ -249,7 +249,8 @@ class CausalLMModule(EvaluationModule):
             model = pretrained.load_model(name, **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.add_eos_token_id(model, end_of_turn_id(self.tokenizer))
-        execution.apply_liger_kernels_(model, self.hparams["kernels"])
+        if self.hparams["kernels"] is not None:
+            execution.apply_liger_kernels_(model)
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     @property
