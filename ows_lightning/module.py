@@ -33,8 +33,9 @@ from ows_lightning.models.loss import LossParts, precompute_on_host, token_mask
 from ows_lightning.offload.disk import Disk, load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.offload.options import check_offloading, offloads
-from ows_lightning.optim.galore import GaLoreAdamW, ProjType, merge_saved_updates_
+from ows_lightning.optim.galore import GaLoreAdamW, ProjType
 from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.optim.resting import merge_saved_updates_
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import SubspaceMethod
@@ -248,7 +249,8 @@ class CausalLMModule(EvaluationModule):
             model = pretrained.load_model(name, **options)
         pretrained.resize_embeddings(model, self.tokenizer)
         pretrained.add_eos_token_id(model, end_of_turn_id(self.tokenizer))
-        execution.apply_liger_kernels_(model, self.hparams["kernels"])
+        if self.hparams["kernels"] is not None:
+            execution.apply_liger_kernels_(model)
         return add_lora(model, self.hparams["lora"]) if self.hparams["lora"] is not None else model
 
     @property

@@ -44,7 +44,7 @@ OUTSIDE = {
         "aten._scaled_dot_product_flash_attention_for_cpu_backward", "aten._grouped_mm",
     },
     "distributed/sharded_model.py": {"_InfiniteBarrier"},  # what Lightning puts around `prepare_data`
-    "optim/galore.py": {"super()._init_unsaved"},  # its own
+    "optim/gradient_capture.py": {"super()._init_unsaved"},  # its own
     "sampling/outliers.py": {"config._experts_implementation"},  # set and put back, which no function can do better
     "models/causal_lm.py": {"super()._apply"},  # overridden where nn.Module calls it
     "offload/access_hooks.py": {"block._apply", "type(block)._apply"},  # overridden where nn.Module calls it

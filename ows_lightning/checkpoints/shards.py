@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, REQUIRED_KEYS, UNSAFE, load_file, root_cause
 from ows_lightning.errors import UsageError, first_line
-from ows_lightning.optim.galore import merge_saved_updates_
+from ows_lightning.optim.resting import merge_saved_updates_
 
 
 def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -80,7 +80,6 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
     do the highest ones, whose gradients come when most activations are still there. The model is a causal LM on the CPU, maybe
     within a peft model, real (its weights are changed) or fake (the tracker, a new one, runs its operators).
     """
-    consumed = 0
     with tracker:
         tracker.label("weights", [*model.parameters(), *model.buffers()])
         simulation = _Simulation(model, method, work, tracker)

@@ -83,13 +83,11 @@ def liger_for(config: PretrainedConfig) -> Callable[..., None]:
     return apply_kernels
 
 
-def apply_liger_kernels_(model: PreTrainedModel, kernels: Kernels | None) -> None:
-    """Replaces a model's RMSNorm, SwiGLU or GeGLU, and RoPE by fused kernels, if any; its loss and its weights stay.
+def apply_liger_kernels_(model: PreTrainedModel) -> None:
+    """Replaces a model's RMSNorm, SwiGLU or GeGLU, and RoPE by fused kernels; its loss and its weights stay.
 
     RoPE is a function of the architecture: its other models in this process compute it so from then on, too.
     """
-    if kernels is None:
-        return
     apply_kernels = liger_for(model.config)
     flags = [name for name, p in inspect.signature(apply_kernels).parameters.items() if isinstance(p.default, bool)]
     architecture: dict[str, Any] = vars(sys.modules[type(model).__module__])

@@ -115,12 +115,10 @@ def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.Path
         what = "the current folder or a mount point, which"
         raise UsageError(f"'{directory}' is {what} can't be replaced; give a new directory in it")
     if target in (Path(source).expanduser().resolve() for source in sources):
-        why = "is what the result is made from, and would be replaced; give another directory"
-        raise UsageError(f"{str(target)!r} {why}")
+        raise UsageError(f"{str(target)!r} is what the result is made from, and would be replaced; give another directory")
     if not target.is_dir():
         raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")
-    known = [path for path in target.iterdir() if is_of_model(path)]
-    foreign = [p.name for p in target.iterdir() if p not in known or (p.is_dir() and p.name != CHAT_TEMPLATE_DIR)]
+    foreign = [p.name for p in target.iterdir() if not is_of_model(p) or (p.is_dir() and p.name != CHAT_TEMPLATE_DIR)]
     if foreign or (any(target.iterdir()) and not (target / "config.json").is_file()):
         what = f"holds {foreign[0]!r}, which is no part of a model" if foreign else "holds something else than a model"
         raise UsageError(f"{str(target)!r} {what}, and would be replaced; give a new directory")

@@ -51,7 +51,7 @@ def check_model_name(name: str) -> None:
             if file.read(4) != b"GGUF":
                 raise UsageError(f"{MODEL_KEY}: {name!r} is not a GGUF file (unfinished download?); download it again")
     elif os.path.isdir(source.path):
-        _check_directory(name)
+        _check_directory(name, Path(source.path))
     else:
         _check_hub(name)
 
@@ -88,8 +88,7 @@ def _locate_in_package(name: str) -> ModelSource:
     return ModelSource(str((folder / file).parent), Path(file).name)
 
 
-def _check_directory(name: str) -> None:
-    directory = Path(name).expanduser()
+def _check_directory(name: str, directory: Path) -> None:
     files = {path.name for path in directory.iterdir()}
     _check_files(name, files)
     index = directory / "model.safetensors.index.json"

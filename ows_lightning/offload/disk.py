@@ -51,7 +51,7 @@ class DiskWeights(OffloadedWeights):
             self._move(weights)
             release_mapped_pages()
 
-    def fetch(self, slot: Sequence[Tensor]) -> None:
+    def fetch(self, slot: Sequence[Tensor], exact: bool = True) -> None:
         """Reads the weights into a slot, through page-locked memory if it is on a GPU."""
         for target, (region, start) in zip(slot, self.places, strict=True):
             as_bytes = target.as_strided((target.numel(),), (1,)).view(torch.uint8)  # a weight has no gaps

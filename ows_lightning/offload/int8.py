@@ -57,9 +57,9 @@ class Int8Weights(OffloadedWeights):
         return self.exact.tensors
 
     @torch.no_grad()
-    def fetch(self, slot: Sequence[Tensor]) -> None:
-        """Dequantises the copy into a slot."""
-        if self.fetch_exact or self.copy is None:
+    def fetch(self, slot: Sequence[Tensor], exact: bool = True) -> None:
+        """Dequantises the copy into a slot, or copies the exact weights there."""
+        if exact or self.copy is None:
             self.exact.fetch(slot)
             return
         quantized = self.copy.tensors

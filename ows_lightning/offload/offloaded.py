@@ -57,14 +57,13 @@ class OffloadedWeights:
     """A block's offloaded weights, a tensor each; a given weight that lies on the ``device`` already is not copied."""
 
     memory: Tensor | None = None  # page-locked, around the weights; unlocked when this reference goes
-    fetch_exact = False  # also where there is a copy in int8
 
     def __init__(self, weights: Sequence[Tensor], device: torch.device | str = "cpu") -> None:
         self.tensors = [weight.to(device) for weight in weights]
 
     @torch.no_grad()
-    def fetch(self, slot: Sequence[Tensor]) -> None:
-        """Copies the weights into a slot."""
+    def fetch(self, slot: Sequence[Tensor], exact: bool = True) -> None:
+        """Copies the weights into a slot; unless ``exact``, their copy in int8 will do."""
         for target, weight in zip(slot, self.tensors, strict=True):
             target.copy_(weight, non_blocking=True)
 

@@ -44,7 +44,7 @@ class BlockOffloader:
         num_slots: int = 2,  # blocks that fit on the device at a time, at least 2
         frozen_only: bool = False,  # leave on the device what trains now: adapters
         disk: Disk | None = None,  # offload to it, not to host memory
-        int8_in: str | None = None,  # ``device``, ``host`` or ``disk``, where copies in int8 lie; None makes none
+        int8_in: str | None = None,  # makes int8 copies: on the ``device``, or beside the exact weights (``host``, ``disk``)
     ) -> None:
         self.blocks = list(blocks)
         self.num_slots = num_slots
@@ -72,6 +72,7 @@ class BlockOffloader:
         self.slots: list[Tensor] = []
         self._views: dict[int, list[Tensor]] = {}  # of a slot, that an offloaded block's parameters get
         self._stream = CopyStream()
+        self._fetches_exact = False  # also where there are copies in int8
         self._staging: Tensor | None = None  # that int8 copies pass through, one at a time; as large as the largest of them
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
         self._slot_updates: dict[int, list[Any]] = {}  # by slot: the resting updates that its weights include
@@ -151,15 +152,12 @@ class BlockOffloader:
     @contextmanager
     def exact_weights(self) -> Iterator[None]:
         """Computes with the blocks' own weights, also where their copies in int8 would be fetched."""
-        self.prepare()
-        for weights in self.offloaded:
-            weights.fetch_exact = True
+        self._fetches_exact = True
         self.schedule.invalidate()
         try:
             yield
         finally:
-            for weights in self.offloaded:
-                weights.fetch_exact = False
+            self._fetches_exact = False
             self.schedule.invalidate()
 
     # ------------------------------------------------------------------ blocks that train at rest
@@ -302,7 +300,7 @@ class BlockOffloader:
         self.schedule.set_blocks([i for i, weights in enumerate(self.parameters) if weights and i not in on_device])
 
     def _offload_all(self) -> None:
-        if self._int8_in in ("host", "disk"):
+        if self._int8_in not in (None, "device"):
             self._staging = torch.empty(0, dtype=torch.uint8, device=self.device)
         offloaded = []
         for parameters in self.parameters:
@@ -322,13 +320,11 @@ class BlockOffloader:
         _set_data(self.parameters[index], self.offloaded[index].tensors)
 
     def _offload(self, weights: Sequence[Tensor]) -> OffloadedWeights:
-        on_device, to_host = partial(OffloadedWeights, device=self.device), partial(offload_to_host, device=self.device)
-        offload_exact = partial(DiskWeights, self._disk) if self._disk else to_host
-        exact: OffloadedWeights = offload_exact(weights)
+        offload = partial(DiskWeights, self._disk) if self._disk else partial(offload_to_host, device=self.device)
         if self._int8_in is None:
-            return exact
-        copies: dict[str, Callable[..., OffloadedWeights]] = {"device": on_device, "host": to_host, "disk": offload_exact}
-        return Int8Weights(exact, copies[self._int8_in], self._staging)
+            return offload(weights)
+        offload_copy = partial(OffloadedWeights, device=self.device) if self._int8_in == "device" else offload
+        return Int8Weights(offload(weights), offload_copy, self._staging)
 
     def _drain_fetches(self) -> None:
         """Drops what the slots hold, and waits until no fetch runs: what one reads or writes may be written or freed then."""
@@ -338,7 +334,7 @@ class BlockOffloader:
     def issue(self, block: int, slot: int) -> None:
         """Starts to fetch a block: when ``fetch`` is done, the weights in the slot are complete."""
         self._slot_updates.pop(slot, None)
-        self._stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block]))
+        self._stream.issue(slot, partial(self.offloaded[block].fetch, self._views[block], self._fetches_exact))
 
     def wait(self, block: int, slot: int) -> None:
         """Lets a block's parameters be the slot, once the block has arrived."""

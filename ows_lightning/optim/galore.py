@@ -1,21 +1,19 @@
 """GaLoreAdamW: AdamW whose moments live in a low-rank subspace of each weight's gradient."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.large_tensors import rows_at_a_time
-from ows_lightning.optim import sharding
 from ows_lightning.optim.gradient_capture import GradientCapture
-from ows_lightning.optim.projected_adamw import merge_update_, project, projected_adamw_, without_autocast
-from ows_lightning.optim.sharding import local
+from ows_lightning.optim.projected_adamw import project, projected_adamw_, without_autocast
+from ows_lightning.optim.sharding import clip_, gather_matrices, local, shard_state, total_norm
 from ows_lightning.optim.state_dtypes import saved_tensors
-from ows_lightning.optim.subspace import Side, Sketch, SubspaceMethod, derived_seed, find_subspace, random_subspace
+from ows_lightning.optim.subspace import Side, SubspaceMethod
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +93,6 @@ class GaLoreAdamW(GradientCapture):
         self._init_unsaved()
         super().__init__(params, defaults)
 
-    def _init_unsaved(self) -> None:
-        super()._init_unsaved()
-        self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
-        self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_separate``
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; a projected one gets the defaults of the keys that it does not set."""
         if param_group.get("rank") is not None:
@@ -153,123 +146,8 @@ class GaLoreAdamW(GradientCapture):
             else:
                 dtype = p.dtype if key == "projector" else value.dtype  # it may come from a run in another precision
                 value = value.to(p.device, dtype, copy=True)
-                self.state[p][key] = sharding.shard_state(value, p, self._projected_side(p), key == "projector")
+                self.state[p][key] = shard_state(value, p, self._projected_side(p), key == "projector")
         self.merge_updates(p for p in self._group_and_index if p not in self._merge_callbacks)  # of an offloading run
-
-    def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
-        """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
-
-        A resting weight keeps one subspace, Q of shape (n, r) on the right side, until it no longer rests, at its group's
-        learning rate and ``scale``, without weight decay::
-
-            R = G Q,    W <- W - lr * scale * Adam(R) Q^T
-
-        Its state is two moments (m x r), a step and ``rest``, the seed that Q is made from; Q itself is not saved. A weight
-        that begins to rest loses the state that it trained with, and one whose rest ends, or that is frozen, loses the state
-        of its rest. One that rests already keeps it.
-
-        Args:
-            weights: Matrices of shape (..., m, n) with n > rank that require a gradient; another optimizer's are ignored.
-            rank: Rank r.
-            seed: Of this rest period; a weight's subspace follows from it and from the weight's place in the groups.
-
-        Raises:
-            ValueError: A weight is no matrix that the rank makes smaller.
-        """
-        self._draw_seed = seed
-        resting = {p for p in weights if p in self._group_and_index}
-        if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
-            raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
-        self.merge_updates([p for p in self._group_and_index if p not in resting])
-        for p in self._group_and_index:
-            if (p in resting) != self.is_resting(p):
-                self.state.pop(p, None)
-                self.resting_projectors.pop(p, None)
-                self._discard_gradients(p)
-                if p in resting:
-                    self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
-            if self.ddp_averaging and p not in self.resting_projectors and (q := self.resting_projector(p)) is not None:
-                dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round differently
-
-    def is_resting(self, p: Tensor) -> bool:
-        """Whether a parameter trains at rest."""
-        return "rest" in self.state.get(p, ())
-
-    def keep_updates_separate(self, weights: Iterable[Tensor], merge: Callable[[Sequence[Tensor]], None]) -> None:
-        """Leaves these weights as they are while they rest: what they learn is kept beside them, see ``resting_updates``.
-
-        It is for weights that are offloaded between two passes, and only read. Their state has one tensor more: B (m x r).
-        ``merge`` is called with weights whose rest ends, to write W + B Q^T into them before B is dropped.
-        """
-        self._merge_callbacks.update((p, merge) for p in weights if p in self._group_and_index)
-
-    def resting_updates(self, weights: Iterable[Tensor]) -> dict[Tensor, tuple[Tensor, Tensor]]:
-        """Returns B (..., m, r) and Q (..., n, r) of those weights whose resting updates are kept beside them."""
-        kept = [p for p in weights if "update" in self.state.get(p, ())]
-        return {p: (self.state[p]["update"], q) for p in kept if (q := self.resting_projector(p)) is not None}
-
-    @torch.no_grad()
-    def merge_updates(self, weights: Iterable[Tensor] | None = None) -> None:
-        """Writes what weights, by default all, learned at rest into them, where it is kept beside them; they go on resting."""
-        by_callback: dict[Any, list[Tensor]] = {}
-        for p in (p for p in (self._group_and_index if weights is None else weights) if "update" in self.state.get(p, ())):
-            by_callback.setdefault(self._merge_callbacks.get(p, self.add_resting_updates), []).append(p)
-        for merge, found in by_callback.items():
-            try:
-                merge(found)
-            finally:  # an error leaves none to be merged twice
-                for p in found:
-                    del self.state[p]["update"]
-
-    @torch.no_grad()
-    def add_resting_updates(self, weights: Iterable[Tensor]) -> None:
-        """W <- W + B Q^T, rounded as a step rounds, for weights that are in memory; B is not dropped."""
-        for p, (update, projector) in self.resting_updates(weights).items():
-            rounds = self._group_and_index[p][0]["stochastic_rounding"] and p.dtype == torch.bfloat16
-            generator = self._rounding_generator(p, p.device) if rounds else None
-            merge_update_(local(p.data), local(update), local(projector), generator)
-
-    def resting_projector(self, p: Tensor) -> Tensor | None:
-        """Q (n, r) of a weight (m, n) that rests, see ``rest``; None of any other."""
-        if not self.is_resting(p):
-            return None
-        if p not in self.resting_projectors:
-            state = self.state[p]
-            with torch.inference_mode(False):  # else it could not be saved for backward later
-                found = _resting_subspace(p, state["rest"], self._group_and_index[p][1])
-                found = found.to(state.get("exp_avg", p).device)  # where it computes; the weight itself may be offloaded
-                self.resting_projectors[p] = sharding.shard_state(found, p, "right", is_projector=True)
-        return self.resting_projectors[p]
-
-    def _projected_side(self, p: Tensor) -> Side | None:
-        """Which side of a matrix is projected; None where it trains in full rank."""
-        if self.is_resting(p):
-            return "right"
-        group, _ = self._group_and_index[p]
-        if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0 or group["rank"] >= min(p.shape[-2:]):
-            return None
-        tall = p.size(-2) >= p.size(-1)
-        right = {"std": tall, "reverse_std": not tall, "right": True, "left": False}[group["proj_type"]]
-        return "right" if right else "left"
-
-    def _projector(self, p: Tensor) -> Tensor | None:
-        """The projector of the coming step; None if it has to be found."""
-        if p in self.sketches:
-            self._rotate_sketches()
-        if p in self._new_projectors:
-            return self._new_projectors[p]
-        if self.is_resting(p):
-            return self.resting_projector(p)
-        (group, _), state = self._group_and_index[p], self.state.get(p, {})
-        due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
-        return None if due else state["projector"]
-
-    def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
-        group, index = self._group_and_index[p]
-        seed = index + int(self.state[p].get("step", 0))
-        if group["subspace"] == "random":  # another one whenever a block becomes active, too
-            seed = derived_seed(self._draw_seed, seed)
-        return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -319,9 +197,9 @@ class GaLoreAdamW(GradientCapture):
         clipped = [group for group in self.param_groups if group["max_grad_norm"] is not None]
         if not gradients or (known_finite and not clipped):
             return True
-        norm = sharding.total_norm(gradients)
+        norm = total_norm(gradients)
         for group in clipped:
-            sharding.clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
+            clip_(self._gradients_of(group["params"]), norm, group["max_grad_norm"])
         if known_finite or norm.isfinite():
             return True
         found = ((name, self.gradient_of(p)) for name, p in self._named_parameters())
@@ -370,11 +248,6 @@ class GaLoreAdamW(GradientCapture):
             settings["generator"] = self._rounding_generator(p, self.state[p]["exp_avg"].device)
         return settings
 
-    def _rounding_generator(self, p: Tensor, device: torch.device) -> torch.Generator:
-        # Other noise after every draw, too, which frees a block's state: else the same weights would always be rounded up.
-        number, steps = self._group_and_index[p][1], int(self.state[p]["step"])
-        return torch.Generator(device).manual_seed(derived_seed(self._draw_seed, number, steps))
-
     def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
         """Makes moments, or converts them to the configured dtype, and returns the number of their coming step, from 1."""
         if "step" not in state:
@@ -401,31 +274,9 @@ class GaLoreAdamW(GradientCapture):
             state["reset_at"] = int(state["step"])  # which goes on: it seeds the next subspace
             return
         # First moments are linear in the gradient; second ones are moved as if coordinates were independent.
-        rotation = (sharding.gather_matrices(old).mT @ sharding.gather_matrices(projector)).to(state["exp_avg"].dtype)
+        rotation = (gather_matrices(old).mT @ gather_matrices(projector)).to(state["exp_avg"].dtype)
         for moment, factor in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
             local(moment).copy_(project(local(moment), factor, side))
-
-
-@torch.no_grad()
-def merge_saved_updates_(weights: MutableMapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-    """Adds what weights have learned at rest, which is in an optimizer's state dict, to a model's state dict.
-
-    The tensors are replaced, not written to. The optimizer's groups name the model's parameters as the state dict does, or
-    as `CausalLMModule.model` does. Of another optimizer nothing is added, nor to what the state dict lacks.
-    """
-    names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
-    for number, state in optimizer["state"].items():
-        if isinstance(state, dict) and {"rest", "update"} <= state.keys():
-            key = next((key for key in (names[number], f"causal_lm.model.{names[number]}") if key in weights), None)
-            if key is None:
-                continue
-            weights[key] = weight = weights[key].clone()
-            merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number))
-
-
-def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:
-    """Q of a weight at rest, from the seed of the rest period, given once for each column, and its number in the optimizer."""
-    return random_subspace(weight, rest.numel(), derived_seed(int(rest[0]), number))
 
 
 _LEAST = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.large_tensors import rows_at_a_time
@@ -20,39 +19,31 @@ from ows_lightning.optim import sharding
 from ows_lightning.optim.hooks import gradient_consumer, hook_gradient, remove_hook
 from ows_lightning.optim.linear import to_plain_linear, to_projected_linear
 from ows_lightning.optim.projected_adamw import project, project_factors, without_autocast
+from ows_lightning.optim.resting import RestingWeights
 from ows_lightning.optim.sharding import local
-from ows_lightning.optim.subspace import Side, Sketch, singular_vectors
+from ows_lightning.optim.subspace import Side, Sketch, derived_seed, find_subspace, singular_vectors
 
 log = logging.getLogger(__name__)
 
 
-class GradientCapture(Optimizer):
+class GradientCapture(RestingWeights):
     """An optimizer that stores only the projected gradient R = G Q of each projected matrix, in place of ``grad``."""
 
     def _init_unsaved(self) -> None:
-        """Makes the attributes that are not saved, before torch's own."""
+        super()._init_unsaved()
         self.accumulating = False  # set it True while backward runs for a micro-batch that is not the last of its step
-        self.ddp_averaging = False  # True where ``average_gradients()`` comes before every step: backward takes no subspace
         self.known_finite = False  # set it True where the norm of ``gradients()`` is known to be finite: no step waits for it
         self.projects_in_backward = False
         self.skipped_steps = 0  # so far, for a NaN or Inf
-        self._draw_seed = 0  # of the latest draw
         self._replicas_checked = False  # average_gradients() was called, or its absence was warned of
         self._renewal_s = 0.0
         self._renewal_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._projected_linears: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
-        self._group_and_index: dict[Tensor, tuple[dict[str, Any], int]] = {}  # each parameter's group, and its number
         self.projected_gradients: dict[Tensor, Tensor] = {}  # R of the coming step, by weight
         self.offloaded_gradients: dict[Tensor, Tensor] = {}  # full ones, in host memory, of a step that renews their subspaces
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
         # By weight, a subspace that is not yet rotated onto singular vectors, R in it, and the processes that share it.
         self.sketches: dict[Tensor, tuple[Sketch, Tensor, dist.ProcessGroup | None]] = {}
-
-    # Methods of the subclass.
-    _projected_side: Callable[[Tensor], Side | None]  # which side of a matrix is projected; None in full rank
-    _projector: Callable[[Tensor], Tensor | None]  # of the coming step; None if it has to be found
-    _new_subspace: Callable[[Tensor, Tensor, Side], Tensor | Sketch]  # from a gradient (..., m, n): a projector or a sketch
-    resting_projector: Callable[[Tensor], Tensor | None]  # Q (n, r) of a weight (m, n) that trains at rest; None of others
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; Lightning's wrapper, which derives from this class, sets those of the optimizer within there."""
@@ -198,6 +189,37 @@ class GradientCapture(Optimizer):
                 waiting.pop(p, None)
 
     # ------------------------------------------------------------------ projection
+
+    def _projected_side(self, p: Tensor) -> Side | None:
+        """Which side of a matrix is projected; None where it trains in full rank."""
+        if self.is_resting(p):
+            return "right"
+        group, _ = self._group_and_index[p]
+        if group.get("rank") is None or p.dim() not in (2, 3) or p.numel() == 0 or group["rank"] >= min(p.shape[-2:]):
+            return None
+        tall = p.size(-2) >= p.size(-1)
+        right = {"std": tall, "reverse_std": not tall, "right": True, "left": False}[group["proj_type"]]
+        return "right" if right else "left"
+
+    def _projector(self, p: Tensor) -> Tensor | None:
+        """The projector of the coming step; None if it has to be found."""
+        if p in self.sketches:
+            self._rotate_sketches()
+        if p in self._new_projectors:
+            return self._new_projectors[p]
+        if self.is_resting(p):
+            return self.resting_projector(p)
+        (group, _), state = self._group_and_index[p], self.state.get(p, {})
+        due = "projector" not in state or int(state["step"]) % group["update_proj_gap"] == 0
+        return None if due else state["projector"]
+
+    def _new_subspace(self, p: Tensor, matrices: Tensor, side: Side) -> Tensor | Sketch:
+        """Finds a projector, or a sketch of one, from a gradient (..., m, n)."""
+        group, index = self._group_and_index[p]
+        seed = index + int(self.state[p].get("step", 0))
+        if group["subspace"] == "random":  # another one whenever a block becomes active, too
+            seed = derived_seed(self._draw_seed, seed)
+        return find_subspace(matrices, group["rank"], side, group["subspace"], seed=seed)
 
     def _project_all(self, renew: bool = True) -> None:
         """Projects all gradients; without ``renew``, those in host memory that need a new subspace stay there."""

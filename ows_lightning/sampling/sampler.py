@@ -99,17 +99,14 @@ class BlockSampler:
         resting_rank: int = 0,
     ) -> None:
         distribution = plain(distribution)  # not NumPy's or torch's: JSON, generators and safe checkpoints want plain values
-        whole = {"activated_layers": activated_layers, "interval_steps": interval_steps, "resting_rank": resting_rank}
-        whole |= {"calibration_samples": calibration_samples, "rescore_every": rescore_every or 0}
-        for key, number in whole.items():
+        counts = {"activated_layers": activated_layers, "interval_steps": interval_steps}
+        counts |= {"calibration_samples": calibration_samples, "rescore_every": 1 if rescore_every is None else rescore_every}
+        for key, number in {**counts, "resting_rank": resting_rank}.items():
             if not isinstance(number, Integral) or isinstance(number, bool):
                 raise UsageError(f"sampling.{key}: {number!r} is no whole number")
         parts = isinstance(always_train, (list, tuple)) and {*always_train} <= {*NON_BLOCK_PARTS}
         for name, value, valid, limit in (
-            ("activated_layers", activated_layers, activated_layers >= 1, "must be at least 1"),
-            ("interval_steps", interval_steps, interval_steps >= 1, "must be at least 1"),
-            ("calibration_samples", calibration_samples, calibration_samples >= 1, "must be at least 1"),
-            ("rescore_every", rescore_every, rescore_every is None or rescore_every >= 1, "must be at least 1"),
+            *((key, number, number >= 1, "must be at least 1") for key, number in counts.items()),
             ("threshold", threshold, 0 < threshold < math.inf, "must be a finite number above 0 (the paper's is 13)"),
             ("always_train", always_train, parts, f"is no list of names among {', '.join(NON_BLOCK_PARTS)}"),
             ("grouping", grouping, 0 <= grouping <= 1, "is not between 0 (independent draws) and 1"),

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from ows_lightning import CausalLMModule, LayerwiseSampling
 from ows_lightning.distributed import ddp
 from ows_lightning.errors import UsageError
-from ows_lightning.optim import galore, sharding
+from ows_lightning.optim import resting, sharding
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling import sampler
 from tests.distributed.fixtures import Arguments
@@ -174,9 +174,9 @@ def test_replicas_that_drift_apart_say_so_once(tmp_path: Path) -> None:
 def with_another_rounding_at_rest(arguments: list[str]) -> None:
     """Rank 1's random subspaces are rounded otherwise, as another CPU might."""
     dist.init_process_group("gloo")
-    exact = galore.random_subspace
+    exact = resting.random_subspace
     if dist.get_rank() == 1:
-        galore.random_subspace = lambda p, *given: (exact(p.view(-1, 6), *given) + 1e-3).expand(*p.shape[:-2], -1, -1)
+        resting.random_subspace = lambda p, *given: (exact(p.view(-1, 6), *given) + 1e-3).expand(*p.shape[:-2], -1, -1)
     weights = [nn.Parameter(torch.rand(shape, generator=torch.Generator().manual_seed(0))) for shape in ((8, 6), (3, 8, 6))]
     optimizer = GaLoreAdamW(weights, lr=0.1)
     optimizer.ddp_averaging = True

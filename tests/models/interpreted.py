@@ -16,7 +16,7 @@ liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.math.rsqrt(x)  # that of CUDA's l
 own = tiny_model("llama", num_hidden_layers=2)
 fused = copy.deepcopy(own)
 losses = [next_token_loss(own, tiny_batch(2, 9))[0] / 16]
-apply_liger_kernels_(fused, "liger")
+apply_liger_kernels_(fused)
 losses.append(next_token_loss(fused, tiny_batch(2, 9))[0] / 16)
 for loss in losses:
     loss.backward()

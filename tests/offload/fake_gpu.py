@@ -325,10 +325,10 @@ class FakeGpu:
             with self.offloaded_read():
                 original(weights, values)
 
-        def fetch_file(original: Any, weights: DiskWeights, slot: Any) -> None:
+        def fetch_file(original: Any, weights: DiskWeights, slot: Any, *exact: bool) -> None:
             for tensor in weights.tensors:
                 memory_of(tensor).access(self.host, False, "reading a file")
-            original(weights, slot)
+            original(weights, slot, *exact)
 
         def read(original: Any, region: FileRegion, offset: int, target: Tensor) -> None:
             memory_of(target).access(self.host, True, "reading a file")
