@@ -1,11 +1,13 @@
 """What sampled and projected training needs of a Trainer: a strategy, gradient clipping, and a clean-up after a fit."""
 
+import itertools
 import logging
 import math
 import re
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
@@ -17,8 +19,19 @@ log = logging.getLogger(__name__)
 
 def expected_steps(trainer: Trainer) -> float:
     """A fit's optimizer steps; inf where nobody knows them, as of a stream without a length, for which Lightning has -1."""
-    steps = trainer.estimated_stepping_batches
+    steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or -1
+    if epochs > 0 and batches < math.inf:
+        starts, numbers = zip(*sorted(accumulation_schedule(trainer).items()), strict=True)
+        lengths = (min(end, epochs) - min(start, epochs) for start, end in itertools.pairwise([*starts, epochs]))
+        steps = min(steps, sum(-(-batches // number) * length for number, length in zip(numbers, lengths, strict=True)))
     return steps if steps >= 0 else math.inf
+
+
+def accumulation_schedule(trainer: Trainer) -> dict[int, int]:
+    """From which epoch on how many micro-batches make a step; Lightning's callback tells the Trainer when an epoch begins."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    by_callback = (one.scheduling for one in callbacks if isinstance(one, GradientAccumulationScheduler))
+    return next(by_callback, {0: trainer.accumulate_grad_batches})
 
 
 def check_strategy(strategy: object) -> None:

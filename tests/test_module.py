@@ -268,6 +268,24 @@ def test_schedules_count_optimizer_steps(kind: str, last: float, model_dir: Mode
     assert rates[-1] == pytest.approx(last)
 
 
+@pytest.mark.parametrize(
+    ("scheduling", "limits", "steps"),
+    [
+        ({0: 2, 1: 4}, {"max_epochs": 3}, 4 + 2 + 2),
+        ({1: 3, 5: 8}, {"max_epochs": 2}, 8 + 3),
+        ({0: 4}, {"max_epochs": 9, "max_steps": 3}, 3),
+    ],
+)
+def test_schedules_know_the_steps_of_a_scheduler_of_accumulation(
+    scheduling: dict[int, int], limits: dict[str, int], steps: int, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    module = CausalLMModule(str(model_dir()), optimizer=galore, rank=8, lr_scheduler_type="linear", warmup_steps=0)
+    run = trainer(tmp_path, GradientAccumulationScheduler(scheduling), **{"max_steps": -1, **limits})
+    run.fit(module, DataLoader(rows_with_uneven_targets()))
+    assert run.global_step == steps
+    assert run.optimizers[0].param_groups[0]["lr"] == 0  # when all steps are done
+
+
 def test_validation_figures_are_means_over_tokens(model_dir: ModelDir, tmp_path: Path) -> None:
     module = CausalLMModule(str(model_dir()))
     rows = rows_with_uneven_targets()

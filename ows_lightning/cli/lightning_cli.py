@@ -4,10 +4,12 @@ import inspect
 import logging
 import os
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 
 # The callback is configured by its own arguments, not by class_path.
 set_parsing_settings(subclasses_disabled=[LayerwiseSampling])
+# Lightning's Timer has an enum for text as its default, with which no config could be written or printed.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class SaveConfig(SaveConfigCallback):

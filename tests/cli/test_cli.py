@@ -462,6 +462,13 @@ def test_answers_of_a_resumed_run_begin_where_the_run_began(config: Path) -> Non
             assert [row["step"] for row in csv.DictReader(file)] == expected
 
 
+def test_a_default_that_is_an_enum_is_written_as_text(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning's Timer has one, and no run with it could write its config."""
+    with pytest.raises(SystemExit):
+        run("fit", config, "--trainer.callbacks", "Timer", "--trainer.callbacks.duration", "00:01:00:00", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+
+
 def test_without_checkpoints(config: Path) -> None:
     run("fit", config, "--trainer.enable_checkpointing", "false")
     assert Path("runs/version_0/model/model.safetensors").is_file()
