@@ -1,6 +1,5 @@
 """What sampled and projected training needs of a Trainer: a strategy, gradient clipping, and a clean-up after a fit."""
 
-import itertools
 import logging
 import math
 import re
@@ -21,17 +20,15 @@ def expected_steps(trainer: Trainer) -> float:
     """A fit's optimizer steps; inf where nobody knows them, as of a stream without a length, for which Lightning has -1."""
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or -1
     if epochs > 0 and batches < math.inf:
-        starts, numbers = zip(*sorted(accumulation_schedule(trainer).items()), strict=True)
-        lengths = (min(end, epochs) - min(start, epochs) for start, end in itertools.pairwise([*starts, epochs]))
-        steps = min(steps, sum(-(-batches // number) * length for number, length in zip(numbers, lengths, strict=True)))
+        numbers = (micro_batches_per_step(trainer, epoch) for epoch in range(min(epochs, int(steps))))
+        steps = min(steps, sum(-(-batches // number) for number in numbers))
     return steps if steps >= 0 else math.inf
 
 
-def accumulation_schedule(trainer: Trainer) -> dict[int, int]:
-    """From which epoch on how many micro-batches make a step; Lightning's callback tells the Trainer when an epoch begins."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    by_callback = (one.scheduling for one in callbacks if isinstance(one, GradientAccumulationScheduler))
-    return next(by_callback, {0: trainer.accumulate_grad_batches})
+def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:
+    """How many backward passes make a step in an epoch; Lightning's scheduler tells the Trainer only when it begins."""
+    schedulers = (one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler))  # type: ignore[attr-defined]
+    return next((one.get_accumulate_grad_batches(epoch) for one in schedulers), trainer.accumulate_grad_batches)
 
 
 def check_strategy(strategy: object) -> None:

@@ -109,9 +109,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _run_lightning(command: str, argv: list[str]) -> None:
-    if command == "plan":
-        _import_without_plots()
-    else:
+    if command != "plan":
         peer_watchdog.start()
         if os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
@@ -121,17 +119,6 @@ def _run_lightning(command: str, argv: list[str]) -> None:
     logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
     OWSCLI(argv)
     destroy_process_group()
-
-
-def _import_without_plots() -> None:
-    """Imports torchmetrics without matplotlib, which it would import for its plots, so that a command starts sooner."""
-    from unittest.mock import patch
-
-    from lightning_utilities.core.imports import RequirementCache
-
-    found = RequirementCache.__bool__
-    with patch.object(RequirementCache, "__bool__", lambda self: self.requirement != "matplotlib" and found(self)):
-        import torchmetrics  # noqa: F401
 
 
 def usage() -> str:

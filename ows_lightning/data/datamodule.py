@@ -23,7 +23,7 @@ from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, 
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError
-from ows_lightning.lightning_support import accumulation_schedule
+from ows_lightning.lightning_support import micro_batches_per_step
 from ows_lightning.models.decoder import language_model_of
 from ows_lightning.models.loss import IGNORE_INDEX
 
@@ -319,7 +319,7 @@ class InstructionDataModule(LightningDataModule):
         if (trainer := self.trainer) is None or trainer.max_steps < 1:
             raise UsageError("data.streaming: a stream has no end; set trainer.max_steps")
         # A known length keeps Lightning from fetching a batch ahead, which checkpoints would count as seen; it warns of it.
-        rows = self._stream_rows(trainer.max_steps * accumulation_schedule(trainer)[0] * self.batch_size)
+        rows = self._stream_rows(trainer.max_steps * micro_batches_per_step(trainer) * self.batch_size)
         warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
         collate_fn = partial(collate_with_state, collate=self._collate_training())
         return StreamLoader(rows, **self._loader_options(self.batch_size, min(self.num_workers, 1), collate_fn))

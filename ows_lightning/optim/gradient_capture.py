@@ -1,7 +1,5 @@
 """What an optimizer step consumes: the gradients of matrices, projected within backward if asked, and all others."""
 
-from __future__ import annotations
-
 import logging
 import time
 import weakref

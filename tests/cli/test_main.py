@@ -67,10 +67,10 @@ def test_output_whose_reader_has_left_is_no_error(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_a_plan_loads_neither_datasets_nor_peft_nor_matplotlib() -> None:
+def test_a_plan_loads_neither_datasets_nor_peft() -> None:
     said, libraries = loaded("plan", "--config", "quickstart", "--method", "ows")
     assert "Fits as it is: " in said
-    assert not libraries & {"datasets", "peft", "matplotlib"}
+    assert not libraries & {"datasets", "peft"}
 
 
 def keys(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
