@@ -18,6 +18,7 @@ from ows_lightning.memory.cards import CARDS, find_card
 from ows_lightning.memory.flops import count_flops, estimate_speed
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import METHODS
+from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -208,6 +209,17 @@ def test_scores_count_as_often_as_they_are_computed(directory: Path) -> None:
     assert scoring("window", rescore_every=3) == pytest.approx(10)  # at the first and the fourth of four draws
 
 
+def test_scores_cost_a_token_the_less_the_more_tokens_there_are(directory: Path) -> None:
+    settings = replace(settings_from_config(make_config(directory)), max_steps=8)
+
+    def scoring(**changes: Any) -> float:
+        without, scored = (count_flops(replace(settings, **changes, max_steps=steps)) for steps in (None, 8))
+        return scored.flops_per_token - without.flops_per_token
+
+    for key in ("devices", "accumulate_grad_batches"):
+        assert 2 * scoring(**{key: 2}) == pytest.approx(scoring(), rel=1e-6)
+
+
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_a_head_that_is_tied_to_the_embeddings_trains_them_too(where: str, tmp_path: Path) -> None:
     tiny_model("llama", num_hidden_layers=4, tie_word_embeddings=True).save_pretrained(tmp_path)
@@ -257,6 +269,22 @@ def test_a_card_is_bound_by_compute_or_by_its_link() -> None:
     assert speeds[0].fetched_bytes == 0
     assert speeds[1].fetched_bytes > 10 * speeds[2].fetched_bytes
     assert speeds[0].tokens_per_second == pytest.approx(card.tflops * 0.4e12 / count_flops(resident).flops_per_token)
+
+
+@pytest.mark.parametrize(("rows", "bound_by"), [(1, "link"), (4096, "compute")])
+def test_a_speed_follows_from_what_is_computed_and_fetched(rows: int, bound_by: str, directory: Path) -> None:
+    config = make_config(directory, model__frozen_in="host", data__batch_size=rows, trainer__accumulate_grad_batches=2)
+    settings, card = settings_from_config(config), CARDS[0]
+    computed = count_flops(settings)
+    speed = estimate_speed(settings, computed, card)
+    rate, link = 0.4e12 * card.tflops, 0.8e9 * card.link  # as docs/memory.md and `LINK_SHARE` have it
+    assert speed.compute_seconds == pytest.approx(2 * rows * LENGTH * computed.flops_per_token / rate)
+    assert speed.fetch_seconds == pytest.approx(speed.fetched_bytes / link)
+    assert speed.bound_by == bound_by
+    assert speed.tokens_per_second == pytest.approx(2 * rows * LENGTH / max(speed.compute_seconds, speed.fetch_seconds))
+    block = sum(p.nbytes for p in decoder_layers(settings.meta_model)[0].parameters())
+    hidden = [(speed.hides_from_tokens + more) * computed.block_forward / rate >= block / link for more in (-1, 0)]
+    assert hidden == [False, True]
 
 
 @pytest.mark.parametrize(

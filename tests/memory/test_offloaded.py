@@ -11,10 +11,10 @@ import pytest
 
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.planner import plan_from_config
-from ows_lightning.memory.prediction import fetched_blocks, predict_memory
+from ows_lightning.memory.prediction import ModelSizes, fetched_blocks, predict_memory
 from ows_lightning.memory.tracker import HOST
 from ows_lightning.models.decoder import decoder_layers
-from ows_lightning.offload.int8 import Int8Weights
+from ows_lightning.offload.int8 import Int8Weights, quantize
 from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.sampling.activation import activate_blocks
 from tests.memory.test_plan import SHAPE, Track, llama_7b, make_config, run_and_track
@@ -148,6 +148,19 @@ def test_blocks_of_several_sizes_count_each_as_it_is(tmp_path: Path) -> None:
     root = whole - 2 * large - 3 * small
     assert sharded.bytes["weights"] == pytest.approx(whole / 2 + root + 2 * large, rel=0.01)
     assert sharded.communicated_bytes == pytest.approx((root + 2 * (2 * large + 3 * small) + 2 * large) / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_blocks_in_int8_take_a_byte_a_weight_and_a_scale_a_row(precision: str, directory: Path) -> None:
+    changes = {"model__frozen_dtype": "int8", "trainer__precision": precision}
+    host, device, disk = (
+        settings_from_config(make_config(directory, **changes, model__frozen_in=where)) for where in ("host", "device", "disk")
+    )
+    blocks = [[p.data for p in block.parameters()] for block in decoder_layers(tiny_model("llama", dtype=host.dtype, **SHAPE))]
+    copies = [sum(part.nbytes for part in quantize(weights)) for weights in blocks]
+    exact = sum(p.nbytes for weights in blocks for p in weights)
+    assert ModelSizes.of(host).offloaded == copies
+    assert [predict_memory(one).host_bytes for one in (host, device, disk)] == [exact + sum(copies), exact, 0]
 
 
 @pytest.mark.parametrize(("active", "slots"), [(4, 2), (5, 2), (3, 3)])

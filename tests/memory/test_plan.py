@@ -280,11 +280,10 @@ def test_extrapolation_is_exact(directory: Path, method: str, checkpointing: int
     shape.num_hidden_layers = 10
     deeper = replace(settings, model_config=shape, method=METHODS[method](settings), _cache={})
 
-    def peak(alike: bool) -> int:
-        memory = extrapolate(deeper, alike)
-        return max(sum(sizes.values()) for sizes in memory.peaks.values())
+    def peaks(alike: bool) -> dict[Any, int]:
+        return {span: sum(sizes.values()) for span, sizes in extrapolate(deeper, alike).peaks.items()}
 
-    assert peak(alike=True) == pytest.approx(peak(alike=False), rel=1e-3)
+    assert peaks(alike=True) == pytest.approx(peaks(alike=False), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -425,6 +424,21 @@ def test_fsdp_shards_what_trains_and_reduces_only_that() -> None:
     assert own.bytes["weights"] == pytest.approx(2 * (parameters / 2 + root + 2 * 202_383_360), rel=1e-3)
 
 
+@pytest.mark.parametrize(("strategy", "times"), [("fsdp2", 3), ("ddp_layerwise", 1)])
+def test_fsdp_sends_in_every_micro_batch_and_ddp_once_a_step(strategy: str, times: int, directory: Path) -> None:
+    sent = [
+        predict_memory(
+            settings_from_config(
+                make_config(
+                    directory, trainer__devices=2, trainer__strategy=strategy, trainer__accumulate_grad_batches=micro_batches
+                )
+            )
+        ).communicated_bytes
+        for micro_batches in (1, 3)
+    ]
+    assert sent[1] == times * sent[0] > 0
+
+
 @pytest.mark.slow
 def test_ddp_sends_projected_gradients() -> None:
     planned = plan_from_config(
@@ -451,6 +465,22 @@ def test_json_is_one_object_of_all_methods(small_plan: Plan) -> None:
         assert method["flops_per_token"] > 0
         assert method["peak_bytes"] == sum(method["bytes"].values())
     assert read["ows"]["peak_bytes"] < read["ows_published"]["peak_bytes"] < read["full"]["peak_bytes"]
+
+
+def test_other_tools_keep_the_states_of_blocks_that_are_frozen_again(small_plan: Plan) -> None:
+    needs = small_plan.methods
+    assert needs["lisa"].bytes["moments"] == needs["full"].bytes["moments"]  # AdamW's of every block that was ever drawn
+    assert needs["ows_published"].bytes["projectors"] == needs["galore"].bytes["projectors"] > needs["ows"].bytes["projectors"]
+
+
+def test_moments_of_galore_torch_have_the_gradients_dtype(directory: Path) -> None:
+    moments = {
+        precision: plan(settings_from_config(make_config(directory, trainer__precision=precision)), ["ows", "galore"]).methods
+        for precision in ("32-true", "bf16-true")
+    }
+    single, half = ({name: needs.bytes["moments"] for name, needs in one.items()} for one in moments.values())
+    assert half["galore"] * 2 == single["galore"]
+    assert half["ows"] == single["ows"]  # GaLoreAdamW's default
 
 
 def test_table_has_a_row_a_method(small_plan: Plan) -> None:
