@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -85,6 +86,31 @@ def test_a_run_without_a_checkpoint_leaves_one_of_its_last_good_weights(
         fit(model_dir(), tmp_path, GaLoreAdamW, bad_steps=range(2, 16), max_steps=16, save_every=50)
     stopped = torch.load(tmp_path / "checkpoints" / "stopped-step=12.ckpt", weights_only=True)["state_dict"]
     assert all(weight.isfinite().all() for weight in stopped.values())
+
+
+class SomebodyElses(LightningModule):
+    """Without figures of its steps: those that GaLoreAdamW skips are counted."""
+
+    def __init__(self, bad_steps: Collection[int]) -> None:
+        super().__init__()
+        self.net, self.bad_steps = torch.nn.Linear(4, 4), bad_steps
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.net(batch).square().mean()
+        return not_a_number(loss) if self.trainer.global_step in self.bad_steps else loss
+
+    def configure_optimizers(self) -> GaLoreAdamW:
+        return GaLoreAdamW(self.parameters(), lr=1e-3)
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_of_any_module(tmp_path: Path) -> None:
+    trainer = OWSTrainer(
+        accelerator="cpu", devices=1, default_root_dir=tmp_path, max_steps=30, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(RunError, match="10 steps in a row"):
+        trainer.fit(SomebodyElses([0, *range(2, 11), *range(12, 30)]), DataLoader(torch.ones(30, 4)))  # type: ignore[arg-type]
+    assert trainer.global_step == 22
 
 
 class OneBadGradient(CausalLMModule):

@@ -66,34 +66,39 @@ def test_equals_galore_torch_over_300_steps_with_two_renewals(proj_type: str) ->
     assert distance(ours, theirs) < 1e-5
 
 
-def reference_step(
-    weight: torch.Tensor, gradient: torch.Tensor, state: dict, lr: float, scale: float, gap: int
-) -> torch.Tensor:
-    """The design's formula for one matrix, word for word."""
+LR, SCALE, GAP, EPS, DECAY = 0.1, 0.5, 3, 0.05, 0.3
+
+
+def reference_step(weight: torch.Tensor, gradient: torch.Tensor, state: dict, projected: bool) -> torch.Tensor:
+    """docs/method.md's formula for one matrix, word for word, and decay after the step."""
     m, n = gradient.shape
-    if state.setdefault("t", 0) % gap == 0:
+    if state.setdefault("t", 0) % GAP == 0 and projected:
         u, _, vh = (part.double() for part in torch.linalg.svd(gradient.float(), full_matrices=False))
         state["Q"] = vh[:RANK].T if m >= n else u[:, :RANK]
-    projected = gradient @ state["Q"] if m >= n else state["Q"].T @ gradient
-    state["t"] += 1
-    state["m"] = 0.9 * state.get("m", 0) + 0.1 * projected
-    state["v"] = 0.999 * state.get("v", 0) + 0.001 * projected**2
-    corrected_m, corrected_v = state["m"] / (1 - 0.9 ** state["t"]), state["v"] / (1 - 0.999 ** state["t"])
-    adam = corrected_m / (corrected_v.sqrt() + 1e-8 / math.sqrt(1 - 0.999 ** state["t"]))
-    return weight - lr * scale * (adam @ state["Q"].T if m >= n else state["Q"] @ adam)
+    r = gradient
+    if projected:
+        r = gradient @ state["Q"] if m >= n else state["Q"].T @ gradient
+    t = state["t"] = state["t"] + 1
+    state["m"] = 0.9 * state.get("m", 0) + 0.1 * r
+    state["v"] = 0.999 * state.get("v", 0) + 0.001 * r**2
+    adam = math.sqrt(1 - 0.999**t) / (1 - 0.9**t) * state["m"] / (state["v"].sqrt() + EPS)
+    if projected:
+        adam = SCALE * (adam @ state["Q"].T if m >= n else state["Q"] @ adam)
+    return (1 - LR * DECAY) * (weight - LR * adam)
 
 
-@pytest.mark.parametrize("shape", [(24, 10), (10, 24)])
-def test_equals_the_formula(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24), (12, 12)])
+def test_equals_the_formula(shape: tuple[int, int], projected: bool) -> None:
     weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     expected, state = weight.detach().clone(), {}
-    settings = {"rank": RANK, "update_proj_gap": 3, "scale": 0.5, "subspace": "svd"}
-    optimizer = GaLoreAdamW([{"params": [weight], **settings}], lr=0.01)
+    settings = {"rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "subspace": "svd"} if projected else {}
+    optimizer = GaLoreAdamW([{"params": [weight], **settings}], lr=LR, eps=EPS, weight_decay=DECAY)
     for _ in range(8):
         gradient = torch.randn(shape, dtype=torch.float64)
         weight.grad = gradient.clone()
         optimizer.step()
-        expected = reference_step(expected, gradient, state, 0.01, 0.5, 3)
+        expected = reference_step(expected, gradient, state, projected)
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -339,6 +344,19 @@ def test_stochastic_rounding_keeps_small_updates_alive() -> None:
     assert final(True) == pytest.approx(1 - 100 * 1e-4, abs=5e-4)  # standard error of the mean: 64 * 64 weights
 
 
+def test_weights_in_float32_are_not_rounded() -> None:
+    """The shipped configs set the option, whatever the precision."""
+    model, plain = net(), net()
+    for weights, option in ((model, True), (plain, False)):
+        optimizer = GaLoreAdamW(groups(weights), lr=1e-2, weight_decay=0.1, stochastic_rounding=option)
+        train(weights, optimizer, range(3))
+        optimizer.rest([weights[2].weight], 3)
+        optimizer.keep_updates_separate([weights[2].weight], optimizer.add_resting_updates)
+        train(weights, optimizer, range(3, 6))
+        optimizer.merge_updates()
+    assert equal(model, plain)
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_the_noise_of_rounding_is_another_after_every_draw(copied: bool) -> None:
     weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
@@ -355,10 +373,11 @@ def test_the_noise_of_rounding_is_another_after_every_draw(copied: bool) -> None
     assert weight.float().std().item() < 2 * (80 * 1e-4 / 2**-8) ** 0.5 * 2**-8
 
 
-def test_random_subspaces_are_others_at_each_renewal_also_where_moments_are_reset() -> None:
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_random_subspaces_are_others_at_each_renewal_also_where_moments_are_reset(warmup: int) -> None:
     weight, found = nn.Parameter(torch.randn(12, 10)), []
     group = {"params": [weight], "rank": RANK, "update_proj_gap": 2, "subspace": "random"}
-    optimizer = GaLoreAdamW([group], lr=1e-2, eps=0.0, moments_at_renewal="reset")
+    optimizer = GaLoreAdamW([group], lr=1e-2, eps=0.0, moments_at_renewal="reset", state_warmup_steps=warmup)
     for step in range(8):
         before = weight.detach().clone()
         weight.grad = torch.randn_like(weight)
@@ -366,11 +385,19 @@ def test_random_subspaces_are_others_at_each_renewal_also_where_moments_are_rese
         projector = optimizer.state[weight]["projector"]
         if step % 2 == 0:
             found.append(projector.clone())
-            # Moments begin anew: Adam's first step is the sign, of size 1.
-            torch.testing.assert_close(
-                ((before - weight) @ projector).abs(), torch.full((12, RANK), 1e-2), rtol=1e-3, atol=1e-5
-            )
+            # Moments begin anew, and so does their warm-up: Adam's first step is the sign, of size 1.
+            expected = torch.full((12, RANK), 1e-2 / (warmup + 1))
+            torch.testing.assert_close(((before - weight) @ projector).abs(), expected, rtol=1e-3, atol=1e-5)
     assert not any(torch.equal(q, other) for i, q in enumerate(found) for other in found[:i])
+
+
+def test_random_subspaces_of_weights_of_one_shape_are_others() -> None:
+    weights = [nn.Parameter(torch.zeros(12, 10)) for _ in range(2)]
+    optimizer = GaLoreAdamW([{"params": weights, "rank": RANK, "subspace": "random"}])
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(*(optimizer.state[p]["projector"] for p in weights))
 
 
 def test_moments_in_bfloat16_decay_as_those_in_float32_do() -> None:
@@ -445,6 +472,14 @@ class TestParamGroups:
         projected = {name for name, _ in galore_param_groups(model, project_embeddings=True)[0]["params"]}
         assert "model.embed_tokens.weight" in projected
         assert ("lm_head.weight" in projected) == (not tied)
+
+    def test_the_bias_of_a_head_is_a_vector_like_any_other(self) -> None:
+        model = tiny_model("llama", tie_word_embeddings=False)
+        model.lm_head.bias = nn.Parameter(torch.zeros(128))
+        projected, *_, vectors = galore_param_groups(model, project_embeddings=True)
+        assert "lm_head.bias" in dict(vectors["params"])
+        assert "lm_head.weight" in dict(projected["params"])
+        assert "lm_head.bias" not in dict(projected["params"])
 
     def test_trains_a_causal_lm(self) -> None:
         model, batch = tiny_model("llama"), tiny_batch()

@@ -64,6 +64,14 @@ def test_many_draws_have_the_probabilities_that_are_said(grouping: float) -> Non
             assert (np.abs(counts / draws - chances) <= 4.5 * deviation + 1e-9).all()
 
 
+def test_blocks_beside_a_lowest_one_are_not_always_the_same_pairs() -> None:
+    draws = grouped(sampling_probabilities([1.0] * 5), 3)
+    draws.lowest, draws.others = np.eye(5)[0], np.zeros((5, 5))
+    draws.others[0, 1:] = 0.5  # two of four: in a fixed order 1 would be drawn with 3 alone, and 2 with 4
+    generator = torch.Generator().manual_seed(0)
+    assert {tuple(draws.draw(generator)) for _ in range(200)} == {(0, *pair) for pair in combinations(range(1, 5), 2)}
+
+
 def test_no_draws_with_the_same_probabilities_have_a_higher_lowest_block() -> None:
     from scipy.optimize import linprog
 

@@ -31,7 +31,7 @@ from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
 from tests.tiny import tiny_batch, tiny_model
 
-RANK, LR, INTERVAL = 3, 1e-2, 2
+RANK, LR, SCALE, INTERVAL = 3, 1e-2, 0.5, 2
 DRAWS = [[1], [2], [3], [1]]  # of the 4 blocks
 
 
@@ -54,7 +54,7 @@ class Run:
             dropout.p = 0.0
         if checkpointed:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        groups = galore_param_groups(self.model, rank=8, update_proj_gap=3)
+        groups = galore_param_groups(self.model, rank=8, update_proj_gap=3, scale=SCALE)
         self.optimizer = GaLoreAdamW(groups, lr=LR, **settings.pop("optimizer", {}))
         if in_backward:
             self.optimizer.project_in_backward(model=self.model)
@@ -103,12 +103,12 @@ def matrices(block: nn.Module) -> list[nn.Parameter]:
 
 
 def by_the_formula(weight: Tensor, gradient: Tensor, q: Tensor, state: dict[str, Any]) -> None:
-    """One step of a weight at rest: R = G Q, W <- W - lr Adam(R) Q^T."""
+    """One step of a weight at rest: R = G Q, W <- W - lr * scale * Adam(R) Q^T."""
     r = gradient @ q
     t = state["t"] = state.get("t", 0) + 1
     m = state["m"] = 0.9 * state.get("m", 0) + 0.1 * r
     v = state["v"] = 0.999 * state.get("v", 0) + 0.001 * r**2
-    weight -= LR * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t) * m / (v.sqrt() + 1e-8) @ q.mT
+    weight -= LR * SCALE * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t) * m / (v.sqrt() + 1e-8) @ q.mT
 
 
 @pytest.mark.parametrize("in_backward", [True, False])
@@ -297,7 +297,13 @@ def fit(
     directory: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, trainer: Any = None, **settings: Any
 ) -> CausalLMModule:
     """Trains a module for eight steps, with resting blocks and a new draw every two."""
-    settings = {"rank": 8, "optimizer": lambda params: GaLoreAdamW(params, lr=LR), "warmup_steps": 0, **settings}
+    settings = {
+        "rank": 8,
+        "scale": SCALE,
+        "optimizer": lambda params: GaLoreAdamW(params, lr=LR),
+        "warmup_steps": 0,
+        **settings,
+    }
     distribution = settings.pop("distribution", "uniform")
     sampling = LayerwiseSampling(1, INTERVAL, distribution, always_train=("norm",), resting_rank=RANK)
     rows = [{name: values[0] for name, values in tiny_batch(1).items()}] * 32  # a plain loader begins anew on resuming

@@ -233,6 +233,13 @@ def test_what_trains_is_not_known_before_a_run() -> None:
     assert BlockSampler(**SETTINGS).planned_blocks(10) is None
 
 
+def test_a_last_interval_that_is_cut_short_is_planned_too() -> None:
+    for seed in range(8):
+        sampler = BlockSampler(1, 2, "uniform", seed=seed)
+        train(sampler, tiny_model("llama"), range(1))
+        assert sampler.planned_blocks(5) == {block for interval in range(3) for block in sampler.blocks_of(interval)}
+
+
 def test_an_optimizer_that_accelerate_has_wrapped_is_seen_through() -> None:
     norms = []
     for wrap in (False, True):
