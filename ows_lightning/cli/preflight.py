@@ -43,6 +43,7 @@ LOGGED_METRICS = (
     "tokens", "target_tokens", "time_s", "renewal_s", "epoch", "step",
 )  # fmt: skip
 """The metrics that CausalLMModule and Lightning log in a fit, beside the learning rates (``lr-...``)."""
+_BEST = {"train_loss": "min", "val_loss": "min", "val_perplexity": "min", "val_exact_match": "max", "tokens_per_second": "max"}
 
 _MAX_INT64 = 2**63 - 1
 _RANGES = {
@@ -245,6 +246,6 @@ def _check_monitors(model: LightningModule, data: Any, callbacks: Sequence[Callb
                 needs |= {"data.exact_match_rows": data.exact_match_rows} if metric == "val_exact_match" else {}
                 for setting in (name for name, value in needs.items() if not value):
                     raise UsageError(f"{owner}.{key}: there is no {metric} without {setting}; set it, or monitor train_loss")
-            lowest = key == "monitor" and getattr(callback, "mode", None) == "min"
-            if lowest and metric in ("val_exact_match", "tokens_per_second"):
-                raise UsageError(f"{owner}.mode: min would keep the worst {metric}; set it to max")
+            mode, best = getattr(callback, "mode", None), _BEST.get(str(metric))
+            if key == "monitor" and best and mode not in (None, best):
+                raise UsageError(f"{owner}.mode: {mode} would keep the worst {metric}; set it to {best}")

@@ -255,6 +255,11 @@ CASES = {
         "checkpoint.mode",
         "keep the worst val_exact_match",
     ),
+    "the worst loss to keep": Case(
+        fit("--checkpoint.monitor val_loss --checkpoint.mode max --data.val_size 2"),
+        "checkpoint.mode",
+        "max would keep the worst val_loss; set it to min",
+    ),
     "variable in a path": Case(
         fit("--trainer.default_root_dir ${NOWHERE}/runs"), "trainer.default_root_dir", "which YAML files do not replace"
     ),
