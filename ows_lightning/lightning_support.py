@@ -27,7 +27,7 @@ def expected_steps(trainer: Trainer) -> float:
 
 def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:
     """How many backward passes make a step in an epoch; Lightning's scheduler tells the Trainer only when it begins."""
-    schedulers = (one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler))  # type: ignore[attr-defined]
+    schedulers = (one for one in reversed(trainer.callbacks) if isinstance(one, GradientAccumulationScheduler))  # type: ignore[attr-defined]
     return next((one.get_accumulate_grad_batches(epoch) for one in schedulers), trainer.accumulate_grad_batches)
 
 

@@ -4,7 +4,6 @@ import inspect
 import logging
 import os
 from collections.abc import Iterable
-from enum import Enum
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -14,6 +13,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 
 # The callback is configured by its own arguments, not by class_path.
 set_parsing_settings(subclasses_disabled=[LayerwiseSampling])
-# Lightning's Timer has an enum for text as its default, with which no config could be written or printed.
-yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+# The default of Lightning's Timer, with which no config could be written or printed.
+yaml.SafeDumper.add_representer(Interval, lambda dumper, interval: dumper.represent_str(interval.value))
 
 
 class SaveConfig(SaveConfigCallback):

@@ -230,7 +230,7 @@ def _check_checkpoint(checkpoint: ModelCheckpoint, sharded: bool) -> None:
 
 
 def _check_monitors(model: LightningModule, data: Any, callbacks: Sequence[Callback], val_batches: bool) -> None:
-    """Refuses to monitor, or to name files by, metrics that are never logged (as far as all that logs is known)."""
+    """Refuses monitors, and fields of file names, that are never logged (as far as that is known), and wrong modes."""
     known = all(type(part).__module__.startswith(("lightning.", "ows_lightning.")) for part in (model, *callbacks))
     for callback in callbacks:
         owner = "checkpoint" if isinstance(callback, RunCheckpoint) else f"trainer.callbacks.{type(callback).__name__}"
@@ -247,5 +247,5 @@ def _check_monitors(model: LightningModule, data: Any, callbacks: Sequence[Callb
                 for setting in (name for name, value in needs.items() if not value):
                     raise UsageError(f"{owner}.{key}: there is no {metric} without {setting}; set it, or monitor train_loss")
             mode, best = getattr(callback, "mode", None), _BEST.get(str(metric))
-            if key == "monitor" and best and mode not in (None, best):
-                raise UsageError(f"{owner}.mode: {mode} would keep the worst {metric}; set it to {best}")
+            if key == "monitor" and {mode, best} == {"min", "max"}:
+                raise UsageError(f"{owner}.mode: {mode} would take the worst {metric} for the best; set it to {best}")

@@ -253,12 +253,12 @@ CASES = {
     "the worst answers to keep": Case(
         fit("--data.exact_match_rows 2 --checkpoint.monitor val_exact_match"),
         "checkpoint.mode",
-        "keep the worst val_exact_match",
+        "take the worst val_exact_match for the best",
     ),
     "the worst loss to keep": Case(
         fit("--checkpoint.monitor val_loss --checkpoint.mode max --data.val_size 2"),
         "checkpoint.mode",
-        "max would keep the worst val_loss; set it to min",
+        "max would take the worst val_loss for the best; set it to min",
     ),
     "variable in a path": Case(
         fit("--trainer.default_root_dir ${NOWHERE}/runs"), "trainer.default_root_dir", "which YAML files do not replace"
