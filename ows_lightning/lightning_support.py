@@ -20,7 +20,7 @@ def expected_steps(trainer: Trainer) -> float:
     """A fit's optimizer steps; inf where nobody knows them, as of a stream without a length, for which Lightning has -1."""
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or -1
     if epochs > 0 and batches < math.inf:
-        numbers = (micro_batches_per_step(trainer, epoch) for epoch in range(min(epochs, int(steps))))
+        numbers = (micro_batches_per_step(trainer, epoch) for epoch in range(min(epochs, int(steps))))  # each has a step
         steps = min(steps, sum(-(-batches // number) for number in numbers))
     return steps if steps >= 0 else math.inf
 
