@@ -43,6 +43,14 @@ def pytest_sessionfinish() -> None:
 
 
 @pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws without a seed of its own is the same whichever tests came before it in its process."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def no_processes() -> Iterator[None]:
     """Ends the process group that a trainer leaves, and forgets what its strategy tells a launched process."""
     yield
