@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side, with tiny models
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many containers set it: all that tests start would compile torch anew
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "false"  # else datasets tells a server of each data set that it loads
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "localhost,127.0.0.1"  # servers of tests are not behind a proxy
 for name in [name for name in os.environ if name.startswith("SLURM_")]:  # a job that runs the tests is none of theirs
     del os.environ[name]
