@@ -15,6 +15,10 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side, with tiny models
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many containers set it: all that tests start would compile torch anew
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "false"  # else datasets tells a server of each data set that it loads
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "localhost,127.0.0.1"  # servers of tests are not behind a proxy
+for name in [name for name in os.environ if name.startswith("SLURM_")]:  # a job that runs the tests is none of theirs
+    del os.environ[name]
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what tests start would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,6 +44,14 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # libraries that look at exit for what they leaked
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """What a test draws without a seed of its own is the same whichever tests came before it in its process."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -61,12 +62,17 @@ def test_two_methods_compared(project: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "galore" in Path(page).read_text()
 
 
+def execute(notebook: Any, folder: Path) -> None:
+    """Runs all cells; a kernel may take longer to start than the minute that it is given by default."""
+    NotebookClient(notebook, timeout=900, startup_timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+
+
 @pytest.mark.slow
 def test_the_notebook(project: Path) -> None:
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if cell.source.startswith("flags = []"))
     cell.source = f"flags = {TINY!r}"
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(project)}}).execute()
+    execute(notebook, project)
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "interval 0, from step 0: blocks" in printed
 
@@ -84,9 +90,7 @@ def test_the_notebook_for_a_gpu(in_clone: bool, tmp_path: Path) -> None:
         cell.source = cell.source.replace('Path("runs/gpu")', f"Path({str(tmp_path)!r})")
         cell.source = cell.source.replace('repository = ""', f"repository = {str(ROOT)!r}")
         cell.source = cell.source.replace('"install", "-q", *packages', '"--version"')  # all is there
-    NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES if in_clone else folder)}}
-    ).execute()  # fmt: skip
+    execute(notebook, EXAMPLES if in_clone else folder)
     assert (folder / "ows_lightning" / "benchmarks" / "gpu").exists() != in_clone
     shown = [
         output.data.get("text/markdown", "")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,10 +106,12 @@ def test_the_command_goes_on_behind_a_row_that_hangs_and_stops_in_time(tiny, tmp
 
 def test_a_process_that_starts_behind_the_deadline_costs_its_row(tiny, tmp_path, monkeypatch):
     slow = tmp_path / "slow"
-    slow.write_text("#!/bin/sh\nsleep 0.5\necho ready\nexec sleep 60\n")
+    slow.write_text("#!/bin/sh\necho ready\nexec sleep 60\n")
     slow.chmod(0o755)
     monkeypatch.setattr(gpu, "LEAST", 0)
     monkeypatch.setattr("sys.executable", str(slow))
+    clock = iter([0.0, 2.0, 2.0])  # before it starts, when it is ready, and at the next row
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     wanted = [tiny["plan", "ours"], tiny["plan", "LoRA r=16"]]
-    found = [figures["error"] for _, figures in gpu.measured(wanted, "cpu", time.monotonic() + 0.3)]
+    found = [figures["error"] for _, figures in gpu.measured(wanted, "cpu", deadline=1.0)]
     assert found == ["not done within 0 s", "left out: no time was left"]

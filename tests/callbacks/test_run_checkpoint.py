@@ -185,9 +185,9 @@ def test_accumulation_writes_a_step_once(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tmp_path: Path) -> None:
-    command = arguments("--trainer.max_steps=40", "--checkpoint.every_n_train_steps=30")
+    command = arguments("--checkpoint.every_n_train_steps=100000")
     folder = tmp_path / "runs" / "version_0" / "checkpoints"
-    launch = Launch(command, tmp_path / "first")
+    launch = Launch([*command, "--trainer.max_steps=100000"], tmp_path / "first")  # it does not end before it is told to
     while not (folder.parent / "metrics.csv").exists() and launch.processes[0].is_alive():
         time.sleep(0.01)
     unfinished = folder / ".last.ckpt.partial"
@@ -199,7 +199,8 @@ def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tm
     assert launch.wait() == [1], launch.output
     (interrupted,) = folder.glob("interrupted-*.ckpt")
     assert unfinished.exists()
-    run([*command, f"--ckpt_path={interrupted}"], tmp_path / "second")
+    two_more = int(interrupted.stem.rpartition("=")[2]) + 2
+    run([*command, f"--ckpt_path={interrupted}", f"--trainer.max_steps={two_more}"], tmp_path / "second")
     assert not unfinished.exists()
     assert not interrupted.exists()
     assert find_checkpoint("last", tmp_path / "runs") is not None

@@ -37,6 +37,7 @@ SAVED = ["--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1", "--
          "--sampling.interval_steps=5"]  # fmt: skip
 EPOCHS = ["--trainer.max_epochs=5", "--trainer.max_steps=-1"]  # as many: the schedule has to ask how many batches there are
 ROUNDING = ["--model.optimizer=GaLoreAdamW", "--model.optimizer.stochastic_rounding=true"]
+KILL, SIGNALLED = "tests.distributed.probe.Kill", "tests.distributed.probe.Signalled"
 UNEVEN = ["--model.update_proj_gap=7", "--trainer.accumulate_grad_batches=2", "--sampling.interval_steps=5"]
 
 
@@ -106,18 +107,19 @@ def test_killed_at_random_moments(
     settings = [*UNEVEN, *more, "--checkpoint.every_n_train_steps=1", f"--trainer.max_steps={steps}"]
     run(arguments(*settings, strategy=strategy, ranks=ranks, runs=tmp_path / "through"), tmp_path / "through", ranks)
     command = [*arguments(*settings, strategy=strategy, ranks=ranks), "--ckpt_path=last"]
-    moments, killed = random.Random(kills), 0
+    moments = random.Random(kills)
     for kill in range(kills):
-        launch = Launch(command, tmp_path / f"kill{kill}", ranks)
+        latest = steps * (kill + 1) // (kills + 1)  # by itself: all its steps may come while this process gets no turn
+        itself = [f"--trainer.callbacks+={KILL}", "--trainer.callbacks.moment=on_train_batch_start"]
+        launch = Launch([*command, *itself, f"--trainer.callbacks.step={latest}"], tmp_path / f"kill{kill}", ranks)
         folder = tmp_path / "runs" / f"version_{kill}" / "checkpoints"
-        wanted, seen = moments.randint(1, steps // (2 * kills)), set[str]()  # a run may take less than a second
+        wanted, seen = moments.randint(1, steps // (2 * kills)), set[str]()
         while len(seen) < wanted and launch.processes[0].is_alive():
             seen |= {path.name for path in folder.glob("epoch=*.ckpt")}
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.1))
-        killed += launch.processes[0].is_alive()
         launch.kill()
-    assert killed
+        assert all(process.exitcode for process in launch.processes), launch.output
     run(command, tmp_path / "last", ranks)
     assert_identical(weights(tmp_path / "through"), weights(tmp_path / "runs"))
 
@@ -128,7 +130,7 @@ SLURM = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "train", "SLURM_NTASKS_PER_NO
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments: Arguments, tmp_path: Path) -> None:
-    """SIGUSR1 reaches one of two processes under SLURM, and the job is put into the queue again, once."""
+    """In its midst. SIGUSR1 reaches one of two processes under SLURM, and the job is put into the queue again, once."""
     ranks, strategy = (2, "fsdp2") if number is signal.SIGUSR1 else (1, "auto")
     settings = [*UNEVEN, "--trainer.max_steps=14", "--checkpoint.every_n_train_steps=2"]
     command = arguments(*settings, strategy=strategy, ranks=ranks)
@@ -137,15 +139,12 @@ def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {requeued}\n')
     scontrol.chmod(0o755)
     slurm = {**SLURM, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"} if number is signal.SIGUSR1 else {}
-    launch = Launch(command, tmp_path / "told", ranks, environment=slurm)
-    while not (tmp_path / "runs/version_0/checkpoints/last.ckpt").exists() and launch.processes[-1].is_alive():
-        time.sleep(0.01)
-    pid = launch.processes[-1].pid
-    assert pid is not None
-    os.kill(pid, number)
+    signalled = [f"--trainer.callbacks+={SIGNALLED}", "--trainer.callbacks.during=step 5"]
+    signalled += [f"--trainer.callbacks.number={int(number)}"]
+    launch = Launch([*command, *signalled], tmp_path / "told", ranks, environment=slurm)
     assert launch.wait() == [1] * ranks, launch.output
-    (saved,) = (tmp_path / "runs" / "version_0" / "checkpoints").glob("interrupted-*.ckpt")
-    assert launch.output.count(f"stopped by {number.name} after step") == ranks
+    saved = tmp_path / "runs" / "version_0" / "checkpoints" / "interrupted-step=5.ckpt"
+    assert launch.output.count(f"stopped by {number.name} after step 5") == ranks
     assert launch.output.count(f"resume with --ckpt_path {saved}") == ranks
     assert (requeued.read_text() if slurm else "requeue 1234\n") == "requeue 1234\n"
     run([*command, "--ckpt_path=last"], tmp_path / "resumed", ranks)
@@ -158,7 +157,7 @@ def test_a_signal_saves_at_the_end_of_the_step(number: signal.Signals, arguments
 def test_a_signal_before_the_first_step_waits_for_its_end(
     during: str, strategy: str, ranks: int, arguments: Arguments, tmp_path: Path
 ) -> None:
-    signalled = ["--trainer.callbacks+=tests.distributed.probe.Signalled", f"--trainer.callbacks.during={during}"]
+    signalled = [f"--trainer.callbacks+={SIGNALLED}", f"--trainer.callbacks.during={during}"]
     command = arguments(*signalled, "--data.val_size=4", "--trainer.max_steps=3", strategy=strategy, ranks=ranks)
     launch = Launch(command, tmp_path / "told", ranks)
     assert launch.wait() == [1] * ranks, launch.output
@@ -501,10 +500,8 @@ def test_weights_alone_are_no_run_to_go_on_with(arguments: Arguments, tmp_path: 
 
 def test_a_signal_saves_where_last_looks_beside_a_callback_of_ones_own(arguments: Arguments, tmp_path: Path) -> None:
     best = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path / 'best'}"]
-    launch = Launch(
-        [*arguments(*best), "--trainer.callbacks+=tests.distributed.probe.Signalled", "--trainer.callbacks.during=scoring"],
-        tmp_path,
-    )
+    signalled = [f"--trainer.callbacks+={SIGNALLED}", "--trainer.callbacks.during=scoring"]
+    launch = Launch([*arguments(*best), *signalled], tmp_path)
     assert launch.wait() == [1]
     assert list((tmp_path / "runs" / "version_0" / "checkpoints").glob("interrupted-*"))
 

@@ -16,7 +16,7 @@ from tests.distributed.launch import free_port
 WATCHES = """
 import os, sys, time
 from ows_lightning.cli import peer_watchdog
-peer_watchdog.EXIT_TIMEOUT = 0.2
+peer_watchdog.EXIT_TIMEOUT = {exit_timeout}
 peer_watchdog.start()
 while len(peer_watchdog._watchdog._connected) < {peers}:
     time.sleep(0.01)
@@ -24,17 +24,18 @@ print(flush=True)
 sys.stdin.readline()
 """
 HANGS = "__import__('ctypes').PyDLL(None).sleep(60)"  # in C, where no other thread of Python gets a turn
-FORKS = "os.fork(); time.sleep(60)"
+SLEEPS = "print(flush=True); time.sleep(60)"
+FORKS = f"os.fork(); {SLEEPS}"
 
 
 class Pair:
-    """Processes that run some code each, once all watch."""
+    """Processes that run some code each, once all watch, and end `exit_timeout` seconds after the end of another one."""
 
-    def __init__(self, *codes: str) -> None:
+    def __init__(self, *codes: str, exit_timeout: float = 0.2) -> None:
         run = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = []
         for rank, code in enumerate(codes):
-            meets = WATCHES.format(peers=len(codes) if len(codes) > 1 else 0) + code
+            meets = WATCHES.format(peers=len(codes) if len(codes) > 1 else 0, exit_timeout=exit_timeout) + code
             environment = {**os.environ, **run, "LOCAL_RANK": str(rank)}
             streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             self.processes.append(subprocess.Popen([sys.executable, "-c", meets], env=environment, **streams))  # type: ignore[call-overload]
@@ -55,12 +56,13 @@ class Pair:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("code", ["time.sleep(60)", FORKS])
+@pytest.mark.parametrize("code", [SLEEPS, FORKS], ids=["sleeps", "forks"])
 def test_a_process_ends_when_its_sibling_was_killed(victim: int, code: str) -> None:
     """A worker that the killed one forked lives on, and does not hide its end."""
-    codes = ["time.sleep(60)"] * 2
+    codes = [SLEEPS] * 2
     codes[victim] = code
     pair = Pair(*codes)
+    pair.processes[victim].stdout.readline()  # it has forked
     pair.processes[victim].kill()
     end, said = pair.end(1 - victim)
     assert end == 1
@@ -68,14 +70,14 @@ def test_a_process_ends_when_its_sibling_was_killed(victim: int, code: str) -> N
 
 
 def test_a_good_end_is_none_to_mind() -> None:
-    pair = Pair("time.sleep(1); peer_watchdog.stop()", "peer_watchdog.stop()")
+    pair = Pair("while peer_watchdog._watchdog._peers: time.sleep(0.01)\npeer_watchdog.stop()", "peer_watchdog.stop()")
     assert pair.end(0) == (0, "")
 
 
 def test_an_end_in_a_collective_is_left_to_it() -> None:
     """Where the main thread notices by itself, its own error and exit code stand."""
-    pair = Pair("peer_watchdog._watchdog._exit_timeout = 60; time.sleep(1); raise SystemExit(3)", "raise SystemExit(2)")
-    assert pair.end(0)[0] == 3
+    notices = "while not peer_watchdog._watchdog._failure: time.sleep(0.01)\nraise SystemExit(3)"
+    assert Pair(notices, "raise SystemExit(2)", exit_timeout=60).end(0)[0] == 3
 
 
 def test_who_was_never_started_is_missed() -> None:
@@ -111,7 +113,7 @@ def test_an_error_ends_without_what_the_interpreter_would_wait_for() -> None:
     code = (
         f"import sys; sys.held = type('Held', (), {{'__del__': lambda _: {HANGS}}})(); peer_watchdog.abort(2); print('said')"
     )
-    assert Pair(code, "time.sleep(60)").end(0)[0] == 2
+    assert Pair(code, "time.sleep(60)", exit_timeout=60).end(0)[0] == 2
 
 
 @pytest.mark.parametrize(("after", "code"), [("", 0), ("; raise ValueError", 1)])

@@ -140,9 +140,13 @@ def run(
 
 
 def free_port() -> int:
-    """A port that nothing listens on, below those that the system hands out by itself: it stays free until it is used."""
+    """A port that nothing listens on, below those that the system hands out by itself: it stays free until it is used.
+
+    That takes seconds, in which others may ask: each worker of pytest-xdist has ports of its own.
+    """
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:], os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
+        port = random.SystemRandom().randrange(10_000 + int(worker), 32_000, int(workers))
         with socket.socket() as server, contextlib.suppress(OSError):
             server.bind(("127.0.0.1", port))
             return port

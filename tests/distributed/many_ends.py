@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from ows_lightning.cli.peer_watchdog import EXIT_TIMEOUT
 from tests.data.samples import tiny_tokenizer
 from tests.distributed.launch import Launch, free_port
 from tests.distributed.probe import KILLED, MOMENTS
@@ -127,7 +128,8 @@ def kill(home: Path, draw: random.Random, moments: Sequence[str] = WHEN, say: st
     elif told:
         end = "noticed"
     else:
-        through = codes[1 - victim] == 0 or (codes[1 - victim] is None and seconds < 5)  # None: of a process of Lightning's
+        # None: of a process of Lightning's, which in vain would have waited longer.
+        through = codes[1 - victim] == 0 or (codes[1 - victim] is None and seconds < EXIT_TIMEOUT)
         end = "was through" if through else "wrong: no line says why"
     print(f"{say}{by}, {strategy}, rank {victim} at {moment} + {delay:.1f} s: {end}, {seconds:.1f} s, {codes}", flush=True)
     if end.startswith("wrong"):

@@ -58,14 +58,15 @@ class Probe(Callback):
 
 
 class Signalled(Callback):
-    """Sends SIGTERM to the last rank before its first step.
+    """Sends a signal to the last rank, once.
 
     Args:
-        during: ``validation``, that before training; or ``scoring``.
+        during: ``validation``, that before training; ``scoring``; or ``step 5``, between its first backward and its end.
+        number: Of the signal.
     """
 
-    def __init__(self, during: str) -> None:
-        self.during = during
+    def __init__(self, during: str, number: int = signal.SIGTERM.value) -> None:
+        self.during, self.number = during, number
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.during == "validation":
@@ -79,9 +80,14 @@ class Signalled(Callback):
         if self.during == "scoring":
             hook = decoder_layers(pl_module)[0].register_forward_pre_hook(once)
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.during == f"step {trainer.global_step + 1}":
+            self.during = ""
+            self._send(trainer)
+
     def _send(self, trainer: Trainer) -> None:
         if trainer.global_rank == trainer.world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 MOMENTS = (
