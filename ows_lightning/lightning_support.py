@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import callbacks as stock
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
@@ -19,16 +19,29 @@ log = logging.getLogger(__name__)
 def expected_steps(trainer: Trainer) -> float:
     """A fit's optimizer steps; inf where nobody knows them, as of a stream without a length, for which Lightning has -1."""
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or -1
-    if epochs > 0 and batches < math.inf:
-        numbers = (micro_batches_per_step(trainer, epoch) for epoch in range(min(epochs, int(steps))))  # each has a step
-        steps = min(steps, sum(-(-batches // number) for number in numbers))
+    if epochs > 0 and 0 < batches < math.inf:  # Lightning counts all epochs as the one under way accumulates
+        limit = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        return min(limit, steps_before(trainer, batches * min(epochs, limit)))  # each epoch has a step
     return steps if steps >= 0 else math.inf
+
+
+def steps_before(trainer: Trainer, batch: float) -> int:
+    """How many optimizer steps of a fit are done when a batch comes; batches are counted from 0, over all epochs."""
+    epochs, place = divmod(batch, trainer.num_training_batches)
+    steps = [-(-trainer.num_training_batches // micro_batches_per_step(trainer, epoch)) for epoch in range(int(epochs))]
+    return int(sum(steps) + place // micro_batches_per_step(trainer, int(epochs)))
+
+
+def accumulation_scheduler(trainer: Trainer) -> stock.GradientAccumulationScheduler | None:
+    """Returns Lightning's callback that changes how many batches accumulate; of several the last one, which prevails."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in reversed(callbacks) if isinstance(one, stock.GradientAccumulationScheduler)), None)
 
 
 def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:
     """How many backward passes make a step in an epoch; Lightning's scheduler tells the Trainer only when it begins."""
-    schedulers = (one for one in reversed(trainer.callbacks) if isinstance(one, GradientAccumulationScheduler))  # type: ignore[attr-defined]
-    return next((one.get_accumulate_grad_batches(epoch) for one in schedulers), trainer.accumulate_grad_batches)
+    scheduler = accumulation_scheduler(trainer)
+    return trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
 
 
 def check_strategy(strategy: object) -> None:
