@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +15,15 @@ from ows_lightning.errors import UsageError, first_line
 from ows_lightning.optim.galore import GaLoreAdamW
 
 log = logging.getLogger(__name__)
+
+_UNSUITABLE_CALLBACKS = {
+    stock.StochasticWeightAveraging: "averages nothing, for weights come later; take WeightAveraging or EMAWeightAveraging",
+    stock.ModelPruning: "looks for weights before they are there; prune the run's model/, by torch.nn.utils.prune",
+    stock.BackboneFinetuning: "freezes a `backbone`, which there is none of; sampling.always_train names what trains",
+    stock.LearningRateFinder: "tries rates without sampling, and the schedule overrules it; compare runs of a few steps",
+    stock.BatchSizeFinder: "tries sizes without sampling, and no schedule follows it; `plan` names a size that fits",
+}
+"""Callbacks of Lightning that can't work with CausalLMModule, why, and what to do instead."""
 
 
 def expected_steps(trainer: Trainer) -> float:
@@ -42,6 +52,14 @@ def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:
     """How many backward passes make a step in an epoch; Lightning's scheduler tells the Trainer only when it begins."""
     scheduler = accumulation_scheduler(trainer)
     return trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuses callbacks of Lightning that can't work with CausalLMModule: a UsageError."""
+    for callback in callbacks:
+        for kind in (kind for kind in _UNSUITABLE_CALLBACKS if isinstance(callback, kind)):
+            if not getattr(callback, "_early_exit", False):  # Lightning's Tuner sets it: it trains nothing but its trials
+                raise UsageError(f"trainer.callbacks: {kind.__name__} {_UNSUITABLE_CALLBACKS[kind]}")
 
 
 def check_strategy(strategy: object) -> None:
@@ -85,6 +103,15 @@ def patch_clipping(precision: Precision) -> None:
             own(clip_val, gradient_clip_algorithm)
 
     precision.clip_gradients = clip_gradients  # type: ignore[method-assign]
+
+
+def prepare_fit(trainer: Trainer) -> None:
+    """Checks a Trainer's callbacks for CausalLMModule, adds the clean-up after a fit, and patches the clipping."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    check_callbacks(callbacks)
+    if RestoreAfterFit not in map(type, callbacks):  # not by `configure_callbacks`, which subclasses override
+        callbacks.append(RestoreAfterFit())
+    patch_clipping(trainer.precision_plugin)
 
 
 def stop_projecting(trainer: Trainer) -> None:
