@@ -3,10 +3,11 @@
 import logging
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import callbacks as stock
 from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
@@ -15,20 +16,50 @@ from ows_lightning.optim.galore import GaLoreAdamW
 
 log = logging.getLogger(__name__)
 
+_UNSUITABLE_CALLBACKS = {
+    stock.StochasticWeightAveraging: "averages nothing, for weights come later; take WeightAveraging or EMAWeightAveraging",
+    stock.ModelPruning: "looks for weights before they are there; prune the run's model/, by torch.nn.utils.prune",
+    stock.BackboneFinetuning: "freezes a `backbone`, which there is none of; sampling.always_train names what trains",
+    stock.LearningRateFinder: "tries rates without sampling, and the schedule overrules it; compare runs of a few steps",
+    stock.BatchSizeFinder: "tries sizes without sampling, and no schedule follows it; `plan` names a size that fits",
+}
+"""Callbacks of Lightning that can't work with CausalLMModule, why, and what to do instead."""
+
 
 def expected_steps(trainer: Trainer) -> float:
     """A fit's optimizer steps; inf where nobody knows them, as of a stream without a length, for which Lightning has -1."""
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or -1
-    if epochs > 0 and batches < math.inf:
-        numbers = (micro_batches_per_step(trainer, epoch) for epoch in range(min(epochs, int(steps))))  # each has a step
-        steps = min(steps, sum(-(-batches // number) for number in numbers))
+    if epochs > 0 and 0 < batches < math.inf:  # Lightning counts all epochs as the one under way accumulates
+        limit = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        return min(limit, steps_before(trainer, batches * min(epochs, limit)))  # each epoch has a step
     return steps if steps >= 0 else math.inf
+
+
+def steps_before(trainer: Trainer, batch: float) -> int:
+    """How many optimizer steps of a fit are done when a batch comes; batches are counted from 0, over all epochs."""
+    epochs, place = divmod(batch, trainer.num_training_batches)
+    steps = [-(-trainer.num_training_batches // micro_batches_per_step(trainer, epoch)) for epoch in range(int(epochs))]
+    return int(sum(steps) + place // micro_batches_per_step(trainer, int(epochs)))
+
+
+def accumulation_scheduler(trainer: Trainer) -> stock.GradientAccumulationScheduler | None:
+    """Returns Lightning's callback that changes how many batches accumulate; of several the last one, which prevails."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in reversed(callbacks) if isinstance(one, stock.GradientAccumulationScheduler)), None)
 
 
 def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:
     """How many backward passes make a step in an epoch; Lightning's scheduler tells the Trainer only when it begins."""
-    schedulers = (one for one in reversed(trainer.callbacks) if isinstance(one, GradientAccumulationScheduler))  # type: ignore[attr-defined]
-    return next((one.get_accumulate_grad_batches(epoch) for one in schedulers), trainer.accumulate_grad_batches)
+    scheduler = accumulation_scheduler(trainer)
+    return trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuses callbacks of Lightning that can't work with CausalLMModule: a UsageError."""
+    for callback in callbacks:
+        for kind in (kind for kind in _UNSUITABLE_CALLBACKS if isinstance(callback, kind)):
+            if not getattr(callback, "_early_exit", False):  # Lightning's Tuner sets it: it trains nothing but its trials
+                raise UsageError(f"trainer.callbacks: {kind.__name__} {_UNSUITABLE_CALLBACKS[kind]}")
 
 
 def check_strategy(strategy: object) -> None:
@@ -72,6 +103,15 @@ def patch_clipping(precision: Precision) -> None:
             own(clip_val, gradient_clip_algorithm)
 
     precision.clip_gradients = clip_gradients  # type: ignore[method-assign]
+
+
+def prepare_fit(trainer: Trainer) -> None:
+    """Checks a Trainer's callbacks for CausalLMModule, adds the clean-up after a fit, and patches the clipping."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    check_callbacks(callbacks)
+    if RestoreAfterFit not in map(type, callbacks):  # not by `configure_callbacks`, which subclasses override
+        callbacks.append(RestoreAfterFit())
+    patch_clipping(trainer.precision_plugin)
 
 
 def stop_projecting(trainer: Trainer) -> None:

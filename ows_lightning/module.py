@@ -10,8 +10,6 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +21,7 @@ from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
-from ows_lightning.lightning_support import RestoreAfterFit, check_strategy, check_unscaled, expected_steps, patch_clipping
+from ows_lightning.lightning_support import check_strategy, check_unscaled, expected_steps, prepare_fit
 from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers
@@ -194,15 +192,7 @@ class CausalLMModule(EvaluationModule):
         check_offloading(self.hparams, trains_unsampled, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
         if stage != "fit":
             return
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-            raise UsageError(
-                "trainer.callbacks: StochasticWeightAveraging copies the model before its weights are loaded, and would "
-                "average nothing; take WeightAveraging or EMAWeightAveraging"
-            )
-        if RestoreAfterFit not in map(type, callbacks):  # not by `configure_callbacks`, which subclasses override
-            callbacks.append(RestoreAfterFit())
-        patch_clipping(self.trainer.precision_plugin)
+        prepare_fit(self.trainer)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         if on_gpu and self._precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
             log.warning("trainer.precision: this card only emulates bfloat16, which takes long; 32-true may be faster")

@@ -15,7 +15,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
@@ -24,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ows_lightning.callbacks.generations import ShowGenerations
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
+from ows_lightning.lightning_support import expected_steps
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.module import CausalLMModule
@@ -284,6 +291,7 @@ def test_schedules_know_the_steps_of_a_scheduler_of_accumulation(
     run.fit(module, DataLoader(rows_with_uneven_targets()))
     assert run.global_step == steps
     assert run.optimizers[0].param_groups[0]["lr"] == 0  # when all steps are done
+    assert expected_steps(run) == steps  # also where the last epoch's number is the Trainer's
 
 
 def test_validation_figures_are_means_over_tokens(model_dir: ModelDir, tmp_path: Path) -> None:
@@ -502,10 +510,24 @@ def test_a_model_named_by_a_path_is_saved_and_resumed(model_dir: ModelDir, tmp_p
         assert run.global_step == steps
 
 
-def test_averages_of_weights_that_are_not_there_yet_are_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("callback", "instead"),
+    [
+        (StochasticWeightAveraging(1e-3), "take WeightAveraging or EMAWeightAveraging"),
+        (ModelPruning("l1_unstructured"), "by torch.nn.utils.prune"),
+        (LearningRateFinder(), "compare runs of a few steps"),
+        (BatchSizeFinder(), "`plan` names a size that fits"),
+    ],
+)
+def test_callbacks_that_can_not_work_are_refused(
+    callback: Callback, instead: str, model_dir: ModelDir, tmp_path: Path
+) -> None:
     module = CausalLMModule(str(model_dir()), rank=8, optimizer=galore)
-    with pytest.raises(UsageError, match="take WeightAveraging or EMAWeightAveraging"):
-        trainer(tmp_path, StochasticWeightAveraging(1e-3)).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+    rows = InstructionDataModule(str(tmp_path / "nowhere.jsonl"), val_size=0)
+    rows.prepare_data = rows.setup = lambda **_: None  # type: ignore[method-assign]
+    with pytest.raises(UsageError, match=f"^trainer.callbacks: {type(callback).__name__} .*{instead}"):
+        trainer(tmp_path, callback).fit(module, rows)
+    assert module.model is None  # before any weight is loaded
 
 
 class Teaching(LightningModule):

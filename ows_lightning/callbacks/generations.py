@@ -66,8 +66,7 @@ class ShowGenerations(StepCallback):
         if not trainer.is_global_zero:
             return
         step, pairs = trainer.global_step, [*zip(self.prompts, answers, strict=True)]
-        shown = "\n".join(f"  {prompt!r} -> {answer!r}" for prompt, answer in pairs)
-        log.info("Answers after step %d:\n%s", step, shown)
+        log.info("Answers after step %d:\n%s", step, "\n".join(f"  {prompt!r} -> {answer!r}" for prompt, answer in pairs))
         if trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "generations.csv").open("w" if overwrite else "a", newline="", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -19,6 +19,7 @@ from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import mark_step_saved
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
+from ows_lightning.lightning_support import accumulation_scheduler
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.tables import write_csv
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -135,8 +136,7 @@ def changeable_settings(trainer: Trainer, module: LightningModule) -> dict[str, 
     owners["data"] = data if isinstance(data, InstructionDataModule) else None  # others mean something else by these names
     settings = ((f"{part}.{name}", owners[part], name) for part, names in CHANGEABLE.items() for name in names)
     found = {key: plain(getattr(owner, name)) for key, owner, name in settings if hasattr(owner, name)}
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+    if accumulation_scheduler(trainer) is not None:
         del found["trainer.accumulate_grad_batches"]  # the scheduler changes it
     return {**found, "model.optimizer": ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)}
 

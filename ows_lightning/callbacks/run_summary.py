@@ -16,7 +16,7 @@ from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import add_note, command_line, first_line, is_out_of_memory
-from ows_lightning.lightning_support import expected_steps, micro_batches_per_step
+from ows_lightning.lightning_support import expected_steps, steps_before
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.memory.prediction import predict_memory
@@ -73,8 +73,11 @@ class RunSummary(Callback):
         if not trainer.is_global_zero or steps == float("inf"):
             return
         validates, due = pl_module.automatic_optimization and any(trainer.num_val_batches), trainer.val_check_batch or 0
-        if validates and steps * micro_batches_per_step(trainer) < due < float("inf"):
-            log.warning("No validation in these %d steps: set trainer.val_check_interval to that many or fewer", steps)
+        if others := (trainer.check_val_every_n_epoch or 1) - 1:  # epochs before the first one that validates
+            due += others * trainer.num_training_batches
+        if validates and 0 < due < float("inf") and steps_before(trainer, due - 1) >= steps:
+            setting = "check_val_every_n_epoch to a smaller number" if others else "val_check_interval to that many or fewer"
+            log.warning("No validation in these %d steps: set trainer.%s", steps, setting)
         if sampling is not None and (drawn := sampling.planned_blocks(int(steps))) is not None:  # else they depend on scores
             share = _size_text(_numel(_sampled_weights(pl_module, sampling, drawn)), pl_module)
             log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(decoder_layers(pl_module)), share)

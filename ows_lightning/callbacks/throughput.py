@@ -93,8 +93,7 @@ class LearningRates(Callback):
         """Logs the rates of the step that comes, in float64: a CSV file has them as they are written."""
         name, groups = f"lr-{type(optimizer).__name__}", optimizer.param_groups
         for number, group in enumerate(groups, start=1):
-            rate = torch.tensor(group["lr"], dtype=torch.float64)
-            pl_module.log(name if len(groups) == 1 else f"{name}/pg{number}", rate)
+            pl_module.log(name if len(groups) == 1 else f"{name}/pg{number}", torch.tensor(group["lr"], dtype=torch.float64))
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:

@@ -3,11 +3,12 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops import _FitLoop, _Loop, _TrainingEpochLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import RestartStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from ows_lightning.lightning_support import micro_batches_per_step
 
 
 def resume_exactly(trainer: Trainer) -> None:
@@ -157,9 +158,7 @@ class ExactFitLoop(_FitLoop):
         """Sets how many batches accumulate in a resumed epoch, which Lightning's callback does at an epoch's start alone."""
         super().on_advance_start()
         if self.epoch_loop.replays_step_end:
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, GradientAccumulationScheduler):
-                    callback.on_train_epoch_start(self.trainer)
+            self.trainer.accumulate_grad_batches = micro_batches_per_step(self.trainer, self.trainer.current_epoch)
 
     def reset(self) -> None:
         """Does not restart the epoch that is resumed."""

@@ -97,8 +97,7 @@ class _Watchdog:
         self.exit_code: int | None = None  # with which this process is to end at once
         self._peers: dict[int, socket.socket] = {}  # by the rank of the other
         self._connected = {rank}
-        self._start_deadline = time.monotonic() + START_TIMEOUT
-        self._exit_timeout = EXIT_TIMEOUT
+        self._start_deadline, self._exit_timeout = time.monotonic() + START_TIMEOUT, EXIT_TIMEOUT
         self._failure = ""  # what is wrong with whom
         self._stopped, self._lock = threading.Event(), threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX)

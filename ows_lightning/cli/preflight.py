@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +26,7 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.cli.parser import SECTIONS
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable, refuse_url
-from ows_lightning.lightning_support import check_strategy, check_unscaled
+from ows_lightning.lightning_support import accumulation_scheduler, check_callbacks, check_strategy, check_unscaled
 from ows_lightning.memory.plan_settings import find_model_config, number_of_devices
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import liger_for
@@ -48,8 +48,8 @@ _BEST = {"train_loss": "min", "val_loss": "min", "val_perplexity": "min", "val_e
 _MAX_INT64 = 2**63 - 1
 _RANGES = {
     "trainer.accumulate_grad_batches": (1, _MAX_INT64), "trainer.num_nodes": (1, _MAX_INT64),
-    "trainer.gradient_clip_val": (0, _MAX_INT64), "data.seed": (0, 2**32 - 1), "sampling.seed": (0, 2**32 - 1),
-    "seed_everything": (0, 2**32 - 1),
+    "trainer.gradient_clip_val": (0, _MAX_INT64), "trainer.num_sanity_val_steps": (-1, _MAX_INT64),
+    "data.seed": (0, 2**32 - 1), "sampling.seed": (0, 2**32 - 1), "seed_everything": (0, 2**32 - 1),
 }  # fmt: skip
 """The least and the greatest value of a number where nothing else checks it."""
 
@@ -57,10 +57,7 @@ _POSITIVE_ARGUMENTS = {
     "fit": ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch"),
     "validate": ("limit_val_batches",), "test": ("limit_test_batches",), "predict": ("limit_predict_batches",),
 }  # fmt: skip
-"""The Trainer's arguments with which 0 makes a command useless."""
-
-_COMMANDS_WITH_FOLDER = (*_POSITIVE_ARGUMENTS,)
-"""The commands that write into a run's folder."""
+"""The commands that write into a run's folder, each with the Trainer's arguments of which 0 makes it useless."""
 
 
 def check_settings(config: Mapping[str, Any], trains: bool) -> None:
@@ -116,7 +113,7 @@ def check_run(
             raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")
     if command != "export":  # which computes nothing
         check_devices(trainer)
-    if command in _COMMANDS_WITH_FOLDER:
+    if command in _POSITIVE_ARGUMENTS:
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
         for logger in (logger for logger in trainer.loggers if isinstance(logger, CSVLogger) and logger._version is not None):
@@ -132,7 +129,15 @@ def check_run(
         check_unscaled(trainer.precision_plugin)
     if command == "fit":
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(model, CausalLMModule):
+            check_callbacks(callbacks)
+        if trainer.accumulate_grad_batches > 1 and accumulation_scheduler(trainer) is not None:
+            raise UsageError(
+                "trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one of them out"
+            )
         for callback in callbacks:
+            if isinstance(callback, Timer) and (seconds := callback.time_remaining()) is not None and seconds <= 0:
+                raise UsageError("trainer.max_time: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")
             if isinstance(callback, ModelCheckpoint):
                 _check_checkpoint(callback, sharded="fsdp2" in str(trainer_args["strategy"]).lower())
         _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)
@@ -140,7 +145,7 @@ def check_run(
         config = model.check()
         if model.hparams["kernels"] is not None and command != "export":
             liger_for(config)
-        if command in _COMMANDS_WITH_FOLDER:
+        if command in _POSITIVE_ARGUMENTS:
             trains_unsampled = command == "fit" and sampling is None
             check_offloading(model.hparams, trains_unsampled, trainer.num_devices, str(trainer_args["strategy"]))
         if sampling is not None:

@@ -126,10 +126,8 @@ class InstructionDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.train_on_prompt, self.last_turn_only = train_on_prompt, last_turn_only
         self.packing, self.group_by_length, self.streaming = packing, group_by_length, streaming
-        self.exact_match_rows = exact_match_rows
         self.data_format, self.columns, self.split = data_format, columns or {}, split
-        self.tokenizer = tokenizer
-        self.num_workers, self.seed = num_workers, seed
+        self.exact_match_rows, self.tokenizer, self.num_workers, self.seed = exact_match_rows, tokenizer, num_workers, seed
         check_data_settings(vars(self))
         self._rows: dict[str, Rows] = {}  # by the name of the part: train, val, test
         self._tokenised_by: PreTrainedTokenizerBase | None = None  # `tokenizer`, or the model's

@@ -98,8 +98,7 @@ def _from_messages(row: Row, row_name: str, column: str = "messages") -> Example
 
 
 def _from_alpaca(row: Row, row_name: str) -> Example:
-    question = _text(row, "instruction", row_name)
-    context = _text(row, "input", row_name, optional=True)
+    question, context = _text(row, "instruction", row_name), _text(row, "input", row_name, optional=True)
     return _one_turn(row, f"{question}\n\n{context}" if context else question, "output", row_name)
 
 

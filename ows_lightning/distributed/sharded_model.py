@@ -31,8 +31,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") 
             return Shard(1)
         return None  # rows
 
-    half = precision.startswith("bf16")
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision.startswith("bf16") else MixedPrecisionPolicy()
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     # Resharding, too, after a forward pass: parameters that stay gathered would not see that they were frozen.
@@ -61,7 +60,6 @@ def load_into_shards(
         if not stored and mesh.get_local_rank() == 0:
             loaded = build(False)
             whole = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
-
     causal_lm = CausalLM(model)
     shard_model(causal_lm, mesh, precision)
     buffers = dict(model.named_buffers())

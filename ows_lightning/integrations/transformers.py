@@ -66,8 +66,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
             self._resume(state)
             _require_state(optimizer)
         self.attach(model)
-        records = args.save_strategy != "no" and state.is_world_process_zero
-        self._written_to = Path(str(args.output_dir)) if records else None
+        self._written_to = Path(str(args.output_dir)) if state.is_world_process_zero and args.save_strategy != "no" else None
         self.start(state.global_step, [optimizer], partial(self.compute_scores, model, kwargs["train_dataloader"]))
         self.write(self._written_to)
 

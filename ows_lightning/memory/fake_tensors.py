@@ -30,8 +30,7 @@ class FakeOperators:
     _results: ClassVar[dict[Any, Any]] = {}  # of the process: layouts, never tensors, that all simulations share
 
     def __init__(self, merge_chunks: bool = False) -> None:
-        self._merge_chunks = merge_chunks
-        self._fake_mode = FakeTensorMode()
+        self._merge_chunks, self._fake_mode = merge_chunks, FakeTensorMode()
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Returns what an operator does. What depends on values gets the worst answer: a mask selects all, a number is 1."""
@@ -112,8 +111,7 @@ class _TensorSpec:
     @classmethod
     def of(cls, tensor: Tensor, inputs: Sequence[Any]) -> "_TensorSpec":
         storage = storage_key(tensor)
-        shares = (i for i, x in enumerate(inputs) if isinstance(x, Tensor) and storage_key(x) == storage)
-        source = next(shares, None)
+        source = next((i for i, x in enumerate(inputs) if isinstance(x, Tensor) and storage_key(x) == storage), None)
         layout = tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, tensor.device
         return cls(*layout, source, source is not None and tensor is inputs[source])
 

@@ -200,7 +200,7 @@ def settings_from_config(config: Any) -> PlanSettings:
     return PlanSettings(
         model_name=name, model_config=config_of_model, dimensions=found, method=method, on_gpu=on_gpu, strategy=strategy,
         sampling=sampling, devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
-        accumulate_grad_batches=trainer.get("accumulate_grad_batches") or 1,
+        accumulate_grad_batches=_most_micro_batches(trainer),
         precision={"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
         attention="eager" if model.get("attn_implementation") == "eager" else None,
         max_steps=steps if (steps := trainer.get("max_steps") or -1) > 0 else None,
@@ -211,6 +211,15 @@ def settings_from_config(config: Any) -> PlanSettings:
 def settings_of_run(config: Any, module: CausalLMModule) -> PlanSettings:
     """What memory depends on in a run's config, on the devices that the run has got where the config says ``auto``."""
     return replace(settings_from_config(config), on_gpu=module.device.type == "cuda", devices=module.trainer.world_size)
+
+
+def _most_micro_batches(trainer: dict[str, Any]) -> int:
+    """How many micro-batches make a step; of the schedule of a GradientAccumulationScheduler the most."""
+    callbacks = trainer.get("callbacks") or []
+    for callback in reversed(callbacks if isinstance(callbacks, list) else [callbacks]):
+        if str(callback.get("class_path")).endswith("GradientAccumulationScheduler"):
+            return max(callback["init_args"]["scheduling"].values())
+    return trainer.get("accumulate_grad_batches") or 1
 
 
 def _optimizer_factory(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]:

@@ -242,8 +242,7 @@ def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> i
         return 0
     offloaded = _offloaded_blocks(settings, count) or 0
     below = 0 if settings.embeddings_train or settings.method.lora is not None else min(draw)
-    reached = offloaded - below
-    slots = min(settings.window_blocks, offloaded)
+    reached, slots = offloaded - below, min(settings.window_blocks, offloaded)
     last = max(reached, slots)  # where in the order of offloaded blocks the slots end up
     return offloaded + reached - min(slots, reached) - max(0, slots - (offloaded - last))
 

@@ -118,8 +118,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _allocation(self, tensor: Tensor) -> _Allocation:
         """The memory of a tensor's storage, counted from the first call on until the storage is gone."""
-        storage = tensor.untyped_storage()
-        key = storage_key(tensor)
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
         if (allocation := self._alive.get(key)) is None:
             size = -(-storage.nbytes() // self._alignment) * self._alignment
 

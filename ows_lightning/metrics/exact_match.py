@@ -15,8 +15,7 @@ _NEUTRAL_SETTINGS = {  # of generation: they leave greedy answers as they are, o
 
 def right_answers(batch: dict[str, Any]) -> list[set[str]]:
     """Returns what counts as right for each prompt (see `PromptRows`), stripped; nothing where it fills up a rank's share."""
-    expected = batch.get("expected", batch["reference"])
-    pairs = zip(batch["reference"], expected, strict=True)
+    pairs = zip(batch["reference"], batch.get("expected", batch["reference"]), strict=True)
     return [set() if right is None else {right.strip(), (trained or right).strip()} for right, trained in pairs]
 
 

@@ -61,7 +61,6 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     holder, layers = _decoder_and_layers(model)
     language_model = language_model_of(model)
     head = language_model.get_output_embeddings() if _is_pretrained(language_model) else None
-
     in_blocks = set(layers.modules())
     # An adapter of peft's lies in a layer around the embeddings.
     found = (m for m in holder.modules() if isinstance(getattr(m, "base_layer", m), nn.Embedding))

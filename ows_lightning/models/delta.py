@@ -142,8 +142,7 @@ def apply_delta(
     base: str, delta: str | os.PathLike[str], directory: str | os.PathLike[str], trust_remote_code: bool = False
 ) -> DeltaSize:
     """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote."""
-    target = check_replaceable(directory, base, delta)
-    change = Delta(delta)
+    target, change = check_replaceable(directory, base, delta), Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
     change.check_base(model)
     of_base = dict(_file_tensors(model))
@@ -240,8 +239,7 @@ def compress(tensor: Tensor, base: Tensor) -> Tensor:
     # Of a trained weight's bits, read as an integer, the upper ones hardly change. So the integers are subtracted, their signs
     # put last (0, -1, 1, -2, ... become 0, 1, 2, 3, ...), bytes of the same place put together, and compressed.
     difference = _integers(tensor) - _integers(base)
-    bits = 8 * difference.itemsize
-    unsigned = (difference << 1) ^ (difference >> (bits - 1))
+    unsigned = (difference << 1) ^ (difference >> (8 * difference.itemsize - 1))
     planes: Any = np.ascontiguousarray(unsigned.view(np.uint8).reshape(-1, difference.itemsize).T)
     return torch.frombuffer(bytearray(zlib.compress(planes, 1)), dtype=torch.uint8)
 

@@ -171,7 +171,6 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
         if kept_apart:  # trained apart, e.g. an adapter on the embeddings alone
             path = directory / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
-
     # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor, or one as several.
     layout = revert_weight_conversion(model, _empty_tensors(weights))
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)

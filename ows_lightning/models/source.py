@@ -36,8 +36,7 @@ class ModelSource(NamedTuple):
     @property
     def arguments(self) -> dict[str, Any]:
         """What `from_pretrained` of a config or a tokenizer needs to know."""
-        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-        return {"pretrained_model_name_or_path": self.path, **gguf}
+        return {"pretrained_model_name_or_path": self.path} | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
 
 def check_model_name(name: str) -> None:

@@ -26,8 +26,7 @@ class FileRegion:
     """A part of a file that weights lie in: mapped for those who look at them, read without the mapping for a fetch."""
 
     def __init__(self, file: BinaryIO, writable: bool, start: int = 0, length: int = 0) -> None:
-        self.file, self.start = file, start
-        self.memory = map_file(file, writable, start, length)
+        self.file, self.start, self.memory = file, start, map_file(file, writable, start, length)
 
     def read(self, offset: int, target: Tensor) -> None:
         """Reads as many bytes as a tensor of uint8 in host memory has into it; a RunError if the file has become shorter."""

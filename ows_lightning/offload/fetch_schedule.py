@@ -19,8 +19,7 @@ class FetchSchedule:
     """
 
     def __init__(self, executor: Any, num_slots: int) -> None:
-        self.executor = executor
-        self.num_slots = num_slots
+        self.executor, self.num_slots = executor, num_slots
         self.set_blocks(())
 
     def set_blocks(self, order: Sequence[int]) -> None:

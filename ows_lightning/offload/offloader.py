@@ -46,13 +46,11 @@ class BlockOffloader:
         disk: Disk | None = None,  # offload to it, not to host memory
         int8_in: str | None = None,  # makes int8 copies: on the ``device``, or beside the exact weights (``host``, ``disk``)
     ) -> None:
-        self.blocks = list(blocks)
-        self.num_slots = num_slots
+        self.blocks, self.num_slots = list(blocks), num_slots
         self.device = torch.device("cpu")
         self.saves_updates_separately = False  # a state dict leaves what is learned at rest to the optimizer's state
         self.was_copied = False  # there is another copy of the model, with which weights may be exchanged
-        self._disk = disk
-        self._int8_in = int8_in
+        self._disk, self._int8_in = disk, int8_in
         self._optimizer: ref[GaLoreAdamW] | None = None
         blocks_of = Counter(p for block in self.blocks for p in block.parameters())  # what several share stays on the device
         self.parameters = [
@@ -90,8 +88,6 @@ class BlockOffloader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._clear()
-
-    # ------------------------------------------------------------------ where blocks are
 
     @property
     def active(self) -> list[int]:
@@ -160,8 +156,6 @@ class BlockOffloader:
             self._fetches_exact = False
             self.schedule.invalidate()
 
-    # ------------------------------------------------------------------ blocks that train at rest
-
     @property
     def optimizer(self) -> GaLoreAdamW | None:
         """The attached optimizer, while it is alive."""
@@ -219,8 +213,6 @@ class BlockOffloader:
     def _reset_layers(self, block: int) -> None:
         for layer in self._updated_layers.pop(block, ()):
             layer.update = None
-
-    # ------------------------------------------------------------------ when others write into offloaded weights
 
     def end_pass(self) -> None:
         """Ends a pass, even an interrupted one: parameters are offloaded weights again, with all that was written into them.

@@ -53,8 +53,7 @@ class _CudaStream(CopyStream):
 
     def __init__(self, device: torch.device, num_slots: int, reads_files: bool = False) -> None:
         super().__init__(reads_files)
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.device, self.stream = device, torch.cuda.Stream(device)
         self.arrived = [torch.cuda.Event() for _ in range(num_slots)]
         self.released = [torch.cuda.Event() for _ in range(num_slots)]
         self._running: dict[int, Callable[[], None]] = {}  # by slot; it holds the memory

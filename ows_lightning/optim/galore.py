@@ -131,11 +131,13 @@ class GaLoreAdamW(GradientCapture):
         """Loads a state; moments keep the dtype in which they were saved (torch casts to the parameter's).
 
         Raises:
-            ValueError: The state is of an optimizer without a ``rank``: training would go on in full rank.
+            ValueError: A group has a ``rank`` only here or only in the state, or the state an option out of range.
         """
         for number, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
-            if group.get("rank") is not None and "rank" not in saved:
-                raise ValueError(f"group {number} has rank {group['rank']}, the loaded state none: it is another optimizer's")
+            rank, saved_rank = group.get("rank"), saved.get("rank")
+            if (rank is None) != (saved_rank is None):
+                raise ValueError(f"group {number} has rank {rank}, the loaded state {saved_rank}: it is another optimizer's")
+            _check_options(saved)
         loaded: dict[str, Any] = {}  # what hooks of yours make of the state
         with self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)):
             super().load_state_dict(state_dict)
@@ -252,8 +254,7 @@ class GaLoreAdamW(GradientCapture):
         """Makes moments, or converts them to the configured dtype, and returns the number of their coming step, from 1."""
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)  # a tensor, as in torch.optim: sharded checkpoints want one
-        exact = group["moments_dtype"] == "float32"
-        dtype = torch.promote_types(gradient.dtype, torch.float32) if exact else torch.bfloat16
+        dtype = torch.bfloat16 if group["moments_dtype"] == "bfloat16" else torch.promote_types(gradient.dtype, torch.float32)
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment not in state:
                 state[moment] = torch.zeros_like(gradient, dtype=dtype)
@@ -300,5 +301,7 @@ def _check_options(options: dict[str, Any]) -> None:
             fault = "must be at least 1, and whole (without it: full rank)"
         elif name == "max_grad_norm" and not (value is None or value > 0):
             fault = "must be more than 0"
+        elif name in ("amsgrad", "maximize") and value:  # of torch's AdamW, whose states it loads
+            fault = "is not supported"
         if fault:
             raise ValueError(f"{name}: {value!r} {fault}")

@@ -104,8 +104,6 @@ class GradientCapture(RestingWeights):
         elif model is not None:
             self._projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
 
-    # ------------------------------------------------------------------ what a step consumes
-
     def gradients(self) -> list[Tensor]:
         """Returns what the next step consumes, to be scaled or clipped in place: R of projected matrices, else ``grad``.
 
@@ -185,8 +183,6 @@ class GradientCapture(RestingWeights):
                 waiting.clear()
             else:
                 waiting.pop(p, None)
-
-    # ------------------------------------------------------------------ projection
 
     def _projected_side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""

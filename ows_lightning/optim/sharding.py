@@ -49,9 +49,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def gather_matrices(tensor: Tensor) -> Tensor:
     """The matrices of a tensor (..., m, n), each whole: (m, n), or (b, m, n) of the experts that this process has."""
-    if not is_sharded(tensor):
-        return tensor
-    return tensor.redistribute(placements=_whole_placements(tensor)).to_local()
+    return tensor.redistribute(placements=_whole_placements(tensor)).to_local() if is_sharded(tensor) else tensor
 
 
 def projected_placements(weight: DTensor, side: Side) -> list[Placement]:
@@ -126,8 +124,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     if mesh is None:
         return torch.linalg.vector_norm(torch.stack(norms))
     replicas = [_num_replicas(t) if is_sharded(t) else mesh.size() for t in tensors]
-    squares = [norm.square() / number for norm, number in zip(norms, replicas, strict=True)]
-    square = torch.stack(squares).sum()
+    square = torch.stack([norm.square() / number for norm, number in zip(norms, replicas, strict=True)]).sum()
     for dim in range(mesh.ndim):
         dist.all_reduce(square, group=mesh.get_group(dim))
     return square.sqrt()

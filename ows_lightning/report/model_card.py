@@ -64,8 +64,7 @@ def without_folders(value: Any) -> Any:
 def _from_run(run: RunRecord) -> list[str]:
     figures = key_figures(run)
     shown = {key: label for key, label in LABELS.items() if key not in ("run", "model") and figures[key] is not None}
-    rows = [f"| {label} | {formatted(key, figures)} |" for key, label in shown.items()]
-    parts = ["\n".join(["| | |", "|---|---|", *rows])]
+    parts = ["\n".join(["| | |", "|---|---|", *(f"| {label} | {formatted(key, figures)} |" for key, label in shown.items())])]
     if run.config:
         settings = without_folders({key: run.config[key] for key in ("model", "data", "sampling") if key in run.config})
         parts += ["## Settings", f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```"]

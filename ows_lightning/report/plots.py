@@ -153,8 +153,7 @@ def plot_throughput(runs: Runs, ax: Axes | None = None) -> tuple[Figure, Axes]:
 
 def _plot_metric(runs: Runs, metric: str, title: str, label: str, ax: Axes | None) -> tuple[Figure, Axes]:
     runs = _as_runs(runs)
-    table = metric_table(runs, metric)
-    fig, ax = _axes_for(table[metric], runs, METRICS_FILE, ax)
+    fig, ax = _axes_for(metric_table(runs, metric)[metric], runs, METRICS_FILE, ax)
     for number, run in enumerate(runs):
         steps, values = run.series(metric)
         ax.plot(steps, values, markevery=math.ceil(len(values) / 25) or 1, **{**_style(number), "linewidth": 1.2})

@@ -91,9 +91,8 @@ class RunRecord:
     def last_step(self) -> int:
         """Optimizer steps that the run took, as far as its record tells."""
         logged = self.series("train_loss")[0] + self.series("val_loss")[0]
-        drawn = [draw.step for draw in self.history]
         # Lightning counts the logged steps from 0.
-        return max(int(max(logged, default=-1)) + 1, max(drawn, default=0))
+        return max(int(max(logged, default=-1)) + 1, max((draw.step for draw in self.history), default=0))
 
     def series(self, column: str, x: str = "step") -> tuple[list[float], list[float]]:
         """A metric's values (second list) by ``x`` (first list), one a step; where ``x`` is missing, it is interpolated."""

@@ -94,8 +94,7 @@ UNKNOWN = "n/a"
 
 def key_figures(run: RunRecord) -> dict[str, Any]:
     """Raw key figures, ``None`` where the run has not recorded one; loss in nats, time in seconds, memory in MB."""
-    validation = run.series("val_loss")[1]
-    speed = run.series("tokens_per_second")[1]
+    validation, speed = (run.series(metric)[1] for metric in ("val_loss", "tokens_per_second"))
     return {
         "run": run.name,
         "model": _find_key(run.config, "model_name_or_path") or (run.scores or {}).get("model"),

@@ -90,8 +90,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | 
 
 
 def _write_report(runs: list[RunRecord], output: Path, refresh: int | None) -> Path:
-    several = len(runs) > 1
-    names = ", ".join(run.name for run in runs)
+    several, names = len(runs) > 1, ", ".join(run.name for run in runs)
     pictures = _pictures(COMPARISONS, runs, output, names)
     sections: list[dict[str, Any]] = [{"title": "Comparison" if several else "Training", "pictures": pictures}]
     for number, run in enumerate(runs, start=1):

@@ -54,7 +54,6 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
     if scores.dim() != 1 or len(scores) == 0:
         raise UsageError(f"scores: expected one number a block, got shape {tuple(scores.shape)}; give a flat list")
     blocks = len(scores)
-
     if not isinstance(distribution, str):
         weights, key = torch.as_tensor(distribution, dtype=torch.float64).cpu(), "sampling.distribution"
         if weights.shape != scores.shape:

@@ -285,8 +285,7 @@ def _measure_inputs(
     has_experts = any(isinstance(module, nn.ModuleList) for block in layers for module in block.modules()) or any(
         weight.parameter.dim() == 3 for weights in blocks for weight in weights
     )
-    recorder = _InputRecorder()
-    num_texts = 0
+    recorder, num_texts = _InputRecorder(), 0
     with _calibration_mode(model, blocks), recorder.watching(layers, blocks):
         for batch in batches:
             for inputs, tokens in _inputs_and_mask(batch, device, row_by_row=has_experts):

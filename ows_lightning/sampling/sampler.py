@@ -340,8 +340,7 @@ class BlockSampler:
         at_other_times = getattr(self.should_draw, "__func__", None) is not BlockSampler.should_draw
         if not self.history or self.rescore_every is not None or self.distribution == "gradient_norm" or at_other_times:
             return None
-        coming = range(self.history[-1][0] + 1, -(-steps // self.interval_steps))
-        return self.trained_blocks(map(self.blocks_of, coming))
+        return self.trained_blocks(map(self.blocks_of, range(self.history[-1][0] + 1, -(-steps // self.interval_steps))))
 
     def weights_of(self, blocks: Iterable[int]) -> list[nn.Parameter]:
         """Returns the weights that train where these blocks are drawn."""

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks import auto_gradient_checkpointing, run_summary
 from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
 from ows_lightning.callbacks.run_summary import RunSummary
-from ows_lightning.memory.plan_settings import PlanSettings
+from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -49,6 +50,53 @@ def test_a_prediction_is_for_the_devices_that_the_run_has(tmp_path: Path, monkey
     RunSummary(config)._memory_text(module)
     AutoGradientCheckpointing(config).on_fit_start(run, module)  # type: ignore[arg-type]
     assert [(settings.devices, settings.is_sharded) for settings in found] == [(2, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("scheduling", "limits"),
+    [
+        ({0: 4, 1: 1}, {"max_epochs": 2, "val_check_interval": 11, "check_val_every_n_epoch": None}),
+        ({0: 1, 1: 4}, {"max_steps": 10, "val_check_interval": 11, "check_val_every_n_epoch": None}),
+        ({0: 1, 1: 4}, {"max_steps": 10, "val_check_interval": 14, "check_val_every_n_epoch": None}),
+        ({0: 3}, {"max_steps": 3, "val_check_interval": 8}),
+        ({0: 3}, {"max_steps": 2, "val_check_interval": 7}),
+        ({0: 3}, {"max_steps": 2, "val_check_interval": 6}),
+        ({0: 8}, {"max_epochs": 2, "check_val_every_n_epoch": 2}),
+        ({0: 8}, {"max_epochs": 2, "check_val_every_n_epoch": 3}),
+        ({0: 8, 1: 2}, {"max_steps": 4, "check_val_every_n_epoch": 2, "val_check_interval": 6}),
+        ({0: 8, 1: 2}, {"max_steps": 3, "check_val_every_n_epoch": 2, "val_check_interval": 6}),
+    ],
+)
+def test_a_validation_that_does_not_come_is_said_for_any_schedule_of_accumulation(
+    scheduling: dict[int, int], limits: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    module = CausalLMModule(str(tmp_path), rank=4, lr_scheduler_type="constant", warmup_steps=0)
+    summary = RunSummary()
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[summary, GradientAccumulationScheduler(scheduling)], default_root_dir=tmp_path,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=1, **limits,
+    )  # fmt: skip
+    rows = DataLoader([tiny_batch()] * 8, batch_size=None)
+    trainer.fit(module, rows, rows)
+    assert ("No validation in these" in caplog.text) == (summary.validated_step == 0)  # the sanity check's
+
+
+def test_a_prediction_is_for_the_largest_accumulation_of_a_schedule(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    scheduler = {"class_path": "lightning.pytorch.callbacks.GradientAccumulationScheduler"}
+    scheduler |= {"init_args": {"scheduling": {0: 2, 1: 8, 2: 4}}}  # type: ignore[dict-item]
+    config: dict[str, Any] = {"model": {"model_name_or_path": str(tmp_path)}, "data": {}, "sampling": {}}
+    found = [
+        settings_from_config({**config, "trainer": trainer}).accumulate_grad_batches
+        for trainer in (
+            {"callbacks": [scheduler, {"class_path": "Timer"}]}, {"callbacks": scheduler},
+            {"callbacks": [{"class_path": "Timer"}], "accumulate_grad_batches": 3}, {},
+        )
+    ]  # fmt: skip
+    assert found == [8, 8, 3, 1]
 
 
 class Adapters(LightningModule):

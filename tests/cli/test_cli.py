@@ -123,6 +123,15 @@ def test_predict_writes_a_line_a_row(config: Path) -> None:
     assert {row["reference"] for row in rows} <= {"yes", "no"}
 
 
+def test_a_development_run_of_predict_leaves_the_answers_that_are_there(config: Path) -> None:
+    answers = Path("runs/predictions.jsonl")
+    answers.parent.mkdir()
+    answers.write_text("of a whole run")
+    run("predict", config, "--trainer.fast_dev_run", "true")
+    assert answers.read_text() == "of a whole run"
+    assert [path for path in Path("runs").rglob("*") if path.is_file()] == [answers]
+
+
 def test_validate_prints_each_figure_once(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("validate", config)
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("val_")]

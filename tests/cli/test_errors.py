@@ -86,6 +86,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optimizer.yaml": "model: {optimizer: {class_path: GaLoreAdamW, init_args: {lrr: 1.0}}}\n",
         "class.yaml": "model: {class_path: ows_lightning.module.CausalLMModul}\n",
         "callback.yaml": "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitr: val_loss}}]}\n",
+        "scheduler.yaml": (
+            "trainer: {callbacks: [{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]}\n"
+        ),
         "adamw.yaml": "model: {rank: null, optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.1}}}\n",
         "run.yaml": "ckpt_path: null\nweights_only: null\noutputt: scores\n",
         "broken.yaml": "model: [\n",
@@ -272,6 +275,32 @@ CASES = {
         fit("--trainer.callbacks EarlyStopping --trainer.callbacks.monitor reward"),
         "trainer.callbacks.EarlyStopping.monitor",
         "choose from train_loss, val_loss",
+    ),
+    "two numbers of micro-batches": Case(
+        fit("--config scheduler.yaml --trainer.accumulate_grad_batches 2"),
+        "trainer.accumulate_grad_batches",
+        "GradientAccumulationScheduler sets it, too; leave one of them out",
+    ),
+    "search of a learning rate": Case(
+        fit("--trainer.callbacks LearningRateFinder"), "trainer.callbacks", "compare runs of a few steps"
+    ),
+    "search of a batch size": Case(
+        fit("--trainer.callbacks BatchSizeFinder"), "trainer.callbacks", "`plan` names a size that fits"
+    ),
+    "pruning": Case(
+        fit("--trainer.callbacks ModelPruning --trainer.callbacks.pruning_fn l1_unstructured"),
+        "trainer.callbacks",
+        "prune the run's model/, by torch.nn.utils.prune",
+    ),
+    "backbone": Case(
+        fit("--trainer.callbacks BackboneFinetuning"), "trainer.callbacks", "sampling.always_train names what trains"
+    ),
+    "no time": Case(fit("--trainer.max_time 00:00:00:00"), "trainer.max_time", "give more, as 00:01:30:00 for 90 minutes"),
+    "timer without time": Case(
+        fit("--trainer.callbacks Timer --trainer.callbacks.duration 00:00:00:00"), "trainer.max_time", "give more"
+    ),
+    "sanity check of fewer than no batches": Case(
+        fit("--trainer.num_sanity_val_steps -2"), "trainer.num_sanity_val_steps", "give a number from -1"
     ),
     "clipping at a negative norm": Case(
         fit("--trainer.gradient_clip_val -1"), "trainer.gradient_clip_val", "give a number from 0"

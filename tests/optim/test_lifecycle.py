@@ -285,8 +285,32 @@ def test_the_state_of_an_optimizer_without_rank_is_refused() -> None:
     adamw = torch.optim.AdamW([{"params": group["params"]} for group in groups(model)])
     loss_of(model, 0).backward()
     adamw.step()
-    with pytest.raises(ValueError, match=f"rank {RANK}, the loaded state none"):
+    with pytest.raises(ValueError, match=f"rank {RANK}, the loaded state None"):
         optimizer.load_state_dict(adamw.state_dict())
+
+
+def test_the_state_of_an_optimizer_with_rank_is_refused_by_one_without() -> None:
+    model = net()
+    optimizer = galore(model)
+    train(model, optimizer, range(1))
+    full_rank = GaLoreAdamW([{"params": group["params"]} for group in groups(model)])
+    with pytest.raises(ValueError, match=f"group 0 has rank None, the loaded state {RANK}"):
+        full_rank.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad"])
+def test_the_state_of_an_adamw_that_does_something_else_is_refused(option: str) -> None:
+    model = net()
+    adamw = torch.optim.AdamW(model.parameters(), **{option: True})
+    loss_of(model, 0).backward()
+    adamw.step()
+    optimizer = GaLoreAdamW(model.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match=f"{option}: True is not supported"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert not optimizer.state
+    with pytest.raises(ValueError, match=f"{option}: True is not supported"):
+        GaLoreAdamW([{"params": model.parameters(), option: True}])
 
 
 @pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
