@@ -169,7 +169,6 @@ class CausalLMModule(EvaluationModule):
         return self._loaded_causal_lm(**batch)
 
     # ------------------------------------------------------------------ set-up
-
     def check(self, load_config: Callable[[str, bool], Any] = pretrained.load_config) -> Any:
         """Checks all settings, without weights (UsageError); returns what ``load_config`` returns for the model's name."""
         try:  # made for a small matrix and a vector: wrong arguments show here
@@ -279,7 +278,6 @@ class CausalLMModule(EvaluationModule):
             self._loaded_causal_lm.check_logits(torch.arange(4, device=self.device)[None])
 
     # ------------------------------------------------------------------ steps
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds dropout by batch and rank: a resumed run draws what the uninterrupted one would have drawn."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -348,7 +346,6 @@ class CausalLMModule(EvaluationModule):
             self.offloader.merge_updates()
 
     # ------------------------------------------------------------------ checkpoints
-
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads weights into the model, which is made first if it is not there: forked processes return their weights so."""
         self.configure_model()

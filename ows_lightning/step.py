@@ -73,7 +73,8 @@ class StepAccumulator:
         """Clips what the optimizer consumes (at 0 or None: not), and begins the next step; call it after `rescale`."""
         assert self.totals is not None
         gradients = gradients_of(optimizer)
-        norm, mean = total_norm(gradients), self.totals[0] / self.totals[1].clamp(min=1)
+        norm = total_norm(gradients)
+        mean = self.totals[0] / self.totals[1].clamp(min=1)
         # Only here does a step wait for the device.
         loss, grad_norm, targets, tokens, codes = torch.stack([mean, norm, *self.totals[1:]]).cpu()
         skipped = not grad_norm.isfinite()

@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,9 +78,7 @@ class ShowGenerations(StepCallback):
 
 
 class PredictionFile(Callback):
-    """Writes each answer of ``predict`` as a line of ``predictions.jsonl`` into the run's folder; a file a rank."""
-
-    _path: Path
+    """Writes each answer of a CausalLMModule as a line of ``predictions.jsonl`` into the run's folder; a file a rank."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Creates the file."""

@@ -94,8 +94,7 @@ class Resume(Callback):
             for key, value in configured.items():
                 place = "initial_lr" if key == "lr" and "initial_lr" in group else key
                 # Not where a schedule may have changed it since (ReduceLROnPlateau the rate, OneCycleLR the betas).
-                same = key in formerly and formerly[key] == value
-                if same or (saved := group.get(place)) == value:
+                if (key in formerly and formerly[key] == value) or (saved := group.get(place)) == value:
                     continue
                 if key in ("rank", "proj_type") and "proj_type" in group:  # GaLoreAdamW's state has the checkpoint's shapes
                     raise UsageError(f"optimizer: {key} {saved} in the checkpoint, {value} now; set it back, or start anew")

@@ -73,11 +73,11 @@ class RunSummary(Callback):
         if not trainer.is_global_zero or steps == float("inf"):
             return
         validates, due = pl_module.automatic_optimization and any(trainer.num_val_batches), trainer.val_check_batch or 0
-        if others := (trainer.check_val_every_n_epoch or 1) - 1:  # epochs before the first one that validates
-            due += others * trainer.num_training_batches
+        if epochs_before := (trainer.check_val_every_n_epoch or 1) - 1:
+            due += epochs_before * trainer.num_training_batches
         if validates and 0 < due < float("inf") and steps_before(trainer, due - 1) >= steps:
-            setting = "check_val_every_n_epoch to a smaller number" if others else "val_check_interval to that many or fewer"
-            log.warning("No validation in these %d steps: set trainer.%s", steps, setting)
+            setting = "check_val_every_n_epoch" if epochs_before else "val_check_interval"
+            log.warning("No validation in these %d steps: lower trainer.%s", steps, setting)
         if sampling is not None and (drawn := sampling.planned_blocks(int(steps))) is not None:  # else they depend on scores
             share = _size_text(_numel(_sampled_weights(pl_module, sampling, drawn)), pl_module)
             log.info("Over the run, %d of %d blocks train: %s", len(drawn), len(decoder_layers(pl_module)), share)
@@ -194,8 +194,7 @@ def _data_texts(data: object) -> dict[str, str]:
 
 def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> str:
     text = f"{int(steps):,} steps" if steps != float("inf") else "no end"
-    sampling = LayerwiseSampling.of(trainer)
-    if sampling is None:
+    if (sampling := LayerwiseSampling.of(trainer)) is None:
         return f"{text}; {_size_text(_numel(p for p in module.parameters() if p.requires_grad), module)}"
     layers = decoder_layers(module)
     in_blocks = sum(_numel(p for p in layer.parameters() if p.requires_grad) for layer in layers)

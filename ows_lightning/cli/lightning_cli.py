@@ -182,8 +182,8 @@ class OWSCLI(LightningCLI):
         callbacks += [] if sampling is None else [sampling]
         config = self.config.get(str(self.subcommand), self.config)
         callbacks += [RunFolder(), ContinueMetricsCSV(), AutoGradientCheckpointing(config), SelfChecks(), RunSummary(config)]
-        if self.subcommand == "predict" and isinstance(self.model, CausalLMModule):  # what others return is their own
-            callbacks += [] if trainer_args["fast_dev_run"] else [PredictionFile()]
+        if self.subcommand == "predict" and isinstance(self.model, CausalLMModule) and not trainer_args["fast_dev_run"]:
+            callbacks.append(PredictionFile())
         if trainer_args["enable_checkpointing"] is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if trainer_args["enable_progress_bar"] is not False and not any(isinstance(one, AnyProgressBar) for one in callbacks):

@@ -132,9 +132,7 @@ def check_run(
         if isinstance(model, CausalLMModule):
             check_callbacks(callbacks)
         if trainer.accumulate_grad_batches > 1 and accumulation_scheduler(trainer) is not None:
-            raise UsageError(
-                "trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one of them out"
-            )
+            raise UsageError("trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one out")
         for callback in callbacks:
             if isinstance(callback, Timer) and (seconds := callback.time_remaining()) is not None and seconds <= 0:
                 raise UsageError("trainer.max_time: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")

@@ -93,7 +93,8 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
             numbers = ", ".join(f"{name} {runs[name].num_checkpointed}" for name in plans)
             note = f"on {chosen.name}, blocks of {settings.num_blocks} that recompute: {numbers}"
         notes.append(f"model.gradient_checkpointing: auto {note}")
-    settings, computes = runs.get("ows", settings), {name: count_flops(runs[name]) for name in plans}
+    settings = runs.get("ows", settings)
+    computes = {name: count_flops(runs[name]) for name in plans}
     if (own := plans.get("ows")) is not None and settings.on_gpu:
         advised = {str(size): advise(settings, size) for size in MEMORY_SIZES if not own.fits(size)}
         advice += [f"{', '.join(sizes)} GB: {words}" for words, sizes in _by_value(advised).items()]

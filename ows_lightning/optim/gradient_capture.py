@@ -104,6 +104,7 @@ class GradientCapture(RestingWeights):
         elif model is not None:
             self._projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
 
+    # ------------------------------------------------------------------ what a step consumes
     def gradients(self) -> list[Tensor]:
         """Returns what the next step consumes, to be scaled or clipped in place: R of projected matrices, else ``grad``.
 
@@ -184,6 +185,7 @@ class GradientCapture(RestingWeights):
             else:
                 waiting.pop(p, None)
 
+    # ------------------------------------------------------------------ projection
     def _projected_side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
         if self.is_resting(p):

@@ -33,7 +33,9 @@ def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, 
 
     It takes r (m + n) products a token instead of m n, and m n r more. dY has the shape (tokens, m), X (tokens, n).
     """
-    return output_gradient.mT @ (inputs @ projector) if side == "right" else (output_gradient @ projector).mT @ inputs
+    if side == "right":
+        return output_gradient.mT @ (inputs @ projector)
+    return (output_gradient @ projector).mT @ inputs
 
 
 def adam_(
