@@ -141,20 +141,21 @@ def test_gradients_that_stay_nan_end_another_projects_run_too(tmp_path: Path) ->
 
 
 class OfRank(Theirs):
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, proj_type: Any = "std") -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.proj_type = rank, proj_type
 
     def configure_optimizers(self) -> Any:
-        return GaLoreAdamW(galore_param_groups(self.net, rank=self.rank), lr=self.lr)
+        return GaLoreAdamW(galore_param_groups(self.net, rank=self.rank, proj_type=self.proj_type), lr=self.lr)
 
 
-def test_a_resumed_run_of_ones_own_module_keeps_its_rank(tmp_path: Path) -> None:
+def test_a_resumed_run_of_ones_own_module_keeps_its_rank_and_projected_side(tmp_path: Path) -> None:
     first = trainer(tmp_path, kind=OWSTrainer)
     first.fit(OfRank(4), loader())
     first.save_checkpoint(tmp_path / "rank4.ckpt")
-    with pytest.raises(UsageError, match=r"^optimizer: rank 4 in the checkpoint, 8 now; set it back, or start anew$"):
-        trainer(tmp_path, kind=OWSTrainer, max_steps=4).fit(OfRank(8), loader(), ckpt_path=tmp_path / "rank4.ckpt")
+    for module, change in ((OfRank(8), "rank 4 in the checkpoint, 8"), (OfRank(4, "left"), "proj_type std .*, left")):
+        with pytest.raises(UsageError, match=rf"^optimizer: {change} now; set it back, or start anew$"):
+            trainer(tmp_path, kind=OWSTrainer, max_steps=4).fit(module, loader(), ckpt_path=tmp_path / "rank4.ckpt")
 
 
 class StepsAsLightningsDocs(CausalLMModule):

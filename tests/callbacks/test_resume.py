@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,29 @@ def test_a_checkpoint_of_a_plain_trainer_takes_no_rows_from_the_working_director
     )  # fmt: skip
     trainer.fit(module, DataLoader(torch.ones(4, 4), batch_size=1), ckpt_path="plain/model.ckpt")
     assert not list(tmp_path.glob("runs/**/metrics.csv"))  # nothing was logged
+
+
+class Logged(Scheduled):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("steps", float(self.global_step))
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_curves_of_a_run_that_was_moved_go_on(tmp_path: Path) -> None:
+    def run(folder: Path, steps: int, ckpt_path: Path | None = None) -> Trainer:
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_steps=steps, logger=CSVLogger(folder, name="", version=0),
+            callbacks=[Resume(), ContinueMetricsCSV()], log_every_n_steps=1, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Logged("one cycle"), DataLoader(torch.ones(4, 4), batch_size=1), ckpt_path=ckpt_path)
+        return trainer
+
+    run(tmp_path / "first", 4).save_checkpoint(tmp_path / "first" / "version_0" / "checkpoints" / "a.ckpt")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    run(tmp_path / "second", 8, tmp_path / "moved" / "version_0" / "checkpoints" / "a.ckpt")
+    with (tmp_path / "second" / "version_0" / "metrics.csv").open(newline="") as file:
+        assert [float(row["steps"]) for row in csv.DictReader(file) if row["steps"]] == [*range(8)]
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "one cycle"])

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks import auto_gradient_checkpointing, run_summary
 from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
 from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.data import InstructionDataModule
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
+from ows_lightning.memory.prediction import MemoryPrediction
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -153,3 +158,75 @@ def test_the_prediction_is_added_to_what_others_have_noted_on_an_error() -> None
     summary.predicted = "predicted"
     summary.on_exception(Trainer(accelerator="cpu", logger=False), CausalLMModule("any"), error)
     assert error.__notes__ == ["of another", "predicted"]
+
+
+def plain_trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu", devices=1, default_root_dir=root, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks], **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("host_bytes", "fits"), [(0, True), (600, False)])
+def test_a_run_that_does_not_fit_is_told_so(
+    host_bytes: int, fits: bool, model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, what waits in host memory is in the same memory."""
+    monkeypatch.setattr(run_summary, "available_bytes", lambda *_: 1000)
+    monkeypatch.setattr(run_summary, "predict_memory", lambda _: MemoryPrediction({"weights": 500}, host_bytes))
+    config = {"model": {"model_name_or_path": str(model_dir()), "optimizer": GaLoreAdamW}, "data": {}, "trainer": {}}
+    module = CausalLMModule(str(model_dir()), rank=4)
+    module.configure_model()
+    module.trainer = plain_trainer(tmp_path)
+    text = RunSummary({**config, "sampling": None})._memory_text(module)
+    assert text.startswith("0.0 GB predicted for tensors, 0.0 GB available on cpu")
+    assert ("; too little: see `" in text) is not fits
+
+
+def test_a_long_prompt_is_shown_by_its_ends(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"instruction": f"first {'middle ' * 100}last", "output": "yes"}) + "\n")
+    data = InstructionDataModule(str(file), val_size=0, tokenizer=tiny_tokenizer(), max_seq_length=2000)
+    data.prepare_data()
+    data.setup()
+    row = run_summary._data_texts(data)["A row"]
+    assert re.match(r"<\|im_start\|>user\\nfirst (middle )+.* \[\.\.\.\] .*(middle )+last<\|im_end\|>", row)
+    assert len(row) < 600
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"max_steps": 0, "max_time": "00:01:00:00"}, "raise max_steps"),
+        ({"max_steps": 2, "max_time": "00:00:00:00"}, "raise max_time, which earlier runs have used up"),
+    ],
+)
+def test_a_run_that_had_ended_says_which_limit_to_raise(
+    limits: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = plain_trainer(tmp_path, RunSummary(), **limits)
+    trainer.fit(Adapters(), DataLoader([tiny_batch()] * 2, batch_size=None))
+    assert f"Nothing was trained: the checkpoint is of step 0 already; {said}" in caplog.text
+
+
+def test_the_last_validation_need_not_be_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Validated(Adapters):
+        def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+            self.log("val_loss", self.model(**batch).loss)
+
+    caplog.set_level(logging.INFO, "ows_lightning")
+    rows = DataLoader([tiny_batch()] * 3, batch_size=None)
+    trainer = plain_trainer(tmp_path, RunSummary(), max_steps=3, val_check_interval=2, num_sanity_val_steps=0)
+    trainer.fit(Validated(), rows, rows)
+    assert "After step 2: validation loss" in caplog.text
+
+
+def test_the_time_of_scores_draws_and_subspaces_is_a_share_of_the_runs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ows_lightning")
+    trainer = plain_trainer(tmp_path, sampling := LayerwiseSampling())
+    sampling.seconds = 2.0
+    trainer.callback_metrics.update(time_s=torch.tensor(200.0), renewal_s=torch.tensor(3.0))
+    RunSummary().on_train_end(trainer, Adapters())
+    assert "Scores, draws and subspaces took 5.0 s of 200 s (2.5%)" in caplog.text

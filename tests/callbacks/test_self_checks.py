@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from ows_lightning.callbacks.self_checks import StateBytes, check_draws, check_loss, check_memory
+from ows_lightning.callbacks.self_checks import StateBytes, check_draws, check_loss, check_memory, measure_state_bytes
 from ows_lightning.cli.main import main
 from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.module import CausalLMModule
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 
@@ -70,8 +71,27 @@ def test_a_poor_result_at_high_memory_asks_for_rank() -> None:
     assert check_loss([2.0] * 20 + [1.0] * 20, StateBytes(90, 100)) is None
 
 
+def test_losses_are_means_of_the_first_and_the_last_tenth() -> None:
+    found = check_loss([0.0, 4.0, 1.0, 3.0, *[9.0] * 32, 3.0, 1.0, 2.0, 1.8], None)
+    assert str(found).startswith("poor result, the training loss went from 2.000 to 1.950;")
+    assert check_loss([0.0, 4.0, 1.0, 3.0, *[9.0] * 32, 3.0, 1.0, 2.0, 1.4], None) is None
+
+
+def test_the_state_of_lisa_is_that_of_two_blocks_and_all_outside(model_dir: Callable[..., Path]) -> None:
+    module = CausalLMModule(str(model_dir()), rank=None)
+    module.configure_model()
+    optimizer = torch.optim.AdamW(module.parameters())
+    assert measure_state_bytes(optimizer, module).held == 0
+    blocks = decoder_layers(module)
+    optimizer.state[blocks[0].mlp.up_proj.weight] = {"step": 3, "exp_avg": torch.zeros(10), "exp_avg_sq": torch.zeros(10)}
+    outside = sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in blocks.parameters())
+    of_a_block = sum(p.numel() for p in blocks[0].parameters())
+    assert measure_state_bytes(optimizer, module) == (80, 2 * 4 * (outside + 2 * of_a_block))
+
+
 def test_figures_at_the_limits() -> None:
     assert check_memory(StateBytes(held=100, for_lisa=100)) is not None
     assert check_memory(StateBytes(held=80, for_lisa=100)) is None
     assert check_draws([0.25] * 4) is not None
     assert check_draws([0.7, 0.1, 0.1, 0.1]) is None
+    assert check_draws([0.5, 0.5, 0.0, 0.0]) is None

@@ -58,10 +58,14 @@ def make_delta(
 def check_restored(base: Path, dtype: torch.dtype = torch.float32) -> None:
     """The delta's files are the export's, and the model in memory is that which the export loads as."""
     folder = base.parent
-    apply_delta(str(base), folder / "delta", folder / "again")
+    sizes = apply_delta(str(base), folder / "delta", folder / "again")
     assert contents(folder / "again") == contents(folder / "whole")
+    stored = [load_file(path) for path in (folder / "whole").glob("*.safetensors")]
+    assert sizes.model == sum(value.nbytes for file in stored for value in file.values())
     model, expected = load_model(str(base), dtype), load_model(str(folder / "whole"), dtype)
-    load_delta(model, folder / "delta")
+    assert load_delta(model, folder / "delta") == sizes
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    assert model.config.tie_word_embeddings == expected.config.tie_word_embeddings
     assert tensors(model).keys() == tensors(expected).keys()
     assert all(torch.equal(value, tensors(expected)[name]) for name, value in tensors(model).items())
     tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (model, expected)]
@@ -77,6 +81,7 @@ def test_only_what_trained_is_kept(model_dir: Callable[..., Path], tied: bool, d
     assert kept
     assert all(".layers.1." in name for name in kept)
     assert sizes.delta == sum(value.nbytes for value in kept.values()) < sizes.model / 3
+    assert sizes == apply_delta(str(base), base.parent / "delta", base.parent / "again")
     check_restored(base, dtype)
 
 
@@ -90,6 +95,18 @@ def test_chat_templates_with_names_are_files_of_a_model(model_dir: Callable[...,
         apply_delta(str(base), base.parent / "delta", base.parent / "again")
     for made in ("whole", "again"):
         assert load_tokenizer(str(base.parent / made)).chat_template == tokenizer.chat_template
+
+
+def test_a_generation_config_that_was_changed(model_dir: Callable[..., Path]) -> None:
+    base = model_dir()
+
+    def change(model: PreTrainedModel) -> None:
+        model.generation_config.max_new_tokens = 7
+
+    make_delta(base, change)
+    load_delta(model := load_model(str(base)), base.parent / "delta")
+    assert model.generation_config.max_new_tokens == 7
+    check_restored(base)
 
 
 def test_small_updates_make_a_small_delta(model_dir: Callable[..., Path]) -> None:
@@ -277,13 +294,24 @@ def test_another_base_is_refused(model_dir: Callable[..., Path]) -> None:
 def test_a_damaged_delta_is_refused(model_dir: Callable[..., Path]) -> None:
     base = model_dir()
     make_delta(base, lambda model: train(model, 1))
+    (base.parent / "delta" / "README.md").write_text("# Mine\n")  # which may be edited
+    load_delta(load_model(str(base)), base.parent / "delta")
     path = base.parent / "delta" / "delta-00001.safetensors"
     whole = path.read_bytes()
     for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-100], b""):
         path.write_bytes(damaged)
         with pytest.raises(UsageError, match=r"delta: .* is damaged"):
             load_delta(load_model(str(base)), base.parent / "delta")
+    path.rename(base.parent / "lost")
+    with pytest.raises(UsageError, match=r"delta: .* is damaged \(tensors have changed since it was written, or are missing"):
+        load_delta(load_model(str(base)), base.parent / "delta")
     path.write_bytes(whole)
+    about = base.parent / "delta" / "delta.json"
+    text = about.read_text()
+    about.write_text(text.replace('"model.safetensors"', '"../model.safetensors"'))  # it would be written elsewhere
+    with pytest.raises(UsageError, match=r"delta: .* is damaged"):
+        apply_delta(str(base), base.parent / "delta", base.parent / "again")
+    about.write_text(text)
     other = base.parent / "delta" / "config.json"
     other.write_text(other.read_text() + " ")
     with pytest.raises(UsageError, match=r"delta: .* is damaged \(config.json has changed"):

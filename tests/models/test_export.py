@@ -22,6 +22,8 @@ from ows_lightning.models import export
 from ows_lightning.models.export import save_huggingface
 from ows_lightning.models.pretrained import check_model_name, load_config, load_model, load_tokenizer, resize_embeddings
 from tests.distributed.launch import run
+from tests.models.architectures import tiny_config
+from tests.models.architectures import tiny_model as tiny_architecture
 from tests.tiny import KINDS, tiny_batch, tiny_model
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
@@ -172,7 +174,7 @@ def test_the_current_folder_is_not_pulled_away(tmp_path: Path, monkeypatch: pyte
         save_huggingface(tiny_model("llama"), tiny_tokenizer(), "s3://bucket/model")
 
 
-@pytest.mark.parametrize("foreign", ["thesis.tex", "train.py", "data.json", "checkpoints/last.ckpt"])
+@pytest.mark.parametrize("foreign", ["thesis.tex", "train.py", "data.json", "checkpoints/last.ckpt", "old.model/notes"])
 def test_a_directory_with_anything_else_is_left_alone(foreign: str, tmp_path: Path) -> None:
     save_huggingface(tiny_model("llama"), tiny_tokenizer(), tmp_path / "model")
     file = tmp_path / "model" / foreign
@@ -181,6 +183,33 @@ def test_a_directory_with_anything_else_is_left_alone(foreign: str, tmp_path: Pa
     with pytest.raises(UsageError, match=f"holds '{Path(foreign).parts[0]}', which is no part of a model.*new dir"):
         save_huggingface(tiny_model("llama"), tiny_tokenizer(), tmp_path / "model")
     assert file.read_text() == "precious"
+
+
+def test_what_is_no_model_is_left_alone(tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("precious")
+    (project := tmp_path / "project").mkdir()
+    (project / "README.md").write_text("precious")  # a model has one, too
+    for path, said in ((file, "is a file; give a directory"), (project, "holds something else than a model")):
+        with pytest.raises(UsageError, match=said):
+            save_huggingface(tiny_model("llama"), tiny_tokenizer(), path)
+    assert file.read_text() == (project / "README.md").read_text() == "precious"
+
+
+def test_the_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_huggingface(tiny_model("llama"), tiny_tokenizer(), "~/model")
+    assert (tmp_path / "model" / "config.json").is_file()
+    with pytest.raises(UsageError, match="is what the result is made from"):
+        export.check_replaceable(tmp_path / "model", "~/model")
+
+
+def test_buffers_that_training_has_changed_are_kept(tmp_path: Path, reload: Callable) -> None:
+    model = tiny_architecture(tiny_config("deepseek_v3"))
+    changed = {name: value.normal_() for name, value in model.named_buffers() if "e_score_correction_bias" in name}
+    assert changed
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+    again = dict(reload(tmp_path / "model").named_buffers())
+    assert all(torch.equal(again[name], value) for name, value in changed.items())
 
 
 def test_a_failed_export_leaves_the_earlier_model(tmp_path: Path, reload: Callable) -> None:
@@ -262,6 +291,19 @@ def test_other_adapters_are_merged(config: dict, tied: bool, tmp_path: Path, rel
     save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
     torch.testing.assert_close(logits(reload(tmp_path / "model")), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(logits(model), expected)
+
+
+def test_adapters_that_are_merged_or_deleted_already(tmp_path: Path, reload: Callable) -> None:
+    model = with_adapters(tiny_model("llama"), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model.merge_adapter()
+    expected = logits(model)
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "merged")
+    assert torch.equal(logits(reload(tmp_path / "merged")), expected)
+    assert torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    model.delete_adapter("default")
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "deleted")
+    torch.testing.assert_close(logits(reload(tmp_path / "deleted")), logits(tiny_model("llama")))
 
 
 # FSDP2

@@ -13,6 +13,8 @@ from transformers import masking_utils
 from ows_lightning.compat import known_mask_checks
 from ows_lightning.models import loss
 from ows_lightning.models.loss import loss_and_predictions, next_token_loss, precompute_on_host
+from tests.models.architectures import tiny_config
+from tests.models.architectures import tiny_model as tiny_architecture
 from tests.tiny import KINDS, tiny_batch, tiny_model
 
 
@@ -61,10 +63,18 @@ def test_gradients_of_gradients_are_refused_not_wrong() -> None:
         total.backward()
 
 
-def test_capped_logits() -> None:
-    model = tiny_model("gemma2", final_logit_softcapping=0.5).eval()
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("gemma2", {"final_logit_softcapping": 0.5}), ("cohere", {"logit_scale": 3.0}), ("granite", {"logits_scaling": 3.0})],
+)
+def test_capped_and_scaled_logits(kind: str, change: dict[str, float]) -> None:
+    config = tiny_config(kind)
+    config.update(change)
+    model = tiny_architecture(config).eval()
     total, count = next_token_loss(model, batch_with_prompt())
     torch.testing.assert_close(total / count, model(**batch_with_prompt()).loss)
+    (evaluated, _), _ = loss_and_predictions(model, batch_with_prompt())
+    torch.testing.assert_close(evaluated, total.detach())
 
 
 def test_a_frozen_head_gets_no_gradient_and_a_frozen_body_lets_the_head_learn() -> None:
@@ -102,8 +112,10 @@ def test_the_loss_is_float32_whatever_dtype_new_tensors_have() -> None:
     with torch.no_grad(), HalfPrecision("bf16-true").forward_context():  # as in a validation step
         expected, _ = next_token_loss(model, batch)
         (found, _), _ = loss_and_predictions(model, batch)
-    assert found.dtype == torch.float32
+    trained, _ = next_token_loss(model, batch)
+    assert found.dtype == trained.dtype == torch.float32
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(trained.detach(), expected)
 
 
 def test_logits_of_a_whole_batch_never_exist() -> None:
@@ -117,6 +129,13 @@ def test_logits_of_a_whole_batch_never_exist() -> None:
     model.lm_head.register_forward_hook(watch)
     next_token_loss(model, tiny_batch(rows=8, length=32))[0].backward()
     assert 0 < largest * 4 <= loss.CPU_CHUNK_BYTES
+
+
+def test_keys_and_values_are_not_kept_for_a_next_token() -> None:
+    model, kept = tiny_model("llama"), []
+    model.model.register_forward_hook(lambda module, args, output: kept.append(output.past_key_values))
+    next_token_loss(model, tiny_batch())
+    assert kept == [None]
 
 
 def test_a_gpus_chunk_has_rows_enough_to_hide_that_the_head_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

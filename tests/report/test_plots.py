@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from ows_lightning.errors import UsageError
@@ -59,6 +60,7 @@ def test_scores_are_bars_and_probabilities_dots_on_them(run):
     right = next(other for other in fig.axes if other is not ax)
     dots = right.lines[0].get_ydata()
     np.testing.assert_allclose(dots, np.multiply(run.scores["probabilities"], 100))
+    assert list(right.lines[1].get_ydata()) == [100 / 32] * 2
     # p is proportional to the ratio, so both stand at the same height of the picture.
     np.testing.assert_allclose(dots / right.get_ylim()[1], np.divide(run.scores["outlier_ratios"], ax.get_ylim()[1]))
 
@@ -91,6 +93,13 @@ def test_heat_map_shows_each_draw_over_its_steps(run):
     assert list(edges) == [*range(0, 500, 50), 500]
 
 
+def test_the_heat_map_ends_where_the_run_did(tmp_path, make_run):
+    run = RunRecord.read(make_run(tmp_path / "stopped", steps=480))
+    for record, end in ((run, 480), (replace(run, metrics={}), 500)):
+        _, ax = plots.plot_blocks(record)
+        assert ax.collections[0].get_coordinates()[0, -1, 0] == end
+
+
 @pytest.mark.parametrize(("x", "label"), [("step", "step"), ("tokens", "thousands"), ("time_s", "minutes")])
 def test_loss_of_several_runs(run, tmp_path, make_run, x, label):
     other = RunRecord.read(make_run(tmp_path / "full", sampled=False, seed=1))
@@ -101,6 +110,28 @@ def test_loss_of_several_runs(run, tmp_path, make_run, x, label):
     assert list(train.get_ydata()) == run.series("train_loss")[1]
     assert list(validation.get_ydata()) == run.series("val_loss")[1]
     assert len({line.get_color() for line in ax.lines}) == 2
+
+
+@pytest.mark.parametrize(
+    ("x", "seconds", "label", "end"),
+    [
+        ("tokens", 1.0, "training tokens (thousands)", 750), ("time_s", 0.5, "time (seconds)", 250),
+        ("time_s", 6.0, "time (minutes)", 50), ("time_s", 36.0, "time (hours)", 5),
+    ],
+)  # fmt: skip
+def test_the_units_of_an_axis(x, seconds, label, end, tmp_path, make_run):
+    _, ax = plots.plot_loss(RunRecord.read(make_run(tmp_path / "run", seconds_per_step=seconds)), x=x)
+    assert ax.get_xlabel() == label
+    assert ax.lines[0].get_xdata()[-1] == pytest.approx(end)
+
+
+def test_whiskers_are_two_standard_deviations_of_chance(run):
+    _, ax = plots.plot_block_frequency(run)
+    (dots,) = (container for container in ax.containers if isinstance(container, ErrorbarContainer))
+    expected = np.array(block_frequency_table(run)["expected_share"])
+    spread = 2 * np.sqrt(expected * (1 - expected) / 10)
+    ends = np.array(dots.lines[2][0].get_segments())[:, :, 1]
+    np.testing.assert_allclose(ends, 100 * np.stack([expected - spread, expected + spread], 1).clip(0, 1))
 
 
 def test_a_run_may_have_a_name_that_would_be_a_formula(run, tmp_path, make_run):

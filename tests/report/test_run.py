@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 from ows_lightning.errors import UsageError
 from ows_lightning.report import RunRecord
 from ows_lightning.report.model_card import model_card
-from ows_lightning.report.tables import key_figures, write_csv
+from ows_lightning.report.tables import block_frequency_table, key_figures, write_csv
 
 
 def test_reads_what_a_run_left(tmp_path, make_run):
@@ -113,6 +114,43 @@ def test_key_figures_of_a_lora_run(tmp_path):
     assert figures["peak_memory_mb"] is None
 
 
+def test_the_speed_of_a_run_is_the_median_of_its_steps(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,tokens_per_second\n0,10\n1,900\n2,1000\n")
+    assert key_figures(RunRecord.read(tmp_path))["median_tokens_per_second"] == 900
+
+
+def test_steps_are_counted_from_whatever_the_run_has_left(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,val_loss\n9,1.5\n19,1.25\n")
+    assert key_figures(RunRecord.read(tmp_path))["steps"] == 20
+    (tmp_path / "metrics.csv").write_text("step,train_loss\n9,1.5\n")
+    (tmp_path / "sampling_history.csv").write_text("interval,step,blocks\n0,0,1\n1,30,2\n")
+    run = RunRecord.read(tmp_path)
+    assert run.last_step == 30
+    assert run.num_layers == 3  # block 2 is the highest that is known of
+
+
+def test_sampling_by_weights_of_ones_own(tmp_path):
+    (tmp_path / "sampling_history.csv").write_text("interval,step,blocks\n0,0,1\n")
+    (tmp_path / "config.yaml").write_text(
+        "sampling: {distribution: [1, 2], activated_layers: 1, interval_steps: 9, grouping: 0.5}\n"
+    )
+    assert key_figures(RunRecord.read(tmp_path))["sampling"] == "own weights, 1 blocks every 9 steps, grouping 0.5"
+
+
+def test_expected_shares_are_means_over_draws_of_different_sizes(tmp_path):
+    """A quarter of the draws are of one block. Of two, a block's share is the sum over the pairs that hold it."""
+    (tmp_path / "sampling_history.csv").write_text("interval,step,blocks\n0,0,1\n1,5,0 1\n2,9,1 2\n3,12,0 1\n")
+    p = [0.5, 0.3, 0.2]
+    for distribution, pairs in (
+        ("window", {(0, 1): 0.8 / 1.3, (1, 2): 0.5 / 1.3}),
+        ("outlier", {(i, j): p[i] * p[j] / (1 - p[i]) + p[i] * p[j] / (1 - p[j]) for i, j in ((0, 1), (0, 2), (1, 2))}),
+    ):
+        scores = {"distribution": distribution, "outlier_ratios": [5, 3, 2], "probabilities": p}
+        (tmp_path / "outlier_scores.json").write_text(json.dumps(scores))
+        expected = [p[i] / 4 + 0.75 * sum(chance for pair, chance in pairs.items() if i in pair) for i in range(3)]
+        assert block_frequency_table(RunRecord.read(tmp_path))["expected_share"] == pytest.approx(expected)
+
+
 def damage(name: str, content: str | bytes | None):
     def apply(folder):
         if isinstance(content, bytes):
@@ -179,6 +217,36 @@ def test_a_card_claims_no_method_that_it_does_not_know(tmp_path, make_run):
     assert "`tiny`, fine-tuned with ows_lightning." in model_card(settings, tmp_path)  # a checkpoint's own folder
     folder = make_run(tmp_path / "galore", steps=50, sampled=False)
     assert "`tiny`, fine-tuned with GaLore in ows_lightning." in model_card(settings, folder)
+
+
+@pytest.mark.parametrize(
+    ("rank", "distribution", "method"),
+    [
+        (8, "outlier", "[OWS, Outlier-weighed Layerwise Sampling](https://arxiv.org/abs/2405.18380)"),
+        (None, "outlier", "[OWS, Outlier-weighed Layerwise Sampling](https://arxiv.org/abs/2405.18380), in full rank"),
+        (8, "uniform", "LISA (uniform layerwise sampling) and GaLore"),
+        (None, "uniform", "LISA (uniform layerwise sampling)"),
+        (8, "window", "layerwise sampling (distribution window) and GaLore"),
+    ],
+)
+def test_a_card_names_the_method(rank, distribution, method, tmp_path, make_run):
+    folder = make_run(tmp_path / "run", steps=50)
+    (folder / "config.yaml").write_text(f"sampling: {{distribution: {distribution}}}\n")
+    settings = {"model_name_or_path": "some/base", "rank": rank}
+    card = model_card(settings, folder)
+    assert f"`some/base`, fine-tuned with {method} in ows_lightning." in card
+    assert "base_model: some/base" in card
+    assert "fine-tuned with LoRA in" in model_card({**settings, "lora": {"r": 4}}, folder)
+
+
+def test_a_card_shows_no_folders_of_the_machine(tmp_path, make_run):
+    folder = make_run(tmp_path / "run", steps=50, model=str(tmp_path / "base"))
+    (tmp_path / "base").mkdir()
+    (folder / "config.yaml").write_text(f"data: {{dataset: [{tmp_path}/a.jsonl, ~/b.jsonl, me/c], seed: 1}}\n")
+    card = model_card({"model_name_or_path": str(tmp_path / "base")}, folder)
+    assert str(tmp_path) not in card
+    assert "base_model" not in card
+    assert "- a.jsonl\n  - b.jsonl\n  - me/c\n  seed: 1\n" in card
 
 
 def test_figures_that_cannot_be_read_leave_a_model_its_card(tmp_path, make_run):

@@ -351,6 +351,17 @@ def test_calibration_rows_follow_the_seed() -> None:
     assert {*chosen(0)} not in ({*chosen(1)}, {*range(8)})
 
 
+@pytest.mark.parametrize(("samples", "sizes", "of_stream"), [(6, [4, 2], [4, 4]), (2, [2], [2]), (200, [4] * 25, [4, 4])])
+def test_calibration_has_as_many_rows_as_there_are(samples: int, sizes: list[int], of_stream: list[int]) -> None:
+    rows, before = [{"input_ids": torch.tensor([i])} for i in range(100)], torch.get_rng_state()
+    for dataset, expected in ((rows, sizes), (Numbers(), of_stream)):
+        loader: DataLoader = DataLoader(dataset, batch_size=4)  # type: ignore[arg-type]
+        assert [len(batch["input_ids"]) for batch in calibration_batches(loader, samples, 0)] == expected
+    assert torch.equal(torch.get_rng_state(), before)  # which orders the rows of the run
+    batches = DataLoader([{"input_ids": torch.ones(4, 3)}] * 99, batch_size=None)  # type: ignore[var-annotated,arg-type]
+    assert len([*calibration_batches(batches, samples, 0)]) == -(-samples // 4)
+
+
 class Numbers(IterableDataset):
     """A stream."""
 
