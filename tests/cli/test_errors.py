@@ -279,7 +279,7 @@ CASES = {
     "two numbers of micro-batches": Case(
         fit("--config scheduler.yaml --trainer.accumulate_grad_batches 2"),
         "trainer.accumulate_grad_batches",
-        "GradientAccumulationScheduler sets it, too; leave one of them out",
+        "GradientAccumulationScheduler sets it, too; leave one out",
     ),
     "search of a learning rate": Case(
         fit("--trainer.callbacks LearningRateFinder"), "trainer.callbacks", "compare runs of a few steps"
