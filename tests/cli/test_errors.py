@@ -279,7 +279,7 @@ CASES = {
     "two numbers of micro-batches": Case(
         fit("--config scheduler.yaml --trainer.accumulate_grad_batches 2"),
         "trainer.accumulate_grad_batches",
-        "GradientAccumulationScheduler sets it, too; leave one of them out",
+        "GradientAccumulationScheduler sets it, too; leave one out",
     ),
     "search of a learning rate": Case(
         fit("--trainer.callbacks LearningRateFinder"), "trainer.callbacks", "compare runs of a few steps"
@@ -297,7 +297,9 @@ CASES = {
     ),
     "no time": Case(fit("--trainer.max_time 00:00:00:00"), "trainer.max_time", "give more, as 00:01:30:00 for 90 minutes"),
     "timer without time": Case(
-        fit("--trainer.callbacks Timer --trainer.callbacks.duration 00:00:00:00"), "trainer.max_time", "give more"
+        fit("--trainer.callbacks Timer --trainer.callbacks.duration 00:00:00:00"),
+        "trainer.callbacks.Timer.duration",
+        "give more",
     ),
     "sanity check of fewer than no batches": Case(
         fit("--trainer.num_sanity_val_steps -2"), "trainer.num_sanity_val_steps", "give a number from -1"
