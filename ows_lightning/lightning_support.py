@@ -38,8 +38,8 @@ def expected_steps(trainer: Trainer) -> float:
 def steps_before(trainer: Trainer, batch: float) -> int:
     """How many optimizer steps of a fit are done when a batch comes; batches are counted from 0, over all epochs."""
     epochs, place = divmod(batch, trainer.num_training_batches)
-    steps = [-(-trainer.num_training_batches // micro_batches_per_step(trainer, epoch)) for epoch in range(int(epochs))]
-    return int(sum(steps) + place // micro_batches_per_step(trainer, int(epochs)))
+    steps = sum(-(-trainer.num_training_batches // micro_batches_per_step(trainer, epoch)) for epoch in range(int(epochs)))
+    return int(steps + place // micro_batches_per_step(trainer, int(epochs)))
 
 
 def accumulation_scheduler(trainer: Trainer) -> stock.GradientAccumulationScheduler | None:
@@ -56,10 +56,9 @@ def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
     """Refuses callbacks of Lightning that can't work with CausalLMModule: a UsageError."""
-    for callback in callbacks:
+    for callback in (one for one in callbacks if not getattr(one, "_early_exit", False)):  # Tuner's own: no training follows
         for kind in (kind for kind in _UNSUITABLE_CALLBACKS if isinstance(callback, kind)):
-            if not getattr(callback, "_early_exit", False):  # Lightning's Tuner sets it: it trains nothing but its trials
-                raise UsageError(f"trainer.callbacks: {kind.__name__} {_UNSUITABLE_CALLBACKS[kind]}")
+            raise UsageError(f"trainer.callbacks: {kind.__name__} {_UNSUITABLE_CALLBACKS[kind]}")
 
 
 def check_strategy(strategy: object) -> None:
