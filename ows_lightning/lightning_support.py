@@ -1,4 +1,4 @@
-"""What sampled and projected training needs of a Trainer: a strategy, gradient clipping, and a clean-up after a fit."""
+"""What sampled and projected training needs of a Trainer: strategy, callbacks, steps, clipping, a clean-up after a fit."""
 
 import logging
 import math
@@ -17,21 +17,21 @@ from ows_lightning.optim.galore import GaLoreAdamW
 log = logging.getLogger(__name__)
 
 _UNSUITABLE_CALLBACKS = {
-    stock.StochasticWeightAveraging: "averages nothing, for weights come later; take WeightAveraging or EMAWeightAveraging",
-    stock.ModelPruning: "looks for weights before they are there; prune the run's model/, by torch.nn.utils.prune",
-    stock.BackboneFinetuning: "freezes a `backbone`, which there is none of; sampling.always_train names what trains",
-    stock.LearningRateFinder: "tries rates without sampling, and the schedule overrules it; compare runs of a few steps",
-    stock.BatchSizeFinder: "tries sizes without sampling, and no schedule follows it; `plan` names a size that fits",
+    stock.StochasticWeightAveraging: "copies the model before it is loaded; take WeightAveraging or EMAWeightAveraging",
+    stock.ModelPruning: "looks for weights before they are loaded; prune the exported model by torch.nn.utils.prune",
+    stock.BackboneFinetuning: "freezes a `backbone`, which the model does not have; sampling.always_train names what trains",
+    stock.LearningRateFinder: "tries rates without sampling, and the schedule sets others; compare runs of a few steps",
+    stock.BatchSizeFinder: "tries sizes without sampling, and the schedule keeps its steps; `plan` names a size that fits",
 }
-"""Callbacks of Lightning that can't work with CausalLMModule, why, and what to do instead."""
+"""Callbacks of Lightning that can't work with CausalLMModule: why, and what to do instead."""
 
 
 def expected_steps(trainer: Trainer) -> float:
     """A fit's optimizer steps; inf where nobody knows them, as of a stream without a length, for which Lightning has -1."""
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or -1
-    if epochs > 0 and 0 < batches < math.inf:  # Lightning counts all epochs as the one under way accumulates
+    if epochs > 0 and 0 < batches < math.inf:  # Lightning takes the current accumulation for all epochs
         limit = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-        return min(limit, steps_before(trainer, batches * min(epochs, limit)))  # each epoch has a step
+        return min(limit, steps_before(trainer, batches * min(epochs, limit)))  # an epoch has at least one step
     return steps if steps >= 0 else math.inf
 
 

@@ -67,10 +67,10 @@ class RunSummary(Callback):
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the share of the weights that train at some time, if the draws are known beforehand."""
+        """Warns if no validation comes; logs the share of the weights that train at some time, if the draws are known."""
         self.first_step = trainer.global_step
         sampling, steps = LayerwiseSampling.of(trainer), expected_steps(trainer)
-        if steps < float("inf") and trainer.enable_validation and trainer.val_dataloaders is None:  # the first epoch has none
+        if steps < float("inf") and trainer.enable_validation and trainer.val_dataloaders is None:  # epoch 1 has no validation
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         if not trainer.is_global_zero or steps == float("inf"):
             return

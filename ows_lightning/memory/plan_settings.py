@@ -214,11 +214,11 @@ def settings_of_run(config: Any, module: CausalLMModule) -> PlanSettings:
 
 
 def _most_micro_batches(trainer: dict[str, Any]) -> int:
-    """How many micro-batches make a step; of the schedule of a GradientAccumulationScheduler the most."""
+    """How many micro-batches make a step; with a GradientAccumulationScheduler, the largest number of its schedule."""
     callbacks = trainer.get("callbacks") or []
     for callback in reversed(callbacks if isinstance(callbacks, list) else [callbacks]):
         if str(callback.get("class_path")).endswith(".GradientAccumulationScheduler"):
-            return max(callback["init_args"]["scheduling"].values(), default=1)
+            return max(callback["init_args"]["scheduling"].values())
     return trainer.get("accumulate_grad_batches") or 1
 
 

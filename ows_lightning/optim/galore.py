@@ -291,7 +291,7 @@ def _check_options(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range by a ValueError that names one."""
     for name, value in options.items():
         fault = ""
-        if name in _LEAST and not (hasattr(value, "__float__") and value >= _LEAST[name]):  # Adafactor has two eps, and no lr
+        if name in _LEAST and not (hasattr(value, "__float__") and value >= _LEAST[name]):  # Adafactor's eps is a pair
             fault = f"must be at least {_LEAST[name]}"
         elif name in _CHOICES and value not in _CHOICES[name]:
             fault = f"must be {' or '.join(_CHOICES[name])}"

@@ -290,7 +290,7 @@ CASES = {
     "pruning": Case(
         fit("--trainer.callbacks ModelPruning --trainer.callbacks.pruning_fn l1_unstructured"),
         "trainer.callbacks",
-        "prune the run's model/, by torch.nn.utils.prune",
+        "prune the exported model by torch.nn.utils.prune",
     ),
     "backbone": Case(
         fit("--trainer.callbacks BackboneFinetuning"), "trainer.callbacks", "sampling.always_train names what trains"
