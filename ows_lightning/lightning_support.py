@@ -1,4 +1,4 @@
-"""What sampled and projected training needs of a Trainer: a strategy, gradient clipping, and a clean-up after a fit."""
+"""What sampled and projected training needs of a Trainer: strategy, callbacks, steps, clipping, a clean-up after a fit."""
 
 import logging
 import math
@@ -17,29 +17,29 @@ from ows_lightning.optim.galore import GaLoreAdamW
 log = logging.getLogger(__name__)
 
 _UNSUITABLE_CALLBACKS = {
-    stock.StochasticWeightAveraging: "averages nothing, for weights come later; take WeightAveraging or EMAWeightAveraging",
-    stock.ModelPruning: "looks for weights before they are there; prune the run's model/, by torch.nn.utils.prune",
-    stock.BackboneFinetuning: "freezes a `backbone`, which there is none of; sampling.always_train names what trains",
-    stock.LearningRateFinder: "tries rates without sampling, and the schedule overrules it; compare runs of a few steps",
-    stock.BatchSizeFinder: "tries sizes without sampling, and no schedule follows it; `plan` names a size that fits",
+    stock.StochasticWeightAveraging: "copies the model before it is loaded; take WeightAveraging or EMAWeightAveraging",
+    stock.ModelPruning: "looks for weights before they are loaded; prune the exported model by torch.nn.utils.prune",
+    stock.BackboneFinetuning: "freezes a `backbone`, which the model does not have; sampling.always_train names what trains",
+    stock.LearningRateFinder: "tries rates without sampling, and the schedule sets others; compare runs of a few steps",
+    stock.BatchSizeFinder: "tries sizes without sampling, and the schedule keeps its steps; `plan` names a size that fits",
 }
-"""Callbacks of Lightning that can't work with CausalLMModule, why, and what to do instead."""
+"""Callbacks of Lightning that can't work with CausalLMModule: why, and what to do instead."""
 
 
 def expected_steps(trainer: Trainer) -> float:
     """A fit's optimizer steps; inf where nobody knows them, as of a stream without a length, for which Lightning has -1."""
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or -1
-    if epochs > 0 and 0 < batches < math.inf:  # Lightning counts all epochs as the one under way accumulates
+    if epochs > 0 and 0 < batches < math.inf:  # Lightning takes the current accumulation for all epochs
         limit = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-        return min(limit, steps_before(trainer, batches * min(epochs, limit)))  # each epoch has a step
+        return min(limit, steps_before(trainer, batches * min(epochs, limit)))  # an epoch has at least one step
     return steps if steps >= 0 else math.inf
 
 
 def steps_before(trainer: Trainer, batch: float) -> int:
     """How many optimizer steps of a fit are done when a batch comes; batches are counted from 0, over all epochs."""
     epochs, place = divmod(batch, trainer.num_training_batches)
-    steps = [-(-trainer.num_training_batches // micro_batches_per_step(trainer, epoch)) for epoch in range(int(epochs))]
-    return int(sum(steps) + place // micro_batches_per_step(trainer, int(epochs)))
+    steps = sum(-(-trainer.num_training_batches // micro_batches_per_step(trainer, epoch)) for epoch in range(int(epochs)))
+    return int(steps + place // micro_batches_per_step(trainer, int(epochs)))
 
 
 def accumulation_scheduler(trainer: Trainer) -> stock.GradientAccumulationScheduler | None:
@@ -56,10 +56,9 @@ def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
     """Refuses callbacks of Lightning that can't work with CausalLMModule: a UsageError."""
-    for callback in callbacks:
+    for callback in (one for one in callbacks if not getattr(one, "_early_exit", False)):  # Tuner's own: no training follows
         for kind in (kind for kind in _UNSUITABLE_CALLBACKS if isinstance(callback, kind)):
-            if not getattr(callback, "_early_exit", False):  # Lightning's Tuner sets it: it trains nothing but its trials
-                raise UsageError(f"trainer.callbacks: {kind.__name__} {_UNSUITABLE_CALLBACKS[kind]}")
+            raise UsageError(f"trainer.callbacks: {kind.__name__} {_UNSUITABLE_CALLBACKS[kind]}")
 
 
 def check_strategy(strategy: object) -> None:

@@ -67,15 +67,18 @@ class RunSummary(Callback):
         log.info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the share of the weights that train at some time, if the draws are known beforehand."""
+        """Warns if no validation comes; logs the share of the weights that train at some time, if the draws are known."""
         self.first_step = trainer.global_step
         sampling, steps = LayerwiseSampling.of(trainer), expected_steps(trainer)
+        if steps < float("inf") and trainer.enable_validation and trainer.val_dataloaders is None:  # epoch 1 has no validation
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         if not trainer.is_global_zero or steps == float("inf"):
             return
-        validates, due = pl_module.automatic_optimization and any(trainer.num_val_batches), trainer.val_check_batch or 0
+        # The number of the first batch that a validation may follow; where they come by time, there is no `val_check_batch`.
+        validates, due = pl_module.automatic_optimization and any(trainer.num_val_batches), trainer.val_check_batch or 1
         if epochs_before := (trainer.check_val_every_n_epoch or 1) - 1:
             due += epochs_before * trainer.num_training_batches
-        if validates and 0 < due < float("inf") and steps_before(trainer, due - 1) >= steps:
+        if validates and due < float("inf") and steps_before(trainer, due - 1) >= steps:
             setting = "check_val_every_n_epoch" if epochs_before else "val_check_interval"
             log.warning("No validation in these %d steps: lower trainer.%s", steps, setting)
         if sampling is not None and (drawn := sampling.planned_blocks(int(steps))) is not None:  # else they depend on scores
@@ -116,9 +119,8 @@ class RunSummary(Callback):
         if after := _logged_metrics(trainer, *_SHOWN_METRICS):
             when = "training" if self.validated_step == trainer.global_step else f"step {self.validated_step}"
             log.info("After %s: validation %s", when, _metrics_text(after, self.before, self.batches_before))
-        steps, quoted = [], shlex.quote(str(folder / "config.yaml"))
-        if is_run_folder(folder):
-            steps.append(f"report {shlex.quote(str(folder))}")
+        quoted = shlex.quote(str(folder / "config.yaml"))
+        steps = [f"report {shlex.quote(str(folder))}"] if is_run_folder(folder) else []
         data = trainer.datamodule  # type: ignore[attr-defined]
         has_test_rows = not isinstance(data, InstructionDataModule) or data.test_dataset or data.eval_dataset or data.val_size
         if has_test_rows and (last := getattr(checkpoint_callback(trainer), "last_model_path", "")):

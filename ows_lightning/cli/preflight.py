@@ -53,11 +53,11 @@ _RANGES = {
 }  # fmt: skip
 """The least and the greatest value of a number where nothing else checks it."""
 
-_POSITIVE_ARGUMENTS = {
+_RUN_COMMANDS = {
     "fit": ("max_steps", "max_epochs", "limit_train_batches", "val_check_interval", "check_val_every_n_epoch"),
     "validate": ("limit_val_batches",), "test": ("limit_test_batches",), "predict": ("limit_predict_batches",),
 }  # fmt: skip
-"""The commands that write into a run's folder, each with the Trainer's arguments of which 0 makes it useless."""
+"""The commands that write into a run's folder, each with the Trainer's arguments that can't be 0."""
 
 
 def check_settings(config: Mapping[str, Any], trains: bool) -> None:
@@ -108,12 +108,12 @@ def check_run(
     command: str, model: LightningModule, data: LightningDataModule, trainer_args: Mapping[str, Any], trainer: Trainer
 ) -> None:
     """Checks what a command is about to use: the module without its weights, the Trainer as it is given, the first rows."""
-    for key in _POSITIVE_ARGUMENTS.get(command, ()):
+    for key in _RUN_COMMANDS.get(command, ()):
         if trainer_args[key] == 0:
             raise UsageError(f"trainer.{key}: it can't be 0 in `{command}`; give a number above 0, or leave it out")
     if command != "export":  # which computes nothing
         check_devices(trainer)
-    if command in _POSITIVE_ARGUMENTS:
+    if command in _RUN_COMMANDS:
         _check_nodes(trainer)
         check_writable("trainer.default_root_dir", Path(trainer.default_root_dir))
         for logger in (logger for logger in trainer.loggers if isinstance(logger, CSVLogger) and logger._version is not None):
@@ -135,7 +135,8 @@ def check_run(
             raise UsageError("trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one out")
         for callback in callbacks:
             if isinstance(callback, Timer) and (seconds := callback.time_remaining()) is not None and seconds <= 0:
-                raise UsageError("trainer.max_time: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")
+                key = "callbacks.Timer.duration" if trainer_args["max_time"] is None else "max_time"
+                raise UsageError(f"trainer.{key}: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")
             if isinstance(callback, ModelCheckpoint):
                 _check_checkpoint(callback, sharded="fsdp2" in str(trainer_args["strategy"]).lower())
         _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)
@@ -143,7 +144,7 @@ def check_run(
         config = model.check()
         if model.hparams["kernels"] is not None and command != "export":
             liger_for(config)
-        if command in _POSITIVE_ARGUMENTS:
+        if command in _RUN_COMMANDS:
             trains_unsampled = command == "fit" and sampling is None
             check_offloading(model.hparams, trains_unsampled, trainer.num_devices, str(trainer_args["strategy"]))
         if sampling is not None:

@@ -214,10 +214,10 @@ def settings_of_run(config: Any, module: CausalLMModule) -> PlanSettings:
 
 
 def _most_micro_batches(trainer: dict[str, Any]) -> int:
-    """How many micro-batches make a step; of the schedule of a GradientAccumulationScheduler the most."""
+    """How many micro-batches make a step; with a GradientAccumulationScheduler, the largest number of its schedule."""
     callbacks = trainer.get("callbacks") or []
     for callback in reversed(callbacks if isinstance(callbacks, list) else [callbacks]):
-        if str(callback.get("class_path")).endswith("GradientAccumulationScheduler"):
+        if str(callback.get("class_path")).endswith(".GradientAccumulationScheduler"):
             return max(callback["init_args"]["scheduling"].values())
     return trainer.get("accumulate_grad_batches") or 1
 
@@ -238,8 +238,7 @@ def _optimizer_factory(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]
 
 
 def _strategy(setting: Any) -> str | None:
-    name = setting.get("class_path") if isinstance(setting, dict) else setting
-    name = str(name or "auto").rpartition(".")[2].lower()
+    name = str((setting.get("class_path") if isinstance(setting, dict) else setting) or "auto").rpartition(".")[2].lower()
     return None if name == "auto" else "fsdp2" if "modelparallel" in name or "fsdp2" in name else name
 
 

@@ -131,7 +131,7 @@ class GaLoreAdamW(GradientCapture):
         """Loads a state; moments keep the dtype in which they were saved (torch casts to the parameter's).
 
         Raises:
-            ValueError: A group has a ``rank`` only here or only in the state, or the state an option out of range.
+            ValueError: A group has a ``rank`` only here or only in the state, or the state an option that is out of range.
         """
         for number, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             rank, saved_rank = group.get("rank"), saved.get("rank")
@@ -291,7 +291,7 @@ def _check_options(options: dict[str, Any]) -> None:
     """Refuses options of a group that are out of their range by a ValueError that names one."""
     for name, value in options.items():
         fault = ""
-        if name in _LEAST and not value >= _LEAST[name]:
+        if name in _LEAST and not (hasattr(value, "__float__") and value >= _LEAST[name]):  # Adafactor's eps is a pair
             fault = f"must be at least {_LEAST[name]}"
         elif name in _CHOICES and value not in _CHOICES[name]:
             fault = f"must be {' or '.join(_CHOICES[name])}"

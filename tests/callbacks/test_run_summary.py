@@ -70,6 +70,9 @@ def test_a_prediction_is_for_the_devices_that_the_run_has(tmp_path: Path, monkey
         ({0: 8}, {"max_epochs": 2, "check_val_every_n_epoch": 3}),
         ({0: 8, 1: 2}, {"max_steps": 4, "check_val_every_n_epoch": 2, "val_check_interval": 6}),
         ({0: 8, 1: 2}, {"max_steps": 3, "check_val_every_n_epoch": 2, "val_check_interval": 6}),
+        ({0: 1}, {"max_epochs": 1, "check_val_every_n_epoch": 2, "val_check_interval": "01:00:00:00"}),
+        ({0: 1}, {"max_epochs": 1, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}),
+        ({0: 1}, {"max_epochs": 2, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}),
     ],
 )
 def test_a_validation_that_does_not_come_is_said_for_any_schedule_of_accumulation(
@@ -82,11 +85,13 @@ def test_a_validation_that_does_not_come_is_said_for_any_schedule_of_accumulatio
     trainer = Trainer(
         accelerator="cpu", callbacks=[summary, GradientAccumulationScheduler(scheduling)], default_root_dir=tmp_path,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=1, **limits,
+        **{"num_sanity_val_steps": 1, **limits},
     )  # fmt: skip
     rows = DataLoader([tiny_batch()] * 8, batch_size=None)
     trainer.fit(module, rows, rows)
-    assert ("No validation in these" in caplog.text) == (summary.validated_step == 0)  # the sanity check's
+    setting = "check_val_every_n_epoch" if (trainer.check_val_every_n_epoch or 1) > 1 else "val_check_interval"
+    said = re.search(rf"No validation in these \d+ steps: lower trainer\.{setting}$", caplog.text, re.MULTILINE)
+    assert bool(said) == (not summary.validated_step)  # 0: the sanity check's
 
 
 def test_a_prediction_is_for_the_largest_accumulation_of_a_schedule(tmp_path: Path) -> None:
@@ -98,7 +103,9 @@ def test_a_prediction_is_for_the_largest_accumulation_of_a_schedule(tmp_path: Pa
         settings_from_config({**config, "trainer": trainer}).accumulate_grad_batches
         for trainer in (
             {"callbacks": [scheduler, {"class_path": "Timer"}]}, {"callbacks": scheduler},
-            {"callbacks": [{"class_path": "Timer"}], "accumulate_grad_batches": 3}, {},
+            {"callbacks": [{"class_path": "Timer"}, {"class_path": "my.OwnGradientAccumulationScheduler"}],
+             "accumulate_grad_batches": 3},
+            {},
         )
     ]  # fmt: skip
     assert found == [8, 8, 3, 1]

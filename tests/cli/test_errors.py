@@ -290,14 +290,16 @@ CASES = {
     "pruning": Case(
         fit("--trainer.callbacks ModelPruning --trainer.callbacks.pruning_fn l1_unstructured"),
         "trainer.callbacks",
-        "prune the run's model/, by torch.nn.utils.prune",
+        "prune the exported model by torch.nn.utils.prune",
     ),
     "backbone": Case(
         fit("--trainer.callbacks BackboneFinetuning"), "trainer.callbacks", "sampling.always_train names what trains"
     ),
     "no time": Case(fit("--trainer.max_time 00:00:00:00"), "trainer.max_time", "give more, as 00:01:30:00 for 90 minutes"),
     "timer without time": Case(
-        fit("--trainer.callbacks Timer --trainer.callbacks.duration 00:00:00:00"), "trainer.max_time", "give more"
+        fit("--trainer.callbacks Timer --trainer.callbacks.duration 00:00:00:00"),
+        "trainer.callbacks.Timer.duration",
+        "give more",
     ),
     "sanity check of fewer than no batches": Case(
         fit("--trainer.num_sanity_val_steps -2"), "trainer.num_sanity_val_steps", "give a number from -1"

@@ -313,6 +313,13 @@ def test_the_state_of_an_adamw_that_does_something_else_is_refused(option: str) 
         GaLoreAdamW([{"params": model.parameters(), option: True}])
 
 
+def test_the_state_of_an_adafactor_is_refused() -> None:
+    model = net()
+    optimizer = GaLoreAdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"eps: \(None, 0.001\) must be at least 0"):
+        optimizer.load_state_dict(torch.optim.Adafactor(model.parameters()).state_dict())
+
+
 @pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("moments_at_renewal", ["keep", "reproject"])
 def test_a_state_from_another_precision_is_taken(before: torch.dtype, after: torch.dtype, moments_at_renewal: str) -> None:
