@@ -70,8 +70,6 @@ class RunSummary(Callback):
         """Warns if no validation comes; logs the share of the weights that train at some time, if the draws are known."""
         self.first_step = trainer.global_step
         sampling, steps = LayerwiseSampling.of(trainer), expected_steps(trainer)
-        if steps < float("inf") and trainer.enable_validation and trainer.val_dataloaders is None:  # epoch 1 has no validation
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         if not trainer.is_global_zero or steps == float("inf"):
             return
         # The number of the first batch that a validation may follow; where they come by time, there is no `val_check_batch`.
