@@ -56,3 +56,10 @@ def test_rows_that_are_seen_again_by_another_number_of_processes_are_said() -> N
     with pytest.warns(UserWarning, match="2 rows of this epoch are seen again: 8 are no multiple of 3 processes"):
         third.load_state_dict({"epoch": 0, "rows": 8, "order": {}})
     assert third.state_dict()["rows"] == 6
+
+
+def test_a_loader_whose_sampler_was_replaced_goes_on_behind_the_rows_that_were_seen() -> None:
+    """As ``overfit_batches`` replaces it."""
+    loader = ResumableLoader(LENGTHS, batch_size=2)
+    loader.load_state_dict({"epoch": 0, "rows": 4, "order": {}})
+    assert [int(row) for batch in loader for row in batch] == LENGTHS[4:]
