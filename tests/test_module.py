@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
-from ows_lightning.callbacks.generations import ShowGenerations
+from ows_lightning.callbacks.generations import PredictionFile, ShowGenerations
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
 from ows_lightning.lightning_support import expected_steps
@@ -491,6 +491,27 @@ def test_answers_of_another_run_in_the_same_folder_are_gone(model_dir: ModelDir,
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": []}, "prompts: give one prompt"),
+        ({"prompts": ["a?"], "every_n_steps": 0}, "every_n_steps: 0 must be at l"),
+    ],
+)
+def test_answers_to_no_prompt_or_after_no_steps_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=rf"^ShowGenerations\.{message}"):
+        ShowGenerations(**settings)
+
+
+def test_predictions_are_written_as_they_are_read(model_dir: ModelDir, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Straße?", "output": "nö"}\n', encoding="utf-8")
+    data = InstructionDataModule(str(tmp_path / "rows.jsonl"), eval_dataset=str(tmp_path / "rows.jsonl"), val_size=0)
+    trainer(tmp_path, PredictionFile()).predict(CausalLMModule(str(model_dir()), max_new_tokens=2), data)
+    line = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    assert '"reference": "nö"' in line
+    assert "null" not in line
+
+
 def test_a_run_without_a_logger_leaves_files_of_the_user_alone(model_dir: ModelDir, tmp_path: Path) -> None:
     (tmp_path / "generations.csv").write_text("mine")
     run = trainer(tmp_path, ShowGenerations(["why?"], every_n_steps=1), max_steps=1, logger=False)
@@ -508,6 +529,33 @@ def test_a_model_named_by_a_path_is_saved_and_resumed(model_dir: ModelDir, tmp_p
         run.fit(CausalLMModule(directory, rank=4), rows, ckpt_path=ckpt_path)  # type: ignore[arg-type]
         run.save_checkpoint(tmp_path / "one.ckpt")
         assert run.global_step == steps
+
+
+LORA = {"target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changed", "said"),
+    [
+        ({"rank": 4, "optimizer": galore}, {"proj_type": "left"}, r"model.proj_type \('std' in the checkpoint, 'left' now\)"),
+        (
+            {"rank": 4, "optimizer": galore},
+            {"project_embeddings": True},
+            r"model.project_embeddings \(False in the checkpoint",
+        ),
+        ({"rank": None, "optimizer": adamw, "lora": {"r": 4, **LORA}}, {"lora": {"r": 8, **LORA}}, r"model.lora \({'r': 4"),
+    ],
+    ids=["proj_type", "project_embeddings", "lora"],
+)
+def test_a_run_does_not_go_on_in_other_subspaces_or_adapters(
+    settings: dict[str, Any], changed: dict[str, Any], said: str, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    directory, rows = str(model_dir()), DataLoader(rows_with_uneven_targets(), batch_size=4)
+    first = trainer(tmp_path, max_steps=1)
+    first.fit(CausalLMModule(directory, **settings), rows)
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(UsageError, match=rf"^ckpt_path: .* other settings: {said}"):
+        trainer(tmp_path).fit(CausalLMModule(directory, **{**settings, **changed}), rows, ckpt_path=tmp_path / "one.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, OWSTrainer
 from ows_lightning.callbacks.resume import Resume
+from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.errors import RunError
 from tests.data.samples import tiny_tokenizer
@@ -46,6 +48,26 @@ def test_a_run_that_is_told_to_end_saves_itself(tmp_path: Path) -> None:
     found = find_checkpoint("last", tmp_path)
     assert found is not None
     assert Path(found).name == "interrupted-step=2.ckpt"
+
+
+def test_a_signal_ends_one_run_and_none_is_waited_for_in_a_thread(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    saves = SaveOnSignal()
+
+    def fit(*callbacks: Callback) -> int:
+        trainer = OWSTrainer(
+            accelerator="cpu", max_steps=3, default_root_dir=tmp_path, logger=False, callbacks=[saves, *callbacks],
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(CausalLMModule(str(tmp_path), rank=4), DataLoader([tiny_batch()] * 3, batch_size=None))
+        return trainer.global_step
+
+    with pytest.raises(RunError, match="stopped by SIGTERM after step 2"):
+        fit(Terminate())
+    assert fit() == 3
+    with ThreadPoolExecutor(1) as threads:  # in which Python takes no signals
+        assert threads.submit(fit).result() == 3
 
 
 def test_a_run_that_ends_before_a_validation_does_not_stop_early(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ows_lightning import OWSTrainer
+from ows_lightning.callbacks.stop_on_nan import StopOnNaN
 from ows_lightning.errors import RunError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -111,6 +112,33 @@ def test_ten_bad_steps_in_a_row_end_the_run_of_any_module(tmp_path: Path) -> Non
     with pytest.raises(RunError, match="10 steps in a row"):
         trainer.fit(SomebodyElses([0, *range(2, 11), *range(12, 30)]), DataLoader(torch.ones(30, 4)))  # type: ignore[arg-type]
     assert trainer.global_step == 22
+
+
+class KeepsItsOptimizer(SomebodyElses):
+    def __init__(self) -> None:
+        super().__init__([])
+        self.optimizer = super().configure_optimizers()
+
+    def configure_optimizers(self) -> GaLoreAdamW:
+        return self.optimizer
+
+
+def test_bad_steps_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
+    stops, module = StopOnNaN(), KeepsItsOptimizer()
+
+    def fit(*bad_steps: int) -> int:
+        module.bad_steps = bad_steps
+        trainer = OWSTrainer(
+            accelerator="cpu", devices=1, default_root_dir=tmp_path, max_steps=12, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[stops],
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(torch.ones(12, 4)))  # type: ignore[arg-type]
+        return trainer.global_step
+
+    with pytest.raises(RunError, match="10 steps in a row"):
+        fit(*range(12))
+    assert fit(0) == 12  # not the eleventh in a row
+    assert fit(*range(1, 10)) == 12  # nine, though the optimizer has skipped others before
 
 
 class OneBadGradient(CausalLMModule):

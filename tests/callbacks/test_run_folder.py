@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -46,8 +47,8 @@ class Breaks(Callback):
 
 def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
     return Trainer(
-        accelerator="cpu", devices=1, max_steps=2, default_root_dir=root, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks], **{"logger": False, **settings},
+        accelerator="cpu", devices=1, max_steps=2, default_root_dir=root, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[*callbacks], **{"logger": False, "enable_checkpointing": False, **settings},
     )  # fmt: skip
 
 
@@ -68,6 +69,45 @@ def test_is_free_after_an_exception(tmp_path: Path) -> None:
         broken.fit(Module(), batches())
     trainer(tmp_path, RunFolder()).fit(Module(), batches())
     assert broken.callbacks  # it lives, as in a notebook
+
+
+class Interrupts(Callback):
+    """As Ctrl-C in the second step, and in a validation; keeps what is said to it."""
+
+    said: str | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            raise KeyboardInterrupt
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.said = " ".join(getattr(exception, "__notes__", ()))
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_an_interrupt_says_whether_the_run_can_go_on(saves: bool, tmp_path: Path) -> None:
+    ends = Interrupts()
+    saving = [ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1)] if saves else []
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(tmp_path, RunFolder(), ends, *saving, enable_checkpointing=saves).fit(Module(), batches())
+    assert ends.said == ("`--ckpt_path last` goes on from the newest checkpoint" if saves else "no checkpoint was saved yet")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(tmp_path, RunFolder(), ends).validate(Module(), batches(), verbose=False)
+    assert ends.said == ""
+
+
+def test_what_killed_runs_left_beside_a_run_is_cleared_away_and_a_living_ones_file_stays(tmp_path: Path) -> None:
+    living, killed = (tmp_path / f"version_{number}" / "checkpoints" / ".last.ckpt.partial" for number in range(2))
+    for file in (living, killed):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(1000))
+    with FileLock(living.parents[1] / ".lock"):
+        trainer(tmp_path, RunFolder(), logger=CSVLogger(tmp_path, name="")).fit(Module(), batches())
+    assert living.exists()
+    assert not killed.exists()
 
 
 @pytest.mark.parametrize(("base", "message"), [("model", "is what the result is made from"), ("base", "no part of a model")])

@@ -29,6 +29,9 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
         ({"messages": '[{"role": "user", "content": "q"}]'}, [QUESTION]),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}], "name": None}]}, [QUESTION]),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, [QUESTION, ANSWER]),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": []}]}, [QUESTION, ANSWER]),
+        ({"messages": [{"role": "developer", "content": "s"}, QUESTION, ANSWER]}, [SYSTEM, QUESTION, ANSWER]),
+        ({"conversations": [{"from": "function_response", "value": "3"}]}, [{"role": "tool", "content": "3"}]),
         ({"prompt": "q", "choices": ["x", "a"], "answer": 1}, [QUESTION, ANSWER]),
         ({"prompt": "q", "choices": ["x", "a"], "answer": "B"}, [QUESTION, ANSWER]),
         ({"prompt": "q", "choices": ["a", "B"], "answer": "B"}, [QUESTION, {**ANSWER, "content": "B"}]),
@@ -90,6 +93,13 @@ def test_reasoning_alone_is_an_answer() -> None:
     assert example({"messages": [QUESTION, thinking]})["messages"][1] == thinking
 
 
+def test_what_arrow_adds_to_functions_is_left_out() -> None:
+    """It gives all of a column the same keys, which a chat template would write down as null."""
+    tools = [{"type": "function", "function": {"name": "f", "strict": None}}]
+    made = example({"messages": [QUESTION, ANSWER], "tools": tools})
+    assert made["tools"] == [{"type": "function", "function": {"name": "f"}}]
+
+
 def test_answer_and_choices_are_kept() -> None:
     made = example({"instruction": "q", "output": "the answer is b", "answer": "b", "choices": ["a", "b"]})
     assert (made["answer"], made["choices"]) == ("b", ["a", "b"])
@@ -141,6 +151,7 @@ def test_columns_are_renamed() -> None:
         ({"messages": [QUESTION], "tools": "{"}, "row 1: 'tools' is not valid JSON"),
         ({"messages": [QUESTION], "tools": ["f"]}, "row 1: 'tools' must be a list of objects, got text in it"),
         ({"messages": [{"role": ["user"], "content": "q"}]}, r"entry 1 has the role \['user'\]; known are"),
+        ({"messages": [{**ANSWER, "reasoning_content": ["hm"]}]}, "entry 1: 'reasoning_content' must be text, got a list"),
         ({"messages": [{**ANSWER, "tool_calls": "f"}]}, "entry 1: 'tool_calls' must be a list of objects, got text"),
         (
             {"messages": [{**ANSWER, "tool_calls": [{"function": "f"}]}]},

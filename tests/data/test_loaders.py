@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler
 
-from ows_lightning.data.loaders import RankSampler
+from ows_lightning.data.loaders import RankSampler, ResumableLoader
 
 LENGTHS = torch.randint(1, 100, (23,), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -45,3 +45,21 @@ def test_batches_grouped_by_length_have_less_padding() -> None:
         return sum(max(lengths[i] for i in row) - lengths[j] for row in rows for j in row)
 
     assert padding(8) < 0.1 * padding(None)
+
+
+def test_rows_that_are_seen_again_by_another_number_of_processes_are_said() -> None:
+    one = ResumableLoader(LENGTHS, batch_size=2, sampler=RankSampler(LENGTHS))
+    one.load_state_dict({"epoch": 0, "rows": 8, "order": {}})
+    left = list(RankSampler(LENGTHS))[8:]
+    assert [int(row) for batch in one for row in batch] == [LENGTHS[i] for i in left]
+    third = ResumableLoader(LENGTHS, batch_size=2, sampler=RankSampler(LENGTHS, 0, 3))
+    with pytest.warns(UserWarning, match="2 rows of this epoch are seen again: 8 are no multiple of 3 processes"):
+        third.load_state_dict({"epoch": 0, "rows": 8, "order": {}})
+    assert third.state_dict()["rows"] == 6
+
+
+def test_a_loader_whose_sampler_was_replaced_goes_on_behind_the_rows_that_were_seen() -> None:
+    """As ``overfit_batches`` replaces it."""
+    loader = ResumableLoader(LENGTHS, batch_size=2)
+    loader.load_state_dict({"epoch": 0, "rows": 4, "order": {}})
+    assert [int(row) for batch in loader for row in batch] == LENGTHS[4:]

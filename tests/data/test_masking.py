@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer
 
 from ows_lightning.data.masking import Encoded, Encoder, end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
@@ -216,6 +218,19 @@ def test_the_plain_template_goes_with_the_tokenizer() -> None:
     tokenizer = with_chat_template(tiny_tokenizer("none"))
     prompt = tokenizer.apply_chat_template(SYSTEM + TWO_TURNS[:1], tokenize=False, add_generation_prompt=True)
     assert prompt == "### System:\nbe brief\n\n### Instruction:\nwho is the third\n\n### Response:\n"
+
+
+def test_the_plain_template_begins_as_the_tokenizer_begins_every_text() -> None:
+    tokenizer = tiny_tokenizer("none")
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    (row,) = Encoder(with_chat_template(tokenizer), 512).encode({"messages": TWO_TURNS[:2]}, "row 1")
+    assert tokenizer.decode(row.input_ids).startswith("<s>### Instruction:\nwho is the third")
+
+
+def test_a_tokenizer_that_tells_no_places_of_its_tokens_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^the tokenizer of 'ByT5Tokenizer' has no fast version"):
+        with_chat_template(ByT5Tokenizer())
 
 
 def test_a_tokenizer_without_end_of_sequence_is_refused() -> None:

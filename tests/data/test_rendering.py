@@ -149,6 +149,11 @@ def test_rows_that_lose_something_are_counted_and_named(jsonl: Callable[..., str
         assert "left out: rows.jsonl line 3" in said
 
 
+def test_reasoning_without_an_answer_is_trained() -> None:
+    thinks = CHATML.replace("{{ m['content'] }}", "<think>{{ m['reasoning_content'] }}</think>{{ m['content'] or '' }}")
+    assert encode(thinks, [QUESTION, {"role": "assistant", "reasoning_content": "hm"}])[1] == ["<think>hm</think><|im_end|>"]
+
+
 @pytest.mark.parametrize(("weight", "answers"), [("0", 1), (0.0, 1), (False, 1), ("1", 2), (1, 2)])
 def test_a_weight_may_be_text(weight: Any, answers: int) -> None:
     assert len(encode(CHATML, [QUESTION, {**ANSWER, "weight": weight}, QUESTION, ANSWER])[1]) == answers

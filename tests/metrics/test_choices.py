@@ -19,6 +19,7 @@ from ows_lightning.data import InstructionDataModule
 from ows_lightning.data.formats import to_example
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.errors import UsageError
+from ows_lightning.metrics.choices import ChoiceAccuracy
 from ows_lightning.module import CausalLMModule
 
 ROWS = [
@@ -71,6 +72,21 @@ def test_accuracy_is_that_of_one_forward_pass_a_choice(
     assert figures["test_accuracy"] == pytest.approx(p)
     assert figures["test_accuracy_norm"] == pytest.approx(sum(normalised) / 5)
     assert figures["test_accuracy_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 4))
+
+
+def test_a_long_choice_counts_by_its_mean() -> None:
+    metric = ChoiceAccuracy()
+    right, characters = torch.tensor([0, 1] * 2), torch.tensor([1, 4, 1, 1])
+    metric.update(
+        {"row": torch.tensor([0, 0, 1, 1]), "right": right, "characters": characters}, torch.tensor([-2.0, -4, -2, -4])
+    )
+    figures = {name: value.item() for name, value in metric.compute().items()}
+    assert figures == {
+        "accuracy": 0.0,
+        "accuracy_stderr": 0.0,
+        "accuracy_norm": 0.5,
+        "accuracy_norm_stderr": pytest.approx(0.5),
+    }
 
 
 def test_rows_of_the_commonsense_files_have_their_choices_in_the_question() -> None:

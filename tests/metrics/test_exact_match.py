@@ -93,3 +93,18 @@ def test_what_is_known_ends_where_the_row_differs_or_the_answer_ends(model_dir: 
     # A beginning of another reference decides nothing, and neither does a prompt that was not met.
     assert known.answers({**batch, "reference": ["mother", tokenizer.decode([other]) + "ray", None]})[1:] == [None, ""]
     assert known.answers({**batch, "input_ids": prompts + 1}) == [None] * 3
+
+
+def test_an_answer_may_end_at_any_of_several_tokens(model_dir: ModelDir) -> None:
+    module = CausalLMModule(str(model_dir()))
+    tokenizer, generation = module.tokenizer, module.language_model.generation_config
+    right = tokenizer("mother", add_special_tokens=False).input_ids
+    generation.eos_token_id = [2, 4]
+    known = TeacherForcedAnswers.of(generation, tokenizer, 20)
+    assert known is not None
+    ids = torch.tensor([[5, 6, 7, *right, 2]])
+    labels = ids.clone()
+    labels[:, [0, 2]] = -100  # between them stands an earlier answer, which belongs to the prompt
+    known.add({"input_ids": ids, "labels": labels}, torch.tensor([6, *right[:-1], 4, 2]))
+    prompt = {"input_ids": ids[:, :3], "attention_mask": torch.ones_like(ids[:, :3]), "reference": ["mother"]}
+    assert known.answers(prompt) == [tokenizer.decode(right[:-1])]

@@ -24,6 +24,7 @@ def test_a_block_that_several_others_share_trains_if_one_of_them_is_active() -> 
     optimizer = torch.optim.AdamW(model.parameters())
     for active in ([1], [3], [1, 4], [0, 5]):
         activate_blocks(trainable_by_block(model) if active == [1] else layers, active, optimizers=[optimizer])
+        assert all(p.grad is None for p in layers.parameters() if not p.requires_grad)
         model(**tiny_batch(length=8)).loss.backward()
         trained = {p for index in active for p in layers[index].parameters()}
         assert {p for p in layers.parameters() if p.requires_grad} == trained
@@ -45,3 +46,11 @@ def test_a_block_without_parameters_costs_nothing() -> None:
     layers = nn.ModuleList([nn.Linear(2, 2), nn.Identity()])
     activate_blocks(layers, [1])
     assert not any(p.requires_grad for p in layers.parameters())
+
+
+def test_matrices_with_no_more_inputs_than_the_rank_stay_frozen_at_rest() -> None:
+    layers = decoder_layers(tiny_model("llama"))
+    activate_blocks(layers, [1], resting_rank=32)
+    rests = [{name for name, p in layer.named_parameters() if p.requires_grad} for layer in layers]
+    assert rests[0] == set()
+    assert rests[2] == rests[3] == {"mlp.down_proj.weight"}  # of 64 inputs

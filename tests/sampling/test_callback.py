@@ -152,6 +152,8 @@ def test_draws_by_optimizer_step_once_a_boundary(settings: dict, tmp_path: Path)
     expected = list(range(0, trainer.global_step, 5))
     assert [(interval, step) for interval, step, _ in history(tmp_path)] == [(step // 5, step) for step in expected]
     assert history(tmp_path) == sampling.history
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["interval"]] == expected
 
 
 @pytest.mark.parametrize(
@@ -259,8 +261,10 @@ def test_scores_decide_the_draws_and_are_written(tmp_path: Path) -> None:
             for p in decoder_layers(module)[index].parameters():
                 if p.dim() == 2:
                     p.fill_(0.01)
+    module.save_hyperparameters({"model_name_or_path": "hub/model"})
     fit(module, sampling, tmp_path, max_steps=8)
     written = BlockScores.load(tmp_path / "outlier_scores.json")
+    assert written.model == "hub/model"
     assert len(written.outlier_ratios) == LAYERS
     assert written.calibration_samples == 4
     assert sum(written.probabilities) == pytest.approx(1)
@@ -550,6 +554,7 @@ def test_what_trains_over_the_run_is_said_only_where_it_is_known(tmp_path: Path)
     for other in (
         AtOtherTimes(activated_layers=2, distribution="uniform"),
         LayerwiseSampling(activated_layers=2, distribution="weight_norm", rescore_every=2),
+        LayerwiseSampling(activated_layers=2, distribution="gradient_norm"),
     ):
         fit(SomebodyElsesModule(), other, tmp_path, max_steps=1)
         assert other.planned_blocks(23) is None

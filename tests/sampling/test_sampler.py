@@ -20,6 +20,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
+from ows_lightning.sampling.scores import BlockScores
 from tests.tiny import tiny_batch, tiny_model
 
 SETTINGS: dict[str, Any] = {"activated_layers": 1, "interval_steps": 2, "distribution": "uniform"}
@@ -139,6 +140,10 @@ def test_gradients_that_are_not_finite_do_not_count_in_the_norms(value: float) -
     next(decoder_layers(model)[active].parameters()).grad[0, 0] = value
     sampler.observe([optimizer])
     assert sampler.gradient_norms == before
+    for p in decoder_layers(model)[active].parameters():
+        p.grad.zero_()
+    sampler.observe([optimizer])  # a step in which the block had nothing to learn
+    assert sampler.gradient_norms == before
 
 
 def test_numbers_of_numpy_and_torch_are_settings_like_any_other(tmp_path: Path) -> None:
@@ -174,6 +179,25 @@ def test_a_resumed_run_goes_on_in_ones_own_loop(early: bool) -> None:
     after.release()
     train(after, tiny_model("llama"), range(4))
     assert after.history == whole.history[:2]
+
+
+def test_a_resumed_run_writes_all_its_draws(tmp_path: Path) -> None:
+    sampler = BlockSampler(**SETTINGS)
+    train(sampler, tiny_model("llama"), range(5))
+    sampler.write(tmp_path / "first")
+    train(sampler, tiny_model("llama"), range(5, 9), sampler.state_dict())
+    sampler.write(tmp_path / "second")
+    lines = (tmp_path / "second" / "sampling_history.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["interval", "0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("step", "said"), [(2, {"interval": 1.0}), (3, {})])
+def test_a_draw_is_said_again_where_the_step_that_it_was_for_is_made_again(step: int, said: dict[str, float]) -> None:
+    before, after, model = BlockSampler(**SETTINGS), BlockSampler(**SETTINGS), tiny_model("llama")
+    train(before, tiny_model("llama"), range(3))
+    after.load_state_dict(before.state_dict())
+    after.attach(model)
+    assert after.start(step, [torch.optim.SGD(model.parameters())], lambda: after.compute_scores(model, None)) == said
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -233,6 +257,14 @@ def test_what_trains_is_not_known_before_a_run() -> None:
     assert BlockSampler(**SETTINGS).planned_blocks(10) is None
 
 
+@pytest.mark.parametrize(("resting_rank", "trained"), [(0, {1, 3}), (2, {1, 2, 3})])
+def test_blocks_above_the_lowest_of_all_draws_have_trained_at_rest(resting_rank: int, trained: set[int]) -> None:
+    sampler = BlockSampler(1, 2, "uniform", resting_rank=resting_rank)
+    sampler.load_state_dict({"history": [(0, 0, [3]), (1, 2, [1])], "probabilities": [0.25] * 4})
+    assert sampler.trained_blocks() == trained
+    assert sampler.trained_blocks([[0]]) == trained | {0}
+
+
 def test_a_last_interval_that_is_cut_short_is_planned_too() -> None:
     for seed in range(8):
         sampler = BlockSampler(1, 2, "uniform", seed=seed)
@@ -253,8 +285,25 @@ def test_an_optimizer_that_accelerate_has_wrapped_is_seen_through() -> None:
         model(**tiny_batch()).loss.backward()
         sampler.observe([given])
         norms.append(sampler.gradient_norms)
+        assert [block for block, norm in enumerate(norms[-1]) if norm > 0] == sampler.active_blocks  # not those that rest
+    assert sampler.active_blocks < [3]
     assert norms[0] == norms[1]
-    assert max(norms[0]) > 0
+
+
+def test_a_window_takes_in_blocks_that_have_no_outliers(tmp_path: Path) -> None:
+    BlockScores("m", 4, 13.0, 8, "outlier", [0.0, 0, 2, 0], [0.0, 0, 1, 0]).save(tmp_path / "scores.json")
+    BlockSampler(2, distribution="window", scores=tmp_path / "scores.json").check(4, {})
+    with pytest.raises(UsageError, match="2 is more than the 1 of 4 blocks whose probability is not zero"):
+        BlockSampler(2, distribution="outlier", scores=tmp_path / "scores.json").check(4, {})
+
+
+def test_the_rows_that_blocks_are_scored_on_follow_the_seed() -> None:
+    model, samplers = (
+        tiny_model("llama"),
+        (BlockSampler(1, calibration_samples=2, threshold=2.0, seed=seed) for seed in (0, 0, 1)),
+    )
+    one, again, other = (sampler.compute_scores(model, loader()).outlier_ratios for sampler in samplers)
+    assert one == again != other
 
 
 def test_the_threshold_of_a_file_of_scores_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -265,3 +314,8 @@ def test_the_threshold_of_a_file_of_scores_is_said(tmp_path: Path, caplog: pytes
     for threshold, times in ((2.0, 0), (5.0, 1)):
         BlockSampler(1, scores=tmp_path / "scores.json", threshold=threshold).compute_scores(model, rows)
         assert caplog.text.count("sampling.threshold: 5 counts where blocks are scored again alone") == times
+    caplog.clear()
+    norms = {"distribution": "weight_norm"}  # which know no outliers
+    BlockSampler(1, **norms).compute_scores(model, rows).save(tmp_path / "norms.json")
+    BlockSampler(1, **norms, scores=tmp_path / "norms.json", threshold=5.0).compute_scores(model, rows)
+    assert not caplog.text
