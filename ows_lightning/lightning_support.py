@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -54,11 +54,16 @@ def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:
     return trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
 
 
-def check_callbacks(callbacks: Iterable[Callback]) -> None:
+def time_is_up(callbacks: Iterable[Callback]) -> bool:
+    """Whether a Timer among a Trainer's callbacks, which ``max_time`` makes, leaves no time to train."""
+    return any(isinstance(one, stock.Timer) and (left := one.time_remaining()) is not None and left <= 0 for one in callbacks)
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """Refuses callbacks of Lightning that can't work with CausalLMModule: a UsageError."""
-    for callback in (one for one in callbacks if not getattr(one, "_early_exit", False)):  # Tuner's own: no training follows
-        for kind in (kind for kind in _UNSUITABLE_CALLBACKS if isinstance(callback, kind)):
-            raise UsageError(f"trainer.callbacks: {kind.__name__} {_UNSUITABLE_CALLBACKS[kind]}")
+    for kind, reason in _UNSUITABLE_CALLBACKS.items():
+        if any(isinstance(one, kind) and not getattr(one, "_early_exit", False) for one in callbacks):  # not its Tuner's
+            raise UsageError(f"trainer.callbacks: {kind.__name__} {reason}")
 
 
 def check_strategy(strategy: object) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import add_note, command_line, first_line, is_out_of_memory
-from ows_lightning.lightning_support import expected_steps, steps_before
+from ows_lightning.lightning_support import expected_steps, steps_before, time_is_up
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.memory.prediction import predict_memory
@@ -110,9 +109,7 @@ class RunSummary(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves no files
             return
         if self.first_step in (None, trainer.global_step):  # a resumed run that had ended
-            timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
-            timed_out = any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
-            limit = "max_time, which earlier runs have used up" if timed_out else "max_steps"
+            limit = "max_time, which earlier runs have used up" if time_is_up(trainer.callbacks) else "max_steps"  # type: ignore[attr-defined]
             log.warning("Nothing was trained: the checkpoint is of step %d already; raise %s", trainer.global_step, limit)
         if after := _logged_metrics(trainer, *_SHOWN_METRICS):
             when = "training" if self.validated_step == trainer.global_step else f"step {self.validated_step}"

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +26,7 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.cli.parser import SECTIONS
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable, refuse_url
-from ows_lightning.lightning_support import accumulation_scheduler, check_callbacks, check_strategy, check_unscaled
+from ows_lightning.lightning_support import accumulation_scheduler, check_callbacks, check_strategy, check_unscaled, time_is_up
 from ows_lightning.memory.plan_settings import find_model_config, number_of_devices
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import liger_for
@@ -133,10 +133,10 @@ def check_run(
             check_callbacks(callbacks)
         if trainer.accumulate_grad_batches > 1 and accumulation_scheduler(trainer) is not None:
             raise UsageError("trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one out")
+        if time_is_up(callbacks):
+            key = "callbacks.Timer.duration" if trainer_args["max_time"] is None else "max_time"
+            raise UsageError(f"trainer.{key}: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")
         for callback in callbacks:
-            if isinstance(callback, Timer) and (seconds := callback.time_remaining()) is not None and seconds <= 0:
-                key = "callbacks.Timer.duration" if trainer_args["max_time"] is None else "max_time"
-                raise UsageError(f"trainer.{key}: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")
             if isinstance(callback, ModelCheckpoint):
                 _check_checkpoint(callback, sharded="fsdp2" in str(trainer_args["strategy"]).lower())
         _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -104,11 +104,15 @@ class SomebodyElses(LightningModule):
         return GaLoreAdamW(self.parameters(), lr=1e-3)
 
 
-def test_ten_bad_steps_in_a_row_end_the_run_of_any_module(tmp_path: Path) -> None:
-    trainer = OWSTrainer(
-        accelerator="cpu", devices=1, default_root_dir=tmp_path, max_steps=30, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+def without_files(folder: Path, max_steps: int, *callbacks: Callback) -> OWSTrainer:
+    return OWSTrainer(
+        accelerator="cpu", devices=1, default_root_dir=folder, max_steps=max_steps, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks],
     )  # fmt: skip
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_of_any_module(tmp_path: Path) -> None:
+    trainer = without_files(tmp_path, 30)
     with pytest.raises(RunError, match="10 steps in a row"):
         trainer.fit(SomebodyElses([0, *range(2, 11), *range(12, 30)]), DataLoader(torch.ones(30, 4)))  # type: ignore[arg-type]
     assert trainer.global_step == 22
@@ -128,10 +132,7 @@ def test_bad_steps_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
 
     def fit(*bad_steps: int) -> int:
         module.bad_steps = bad_steps
-        trainer = OWSTrainer(
-            accelerator="cpu", devices=1, default_root_dir=tmp_path, max_steps=12, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[stops],
-        )  # fmt: skip
+        trainer = without_files(tmp_path, 12, stops)
         trainer.fit(module, DataLoader(torch.ones(12, 4)))  # type: ignore[arg-type]
         return trainer.global_step
 

@@ -38,6 +38,13 @@ class NeedsContents(GaLoreAdamW):
         return super().step(closure)
 
 
+def plain_trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu", devices=1, default_root_dir=root, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks], **settings,
+    )  # fmt: skip
+
+
 def test_a_prediction_is_for_the_devices_that_the_run_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -77,11 +84,7 @@ def test_a_validation_that_does_not_come_is_said_for_any_schedule_of_accumulatio
     tiny_tokenizer().save_pretrained(tmp_path)
     module = CausalLMModule(str(tmp_path), rank=4, lr_scheduler_type="constant", warmup_steps=0)
     summary = RunSummary()
-    trainer = Trainer(
-        accelerator="cpu", callbacks=[summary, GradientAccumulationScheduler(scheduling)], default_root_dir=tmp_path,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=1, **limits,
-    )  # fmt: skip
+    trainer = plain_trainer(tmp_path, summary, GradientAccumulationScheduler(scheduling), num_sanity_val_steps=1, **limits)
     rows = DataLoader([tiny_batch()] * 8, batch_size=None)
     trainer.fit(module, rows, rows)
     setting = "check_val_every_n_epoch" if (trainer.check_val_every_n_epoch or 1) > 1 else "val_check_interval"
@@ -125,10 +128,7 @@ def test_what_the_user_froze_does_not_count_as_trained(tmp_path: Path, caplog: p
     module = Adapters()
     all_of_them = sum(p.numel() for p in module.parameters() if p.requires_grad)
     sampling = LayerwiseSampling(2, interval_steps=1, distribution="uniform")
-    trainer = Trainer(
-        accelerator="cpu", devices=1, max_steps=8, callbacks=[sampling, RunSummary()], default_root_dir=tmp_path,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = plain_trainer(tmp_path, sampling, RunSummary(), max_steps=8)
     trainer.fit(module, DataLoader([tiny_batch()] * 8, batch_size=None))
     assert f"Over the run, 4 of 4 blocks train: {all_of_them / 1e3:.4g}K weights" in caplog.text
 
@@ -143,10 +143,7 @@ def test_a_prediction_that_fails_is_a_line_and_the_run_goes_on(
     name = str(tmp_path) if model == "itself" else "no/such-model"
     config = {"model": {"model_name_or_path": name, "optimizer": NeedsContents}, "data": {}, "trainer": {}, "sampling": None}
     module = CausalLMModule(str(tmp_path), optimizer=NeedsContents, rank=4, lr_scheduler_type="constant", warmup_steps=0)
-    trainer = Trainer(
-        accelerator="cpu", devices=1, max_steps=1, logger=False, default_root_dir=tmp_path, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[RunSummary(config)],
-    )  # fmt: skip
+    trainer = plain_trainer(tmp_path, RunSummary(config), max_steps=1)
     trainer.fit(module, DataLoader([tiny_batch()], batch_size=None))
     assert trainer.global_step == 1
     (line,) = [line for line in caplog.text.splitlines() if line.startswith("Memory")]
@@ -160,13 +157,6 @@ def test_the_prediction_is_added_to_what_others_have_noted_on_an_error() -> None
     summary.predicted = "predicted"
     summary.on_exception(Trainer(accelerator="cpu", logger=False), CausalLMModule("any"), error)
     assert error.__notes__ == ["of another", "predicted"]
-
-
-def plain_trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu", devices=1, default_root_dir=root, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks], **settings,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("host_bytes", "fits"), [(0, True), (600, False)])
