@@ -64,7 +64,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return gathered
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint atomically; a RunError on all ranks, if one of them can't write."""
+        """Writes a checkpoint atomically; an error on all ranks, if one of them can't write."""
         path = Path(self.broadcast(filepath))
         if self._save_distributed_checkpoint:
             self._save_shards(checkpoint, path)
@@ -103,14 +103,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _on_rank_zero(self, path: Path, act: Callable[[], None]) -> None:
         """Does on rank 0 what belongs to the writing of a checkpoint; if it fails there, it has failed everywhere."""
-        message = None
+        failure = None
         if self.global_rank == 0:
             try:
                 act()
-            except (OSError, RuntimeError) as error:
-                message = str(error if isinstance(error, RunError) else save_error(path, error))
-        if message := self.broadcast(message):
-            raise RunError(message)
+            except Exception as error:  # any, or the others would wait for ever
+                failure = error if isinstance(error, (RunError, UsageError)) else save_error(path, error)
+        if failure := self.broadcast(failure):
+            raise failure
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -513,6 +513,13 @@ def test_a_signal_saves_where_last_looks_beside_a_callback_of_ones_own(arguments
     assert list((tmp_path / "runs" / "version_0" / "checkpoints").glob("interrupted-*"))
 
 
+def test_a_state_that_one_process_refuses_to_save_ends_all(arguments: Arguments, tmp_path: Path) -> None:
+    options = ["--trainer.max_steps=2", "--trainer.callbacks+=tests.distributed.probe.KeepsAPath"]
+    launch = Launch([*arguments(strategy="fsdp2", ranks=2), *options], tmp_path, 2)
+    assert launch.wait() == [2, 2], launch.output
+    assert launch.output.count("with which no run can be resumed") == 2
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_process_dying_ends_the_others(victim: int, arguments: Arguments, tmp_path: Path) -> None:
     launch = Launch(arguments("--trainer.max_steps=10000", strategy="fsdp2", ranks=2), tmp_path, 2)

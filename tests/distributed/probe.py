@@ -125,6 +125,13 @@ class Kill(Callback):
         setattr(self, moment, kill)
 
 
+class KeepsAPath(Callback):
+    """Its state can be written, and not be read again."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"folder": Path("here")}
+
+
 class _Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
