@@ -189,8 +189,8 @@ class _Simulation:
             if galore is not None:
                 tracker.label("gradients", [galore.projected_gradients.get(p)])
                 if (found := galore.sketches.get(p)) is not None:
-                    tracker.label("projectors", [found[0].basis])
-                    tracker.label("gradients", [found[1]])
+                    tracker.label("projectors", [found.sketch.basis])
+                    tracker.label("gradients", [found.projected])
                 if on_host:
                     tracker.label(HOST, [galore.offloaded_gradients.get(p)])
 

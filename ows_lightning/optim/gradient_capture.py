@@ -5,7 +5,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,14 @@ from ows_lightning.optim.subspace import Side, Sketch, derived_seed, find_subspa
 log = logging.getLogger(__name__)
 
 
+class SketchedGradient(NamedTuple):
+    """The gradient of a matrix whose new subspace is found, but not yet rotated onto its singular vectors."""
+
+    sketch: Sketch
+    projected: Tensor  # R in the basis of the sketch
+    averaged: bool  # over processes, which then share the subspace
+
+
 class GradientCapture(RestingWeights):
     """An optimizer that stores only the projected gradient R = G Q of each projected matrix, in place of ``grad``."""
 
@@ -40,8 +48,7 @@ class GradientCapture(RestingWeights):
         self.projected_gradients: dict[Tensor, Tensor] = {}  # R of the coming step, by weight
         self.offloaded_gradients: dict[Tensor, Tensor] = {}  # full ones, in host memory, of a step that renews their subspaces
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
-        # By weight, a subspace that is not yet rotated onto singular vectors, R in it, and the processes that share it.
-        self.sketches: dict[Tensor, tuple[Sketch, Tensor, dist.ProcessGroup | None]] = {}
+        self.sketches: dict[Tensor, SketchedGradient] = {}  # of the coming step
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; Lightning's wrapper, which derives from this class, sets those of the optimizer within there."""
@@ -119,7 +126,7 @@ class GradientCapture(RestingWeights):
         return self._gradients_of(self._group_and_index)
 
     def gradient_of(self, p: Tensor) -> Tensor | None:
-        """What the next step consumes of one parameter, of a shape as in ``gradients()``, which has to be called before."""
+        """What the next step consumes of one parameter, of a shape as in ``gradients()``; call that one first."""
         return self.projected_gradients.get(p, p.grad)
 
     @torch.no_grad()
@@ -139,24 +146,23 @@ class GradientCapture(RestingWeights):
         return norm
 
     @torch.no_grad()
-    def average_gradients(self, process_group: dist.ProcessGroup | None = None) -> None:
-        """Averages over processes, each with all weights, what the next step consumes; call it before ``gradients()``.
+    def average_gradients(self) -> None:
+        """Averages over all processes, each with all weights, what the next step consumes; call it before ``gradients()``.
 
-        They are those of ``process_group``, by default all. With ``project_in_backward()``, set ``ddp_averaging`` before
-        training: the full gradients of a step that renews subspaces wait in host memory then, and are averaged here, one at a
-        time, before a subspace is taken.
+        With ``project_in_backward()``, set ``ddp_averaging`` before training: the full gradients of a step that renews
+        subspaces wait in host memory then, and are averaged here, one at a time, before a subspace is taken.
         """
         # A process without a gradient, e.g. of an expert that saw no token, takes part with zeros.
         trained = [p for p in self._group_and_index if p.requires_grad]
         has_gradient = [p.grad is not None or p in self.projected_gradients or p in self.offloaded_gradients for p in trained]
-        sharding.zero_missing_gradients(trained, has_gradient, process_group)
+        sharding.zero_missing_gradients(trained, has_gradient)
         self._project_all(renew=False)
         for p in [p for p in self._group_and_index if p in self.offloaded_gradients]:  # in one order on all processes
             p.grad = self.offloaded_gradients.pop(p).to(p.device, non_blocking=p.is_cuda)
-            sharding.average_([p.grad], process_group)
-            self._project(p, processes=process_group or dist.group.WORLD)
+            sharding.average_([p.grad])
+            self._project(p, averaged=True)
         self._rotate_sketches()
-        sharding.average_(self._gradients_of(self._group_and_index), process_group)
+        sharding.average_(self._gradients_of(self._group_and_index))
         self._replicas_checked = True
 
     def _warn_of_replicas(self) -> None:
@@ -235,10 +241,10 @@ class GradientCapture(RestingWeights):
 
     @torch.no_grad()
     @without_autocast()
-    def _project(self, p: Tensor, renew: bool = True, processes: dist.ProcessGroup | None = None) -> None:
+    def _project(self, p: Tensor, renew: bool = True, averaged: bool = False) -> None:
         """Projects ``p.grad`` of a projected matrix; moves it to host memory if a new subspace is due and ``renew`` is False.
 
-        If the gradient was averaged over ``processes``, all take the first one's new subspace.
+        If the gradient was ``averaged`` over processes, all take the first one's new subspace.
         """
         if (side := self._projected_side(p)) is None:
             return
@@ -259,11 +265,11 @@ class GradientCapture(RestingWeights):
             matrices.masked_fill_(~finite, 0.0)
             found = self._new_subspace(p, matrices, side)
             # Each process keeps its own sketch: `_rotate_sketches` broadcasts the singular vectors, which every basis spans.
-            basis, group = (found.basis, None) if isinstance(found, Sketch) else (found, processes)
-            projector = sharding.distribute_projector(basis, p, side, group)
+            basis, shared = (found.basis, False) if isinstance(found, Sketch) else (found, averaged)
+            projector = sharding.distribute_projector(basis, p, side, shared)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
         if isinstance(found, Sketch):
-            self.sketches[p] = found, projected, processes
+            self.sketches[p] = SketchedGradient(found, projected, averaged)
         else:
             self._new_projectors[p] = projector
             self.accumulate_projected(p, sharding.reduce_projected(projected, p, side))
@@ -280,11 +286,11 @@ class GradientCapture(RestingWeights):
         waiting = list(self.sketches.items())
         self.sketches.clear()
         with self._time_renewal(waiting[0][0].device):
-            rotated = singular_vectors([sketch for _, (sketch, *_) in waiting])
-            for (p, (sketch, projected, processes)), exact in zip(waiting, rotated, strict=True):
+            rotated = singular_vectors([gradient.sketch for _, gradient in waiting])
+            for (p, (sketch, projected, averaged)), exact in zip(waiting, rotated, strict=True):
                 side, vectors = self._projected_side(p), exact.to(sketch.basis.dtype)
                 assert side is not None
-                self._new_projectors[p] = sharding.distribute_projector(vectors, p, side, processes)  # rank 0's on all
+                self._new_projectors[p] = sharding.distribute_projector(vectors, p, side, averaged)  # rank 0's on all
                 rotation = (sketch.basis.mT @ vectors).to(projected.dtype)  # which autocast may have taken
                 self.accumulate_projected(p, sharding.reduce_projected(project(projected, rotation, side), p, side))
 
@@ -322,10 +328,8 @@ class GradientCapture(RestingWeights):
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.param_groups:
-            names = group.get("param_names") or [
-                f"parameter {self._group_and_index[p][1]} {tuple(p.shape)}" for p in group["params"]
-            ]
-            yield from zip(names, group["params"], strict=True)
+            unnamed = [f"parameter {self._group_and_index[p][1]} {tuple(p.shape)}" for p in group["params"]]
+            yield from zip(group.get("param_names") or unnamed, group["params"], strict=True)
 
     def _gradients_of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         return [gradient for p in parameters if (gradient := self.gradient_of(p)) is not None]

@@ -85,15 +85,15 @@ def reduce_projected(part: Tensor, weight: Tensor, side: Side) -> Tensor:
     return _from_local(part, weight, placements, shape).redistribute(placements=projected_placements(weight, side))
 
 
-def distribute_projector(projector: Tensor, weight: Tensor, side: Side, group: dist.ProcessGroup | None = None) -> Tensor:
+def distribute_projector(projector: Tensor, weight: Tensor, side: Side, replicated: bool = False) -> Tensor:
     """Gives a new projector, equal on all processes (rank 0's counts), the placements of the table above.
 
     ``projector`` has the shape (..., n, r) for the right side, (..., m, r) for the left, and is overwritten by rank 0's: all
-    ranks have computed the same, but not bit by bit. ``group`` has the processes that hold a whole weight each; None is one.
+    ranks have computed the same, but not bit by bit. With ``replicated`` every process holds the whole weight.
     """
     if not is_sharded(weight):
-        if group is not None:
-            broadcast_(projector, group)
+        if replicated:
+            broadcast_(projector)
         return projector
     placements = _whole_placements(weight)
     for dim, placement in enumerate(placements):
@@ -103,7 +103,7 @@ def distribute_projector(projector: Tensor, weight: Tensor, side: Side, group: d
     return tensor.redistribute(placements=projector_placements(weight, side))
 
 
-def broadcast_(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+def broadcast_(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Sends the first rank's values, of any layout: NCCL takes contiguous ones alone, and Q of a decomposition is not."""
     sent = tensor.contiguous()
     dist.broadcast(sent, group=group, group_src=0)
@@ -147,23 +147,21 @@ def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
         foreach_mul_([part for part in parts if part.device == device], factor.to(device))
 
 
-def zero_missing_gradients(
-    parameters: Sequence[Tensor], has_gradient: Sequence[bool], group: dist.ProcessGroup | None = None
-) -> None:
-    """Gives parameters that have a gradient on some process of the group, but not here, a ``grad`` of zeros."""
+def zero_missing_gradients(parameters: Sequence[Tensor], has_gradient: Sequence[bool]) -> None:
+    """Gives parameters that have a gradient on some process, but not here, a ``grad`` of zeros."""
     if not parameters:
         return
     flags, device = torch.tensor(has_gradient, dtype=torch.uint8), parameters[0].device
     anywhere = torch.ones_like(flags, device=device) if all(has_gradient) else flags.to(device)
-    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     if not all(has_gradient):  # else none is missing here, and no device is waited for
         for p, here, somewhere in zip(parameters, has_gradient, anywhere.tolist(), strict=True):
             if somewhere and not here:
                 p.grad = torch.zeros_like(p)
 
 
-def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Averages tensors of any shapes over the processes of a group, in place; small ones share a message."""
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Averages tensors of any shapes over all processes, in place; small ones share a message."""
     buckets: dict[torch.dtype, list[list[Tensor]]] = {}
     for tensor in tensors:
         of_dtype = buckets.setdefault(tensor.dtype, [[]])
@@ -172,8 +170,8 @@ def average_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) 
         of_dtype[-1].append(tensor)
     for bucket in (bucket for of_dtype in buckets.values() for bucket in of_dtype if bucket):
         flat = torch.cat([t.flatten() for t in bucket]) if len(bucket) > 1 else bucket[0].flatten()  # no copy of a large one
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
         for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
 

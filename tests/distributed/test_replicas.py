@@ -27,7 +27,6 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling import sampler
 from tests.distributed.fixtures import Arguments
 from tests.distributed.launch import main_without_prediction, run
-from tests.distributed.test_optimizer import refuse_gaps
 from tests.tiny import tiny_batch
 
 RANKS = 2
@@ -75,34 +74,6 @@ def with_a_flipped_column(arguments: list[str]) -> None:
 
 def test_replicas_take_the_first_ones_subspaces(tmp_path: Path) -> None:
     run([], tmp_path, RANKS, target=with_a_flipped_column)
-
-
-def in_a_group_of_its_own(arguments: list[str]) -> None:
-    """Each process averages over a group that has no other member, and trains as if it were alone."""
-    dist.init_process_group("gloo")
-    refuse_gaps()
-    own, trained = [dist.new_group([rank]) for rank in range(RANKS)][dist.get_rank()], []
-    for averages in (True, False):
-        weights = [nn.Parameter(torch.rand(shape, generator=torch.Generator().manual_seed(0))) for shape in ((8, 6), (6, 8))]
-        optimizer = GaLoreAdamW([{"params": weights, "rank": 2, "update_proj_gap": 2}], lr=0.1)
-        optimizer.project_in_backward()
-        optimizer.ddp_averaging = averages
-        for step in range(4):
-            inputs = torch.rand(5, 6, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
-            inputs *= step > 0  # a gradient of zero leaves all directions open
-            (inputs @ weights[1] @ weights[0]).square().mean().backward()
-            if averages:
-                optimizer.average_gradients(own)
-            optimizer.step()
-            optimizer.zero_grad()
-        trained.append(weights)
-    assert all(map(torch.equal, *trained))
-    assert not torch.equal(*everywhere(trained[0][0]))
-    dist.destroy_process_group()
-
-
-def test_gradients_are_averaged_over_the_group_that_is_given(tmp_path: Path) -> None:
-    run([], tmp_path, RANKS, target=in_a_group_of_its_own)
 
 
 class ManualSteps(LightningModule):
