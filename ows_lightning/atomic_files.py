@@ -37,7 +37,7 @@ def _remove(path: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Flushes a file, or a directory's entries, to the disk; Windows and some network file systems can't flush a directory."""
+    """Flushes a file, or a directory's entries, to the disk; some network file systems can't flush a directory."""
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         number = os.open(path, os.O_RDONLY)
         try:

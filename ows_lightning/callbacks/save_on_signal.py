@@ -16,7 +16,7 @@ from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.errors import RunError
 from ows_lightning.module import CausalLMModule
 
-_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has one of them
+_SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
 _CODE_BASE = 1024  # more than there are ranks: their sum tells how many have received which signal
 
 

@@ -131,8 +131,8 @@ class ShardWriter(dcp.FileSystemWriter):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
-            return PurePath  # where it was written; of any system
+        if module.partition(".")[0] == "pathlib" and name == "PosixPath":
+            return PurePath  # where it was written
         if name in _PLAIN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(UNSAFE)

@@ -39,7 +39,7 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fails", ["open", "fsync"])  # on Windows, and on some network file systems
+@pytest.mark.parametrize("fails", ["open", "fsync"])  # on some network file systems
 def test_a_checkpoint_is_written_where_no_directory_can_be_flushed(
     fails: str, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
