@@ -114,7 +114,7 @@ def _run_lightning(command: str, argv: list[str]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             log.info("%s: loading libraries", command)  # which takes seconds
     from ows_lightning.cli.lightning_cli import OWSCLI
-    from ows_lightning.distributed.process_group import destroy_process_group
+    from ows_lightning.distributed import destroy_process_group
 
     logging.getLogger("lightning").handlers.clear()  # the root logger prints its messages already
     OWSCLI(argv)

@@ -1,12 +1,32 @@
 """Training on several processes; importing it registers the strategies ``fsdp2`` and ``ddp_layerwise`` with Lightning."""
 
 import atexit
+import contextlib
+from datetime import timedelta
 
+import torch.distributed as dist
 from lightning.pytorch.strategies import StrategyRegistry
 
 from ows_lightning.distributed.ddp import LayerwiseDDPStrategy
 from ows_lightning.distributed.fsdp2 import FSDP2Strategy
-from ows_lightning.distributed.process_group import destroy_process_group
+
+
+def destroy_process_group(wait_for_others: bool = True) -> None:
+    """Leaves the process group, if there is one, so that its threads have ended before the process does.
+
+    It waits for the others first, half a minute at most, since rank 0 holds the store, which the last one may still ask;
+    not after an error, which they may not have met.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    if dist.get_backend() == "gloo":
+        if wait_for_others:
+            with contextlib.suppress(RuntimeError):  # one of them has failed, and says so itself
+                dist.monitored_barrier(timeout=timedelta(seconds=30))
+        dist.destroy_process_group()
+    elif wait_for_others:
+        dist.destroy_process_group()  # after an error, NCCL would wait for what never comes
+
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
 StrategyRegistry.register("ddp_layerwise", LayerwiseDDPStrategy, override=True)
