@@ -1,6 +1,7 @@
 """GaLoreAdamW: AdamW whose moments live in a low-rank subspace of each weight's gradient."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -89,7 +90,7 @@ class GaLoreAdamW(GradientCapture):
             "moments_at_renewal": moments_at_renewal, "stochastic_rounding": stochastic_rounding,
             "max_grad_norm": max_grad_norm, "state_warmup_steps": state_warmup_steps,
         }  # fmt: skip
-        _check_options(defaults)
+        check_options(defaults)
         self._init_unsaved()
         super().__init__(params, defaults)
 
@@ -97,7 +98,7 @@ class GaLoreAdamW(GradientCapture):
         """Adds a group; a projected one gets the defaults of the keys that it does not set."""
         if param_group.get("rank") is not None:
             param_group = {**PROJECTION_DEFAULTS, **param_group}
-        _check_options(param_group)
+        check_options(param_group)
         super().add_param_group(param_group)
         if any(p.is_complex() for p in self.param_groups[-1]["params"]):
             raise ValueError("params: complex weights are not supported")
@@ -137,7 +138,7 @@ class GaLoreAdamW(GradientCapture):
             rank, saved_rank = group.get("rank"), saved.get("rank")
             if (rank is None) != (saved_rank is None):
                 raise ValueError(f"group {number} has rank {rank}, the loaded state {saved_rank}: it is another optimizer's")
-            _check_options(saved)
+            check_options(saved)
         loaded: dict[str, Any] = {}  # what hooks of yours make of the state
         with self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)):
             super().load_state_dict(state_dict)
@@ -280,27 +281,29 @@ class GaLoreAdamW(GradientCapture):
             local(moment).copy_(project(local(moment), factor, side))
 
 
-_LEAST = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1}
+_LEAST = {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "state_warmup_steps": 0, "update_proj_gap": 1}  # and whole, if it is
 _CHOICES: dict[str, tuple[str, ...]] = {
     "moments_dtype": ("float32", "bfloat16"), "moments_at_renewal": ("keep", "reproject", "reset"),
     "proj_type": get_args(ProjType), "subspace": get_args(SubspaceMethod),
 }  # fmt: skip
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuses options of a group that are out of their range by a ValueError that names one."""
+def check_options(options: dict[str, Any]) -> None:
+    """Refuses options of a group that are out of their range by a ValueError that begins with the name of one."""
     for name, value in options.items():
         fault = ""
         if name in _LEAST and not (hasattr(value, "__float__") and value >= _LEAST[name]):  # Adafactor's eps is a pair
-            fault = f"must be at least {_LEAST[name]}"
+            fault = f"must be at least {_LEAST[name]:g}"
+        elif isinstance(_LEAST.get(name), int) and not isinstance(value, int):
+            fault = "must be a whole number"
         elif name in _CHOICES and value not in _CHOICES[name]:
             fault = f"must be {' or '.join(_CHOICES[name])}"
         elif name == "betas" and not all(0 <= beta < 1 for beta in value):
             fault = "must be at least 0 and less than 1"
         elif name == "rank" and not (value is None or (isinstance(value, int) and value >= 1)):
             fault = "must be at least 1, and whole (without it: full rank)"
-        elif name == "max_grad_norm" and not (value is None or value > 0):
-            fault = "must be more than 0"
+        elif name in ("max_grad_norm", "scale") and not (value is None or 0 < value < math.inf):
+            fault = "must be more than 0, and finite"
         elif name in ("amsgrad", "maximize") and value:  # of torch's AdamW, whose states it loads
             fault = "is not supported"
         if fault:

@@ -446,12 +446,21 @@ def test_a_process_may_hold_none_of_the_experts() -> None:
         ({"betas": (0.9, 1.0)}, "at least 0 and less than 1"),
         ({"moments_dtype": "float8"}, "float32 or bfloat16"),
         ({"state_warmup_steps": -1}, "at least 0"),
-        ({"max_grad_norm": 0.0}, "more than 0"),
+        ({"state_warmup_steps": 1.5}, "a whole number"),
+        ({"max_grad_norm": 0.0}, "more than 0, and finite"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict, valid: str) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(settings))}: .* must be {valid}$"):
         GaLoreAdamW(net().parameters(), **settings)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 0}, {"rank": 2.5}, {"update_proj_gap": 1.5}, {"scale": -1.0}, {"subspace": "qr"}]
+)
+def test_bad_options_of_a_group_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}: .* must be"):
+        GaLoreAdamW([{"params": net().parameters(), "rank": RANK, **options}])
 
 
 class TestParamGroups:
