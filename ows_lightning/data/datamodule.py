@@ -22,7 +22,7 @@ from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
 from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts, require_separate_documents
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, did_you_mean
 from ows_lightning.lightning_support import micro_batches_per_step
 from ows_lightning.models.decoder import language_model_of
 from ows_lightning.models.loss import IGNORE_INDEX
@@ -136,7 +136,7 @@ class InstructionDataModule(LightningDataModule):
     def check(self) -> None:
         """Raises a UsageError for what is wrong in files, their syntax, columns and types; it needs no tokenizer."""
         parts = _PARTS.get(self._stage(), _ALL_PARTS)
-        self._splits.check(parts, choices=bool(self.test_dataset) or self._stage() == "test")
+        self._splits.check(parts or ("test",), choices=bool(self.test_dataset) or self._stage() == "test")
         if "train" not in parts:
             return
         rows = self.batch_size if self.streaming else len(self._splits.all_examples("dataset"))
@@ -156,8 +156,8 @@ class InstructionDataModule(LightningDataModule):
         """Tokenises (or takes from the cache) the rows that `stage` needs; a UsageError says that none has a target."""
         parts = _PARTS.get(stage or "", _ALL_PARTS)
         self._resume_at = {}  # of a run that failed before it made its loader
-        if stage in ("validate", "test"):
-            self._require_rows(parts[0], "evaluate")
+        if stage in ("validate", "test", "predict"):
+            self._require_rows(parts[0] if parts else "test", "evaluate" if parts else "answer")
         if "train" in parts and (self.packing or self.streaming):
             kind = "packed rows have" if self.packing else "rows of a stream may have"
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
@@ -190,7 +190,6 @@ class InstructionDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Test rows as prompts, see `PromptRows` and `collate_prompts`."""
-        self._require_rows("test", "answer")
         return self._prompt_dataloader(self._splits.examples("test"))
 
     def summary(self) -> dict[str, int]:
@@ -371,9 +370,10 @@ class InstructionDataModule(LightningDataModule):
 def check_data_settings(settings: Mapping[str, Any]) -> None:
     """Raises a UsageError for the first of the data module's settings, by name, that is wrong without a look at the rows."""
     for name, (least, most) in _BOUNDS.items():
-        if not least <= (value := settings[name]) <= most:
-            bound = f"least {least}" if value < least else f"most {most}"
-            raise UsageError(f"data.{name} must be at {bound}, got {value}")
+        if not (isinstance(value := settings[name], int) and least <= value <= most):
+            raise UsageError(f"data.{name} must be a whole number from {least} to {most}, got {value}")
+    if (name := settings["data_format"]) is not None and name not in formats.FORMATS:
+        raise UsageError(f"data.data_format: unknown '{name}'{did_you_mean(name, formats.FORMATS) or '; leave it out'}")
     size, sources = settings["val_size"], settings["dataset"]
     if not (0 <= size < 1 or (size >= 1 and isinstance(size, int))):
         raise UsageError(f"data.val_size must be a fraction below 1 or a number of rows, got {size}")

@@ -123,10 +123,9 @@ FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Row, str], Examp
     "prompt_completion": ((("prompt",), ("completion", "answer")), _from_prompt_completion),
     "text": ((("text",),), lambda row, row_name: {"text": _text(row, "text", row_name)}),
 }
+_NEEDED = {column for needed, _ in FORMATS.values() for group in needed for column in group}
 #: Every column that a format reads: what `data.columns` may rename to.
-COLUMNS = sorted(
-    {c for needed, _ in FORMATS.values() for group in needed for c in group} | {"input", "system", "tools", "choices"}
-)
+COLUMNS = sorted(_NEEDED | {"input", "system", "tools", "choices"})
 
 
 def _one_turn(row: Row, question: str, answer_column: str, row_name: str) -> Example:

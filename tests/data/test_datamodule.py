@@ -303,12 +303,23 @@ def test_a_mixture_that_repeats_rows_without_end_is_refused(jsonl: Write) -> Non
 
 
 @pytest.mark.parametrize(
-    ("stage", "mend"), [("validate", "an eval_dataset or"), ("test", "a test_dataset, an eval_dataset or")]
+    ("stage", "what", "mend"),
+    [
+        ("validate", "evaluate", "an eval_dataset or"),
+        ("test", "evaluate", "a test_dataset, an eval_dataset or"),
+        ("predict", "answer", "a test_dataset, an eval_dataset or"),
+    ],
 )
-def test_evaluating_without_rows_is_refused(jsonl: Write, stage: str, mend: str) -> None:
+def test_evaluating_without_rows_is_refused_before_the_model_is_made(jsonl: Write, stage: str, what: str, mend: str) -> None:
+    class NeverMade(Predictor):
+        def configure_model(self) -> None:
+            raise AssertionError("the model is made")
+
     trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
-    with pytest.raises(UsageError, match=rf"^data\.\w+_dataset: no rows to evaluate; give {mend} a val_size$"):
-        getattr(trainer, stage)(Predictor(), make(jsonl(pairs(3)), tokenizer=None))
+    with pytest.raises(UsageError, match=rf"^data\.\w+_dataset: no rows to {what}; give {mend} a val_size$"):
+        getattr(trainer, stage)(NeverMade(), make(jsonl(pairs(3)), tokenizer=None))
+    with pytest.raises(UsageError, match=r"^data\.eval_dataset: no file matches 'missing.jsonl'"):
+        getattr(trainer, stage)(NeverMade(), make(jsonl(pairs(3)), tokenizer=None, eval_dataset="missing.jsonl"))
 
 
 def test_rows_without_an_answer_are_named(jsonl: Write, recwarn: pytest.WarningsRecorder) -> None:
@@ -496,17 +507,19 @@ def test_columns_of_a_stream_are_renamed(jsonl: Write, tmp_path: Path, saved: bo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
-        ({"eval_batch_size": 0}, "data.eval_batch_size must be at least 1, got 0"),
-        ({"max_seq_length": 1}, "data.max_seq_length must be at least 2, got 1"),
-        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
-        ({"batch_size": 10**9}, "data.batch_size must be at most 8192, got 1000000000"),
-        ({"eval_batch_size": 10**9}, "data.eval_batch_size must be at most 8192"),
-        ({"max_seq_length": 10**12}, "data.max_seq_length must be at most 1048576"),
-        ({"exact_match_rows": 10**12}, "data.exact_match_rows must be at most 1000000"),
-        ({"num_workers": 10**6}, "data.num_workers must be at most 512"),
-        ({"seed": 2**64}, "data.seed must be at most 4294967295"),
-        ({"seed": -1}, "data.seed must be at least 0"),
+        ({"batch_size": 0}, "data.batch_size must be a whole number from 1 to 8192, got 0"),
+        ({"eval_batch_size": 0}, "data.eval_batch_size must be a whole number from 1 to 8192, got 0"),
+        ({"max_seq_length": 1}, "data.max_seq_length must be a whole number from 2 to 1048576, got 1"),
+        ({"batch_size": 2.5}, "data.batch_size must be a whole number from 1 to 8192, got 2.5"),
+        ({"data_format": "alpca"}, "data.data_format: unknown 'alpca'; did you mean 'alpaca'?"),
+        ({"num_workers": -1}, "data.num_workers must be a whole number from 0 to 512, got -1"),
+        ({"batch_size": 10**9}, "data.batch_size must be a whole number from 1 to 8192, got 1000000000"),
+        ({"eval_batch_size": 10**9}, "data.eval_batch_size must be a whole number from 1 to 8192"),
+        ({"max_seq_length": 10**12}, "data.max_seq_length must be a whole number from 2 to 1048576"),
+        ({"exact_match_rows": 10**12}, "data.exact_match_rows must be a whole number from 0 to 1000000"),
+        ({"num_workers": 10**6}, "data.num_workers must be a whole number from 0 to 512"),
+        ({"seed": 2**64}, "data.seed must be a whole number from 0 to 4294967295"),
+        ({"seed": -1}, "data.seed must be a whole number from 0 to 4294967295"),
         ({"val_size": float("nan")}, "data.val_size must be a fraction below 1 or a number of rows, got nan"),
         ({"val_size": float("inf")}, "data.val_size must be a fraction below 1 or a number of rows, got inf"),
         (
