@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ows_lightning.compat import persistent_buffer_names
@@ -68,8 +67,9 @@ class CausalLM(nn.Module):
         model, targets = self.language_model, batch["labels"][:, 1:]
         hidden = loss.last_hidden_state(model, {key: batch[key] for key in ("input_ids", "attention_mask")})[:, :-1]
         has_target = targets != loss.IGNORE_INDEX
-        losses = cross_entropy(loss.logits_of(model, hidden[has_target]).float(), targets[has_target], reduction="none")
-        return losses.new_zeros(len(targets)).index_add_(0, has_target.nonzero()[:, 0], -losses)
+        likelihoods = torch.zeros(targets.shape, device=hidden.device)
+        likelihoods[has_target] = -loss.target_losses(model, hidden[has_target], targets[has_target])
+        return likelihoods.sum(1)
 
     @torch.no_grad()
     def generate(self, **inputs: Any) -> Tensor:

@@ -23,12 +23,12 @@ class LossParts(NamedTuple):
     """A loss in parts that can be added up over batches, two scalars."""
 
     total: Tensor  # cross entropy summed over the target tokens (nats), float32, with a graph while gradients are enabled
-    targets: Tensor  # number of target tokens, int64
+    num_targets: Tensor  # target tokens, int64
 
     @property
     def loss(self) -> Tensor:
         """The mean over the target tokens; 0 without any."""
-        return self.total / self.targets.clamp(min=1)
+        return self.total / self.num_targets.clamp(min=1)
 
 
 def next_token_loss(model: PreTrainedModel, batch: dict[str, Any], chunk_device: torch.device | None = None) -> LossParts:
@@ -122,13 +122,19 @@ def summed_cross_entropy(
     model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_device: torch.device | None = None
 ) -> Tensor:
     """Returns the summed cross entropy of states (N, hidden) and targets (N,), by chunks of a size for ``chunk_device``."""
+    if not torch.is_grad_enabled():
+        return target_losses(model, hidden, targets, chunk_device).sum()
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     rows = _rows_per_chunk(model, hidden, chunk_device)
-    if not torch.is_grad_enabled():
-        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-        return torch.stack([F.cross_entropy(logits_of(model, h).float(), t, reduction="sum") for h, t in chunks]).sum()
     trained = [p for p in head.parameters() if p.requires_grad]
     return _ChunkedCrossEntropy.apply(head, partial(_scaled, config), rows, targets, hidden, *trained)
+
+
+def target_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_device: torch.device | None = None) -> Tensor:
+    """Returns the cross entropy of each target, (N,), float32, as `summed_cross_entropy` takes them."""
+    rows = _rows_per_chunk(model, hidden, chunk_device)
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(logits_of(model, h).float(), t, reduction="none") for h, t in chunks])
 
 
 def _rows_per_chunk(model: PreTrainedModel, hidden: Tensor, chunk_device: torch.device | None = None) -> int:
