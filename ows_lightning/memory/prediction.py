@@ -23,6 +23,7 @@ from ows_lightning.sampling.activation import non_block_trains
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
+CONTEXT_BYTES = 500_000_000  # of a GPU, that CUDA's context and its libraries' workspaces take
 _CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
 _MAX_SIMULATED = 3  # blocks of a group that are simulated one by one; more are extrapolated
 _STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a disk
@@ -42,8 +43,8 @@ class MemoryPrediction:
         return sum(self.bytes.values())
 
     def fits(self, gigabytes: int) -> bool:
-        """Whether it fits a card of so many ``gigabytes``."""
-        return self.peak_bytes <= gigabytes * 1e9
+        """Whether it fits a card of so many ``gigabytes``, beside CUDA's context and workspaces."""
+        return self.peak_bytes + CONTEXT_BYTES <= gigabytes * 1e9
 
 
 def _adamw(settings: PlanSettings) -> Callable[[Any], Optimizer]:
