@@ -1,6 +1,6 @@
 """Validation, test and prediction: loss, perplexity, exact match, multiple choice, and generated answers."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +68,7 @@ class EvaluationModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Resets the validation metrics."""
         self.val_metrics.restart()
-        self._greedy = self._start_greedy_answers(self.trainer.num_val_batches)
+        self._greedy = self._start_greedy_answers()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds up the loss of a validation batch, or compares generated answers where the batch has a ``reference``."""
@@ -82,7 +82,7 @@ class EvaluationModule(LightningModule):
         """Resets the test metrics."""
         self.test_metrics.restart()
         self.test_choices.reset()
-        self._greedy = self._start_greedy_answers(self.trainer.num_test_batches)
+        self._greedy = self._start_greedy_answers()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As ``validation_step``, on the test data, and likelihoods where the batch has choices."""
@@ -106,11 +106,11 @@ class EvaluationModule(LightningModule):
         else:
             parts, likeliest = self._loaded_causal_lm.loss_and_predictions(batch)
             self._greedy.add(batch, likeliest)
-        metrics["loss"].update(parts.loss, weight=parts.targets)
+        metrics["loss"].update(parts.loss, weight=parts.num_targets)
 
-    def _start_greedy_answers(self, loaders: Sequence[int | float]) -> TeacherForcedAnswers | None:
+    def _start_greedy_answers(self) -> TeacherForcedAnswers | None:
         """Starts to note answers, where some are to be compared and no other process has to take part in generating them."""
-        if len(loaders) < 2 or self.device_mesh is not None:
+        if self.device_mesh is not None or not getattr(self.trainer.datamodule, "exact_match_rows", 0):  # type: ignore[attr-defined]
             return None
         generation = self._loaded_causal_lm.language_model.generation_config
         return TeacherForcedAnswers.of(generation, self.tokenizer, self.hparams["max_new_tokens"])

@@ -82,11 +82,11 @@ def check_strategy(strategy: object) -> None:
     raise UsageError(f"trainer.strategy: {name} can't train sampled or projected weights: {reason}")
 
 
-def check_unscaled(precision: Precision) -> None:
-    """Refuses a precision that scales the loss, as ``16-mixed`` does: a UsageError."""
+def check_unscaled(precision: Precision, why: str = "gradients are projected in backward, before that can be undone") -> None:
+    """Refuses a precision that scales the loss, as ``16-mixed`` does: a UsageError, which says why."""
     if getattr(precision, "scaler", None) is not None:
-        why = "scales the loss, but gradients are projected in backward, before that can be undone"
-        raise UsageError(f"trainer.precision: {precision.precision} {why}; write bf16-mixed, bf16-true or 32-true")
+        hint = "write bf16-mixed, bf16-true or 32-true"
+        raise UsageError(f"trainer.precision: {precision.precision} scales the loss, but {why}; {hint}")
 
 
 def patch_clipping(precision: Precision) -> None:

@@ -31,12 +31,12 @@ from ows_lightning.models.loss import LossParts, precompute_on_host, token_mask
 from ows_lightning.offload.disk import Disk, load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.offload.options import check_offloading, offloads
-from ows_lightning.optim.galore import GaLoreAdamW, ProjType
+from ows_lightning.optim.galore import GaLoreAdamW, ProjType, check_options
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.resting import merge_saved_updates_
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
-from ows_lightning.optim.subspace import SubspaceMethod
+from ows_lightning.optim.subspace import SubspaceMethod, derived_seed
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import architecture_of
 from ows_lightning.step import StepAccumulator, StepMetrics
@@ -66,9 +66,8 @@ def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps
         )
     warmup = round(warmup_steps * steps) if 0 < warmup_steps < 1 else int(warmup_steps)
     if warmup >= max(steps, 1):
-        log.warning(
-            "model.warmup_steps: %d are no less than the run's %d steps: the rate never reaches its value", warmup, steps
-        )
+        message = "model.warmup_steps: %d are no less than the run's %d steps: the rate never reaches its value"
+        log.warning(message, warmup, steps)
     name = "constant_with_warmup" if kind == "constant" else kind
     from transformers import get_scheduler  # it imports peft
 
@@ -136,10 +135,15 @@ class CausalLMModule(EvaluationModule):
         kernels: Kernels | None = None,
     ) -> None:
         super().__init__()
+        projection = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
+        try:
+            check_options({**projection, "subspace": subspace})
+        except ValueError as error:
+            raise UsageError(f"model.{error}") from None
         for name, value, valid, limit in (
-            ("rank", rank, rank is None or rank >= 1, "at least 1, or null to train in full rank"),
-            ("update_proj_gap", update_proj_gap, update_proj_gap >= 1, "at least 1"),
-            ("scale", scale, 0 < scale < float("inf"), "above 0; it multiplies the updates of projected matrices"),
+            ("frozen_in", frozen_in, frozen_in in ("device", "host", "disk"), "device, host or disk"),
+            ("frozen_dtype", frozen_dtype, frozen_dtype in (None, "int8"), "int8 or null"),
+            ("kernels", kernels, kernels in (None, "liger"), "liger or null"),
             ("window_blocks", window_blocks, window_blocks in (2, 3), "2 or 3: one computes while the next comes"),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
             ("max_skipped_steps", max_skipped_steps, max_skipped_steps >= 1, "at least 1"),
@@ -252,6 +256,8 @@ class CausalLMModule(EvaluationModule):
         self._check_projection(optimizer)
         steps = expected_steps(self.trainer)
         scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
+        if not isinstance(optimizer, GaLoreAdamW) and getattr(optimizer, "_step_supports_amp_scaling", False):
+            check_unscaled(self.trainer.precision_plugin, "a fused optimizer undoes it after clipping")
         if isinstance(optimizer, GaLoreAdamW):
             check_strategy(self.trainer.strategy)
             check_unscaled(self.trainer.precision_plugin)
@@ -281,7 +287,7 @@ class CausalLMModule(EvaluationModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds dropout by batch and rank: a resumed run draws what the uninterrupted one would have drawn."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed(hash((seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)))
+        torch.manual_seed(derived_seed(seed, self.trainer.global_step, batch_idx, self.trainer.global_rank))
         if self.offloader is not None:
             self.offloader.apply_draw(self.trainer.optimizers)  # blocks may have been drawn just now
 
@@ -296,8 +302,8 @@ class CausalLMModule(EvaluationModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss of a micro-batch; ``optimizer_step`` makes its gradient that of the step's mean.
 
-        For a term of your own, override ``forward``, and add to ``LossParts.total`` the term times ``LossParts.targets``: the
-        step's loss is a mean over target tokens (validation is without it). A ``training_step`` of your own is scaled and
+        For a term of your own, override ``forward``, and add to ``LossParts.total`` the term times ``LossParts.num_targets``:
+        the step's loss is a mean over target tokens (validation is without it). A ``training_step`` of your own is scaled and
         clipped as Lightning does it.
         """
         place = batch_idx % self.trainer.accumulate_grad_batches

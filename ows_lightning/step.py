@@ -23,7 +23,7 @@ class StepMetrics(NamedTuple):
     loss: Tensor  # mean over all target tokens (nats), float32, a scalar on the host
     grad_norm: Tensor  # of what the optimizer consumes, before clipping, float32, a scalar on the host
     tokens: int  # targets or not
-    targets: int
+    num_targets: int
     skipped: bool  # it changes nothing, because a gradient held NaN or Inf
     signal_codes: int  # sum of the processes' ``StepAccumulator.signal_code``
 
@@ -45,7 +45,7 @@ class StepAccumulator:
 
     def add(self, parts: LossParts, tokens: Tensor, first: bool, last: bool) -> Tensor:
         """Adds a micro-batch of ``tokens`` (a scalar), and returns its loss; ``first`` drops an unfinished step's sums."""
-        counts = [parts.targets, tokens, torch.full_like(tokens, self.signal_code if last else 0)]
+        counts = [parts.num_targets, tokens, torch.full_like(tokens, self.signal_code if last else 0)]
         here = torch.stack([parts.total.detach(), *(count.to(parts.total.dtype) for count in counts)])
         before = None if first else self.totals
         self._is_rescaled, self._is_reduced = False, last

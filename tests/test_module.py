@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
@@ -382,7 +383,14 @@ def test_compiled_blocks_survive_resampling(model_dir: ModelDir, tmp_path: Path)
     ("settings", "message"),
     [
         ({"rank": 0}, "model.rank: 0 must be at least 1"),
-        ({"update_proj_gap": 0}, "model.update_proj_gap"),
+        ({"rank": 2.5}, "model.rank: 2.5 must be at least 1, and whole"),
+        ({"update_proj_gap": 0}, "model.update_proj_gap: 0 must be at least 1"),
+        ({"update_proj_gap": 1.5}, "model.update_proj_gap: 1.5 must be a whole number"),
+        ({"scale": 0}, "model.scale: 0 must be more than 0"),
+        ({"frozen_in": "cpu"}, "model.frozen_in: cpu must be device, host or disk"),
+        ({"frozen_dtype": "int4"}, "model.frozen_dtype: int4 must be int8 or null"),
+        ({"subspace": "qr"}, "model.subspace: 'qr' must be randomized or svd or random"),
+        ({"kernels": "ligr"}, "model.kernels: ligr must be liger or null"),
         ({"warmup_steps": -1}, "model.warmup_steps"),
     ],
 )
@@ -395,6 +403,14 @@ def test_a_rank_for_an_optimizer_that_cannot_project_is_refused(model_dir: Model
     module = CausalLMModule(str(model_dir()), optimizer=adamw, rank=8)
     with pytest.raises(UsageError, match=r"model\.rank: AdamW can't project"):
         trainer(tmp_path).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
+
+
+def test_a_fused_optimizer_and_a_scaled_loss_are_refused_together(model_dir: ModelDir, tmp_path: Path) -> None:
+    """It would be given scaled gradients, which clipping and the reported norm take as they are."""
+    module = CausalLMModule(str(model_dir()), optimizer=lambda params: torch.optim.AdamW(params, fused=True), rank=None)
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(UsageError, match=r"^trainer\.precision: 16-mixed scales the loss, but a fused optimizer"):
+        trainer(tmp_path, plugins=[scaled]).fit(module, DataLoader(rows_with_uneven_targets(), batch_size=4))
 
 
 @pytest.mark.parametrize("stage", ["train", "validate"])

@@ -176,7 +176,7 @@ def test_an_optimizer_step_of_ones_own_has_the_gradient_of_the_steps_mean(model_
 class AddsATerm(CausalLMModule):
     def forward(self, **batch: Any) -> Any:
         parts = super().forward(**batch)
-        return LossParts(parts.total * 0 + self.term * parts.targets, parts.targets)
+        return LossParts(parts.total * 0 + self.term * parts.num_targets, parts.num_targets)
 
     @property
     def term(self) -> Tensor:

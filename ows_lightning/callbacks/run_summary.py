@@ -252,5 +252,5 @@ def _validation_loss(trainer: Trainer, module: CausalLMModule) -> float:
             if "labels" in batch:  # else prompts to be answered
                 with trainer.precision_plugin.forward_context():
                     parts = module(**trainer.strategy.batch_to_device(batch))
-                total, targets = total + float(parts.total), targets + float(parts.targets)
+                total, targets = total + float(parts.total), targets + float(parts.num_targets)
     return total / targets if targets else float("nan")

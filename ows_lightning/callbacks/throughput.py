@@ -1,6 +1,7 @@
 """Tokens a second, time and memory of training, and the progress bar."""
 
 import contextlib
+import resource
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ class Throughput(StepCallback):
     saving or waiting for data; of a GPU's time, not what comes after a step's one synchronisation. ``tokens``,
     ``target_tokens``, ``time_s`` and ``renewal_s`` are sums since the run began: ``time_s`` of all time, ``renewal_s`` of
     what subspaces took. ``peak_memory_mb`` is the most memory held so far, in MB: allocated on a GPU, resident of the process
-    on a CPU (on macOS since its start; Windows does not tell).
+    on a CPU (on macOS since its start).
     """
 
     def __init__(self) -> None:
@@ -55,13 +56,12 @@ class Throughput(StepCallback):
         if not isinstance(pl_module, CausalLMModule) or pl_module.last_step_metrics is None:
             return
         self._tokens += pl_module.last_step_metrics.tokens
-        self._targets += pl_module.last_step_metrics.targets
+        self._targets += pl_module.last_step_metrics.num_targets
         # Tensors on the host: for a number, Lightning would wait for the device and put it there.
         pl_module.log("tokens_per_second", torch.tensor(pl_module.last_step_metrics.tokens / self._seconds), prog_bar=True)
         self._seconds = 0.0
         metrics = self._sums(trainer)
-        if (peak := _peak_memory_mb(pl_module.device)) is not None:
-            metrics["peak_memory_mb"] = peak
+        metrics["peak_memory_mb"] = _peak_memory_mb(pl_module.device)
         pl_module.log_dict({name: torch.tensor(metric, dtype=torch.float64) for name, metric in metrics.items()})
 
     def _sums(self, trainer: Trainer) -> dict[str, float]:
@@ -96,13 +96,9 @@ class LearningRates(Callback):
             pl_module.log(name if len(groups) == 1 else f"{name}/pg{number}", torch.tensor(group["lr"], dtype=torch.float64))
 
 
-def _peak_memory_mb(device: torch.device) -> float | None:
+def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if sys.platform == "win32":
-        return None
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically, hold tensors and plain values only, and are found again.
+"""Checkpoints that are written atomically, and hold tensors and plain values only.
 
 A checkpoint is a file, or a directory into which every process wrote its shards (``meta.pt`` and the format of
 ``torch.distributed.checkpoint``). Both hold the same dict, so that either can be resumed on any number of processes.

@@ -12,7 +12,7 @@ _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def rows_at_a_time(elements: int, device: torch.device) -> int:
-    """Returns how many rows of ``elements`` elements, maybe none, to work on at a time."""
+    """Returns how many rows of ``elements`` (0 or more) elements to work on at a time, at least 1."""
     # Their float32 copies take 4 MB on a CPU, whose cache holds them, and 16 MB on a GPU, which wants fewer, larger kernels.
     return max(1, (1 << (22 if device.type == "cuda" else 20)) // max(1, elements))
 

@@ -78,7 +78,6 @@ def upload(directory: Path, name: str) -> str:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(folder_path=directory, repo_id=name)
     except (OSError, HTTPError, HFValidationError) as error:
-        raise RunError(
-            f"push_to_hub: can't upload to '{name}' ({first_line(error)}); run 'hf auth login'; the model is in '{directory}'"
-        ) from error
+        hint = f"run 'hf auth login'; the model is in '{directory}'"
+        raise RunError(f"push_to_hub: can't upload to '{name}' ({first_line(error)}); {hint}") from error
     return str(url)

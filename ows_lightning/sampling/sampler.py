@@ -101,7 +101,7 @@ class BlockSampler:
         distribution = plain(distribution)  # not NumPy's or torch's: JSON, generators and safe checkpoints want plain values
         counts = {"activated_layers": activated_layers, "interval_steps": interval_steps}
         counts |= {"calibration_samples": calibration_samples, "rescore_every": 1 if rescore_every is None else rescore_every}
-        for key, number in {**counts, "resting_rank": resting_rank}.items():
+        for key, number in {**counts, "resting_rank": resting_rank, "seed": seed}.items():
             if not isinstance(number, Integral) or isinstance(number, bool):
                 raise UsageError(f"sampling.{key}: {number!r} is no whole number")
         parts = isinstance(always_train, (list, tuple)) and {*always_train} <= {*NON_BLOCK_PARTS}
@@ -172,9 +172,8 @@ class BlockSampler:
         if untrainable:
             log.warning("Blocks %s have no weight to train, and are drawn in a window at most", untrainable)
         if self.distribution != "window" and self.activated_layers > (count := len(self._blocks) - len(untrainable)):
-            raise UsageError(
-                f"sampling.activated_layers: {self.activated_layers} is more than the {count} blocks that can train"
-            )
+            fault = f"{self.activated_layers} is more than the {count} blocks that can train"
+            raise UsageError(f"sampling.activated_layers: {fault}")
         others = set(non_block_parameters(model)["other"])
         if foreign := [name for name, p in model.named_parameters() if p in others and p.requires_grad]:
             log.warning("%s and all else outside the decoder stays frozen while blocks are sampled", foreign[0])
@@ -195,9 +194,8 @@ class BlockSampler:
     def _check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuses optimizers that hold no weight of some block, which would never train, or that can't let it rest."""
         if self.resting_rank and (unable := [type(each).__name__ for each in optimizers if not hasattr(each, "rest")]):
-            raise UsageError(
-                f"sampling.resting_rank: {unable[0]} can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0"
-            )
+            hint = "take GaLoreAdamW, or set it to 0"
+            raise UsageError(f"sampling.resting_rank: {unable[0]} can't train frozen blocks at rest; {hint}")
         if any(isinstance(each, torch.optim.LBFGS) for each in optimizers):
             raise UsageError("sampling: LBFGS steps all weights by one history, frozen ones, too; take another optimizer")
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

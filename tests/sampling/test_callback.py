@@ -414,6 +414,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         ({"rescore_every": 0}, "rescore_every: 0 must be at least 1"),
         ({"rescore_every": 1.5}, "rescore_every: 1.5 is no whole number"),
         ({"interval_steps": 8 / 4}, "interval_steps: 2.0 is no whole number"),
+        ({"seed": 1.7}, "seed: 1.7 is no whole number"),
         ({"activated_layers": "2"}, "activated_layers: '2' is no whole number"),
         ({"always_train": "norm"}, "always_train: norm is no list of names among"),
         ({"always_train": ("head",)}, r"always_train: \('head',\) is no list of names among embeddings, lm_head, norm"),
