@@ -41,6 +41,7 @@ PACKAGES = {
     "scipy": "scipy",
     "peft": "peft",
     "galore_torch": "galore-torch",
+    "bitsandbytes": "bitsandbytes",  # which galore-torch imports
     "pytest": "pytest",
     "datasets": "datasets",
 }

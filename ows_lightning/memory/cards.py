@@ -35,7 +35,7 @@ class Card(NamedTuple):
 
 _, *_rows = csv.reader(Path(__file__).with_name("cards.csv").read_text(encoding="utf-8").splitlines())
 CARDS = tuple(Card(name, int(memory), float(link), float(tflops), source) for name, memory, link, tflops, source in _rows)
-"""By memory. A card's nominal GB are counted as 10^9 bytes: CUDA's context and fragmentation take the 7 % that it has more."""
+"""By memory. A card's nominal GB are counted as 10^9 bytes; most have 7 % more, an L4, A10 or L40S 1 %."""
 
 _SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
 _MAKERS = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}

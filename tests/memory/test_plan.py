@@ -339,11 +339,20 @@ def test_plans_a_70b_model() -> None:
 @pytest.mark.slow
 def test_says_what_would_make_it_fit() -> None:
     planned = plan_from_config(llama_7b(), ["ows"])
-    assert planned.advice[0].startswith("4 GB: fits with data.batch_size 1,")
-    assert planned.advice[1] == "8, 12 GB: fits with model.frozen_in host"
-    assert planned.advice[2] == "16 GB: fits with data.batch_size 8 and trainer.accumulate_grad_batches 2"
-    settings = settings_from_config(llama_7b(8, 2))
-    assert predict_memory(settings).fits(16)
+    assert planned.advice == [
+        "4 GB: fits with data.batch_size 4, trainer.accumulate_grad_batches 4, model.frozen_in host "
+        "and sampling.activated_layers 2",
+        "8 GB: fits with data.batch_size 8, trainer.accumulate_grad_batches 2 and model.frozen_in host",
+        "12 GB: fits with model.frozen_in host",
+        "16 GB: fits with data.batch_size 4 and trainer.accumulate_grad_batches 4",
+    ]
+    assert predict_memory(settings_from_config(llama_7b(4, 4))).fits(16)
+
+
+def test_a_card_has_room_for_more_than_the_tensors() -> None:
+    """An L4 holds 24.15 * 10^9 bytes, of which CUDA's context takes up to half of 10^9."""
+    assert MemoryPrediction({"weights": 23_500_000_000}).fits(24)
+    assert not MemoryPrediction({"weights": 23_700_000_000}).fits(24)
 
 
 def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
