@@ -11,11 +11,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks.resume import ContinueMetricsCSV, Resume
+from tests.callbacks.test_run_folder import NotTheFirst
 
 
 class Scheduled(LightningModule):
@@ -87,12 +89,14 @@ class Logged(Scheduled):
         return super().training_step(batch, batch_idx)
 
 
-def test_the_curves_of_a_run_that_was_moved_go_on(tmp_path: Path) -> None:
-    def run(folder: Path, steps: int, ckpt_path: Path | None = None) -> Trainer:
+def test_the_curves_of_a_run_that_was_moved_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process alone copies them."""
+
+    def run(folder: Path, steps: int, ckpt_path: Path | None = None, **settings: Any) -> Trainer:
         trainer = Trainer(
             accelerator="cpu", devices=1, max_steps=steps, logger=CSVLogger(folder, name="", version=0),
             callbacks=[Resume(), ContinueMetricsCSV()], log_every_n_steps=1, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
+            enable_progress_bar=False, enable_model_summary=False, **settings,
         )  # fmt: skip
         trainer.fit(Logged("one cycle"), DataLoader(torch.ones(4, 4), batch_size=1), ckpt_path=ckpt_path)
         return trainer
@@ -102,6 +106,9 @@ def test_the_curves_of_a_run_that_was_moved_go_on(tmp_path: Path) -> None:
     run(tmp_path / "second", 8, tmp_path / "moved" / "version_0" / "checkpoints" / "a.ckpt")
     with (tmp_path / "second" / "version_0" / "metrics.csv").open(newline="") as file:
         assert [float(row["steps"]) for row in csv.DictReader(file) if row["steps"]] == [*range(8)]
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    run(tmp_path / "third", 8, tmp_path / "moved" / "version_0" / "checkpoints" / "a.ckpt", strategy=NotTheFirst("cpu"))
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "one cycle"])
