@@ -440,7 +440,8 @@ def test_another_model_rank_or_number_of_blocks_is_refused(arguments: Arguments,
         assert key in line
 
 
-def test_a_run_of_another_program_is_refused() -> None:
+def test_a_run_of_another_program_is_refused_but_its_weights_are_not() -> None:
+    check_fixed_settings(None, {"model.rank": 8}, resumes=False)
     with pytest.raises(UsageError, match="ckpt_path: the checkpoint is of another program's run"):
         check_fixed_settings(None, {"model.rank": 8})
 
@@ -450,6 +451,13 @@ def test_evaluating_asks_for_the_same_model_alone() -> None:
     check_fixed_settings(saved, {"model.rank": 4, "number of blocks": 4}, resumes=False)
     with pytest.raises(UsageError, match=r"number of blocks \(4 in the checkpoint, 6 now\)"):
         check_fixed_settings(saved, {"model.rank": 4, "number of blocks": 6}, resumes=False)
+
+
+def test_a_model_may_have_been_moved_to_another_folder() -> None:
+    key = "model.model_name_or_path"
+    check_fixed_settings({key: "/before/llama"}, {key: "now/llama"})
+    with pytest.raises(UsageError, match=r"model_name_or_path \('/before/llama' in the checkpoint, '/before/gpt2' now\)"):
+        check_fixed_settings({key: "/before/llama"}, {key: "/before/gpt2"})
 
 
 def test_a_run_from_before_blocks_trained_at_rest_goes_on_without() -> None:
