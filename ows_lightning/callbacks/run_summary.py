@@ -84,7 +84,7 @@ class RunSummary(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the metrics from before the training; a resumed run keeps those of its first start."""
-        if not self.before and (metrics := _logged_metrics(trainer, *_SHOWN_METRICS)):
+        if not self.before and (metrics := _logged_metrics(trainer, *_SHOWN_METRICS)) and trainer.is_global_zero:
             checked, there = trainer.num_sanity_val_batches, trainer.num_val_batches
             self.before = metrics
             self.batches_before = "" if checked == there else f" ({checked[0]} of {there[0]} batches)"

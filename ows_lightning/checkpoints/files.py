@@ -36,9 +36,9 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
     verified = verify_checksum(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:  # the file is no archive, as after a write that was cut off
+        raise ValueError("it is cut short, or was not written by torch") from error
     except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):  # the bytes are not a pickle at all
-            raise ValueError("it was not written by torch") from error
         raise pickle.UnpicklingError(UNSAFE) from error
     if missing := [key for key in needed if key not in checkpoint]:
         raise ValueError(f"it has no {missing[0]}")

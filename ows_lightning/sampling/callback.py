@@ -70,8 +70,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""
         log_dir = trainer.log_dir if trainer.loggers else None  # every rank has to ask: `log_dir` is broadcast
         folder = Path(chosen) if (chosen := self.folder or log_dir) else None
-        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        self._written_to = folder if writes else None
+        self._written_to = folder if trainer.is_global_zero and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
         metrics = self.start(trainer.global_step, trainer.optimizers, partial(self._scores, trainer, pl_module))
         self._write_and_log(trainer, metrics)
 
@@ -86,7 +85,8 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Names the blocks that never trained."""
-        self.warn_of_never_trained()
+        if trainer.is_global_zero:
+            self.warn_of_never_trained()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception."""

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
+from ows_lightning.callbacks import auto_gradient_checkpointing
+from ows_lightning.callbacks.auto_gradient_checkpointing import MEMORY_FRACTION, AutoGradientCheckpointing
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.models.execution import count_checkpointed
@@ -60,6 +61,23 @@ def test_weights_that_are_loaded_already_are_part_of_what_a_run_may_take(monkeyp
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     weights = [torch.zeros(10), torch.zeros(10, device="meta")]
     assert available_bytes(torch.device("cpu"), weights, processes=2) == 1000 // 2 + 40
+
+
+def test_a_process_may_take_its_share_of_what_is_free_or_holds_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    budgets: list[float] = []
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(auto_gradient_checkpointing, "fewest_checkpointed_blocks", lambda _, most: budgets.append(most) or 3)
+    module = CausalLMModule(str(tmp_path), gradient_checkpointing="auto")
+    module.configure_model()
+    module.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp_layerwise", logger=False)
+    config = {"model": {"model_name_or_path": str(tmp_path)}, "data": {}, "trainer": {"devices": "auto"}}
+    AutoGradientCheckpointing(config).on_fit_start(module.trainer, module)
+    assert budgets == [MEMORY_FRACTION * (1000 // 2 + sum(p.nbytes for p in module.parameters()))]
+    assert count_checkpointed(module.language_model) == 3
 
 
 def test_memory_is_predicted_for_the_device_that_the_run_has_got(tmp_path: Path) -> None:

@@ -11,11 +11,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks.resume import ContinueMetricsCSV, Resume
+from ows_lightning.checkpoints.io import AtomicCheckpointIO
+from ows_lightning.data import InstructionDataModule
+from ows_lightning.sampling.callback import LayerwiseSampling
+from tests.callbacks.test_run_folder import NotTheFirst
+from tests.data.samples import tiny_tokenizer
 
 
 class Scheduled(LightningModule):
@@ -87,12 +93,14 @@ class Logged(Scheduled):
         return super().training_step(batch, batch_idx)
 
 
-def test_the_curves_of_a_run_that_was_moved_go_on(tmp_path: Path) -> None:
-    def run(folder: Path, steps: int, ckpt_path: Path | None = None) -> Trainer:
+def test_the_curves_of_a_run_that_was_moved_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process alone copies them."""
+
+    def run(folder: Path, steps: int, ckpt_path: Path | None = None, **settings: Any) -> Trainer:
         trainer = Trainer(
             accelerator="cpu", devices=1, max_steps=steps, logger=CSVLogger(folder, name="", version=0),
             callbacks=[Resume(), ContinueMetricsCSV()], log_every_n_steps=1, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
+            enable_progress_bar=False, enable_model_summary=False, **settings,
         )  # fmt: skip
         trainer.fit(Logged("one cycle"), DataLoader(torch.ones(4, 4), batch_size=1), ckpt_path=ckpt_path)
         return trainer
@@ -102,6 +110,23 @@ def test_the_curves_of_a_run_that_was_moved_go_on(tmp_path: Path) -> None:
     run(tmp_path / "second", 8, tmp_path / "moved" / "version_0" / "checkpoints" / "a.ckpt")
     with (tmp_path / "second" / "version_0" / "metrics.csv").open(newline="") as file:
         assert [float(row["steps"]) for row in csv.DictReader(file) if row["steps"]] == [*range(8)]
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    run(tmp_path / "third", 8, tmp_path / "moved" / "version_0" / "checkpoints" / "a.ckpt", strategy=NotTheFirst("cpu"))
+    assert not (tmp_path / "third").exists()
+
+
+def test_settings_that_are_paths_can_be_saved(tmp_path: Path) -> None:
+    """As text: a checkpoint holds plain values only."""
+    sampling = LayerwiseSampling(scores=tmp_path / "scores.json")
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, callbacks=[sampling, resume := Resume()])
+    rows = {tmp_path / "rows.jsonl": 2.0}
+    trainer.datamodule = InstructionDataModule(rows, tokenizer=tiny_tokenizer())  # type: ignore[arg-type, attr-defined]
+    checkpoint: dict[str, Any] = {"state_dict": {}, "loops": {}, "global_step": 0}
+    resume.on_save_checkpoint(trainer, Scheduled("one cycle"), checkpoint)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+    saved = AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["changeable_settings"]
+    assert saved["sampling.scores"] == str(tmp_path / "scores.json")
+    assert saved["data.dataset"] == {str(tmp_path / "rows.jsonl"): 2.0}
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "one cycle"])

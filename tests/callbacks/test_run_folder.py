@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,17 @@ from filelock import FileLock
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
+from ows_lightning.callbacks.generations import ShowGenerations
+from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder, RunLogger
 from ows_lightning.callbacks.run_summary import RunSummary
+from ows_lightning.callbacks.self_checks import SelfChecks
 from ows_lightning.errors import UsageError
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
@@ -61,6 +68,35 @@ def test_runs_that_start_together_have_a_folder_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as threads:
         versions = [*threads.map(lambda _: RunLogger(tmp_path, name="").version, range(16))]
     assert sorted(versions) == list(range(1, 17))
+
+
+class NotTheFirst(SingleDeviceStrategy):
+    """A process of a run that is not its first."""
+
+    global_rank, is_global_zero = 1, False
+
+
+def test_the_first_process_alone_writes_and_speaks(
+    model_dir: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    caplog.set_level("INFO", "ows_lightning")
+    runs = tmp_path / "runs"
+    callbacks = [
+        LayerwiseSampling(1, 1, "uniform"), RunFolder(), AutoGradientCheckpointing({}), SelfChecks(), RunSummary(),
+        ShowGenerations(["What is 3?"]), RunCheckpoint(runs / "checkpoints", every_n_train_steps=1),
+    ]  # fmt: skip
+    others = trainer(
+        runs, *callbacks, strategy=NotTheFirst("cpu"), logger=CSVLogger(runs, name="", version=0), enable_checkpointing=True
+    )
+    module = CausalLMModule(str(model_dir()), rank=4, gradient_checkpointing="auto", max_new_tokens=1)
+    others.fit(module, batches(), batches())
+    assert others.global_step == 2
+    # The model is left to the first process of torch's group, of which there is none here.
+    assert {path.relative_to(runs).parts[:2] for path in runs.rglob("*")} == {("version_0",), ("version_0", "model")}
+    assert not [record.message for record in caplog.records if record.name.startswith("ows_lightning")]
+    assert RunLogger(tmp_path / "more", name="").version == 0
+    assert not (tmp_path / "more").exists()
 
 
 def test_is_free_after_an_exception(tmp_path: Path) -> None:

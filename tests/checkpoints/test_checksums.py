@@ -106,13 +106,18 @@ def test_a_bit_anywhere_in_a_folder_of_shards(arguments: Arguments, tmp_path: Pa
     assert not (tmp_path / "exported").exists()
 
 
-def test_a_damaged_shard_is_found_when_a_checkpoint_is_read(tmp_path: Path) -> None:
-    """Not only when the command line looks for it."""
+def write_shards(path: Path) -> dict[str, Any]:
+    """Writes the shards of a checkpoint, and returns what stands beside them in ``meta.pt``."""
     checkpoint = {"state_dict": {"weight": torch.randn(64, 64)}, "optimizer_states": [], "loops": {}, "global_step": 1}
     tensors, rest = split_checkpoint(checkpoint)
-    path = tmp_path / "a.ckpt"
     dcp.save(tensors, storage_writer=ShardWriter(path), no_dist=True)
-    save_file({**rest, "sums": {file.name: file_crc32(file) for file in path.iterdir()}}, path / META_FILE)
+    return {**rest, "sums": {file.name: file_crc32(file) for file in path.iterdir()}}
+
+
+def test_a_damaged_shard_is_found_when_a_checkpoint_is_read(tmp_path: Path) -> None:
+    """Not only when the command line looks for it."""
+    path = tmp_path / "a.ckpt"
+    save_file(write_shards(path), path / META_FILE)
     loads = AtomicCheckpointIO().load_checkpoint, FSDP2Strategy(save_distributed_checkpoint=True).load_checkpoint
     for load in loads:
         load(path)
@@ -123,6 +128,48 @@ def test_a_damaged_shard_is_found_when_a_checkpoint_is_read(tmp_path: Path) -> N
             load(path)
 
 
+def test_shards_of_an_older_version_are_complete_or_damaged(tmp_path: Path) -> None:
+    """They have no sums."""
+    path = tmp_path / "a.ckpt"
+    rest = {key: value for key, value in write_shards(path).items() if key != "sums"}
+    save_file(rest, path / META_FILE)
+    assert find_checkpoint(str(path)) == path
+    save_file({key: value for key, value in rest.items() if key != "loops"}, path / META_FILE)
+    with pytest.raises(UsageError, match=r"is damaged or no checkpoint of a run \(it has no loops\)"):
+        find_checkpoint(str(path))
+    (path / META_FILE).unlink()
+    with pytest.raises(UsageError, match="is damaged or no checkpoint of a run"):
+        find_checkpoint(str(path))
+    save_file(rest, path / META_FILE)
+    shard = next(path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=rf"is damaged or no checkpoint of a run \({shard.name} is cut short\)"):
+        find_checkpoint(str(path))
+
+
 def test_files_of_other_programs_have_no_sum(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(3)}, tmp_path / "plain.ckpt")
     assert verify_checksum(tmp_path / "plain.ckpt") is False
+
+
+def test_a_file_of_other_programs_lacks_what_a_run_is_resumed_with(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, tmp_path / "plain.ckpt")
+    with pytest.raises(UsageError, match=r"is damaged or no checkpoint of a run \(it has no state_dict\); there is no good"):
+        find_checkpoint(str(tmp_path / "plain.ckpt"))
+
+
+def test_what_was_read_may_be_written_by_other_programs(saved: Path) -> None:
+    """They write no sum, and so it must not be missed."""
+    torch.save(AtomicCheckpointIO().load_checkpoint(saved / "first.ckpt"), saved / "third.ckpt")
+    assert AtomicCheckpointIO().load_checkpoint(saved / "third.ckpt")["global_step"] == 0
+
+
+def test_a_file_that_took_the_place_of_another_is_read_anew(saved: Path) -> None:
+    """Although it has the same size, and the same time, as a copy of a backup may have."""
+    first, second = saved / "first.ckpt", saved / "second.ckpt"
+    before = first.stat()
+    sums = file_crc32(first), file_crc32(second)
+    os.utime(second, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second.replace(first)
+    assert first.stat().st_size == before.st_size
+    assert sums[0] != sums[1] == file_crc32(first)

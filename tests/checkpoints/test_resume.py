@@ -16,11 +16,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -248,7 +250,7 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_cut_checkpoint_is_named_and_passed_over(saved: Path, tmp_path: Path) -> None:
+def test_a_cut_checkpoint_is_named_and_passed_over(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     newest = saved / "second.ckpt"
     assert find_checkpoint("last", tmp_path) == newest
     whole, places = newest.read_bytes(), random.Random(0)
@@ -256,7 +258,10 @@ def test_a_cut_checkpoint_is_named_and_passed_over(saved: Path, tmp_path: Path) 
         newest.write_bytes(whole[: places.randrange(len(whole))])
         with pytest.raises(UsageError, match=r"second.ckpt' is damaged.*last good one is '.*first.ckpt'"):
             find_checkpoint(str(newest), tmp_path)
+        assert not caplog.messages  # the error says it
         assert find_checkpoint("last", tmp_path) == saved / "first.ckpt"
+        assert f"Passed over the damaged checkpoint {newest} (" in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.slow
@@ -300,6 +305,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(saved: Path, tmp_path: Path
     with pytest.raises(UsageError, match="more than tensors and plain values"):
         find_checkpoint(str(sharded), tmp_path)
     assert find_checkpoint("last", tmp_path) == saved / "second.ckpt"
+    with fsspec.open("memory://bucket/fifth.ckpt", "wb") as file:
+        torch.save({"state_dict": Malicious(), "loops": {}, "global_step": 1}, file)
+    with pytest.raises(pickle.UnpicklingError):
+        AtomicCheckpointIO().load_checkpoint("memory://bucket/fifth.ckpt", weights_only=False)
     assert not (tmp_path / "ran").exists()
 
 
@@ -307,6 +316,17 @@ def test_a_checkpoint_whose_replacement_was_cut_off_is_found(saved: Path) -> Non
     (saved / "first.ckpt").unlink()
     (saved / "second.ckpt").rename(saved / ".second.ckpt.old")  # a kill before the new one had its name
     assert last_good(saved) == saved / ".second.ckpt.old"
+
+
+def test_a_folder_of_shards_that_is_being_removed_is_no_checkpoint_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    path.mkdir()
+    monkeypatch.setattr(LocalFileSystem, "rm", lambda *_, **__: 1 / 0)  # a kill at this moment
+    with pytest.raises(ZeroDivisionError):
+        AtomicCheckpointIO().remove_checkpoint(path)
+    assert [each.name for each in tmp_path.iterdir()] == [".last.ckpt.partial"]
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
@@ -420,7 +440,8 @@ def test_another_model_rank_or_number_of_blocks_is_refused(arguments: Arguments,
         assert key in line
 
 
-def test_a_run_of_another_program_is_refused() -> None:
+def test_a_run_of_another_program_is_refused_but_its_weights_are_not() -> None:
+    check_fixed_settings(None, {"model.rank": 8}, resumes=False)
     with pytest.raises(UsageError, match="ckpt_path: the checkpoint is of another program's run"):
         check_fixed_settings(None, {"model.rank": 8})
 
@@ -430,6 +451,13 @@ def test_evaluating_asks_for_the_same_model_alone() -> None:
     check_fixed_settings(saved, {"model.rank": 4, "number of blocks": 4}, resumes=False)
     with pytest.raises(UsageError, match=r"number of blocks \(4 in the checkpoint, 6 now\)"):
         check_fixed_settings(saved, {"model.rank": 4, "number of blocks": 6}, resumes=False)
+
+
+def test_a_model_may_have_been_moved_to_another_folder() -> None:
+    key = "model.model_name_or_path"
+    check_fixed_settings({key: "/before/llama"}, {key: "now/llama"})
+    with pytest.raises(UsageError, match=r"model_name_or_path \('/before/llama' in the checkpoint, '/before/gpt2' now\)"):
+        check_fixed_settings({key: "/before/llama"}, {key: "/before/gpt2"})
 
 
 def test_a_run_from_before_blocks_trained_at_rest_goes_on_without() -> None:
@@ -576,6 +604,23 @@ def test_the_tenth_run_is_newer_than_the_ninth(tmp_path: Path) -> None:
         path = tmp_path / f"version_{number}" / "checkpoints" / "a.ckpt"
         AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "loops": {}, "global_step": 1}, path)
     assert find_checkpoint("last", tmp_path) == path
+
+
+def test_a_run_whose_folder_was_renamed_and_a_link_to_what_is_gone_are_passed_over(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "version_old").mkdir()
+    (saved / "last.ckpt").symlink_to(saved / "gone.ckpt")
+    assert find_checkpoint("last", tmp_path) == saved / "second.ckpt"
+
+
+def test_an_address_has_to_exist() -> None:
+    with pytest.raises(UsageError, match=r"^ckpt_path: no checkpoint 'memory://bucket/none.ckpt'$"):
+        find_checkpoint("memory://bucket/none.ckpt")
+
+
+def test_a_folder_of_runs_is_no_checkpoint_but_has_one(saved: Path, tmp_path: Path) -> None:
+    line = f"'{tmp_path}' is a folder, not a checkpoint; the last good one in it is '{saved / 'second.ckpt'}'"
+    with pytest.raises(UsageError, match=line):
+        find_checkpoint(str(tmp_path))
 
 
 def test_a_disk_that_is_full_at_the_first_checkpoint(tmp_path: Path) -> None:

@@ -329,6 +329,9 @@ CASES = {
         "export --config base.yaml --ckpt_path s3://bucket/a.ckpt", "ckpt_path", "copy 's3://bucket/a.ckpt' to this machine"
     ),
     "nothing to test": Case("test --config base.yaml --trainer.limit_test_batches 0", "trainer.limit_test_batches", "above 0"),
+    "nothing to predict": Case(
+        "predict --config base.yaml --trainer.limit_predict_batches 0", "trainer.limit_predict_batches", "above 0"
+    ),
     "optimizer for matrices alone": Case(fit("--config muon.yaml"), "model.optimizer", "Muon only supports 2D parameters"),
     "config that holds itself": Case(
         fit("--config circle.yaml"), "config", "circle.yaml: found unconstructable recursive node"
@@ -403,6 +406,7 @@ CASES = {
     "no GPU": Case(
         fit("--trainer.accelerator cuda"), "trainer", "can not run on your system since the accelerator is not available"
     ),
+    "no GPU of any maker": Case(fit("--trainer.accelerator gpu"), "trainer", "No supported gpu backend found"),
     "GPU precision on a CPU": Case(
         fit("--config adamw.yaml --trainer.precision 16-true"),
         "trainer.precision",
@@ -466,7 +470,9 @@ CASES = {
     "address of a data set": Case(
         fit("--data.dataset https://huggingface.co/datasets/a/b"), "data.dataset", "give its name, 'a/b'"
     ),
-    "damaged checkpoint": Case(fit("--ckpt_path damaged.ckpt"), "ckpt_path", "there is no good one beside it"),
+    "damaged checkpoint": Case(
+        fit("--ckpt_path damaged.ckpt"), "ckpt_path", "(it is cut short, or was not written by torch); there is no good one"
+    ),
     "best checkpoint of no run": Case(
         "validate --config base.yaml --ckpt_path best", "", "`ModelCheckpoint` is not configured to save the best model"
     ),
