@@ -301,7 +301,7 @@ def check_options(options: dict[str, Any]) -> None:
         elif name == "betas" and not all(0 <= beta < 1 for beta in value):
             fault = "must be at least 0 and less than 1"
         elif name == "rank" and not (value is None or (isinstance(value, int) and value >= 1)):
-            fault = "must be at least 1, and whole (without it: full rank)"
+            fault = "must be at least 1, and whole, or null (None) for full rank"
         elif name in ("max_grad_norm", "scale") and not (value is None or 0 < value < math.inf):
             fault = "must be more than 0, and finite"
         elif name in ("amsgrad", "maximize") and value:  # of torch's AdamW, whose states it loads

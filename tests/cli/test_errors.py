@@ -211,7 +211,7 @@ CASES = {
         "fit --model.model_name_or_path model", "data.dataset", "put it into the YAML file or write --data.dataset"
     ),
     # ------------------------------------------------------------------ settings out of range
-    "rank 0": Case(fit("--model.rank 0"), "model.rank", "train in full rank"),
+    "rank 0": Case(fit("--model.rank 0"), "model.rank", "or null (None) for full rank"),
     "threshold 0": Case(fit("--sampling.threshold 0"), "sampling.threshold", "(the paper's is 13)"),
     "negative rate": Case(fit("--model.optimizer.lr -1.0"), "model.optimizer.lr", "must be above 0"),
     "negative rate of AdamW": Case(
@@ -220,13 +220,13 @@ CASES = {
     "K 0": Case(fit("--sampling.interval_steps 0"), "sampling.interval_steps", "be at least 1"),
     "gamma 0": Case(fit("--sampling.activated_layers 0"), "sampling.activated_layers", "be at least 1"),
     "gamma above the blocks": Case(fit("--sampling.activated_layers 5"), "sampling.activated_layers", "the model's 4 blocks"),
-    "updates that climb": Case(fit("--model.scale -1"), "model.scale", "it multiplies the updates of projected matrices"),
+    "updates that climb": Case(fit("--model.scale -1"), "model.scale", "must be more than 0, and finite"),
     "renewal every 0 steps": Case(fit("--model.update_proj_gap 0"), "model.update_proj_gap", "be at least 1"),
     "negative warm-up": Case(fit("--model.warmup_steps -1"), "model.warmup_steps", "share of all steps)"),
     "no calibration": Case(fit("--sampling.calibration_samples 0"), "sampling.calibration_samples", "be at least 1"),
     "weights for other blocks": Case(fit("--sampling.distribution [1,2]"), "sampling.distribution", "give one weight a block"),
-    "batch of 0": Case(fit("--data.batch_size 0"), "", "least 1, got 0"),
-    "rows of 1 token": Case(fit("--data.max_seq_length 1"), "", "least 2, got 1"),
+    "batch of 0": Case(fit("--data.batch_size 0"), "", "a whole number from 1 to 8192, got 0"),
+    "rows of 1 token": Case(fit("--data.max_seq_length 1"), "", "a whole number from 2 to 1048576, got 1"),
     "more than all for validation": Case(fit("--data.val_size 1.5"), "", "of rows, got 1.5"),
     "all rows for validation": Case(fit("--data.val_size 8"), "data.val_size", "set val_size: 0"),
     "rank for AdamW": Case(fit("--config adamw.yaml --model.rank 4"), "model.rank", "set rank to null, or take GaLoreAdamW"),
