@@ -131,7 +131,7 @@ def keep_in_float32_(model: Any, dtype: torch.dtype) -> None:
 
     if patterns := [*model._get_dtype_plan(dtype)]:
         kept, *_ = build_glob_alternation(patterns)
-        for name, p in model.named_parameters():
+        for name, p in model.state_dict(keep_vars=True).items():  # buffers, too
             if kept.search(name):
                 p.data = p.data.float()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ows_lightning.cli.main import main
 from ows_lightning.errors import UsageError
@@ -143,9 +143,11 @@ def test_other_architectures(architecture: str, model_dir: Callable[..., Path]) 
     check_restored(base)
 
 
-def test_several_weights_that_files_have_as_one(tmp_path: Path) -> None:
+# transformers 5.17 has no sarvam_moe, whose weights in one tensor differ in size.
+@pytest.mark.parametrize("kind", sorted({"hrm_text", "sarvam_moe"}.intersection(CONFIG_MAPPING)))
+def test_several_weights_that_files_have_as_one(kind: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
-    tiny_architecture(tiny_config("sarvam_moe")).save_pretrained(base)
+    tiny_architecture(tiny_config(kind)).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     sizes = make_delta(base, lambda model: train(model, 1))
     assert 0 < sizes.delta < 0.5 * sizes.model
