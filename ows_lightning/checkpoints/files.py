@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,9 @@ def load_file(path: Path, needed: Iterable[str] = REQUIRED_KEYS) -> dict[str, An
     verified = verify_checksum(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:  # the file is no archive, as after a write that was cut off
+    except RuntimeError as error:
+        if zipfile.is_zipfile(path):
+            raise
         raise ValueError("it is cut short, or was not written by torch") from error
     except pickle.UnpicklingError as error:
         raise pickle.UnpicklingError(UNSAFE) from error

@@ -61,4 +61,5 @@ def save_error(path: Any, error: BaseException) -> BaseException:
         return reason
     before = last_good(Path(path).parent)
     kept = f"'{before}' is still good" if before else "there is no earlier one"
-    return RunError(f"can't write the checkpoint '{path}' ({first_line(reason)}); {kept}; free space on the disk and resume")
+    hint = "; free space on the disk and resume" if isinstance(reason, (OSError, RuntimeError)) else ""
+    return RunError(f"can't write the checkpoint '{path}' ({first_line(reason)}); {kept}{hint}")

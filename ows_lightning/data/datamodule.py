@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
+from numbers import Integral
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -157,7 +158,8 @@ class InstructionDataModule(LightningDataModule):
         parts = _PARTS.get(stage or "", _ALL_PARTS)
         self._resume_at = {}  # of a run that failed before it made its loader
         if stage in ("validate", "test", "predict"):
-            self._require_rows(parts[0] if parts else "test", "evaluate" if parts else "answer")
+            what_for = "answer" if stage == "predict" else "evaluate"
+            self._require_rows("val" if stage == "validate" else "test", what_for)
         if "train" in parts and (self.packing or self.streaming):
             kind = "packed rows have" if self.packing else "rows of a stream may have"
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
@@ -370,7 +372,7 @@ class InstructionDataModule(LightningDataModule):
 def check_data_settings(settings: Mapping[str, Any]) -> None:
     """Raises a UsageError for the first of the data module's settings, by name, that is wrong without a look at the rows."""
     for name, (least, most) in _BOUNDS.items():
-        if not (isinstance(value := settings[name], int) and least <= value <= most):
+        if not (isinstance(value := settings[name], Integral) and least <= int(value) <= most):
             raise UsageError(f"data.{name} must be a whole number from {least} to {most}, got {value}")
     if (name := settings["data_format"]) is not None and name not in formats.FORMATS:
         raise UsageError(f"data.data_format: unknown '{name}'{did_you_mean(name, formats.FORMATS) or '; leave it out'}")
@@ -396,5 +398,4 @@ def check_data_settings(settings: Mapping[str, Any]) -> None:
         if isinstance(size, float):
             raise UsageError(f"data.val_size: {size} of a stream is not known; give a number of rows, or 0")
         if isinstance(sources, Mapping):
-            hint = "give an eval_dataset, or 0"
-            raise UsageError(f"data.val_size: a mixture repeats rows, also those for validation; {hint}")
+            raise UsageError("data.val_size: a mixture repeats rows, also those for validation; give an eval_dataset, or 0")

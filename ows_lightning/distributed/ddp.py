@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -33,7 +32,7 @@ class LayerwiseDDPStrategy(DDPStrategy):
             rank_zero_warn(f"trainer.strategy: LayerwiseDDPStrategy wraps no model, so it ignores {', '.join(ignored)}")
         if self.world_size > 1:  # one process may offload blocks, and NCCL takes nothing from host memory
             for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
-                broadcast_(tensor.detach(), dist.group.WORLD)
+                broadcast_(tensor.detach())
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

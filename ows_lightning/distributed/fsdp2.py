@@ -108,7 +108,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             try:
                 act()
             except Exception as error:  # any, or the others would wait for ever
-                failure = error if isinstance(error, (RunError, UsageError)) else save_error(path, error)
+                is_ours = isinstance(error, (RunError, UsageError))
+                failure = error if is_ours else save_error(path, error).with_traceback(error.__traceback__)
         if failure := self.broadcast(failure):
             raise failure
 

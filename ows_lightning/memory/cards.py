@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ows_lightning.errors import UsageError, command_line, did_you_mean
 from ows_lightning.memory.plan_settings import PlanSettings, settings_from_config
-from ows_lightning.memory.prediction import predict_memory
+from ows_lightning.memory.prediction import CONTEXT_BYTES, predict_memory
 
 LINK_SHARE = 0.8
 """Share of its link's rate that a large copy from page-locked memory reaches: usually 25 of PCIe 4.0 x16's 31.5 GB/s."""
@@ -35,7 +35,7 @@ class Card(NamedTuple):
 
 _, *_rows = csv.reader(Path(__file__).with_name("cards.csv").read_text(encoding="utf-8").splitlines())
 CARDS = tuple(Card(name, int(memory), float(link), float(tflops), source) for name, memory, link, tflops, source in _rows)
-"""By memory. A card's nominal GB are counted as 10^9 bytes; most have 7 % more, an L4, A10 or L40S 1 %."""
+"""By memory. A card's nominal GB are counted as 10^9 bytes; most give 5 % more, an L4, A10 or L40S up to 2 % less."""
 
 _SECTIONS = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
 _MAKERS = {"nvidia", "geforce", "tesla", "rtx", "gpu", "generation"}
@@ -91,7 +91,7 @@ def advise(settings: PlanSettings, gigabytes: int) -> str:
     if changes is None:
         least, _ = list(_cheaper_settings(settings))[-1]
         more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
-        fewest = predict_memory(_with_batch_size(least, 1)).peak_bytes / 1e9
+        fewest = (predict_memory(_with_batch_size(least, 1)).peak_bytes + CONTEXT_BYTES) / 1e9
         return f"does not fit, takes {fewest:.1f} GB at the least; use {more}"
     return f"fits with {_in_words(changes)}" if changes else "fits"
 

@@ -11,7 +11,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.memory.cards import CARDS, Card, advise, fewest_checkpointed_blocks, find_card
 from ows_lightning.memory.flops import UTILISATION, FlopCount, Speed, count_flops, estimate_speed
 from ows_lightning.memory.plan_settings import PlanSettings, number_of_devices, settings_from_config
-from ows_lightning.memory.prediction import CATEGORIES, METHODS, MemoryPrediction, predict_memory
+from ows_lightning.memory.prediction import CATEGORIES, CONTEXT_BYTES, METHODS, MemoryPrediction, predict_memory
 from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 MEMORY_SIZES = (4, 8, 12, 16, 24, 40, 48, 80)
-"""Sizes of GPUs in GB of 10^9 bytes. A 24 GB card has some 7 % more; CUDA's own context and fragmentation take that."""
+"""Sizes of GPUs in GB of 10^9 bytes."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def _with_num_checkpointed(settings: PlanSettings, card: Card | None) -> PlanSet
     if settings.gradient_checkpointing != "auto":
         return settings
     if card is not None and settings.method.ours:
-        return replace(settings, gradient_checkpointing=fewest_checkpointed_blocks(settings, card.memory * 1e9))
+        fewest = fewest_checkpointed_blocks(settings, card.memory * 1e9 - CONTEXT_BYTES)
+        return replace(settings, gradient_checkpointing=fewest)
     none = replace(settings, gradient_checkpointing=0)
     fits = card is not None and predict_memory(none).fits(card.memory)
     return none if fits else replace(settings, gradient_checkpointing=True)

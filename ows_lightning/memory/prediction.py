@@ -23,7 +23,7 @@ from ows_lightning.sampling.activation import non_block_trains
 
 CATEGORIES = ("weights", "gradients", "moments", "projectors", "activations", "loss_head", "other")
 
-CONTEXT_BYTES = 500_000_000  # of a GPU, that CUDA's context and its libraries' workspaces take
+CONTEXT_BYTES = 10**9  # of a GPU's nominal memory: CUDA's context, workspaces, and up to 2 % that some cards lack
 _CUDA_BLOCK = 512  # bytes: what CUDA's caching allocator rounds to
 _MAX_SIMULATED = 3  # blocks of a group that are simulated one by one; more are extrapolated
 _STAGING = 2  # page-locked buffers of a weight each through which a GPU reads a disk
@@ -44,7 +44,7 @@ class MemoryPrediction:
 
     def fits(self, gigabytes: int) -> bool:
         """Whether it fits a card of so many ``gigabytes``, beside CUDA's context and workspaces."""
-        return self.peak_bytes + CONTEXT_BYTES <= gigabytes * 1e9
+        return self.peak_bytes <= gigabytes * 1e9 - CONTEXT_BYTES
 
 
 def _adamw(settings: PlanSettings) -> Callable[[Any], Optimizer]:

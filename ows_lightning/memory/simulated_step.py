@@ -188,9 +188,10 @@ class _Simulation:
             held.clear()
             if galore is not None:
                 tracker.label("gradients", [galore.projected_gradients.get(p)])
-                if (found := galore.sketches.get(p)) is not None:
-                    tracker.label("projectors", [found.sketch.basis])
-                    tracker.label("gradients", [found.projected])
+                if p in galore.sketches:
+                    sketch, projected, _ = galore.sketches[p]
+                    tracker.label("projectors", [sketch.basis])
+                    tracker.label("gradients", [projected])
                 if on_host:
                     tracker.label(HOST, [galore.offloaded_gradients.get(p)])
 

@@ -67,7 +67,7 @@ class CausalLM(nn.Module):
         model, targets = self.language_model, batch["labels"][:, 1:]
         hidden = loss.last_hidden_state(model, {key: batch[key] for key in ("input_ids", "attention_mask")})[:, :-1]
         has_target = targets != loss.IGNORE_INDEX
-        likelihoods = torch.zeros(targets.shape, device=hidden.device)
+        likelihoods = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         likelihoods[has_target] = -loss.target_losses(model, hidden[has_target], targets[has_target])
         return likelihoods.sum(1)
 

@@ -103,9 +103,8 @@ def load_model(
         arguments["device_map"] = {"": device}
     # Computed buffers come from the CPU, as those of offloaded models: a GPU rounds RoPE's frequencies otherwise.
     with torch.device("cpu"), loading_errors(name):  # sizes that do not match are reported below, in one line
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **arguments, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        options: Any = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**arguments, **options)
     model, report = loaded
     for key, saved, expected in sorted(report["mismatched_keys"]):
         sizes = f"shape {tuple(saved)} where its config says {tuple(expected)}"

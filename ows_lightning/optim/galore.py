@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -281,7 +282,7 @@ class GaLoreAdamW(GradientCapture):
             local(moment).copy_(project(local(moment), factor, side))
 
 
-_LEAST = {"lr": 0.0, "eps": 0.0, "weight_decay": 0.0, "state_warmup_steps": 0, "update_proj_gap": 1}  # and whole, if it is
+_LEAST = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "moments_dtype": ("float32", "bfloat16"), "moments_at_renewal": ("keep", "reproject", "reset"),
     "proj_type": get_args(ProjType), "subspace": get_args(SubspaceMethod),
@@ -293,16 +294,18 @@ def check_options(options: dict[str, Any]) -> None:
     for name, value in options.items():
         fault = ""
         if name in _LEAST and not (hasattr(value, "__float__") and value >= _LEAST[name]):  # Adafactor's eps is a pair
-            fault = f"must be at least {_LEAST[name]:g}"
-        elif isinstance(_LEAST.get(name), int) and not isinstance(value, int):
+            fault = f"must be at least {_LEAST[name]}"
+        elif name in ("state_warmup_steps", "update_proj_gap") and not isinstance(value, Integral):
             fault = "must be a whole number"
         elif name in _CHOICES and value not in _CHOICES[name]:
             fault = f"must be {' or '.join(_CHOICES[name])}"
         elif name == "betas" and not all(0 <= beta < 1 for beta in value):
             fault = "must be at least 0 and less than 1"
-        elif name == "rank" and not (value is None or (isinstance(value, int) and value >= 1)):
+        elif name == "rank" and not (value is None or (isinstance(value, Integral) and int(value) >= 1)):
             fault = "must be at least 1, and whole, or null (None) for full rank"
-        elif name in ("max_grad_norm", "scale") and not (value is None or 0 < value < math.inf):
+        elif name == "max_grad_norm" and not (value is None or value > 0):
+            fault = "must be more than 0"
+        elif name == "scale" and not 0 < (value or 0) < math.inf:
             fault = "must be more than 0, and finite"
         elif name in ("amsgrad", "maximize") and value:  # of torch's AdamW, whose states it loads
             fault = "is not supported"

@@ -5,7 +5,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,14 +24,6 @@ from ows_lightning.optim.subspace import Side, Sketch, derived_seed, find_subspa
 log = logging.getLogger(__name__)
 
 
-class SketchedGradient(NamedTuple):
-    """The gradient of a matrix whose new subspace is found, but not yet rotated onto its singular vectors."""
-
-    sketch: Sketch
-    projected: Tensor  # R in the basis of the sketch
-    averaged: bool  # over processes, which then share the subspace
-
-
 class GradientCapture(RestingWeights):
     """An optimizer that stores only the projected gradient R = G Q of each projected matrix, in place of ``grad``."""
 
@@ -48,7 +40,8 @@ class GradientCapture(RestingWeights):
         self.projected_gradients: dict[Tensor, Tensor] = {}  # R of the coming step, by weight
         self.offloaded_gradients: dict[Tensor, Tensor] = {}  # full ones, in host memory, of a step that renews their subspaces
         self._new_projectors: dict[Tensor, Tensor] = {}  # that the coming step switches to
-        self.sketches: dict[Tensor, SketchedGradient] = {}  # of the coming step
+        # By weight, a subspace that is not yet rotated onto singular vectors, R in it, and whether processes average it.
+        self.sketches: dict[Tensor, tuple[Sketch, Tensor, bool]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute; Lightning's wrapper, which derives from this class, sets those of the optimizer within there."""
@@ -269,7 +262,7 @@ class GradientCapture(RestingWeights):
             projector = sharding.distribute_projector(basis, p, side, shared)
         projected = project(local(gradient), local(projector), side) * torch.where(finite, 1.0, float("nan"))
         if isinstance(found, Sketch):
-            self.sketches[p] = SketchedGradient(found, projected, averaged)
+            self.sketches[p] = found, projected, averaged
         else:
             self._new_projectors[p] = projector
             self.accumulate_projected(p, sharding.reduce_projected(projected, p, side))
@@ -286,7 +279,7 @@ class GradientCapture(RestingWeights):
         waiting = list(self.sketches.items())
         self.sketches.clear()
         with self._time_renewal(waiting[0][0].device):
-            rotated = singular_vectors([gradient.sketch for _, gradient in waiting])
+            rotated = singular_vectors([sketch for _, (sketch, *_) in waiting])
             for (p, (sketch, projected, averaged)), exact in zip(waiting, rotated, strict=True):
                 side, vectors = self._projected_side(p), exact.to(sketch.basis.dtype)
                 assert side is not None

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -191,7 +191,5 @@ def _num_replicas(tensor: DTensor) -> int:
 
 
 def _from_local(part: Tensor, weight: DTensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    stride = torch.empty(shape, device="meta").stride()
-    return torch.distributed.tensor.DTensor.from_local(
-        part, weight.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    whole: Any = {"shape": torch.Size(shape), "stride": torch.empty(shape, device="meta").stride()}
+    return torch.distributed.tensor.DTensor.from_local(part, weight.device_mesh, placements, run_check=False, **whole)

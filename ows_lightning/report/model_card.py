@@ -19,9 +19,8 @@ def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
     name = str(hparams["model_name_or_path"])
     local = "://" in name or Path(name).expanduser().exists()
     base = Path(name).name if local else name
-    header = ModelCardData(
-        base_model=None if local else name, library_name="transformers", pipeline_tag="text-generation", tags=["ows_lightning"]
-    )
+    known: Any = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ows_lightning"]}
+    header = ModelCardData(base_model=None if local else name, **known)
     run = None
     with contextlib.suppress(UsageError):  # figures that can't be read must not keep the model from being saved
         run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None

@@ -195,9 +195,10 @@ def _outlier_ratio(weights: list[_ScoredWeight], threshold: float) -> float:
     parts = [(magnitudes.sum(), magnitudes.numel()) for weight in weights for magnitudes in weight.magnitudes()]
     if (count := sum(size for _, size in parts)) == 0:
         return 0.0
-    cutoff = threshold * sum(torch.stack([part for part, _ in parts]).tolist()) / count  # one wait for a GPU
+    device = parts[0][0].device
+    cutoff = threshold * sum(torch.stack([part.to(device) for part, _ in parts]).tolist()) / count  # one wait for a GPU
     # gt_ writes ones and zeros in place; their sum is several times faster than a boolean tensor's, and exact up to 2^24.
-    outliers = [magnitudes.gt_(cutoff).sum() for weight in weights for magnitudes in weight.magnitudes()]
+    outliers = [magnitudes.gt_(cutoff).sum().to(device) for weight in weights for magnitudes in weight.magnitudes()]
     return 100 * sum(torch.stack(outliers).tolist()) / count
 
 

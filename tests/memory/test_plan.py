@@ -340,7 +340,7 @@ def test_plans_a_70b_model() -> None:
 def test_says_what_would_make_it_fit() -> None:
     planned = plan_from_config(llama_7b(), ["ows"])
     assert planned.advice == [
-        "4 GB: fits with data.batch_size 4, trainer.accumulate_grad_batches 4, model.frozen_in host "
+        "4 GB: fits with data.batch_size 2, trainer.accumulate_grad_batches 8, model.frozen_in host "
         "and sampling.activated_layers 2",
         "8 GB: fits with data.batch_size 8, trainer.accumulate_grad_batches 2 and model.frozen_in host",
         "12 GB: fits with model.frozen_in host",
@@ -349,10 +349,17 @@ def test_says_what_would_make_it_fit() -> None:
     assert predict_memory(settings_from_config(llama_7b(4, 4))).fits(16)
 
 
+@pytest.mark.slow
+def test_auto_leaves_a_card_room() -> None:
+    planned = plan_from_config(llama_7b(8, 2, model__gradient_checkpointing="auto"), ["ows"], "RTX 4090")
+    assert "checkpointing of 19 blocks" in planned.to_table()
+    assert planned.methods["ows"].fits(24)
+
+
 def test_a_card_has_room_for_more_than_the_tensors() -> None:
-    """An L4 holds 24.15 * 10^9 bytes, of which CUDA's context takes up to half of 10^9."""
-    assert MemoryPrediction({"weights": 23_500_000_000}).fits(24)
-    assert not MemoryPrediction({"weights": 23_700_000_000}).fits(24)
+    """An L4 gives less than its nominal 24 GB, of which CUDA's context takes up to half a GB."""
+    assert MemoryPrediction({"weights": 22_900_000_000}).fits(24)
+    assert not MemoryPrediction({"weights": 23_100_000_000}).fits(24)
 
 
 def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +379,7 @@ def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pyt
 def test_advice_for_a_model_that_can_not_recompute(tmp_path: Path) -> None:
     OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=100, n_positions=LENGTH).save_pretrained(tmp_path)
     settings = settings_from_config(make_config(tmp_path, model__rank=4))
-    assert advise(settings, 0).startswith("does not fit, takes 0.0 GB at the least")
+    assert advise(settings, 0).startswith("does not fit, takes 1.0 GB at the least")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,14 @@ def test_accuracy_is_that_of_one_forward_pass_a_choice(
     assert figures["test_accuracy_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 4))
 
 
+def test_choices_in_half_precision(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    rows = str(write(tmp_path / "test.jsonl", ROWS))
+    data = InstructionDataModule(rows, test_dataset=rows, val_size=0, batch_size=2)
+    trainer = Trainer(accelerator="cpu", precision="bf16-true", logger=False, enable_progress_bar=False)
+    (_, figures) = trainer.test(CausalLMModule(str(model_dir(num_hidden_layers=2))), datamodule=data, verbose=False)
+    assert 0 <= figures["test_accuracy"] <= 1
+
+
 def test_a_long_choice_counts_by_its_mean() -> None:
     metric = ChoiceAccuracy()
     right, characters = torch.tensor([0, 1] * 2), torch.tensor([1, 4, 1, 1])
