@@ -45,7 +45,7 @@ def main() -> None:
             ids = torch.randint(3, 100, (2, 16))
             loss = model(input_ids=ids, labels=ids).loss / 2
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         gradients = optimizer.gradients()  # clip these, which the step consumes; p.grad is empty for projected matrices
         norm = torch.nn.utils.get_total_norm(gradients)
         for gradient in gradients:

@@ -55,7 +55,7 @@ def allow_recompilation(times: int) -> None:
 def keep_recomputation_out_of_inference_graphs() -> None:
     """Lets a checkpointed block be compiled for the case that nothing in it requires a gradient.
 
-    torch (2.13) refuses a random operation, such as attention, in that graph. When it is gone: call it without ``checkpoint``.
+    torch 2.13 to 2.15 refuse random operations, such as attention, there. When it is gone: call it without ``checkpoint``.
     """
     if hasattr(torch._functorch.config, "remat_using_tags_for_fwd_loss_bwd_graph"):
         torch._functorch.config.remat_using_tags_for_fwd_loss_bwd_graph = False
