@@ -256,8 +256,6 @@ class CausalLMModule(EvaluationModule):
         self._check_projection(optimizer)
         steps = expected_steps(self.trainer)
         scheduler = warmup_and_decay(optimizer, self.hparams["lr_scheduler_type"], self.hparams["warmup_steps"], steps)
-        if not isinstance(optimizer, GaLoreAdamW) and getattr(optimizer, "_step_supports_amp_scaling", False):
-            check_unscaled(self.trainer.precision_plugin, "a fused optimizer undoes it after clipping")
         if isinstance(optimizer, GaLoreAdamW):
             check_strategy(self.trainer.strategy)
             check_unscaled(self.trainer.precision_plugin)
@@ -265,6 +263,8 @@ class CausalLMModule(EvaluationModule):
             if self.offloader is not None:
                 self.offloader.attach_optimizer(optimizer)
         else:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                check_unscaled(self.trainer.precision_plugin, "a fused optimizer undoes it after clipping")
             keep_state_dtypes(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -60,8 +60,7 @@ class Throughput(StepCallback):
         # Tensors on the host: for a number, Lightning would wait for the device and put it there.
         pl_module.log("tokens_per_second", torch.tensor(pl_module.last_step_metrics.tokens / self._seconds), prog_bar=True)
         self._seconds = 0.0
-        metrics = self._sums(trainer)
-        metrics["peak_memory_mb"] = _peak_memory_mb(pl_module.device)
+        metrics = {**self._sums(trainer), "peak_memory_mb": _peak_memory_mb(pl_module.device)}
         pl_module.log_dict({name: torch.tensor(metric, dtype=torch.float64) for name, metric in metrics.items()})
 
     def _sums(self, trainer: Trainer) -> dict[str, float]:
