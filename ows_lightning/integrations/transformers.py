@@ -18,8 +18,8 @@ from ows_lightning.errors import UsageError
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.hooks import remove_hook
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.sampling.activation import unfreeze
-from ows_lightning.sampling.sampler import BlockSampler, unwrapped
+from ows_lightning.sampling.activation import unfreeze, unwrapped
+from ows_lightning.sampling.sampler import BlockSampler
 
 
 class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
@@ -52,11 +52,13 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
         _require_one_process(args)
         _require_use_galore(optimizer, args)
-        if self.distribution == "gradient_norm" and args.max_grad_norm > 0:
-            raise UsageError(
-                "max_grad_norm: the Trainer clips before any callback sees the gradients, by whose norms gradient_norm draws; "
-                "set it to 0 (and clip by use_galore(trainer, max_grad_norm=...)), or take another distribution"
+        if self.distribution == "gradient_norm" and (args.max_grad_norm > 0 or args.fp16):
+            fault = "max_grad_norm: the Trainer clips" if args.max_grad_norm > 0 else "fp16: the loss is scaled"
+            hint = (
+                "set it to 0 (and clip by use_galore(trainer, max_grad_norm=...))" if args.max_grad_norm > 0 else "take bf16"
             )
+            what = f"{fault} before any callback sees the gradients, by whose norms gradient_norm draws"
+            raise UsageError(f"{what}; {hint}, or take another distribution")
         if not isinstance(optimizer, GaLoreAdamW):
             for p in model.parameters():
                 remove_hook(p)  # of a run of ``use_galore`` that ended by an exception
@@ -173,10 +175,9 @@ def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW
 def _require_one_process(args: TrainingArguments) -> None:
     who = "LayerwiseSamplingCallback, use_galore: the Trainer"
     if args.parallel_mode is ParallelMode.DISTRIBUTED or args.deepspeed or args.fsdp:  # DDP wraps a single process, too
-        raise UsageError(
-            f"{who}'s DDP, FSDP and DeepSpeed fix the set of trained parameters; train on one process without torchrun, or "
-            "with this package's CausalLMModule and trainer.strategy ddp_layerwise or fsdp2"
-        )
+        hint = "or with this package's CausalLMModule and trainer.strategy ddp_layerwise or fsdp2"
+        fixed = "DDP, FSDP and DeepSpeed fix the set of trained parameters"
+        raise UsageError(f"{who}'s {fixed}; train on one process without torchrun, {hint}")
     if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
         raise UsageError(f"{who} copies the model to all cards at every step; choose one with CUDA_VISIBLE_DEVICES=0")
 
@@ -185,10 +186,8 @@ def _require_state(optimizer: Optimizer) -> None:
     """Refuses a checkpoint without the optimizer's state, from which the Trainer would resume without a warning."""
     stateless = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
     if not optimizer.state and not stateless:
-        raise UsageError(
-            "resume_from_checkpoint: the checkpoint has no state of the optimizer (save_only_model=True); "
-            "give one that has, or load its model and train anew"
-        )
+        fault = "the checkpoint has no state of the optimizer (save_only_model=True)"
+        raise UsageError(f"resume_from_checkpoint: {fault}; give one that has, or load its model and train anew")
 
 
 def _require_use_galore(optimizer: Optimizer, args: TrainingArguments) -> None:
@@ -196,7 +195,5 @@ def _require_use_galore(optimizer: Optimizer, args: TrainingArguments) -> None:
     if not isinstance(optimizer, GaLoreAdamW) or isinstance(optimizer, _AccumulatingGaLoreAdamW):
         return
     if optimizer.projects_in_backward and (args.max_grad_norm > 0 or args.gradient_accumulation_steps > 1):
-        raise UsageError(
-            "max_grad_norm: the Trainer clips and accumulates full gradients, but this GaLoreAdamW projects them within "
-            "backward; call use_galore(trainer) instead of giving `optimizers`"
-        )
+        what = "the Trainer clips and accumulates full gradients, but this GaLoreAdamW projects them within backward"
+        raise UsageError(f"max_grad_norm: {what}; call use_galore(trainer) instead of giving `optimizers`")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal, TypeGuard, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from ows_lightning.errors import UsageError
 
@@ -73,6 +73,11 @@ def non_block_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def is_matrix(name: str, p: Tensor) -> bool:
+    """Whether a parameter is a matrix, or several in one; experts' biases, which have two dimensions as well, are none."""
+    return p.dim() >= 2 and not name.endswith("bias")
+
+
 def _is_pretrained(module: nn.Module) -> TypeGuard[Any]:
     """Whether a module has the methods of transformers' models; its class has, for a peft model passes them on."""
     return all(hasattr(type(module), name) for name in ("get_output_embeddings", "get_decoder"))
@@ -98,10 +103,8 @@ def _decoder_and_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     candidates = candidates or list(_outermost_lists(language_model))  # what some classes call `decoder` is their head
     sizes = [sum(p.numel() for p in layers.parameters()) for _, layers in candidates]
     if not any(sizes):
-        raise UsageError(
-            f"model: {type(language_model).__name__} has no decoder blocks (an nn.ModuleList that holds parameters); "
-            "put its blocks into one, or give a decoder-only transformer"
-        )
+        fault = f"{type(language_model).__name__} has no decoder blocks (an nn.ModuleList that holds parameters)"
+        raise UsageError(f"model: {fault}; put its blocks into one, or give a decoder-only transformer")
     return candidates[sizes.index(max(sizes))]
 
 

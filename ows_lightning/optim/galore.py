@@ -39,13 +39,11 @@ class GaLoreAdamW(GradientCapture):
 
     Weight decay comes after the step, as in galore-torch: W <- (1 - lr * weight_decay) (W - ...). torch's AdamW decays first.
 
-    Clipping: with ``max_grad_norm``, every step limits the norm of what it consumes. ``torch.nn.utils.clip_grad_norm_`` misses
-    what was projected in backward. (With LayerwiseSampling or CausalLMModule, Lightning's clipping acts on ``gradients()``.)
-
     Also worth knowing:
 
     * ``project_in_backward()`` projects each gradient as soon as backward has produced it: full gradients never add up.
-    * ``gradients()`` returns what a step consumes, projected gradients for groups with a rank; clip those by any rule.
+    * ``gradients()`` returns what a step consumes, to be clipped by any rule: ``torch.nn.utils.clip_grad_norm_`` misses what
+      was projected in backward. Lightning's clipping acts on it with LayerwiseSampling or CausalLMModule.
     * A step with a NaN or Inf in any gradient is skipped as a whole; a warning names the weight, ``skipped_steps`` counts.
     * ``rest()`` lets weights that would be frozen learn a little, in a random subspace of a small rank.
     * Weights sharded by FSDP2 keep their moments sharded, see ``sharding.py``. For whole weights on several processes,
@@ -171,10 +169,10 @@ class GaLoreAdamW(GradientCapture):
             with torch.enable_grad():
                 loss = closure()
         if hasattr(self, "grad_scale") and (self.projects_in_backward or self.grad_scale is not None):
-            raise UsageError(
-                "GradScaler: it can't unscale gradients that are projected before it sees them; leave out "
-                "project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
+            hint = (
+                "leave out project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
             )
+            raise UsageError(f"GradScaler: it can't unscale gradients that are projected before it sees them; {hint}")
         if not self._replicas_checked:
             self._warn_of_replicas()
         self._project_all()
@@ -255,7 +253,7 @@ class GaLoreAdamW(GradientCapture):
     def _advance_state(self, state: dict[str, Any], gradient: Tensor, group: dict[str, Any]) -> int:
         """Makes moments, or converts them to the configured dtype, and returns the number of their coming step, from 1."""
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)  # a tensor, as in torch.optim: sharded checkpoints want one
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")  # sharded checkpoints want a tensor
         dtype = torch.bfloat16 if group["moments_dtype"] == "bfloat16" else torch.promote_types(gradient.dtype, torch.float32)
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment not in state:

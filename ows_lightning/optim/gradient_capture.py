@@ -104,7 +104,6 @@ class GradientCapture(RestingWeights):
         elif model is not None:
             self._projected_linears.update(to_projected_linear(decoder_layers(model).modules()))
 
-    # ------------------------------------------------------------------ what a step consumes
     def gradients(self) -> list[Tensor]:
         """Returns what the next step consumes, to be scaled or clipped in place: R of projected matrices, else ``grad``.
 
@@ -162,11 +161,9 @@ class GradientCapture(RestingWeights):
         """Warns, once, where processes that each hold all weights step without ``average_gradients()``: they drift apart."""
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and self.projects_in_backward and not any(map(sharding.is_sharded, self._group_and_index)):
-            log.warning(
-                "No average_gradients() came before this step of one of several processes: unless you average gradients() "
-                "yourself, their weights drift apart, since DDP sees no gradient that is projected in backward. Call it "
-                "before each step, or take the strategy ddp_layerwise"
-            )
+            why = "unless you average gradients() yourself, weights drift apart: DDP sees none that is projected in backward"
+            hint = "Call it before each step, or take the strategy ddp_layerwise"
+            log.warning("No average_gradients() came before this step of one of several processes; %s. %s", why, hint)
         self._replicas_checked = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -184,7 +181,6 @@ class GradientCapture(RestingWeights):
             else:
                 waiting.pop(p, None)
 
-    # ------------------------------------------------------------------ projection
     def _projected_side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
         if self.is_resting(p):

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ows_lightning.models.decoder import decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import decoder_layers, is_matrix, non_block_parameters
 from ows_lightning.optim.galore import ProjType
 from ows_lightning.optim.subspace import SubspaceMethod
 
@@ -38,7 +38,7 @@ def galore_param_groups(
     Raises:
         UsageError: The model has no decoder blocks.
     """
-    blocks = {id(p) for p in decoder_layers(model).parameters() if p.dim() >= 2}
+    blocks = {id(p) for name, p in decoder_layers(model).named_parameters() if is_matrix(name, p)}
     if project_embeddings:
         outside = non_block_parameters(model)
         blocks |= {id(p) for part in ("embeddings", "lm_head") for p in outside[part] if p.dim() == 2}
@@ -46,7 +46,7 @@ def galore_param_groups(
     settings = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "subspace": subspace}
     groups: list[dict[str, Any]] = [
         {"params": [(name, p) for name, p in trainable if id(p) in blocks], **({} if rank is None else settings)},
-        {"params": [(name, p) for name, p in trainable if id(p) not in blocks and p.dim() >= 2]},
-        {"params": [(name, p) for name, p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in trainable if id(p) not in blocks and is_matrix(name, p)]},
+        {"params": [(name, p) for name, p in trainable if not is_matrix(name, p)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

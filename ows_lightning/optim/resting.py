@@ -1,6 +1,6 @@
 """Weights at rest: what would be frozen learns a little, each matrix in a random subspace until its rest ends."""
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class RestingWeights(Optimizer):
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
         self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_separate``
 
-    def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0) -> None:
+    def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0, among: Collection[Tensor] | None = None) -> None:
         """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
 
         A resting weight keeps one subspace, Q of shape (n, r) on the right side, until it no longer rests, at its group's
@@ -42,6 +42,7 @@ class RestingWeights(Optimizer):
             weights: Matrices of shape (..., m, n) with n > rank that require a gradient; another optimizer's are ignored.
             rank: Rank r.
             seed: Of this rest period; a weight's subspace follows from it and from the weight's place in the groups.
+            among: The weights whose rest ends if they are not named, and that `weights` are of; None: all of the optimizer's.
 
         Raises:
             ValueError: A weight is no matrix that the rank makes smaller.
@@ -50,8 +51,9 @@ class RestingWeights(Optimizer):
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
-        self.merge_updates([p for p in self._group_and_index if p not in resting])
-        for p in self._group_and_index:
+        concerned = [p for p in self._group_and_index if among is None or p in among]
+        self.merge_updates([p for p in concerned if p not in resting])
+        for p in concerned:
             if (p in resting) != self.is_resting(p):
                 self.state.pop(p, None)
                 self.resting_projectors.pop(p, None)

@@ -80,7 +80,8 @@ def random_subspace(matrix: Tensor, rank: int, seed: int) -> Tensor:
     ``matrix``, of shape (..., m, n), gives the shape, dtype and device; all its matrices share the basis (..., n, r), r <= n.
     The Gaussian is drawn in float32 and decomposed on the CPU: devices round differently.
     """
-    gaussian = torch.randn(matrix.size(-1), rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(matrix.size(-1), rank, generator=generator, dtype=torch.float32, device="cpu")
     exact = torch.promote_types(matrix.dtype, torch.float32)
     basis = torch.linalg.qr(gaussian.to(exact)).Q.to(matrix.dtype).contiguous()
     basis = basis.to(matrix.device, non_blocking=matrix.is_cuda)  # MPS would read it when it is gone

@@ -7,14 +7,26 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ows_lightning.models.decoder import decoder_layers, language_model_of, non_block_parameters
+from ows_lightning.errors import UsageError
+from ows_lightning.models.decoder import decoder_layers, is_matrix, language_model_of, non_block_parameters
 
 _UNFREEZING = ("enable_adapters", "set_adapter")  # methods of peft's layers that unfreeze adapters
 
 
-def trainable_by_block(model: nn.Module) -> list[nn.ParameterList]:
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that accelerate has wrapped, whose attributes it hides."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def trainable_by_block(model: nn.Module) -> list[nn.ParameterDict]:
     """Returns each block's trainable parameters, first block first, without what the user froze (LoRA's base)."""
-    return [nn.ParameterList(p for p in layer.parameters() if p.requires_grad) for layer in decoder_layers(model)]
+    named = ([(f"/{name.replace('.', '/')}", p) for name, p in layer.named_parameters()] for layer in decoder_layers(model))
+    return [nn.ParameterDict((name, p) for name, p in block if p.requires_grad) for block in named]
+
+
+def block_matrices(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Returns what may train at rest: blocks' matrices, also stacks of them, given as blocks or by `trainable_by_block`."""
+    return [p for layer in layers for name, p in layer.named_parameters() if is_matrix(name, p) and p.dim() <= 3]
 
 
 def non_block_trains(model: nn.Module, always_train: Iterable[str]) -> dict[nn.Parameter, bool]:
@@ -38,7 +50,8 @@ def activate_blocks(
     grow with the blocks that have ever been active. One that blocks share (Zamba2's attention) trains if any of them does.
 
     With a ``resting_rank``, the matrices of the blocks above the lowest active one, which backward passes through anyway,
-    keep ``requires_grad`` and train at rest, see ``GaLoreAdamW.rest``; vectors and the blocks below are frozen.
+    keep ``requires_grad`` and train at rest, see ``GaLoreAdamW.rest``; vectors and the blocks below are frozen. A UsageError
+    says that no optimizer can do this.
 
     Args:
         layers: The decoder blocks, or lists of the parameters of each that may train.
@@ -51,17 +64,24 @@ def activate_blocks(
     Returns:
         The parameters that it froze.
     """
-    trains = dict(others)
+    optimizers = [*map(unwrapped, optimizers)]
+    if resting_rank and optimizers and not any(hasattr(optimizer, "rest") for optimizer in optimizers):
+        raise UsageError(f"resting_rank: {type(optimizers[0]).__name__} can't train blocks at rest; take GaLoreAdamW, or 0")
+    trains: dict[nn.Parameter, bool] = {}
+    for p, trainable in others:
+        trains[p] = trains.get(p, False) or trainable  # a tied weight is there twice
+    layers = list(layers)
     first: dict[nn.Parameter, int] = {}  # the lowest block that each is in
     for index, layer in enumerate(layers):
         for p in layer.parameters():
             trains[p] = trains.get(p, False) or index in active
             first.setdefault(p, index)
     lowest = min((first[p] for p in first if trains[p]), default=len(first))
-    resting = {p for p in first if not trains[p] and first[p] > lowest and p.dim() in (2, 3) and p.size(-1) > resting_rank > 0}
+    above = (p for p in block_matrices(layers) if not trains[p] and first[p] > lowest)
+    resting = {p for p in above if p.size(-1) > resting_rank > 0}
     for optimizer in optimizers:
         if hasattr(optimizer, "rest"):
-            optimizer.rest(resting, resting_rank, resting_seed)
+            optimizer.rest(resting, resting_rank, resting_seed, among=trains.keys())
     for p, trainable in trains.items():
         p.requires_grad_(trainable or p in resting)
     frozen = {p for p in trains if not p.requires_grad}

@@ -31,8 +31,7 @@ class LayerwiseSampling(BlockSampler, Callback):
     Scores and draws are written as ``outlier_scores.json`` and ``sampling_history.csv`` into the folder of the Trainer's
     logger, or into ``folder`` if that is set; without either, nothing is written.
 
-    Lightning's clipping, by ``gradient_clip_val`` or the module's ``clip_gradients``, acts on what a projecting optimizer
-    consumes. ``torch.nn.utils.clip_grad_norm_`` sees only ``grad``: call ``optimizer.clip_gradients(limit)`` instead.
+    Lightning's clipping acts on what a projecting optimizer consumes; by hand, call ``optimizer.clip_gradients(limit)``.
 
     Not supported are optimizers that hold only some of the parameters (freeze nothing yourself before
     ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (instead of ``ddp`` use
@@ -60,11 +59,9 @@ class LayerwiseSampling(BlockSampler, Callback):
         self.attach(pl_module)
         sharded = any(map(is_sharded, pl_module.parameters()))
         if trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy) and not sharded:
-            raise UsageError(
-                "trainer.strategy: fsdp2 shards a CausalLMModule; any other module has to shard itself in configure_model, by "
-                'shard_model(self, self.device_mesh["data_parallel"]) of ows_lightning.distributed.sharded_model; or take '
-                "ddp_layerwise"
-            )
+            how = 'by shard_model(self, self.device_mesh["data_parallel"]) of ows_lightning.distributed.sharded_model'
+            what = f"any other module has to shard itself in configure_model, {how}; or take ddp_layerwise"
+            raise UsageError(f"trainer.strategy: fsdp2 shards a CausalLMModule; {what}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""

@@ -50,19 +50,19 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
     Raises:
         UsageError: The distribution is unknown, or the scores or weights can't be turned into probabilities.
     """
-    scores = torch.as_tensor(ratios, dtype=torch.float64).cpu()
+    scores = torch.as_tensor(ratios, dtype=torch.float64, device="cpu")
     if scores.dim() != 1 or len(scores) == 0:
         raise UsageError(f"scores: expected one number a block, got shape {tuple(scores.shape)}; give a flat list")
     blocks = len(scores)
     if not isinstance(distribution, str):
-        weights, key = torch.as_tensor(distribution, dtype=torch.float64).cpu(), "sampling.distribution"
+        weights, key = torch.as_tensor(distribution, dtype=torch.float64, device="cpu"), "sampling.distribution"
         if weights.shape != scores.shape:
             raise UsageError(f"{key}: a list of {weights.numel()} weights for {blocks} blocks; give one weight a block")
         return _normalised(weights, key, "give at least one positive weight")
     if distribution == "uniform":
         return torch.full_like(scores, 1 / blocks)
     if distribution in ("increasing", "decreasing"):
-        ranks = torch.arange(1, blocks + 1, dtype=torch.float64)
+        ranks = torch.arange(1, blocks + 1, dtype=torch.float64, device="cpu")
         return _normalised(ranks if distribution == "increasing" else ranks.flip(0))
     if distribution == "weight_norm":
         return _normalised(scores, hint="the weights of the model are all zero; load a trained model")

@@ -65,7 +65,7 @@ class GroupedDraws:
         if left > 0:
             # Systematic sampling in a random order: as many as wanted, each with its own chance.
             rest = np.flatnonzero((chances < _CERTAIN) & (chances > 0))
-            rest = rest[torch.randperm(len(rest), generator=generator).numpy()]
+            rest = rest[torch.randperm(len(rest), generator=generator, device="cpu").numpy()]
             ends = np.cumsum(chances[rest])
             points = (random_uniform(generator) + np.arange(left)) * (ends[-1] / left)
             blocks += rest[np.searchsorted(ends[:-1], points, side="right")].tolist()
@@ -77,4 +77,4 @@ grouped_draws = lru_cache(maxsize=8)(GroupedDraws)  # made once: solving takes u
 
 def random_uniform(generator: torch.Generator) -> float:
     """Draws a number from 0 to 1."""
-    return torch.rand((), dtype=torch.float64, generator=generator).item()
+    return torch.rand((), dtype=torch.float64, generator=generator, device="cpu").item()

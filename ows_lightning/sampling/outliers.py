@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import eval_mode, run_causal_lm
-from ows_lightning.models.decoder import decoder_layers, language_model_of, on_device
+from ows_lightning.models.decoder import decoder_layers, is_matrix, language_model_of, on_device
 from ows_lightning.models.export import full_tensor, weights_without_peft
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import token_mask
@@ -63,7 +63,7 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
     for index, weights in enumerate(blocks):
         with on_device(layers[index]):
             ratios.append(_outlier_ratio(_used_weights(index, weights), threshold))
-    return torch.tensor(ratios, dtype=torch.float64)
+    return torch.tensor(ratios, dtype=torch.float64, device="cpu")
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def layer_weight_norms(model: nn.Module) -> Tensor:
         with on_device(block):
             each = [total_norm([weight.full()]).item() for weight in _block_weights(block)]
         norms.append(math.hypot(*each))
-    return torch.tensor(norms, dtype=torch.float64)
+    return torch.tensor(norms, dtype=torch.float64, device="cpu")
 
 
 def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[str, Tensor]]:
@@ -84,7 +84,7 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
     function are used, not its position.
     """
     hint = f"sampling.scores: give a file from `{command_line('score')}`"
-    if not isinstance(loader, DataLoader):
+    if not hasattr(loader, "dataset") or not hasattr(loader, "collate_fn"):  # Fabric's is no DataLoader, but has all of one
         raise UsageError(f"{hint}; calibration needs one DataLoader")
     dataset: Any = loader.dataset
     kind: Any = DataLoader
@@ -93,11 +93,12 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
             dataset = copy.deepcopy(dataset)
         except TypeError as error:  # it holds an open file, say
             raise UsageError(f"{hint}; the stream can't be copied for calibration ({error})") from error
-        kind = type(getattr(loader, "base_dataloader", loader))  # only its own class unpacks a stream's rows; not accelerate's
+        own = getattr(loader, "base_dataloader", loader)  # only its own class unpacks a stream's rows; not accelerate's
+        kind = type(own) if isinstance(own, DataLoader) else DataLoader
         if hasattr(dataset, "num_replicas"):  # it is a rank's share
             dataset.rank, dataset.num_replicas = 0, 1
     else:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed), device="cpu")
         dataset = Subset(dataset, order[:samples].tolist())
     size = None  # where the data set gives whole batches
     if loader.batch_sampler is not None:  # and if that was given, the loader has no batch size
@@ -170,7 +171,7 @@ def _block_weights(block: nn.Module) -> list[_ScoredWeight]:
         if not getattr(module, name).is_floating_point():
             hint = "give sampling.scores, a file of the model before it was quantised, or take uniform draws"
             raise UsageError(f"sampling: the weights are quantised, which no outliers can be seen in; {hint}")
-        if getattr(module, name).dim() in (2, 3) and not name.endswith("bias"):  # experts have 2-D biases
+        if is_matrix(name, getattr(module, name)) and getattr(module, name).dim() <= 3:
             weights.append(_ScoredWeight(module, name, transposed=isinstance(module, Conv1D)))
     return weights
 
@@ -183,10 +184,8 @@ def _used_weights(index: int, weights: list[_ScoredWeight]) -> list[_ScoredWeigh
             warnings.warn(f"block {index}: {kind}.{weight.name} is used in no matrix product and not scored", stacklevel=3)
     used = [weight for weight in weights if not (weight.is_raw_parameter and weight.squares is None)]
     if not all(weight.squares is None or weight.squares.isfinite().all() for weight in used):
-        raise UsageError(
-            f"calibration_samples: block {index} has activations that are not finite on this text; "
-            "check the model's weights, or load it in bfloat16 or float32"
-        )
+        hint = "check the model's weights, or load it in bfloat16 or float32"
+        raise UsageError(f"calibration_samples: block {index} has activations that are not finite on this text; {hint}")
     return used
 
 
@@ -301,10 +300,8 @@ def _inputs_and_mask(
     With `row_by_row`, a batch that has padding is yielded row by row, each without its padding.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise UsageError(
-            f"sampling.scores: give a file from `{command_line('score')}`; calibration needs batches with `input_ids`, not a "
-            f"{type(batch).__name__}"
-        )
+        fault = f"calibration needs batches with `input_ids`, not a {type(batch).__name__}"
+        raise UsageError(f"sampling.scores: give a file from `{command_line('score')}`; {fault}")
     keys = ("input_ids", "attention_mask", "position_ids")
     inputs = {key: batch[key].to(device) for key in keys if batch.get(key) is not None}
     mask = token_mask(inputs)

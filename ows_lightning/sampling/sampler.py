@@ -19,13 +19,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import NON_BLOCK_PARTS, Part, decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
 from ows_lightning.optim.subspace import derived_seed
-from ows_lightning.sampling.activation import (
-    activate_blocks,
-    non_block_trains,
-    track_frozen,
-    trainable_by_block,
-    unfreeze_tracked,
-)
+from ows_lightning.sampling import activation
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks, draw_window
 from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
@@ -34,11 +28,6 @@ from ows_lightning.sampling.scores import BlockScores, architecture_of
 log = logging.getLogger(__name__)
 
 NORM_DECAY = 0.9  # of the exponential mean of gradient norms, by optimizer step
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that accelerate has wrapped, whose attributes it hides."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 class BlockSampler:
@@ -122,7 +111,7 @@ class BlockSampler:
         self.always_train, self.seed = tuple(always_train), int(seed)
         self.grouping, self.resting_rank = float(grouping), int(resting_rank)
         self._model: nn.Module | None = None
-        self._blocks: list[nn.ParameterList] = []
+        self._blocks: list[nn.ParameterDict] = []
         self._others: dict[nn.Parameter, bool] = {}
         self._frozen: set[nn.Parameter] = set()
         self.reset()
@@ -153,12 +142,13 @@ class BlockSampler:
         An earlier run is forgotten, except a state that was loaded; what it left frozen is unfrozen.
         """
         self.release()
-        self._model, self._frozen = model, track_frozen(model)
+        self._model, self._frozen = model, activation.track_frozen(model)
         if self._loaded_settings is None:
             self.reset()
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
-        self._blocks, self._others = trainable_by_block(model), non_block_trains(model, self.always_train)
-        matrices = [p for block in self._blocks for p in block if p.dim() in (2, 3)]
+        self._blocks = activation.trainable_by_block(model)
+        self._others = activation.non_block_trains(model, self.always_train)
+        matrices = activation.block_matrices(self._blocks)
         if small := [p for p in matrices if p.size(-1) <= self.resting_rank]:
             few = f"{len(small)} of the {len(matrices)} matrices of the blocks"
             said = f"sampling.resting_rank: {self.resting_rank} is no less than the inputs of {few}"
@@ -180,7 +170,7 @@ class BlockSampler:
 
     def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], BlockScores]) -> dict[str, float]:
         """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`."""
-        optimizers, self._written = [*map(unwrapped, optimizers)], (0, None)
+        optimizers, self._written = [*map(activation.unwrapped, optimizers)], (0, None)
         self._check_optimizers(optimizers)
         if self._loaded_settings is not None:  # not as early as it is loaded: what evaluates a checkpoint loads it, too
             check_fixed_settings(self._loaded_settings, sampling_settings(self), prefix="sampling")
@@ -199,11 +189,9 @@ class BlockSampler:
         if any(isinstance(each, torch.optim.LBFGS) for each in optimizers):
             raise UsageError("sampling: LBFGS steps all weights by one history, frozen ones, too; take another optimizer")
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block)]:
-            raise UsageError(
-                f"sampling: the optimizer holds no weight of blocks {left_out}, which would train nothing; build it from all "
-                "parameters, before any is frozen"
-            )
+        if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block.values())]:
+            fault = f"the optimizer holds no weight of blocks {left_out}, which would train nothing"
+            raise UsageError(f"sampling: {fault}; build it from all parameters, before any is frozen")
 
     def advance(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], BlockScores]) -> dict[str, float]:
         """Draws new blocks if an interval begins, and lets them train.
@@ -224,13 +212,13 @@ class BlockSampler:
         if self.probabilities is None or new or self.distribution == "gradient_norm":
             start = time.perf_counter()
             self.outlier_scores = self._without_untrainable_blocks(compute())
-            self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64)
+            self.probabilities = torch.tensor(self.outlier_scores.probabilities, dtype=torch.float64, device="cpu")
             figures["scoring_s"] = time.perf_counter() - start
         start = time.perf_counter()
         # `should_draw` may be overridden to draw within an interval: that draw needs a number of its own.
         interval = max(step // self.interval_steps, self.history[-1][0] + 1 if self.history else 0)
         self.history.append((interval, step, self.blocks_of(interval)))
-        self.activate([*map(unwrapped, optimizers)])
+        self.activate([*optimizers])
         figures["drawing_s"] = time.perf_counter() - start
         self.seconds += sum(figures.values())
         return {**figures, "interval": float(interval)}
@@ -256,15 +244,16 @@ class BlockSampler:
         if self.distribution != "gradient_norm":
             return
         projected: dict[Tensor, Tensor] = {}
-        for optimizer in map(unwrapped, optimizers):
+        for optimizer in map(activation.unwrapped, optimizers):
             if hasattr(optimizer, "projected_gradients"):
                 optimizer.gradients()
                 projected |= optimizer.projected_gradients
         for index in self.active_blocks:
-            gradients = [gradient for p in self._blocks[index] if (gradient := projected.get(p, p.grad)) is not None]
+            weights = self.weights_of([index])
+            gradients = [gradient for p in weights if (gradient := projected.get(p, p.grad)) is not None]
             if not gradients:
                 continue
-            norm = total_norm(gradients) / math.sqrt(sum(p.numel() for p in self._blocks[index]))
+            norm = total_norm(gradients) / math.sqrt(sum(p.numel() for p in weights))
             if self._norms.numel() == 0:
                 self._norms = norm.new_zeros(len(self._blocks))
             self._norms = self._norms.to(norm)
@@ -274,24 +263,23 @@ class BlockSampler:
 
     def activate(self, optimizers: Sequence[Optimizer]) -> None:
         """Lets the active blocks train, and freezes the others or lets them rest."""
-        others, seed = self._others.items(), derived_seed(self.seed, self.history[-1][0])
         self._frozen.clear()
-        self._frozen |= activate_blocks(self._blocks, self.active_blocks, others, optimizers, self.resting_rank, seed)
+        others, rest = self._others.items(), (self.resting_rank, derived_seed(self.seed, self.history[-1][0]))
+        self._frozen |= activation.activate_blocks(self._blocks, self.active_blocks, others, optimizers, *rest)
 
     def release(self) -> None:
         """Unfreezes what was frozen, and drops the references to the model; what rests does so until the optimizer ends it."""
         if self._model is not None:
-            unfreeze_tracked(self._model, self._frozen)
+            activation.unfreeze_tracked(self._model, self._frozen)
         self._model, self._blocks, self._others, self._frozen = None, [], {}, set()
 
     def warn_of_never_trained(self) -> None:
         """Warns of the blocks that were never drawn, and never trained at rest either."""
         blocks = len(self._blocks)
         if never := sorted({index for index in range(blocks) if len(self._blocks[index])} - self.trained_blocks()):
-            log.warning(
-                f"{len(never)} of {blocks} blocks never trained in {len(self.history)} intervals: "
-                f"{', '.join(map(str, never))}. A higher `activated_layers` or a lower `interval_steps` reaches more."
-            )
+            hint = "A higher `activated_layers` or a lower `interval_steps` reaches more"
+            what = f"{len(never)} of {blocks} blocks never trained in {len(self.history)} intervals"
+            log.warning("%s: %s. %s.", what, ", ".join(map(str, never)), hint)
 
     def write(self, folder: Path | None) -> None:
         """Writes what is new into ``outlier_scores.json`` and ``sampling_history.csv``, if there is a folder for them.
@@ -342,7 +330,7 @@ class BlockSampler:
 
     def weights_of(self, blocks: Iterable[int]) -> list[nn.Parameter]:
         """Returns the weights that train where these blocks are drawn."""
-        return [p for block in blocks for p in self._blocks[block]]
+        return [p for block in blocks for p in self._blocks[block].values()]
 
     def trained_blocks(self, coming: Iterable[Sequence[int]] = ()) -> set[int]:
         """Returns the blocks that were drawn so far or will be, and with `resting_rank` those above: they train at rest."""
@@ -399,8 +387,8 @@ class BlockSampler:
         self._loaded_settings = state_dict.get("settings") or sampling_settings(self)  # older states have none to compare
         scores = state_dict.get("scores")
         self.outlier_scores = None if scores is None else BlockScores(**scores)
-        probabilities = state_dict["probabilities"]
-        self.probabilities = None if probabilities is None else torch.as_tensor(probabilities, dtype=torch.float64)
+        saved = state_dict["probabilities"]
+        self.probabilities = None if saved is None else torch.as_tensor(saved, dtype=torch.float64, device="cpu")
         self.history = [(interval, step, list(blocks)) for interval, step, blocks in state_dict["history"]]
         self.seconds = state_dict.get("seconds", 0.0)
-        self._norms = torch.tensor(state_dict.get("gradient_norms", []), dtype=torch.float64)
+        self._norms = torch.tensor(state_dict.get("gradient_norms", []), dtype=torch.float64, device="cpu")

@@ -54,17 +54,14 @@ class BlockScores:
         """Returns the scores; a UsageError if they don't suit a model's dimensions and a distribution."""
         held = stored_score_name(self.distribution) if any(self.outlier_ratios) else "no scores"
         if score_name(distribution) not in (None, "gradient_norm", held):  # a run by gradient_norm finds its own
-            raise UsageError(
-                f"sampling.scores: holds {held} (its distribution is {self.distribution}), from which {distribution} "
-                f"can't be computed; run `{command_line('score')}` with sampling.distribution {distribution}"
-            )
+            fault = f"holds {held} (its distribution is {self.distribution}), from which {distribution} can't be computed"
+            hint = f"run `{command_line('score')}` with sampling.distribution {distribution}"
+            raise UsageError(f"sampling.scores: {fault}; {hint}")
         needed = {**architecture, "number of blocks": num_layers}
         for key, value in {"number of blocks": len(self.outlier_ratios), **self.architecture}.items():
             if (other := needed.get(key, value)) != value:
-                raise UsageError(
-                    f"sampling.scores: holds those of '{self.model}', whose {key} is {value}, but the model's is {other}; "
-                    f"run `{command_line('score')}` with this model"
-                )
+                fault = f"holds those of '{self.model}', whose {key} is {value}, but the model's is {other}"
+                raise UsageError(f"sampling.scores: {fault}; run `{command_line('score')}` with this model")
         return self.outlier_ratios
 
     def table(self) -> str:

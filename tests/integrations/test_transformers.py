@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.optim import SGD
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
@@ -142,6 +143,12 @@ def test_draws_by_norms_of_gradients_are_refused_where_the_trainer_has_clipped_t
     with pytest.raises(UsageError, match=r"^max_grad_norm: the Trainer clips .*set it to 0 \(and clip by use_galore"):
         make(1.0).train()
     make(0.0, max_grad_norm=1.0).train()
+    args = TrainingArguments(tmp_path / "fp16", max_grad_norm=0.0, use_cpu=True)
+    args.fp16 = True  # which transformers takes for a GPU alone
+    sampling = LayerwiseSamplingCallback(activated_layers=1, interval_steps=1, distribution="gradient_norm")
+    model = tiny_model("llama")
+    with pytest.raises(UsageError, match=r"^fp16: the loss is scaled before any callback sees the gradients.*take bf16"):
+        sampling.on_train_begin(args, TrainerState(), TrainerControl(), model=model, optimizer=SGD(model.parameters(), 0.1))
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -388,3 +389,14 @@ def test_accelerate_does_not_take_calibration_for_the_rows_that_train() -> None:
         active = accelerator.gradient_state.active_dataloader
         assert len(next(iter(calibration_batches(loader, 2, 0)))["input_ids"]) == 2
         assert accelerator.gradient_state.active_dataloader is active
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_fabrics_loader_gives_the_rows_of_the_one_within(streams: bool) -> None:
+    rows = Numbers() if streams else [{"input_ids": torch.tensor([i])} for i in range(8)]
+    loader: DataLoader = DataLoader(rows, batch_size=2)  # type: ignore[arg-type]
+    wrapped = Fabric(accelerator="cpu", devices=1).setup_dataloaders(loader)
+    own, same = ([batch["input_ids"].tolist() for batch in calibration_batches(one, 5, 0)] for one in (loader, wrapped))
+    assert own == same
+    with pytest.raises(UsageError, match="calibration needs one DataLoader"):
+        calibration_batches([loader], 5, 0)
