@@ -24,6 +24,7 @@ _UNSUITABLE_CALLBACKS = {
     stock.BatchSizeFinder: "tries sizes without sampling, and the schedule keeps its steps; `plan` names a size that fits",
 }
 """Callbacks of Lightning that can't work with CausalLMModule: why, and what to do instead."""
+_PROJECTED = "gradients are projected in backward, before that can be undone"
 
 
 def expected_steps(trainer: Trainer) -> float:
@@ -82,11 +83,11 @@ def check_strategy(strategy: object) -> None:
     raise UsageError(f"trainer.strategy: {name} can't train sampled or projected weights: {reason}")
 
 
-def check_unscaled(precision: Precision, why: str = "gradients are projected in backward, before that can be undone") -> None:
-    """Refuses a precision that scales the loss, as ``16-mixed`` does: a UsageError, which says why."""
-    if getattr(precision, "scaler", None) is not None:
-        hint = "write bf16-mixed, bf16-true or 32-true"
-        raise UsageError(f"trainer.precision: {precision.precision} scales the loss, but {why}; {hint}")
+def check_unscaled(precision: Precision | str, why: str = _PROJECTED) -> None:
+    """Refuses a precision, or its name, that scales the loss, as ``16-mixed`` does: a UsageError, which says why."""
+    name = str(getattr(precision, "precision", precision))
+    if name in ("16-mixed", "16") or getattr(precision, "scaler", None) is not None:
+        raise UsageError(f"trainer.precision: {name} scales the loss, but {why}; write bf16-mixed, bf16-true or 32-true")
 
 
 def patch_clipping(precision: Precision) -> None:

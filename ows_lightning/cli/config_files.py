@@ -41,15 +41,15 @@ def find_config(name: str, folder: Path = Path()) -> Path:
     if "://" in name:
         raise UsageError(f"config: '{name}' is an address, and nothing is downloaded; give the path of a YAML file")
     path = os.path.join(folder, os.path.expanduser(name))  # where pathlib raises: no such user, too long a name
-    if os.path.exists(path) and not os.path.isdir(path):
+    if os.path.exists(path) and not (os.path.isdir(path) or Path(path).is_fifo()):
         return Path(path)
     shipped = dict(shipped_configs())
     short = name.removeprefix("configs/").removesuffix(".yaml")
     for key in (short, f"models/{short}", f"methods/{short}", f"strategies/{short}"):
         if key in shipped:
             return shipped[key]
-    if os.path.isdir(path):
-        raise UsageError(f"config: '{name}' is a folder; give the path of a YAML file")
+    if os.path.exists(path):
+        raise UsageError(f"config: '{name}' is a folder, or a pipe, which is read once only; give the path of a YAML file")
     hint = did_you_mean(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists"
     raise UsageError(f"config: no such file '{name}'{hint}")
 

@@ -1,5 +1,6 @@
 """The commands that take a config: LightningCLI with this package's classes, and two callbacks at the top level."""
 
+import copy
 import inspect
 import logging
 import os
@@ -42,6 +43,7 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
+_OPTIMIZER = {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
 
 # The callback is configured by its own arguments, not by class_path.
 set_parsing_settings(subclasses_disabled=[LayerwiseSampling])
@@ -92,16 +94,17 @@ class OWSCLI(LightningCLI):
         """Adds the two callbacks' keys, and default classes for model and data."""
         parser.add_argument("--sampling", type=LayerwiseSampling | None, default=None)
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        model = {"class_path": "ows_lightning.CausalLMModule", "init_args": {"optimizer": default_optimizer()}}
+        model = {"class_path": "ows_lightning.CausalLMModule", "init_args": {"optimizer": copy.deepcopy(_OPTIMIZER)}}
         data, last = {"class_path": "ows_lightning.InstructionDataModule"}, DEFAULTS["checkpoint.save_last"]
         parser.set_defaults({"model": model, "data": data, "checkpoint.save_last": last})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Lets every command take the config that `fit` wrote into a run's folder."""
+        """Lets every command take the config that another one wrote into a run's folder."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         assert isinstance(parser, OneLineParser)
-        of_fit = set(inspect.signature(Trainer.fit).parameters) - LightningCLI.subcommands()["fit"] - {"self"}
-        parser.foreign_keys = of_fit - set(self._subcommand_method_arguments[subcommand])
+        methods = [(getattr(CommandTrainer, name), not_keys) for name, not_keys in LightningCLI.subcommands().items()]
+        every = {key for method, not_keys in methods for key in inspect.signature(method).parameters if key not in not_keys}
+        parser.foreign_keys = every - {"self", "args", "kwargs"} - set(self._subcommand_method_arguments[subcommand])
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -142,7 +145,7 @@ class OWSCLI(LightningCLI):
         if isinstance(kind, type) and not issubclass(kind, CausalLMModule):
             defaults["model"] = {"class_path": model["class_path"]}
         elif named is not None and (kind is not CausalLMModule or locate(named) is not GaLoreAdamW):
-            given = default_optimizer() if locate(named) is GaLoreAdamW else {"class_path": named}
+            given = copy.deepcopy(_OPTIMIZER) if locate(named) is GaLoreAdamW else {"class_path": named}
             defaults["model"] = {"class_path": model["class_path"], "init_args": {"optimizer": given}}
         if data and locate(data["class_path"]) is not InstructionDataModule:
             defaults["data"] = {"class_path": data["class_path"]}
@@ -233,11 +236,6 @@ class OWSCLI(LightningCLI):
             if command != "fit":
                 raise UsageError(f"ckpt_path: no run has saved a checkpoint in {where}; give the path of one")
             log.warning("ckpt_path: no earlier run has saved a checkpoint in %s yet; this one starts anew", where)
-
-
-def default_optimizer() -> dict[str, Any]:
-    """Returns the default ``model.optimizer``."""
-    return {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
 
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:

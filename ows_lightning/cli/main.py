@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import warnings
-from functools import partial
 from typing import NoReturn
 
 from ows_lightning.cli import peer_watchdog
@@ -57,7 +56,7 @@ def main(args: list[str] | None = None) -> None:
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")
     for name, messages in _IGNORED_LOGS.items():
-        logging.getLogger(name).addFilter(partial(_is_wanted, messages))
+        logging.getLogger(name).addFilter(lambda r, m=messages: not any(text in r.getMessage() for text in m))  # type: ignore
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("ows_lightning").setLevel(logging.INFO)
     try:
@@ -69,10 +68,6 @@ def main(args: list[str] | None = None) -> None:
         if not isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns an interrupt into SystemExit
             raise
         exit_with(error.__context__, argv)
-
-
-def _is_wanted(unwanted: tuple[str, ...], record: logging.LogRecord) -> bool:
-    return not any(message in record.getMessage() for message in unwanted)
 
 
 def _run(argv: list[str]) -> None:

@@ -52,7 +52,7 @@ _FRAME = ("Does not validate", "Subtypes: ", "Errors:", "Problem with given", "G
 class OneLineParser(LightningArgumentParser):
     """Lightning's parser, whose errors are UsageErrors of one line, without a list of all two hundred options."""
 
-    foreign_keys: Collection[str] = ()  # what a config file may have because `fit` writes it, but this parser lacks
+    foreign_keys: Collection[str] = ()  # what a config file may have because another command writes it
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a config file."""

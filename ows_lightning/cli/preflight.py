@@ -161,8 +161,11 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
     if isinstance(model, CausalLMModule):
         config, _ = model.check(find_model_config)
         check_offloading(model.hparams, sampling is None, number_of_devices(trainer["devices"]), str(trainer["strategy"]))
-        if sampling is not None:
+        if sampling is not None or model.hparams["rank"] is not None:
             check_strategy(str(trainer["strategy"]))
+        if model.hparams["rank"] is not None:
+            check_unscaled(str(trainer.get("precision")))
+        if sampling is not None:
             _check_sampling(sampling, config, model)
 
 
@@ -195,10 +198,8 @@ def _check_nodes(trainer: Trainer) -> None:
     """Refuses several machines of which nothing says where they are: this one would wait for the others, silently."""
     unknown = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)  # no launcher's
     if trainer.num_nodes > 1 and unknown and "MASTER_ADDR" not in os.environ:
-        raise UsageError(
-            f"trainer.num_nodes: {trainer.num_nodes}, but nothing says where the other machines are; start the processes "
-            "of each by torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
-        )
+        hint = "start the processes of each by torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        raise UsageError(f"trainer.num_nodes: {trainer.num_nodes}, but nothing says where the other machines are; {hint}")
 
 
 def check_writable(key: str, folder: Path) -> None:
@@ -227,10 +228,8 @@ def _check_checkpoint(checkpoint: ModelCheckpoint, sharded: bool) -> None:
     if made.startswith(".."):
         raise UsageError(f"checkpoint.filename: '{name}' leaves its folder; set checkpoint.dirpath for another")
     if os.sep in made and not checkpoint.save_last:
-        raise UsageError(
-            f"checkpoint.filename: '{name}' makes folders, in which `--ckpt_path last` does not look; set "
-            "checkpoint.save_last: true, or write '-' for '/'"
-        )
+        hint = "set checkpoint.save_last: true, or write '-' for '/'"
+        raise UsageError(f"checkpoint.filename: '{name}' makes folders, in which `--ckpt_path last` does not look; {hint}")
 
 
 def _check_monitors(model: LightningModule, data: Any, callbacks: Sequence[Callback], val_batches: bool) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from ows_lightning.compat import storage_key
-from ows_lightning.models.decoder import decoder_layers, language_model_of
+from ows_lightning.compat import replace_parameters_, storage_key
+from ows_lightning.models.decoder import decoder_layers
 
 aten = torch.ops.aten
 profiler = torch.ops.profiler
@@ -81,8 +81,12 @@ class FakeOperators:
 
 def to_fake_(model: nn.Module) -> None:
     """Turns a meta model's tensors into fake ones (under `FakeOperators`). Shared weights stay shared."""
-    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"))
-    language_model_of(model).tie_weights()  # type: ignore[operator]
+
+    def fake(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") if tensor.is_meta else tensor
+
+    replace_parameters_(model, lambda p: nn.Parameter(fake(p), requires_grad=p.requires_grad))
+    model._apply(fake)  # buffers
 
 
 class _Fake(FakeTensor):

@@ -13,7 +13,7 @@ from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.prediction import ModelSizes, blocks_are_alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
-from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers, is_matrix
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
@@ -89,7 +89,7 @@ def _merging_flops(settings: PlanSettings) -> float:
     """FLOPs of W + B Q^T in an offloaded block at rest, in forward and in backward; linear layers do without it."""
     rank, blocks = settings.method.resting_rank, decoder_layers(settings.meta_model)
     apart = {module.weight for module in blocks.modules() if settings.method.factored and type(module) is nn.Linear}
-    matrices = (p for p in blocks.parameters() if p.dim() in (2, 3) and p.size(-1) > rank)
+    matrices = (p for name, p in blocks.named_parameters() if is_matrix(name, p) and p.dim() <= 3 and p.size(-1) > rank)
     return 2 * 2 * rank * sum(p.numel() for p in matrices if p not in apart) / settings.num_blocks
 
 
@@ -152,16 +152,10 @@ def _simulate_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Bloc
         resting_update = (rests("step") - without("step")) / others
         resting_flops = (rests() - without()) / others - resting_update
     return _BlockFlops(
-        forward=step("forward") / blocks,
-        head=step("loss_head"),
-        backward_lowest=lowest,
-        backward_active=above,
-        backward_frozen=frozen,
-        resting=resting_flops,
-        update=step("step") / trained,
-        resting_update=resting_update,
+        forward=step("forward") / blocks, head=step("loss_head"), backward_lowest=lowest, backward_active=above,
+        backward_frozen=frozen, resting=resting_flops, update=step("step") / trained, resting_update=resting_update,
         renewal=(step(renews=True) - step()) / trained,
-    )
+    )  # fmt: skip
 
 
 def _renewals(settings: PlanSettings, draws: Sequence[Sequence[int]]) -> float:
@@ -225,10 +219,9 @@ class Speed:
         if not self.fetched_bytes:
             return f"compute, {self.compute_seconds:.1f} s a step"
         hidden = "hide behind" if self.bound_by == "compute" else "do not hide behind"
-        return (
-            f"{self.bound_by}: {self.fetched_bytes / 1e9:.0f} GB fetched a step take {self.fetch_seconds:.1f} s and {hidden} "
-            f"{self.compute_seconds:.1f} s of compute; block by block from {self.hides_from_tokens:,} tokens a micro-batch on"
-        )
+        fetches = f"{self.fetched_bytes / 1e9:.0f} GB fetched a step take {self.fetch_seconds:.1f} s"
+        alone = f"block by block from {self.hides_from_tokens:,} tokens a micro-batch on"
+        return f"{self.bound_by}: {fetches} and {hidden} {self.compute_seconds:.1f} s of compute; {alone}"
 
 
 def estimate_speed(settings: PlanSettings, computed: FlopCount, card: Card) -> Speed:
@@ -240,10 +233,7 @@ def estimate_speed(settings: PlanSettings, computed: FlopCount, card: Card) -> S
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches
     computing, fetching = tokens * computed.flops_per_token / rate, fetched / link
     return Speed(
-        tokens_per_second=tokens / max(computing, fetching),
-        bound_by="compute" if computing >= fetching else "link",
-        compute_seconds=computing,
-        fetched_bytes=fetched,
-        fetch_seconds=fetching,
+        tokens_per_second=tokens / max(computing, fetching), bound_by="compute" if computing >= fetching else "link",
+        compute_seconds=computing, fetched_bytes=fetched, fetch_seconds=fetching,
         hides_from_tokens=-int(-block / link * rate // computed.block_forward) if fetched else 0,
-    )
+    )  # fmt: skip

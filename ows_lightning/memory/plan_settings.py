@@ -180,17 +180,17 @@ def settings_from_config(config: Any) -> PlanSettings:
     model, data, trainer, sampling = (dict(section.get("init_args", section)) for section in sections)
     sampled, trust = config.get("sampling") is not None, model.get("trust_remote_code", False)
     precision, on_gpu = str(trainer.get("precision") or "32-true"), trainer.get("accelerator") not in ("cpu", "mps")
-    strategy = _strategy(trainer.get("strategy"))
+    described = trainer.get("strategy") or "auto"
+    kind = str(described.get("class_path") if isinstance(described, dict) else described).rpartition(".")[2].lower()
+    strategy = None if kind == "auto" else "fsdp2" if "modelparallel" in kind or "fsdp2" in kind else kind
     method = TrainingMethod(
-        optimizer=_optimizer_factory(model.get("optimizer"), on_gpu),
+        optimizer=_optimizer_factory(model.get("optimizer"), on_gpu), rank=model.get("rank", 128), ours=True,
         activated_layers=sampling.get("activated_layers", 5) if sampled else None,
         always_train=tuple(sampling.get("always_train", NON_BLOCK_PARTS)),
-        rank=model.get("rank", 128),
-        ours=True,
         factored=not model.get("compile", False) and strategy != "fsdp2",
         renews_while_active=model.get("update_proj_gap", 200) < sampling.get("interval_steps", 50),
         **{key: value for key, value in {**model, **sampling}.items() if key in _METHOD_KEYS},
-    )
+    )  # fmt: skip
     name = model.get("model_name_or_path", "")
     check_gradient_checkpointing(model.get("gradient_checkpointing", False))
     config_of_model, found = find_model_config(name, trust)
@@ -235,11 +235,6 @@ def _optimizer_factory(setting: Any, on_gpu: bool) -> Callable[[Any], Optimizer]
     if "foreach" in inspect.signature(kind).parameters and not settings.get("fused") and settings.get("foreach") is None:
         settings["foreach"] = on_gpu  # fake tensors hide from torch.optim that they stand for a GPU's
     return partial(kind, **settings)
-
-
-def _strategy(setting: Any) -> str | None:
-    name = str((setting.get("class_path") if isinstance(setting, dict) else setting) or "auto").rpartition(".")[2].lower()
-    return None if name == "auto" else "fsdp2" if "modelparallel" in name or "fsdp2" in name else name
 
 
 def number_of_devices(devices: Any) -> int:

@@ -107,10 +107,9 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
     speeds = {}
     if chosen is not None:
         speeds = {name: estimate_speed(runs[name], computes[name], chosen) for name in plans}
-        notes.append(
-            f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {chosen.tflops:g} TFLOPS dense bfloat16 "
-            f"({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
-        )
+        rate = f"{chosen.tflops:g} TFLOPS dense bfloat16 ({chosen.source}); tokens/s at {UTILISATION:.0%} of that rate"
+        slower = f", and several times fewer in {settings.precision}" if settings.compute_dtype.itemsize > 2 else ""
+        notes.append(f"{chosen.name}: {chosen.memory} GB, {chosen.link:g} GB/s to the host, {rate}{slower}")
         if "ows" in speeds:
             notes.append(f"ows: bound by {speeds['ows'].words()}")
     return Plan(settings.title, plans, computes, advice, notes, parameters, chosen, speeds)
@@ -138,7 +137,8 @@ def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str
     made = plan(settings, method, card)
     if number_of_devices(config["trainer"].get("devices") or 1) == 0 and settings.strategy is not None:
         made.notes.append("trainer.devices: auto counts as 1; --trainer.devices N plans what each of N holds")
-    if settings.devices > 1 and settings.strategy is None and settings.method.rank is not None:
+    changes_or_projects = settings.method.rank is not None or settings.method.activated_layers is not None
+    if settings.devices > 1 and settings.strategy is None and changes_or_projects:
         made.notes.append("trainer.strategy: `fit` refuses auto here; write ddp_layerwise or fsdp2")
     return made
 

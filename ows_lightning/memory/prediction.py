@@ -15,7 +15,7 @@ from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, to_fa
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepCosts, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
-from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers, is_matrix, language_model_of
 from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.models.lora import add_lora
 from ows_lightning.optim.galore import GaLoreAdamW
@@ -83,10 +83,8 @@ def predict_memory(settings: PlanSettings) -> MemoryPrediction:
     except UsageError:
         raise
     except Exception as error:  # what a model's code raises when its tensors have no contents
-        raise UsageError(
-            f"model.model_name_or_path: can't follow a {settings.model_config.model_type} model in {settings.precision} "
-            f"({error})"
-        ) from error
+        kind = f"a {settings.model_config.model_type} model in {settings.precision}"
+        raise UsageError(f"model.model_name_or_path: can't follow {kind} ({error})") from error
     sizes = ModelSizes.of(settings)
     device, host = _offloaded_bytes(settings, sizes)
     peaks = [{**peak, "weights": peak["weights"] + device} for peak in memory.peaks.values()]
@@ -117,14 +115,11 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepCosts:
     def extended(value: Callable[[StepCosts], int]) -> int:
         return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)
 
-    def of_category(span: tuple[Any, ...], name: str) -> int:
-        return extended(lambda memory: memory.peaks[span].get(name, 0))
+    def of_span(span: tuple[Any, ...]) -> dict[str, int]:
+        return {name: extended(lambda memory: memory.peaks[span].get(name, 0)) for name in CATEGORIES}  # noqa: B023
 
-    return StepCosts(
-        {span: {name: of_category(span, name) for name in CATEGORIES} for span in base.peaks},
-        extended(lambda memory: memory.trained),
-        extended(lambda memory: memory.consumed),
-    )
+    peaks = {span: of_span(span) for span in base.peaks}
+    return StepCosts(peaks, extended(lambda memory: memory.trained), extended(lambda memory: memory.consumed))
 
 
 def blocks_are_alike(settings: PlanSettings) -> bool:
@@ -155,9 +150,9 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
 
     def simulated() -> StepCosts:
         model = first_blocks(settings.meta_model, active + frozen)
-        checkpoint_activations(model, num_checkpointed)  # type: ignore[arg-type]
         if method.lora is not None:
             model = add_lora(model, method.lora, low_cpu_mem_usage=True)
+        checkpoint_activations(language_model_of(model), num_checkpointed)  # type: ignore[arg-type]
         tracker = MemoryTracker(_CUDA_BLOCK if settings.on_gpu else 1, FakeOperators(merge_chunks=rows is not None))
         with tracker:
             to_fake_(model)
@@ -227,7 +222,8 @@ def _waiting_gradients(settings: PlanSettings) -> int:
         return 0
     largest = max(decoder_layers(settings.meta_model), key=lambda layer: sum(p.numel() for p in layer.parameters()))
     outside = non_block_trains(settings.meta_model, method.always_train if method.project_embeddings else ()).items()
-    waiting = [*largest.parameters()] * method.active_blocks(settings.num_blocks) + [p for p, trains in outside if trains]
+    in_block = [p for name, p in largest.named_parameters() if is_matrix(name, p)]
+    waiting = in_block * method.active_blocks(settings.num_blocks) + [p for p, trains in outside if trains]
     projected = (p for p in waiting if p.dim() in (2, 3) and min(p.shape[-2:]) > method.rank)
     sizes = (p.nbytes // (settings.devices if settings.is_sharded else 1) for p in projected)
     return sum(1 << (size - 1).bit_length() for size in sizes)

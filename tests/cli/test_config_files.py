@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,24 @@ def test_classes_of_the_users_have_their_own_defaults(capsys: pytest.CaptureFixt
     made = yaml.safe_load(capsys.readouterr().out)
     assert made["data"]["init_args"] == {"dataset": "y", "batch_size": 3, "seed": 5}
     assert made["model"]["init_args"]["rank"] == 9
+
+
+def test_a_pipe_which_is_read_only_once_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"is a folder, or a pipe, which is read once only; give the path of a YAML file"):
+        config_and_bases(str(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize(
+    ("command", "of_another"),
+    [("plan", "verbose: true\ntasks: null"), ("validate", "tasks: null\nreturn_predictions: true"), ("fit", "verbose: false")],
+)
+def test_a_command_takes_the_config_that_another_one_wrote(
+    command: str, of_another: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"base: quickstart\n{of_another}\nckpt_path: null\n")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--config", str(file), "--print_config"])
+    assert not ended.value.code
+    assert "activated_layers: 5" in capsys.readouterr().out

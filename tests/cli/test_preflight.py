@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import resource
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
@@ -187,6 +189,16 @@ def test_offloaded_blocks_need_sampling_where_something_trains(tmp_path: Path) -
     check_run("validate", module, LightningDataModule(), SETTINGS, alone)
     with pytest.raises(UsageError, match=r"^model.frozen_in: host needs frozen blocks"):
         check_run("fit", module, LightningDataModule(), SETTINGS, alone)
+
+
+@pytest.mark.parametrize("setting", [{"strategy": "ddp"}, {"precision": "16-mixed"}])
+def test_a_plan_refuses_what_a_fit_would(setting: dict[str, str], model_dir: Callable[..., Path]) -> None:
+    """Projected gradients are enough for that, without sampling."""
+    module, full = CausalLMModule(str(model_dir())), CausalLMModule(str(model_dir()), rank=None, optimizer=torch.optim.AdamW)
+    ((key, value),) = setting.items()
+    with pytest.raises(UsageError, match=f"^trainer.{key}: {value} "):
+        check_plan(module, None, {"devices": 2, "strategy": "auto", **setting})
+    check_plan(full, None, {"devices": 2, "strategy": "auto", **setting})
 
 
 def test_a_rank_of_somebody_elses_module_is_no_projection() -> None:

@@ -107,6 +107,13 @@ ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {}}
             "model__optimizer": ADAMW,
             "model__lora": {"r": 4, "target_modules": "all-linear"},
         },
+        {
+            "sampling": None,
+            "model__rank": None,
+            "model__optimizer": ADAMW,
+            "model__lora": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [4]},
+            "model__gradient_checkpointing": True,
+        },
     ],
     ids=[
         "sampled",
@@ -123,6 +130,7 @@ ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {}}
         "gap 4",
         "full",
         "lora",
+        "lora above, checkpointing",
     ],
 )
 def test_flops_are_those_that_torch_counts(directory: Path, changes: dict[str, Any]) -> None:

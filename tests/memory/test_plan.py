@@ -30,6 +30,7 @@ from ows_lightning.models.pretrained import meta_model
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
+from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_batch, tiny_model
 
 SHAPE = {
@@ -130,6 +131,8 @@ def run_and_track(config: dict[str, Any], track: Track | None = None) -> int:
 
 FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {}}}
 
+HIGH_ADAPTERS = {"r": 4, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [4]}
+
 
 @pytest.mark.parametrize(
     "changes",
@@ -149,6 +152,9 @@ FULL = {"sampling": None, "model__rank": None, "model__optimizer": {"class_path"
         {**FULL, "trainer__precision": "bf16-true", "data__batch_size": 1},
         {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear"}},
         {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear"}, "trainer__precision": "bf16-true"},
+        {**FULL, "model__lora": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [4]}},
+        {**FULL, "model__lora": HIGH_ADAPTERS, "model__gradient_checkpointing": True},
+        {**FULL, "model__lora": {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"]}},
         {"model__attn_implementation": "eager"},
         {"sampling": None, "model__rank": 100, "model__proj_type": "reverse_std", "model__update_proj_gap": 2},
     ],
@@ -158,6 +164,23 @@ def test_predicts_a_real_run_within_five_percent(directory: Path, changes: dict[
     config = make_config(directory, **changes)
     predicted = plan_from_config(config, ["ows"]).methods["ows"].peak_bytes
     assert predicted == pytest.approx(run_and_track(config), rel=0.05)
+
+
+def test_predicts_a_head_that_is_trained_beside_adapters_apart_from_the_embeddings(tmp_path: Path) -> None:
+    tiny_model("llama", **{**SHAPE, "tie_word_embeddings": True}).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    lora = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head"]}
+    config = make_config(tmp_path, **FULL, model__lora=lora)
+    predicted = plan_from_config(config, ["ows"]).methods["ows"].peak_bytes
+    assert predicted == pytest.approx(run_and_track(config), rel=0.05)
+
+
+def test_a_plan_says_what_would_be_refused_or_slower(directory: Path) -> None:
+    lisa = make_config(directory, model__rank=None, model__optimizer=FULL["model__optimizer"], trainer__devices=2)
+    assert "trainer.strategy: `fit` refuses auto here; write ddp_layerwise or fsdp2" in plan_from_config(lisa, ["ows"]).notes
+    for precision, slower in (("32-true", True), ("bf16-true", False), ("bf16-mixed", False)):
+        notes = plan_from_config(make_config(directory, trainer__precision=precision), ["ows"], card="RTX 4090").notes
+        assert any(f"several times fewer in {precision}" in note for note in notes) == slower
 
 
 @pytest.mark.parametrize(
