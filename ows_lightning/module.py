@@ -60,10 +60,8 @@ def warmup_and_decay(optimizer: Optimizer, kind: str, warmup_steps: float, steps
     ``warmup_steps`` below 1 are a share of all ``steps``, which may be infinite where nothing depends on them (UsageError).
     """
     if math.isinf(steps) and (kind != "constant" or 0 < warmup_steps < 1):
-        raise UsageError(
-            "trainer.max_steps: the schedule needs the number of steps; give max_steps or max_epochs, or set "
-            "model.lr_scheduler_type to constant and model.warmup_steps to a number of steps"
-        )
+        hint = "or set model.lr_scheduler_type to constant and model.warmup_steps to a number of steps"
+        raise UsageError(f"trainer.max_steps: the schedule needs the number of steps; give max_steps or max_epochs, {hint}")
     warmup = round(warmup_steps * steps) if 0 < warmup_steps < 1 else int(warmup_steps)
     if warmup >= max(steps, 1):
         message = "model.warmup_steps: %d are no less than the run's %d steps: the rate never reaches its value"
@@ -172,7 +170,6 @@ class CausalLMModule(EvaluationModule):
         """Returns the loss of a batch as ``LossParts``, or the model's own output where there are no ``labels``."""
         return self._loaded_causal_lm(**batch)
 
-    # ------------------------------------------------------------------ set-up
     def check(self, load_config: Callable[[str, bool], Any] = pretrained.load_config) -> Any:
         """Checks all settings, without weights (UsageError); returns what ``load_config`` returns for the model's name."""
         try:  # made for a small matrix and a vector: wrong arguments show here
@@ -277,13 +274,31 @@ class CausalLMModule(EvaluationModule):
         names = ("rank", "update_proj_gap", "scale", "proj_type", "subspace", "project_embeddings")
         return galore_param_groups(self.model, **{name: self.hparams[name] for name in names})
 
+    def on_train_start(self) -> None:
+        """Gives the blocks that were drawn memory on the device: a resumed run may validate before it trains."""
+        if self.offloader is not None:
+            self.offloader.apply_draw(self.trainer.optimizers)
+
+    def on_validation_epoch_start(self) -> None:
+        """Looks at the weights again, which weight averaging may have swapped, and resets the metrics."""
+        self._reread_offloaded()
+        super().on_validation_epoch_start()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics, and looks at the weights again, which were swapped back."""
+        super().on_validation_epoch_end()
+        self._reread_offloaded()
+
+    def _reread_offloaded(self) -> None:
+        if self.offloader is not None and self.offloader.was_copied:
+            self.offloader.refresh_after_weight_swap()
+
     @torch.compiler.set_stance("force_eager")
     def on_fit_start(self) -> None:
         """Makes sure that our chunked loss is this model's own loss, before anything trains."""
         with self.trainer.precision_plugin.forward_context():
             self._loaded_causal_lm.check_logits(torch.arange(4, device=self.device)[None])
 
-    # ------------------------------------------------------------------ steps
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds dropout by batch and rank: a resumed run draws what the uninterrupted one would have drawn."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -348,10 +363,10 @@ class CausalLMModule(EvaluationModule):
 
     def on_train_end(self) -> None:
         """Writes what offloaded blocks have learned at rest into their weights, for all that reads these after training."""
+        self._reread_offloaded()  # averaged ones may have come
         if self.offloader is not None:
             self.offloader.merge_updates()
 
-    # ------------------------------------------------------------------ checkpoints
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Loads weights into the model, which is made first if it is not there: forked processes return their weights so."""
         self.configure_model()

@@ -12,6 +12,8 @@ from ows_lightning.callbacks.stop_on_nan import StopOnNaN
 from ows_lightning.callbacks.throughput import Throughput
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
 
+_SAFETY = (Resume, Throughput, StopOnNaN, SaveOnSignal)  # the last one comes last: its checkpoint has what all others did
+
 
 class OWSTrainer(Trainer):
     """Lightning's Trainer with what makes a run safe; a plain ``Trainer`` trains the same way, but lacks all of this.
@@ -28,12 +30,12 @@ class OWSTrainer(Trainer):
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
         given: list[Any] = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or ())
-        kinds = (Resume, Throughput, StopOnNaN, SaveOnSignal)  # a checkpoint on a signal has the throughput of its step, too
-        ours = [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
+        missing = [kind for kind in _SAFETY if not any(isinstance(callback, kind) for callback in given)]
+        first, last = ([kind() for kind in missing if (kind is SaveOnSignal) == is_last] for is_last in (False, True))
         for callback in given:
             validates = isinstance(callback, EarlyStopping) and callback.monitor.startswith("val_")
             if validates and callback._check_on_train_epoch_end is None:
                 callback._check_on_train_epoch_end = False  # an epoch may be cut before its validation
-        super().__init__(*args, callbacks=[*ours, *given], **kwargs)
+        super().__init__(*args, callbacks=[*first, *given, *last], **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:  # unless the user gave a plugin
             self.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -23,6 +23,7 @@ OUTSIDE = {
     "callbacks/run_folder.py": {"super()._get_next_version"},  # overridden where CSVLogger calls it
     "callbacks/run_checkpoint.py": {  # overridden where ModelCheckpoint calls them
         "super()._save_checkpoint", "super()._monitor_candidates", "super()._save_topk_checkpoint",
+        "super()._should_save_on_train_epoch_end",
     },
     "callbacks/throughput.py": {"trainer.fit_loop.epoch_loop._batches_that_stepped"},  # the step of a validation's figures
     "trainer.py": {"callback._check_on_train_epoch_end"},  # whether EarlyStopping was told when to check

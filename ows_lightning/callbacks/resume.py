@@ -50,6 +50,7 @@ class Resume(Callback):
         self._saved_options: list[dict[str, Any]] | None = None  # as configured in the run that is resumed
         self._saved_settings: dict[str, Any] = {}
         self._num_groups: list[int] = []  # of each optimizer, as configured
+        self._resumed_at: int | None = None  # the step, until the next one begins
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run, and makes the Trainer's loops exact."""
@@ -76,15 +77,21 @@ class Resume(Callback):
         """Applies them to a resumed run, and logs what changed."""
         if trainer.ckpt_path is None:
             return
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                mark_step_saved(callback, trainer.global_step)
+        self._resumed_at = trainer.global_step
         changed = self._apply_options(trainer)
         for key, now in changeable_settings(trainer, pl_module).items():
             if (before := self._saved_settings.get(key, now)) != now:
                 changed[key] = f"{key} from {before} to {now}"
         if changed:
             rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Lets the resumed step count as saved from now on; before, a validation may have followed it, and its best was."""
+        if self._resumed_at == trainer.global_step:
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    mark_step_saved(callback, trainer.global_step)
+        self._resumed_at = None
 
     def _apply_options(self, trainer: Trainer) -> dict[str, str]:
         changed = {}

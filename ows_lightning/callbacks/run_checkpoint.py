@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ows_lightning.atomic_files import partial_path, replace_atomically
 from ows_lightning.callbacks.step_callback import StepCallback
+from ows_lightning.checkpoints.files import META_FILE
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.compat import logged_in_validation
 
@@ -41,8 +42,17 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
         """Updates the ``last.ckpt`` that a run is resumed from: the state in it is from before its own path was known."""
         super().on_train_start(trainer, pl_module)
         last = Path(self.dirpath or "", f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
-        if trainer.ckpt_path and not self.last_model_path and last.exists() and last.samefile(trainer.ckpt_path):
+        paths = (last, Path(trainer.ckpt_path or ""))
+        files = [path / META_FILE if path.is_dir() else path for path in paths]  # a folder's are linked one by one
+        if not self.last_model_path and all(file.is_file() for file in files) and files[0].samefile(files[1]):
             self.last_model_path = str(last)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves ``last.ckpt`` of the run's last step, too, before any callback replaces the weights by their average."""
+        super().on_train_epoch_end(trainer, pl_module)
+        is_last = trainer.global_step == trainer.max_steps or trainer.current_epoch + 1 == trainer.max_epochs
+        if (is_last or trainer.should_stop) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves ``last.ckpt`` although the best has to wait for a validation."""
@@ -61,9 +71,15 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
         stale = logged_in_validation(trainer) if self._between_validations else ()
         return {name: value for name, value in super()._monitor_candidates(trainer).items() if name not in stale}
 
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:  # where Lightning 2.6 forgets the best that waits
+        return not self._defer_save_until_validation and super()._should_save_on_train_epoch_end(trainer)
+
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._defer_save_until_validation = False  # Lightning would set it after the state is saved
         super()._save_topk_checkpoint(trainer, monitor_candidates)
+        # Of a step that is not among the best, Lightning 2.6 leaves `last.ckpt` as it is.
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, monitor_candidates)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, and whether the best waits for a validation."""
@@ -78,13 +94,16 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning 2.6 saves `last.ckpt` at its end
             return
         newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
-        is_last = filepath == self.last_model_path and newest not in ("", filepath)
+        if newest == filepath:  # `last.ckpt` again
+            return
+        is_last = newest and filepath == self.last_model_path
         if not (is_last and self._link(trainer, Path(newest), Path(filepath))):
             path, is_atomic = Path(filepath), isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
             if trainer.is_global_zero and not is_atomic and path.is_file() and path.stat().st_nlink > 1:
                 path.unlink()  # what writes in place would write into the other file, too
             super()._save_checkpoint(trainer, filepath)
-        remove_interrupted(trainer, Path(filepath))
+        if not self.save_weights_only:
+            remove_interrupted(trainer, Path(filepath))
 
     @staticmethod
     def _link(trainer: Trainer, newest: Path, path: Path) -> bool:
@@ -107,11 +126,13 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
 
 
 def remove_interrupted(trainer: Trainer, saved: Path) -> None:
-    """Removes the ``interrupted-step=N.ckpt`` of its own folder, or an earlier run's, that a run was resumed from."""
+    """Removes the ``interrupted-step=N.ckpt``, of this run or an earlier one, that it was resumed from, and SLURM's copies."""
     if not trainer.is_global_zero or not saved.exists():
         return
     resumed, saved = Path(trainer.ckpt_path or "").absolute(), saved.absolute()
     of_earlier_run = resumed.match("version_*/checkpoints/*") and resumed.parents[2] == saved.parent.parent.parent
-    if resumed.match("interrupted-step=*.ckpt") and resumed != saved and (of_earlier_run or resumed.parent == saved.parent):
-        with contextlib.suppress(OSError):
-            trainer.strategy.remove_checkpoint(resumed)
+    of_this = resumed.match("interrupted-step=*.ckpt") and (of_earlier_run or resumed.parent == saved.parent)
+    if resumed != saved and (of_this or resumed.match("hpc_ckpt_*.ckpt")):
+        for path in {resumed, *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")}:
+            with contextlib.suppress(OSError):
+                trainer.strategy.remove_checkpoint(path)

@@ -38,10 +38,8 @@ class StopOnNaN(StepCallback):
             good = f"{folder}/stopped-step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(good)
         where = f"the last checkpoint is '{good}'" if good else "checkpoints are switched off"
-        raise RunError(
-            f"{self._in_a_row} steps in a row had NaN or Inf in the loss or a gradient and were skipped; {where}; "
-            "lower the learning rate, or set trainer.gradient_clip_val"
-        )
+        hint = f"{where}; lower the learning rate, or set trainer.gradient_clip_val"
+        raise RunError(f"{self._in_a_row} steps in a row had NaN or Inf in the loss or a gradient and were skipped; {hint}")
 
 
 def _skipped_steps(trainer: Trainer) -> int:

@@ -140,19 +140,16 @@ class ExactFitLoop(_FitLoop):
             over = batches.is_last_batch and epochs.current.processed == epochs.current.ready
             replays_step_end = batches.current.processed > 0 and not over
             done = max(epochs.current.ready - (not over), 0)
-            if replays_step_end and not batches.is_last_batch:
-                self._warn_of_forgetful_loaders()
+            loaders = self._combined_loader.flattened if self._combined_loader is not None else ()
+            forgets = loaders and not any(hasattr(loader, "load_state_dict") for loader in loaders)
+            if forgets and replays_step_end and not batches.is_last_batch:
+                why = "the DataLoader has no load_state_dict (torchdata's StatefulDataLoader has)"
+                rank_zero_warn(f"The resumed run begins its epoch with rows that were seen, and misses others: {why}")
         for counted in (epochs.current, epochs.total):
             counted.processed = counted.completed = done
             counted.ready = counted.started = done + replays_step_end
         epoch.replays_step_end = replays_step_end
         epoch.set_logged_step(done=not replays_step_end)
-
-    def _warn_of_forgetful_loaders(self) -> None:
-        loaders = self._combined_loader.flattened if self._combined_loader is not None else ()
-        if loaders and not any(hasattr(loader, "load_state_dict") for loader in loaders):
-            why = "the DataLoader has no load_state_dict (torchdata's StatefulDataLoader has)"
-            rank_zero_warn(f"The resumed run begins its epoch with rows that were seen, and misses others: {why}")
 
     def on_advance_start(self) -> None:
         """Sets how many batches accumulate in a resumed epoch, which Lightning's callback does at an epoch's start alone."""

@@ -58,10 +58,8 @@ def load_tensors(
     path: Path, prefix: str, empty: Callable[[str, TensorStorageMetadata], Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Reads the tensors whose names begin with a prefix, and cuts it off; each process reads what it needs, on its own."""
-    tensors = {
-        name: empty(name.removeprefix(prefix), info) if empty else torch.empty(info.size, dtype=info.properties.dtype)
-        for name, info in _contents(path, prefix).items()
-    }
+    make = empty or (lambda name, info: torch.empty(info.size, dtype=info.properties.dtype))
+    tensors = {name: make(name.removeprefix(prefix), info) for name, info in _contents(path, prefix).items()}
     read_into(tensors, path)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

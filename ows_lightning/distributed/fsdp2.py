@@ -18,7 +18,7 @@ from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, file_c
 from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, save_error
 from ows_lightning.checkpoints.shards import ShardWriter, load_optimizer_states, load_weights, split_checkpoint
-from ows_lightning.errors import RunError, UsageError
+from ows_lightning.errors import RunError, UsageError, refuse_url
 from ows_lightning.models.export import full_tensor
 from ows_lightning.optim.sharding import shard_state
 
@@ -65,6 +65,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Writes a checkpoint atomically; an error on all ranks, if one of them can't write."""
+        refuse_url("checkpoint.dirpath", filepath)
         path = Path(self.broadcast(filepath))
         if self._save_distributed_checkpoint:
             self._save_shards(checkpoint, path)
@@ -120,6 +121,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint except its tensors, which the two following methods read, each process its part."""
+        refuse_url("ckpt_path", checkpoint_path)
         path = Path(self.broadcast(checkpoint_path))
         return {**read_checkpoint(path), "path": str(path)}
 

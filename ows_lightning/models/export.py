@@ -259,7 +259,7 @@ def _merged_weight(weight: _PlainWeight) -> Iterator[Tensor]:
                     whole = full_tensor(parameter).to(device, copy=True)
                     own_parameters(module)[name] = nn.Parameter(whole, requires_grad=False)
         for adapter in adapters:
-            adapter.merge()
+            type(adapter).merge(adapter)  # not that of an offloaded layer, which would prepare it for writes
         yield weight.tensor
     finally:
         for adapter in adapters:

@@ -25,7 +25,6 @@ class ComputeHooks:
 
     def __init__(self, offloader: BlockOffloader) -> None:
         self.offloader = offloader
-        self._training: bool | None = None
         self._backward = -1
         for index, block in enumerate(offloader.blocks):
             block.register_forward_pre_hook(partial(self._before_forward, index), with_kwargs=True)
@@ -36,7 +35,10 @@ class ComputeHooks:
         if in_backward():  # recomputation: the hook on the output has brought the block
             return
         if index == 0:
-            self._begin_forward(block.training)
+            self.offloader.end_pass()
+            if torch.is_grad_enabled():
+                self.offloader.apply_draw()
+            self.offloader.schedule.begin_forward()
         self.offloader.prepare()
         schedule = self.offloader.schedule
         if schedule.is_offloaded(index):
@@ -60,15 +62,6 @@ class ComputeHooks:
             tensor.register_hook(partial(self._enter_backward, index, self.offloader.layout_id))
         schedule.leave_forward(index, needed_in_backward=bool(outputs))
 
-    def _begin_forward(self, training: bool) -> None:
-        self.offloader.end_pass()
-        if torch.is_grad_enabled():
-            self.offloader.apply_draw()
-        self.offloader.schedule.begin_forward()
-        if self._training is not None and training != self._training:
-            self.offloader.refresh_after_weight_swap()
-        self._training = training
-
     def _enter_backward(self, index: int, layout_id: object, gradient: Tensor) -> None:
         self._check_unchanged(layout_id)
         if (running := backward_pass_id()) != self._backward:
@@ -82,10 +75,8 @@ class ComputeHooks:
 
     def _check_unchanged(self, layout_id: object) -> None:
         if layout_id is not self.offloader.layout_id:
-            raise RunError(
-                "model.frozen_in: other blocks train in backward than did in forward, so that frozen ones have moved; change "
-                "`requires_grad` and the device between two steps"
-            )
+            fault = "other blocks train in backward than did in forward, so that frozen ones have moved"
+            raise RunError(f"model.frozen_in: {fault}; change `requires_grad` and the device between two steps")
 
 
 def _tensors_with_gradient(values: Any) -> list[Tensor]:

@@ -124,10 +124,8 @@ class Disk:
                 self.scratch.writelines([bytes(mmap.PAGESIZE)] * (length // mmap.PAGESIZE))
                 self.scratch.flush()
         except OSError as error:
-            raise RunError(
-                f"model.frozen_in: {str(self.folder)!r} has no room for {length / 1e6:.0f} MB of blocks "
-                f"({error.strerror}); free space there, or set model.frozen_in: host"
-            ) from error
+            fault = f"{str(self.folder)!r} has no room for {length / 1e6:.0f} MB of blocks ({error.strerror})"
+            raise RunError(f"model.frozen_in: {fault}; free space there, or set model.frozen_in: host") from error
         return FileRegion(self.scratch, writable=True, start=start, length=length)
 
     @torch.no_grad()

@@ -60,8 +60,8 @@ class FetchSchedule:
                 self._release(above)  # only an input that blocks below share, too (Zamba's), has a gradient to come
                 self._left_early.add(above)
             self._issue(block)
+            self._in_use.add(block)  # first: an error, or Ctrl-C, while it comes leaves it to `release_all`
             self.executor.wait(block, self.slot_of(block))
-            self._in_use.add(block)
 
     def leave_forward(self, block: int, needed_in_backward: bool) -> None:
         """A block has computed; its slot is free, unless backward begins with this block."""

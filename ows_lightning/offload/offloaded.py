@@ -97,10 +97,8 @@ def page_locked(nbytes: int, device: torch.device) -> Tensor:
     if error := int(cudart.cudaHostRegister(address, len(memory), 1)):  # for all devices, whichever is the current one
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)  # takes the error, which the next kernel would raise
-        raise RunError(
-            f"model.frozen_in: {len(memory) / 1e6:.0f} MB of host memory could not be page-locked "
-            f"(CUDA error {error}); free host memory, or raise the limit that `ulimit -l` shows"
-        )
+        fault = f"{len(memory) / 1e6:.0f} MB of host memory could not be page-locked (CUDA error {error})"
+        raise RunError(f"model.frozen_in: {fault}; free host memory, or raise the limit that `ulimit -l` shows")
     weakref.finalize(whole, _unlock, address, device).atexit = False
     return whole
 

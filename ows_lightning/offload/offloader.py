@@ -89,7 +89,6 @@ class BlockOffloader:
         vars(self).update(state)
         self._clear()
 
-    # ------------------------------------------------------------------ where blocks are
     @property
     def active(self) -> list[int]:
         """The blocks that train, which have memory of their own on the device."""
@@ -157,7 +156,6 @@ class BlockOffloader:
             self._fetches_exact = False
             self.schedule.invalidate()
 
-    # ------------------------------------------------------------------ blocks that train at rest
     @property
     def optimizer(self) -> GaLoreAdamW | None:
         """The attached optimizer, while it is alive."""
@@ -216,7 +214,6 @@ class BlockOffloader:
         for layer in self._updated_layers.pop(block, ()):
             layer.update = None
 
-    # ------------------------------------------------------------------ when others write into offloaded weights
     def end_pass(self) -> None:
         """Ends a pass, even an interrupted one: parameters are offloaded weights again, with all that was written into them.
 

@@ -20,12 +20,8 @@ def check_offloading(model: Mapping[str, Any], trains_unsampled: bool, devices: 
     resident = "model.frozen_in: device" + (" without model.frozen_dtype" if frozen_dtype else "")
     if devices > 1 or strategy == "fsdp2":
         what = "trainer.strategy: fsdp2" if strategy == "fsdp2" else f"trainer.devices: {devices}"
-        raise UsageError(
-            f"{key} is for one device, and {what} is set; set trainer.devices: 1 and trainer.strategy: "
-            f"auto, or {resident} to share the weights among devices by fsdp2"
-        )
+        hint = f"set trainer.devices: 1 and trainer.strategy: auto, or {resident} to share the weights among devices by fsdp2"
+        raise UsageError(f"{key} is for one device, and {what} is set; {hint}")
     if trains_unsampled and model["lora"] is None:
-        raise UsageError(
-            f"{key} needs frozen blocks, and full fine-tuning trains all of them; sample blocks "
-            f"(`sampling`), or set model.lora or {resident}"
-        )
+        hint = f"sample blocks (`sampling`), or set model.lora or {resident}"
+        raise UsageError(f"{key} needs frozen blocks, and full fine-tuning trains all of them; {hint}")

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,18 @@ import pytest
 import torch
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
-from ows_lightning import CausalLMModule, OWSTrainer
+from ows_lightning import CausalLMModule, GaLoreAdamW, OWSTrainer
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
+from ows_lightning.checkpoints.files import META_FILE
 from ows_lightning.checkpoints.find import find_checkpoint, load_verified
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.cli.main import main
+from ows_lightning.errors import RunError
 from ows_lightning.report.model_card import without_folders
 from tests.data.samples import tiny_tokenizer
 from tests.distributed.fixtures import Arguments, arguments, home  # noqa: F401
@@ -180,8 +186,8 @@ def test_accumulation_writes_a_step_once(tmp_path: Path) -> None:
         logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[kept], plugins=[writes],
     )  # fmt: skip
     trainer.fit(CausalLMModule(str(tmp_path), rank=4), rows, rows)
-    # Of step 2 the best waits for the validation after step 3, of which last.ckpt is a link; step 4 has none.
-    assert writes.written == ["last.ckpt", "epoch=0-step=3.ckpt", "last.ckpt"]
+    # Of step 2 the best waits for the validation after step 3, of which last.ckpt is a link; steps 4 and 5 have none.
+    assert writes.written == ["last.ckpt", "epoch=0-step=3.ckpt", "last.ckpt", "last.ckpt"]
 
 
 def test_what_a_kill_and_a_signal_leave_is_cleared_away(arguments: Arguments, tmp_path: Path) -> None:
@@ -309,3 +315,155 @@ def test_a_run_that_is_resumed_from_last_goes_on_with_it(tmp_path: Path) -> None
         )  # fmt: skip
         assert load_verified(last)["global_step"] == steps
     assert not (last.parent / "last-v1.ckpt").exists()
+
+
+@pytest.fixture
+def fit(model_dir: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, int]]:
+    """Fits with a RunCheckpoint in a folder of this name; returns the steps of the checkpoints that are there afterwards."""
+
+    def fit_it(
+        folder: str,
+        checkpoint: dict[str, Any],
+        callbacks: tuple[Callback, ...] = (),
+        resumes: str | None = None,
+        **trainer: Any,
+    ) -> dict[str, int]:
+        directory = tmp_path / folder
+        kept = RunCheckpoint(directory, **{"monitor": "val_loss", "save_last": True, **checkpoint})
+        made = OWSTrainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            default_root_dir=tmp_path, callbacks=[*callbacks, kept], **trainer,
+        )  # fmt: skip
+        rows = DataLoader([tiny_batch(seed=1)] * 10, batch_size=None)
+        validation = DataLoader([tiny_batch(seed=2)], batch_size=None)  # another text, whose loss rises at a rate like this
+        module = CausalLMModule(
+            str(model_dir()), rank=4, optimizer=partial(GaLoreAdamW, lr=3e-2), lr_scheduler_type="constant", warmup_steps=0
+        )
+        with contextlib.suppress(ZeroDivisionError, RunError):
+            made.fit(module, rows, validation, ckpt_path=None if resumes is None else directory / resumes)
+        return {path.name: load_verified(path)["global_step"] for path in directory.iterdir() if path.name[0] != "."}
+
+    return fit_it
+
+
+class Stops(Callback):
+    """Ends a fit by an error, or tells its process to end, in one step."""
+
+    def __init__(self, step: int, terminates: bool = False) -> None:
+        self.step, self.terminates = step, terminates
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step + 1 == self.step and self.terminates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif trainer.global_step + 1 == self.step:
+            raise ZeroDivisionError
+
+
+def test_the_best_that_waits_is_saved_by_a_validation_at_an_epochs_end(fit: Callable[..., dict[str, int]]) -> None:
+    found = fit("kept", {"every_n_train_steps": 3}, max_epochs=2)
+    assert found == {"epoch=0-step=10.ckpt": 10, "last.ckpt": 20}  # step 9's, which waited
+
+
+@pytest.mark.parametrize("at_epochs_end", [False, True])
+def test_last_is_of_the_newest_validation_also_where_the_loss_rises(
+    at_epochs_end: bool, fit: Callable[..., dict[str, int]]
+) -> None:
+    settings: dict[str, Any] = {"max_epochs": 3} if at_epochs_end else {"max_epochs": 1, "val_check_interval": 3}
+    first, last = (10, 20) if at_epochs_end else (3, 9)
+    step = last + 1  # it ends in the step behind the last validation but one, or the last
+    found = fit("kept", {}, (Stops(step),), **settings)
+    assert found == {f"epoch=0-step={first}.ckpt": first, "last.ckpt": last}
+
+
+def test_the_last_step_is_saved_at_the_end(fit: Callable[..., dict[str, int]]) -> None:
+    assert fit("kept", {"every_n_train_steps": 4, "monitor": None}, max_steps=7) == {
+        "epoch=0-step=4.ckpt": 4,
+        "last.ckpt": 7,
+    }
+    assert fit("only_last", {"save_top_k": 0, "monitor": None}, (Stops(9),), max_epochs=1, val_check_interval=4) == {
+        "last.ckpt": 8
+    }
+
+
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize(
+    ("first", "whole", "steps"),
+    [({"max_steps": 7}, {"max_steps": 17}, (7, 17)), ({"max_steps": 10}, {"max_steps": 17}, (10, 17)),
+     ({"max_epochs": 1}, {"max_epochs": 2}, (10, 20))],
+)  # fmt: skip
+def test_a_run_goes_on_from_what_was_saved_at_the_end(
+    first: dict[str, int], whole: dict[str, int], steps: tuple[int, int], averages: bool,
+    fit: Callable[..., dict[str, int]], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Where weights are averaged, the average replaces them at the end: that is not what goes on."""
+
+    def averaging() -> tuple[Callback, ...]:
+        return (EMAWeightAveraging(device="cpu", decay=0.5),) if averages else ()
+
+    settings = {"every_n_train_steps": 4, "monitor": None}
+    fit("through", settings, averaging(), **whole)
+    assert fit("resumed", settings, averaging(), **first)["last.ckpt"] == steps[0]
+    assert fit("resumed", settings, averaging(), **whole, resumes="last.ckpt")["last.ckpt"] == steps[1]
+    weights = [load_verified(tmp_path / name / "last.ckpt")["state_dict"] for name in ("through", "resumed")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("every", [2, None])
+def test_the_best_of_a_validation_that_is_made_up_for_is_saved(every: int | None, fit: Callable[..., dict[str, int]]) -> None:
+    """SIGTERM comes in step 4, which is saved before the validation that follows it; the resumed run validates first."""
+    settings = {"every_n_train_steps": every, "save_top_k": -1}
+    trainer = {"max_steps": 9, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    expected = fit("through", settings, **trainer)
+    assert fit("told", settings, (Stops(4, terminates=True),), **trainer)["interrupted-step=4.ckpt"] == 4
+    assert fit("told", settings, resumes="interrupted-step=4.ckpt", **trainer) == expected
+    assert [step for name, step in expected.items() if name.startswith("epoch")] != []
+
+
+def test_what_a_run_can_go_on_from_is_not_replaced_by_weights_alone(fit: Callable[..., dict[str, int]]) -> None:
+    trainer = {"max_steps": 9, "val_check_interval": 3, "check_val_every_n_epoch": None}
+    fit("kept", {}, (Stops(2, terminates=True),), **trainer)
+    found = fit("kept", {"save_weights_only": True}, resumes="interrupted-step=2.ckpt", **trainer)
+    assert found["interrupted-step=2.ckpt"] == 2
+    assert found["last.ckpt"] == 9
+
+
+def test_what_lightning_saved_for_a_requeued_job_goes_with_the_run_that_went_on(
+    fit: Callable[..., dict[str, int]], tmp_path: Path
+) -> None:
+    """Else any later command under SLURM would load it, where no checkpoint is named."""
+    trainer = {"max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None}
+    fit("kept", {}, (Stops(2, terminates=True),), **trainer)
+    shutil.copy(tmp_path / "kept" / "interrupted-step=2.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
+    fit("kept", {}, resumes="../hpc_ckpt_1.ckpt", **trainer)
+    assert not list(tmp_path.glob("hpc_ckpt_*"))
+
+
+def test_a_folder_of_links_is_known_as_the_last_checkpoint(tmp_path: Path) -> None:
+    """Of two processes: `--ckpt_path last` may find the other name of what last.ckpt is."""
+    for name in ("last.ckpt", "epoch=0-step=4.ckpt", "epoch=0-step=2.ckpt"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "last.ckpt" / META_FILE).touch()
+    os.link(tmp_path / "last.ckpt" / META_FILE, tmp_path / "epoch=0-step=4.ckpt" / META_FILE)
+    (tmp_path / "epoch=0-step=2.ckpt" / META_FILE).touch()
+    for name, found in (("epoch=0-step=4.ckpt", str(tmp_path / "last.ckpt")), ("epoch=0-step=2.ckpt", ""), (None, "")):
+        kept, trainer = RunCheckpoint(tmp_path, save_last=True), Trainer(accelerator="cpu", logger=False)
+        trainer.ckpt_path = None if name is None else tmp_path / name
+        kept.on_train_start(trainer, LightningModule())
+        assert kept.last_model_path == found
+
+
+def test_a_checkpoint_on_a_signal_has_what_other_callbacks_did_in_its_step(
+    fit: Callable[..., dict[str, int]], tmp_path: Path
+) -> None:
+    """Such as the average of the weights, which has this step's in it."""
+
+    def averaging() -> Callback:
+        return EMAWeightAveraging(device="cpu", decay=0.5)
+
+    settings = {"monitor": None, "every_n_train_steps": 1, "save_top_k": 0}
+    trainer = {"max_steps": 6, "limit_val_batches": 0}
+    fit("through", settings, (averaging(),), **trainer)
+    fit("told", settings, (averaging(), Stops(4, terminates=True)), **trainer)
+    fit("told", settings, (averaging(),), resumes="interrupted-step=4.ckpt", **trainer)
+    weights = [load_verified(tmp_path / name / "last.ckpt")["state_dict"] for name in ("through", "told")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ows_lightning.distributed.fsdp2 import FSDP2Strategy
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.models.causal_lm import CausalLM
@@ -130,3 +131,14 @@ def test_buffers_are_the_same_whatever_the_processes_hash_seeds(tmp_path: Path) 
         environment = os.environ | {key: str(value) for key, value in variables.items()}
         processes.append(subprocess.Popen([sys.executable, "-c", program], env=environment, cwd=Path(__file__).parents[2]))
     assert [process.wait(600) for process in processes] == [0, 0]
+
+
+def test_shards_are_not_written_to_or_read_from_an_address() -> None:
+    """It would be taken for a local folder."""
+    strategy = FSDP2Strategy()
+    for act in (
+        lambda: strategy.save_checkpoint({}, "s3://bucket/a.ckpt"),
+        lambda: strategy.load_checkpoint("s3://bucket/a.ckpt"),
+    ):
+        with pytest.raises(UsageError, match=r"'s3://bucket/a.ckpt' is an address; give a local folder"):
+            act()

@@ -114,6 +114,25 @@ def test_a_fetch_that_was_interrupted_is_made_again() -> None:
     assert recorder.events == ["issue 0", "wait 0"]
 
 
+def test_an_interrupt_while_a_block_comes_leaves_no_block_in_its_slot() -> None:
+    """Its parameters may be the slot by then, which may hold rounded weights."""
+    recorder = Recorder()
+    schedule = FetchSchedule(recorder, num_slots=2)
+    schedule.set_blocks(range(3))
+    arrive = recorder.wait
+
+    def interrupted(block: int, slot: int) -> None:
+        arrive(block, slot)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            schedule.enter(0)
+    schedule.release_all()
+    assert recorder.events == ["issue 0", "wait 0", "release 0"]
+
+
 def test_a_pass_without_gradients_fetches_each_block_once() -> None:
     recorder = Recorder()
     schedule = FetchSchedule(recorder, num_slots=2)
