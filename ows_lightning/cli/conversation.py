@@ -39,7 +39,11 @@ class Conversation:
         model: Any = self.model  # transformers types it as a tensor or a module
         with torch.inference_mode():
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
-        answer = str(self.tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)).strip()
+        ends = self.model.generation_config.eos_token_id  # which need not be special: its template adds one
+        new = [
+            token for token in output[0, ids.size(1) :].tolist() if token not in (ends if isinstance(ends, list) else [ends])
+        ]
+        answer = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
         self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 
@@ -54,10 +58,8 @@ class Conversation:
             if ids.size(1) + new <= longest:
                 return ids.to(self.model.device)
             if len(turns) == 1:
-                raise UsageError(
-                    f"max_new_tokens: the message has {ids.size(1)} tokens, and with {new} new ones that is beyond the "
-                    f"model's {longest} positions; shorten one of them"
-                )
+                what = f"the message's {ids.size(1)} tokens and {new} new ones are beyond the model's {longest} positions"
+                raise UsageError(f"max_new_tokens: {what}; shorten one of them")
             del turns[:2]
             print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -158,8 +159,11 @@ class InstructionDataModule(LightningDataModule):
         parts = _PARTS.get(stage or "", _ALL_PARTS)
         self._resume_at = {}  # of a run that failed before it made its loader
         if stage in ("validate", "test", "predict"):
-            what_for = "answer" if stage == "predict" else "evaluate"
-            self._require_rows("val" if stage == "validate" else "test", what_for)
+            part, key = ("val", "eval") if stage == "validate" else ("test", "test")
+            if self._splits.key_of(part) is None:
+                hint = f"{'' if key == 'eval' else 'a test_dataset, '}an eval_dataset or a val_size"
+                what_for = "answer" if stage == "predict" else "evaluate"
+                raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {hint}")
         if "train" in parts and (self.packing or self.streaming):
             kind = "packed rows have" if self.packing else "rows of a stream may have"
             self._check_positions(self.max_seq_length, f"{kind} {self.max_seq_length} tokens")
@@ -252,11 +256,6 @@ class InstructionDataModule(LightningDataModule):
             hint = f"set data.max_seq_length: {max(limit - generated, 2)} or less"
             raise UsageError(f"data.max_seq_length: {what}, and the model has positions for {limit}; {hint}")
 
-    def _require_rows(self, part: str, what_for: str) -> None:
-        if self._splits.key_of(part) is None:
-            key, hint = ("test", "a test_dataset, an eval_dataset") if part == "test" else ("eval", "an eval_dataset")
-            raise UsageError(f"data.{key}_dataset: no rows to {what_for}; give {hint} or a val_size")
-
     @cached_property
     def _splits(self) -> Splits:
         names = (field.name for field in dataclasses.fields(Splits) if field.init)
@@ -324,8 +323,10 @@ class InstructionDataModule(LightningDataModule):
         return StreamLoader(rows, **self._loader_options(self.batch_size, min(self.num_workers, 1), collate_fn))
 
     def _stream_rows(self, length: int) -> StreamRows:
-        rank, world_size = self._ranks()
-        return StreamRows(self._splits.training_stream(), self._encoder(), length, self.packing, rank, world_size, self.seed)
+        sources = [self.dataset] if isinstance(self.dataset, (str, Path)) else self.dataset
+        names = [Path(source).name for source in sources]  # their folder may have been moved
+        stream, encoder = self._splits.training_stream(), self._encoder()
+        return StreamRows(stream, encoder, length, self.packing, *self._ranks(), self.seed, names)
 
     def _collate_training(self) -> Any:
         """`collate`; packed rows are flattened where the attention needs it, and refused where the model mixes documents."""

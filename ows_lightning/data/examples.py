@@ -17,7 +17,6 @@ import numpy as np
 import tokenizers
 import transformers
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.compat import fingerprint
 from ows_lightning.data import formats, masking, rendering, sources
@@ -88,20 +87,16 @@ def stream_examples(source: DataSource, data_format: str | None, columns: Mappin
 
 def tokenise(examples: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
     """Encodes all examples on all cores, or takes them from the cache, whose key is content, tokenizer and settings."""
-    settings = [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
+    tokenizer, settings = encoder.tokenizer, [encoder.max_seq_length, encoder.train_on_prompt, encoder.last_turn_only]
+    backend = {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}  # which calls change
+    state = [backend, tokenizer.chat_template, tokenizer.special_tokens_map]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(len(examples) // _ROWS_PER_PROCESS, cores)
     return examples.map(
-        encode,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={"encoder": encoder},
-        remove_columns=examples.column_names,
-        features=token_features(),
-        new_fingerprint=_hash(fingerprint(examples), _tokenizer_state(encoder.tokenizer), settings, _versions()),
-        num_proc=processes if processes > 1 else None,
-        desc=f"Tokenising {name}",
-    )
+        encode, batched=True, with_indices=True, fn_kwargs={"encoder": encoder}, remove_columns=examples.column_names,
+        features=token_features(), num_proc=processes if processes > 1 else None, desc=f"Tokenising {name}",
+        new_fingerprint=_hash(fingerprint(examples), state, settings, _versions()),
+    )  # fmt: skip
 
 
 def column(table: datasets.Dataset, name: str) -> np.ndarray:
@@ -161,12 +156,6 @@ def warn_of_dropped(key: str, documents: Any, where: Sequence[str], among: str) 
     for what, rows in dropped.items():
         names = sources.join_names([where[row] for row in itertools.islice(rows, 11)])
         rank_zero_warn(f"data.{key}: {len(rows)} of {among} {what}: {names}")
-
-
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Everything in a tokenizer that affects tokens; not truncation and padding, which calls change."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    return [{**backend, "truncation": None, "padding": None}, tokenizer.chat_template, tokenizer.special_tokens_map]
 
 
 def _versions() -> list[str]:

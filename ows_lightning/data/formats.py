@@ -31,9 +31,9 @@ def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool 
     avoided = str(row.get("label")).lower() == "false"  # of TRL's rows for KTO; text in a CSV file
     if data_format == "prompt_completion" and avoided:
         example["messages"] = split_prompt(untrained(example["messages"]))[0]
-    if row.get("tools"):
-        tools, what = row["tools"], f"{row_name}: 'tools'"
-        example["tools"] = _objects(_parsed_json(tools, what) if isinstance(tools, str) else without_none(tools), what)
+    tools, what = row.get("tools"), f"{row_name}: 'tools'"
+    if tools and (tools := _parsed_json(tools, what) if isinstance(tools, str) else without_none(tools)):
+        example["tools"] = _objects(tools, what)
     return example | {name: row[name] for name in ("answer", "choices") if row.get(name) is not None}
 
 
@@ -168,6 +168,10 @@ def _message(turn: Any, row_name: str) -> Message:
     content = message.pop("value", None) if "value" in message else message.get("content")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(part.get("text", "") for part in content)
+    if role == "function_call" and isinstance(content, str):  # ShareGPT's role: the text is a call, or a list of calls
+        called, content = _parsed_json(content, f"{row_name}: the function call"), None
+        called = called if isinstance(called, list) else [called]
+        message["tool_calls"] = [{"type": "function", "function": call} for call in called]
     if "function_call" in message:  # OpenAI's older form, of a single call
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if not message.get("tool_calls", True):  # an empty list, which templates take for calls

@@ -153,8 +153,8 @@ class _Probed:
         probed = {**message, **_with_calls(message, partial(self._arguments, index), name)}
         if isinstance(content := message["content"], str):
             probed["content"] = "".join(self._insert_probe(index, what, piece) for piece in _THINKING.split(content))
-        if "reasoning_content" in message:
-            probed["reasoning_content"] = self._insert_probe(index, "reasoning", message["reasoning_content"])
+        for key in message.keys() & {"reasoning_content", "reasoning", "thinking"}:  # what templates and data call it
+            probed[key] = self._insert_probe(index, "reasoning", message[key])
         return probed
 
     def _insert_probe(self, index: int, what: str, text: Any) -> Any:

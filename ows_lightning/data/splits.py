@@ -93,11 +93,10 @@ class Splits:
         if not has_target.any():
             where = self.all_examples(key)["where"]
             unshown = ", ".join(dict.fromkeys(what for parts in documents["unshown"] for what in parts))
-            raise UsageError(
-                f"data.{key}: none of {len(where)} rows has a target token (an answer that is not empty): "
-                f"{join_names(where)}{'; `predict` needs none' if part == 'test' else ''}"
-                f"{f'; the chat template does not show {unshown}' if unshown else ''}"
-            )
+            fault = f"none of {len(where)} rows has a target token (an answer that is not empty, nor special tokens alone)"
+            hint = "; `predict` needs none" if part == "test" else ""
+            hint += f"; the chat template does not show {unshown}" if unshown else ""
+            raise UsageError(f"data.{key}: {fault}: {join_names(where)}{hint}")
         if not chosen:
             raise UsageError(f"data.{key}: no row for {part} has an answer to train on")
         if not packing:
@@ -211,10 +210,9 @@ def _mix(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], seed: in
     per_weight = len(parts[once]) / weights[once]
     most = max(parts, key=lambda name: per_weight * weights[name] / len(parts[name]))
     if (repeats := per_weight * weights[most] / len(parts[most])) > _MAX_REPEATS:
-        raise UsageError(
-            f"data.dataset: by these weights an epoch has each row of '{most}' {repeats:.3g} times, since no row of '{once}' "
-            f"is left out; at most {_MAX_REPEATS} are possible: raise the weight of '{once}', or take fewer of its rows"
-        )
+        what = f"by these weights an epoch has each row of '{most}' {repeats:.3g} times, since no row of '{once}' is left out"
+        hint = f"at most {_MAX_REPEATS} are possible: raise the weight of '{once}', or take fewer of its rows"
+        raise UsageError(f"data.dataset: {what}; {hint}")
     random = np.random.default_rng(seed)
     mixed = []
     for name, part in parts.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -36,9 +36,12 @@ class StreamRows(IterableDataset[tuple[Item, State]]):
     rank: int
     num_replicas: int
     seed: int
+    sources: list[str]  # their names, without folders
 
     def __post_init__(self) -> None:
-        self.state: State = {"examples": self.examples.state_dict(), "block": 0, "first_row": 0, "next_row": 0}
+        order = {"sources": self.sources, "seed": self.seed, "packing": self.packing, "length": self.encoder.max_seq_length}
+        position = {"examples": self.examples.state_dict(), "block": 0, "first_row": 0, "next_row": 0}
+        self.state: State = {**position, "order": order}
 
     def __len__(self) -> int:
         return self.length
@@ -91,8 +94,15 @@ class StreamLoader(DataLoader[Any]):
         return self.dataset.state
 
     def load_state_dict(self, state: State) -> None:
-        """Begins the next iteration at this position."""
-        self.dataset.state = state
+        """Begins the next iteration at this position; a UsageError says that it is one in a stream of other sources."""
+        now = self.dataset.state["order"]
+        before = {**now, **state.get("order", {})}
+        if before["sources"] != now["sources"]:
+            what = f"the checkpoint is of a stream of {before['sources']}, and these are {now['sources']}"
+            raise UsageError(f"data.dataset: {what}; set it back, or start anew")
+        if changed := [f"{name} from {before[name]} to {value}" for name, value in now.items() if before[name] != value]:
+            rank_zero_warn(f"The resumed stream gives other rows ({', '.join(changed)}): some may come twice, others never")
+        self.dataset.state = {**state, "order": now}
 
 
 def collate_with_state(

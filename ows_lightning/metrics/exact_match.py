@@ -11,6 +11,7 @@ _NEUTRAL_SETTINGS = {  # of generation: they leave greedy answers as they are, o
     "bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length",
     "max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config",
 }  # fmt: skip
+_NEUTRAL_VALUES = {"num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "min_length": 0}
 
 
 def right_answers(batch: dict[str, Any]) -> list[set[str]]:
@@ -33,7 +34,8 @@ class TeacherForcedAnswers:
     @classmethod
     def of(cls, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, limit: int) -> "TeacherForcedAnswers | None":
         """For a model's settings of generation; None where these change greedy answers, as a penalty for repetition does."""
-        if {name for name, value in generation.to_diff_dict().items() if value not in (None, False)} - _NEUTRAL_SETTINGS:
+        settings = generation.to_diff_dict().items()
+        if {name for name, value in settings if value not in (None, False, _NEUTRAL_VALUES.get(name))} - _NEUTRAL_SETTINGS:
             return None
         stops = generation.eos_token_id
         return cls(tokenizer, set(stops) if isinstance(stops, list) else {stops} - {None}, limit)

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ows_lightning.cli.chat import add_generation_flags
 from ows_lightning.cli.conversation import load_conversation
 from ows_lightning.cli.main import main
 from tests.cli.test_cli import config, run, whole_config  # noqa: F401
+from tests.data.samples import tiny_tokenizer
 from tests.distributed.launch import Launch
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +87,23 @@ def test_answers_end_with_the_turn_where_the_model_does_not_say_so(model_dir: Ca
     conversation = load_conversation(str(model), parser.parse_args([]))
     ends = conversation.model.generation_config.eos_token_id
     assert conversation.tokenizer.convert_tokens_to_ids("<|end|>") in (ends if isinstance(ends, list) else [ends])
+
+
+def test_a_turns_end_is_no_part_of_it_where_its_token_is_not_special(model_dir: Callable[..., Path]) -> None:
+    """The template writes one behind each turn that it is given again."""
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|eot|>")
+    tokenizer.add_tokens(["<|eot|>"])
+    directory = model_dir()
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    parser = argparse.ArgumentParser()
+    add_generation_flags(parser)
+    conversation = load_conversation(str(directory), parser.parse_args(["--max_new_tokens", "4"]))
+    answer = torch.tensor([tokenizer("yes<|eot|>", add_special_tokens=False).input_ids])
+    conversation.model.generate = lambda input_ids, **_: torch.cat([input_ids, answer], 1)  # as if it were a good model
+    assert conversation.ask("no?") == "yes"
+    assert conversation.turns[-1] == {"role": "assistant", "content": "yes"}
 
 
 @pytest.mark.slow

@@ -456,6 +456,45 @@ def test_a_stream_goes_on_from_any_row_on_any_number_of_processes(jsonl: Write) 
     assert seen == everything
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"seed": 1}, "seed from 0 to 1"),
+        ({"packing": True}, "packing from False to True"),
+        ({"max_seq_length": 99}, "length fr"),
+    ],
+)
+def test_a_resumed_stream_of_other_rows_says_so(
+    setting: dict[str, Any], said: str, jsonl: Write, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def warnings_of(**settings: Any) -> str:
+        recwarn.clear()
+        data = make(jsonl(pairs(40)), **{"streaming": True, "max_seq_length": 100, "tokenizer": None, **settings})
+        fit(data, ckpt_path=tmp_path / "half.ckpt", max_steps=4)
+        return " ".join(str(warning.message) for warning in recwarn)
+
+    half = ModelCheckpoint(tmp_path, "half", every_n_train_steps=2)
+    data = make(jsonl(pairs(40)), streaming=True, max_seq_length=100, tokenizer=None)
+    fit(data, max_steps=2, callbacks=[half])
+    assert "other rows" not in warnings_of()
+    assert f"The resumed stream gives other rows ({said}" in warnings_of(**setting)
+
+
+def test_a_position_in_a_stream_of_other_sources_is_refused(jsonl: Write, tmp_path: Path) -> None:
+    one, other = jsonl(pairs(40)), jsonl(pairs(8), "other.jsonl")
+    half = ModelCheckpoint(tmp_path, "half", every_n_train_steps=2)
+    fit(make(one, streaming=True, tokenizer=None), max_steps=2, callbacks=[half])
+    for sources in (other, [one, other], {one: 1.0, other: 2.0}):
+        with pytest.raises(
+            UsageError, match=r"^data.dataset: the checkpoint is of a stream of \['rows.jsonl'\], and these are"
+        ):
+            fit(make(sources, streaming=True, tokenizer=None), ckpt_path=tmp_path / "half.ckpt", max_steps=4)
+    moved = tmp_path / "elsewhere" / "rows.jsonl"
+    moved.parent.mkdir()
+    Path(one).rename(moved)
+    fit(make([str(moved)], streaming=True, tokenizer=None), ckpt_path=tmp_path / "half.ckpt", max_steps=4)
+
+
 def test_every_process_scores_blocks_on_the_same_rows_of_a_stream(jsonl: Write) -> None:
     module = fit(make(jsonl(pairs(18)), streaming=True, val_size=3), max_steps=1)
     loader: Any = module.trainer.train_dataloader
@@ -591,7 +630,9 @@ def test_check_finds_what_is_wrong_without_a_tokenizer(
 
 def test_a_data_set_without_any_target_is_an_error(jsonl: Write) -> None:
     rows = [{"prompt": "q", "completion": ""}] * 2
-    with pytest.raises(UsageError, match=r"^data.dataset: none of 2 rows has a target token .*: rows.jsonl line 1, rows"):
+    with pytest.raises(
+        UsageError, match=r"^data.dataset: none of 2 rows has a target token .*special.*: rows.jsonl line 1, rows"
+    ):
         ready(jsonl(rows))
     with pytest.raises(UsageError, match=r"^data.dataset: none of the first 2 rows has an answer to train on: rows"):
         ready(jsonl(rows), streaming=True).sample_row()

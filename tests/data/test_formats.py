@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import pytest
@@ -64,6 +65,21 @@ def test_tools_and_their_calls_reach_the_chat_template() -> None:
     assert made["tools"] == [{"type": "function"}]
     assert made["messages"][1]["content"] is None
     assert made["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize("tools", ["[]", "null", "", [], None])
+def test_no_tools_are_none_however_they_are_written(tools: Any) -> None:
+    """A list, even an empty one, has some templates write what introduces functions."""
+    assert "tools" not in example({"messages": [QUESTION, ANSWER], "tools": tools})
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_call_under_sharegpts_role_is_one(several: bool) -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    value = json.dumps([call, call] if several else call)
+    made = example({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]})
+    calls = [{"type": "function", "function": call}] * (1 + several)
+    assert made["messages"][1] == {"role": "assistant", "content": None, "tool_calls": calls}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +166,11 @@ def test_columns_are_renamed() -> None:
         ({"instruction": "q", "answer": ["a", "b"]}, "row 1: 'answer' must be text, got a list"),
         ({"messages": [QUESTION], "tools": "{"}, "row 1: 'tools' is not valid JSON"),
         ({"messages": [QUESTION], "tools": ["f"]}, "row 1: 'tools' must be a list of objects, got text in it"),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "entry 1: the function call is not valid JSON"),
+        (
+            {"conversations": [{"from": "function_call", "value": "1"}]},
+            "entry 1: the function of a tool call must be an object",
+        ),
         ({"messages": [{"role": ["user"], "content": "q"}]}, r"entry 1 has the role \['user'\]; known are"),
         ({"messages": [{**ANSWER, "reasoning_content": ["hm"]}]}, "entry 1: 'reasoning_content' must be text, got a list"),
         ({"messages": [{**ANSWER, "tool_calls": "f"}]}, "entry 1: 'tool_calls' must be a list of objects, got text"),

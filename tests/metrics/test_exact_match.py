@@ -66,6 +66,9 @@ def test_a_penalty_for_repetition_leaves_all_answers_to_generation(model_dir: Mo
     module = CausalLMModule(str(model_dir()))
     generation = module.language_model.generation_config
     assert TeacherForcedAnswers.of(generation, module.tokenizer, 8) is not None
+    generation.num_beams, generation.repetition_penalty, generation.length_penalty = 1, 1.0, 1.0  # as if they were not set
+    generation.min_length = 0
+    assert TeacherForcedAnswers.of(generation, module.tokenizer, 8) is not None
     generation.repetition_penalty = 1.1
     assert TeacherForcedAnswers.of(generation, module.tokenizer, 8) is None
 
