@@ -158,7 +158,7 @@ def ours_whole(model: PreTrainedModel, setting: Setting) -> Training:
 
 
 def forward_backward(model: PreTrainedModel, setting: Setting) -> Training:
-    """Forward and backward of ours with frozen embeddings, and no optimizer: what a step can't do without."""
+    """Forward and backward of ours with frozen embeddings and no optimizer: matrices' gradients are whole, not projected."""
     return _ours(model, setting, frozen=("embeddings", "lm_head"), make_optimizer=_NoSteps)
 
 

@@ -133,9 +133,7 @@ def _out_of_memory(text: str, notes: Iterable[str], command: str) -> str:
         return f"{happened}; lower data.eval_batch_size or data.max_seq_length, or set trainer.precision: bf16-true"
     if command not in ("fit", "score"):
         return happened
-    return (
-        f"{happened}; lower data.batch_size (and raise trainer.accumulate_grad_batches by as much), "
-        "data.max_seq_length or sampling.activated_layers, set model.gradient_checkpointing: true, "
-        "sampling.always_train: [norm] or trainer.precision: bf16-true; "
-        f"`{command_line('plan')}` with the same config says how much each saves"
-    )
+    batches = "data.batch_size (and raise trainer.accumulate_grad_batches by as much)"
+    lower = f"{batches}, data.max_seq_length or sampling.activated_layers"
+    settings = "model.gradient_checkpointing: true, sampling.always_train: [norm] or trainer.precision: bf16-true"
+    return f"{happened}; lower {lower}, set {settings}; `{command_line('plan')}` with the same config says how much each saves"

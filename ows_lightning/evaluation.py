@@ -135,10 +135,8 @@ class EvaluationModule(LightningModule):
         """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
         prompts = batch["input_ids"]
         generated = self._loaded_causal_lm.generate(
-            input_ids=prompts,
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=self.hparams["max_new_tokens"],
+            input_ids=prompts, attention_mask=batch["attention_mask"], max_new_tokens=self.hparams["max_new_tokens"],
             synced_gpus=self.device_mesh is not None,  # each forward pass gathers weights: all processes have to take part
             pad_token_id=self.tokenizer.pad_token_id,
-        )
+        )  # fmt: skip
         return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)

@@ -53,23 +53,21 @@ class RunRecord:
             raise UsageError(f"{path}: {what}; give the folder that `fit` or `score` wrote")
         try:
             whole = folder.resolve()
+            name = "/".join(whole.parts[-1 if _version_number(whole) < 0 else -2 :])
             run = cls(
-                name="/".join(whole.parts[-1 if _version_number(whole) < 0 else -2 :]),
-                path=folder,
+                name=name, path=folder, config=_read(folder / CONFIG_FILE, _config),
                 scores=_read(folder / SCORES_FILE, _scores, f"write it again with `{command_line('score')}`"),
-                history=_read_history(folder / HISTORY_FILE),
-                metrics=_read_columns(folder / METRICS_FILE, _number),
-                config=_read(folder / CONFIG_FILE, _config),
+                history=_read_history(folder / HISTORY_FILE), metrics=_read_columns(folder / METRICS_FILE, _number),
                 texts={title: table for title, file in TEXT_FILES.items() if (table := _read_columns(folder / file, str))},
-            )
+            )  # fmt: skip
         except OSError as error:
             raise UsageError(f"{error.filename}: can't be read ({error.strerror}); give a readable run folder") from error
         for draw in run.history:
             if not all(0 <= block < run.num_layers for block in draw.blocks):
-                raise UsageError(
-                    f"{folder / HISTORY_FILE}: interval {draw.interval} has a block that is not among the {run.num_layers} of "
-                    f"{SCORES_FILE}; put the files of one run together"
+                what = (
+                    f"has a block that is not among the {run.num_layers} of {SCORES_FILE}; put the files of one run together"
                 )
+                raise UsageError(f"{folder / HISTORY_FILE}: interval {draw.interval} {what}")
         return run
 
     @property
