@@ -77,7 +77,7 @@ class LayerwiseSampling(BlockSampler, Callback):
             self._write_and_log(trainer, metrics)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Notes the gradients' norms, before anything clips them."""
+        """Notes the gradients' norms, before Lightning clips them; a module that clips by hand has done so."""
         self.observe([optimizer])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
