@@ -132,11 +132,9 @@ class RestoreAfterFit(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Does both, for each GaLoreAdamW of the Trainer, and gives Lightning its own clipping back."""
-        if stage != "fit":
-            return
-        stop_projecting(trainer)
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, GaLoreAdamW):
+        if stage == "fit":
+            stop_projecting(trainer)
+            for optimizer in (one for one in trainer.optimizers if isinstance(one, GaLoreAdamW)):
                 optimizer.merge_updates()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

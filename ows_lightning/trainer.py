@@ -12,8 +12,6 @@ from ows_lightning.callbacks.stop_on_nan import StopOnNaN
 from ows_lightning.callbacks.throughput import Throughput
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
 
-_SAFETY = (Resume, Throughput, StopOnNaN, SaveOnSignal)  # the last one comes last: its checkpoint has what all others did
-
 
 class OWSTrainer(Trainer):
     """Lightning's Trainer with what makes a run safe; a plain ``Trainer`` trains the same way, but lacks all of this.
@@ -30,7 +28,8 @@ class OWSTrainer(Trainer):
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
         given: list[Any] = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or ())
-        missing = [kind for kind in _SAFETY if not any(isinstance(callback, kind) for callback in given)]
+        kinds = (Resume, Throughput, StopOnNaN, SaveOnSignal)  # this one comes last: its checkpoint has what all others did
+        missing = [kind for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
         first, last = ([kind() for kind in missing if (kind is SaveOnSignal) == is_last] for is_last in (False, True))
         for callback in given:
             validates = isinstance(callback, EarlyStopping) and callback.monitor.startswith("val_")

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.checkpoints.fixed_settings import plain
 from ows_lightning.checkpoints.loops import resume_exactly
@@ -89,7 +90,9 @@ class Resume(Callback):
         """Lets the resumed step count as saved from now on; before, a validation may have followed it, and its best was."""
         if self._resumed_at == trainer.global_step:
             for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint):
+                if isinstance(callback, ModelCheckpoint) and not isinstance(
+                    callback, RunCheckpoint
+                ):  # which saves at steps' ends
                     mark_step_saved(callback, trainer.global_step)
         self._resumed_at = None
 

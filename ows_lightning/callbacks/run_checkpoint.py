@@ -31,16 +31,22 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
     """
 
     _between_validations = False
+    _last_saved_at: int | None = None  # the step that ``last.ckpt`` is of, although a validation may save it again
+    _loaded_steps_seen: int | None = None  # of the state that is resumed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes ``save_last: link`` for True: its own links outlive the files that they are made of."""
         if self.save_last == "link":
             self.save_last = True
+        self._last_saved_at = self._loaded_steps_seen = None  # of an earlier run
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Updates the ``last.ckpt`` that a run is resumed from: the state in it is from before its own path was known."""
         super().on_train_start(trainer, pl_module)
+        every, step = self._every_n_train_steps, trainer.global_step
+        if self._loaded_steps_seen not in (None, step) and self.monitor and every and step % every == 0:
+            self._defer_save_until_validation = True  # the step ended by a signal, before this callback saw it
         last = Path(self.dirpath or "", f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
         paths = (last, Path(trainer.ckpt_path or ""))
         files = [path / META_FILE if path.is_dir() else path for path in paths]  # a folder's are linked one by one
@@ -48,21 +54,22 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
             self.last_model_path = str(last)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves ``last.ckpt`` of the run's last step, too, before any callback replaces the weights by their average."""
+        """Saves ``last.ckpt`` at the run's end, too, before any callback replaces the weights by their average."""
         super().on_train_epoch_end(trainer, pl_module)
-        is_last = trainer.global_step == trainer.max_steps or trainer.current_epoch + 1 == trainer.max_epochs
-        if (is_last or trainer.should_stop) and not self._should_skip_saving_checkpoint(trainer):
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if ends and self._last_saved_at != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves ``last.ckpt`` although the best has to wait for a validation."""
+        """Saves ``last.ckpt`` although the best has to wait for a validation, and where the run ends within an epoch."""
         waited, self._defer_save_until_validation = self._defer_save_until_validation, False
         self._between_validations = True
         ModelCheckpoint.on_train_batch_end(self, trainer, pl_module, None, None, 0)  # it looks at no batch
         deferred = self._defer_save_until_validation
         self._defer_save_until_validation |= waited  # before the state is saved
-        if deferred and not self._should_skip_saving_checkpoint(trainer):
-            saved = self._last_global_step_saved
+        ends = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        if (deferred or ends) and not self._should_skip_saving_checkpoint(trainer):
+            saved, self._last_saved_at = self._last_global_step_saved, trainer.global_step
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._last_global_step_saved = saved  # or the validation of this step would find that all is saved
         self._between_validations = False
@@ -72,7 +79,8 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
         return {name: value for name, value in super()._monitor_candidates(trainer).items() if name not in stale}
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:  # where Lightning 2.6 forgets the best that waits
-        return not self._defer_save_until_validation and super()._should_save_on_train_epoch_end(trainer)
+        waits = self._defer_save_until_validation and self._save_on_train_epoch_end is None
+        return not waits and super()._should_save_on_train_epoch_end(trainer)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._defer_save_until_validation = False  # Lightning would set it after the state is saved
@@ -82,12 +90,14 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
             self._save_last_checkpoint(trainer, monitor_candidates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, and whether the best waits for a validation."""
-        return {**super().state_dict(), "waits_for_validation": self._defer_save_until_validation}
+        """Lightning's, whether the best waits for a validation, and the last step that was looked at."""
+        own = {"waits_for_validation": self._defer_save_until_validation, "steps_seen": self._steps_seen}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes both over."""
+        """Takes all over."""
         super().load_state_dict(state_dict)
+        self._loaded_steps_seen = state_dict.get("steps_seen")
         self._defer_save_until_validation = state_dict.get("waits_for_validation", False)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -126,13 +136,11 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
 
 
 def remove_interrupted(trainer: Trainer, saved: Path) -> None:
-    """Removes the ``interrupted-step=N.ckpt``, of this run or an earlier one, that it was resumed from, and SLURM's copies."""
+    """Removes the ``interrupted-step=N.ckpt`` of its own folder, or an earlier run's, that a run was resumed from."""
     if not trainer.is_global_zero or not saved.exists():
         return
     resumed, saved = Path(trainer.ckpt_path or "").absolute(), saved.absolute()
     of_earlier_run = resumed.match("version_*/checkpoints/*") and resumed.parents[2] == saved.parent.parent.parent
-    of_this = resumed.match("interrupted-step=*.ckpt") and (of_earlier_run or resumed.parent == saved.parent)
-    if resumed != saved and (of_this or resumed.match("hpc_ckpt_*.ckpt")):
-        for path in {resumed, *Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")}:
-            with contextlib.suppress(OSError):
-                trainer.strategy.remove_checkpoint(path)
+    if resumed.match("interrupted-step=*.ckpt") and resumed != saved and (of_earlier_run or resumed.parent == saved.parent):
+        with contextlib.suppress(OSError):
+            trainer.strategy.remove_checkpoint(resumed)

@@ -170,8 +170,8 @@ def _message(turn: Any, row_name: str) -> Message:
         content = "".join(part.get("text", "") for part in content)
     if role == "function_call" and isinstance(content, str):  # ShareGPT's role: the text is a call, or a list of calls
         called, content = _parsed_json(content, f"{row_name}: the function call"), None
-        called = called if isinstance(called, list) else [called]
-        message["tool_calls"] = [{"type": "function", "function": call} for call in called]
+        calls = _objects(called if isinstance(called, list) else [called], f"{row_name}: the function call")
+        message["tool_calls"] = [call if "function" in call else {"type": "function", "function": call} for call in calls]
     if "function_call" in message:  # OpenAI's older form, of a single call
         message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
     if not message.get("tool_calls", True):  # an empty list, which templates take for calls

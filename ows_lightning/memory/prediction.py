@@ -112,13 +112,10 @@ def extrapolate(settings: PlanSettings, alike: bool) -> StepCosts:
     base, more = simulate_groups(few), {name: size - few[name] for name, size in groups.items() if size > few[name]}
     steps = [(times, simulate_groups({**few, name: few[name] + 1})) for name, times in more.items()]
 
-    def extended(value: Callable[[StepCosts], int]) -> int:
-        return value(base) + sum(times * (value(further) - value(base)) for times, further in steps)
+    def extended(value: Callable[..., int], *key: Any) -> int:
+        return value(base, *key) + sum(times * (value(further, *key) - value(base, *key)) for times, further in steps)
 
-    def of_span(span: tuple[Any, ...]) -> dict[str, int]:
-        return {name: extended(lambda memory: memory.peaks[span].get(name, 0)) for name in CATEGORIES}  # noqa: B023
-
-    peaks = {span: of_span(span) for span in base.peaks}
+    peaks = {s: {n: extended(lambda m, s, n: m.peaks[s].get(n, 0), s, n) for n in CATEGORIES} for s in base.peaks}
     return StepCosts(peaks, extended(lambda memory: memory.trained), extended(lambda memory: memory.consumed))
 
 

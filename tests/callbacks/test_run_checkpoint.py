@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -408,7 +407,7 @@ def test_a_run_goes_on_from_what_was_saved_at_the_end(
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("every", [2, None])
+@pytest.mark.parametrize("every", [2, 4, None])
 def test_the_best_of_a_validation_that_is_made_up_for_is_saved(every: int | None, fit: Callable[..., dict[str, int]]) -> None:
     """SIGTERM comes in step 4, which is saved before the validation that follows it; the resumed run validates first."""
     settings = {"every_n_train_steps": every, "save_top_k": -1}
@@ -427,15 +426,47 @@ def test_what_a_run_can_go_on_from_is_not_replaced_by_weights_alone(fit: Callabl
     assert found["last.ckpt"] == 9
 
 
-def test_what_lightning_saved_for_a_requeued_job_goes_with_the_run_that_went_on(
-    fit: Callable[..., dict[str, int]], tmp_path: Path
-) -> None:
-    """Else any later command under SLURM would load it, where no checkpoint is named."""
-    trainer = {"max_steps": 6, "val_check_interval": 3, "check_val_every_n_epoch": None}
-    fit("kept", {}, (Stops(2, terminates=True),), **trainer)
-    shutil.copy(tmp_path / "kept" / "interrupted-step=2.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
-    fit("kept", {}, resumes="../hpc_ckpt_1.ckpt", **trainer)
-    assert not list(tmp_path.glob("hpc_ckpt_*"))
+def test_a_validation_within_a_step_counts_after_a_resume(fit: Callable[..., dict[str, int]]) -> None:
+    settings = {"every_n_train_steps": 1, "save_top_k": -1}
+    trainer = {"max_steps": 5, "val_check_interval": 5, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
+    expected = fit("through", settings, **trainer)
+    fit("told", settings, (Stops(2, terminates=True),), **trainer)
+    assert fit("told", settings, resumes="interrupted-step=2.ckpt", **trainer) == expected
+
+
+def test_what_ends_an_epoch_is_not_done_twice(fit: Callable[..., dict[str, int]], tmp_path: Path) -> None:
+    """A run that ends within an epoch calls its hooks, too; a checkpoint from before lets the resumed epoch end once."""
+
+    class EndsOfEpochs(Callback):
+        ends = 0
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            self.ends += 1
+
+        def state_dict(self) -> dict[str, int]:
+            return {"ends": self.ends}
+
+        def load_state_dict(self, state_dict: dict[str, int]) -> None:
+            self.ends = state_dict["ends"]
+
+    settings: dict[str, Any] = {"every_n_train_steps": 4, "monitor": None}
+    for ended in ({"max_steps": 7}, {"max_epochs": 1, "callbacks": True}):
+        counts = EndsOfEpochs(), EndsOfEpochs()
+        early = (StopsEarly(7),) if ended.pop("callbacks", False) else ()
+        folder = f"ended{len(early)}"
+        assert fit(folder, settings, (counts[0], *early), **ended)["last.ckpt"] == 7
+        fit(folder, settings, (counts[1],), max_epochs=2, resumes="last.ckpt")
+        assert (counts[0].ends, counts[1].ends) == (1, 2)
+
+
+class StopsEarly(Callback):
+    """Ends a run as Lightning's Timer does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
 
 
 def test_a_folder_of_links_is_known_as_the_last_checkpoint(tmp_path: Path) -> None:

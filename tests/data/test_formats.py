@@ -76,9 +76,10 @@ def test_no_tools_are_none_however_they_are_written(tools: Any) -> None:
 @pytest.mark.parametrize("several", [False, True])
 def test_a_call_under_sharegpts_role_is_one(several: bool) -> None:
     call = {"name": "f", "arguments": {"x": 1}}
-    value = json.dumps([call, call] if several else call)
+    openais = {"type": "function", "function": call}
+    value = json.dumps([call, openais] if several else call)
     made = example({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]})
-    calls = [{"type": "function", "function": call}] * (1 + several)
+    calls = [openais] * (1 + several)
     assert made["messages"][1] == {"role": "assistant", "content": None, "tool_calls": calls}
 
 
@@ -169,7 +170,7 @@ def test_columns_are_renamed() -> None:
         ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "entry 1: the function call is not valid JSON"),
         (
             {"conversations": [{"from": "function_call", "value": "1"}]},
-            "entry 1: the function of a tool call must be an object",
+            "entry 1: the function call must be a list of objects, got a num",
         ),
         ({"messages": [{"role": ["user"], "content": "q"}]}, r"entry 1 has the role \['user'\]; known are"),
         ({"messages": [{**ANSWER, "reasoning_content": ["hm"]}]}, "entry 1: 'reasoning_content' must be text, got a list"),
