@@ -21,9 +21,9 @@ OUTSIDE = {
         "trainer._logger_connector", "loop._batches_that_stepped", "loop._should_accumulate",
     },
     "callbacks/run_folder.py": {"super()._get_next_version"},  # overridden where CSVLogger calls it
-    "callbacks/run_checkpoint.py": {  # overridden where ModelCheckpoint calls them
+    "callbacks/run_checkpoint.py": {  # overridden where ModelCheckpoint calls them; whether min_steps lets a run end
         "super()._save_checkpoint", "super()._monitor_candidates", "super()._save_topk_checkpoint",
-        "super()._should_save_on_train_epoch_end",
+        "super()._should_save_on_train_epoch_end", "trainer.fit_loop._can_stop_early",
     },
     "callbacks/throughput.py": {"trainer.fit_loop.epoch_loop._batches_that_stepped"},  # the step of a validation's figures
     "trainer.py": {"callback._check_on_train_epoch_end"},  # whether EarlyStopping was told when to check

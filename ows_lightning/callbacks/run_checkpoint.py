@@ -56,7 +56,7 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves ``last.ckpt`` at the run's end, too, before any callback replaces the weights by their average."""
         super().on_train_epoch_end(trainer, pl_module)
-        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        ends = (trainer.should_stop and trainer.fit_loop._can_stop_early) or trainer.current_epoch + 1 == trainer.max_epochs
         if ends and self._last_saved_at != trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -67,7 +67,7 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
         ModelCheckpoint.on_train_batch_end(self, trainer, pl_module, None, None, 0)  # it looks at no batch
         deferred = self._defer_save_until_validation
         self._defer_save_until_validation |= waited  # before the state is saved
-        ends = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        ends = (trainer.should_stop and trainer.fit_loop._can_stop_early) or 0 <= trainer.max_steps <= trainer.global_step
         if (deferred or ends) and not self._should_skip_saving_checkpoint(trainer):
             saved, self._last_saved_at = self._last_global_step_saved, trainer.global_step
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

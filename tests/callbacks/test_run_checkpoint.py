@@ -459,6 +459,13 @@ def test_what_ends_an_epoch_is_not_done_twice(fit: Callable[..., dict[str, int]]
         assert (counts[0].ends, counts[1].ends) == (1, 2)
 
 
+def test_a_run_that_may_not_end_yet_is_not_saved_at_each_step(fit: Callable[..., dict[str, int]], tmp_path: Path) -> None:
+    settings = {"every_n_train_steps": 100, "monitor": None}
+    (tmp_path / "kept").mkdir()
+    assert fit("kept", settings, (StopsEarly(3), Stops(6)), max_steps=9, min_steps=8, min_epochs=0) == {}
+    assert fit("kept", settings, (StopsEarly(3),), max_steps=9, min_steps=8, min_epochs=0) == {"last.ckpt": 8}
+
+
 class StopsEarly(Callback):
     """Ends a run as Lightning's Timer does."""
 
