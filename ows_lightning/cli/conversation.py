@@ -58,8 +58,8 @@ class Conversation:
             if ids.size(1) + new <= longest:
                 return ids.to(self.model.device)
             if len(turns) == 1:
-                what = f"the message's {ids.size(1)} tokens and {new} new ones are beyond the model's {longest} positions"
-                raise UsageError(f"max_new_tokens: {what}; shorten one of them")
+                most = f"with {new} new ones that is beyond the model's {longest} positions; shorten one of them"
+                raise UsageError(f"max_new_tokens: the message has {ids.size(1)} tokens, and {most}")
             del turns[:2]
             print("(the oldest turns are left out: they no longer fit)", file=sys.stderr)
 

@@ -120,6 +120,8 @@ def copied(subject: Subject) -> Any:
     first = subject.train([1])
     other = copy.deepcopy(subject.model)
     second = subject.train([1])
+    if subject.offloader is not None:
+        subject.offloader.refresh_after_weight_swap()  # as at a validation's begin and end
     subject.model.eval()
     with torch.no_grad():
         loss = subject.loss().cpu()
