@@ -90,9 +90,8 @@ class Resume(Callback):
         """Lets the resumed step count as saved from now on; before, a validation may have followed it, and its best was."""
         if self._resumed_at == trainer.global_step:
             for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint) and not isinstance(
-                    callback, RunCheckpoint
-                ):  # which saves at steps' ends
+                # a RunCheckpoint saves at steps' ends by itself
+                if isinstance(callback, ModelCheckpoint) and not isinstance(callback, RunCheckpoint):
                     mark_step_saved(callback, trainer.global_step)
         self._resumed_at = None
 

@@ -52,11 +52,10 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
         _require_one_process(args)
         _require_use_galore(optimizer, args)
-        if self.distribution == "gradient_norm" and (args.max_grad_norm > 0 or args.fp16):
-            fault = "max_grad_norm: the Trainer clips" if args.max_grad_norm > 0 else "fp16: the loss is scaled"
-            hint = (
-                "set it to 0 (and clip by use_galore(trainer, max_grad_norm=...))" if args.max_grad_norm > 0 else "take bf16"
-            )
+        clips = args.max_grad_norm > 0
+        if self.distribution == "gradient_norm" and (clips or args.fp16):
+            fault = "max_grad_norm: the Trainer clips" if clips else "fp16: the loss is scaled"
+            hint = "set it to 0 (and clip by use_galore(trainer, max_grad_norm=...))" if clips else "take bf16"
             what = f"{fault} before any callback sees the gradients, by whose norms gradient_norm draws"
             raise UsageError(f"{what}; {hint}, or take another distribution")
         if not isinstance(optimizer, GaLoreAdamW):

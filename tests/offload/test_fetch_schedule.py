@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from ows_lightning.offload.fetch_schedule import FetchSchedule
@@ -97,18 +100,28 @@ def test_a_micro_batch_fetches_the_least(slots: int, trained: list[int], embeddi
     assert recorder.fetches - before == 3 * least
 
 
+@contextmanager
+def interrupted(recorder: Recorder, method: str, *, before: bool) -> Iterator[None]:
+    """Presses Ctrl-C before or after a method of the recorder does its work, and expects to see it."""
+    work = getattr(recorder, method)
+
+    def interrupt(block: int, slot: int) -> None:
+        if not before:
+            work(block, slot)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder, method, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 def test_a_fetch_that_was_interrupted_is_made_again() -> None:
     recorder = Recorder()
     schedule = FetchSchedule(recorder, num_slots=2)
     schedule.set_blocks(range(3))
-
-    def interrupted(block: int, slot: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "issue", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            schedule.enter(0)
+    with interrupted(recorder, "issue", before=True):
+        schedule.enter(0)
     schedule.begin_forward()
     schedule.enter(0)
     assert recorder.events == ["issue 0", "wait 0"]
@@ -119,16 +132,8 @@ def test_an_interrupt_while_a_block_comes_leaves_no_block_in_its_slot() -> None:
     recorder = Recorder()
     schedule = FetchSchedule(recorder, num_slots=2)
     schedule.set_blocks(range(3))
-    arrive = recorder.wait
-
-    def interrupted(block: int, slot: int) -> None:
-        arrive(block, slot)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            schedule.enter(0)
+    with interrupted(recorder, "wait", before=False):
+        schedule.enter(0)
     schedule.release_all()
     assert recorder.events == ["issue 0", "wait 0", "release 0"]
 
