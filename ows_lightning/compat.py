@@ -1,7 +1,7 @@
 """Private names of other libraries that this package calls, each with the reason and what replaces it if it is removed.
 
 Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason. Needs torch
-alone; others are passed in, or imported when they are used.
+and NumPy; others are passed in, or imported when they are used.
 """
 
 import copy

@@ -33,7 +33,7 @@ from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.offload.options import check_offloading, offloads
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, check_options
 from ows_lightning.optim.param_groups import galore_param_groups
-from ows_lightning.optim.resting import merge_saved_updates_
+from ows_lightning.optim.resting import merged_weights
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.optim.state_dtypes import keep_state_dtypes
 from ows_lightning.optim.subspace import SubspaceMethod, derived_seed
@@ -280,18 +280,19 @@ class CausalLMModule(EvaluationModule):
             self.offloader.apply_draw(self.trainer.optimizers)
 
     def on_validation_epoch_start(self) -> None:
-        """Looks at the weights again, which weight averaging may have swapped, and resets the metrics."""
+        """Re-reads offloaded weights, which weight averaging may have swapped, and resets the metrics."""
         self._reread_offloaded()
         super().on_validation_epoch_start()
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the metrics, and looks at the weights again, which were swapped back."""
+        """Logs the metrics, and re-reads offloaded weights, which were swapped back."""
         super().on_validation_epoch_end()
         self._reread_offloaded()
 
     def _reread_offloaded(self) -> None:
         if self.offloader is not None and self.offloader.was_copied:
-            self.offloader.refresh_after_weight_swap()
+            for index in self.offloader.schedule.order:
+                self.offloader.refresh(index)
 
     @torch.compiler.set_stance("force_eager")
     def on_fit_start(self) -> None:
@@ -362,18 +363,18 @@ class CausalLMModule(EvaluationModule):
             self.offloader.merge_updates()
 
     def on_train_end(self) -> None:
-        """Writes what offloaded blocks have learned at rest into their weights, for all that reads these after training."""
+        """Merges what offloaded blocks learned at rest into their weights, for whatever reads them after training."""
         self._reread_offloaded()  # averaged ones may have come
         if self.offloader is not None:
             self.offloader.merge_updates()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Loads weights into the model, which is made first if it is not there: forked processes return their weights so."""
+        """Loads weights, building the model first if needed: this is how forked processes return theirs."""
         self.configure_model()
         return super().load_state_dict(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Leaves what offloaded blocks learn at rest to the optimizer's state, as checkpoints do; ``model``'s includes it."""
+        """Omits what offloaded blocks learned at rest, which the optimizer's state holds; that of ``model`` has it."""
         with patch.object(self.offloader, "saves_updates_separately", True) if self.offloader else contextlib.nullcontext():
             return super().state_dict(*args, **kwargs)
 
@@ -384,8 +385,8 @@ class CausalLMModule(EvaluationModule):
         for name in [name for name, value in arguments.items() if callable(value)]:  # a model, which no resume would read
             del arguments[name]
         if "optimizer_states" not in checkpoint:
-            for optimizer in self.trainer.optimizers:
-                merge_saved_updates_(checkpoint["state_dict"], optimizer.state_dict())
+            optimizers = [optimizer.state_dict() for optimizer in self.trainer.optimizers]
+            checkpoint["state_dict"].update(list(merged_weights(checkpoint["state_dict"], optimizers)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
@@ -394,9 +395,9 @@ class CausalLMModule(EvaluationModule):
             raise UsageError("ckpt_path: the checkpoint has weights alone (save_weights_only); a run can't go on from those")
         if self._trainer is not None:
             check_fixed_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
-        if not resumes:
-            for optimizer in checkpoint.get("optimizer_states", ()):
-                merge_saved_updates_(checkpoint.get("state_dict", {}), optimizer)
+        if not resumes and "optimizer_states" in checkpoint:
+            weights = checkpoint.get("state_dict", {})
+            weights.update(list(merged_weights(weights, checkpoint["optimizer_states"])))
 
     def _fixed_settings(self) -> dict[str, Any]:
         """The settings that can't change, as plain values by their YAML keys, and the model's dimensions."""

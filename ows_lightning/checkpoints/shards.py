@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, REQUIRED_KEYS, UNSAFE, load_file, root_cause
 from ows_lightning.errors import UsageError, first_line
-from ows_lightning.optim.resting import merge_saved_updates_
+from ows_lightning.optim.resting import merged_weights
 
 
 def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,10 +73,7 @@ def load_weights(module: nn.Module, path: Path, strict: bool = True) -> None:
         shapes = {name: info.size for name, info in _contents(path, prefix).items()}
     else:
         checkpoint = load_file(path)
-        for optimizer in checkpoint.get("optimizer_states", ()):
-            merge_saved_updates_(checkpoint["state_dict"], optimizer)
-        whole = {prefix + name: weight for name, weight in checkpoint["state_dict"].items()}
-        shapes = {name: weight.shape for name, weight in whole.items()}
+        shapes = {prefix + name: weight.shape for name, weight in checkpoint["state_dict"].items()}
     if not strict:
         weights = {name: weights[name] for name in weights.keys() & shapes.keys()}
     elif different := sorted(shapes.items() ^ {name: weight.shape for name, weight in weights.items()}.items()):
@@ -84,8 +81,9 @@ def load_weights(module: nn.Module, path: Path, strict: bool = True) -> None:
     if path.is_dir():
         read_into(weights, path)
     else:
-        for name, weight in weights.items():
-            weight.copy_(whole[name])
+        for name, weight in merged_weights(checkpoint["state_dict"], checkpoint.get("optimizer_states", ())):
+            if prefix + name in weights:
+                weights[prefix + name].copy_(weight)
 
 
 def read_into(tensors: dict[str, Tensor], path: Path) -> None:

@@ -13,7 +13,8 @@ from ows_lightning.memory.cards import LINK_SHARE, Card
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.prediction import ModelSizes, blocks_are_alike, fetched_blocks, simulate
 from ows_lightning.memory.simulated_step import TrainingMethod
-from ows_lightning.models.decoder import decoder_layers, is_matrix
+from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.sampling.activation import block_matrices
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks
 from ows_lightning.sampling.sampler import BlockSampler
@@ -89,8 +90,8 @@ def _merging_flops(settings: PlanSettings) -> float:
     """FLOPs of W + B Q^T in an offloaded block at rest, in forward and in backward; linear layers do without it."""
     rank, blocks = settings.method.resting_rank, decoder_layers(settings.meta_model)
     apart = {module.weight for module in blocks.modules() if settings.method.factored and type(module) is nn.Linear}
-    matrices = (p for name, p in blocks.named_parameters() if is_matrix(name, p) and p.dim() <= 3 and p.size(-1) > rank)
-    return 2 * 2 * rank * sum(p.numel() for p in matrices if p not in apart) / settings.num_blocks
+    merged = [p for p in block_matrices(blocks) if p.size(-1) > rank and p not in apart]
+    return 2 * 2 * rank * sum(p.numel() for p in merged) / settings.num_blocks
 
 
 def _scoring_flops(settings: PlanSettings, forward: float) -> float:

@@ -94,7 +94,7 @@ class PlanSettings:
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
-        """Returns what was made under a key, for these settings or others that `replace` made of them; makes it if needed."""
+        """Returns ``make()``, remembered by key for these settings and those that `replace` makes of them."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

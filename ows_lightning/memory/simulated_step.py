@@ -173,13 +173,13 @@ class _Simulation:
     def watch_gradients(self, renews: bool) -> list[RemovableHandle]:
         """Registers hooks for a step that tell the tracker which tensors are gradients, and what is computed from them."""
         galore, tracker, on_host = self.galore, self.tracker, self.work.host_memory
-        held: list[Any] = []  # from `begin` to `end`: the category before, and rows that arrive of an offloaded gradient
+        held: list[Any] = []  # from `begin` to `end`: the category before, and the part that arrives of an offloaded gradient
 
         def begin(p: Tensor) -> None:
             held[:], tracker.category = [tracker.category], "gradients"
             offloaded = galore.offloaded_gradients.get(p) if galore else None
             if offloaded is not None and on_host:
-                held.append(torch.empty_like(offloaded[..., : rows_at_a_time(p[..., :1, :].numel(), torch.device("cuda")), :]))
+                held.append(offloaded.new_empty(min(offloaded.numel(), rows_at_a_time(1, torch.device("cuda")))))
             tracker.label("gradients", [p.grad, None if on_host else offloaded])
             tracker.category = "other"
 
@@ -198,7 +198,7 @@ class _Simulation:
         parameters = _trainable(self.model)
         if self.method.factored:
             # A hook would call for the gradients that linear layers do without in this step.
-            factors = {m.weight for m in decoder_layers(self.model).modules() if isinstance(m, nn.Linear)}
+            factors = {m._parameters["weight"] for m in decoder_layers(self.model).modules() if isinstance(m, nn.Linear)}
             whole = renews or self.method.renews_while_active
             parameters = [p for p in parameters if p not in factors or (whole and not self._rests(p))]
         hooks = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]

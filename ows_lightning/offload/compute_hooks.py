@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ows_lightning.compat import backward_pass_id, in_backward, on_backward_end
 from ows_lightning.errors import RunError
@@ -80,7 +81,4 @@ class ComputeHooks:
 
 
 def _tensors_with_gradient(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values] if values.requires_grad else []
-    entries = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
-    return [tensor for entry in entries for tensor in _tensors_with_gradient(entry)]
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.requires_grad]

@@ -74,7 +74,7 @@ class BlockOffloader:
         self._staging: Tensor | None = None  # that int8 copies pass through, one at a time; as large as the largest of them
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
         self._slot_updates: dict[int, list[Any]] = {}  # by slot: the resting updates that its weights include
-        self._updated_layers: dict[int, list[ProjectedLinear]] = {}  # of a block on the device, that compute with an update
+        self._updated_layers: dict[int, Iterable[ProjectedLinear]] = {}  # of a block on the device, with an update
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has all weights in its own parameters, in host memory, with what they learned at rest merged in."""
@@ -181,9 +181,12 @@ class BlockOffloader:
         for index in range(len(self.blocks)):
             learned = merged & self._updates_of(index).keys()
             if learned and (optimizer := self.optimizer) is not None:
-                self._load_for_training(index)
-                optimizer.add_resting_updates(learned)
-                self._offload_trained(index)
+                with torch.inference_mode(False):  # else its weights could not train later
+                    if offloaded := self.schedule.is_offloaded(index):
+                        self._load_for_training(index)
+                    optimizer.add_resting_updates(learned)
+                    if offloaded:
+                        self._offload_trained(index)
         self._stream.wait_for_computation()  # which has written offloaded weights
 
     def _updates_of(self, block: int) -> dict[Tensor, tuple[Tensor, Tensor]]:
@@ -195,9 +198,9 @@ class BlockOffloader:
         self._reset_layers(block)
         updates = self._updates_of(block)
         if updates and in_layers:
-            self._updated_layers[block] = set_updates(self.blocks[block], updates)
-            for layer in self._updated_layers[block]:
-                del updates[layer.weight]
+            self._updated_layers[block] = layers = set_updates(self.blocks[block], updates)
+            for p in set(layers.values()):
+                del updates[p]
         added = [(block, id(update), version_counter(update)) for update, _ in updates.values()]
         before = self._slot_updates.get(slot, [])
         if added == before:
@@ -206,6 +209,7 @@ class BlockOffloader:
             self._stream.release(slot)  # the fetch has to wait: earlier updates were just written into this slot
             self.issue(block, slot)
             self._stream.wait(slot)
+        self._slot_updates[slot] = [None]  # until all are added: after an error the weights are needed again
         for p, (update, projector) in updates.items():
             merge_update_(p.data, update, projector)
         self._slot_updates[slot] = added
@@ -239,13 +243,6 @@ class BlockOffloader:
             self._drain_fetches()
             self.offloaded[index].refresh()
             self._versions[index] = _versions_of(self.parameters[index])
-
-    def refresh_after_weight_swap(self) -> None:
-        """Re-reads the weights: averaging swaps them with its copy's between training and evaluation, unseen by torch."""
-        self.schedule.invalidate()
-        if self.was_copied:
-            for index in self.schedule.order:
-                self.refresh(index)
 
     @torch.no_grad()
     def convert(self, index: int, fn: Callable[[Tensor], Tensor]) -> None:

@@ -43,6 +43,6 @@ def remove_hook(p: Tensor, owner: GradientCapture | None = None) -> None:
 
 
 def gradient_consumer(p: Tensor) -> GradientCapture | None:
-    """Returns whose hook gets a parameter's gradient; None if nobody's does, or if others look at that gradient, too."""
+    """Returns the optimizer that takes a parameter's gradient; None without one, or if other hooks see the gradient, too."""
     hooks = gradient_hooks(p)
     return hooks[0].owner() if len(hooks) == 1 and isinstance(hooks[0], _Hook) else None

@@ -30,7 +30,11 @@ class ProjectedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
-        weight, bias, update, consumer = self.weight, self.bias, self.update, self._consumer(input)
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        bias, update = self.bias, self.update
+        as_plain_linear = not (weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling()
+        as_plain_linear |= torch.is_autocast_enabled(input.device.type)
+        consumer = None if as_plain_linear else gradient_consumer(weight)  # the optimizer that takes the gradient as factors
         projector = None if consumer is None else consumer.resting_projector(weight)
         projected: Tensor | None = None
         if projector is not None and projector.dtype == input.dtype:
@@ -46,19 +50,21 @@ class ProjectedLinear(nn.Linear):
             output = _LinearWithoutWeightGrad.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))
         return output if update is None else output.add_(learned)
 
-    def _consumer(self, input: Tensor) -> GradientCapture | None:
-        """The optimizer that takes the weight's gradient as factors; None where the layer is to compute as ``nn.Linear``."""
-        if not (self.weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return None
-        return None if torch.is_autocast_enabled(input.device.type) else gradient_consumer(self.weight)
+    def __getattr__(self, name: str) -> Any:
+        """Gives whoever reads the weight outside this layer's forward pass, as Mamba's blocks do, what it computes as."""
+        value: Any = super().__getattr__(name)
+        if name != "weight" or self.update is None:
+            return value
+        return value + (self.update[0] @ self.update[1].mT).to(value.dtype)
 
 
-def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> list[ProjectedLinear]:
+def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> dict[ProjectedLinear, Tensor]:
     """Makes a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns them."""
-    layers = [module for module in block.modules() if type(module) is ProjectedLinear and module.weight in updates]
-    for layer in layers:
-        layer.update = updates[layer.weight]
-    return layers
+    layers = [module for module in block.modules() if type(module) is ProjectedLinear]
+    updated = {layer: layer.weight for layer in layers if layer.weight in updates}
+    for layer, weight in updated.items():
+        layer.update = updates[weight]
+    return updated
 
 
 def to_projected_linear(modules: Iterable[nn.Module]) -> list[nn.Linear]:

@@ -10,14 +10,9 @@ from ows_lightning.optim.subspace import SubspaceMethod
 
 
 def galore_param_groups(
-    model: nn.Module,
-    rank: int | None = 128,
-    update_proj_gap: int = 200,
-    scale: float = 1.0,
-    proj_type: ProjType = "std",
-    subspace: SubspaceMethod = "randomized",
-    project_embeddings: bool = False,
-) -> list[dict[str, Any]]:
+    model: nn.Module, rank: int | None = 128, update_proj_gap: int = 200, scale: float = 1.0,
+    proj_type: ProjType = "std", subspace: SubspaceMethod = "randomized", project_embeddings: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Splits a causal LM's trainable parameters into a projected group (GaLore, arXiv 2403.03507) and two full-rank groups.
 
     Call it before anything is frozen: a parameter that is in no group never trains.

@@ -39,14 +39,9 @@ def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, 
 
 
 def adam_(
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    gradient: Tensor,
-    step: int,
-    betas: tuple[float, float],
-    eps: float,
+    exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, step: int, betas: tuple[float, float], eps: float,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R^2;  returns D = sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps).
 
     Adam, arXiv 1412.6980; t is the ``step``, from 1. bfloat16 moments are updated in float32 and rounded stochastically.

@@ -1,6 +1,6 @@
 """Weights at rest: what would be frozen learns a little, each matrix in a random subspace until its rest ends."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ows_lightning.errors import UsageError
 from ows_lightning.optim.projected_adamw import merge_update_
 from ows_lightning.optim.sharding import local, shard_state
 from ows_lightning.optim.subspace import derived_seed, random_subspace
@@ -45,12 +46,14 @@ class RestingWeights(Optimizer):
             among: The weights whose rest ends if they are not named, and that `weights` are of; None: all of the optimizer's.
 
         Raises:
-            ValueError: A weight is no matrix that the rank makes smaller.
+            ValueError: A weight is no matrix that the rank makes smaller, or an offloaded one's group has no names.
         """
         self._draw_seed = seed
         resting = {p for p in weights if p in self._group_and_index}
         if wrong := [tuple(p.shape) for p in resting if p.dim() not in (2, 3) or not 0 < rank < p.size(-1)]:
             raise ValueError(f"rank: {rank} makes a weight of shape {wrong[0]} no smaller")
+        if any("param_names" not in self._group_and_index[p][0] for p in resting & self._merge_callbacks.keys()):
+            raise UsageError("param_groups: offloaded weights that rest need names, as in model.named_parameters()")
         concerned = [p for p in self._group_and_index if among is None or p in among]
         self.merge_updates([p for p in concerned if p not in resting])
         for p in concerned:
@@ -60,6 +63,10 @@ class RestingWeights(Optimizer):
                 self._discard_gradients(p)
                 if p in resting:
                     self.state[p]["rest"] = torch.full((rank,), seed)  # sharded checkpoints want tensors
+        self._share_projectors(concerned)
+
+    def _share_projectors(self, weights: Iterable[Tensor]) -> None:
+        for p in weights:
             if self.ddp_averaging and p not in self.resting_projectors and (q := self.resting_projector(p)) is not None:
                 dist.broadcast(q if p.dim() == 2 else q[0], src=0)  # another CPU may round differently
 
@@ -120,20 +127,24 @@ class RestingWeights(Optimizer):
         return torch.Generator(device).manual_seed(derived_seed(self._draw_seed, number, steps))
 
 
-@torch.no_grad()
-def merge_saved_updates_(weights: MutableMapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-    """Adds what weights have learned at rest, which is in an optimizer's state dict, to a model's state dict.
+def merged_weights(weights: Mapping[str, Tensor], optimizers: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights of a model's state dict with what they learned at rest, which is in optimizers' state dicts.
 
-    The tensors are replaced, not written to. The optimizer's groups name the model's parameters as the state dict does, or
-    as `CausalLMModule.model` does. Of another optimizer nothing is added, nor to what the state dict lacks.
+    No tensor is written to. The optimizers' groups name the model's parameters as the state dict does, or as
+    `CausalLMModule.model` does; what other optimizers hold does not matter.
     """
-    names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
-    for number, state in optimizer["state"].items():
-        if isinstance(state, dict) and {"rest", "update"} <= state.keys():
-            key = next((key for key in (names[number], f"causal_lm.model.{names[number]}") if key in weights), None)
-            if key is not None:
-                weights[key] = weight = weights[key].clone()
-                merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number))
+    updates: dict[str, tuple[int, dict[str, Any]]] = {}
+    for optimizer in optimizers:
+        names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
+        for number, state in optimizer["state"].items():
+            if isinstance(state, dict) and {"rest", "update"} <= state.keys():
+                updates[names[number]] = updates[f"causal_lm.model.{names[number]}"] = number, state
+    for name, weight in weights.items():
+        if name in updates:
+            number, state = updates[name]
+            weight = weight.detach().clone()
+            merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number))
+        yield name, weight
 
 
 def _resting_subspace(weight: Tensor, rest: Tensor, number: int) -> Tensor:

@@ -136,7 +136,7 @@ def clip_(gradients: Sequence[Tensor], norm: Tensor, limit: float, algorithm: st
         for gradient in gradients:
             part = local(gradient)
             part.masked_fill_(part.isinf(), math.nan).clamp_(-limit, limit)  # which keeps NaN: the step is skipped
-    else:  # of a norm that is NaN the factor is 1, or each gradient would seem to be at fault
+    else:  # factor 1 for a norm that is NaN, which would else spread to every gradient
         scale_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
 
 

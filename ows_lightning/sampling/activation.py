@@ -37,13 +37,9 @@ def non_block_trains(model: nn.Module, always_train: Iterable[str]) -> dict[nn.P
 
 
 def activate_blocks(
-    layers: Iterable[nn.Module],
-    active: Sequence[int],
-    others: Iterable[tuple[nn.Parameter, bool]] = (),
-    optimizers: Sequence[Any] = (),
-    resting_rank: int = 0,
-    resting_seed: int = 0,
-) -> set[nn.Parameter]:
+    layers: Iterable[nn.Module], active: Sequence[int], others: Iterable[tuple[nn.Parameter, bool]] = (),
+    optimizers: Sequence[Any] = (), resting_rank: int = 0, resting_seed: int = 0,
+) -> set[nn.Parameter]:  # fmt: skip
     """Lets some decoder blocks train, and freezes the rest or lets it rest; call it between two steps.
 
     A frozen parameter has ``requires_grad=False``, no gradient, and no state in any of the optimizers, so that memory does not
@@ -54,7 +50,7 @@ def activate_blocks(
     says that no optimizer can do this.
 
     Args:
-        layers: The decoder blocks, or lists of the parameters of each that may train.
+        layers: The decoder blocks, or `trainable_by_block`'s modules.
         active: Indices of the blocks that train from now on.
         others: Parameters outside the blocks, each with whether it trains.
         optimizers: Built before anything was frozen; with a ``resting_rank``, GaLoreAdamW for the matrices.
@@ -62,7 +58,7 @@ def activate_blocks(
         resting_seed: Of this interval's random subspaces and of the noise of rounding; another one for every draw.
 
     Returns:
-        The parameters that it froze.
+        All parameters that are frozen now.
     """
     optimizers = [*map(unwrapped, optimizers)]
     trains: dict[nn.Parameter, bool] = {}

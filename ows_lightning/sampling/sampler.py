@@ -160,7 +160,7 @@ class BlockSampler:
             name = type(language_model_of(model)).__name__
             raise UsageError(f"sampling: no block of {name} has a weight to train; unfreeze them, or train without sampling")
         if untrainable:
-            log.warning("Blocks %s have no weight to train, and are drawn in a window at most", untrainable)
+            log.warning("Blocks %s have no weight to train, and only a window includes them", untrainable)
         if self.distribution != "window" and self.activated_layers > (count := len(self._blocks) - len(untrainable)):
             fault = f"{self.activated_layers} is more than the {count} blocks that can train"
             raise UsageError(f"sampling.activated_layers: {fault}")

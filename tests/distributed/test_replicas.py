@@ -161,6 +161,12 @@ def with_another_rounding_at_rest(arguments: list[str]) -> None:
         optimizer.average_gradients()
         optimizer.step()
         optimizer.zero_grad()
+    optimizer.keep_updates_separate(weights, optimizer.add_resting_updates)  # as a run with offloaded blocks does
+    (weights[0].sum() + weights[1].sum()).backward()
+    optimizer.step()
+    resumed = GaLoreAdamW(weights, lr=0.1)
+    resumed.ddp_averaging = True
+    resumed.load_state_dict(optimizer.state_dict())  # adds what was learned to the weights
     for weight, old in zip(weights, before, strict=True):
         assert not torch.equal(weight, old)
         assert torch.equal(*everywhere(weight))
