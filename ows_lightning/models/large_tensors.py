@@ -7,7 +7,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-# Of this process, as the pages are: what checks, exports or saves weights does not know which file they lie in.
+# Of the whole process: code that reads weights does not know which file they lie in.
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 

@@ -50,9 +50,10 @@ def loss_and_predictions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tu
     total, likeliest = torch.zeros((), dtype=torch.float32, device=hidden.device), torch.empty_like(targets)
     rows = _rows_per_chunk(model, hidden)
     for h, t, into in zip(hidden.split(rows), targets.split(rows), likeliest.split(rows), strict=True):
-        logits = logits_of(model, h).float()
-        total += F.cross_entropy(logits, t, reduction="sum")
+        logits = logits_of(model, h)
+        total += _cross_entropy(logits, t).sum()
         into.copy_(logits.argmax(-1))
+        del logits  # before the next ones are made
     return LossParts(total, torch.full((), targets.numel(), device=targets.device)), likeliest
 
 
@@ -123,18 +124,25 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Returns the summed cross entropy of states (N, hidden) and targets (N,), by chunks of a size for ``chunk_device``."""
     if not torch.is_grad_enabled():
-        return target_losses(model, hidden, targets, chunk_device).sum()
+        return target_losses(model, hidden, targets).sum()
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     rows = _rows_per_chunk(model, hidden, chunk_device)
     trained = [p for p in head.parameters() if p.requires_grad]
     return _ChunkedCrossEntropy.apply(head, partial(_scaled, config), rows, targets, hidden, *trained)
 
 
-def target_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor, chunk_device: torch.device | None = None) -> Tensor:
+def target_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Returns the cross entropy of each target, (N,), float32, as `summed_cross_entropy` takes them."""
-    rows = _rows_per_chunk(model, hidden, chunk_device)
+    rows = _rows_per_chunk(model, hidden)
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat([F.cross_entropy(logits_of(model, h).float(), t, reduction="none") for h, t in chunks])
+    return torch.cat([_cross_entropy(logits_of(model, h), t) for h, t in chunks])
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropy of each target, (N,), in float32, in which few of the logits are held at a time."""
+    rows = rows_at_a_time(logits.size(-1), logits.device)
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(part.float(), target, reduction="none") for part, target in parts])
 
 
 def _rows_per_chunk(model: PreTrainedModel, hidden: Tensor, chunk_device: torch.device | None = None) -> int:
@@ -161,14 +169,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        head: nn.Module,
-        scaled: Callable[[Tensor], Tensor],
-        rows: int,
-        targets: Tensor,
-        hidden: Tensor,
+        ctx: Any, head: nn.Module, scaled: Callable[[Tensor], Tensor], rows: int, targets: Tensor, hidden: Tensor,
         *parameters: nn.Parameter,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         head_gradients: dict[Tensor | None, Tensor] = {p: torch.zeros_like(p) for p in parameters}

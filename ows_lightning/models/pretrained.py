@@ -67,7 +67,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         check_model_name(name)
     with loading_errors(name, what="the tokenizer of "):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=trust_remote_code)
-    # Some classes make themselves up from nothing but their special tokens when a directory has no tokenizer.
+    # Without tokenizer files, some classes build a tokenizer of their special tokens alone.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _no_tokenizer_error(name)
     tokenizer.padding_side = "right"

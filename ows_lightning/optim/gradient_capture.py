@@ -44,7 +44,7 @@ class GradientCapture(RestingWeights):
         self.sketches: dict[Tensor, tuple[Sketch, Tensor, bool]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; Lightning's wrapper, which derives from this class, sets those of the optimizer within there."""
+        """Sets an attribute; Lightning's wrapper, a subclass, passes the wrapped optimizer's own on to it."""
         inner = vars(self).get("_optimizer", self)
         is_inner = name in vars(inner) and name not in vars(self) and not hasattr(type(self), name)
         object.__setattr__(inner if is_inner else self, name, value)
@@ -325,9 +325,11 @@ class GradientCapture(RestingWeights):
 
 
 def _add_from_host(gradient: Tensor, offloaded: Tensor) -> None:
-    """Adds what ``_to_host`` took, some rows at a time: the device has no room for a second gradient."""
-    rows = rows_at_a_time(gradient[..., :1, :].numel(), gradient.device)
-    for part, in_host in zip(gradient.split(rows, dim=-2), offloaded.split(rows, dim=-2), strict=True):
+    """Adds what ``_to_host`` took, in parts: the device has no room for a second gradient."""
+    # Parts as memory lies, of one layout without gaps: CUDA lets the host read others at once, maybe before they are there.
+    flat = (t.as_strided((t.numel(),), (1,)) for t in (gradient, offloaded))
+    parts = (t.split(rows_at_a_time(1, gradient.device)) for t in flat)
+    for part, in_host in zip(*parts, strict=True):
         part.add_(in_host.to(part.device, non_blocking=part.is_cuda))
 
 

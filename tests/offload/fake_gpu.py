@@ -444,6 +444,8 @@ class _Operators(TorchDispatchMode):
                 assert not on_gpu or memory.on_gpu or tensor.dim() == 0, f"{func} takes tensors of the GPU and of the host"
                 may_read = func in (aten.clone.default, aten._to_copy.default) or self.gpu.may_read_offloaded
                 assert not memory.offloaded or may_read, f"{func} reads an offloaded block"
+        if copies and on_gpu and not memories[1].on_gpu and not given[1].is_contiguous():
+            memories[1].access(self.gpu.host, False, func)  # CUDA has the host make such a source contiguous, at once
         clock = self.gpu.current.clock if on_gpu else self.gpu.host
         if on_gpu:
             clock.learn(self.gpu.host.known)
