@@ -131,7 +131,7 @@ class RestoreAfterFit(Callback):
     """Ends projection in backward, and merges what blocks learned at rest, when a fit ends: any code may train the model."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Does both, for each GaLoreAdamW of the Trainer, and gives Lightning its own clipping back."""
+        """Ends projection, merges what was learned at rest, and gives Lightning its own clipping back."""
         if stage == "fit":
             stop_projecting(trainer)
             for optimizer in (one for one in trainer.optimizers if isinstance(one, GaLoreAdamW)):

@@ -28,9 +28,8 @@ class OWSTrainer(Trainer):
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
         given: list[Any] = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or ())
-        kinds = (Resume, Throughput, StopOnNaN, SaveOnSignal)  # this one comes last: its checkpoint has what all others did
-        missing = [kind for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
-        first, last = ([kind() for kind in missing if (kind is SaveOnSignal) == is_last] for is_last in (False, True))
+        first = [kind() for kind in (Resume, Throughput, StopOnNaN) if not any(isinstance(c, kind) for c in given)]
+        last = [] if any(isinstance(c, SaveOnSignal) for c in given) else [SaveOnSignal()]  # it saves what all others did
         for callback in given:
             validates = isinstance(callback, EarlyStopping) and callback.monitor.startswith("val_")
             if validates and callback._check_on_train_epoch_end is None:

@@ -47,7 +47,7 @@ class ShowGenerations(StepCallback):
         self._show(trainer, pl_module, overwrite=not trainer.ckpt_path)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows it after each interval."""
+        """Shows the answers after each interval."""
         if trainer.global_step % self.every_n_steps == 0:
             self._show(trainer, pl_module)
 

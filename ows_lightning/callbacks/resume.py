@@ -75,7 +75,7 @@ class Resume(Callback):
             raise UsageError(f"model.optimizer: the checkpoint is of {before}, this run of {now}; set it back, or start anew")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Applies them to a resumed run, and logs what changed."""
+        """Applies the configured options to a resumed run, and logs what changed."""
         if trainer.ckpt_path is None:
             return
         self._resumed_at = trainer.global_step
@@ -87,7 +87,7 @@ class Resume(Callback):
             rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Lets the resumed step count as saved from now on; before, a validation may have followed it, and its best was."""
+        """Marks the resumed step as saved: until now its validation, made up for, could still save the best."""
         if self._resumed_at == trainer.global_step:
             for callback in trainer.checkpoint_callbacks:
                 # a RunCheckpoint saves at steps' ends by itself
@@ -131,7 +131,7 @@ class Resume(Callback):
         checkpoint["configured_options"] = self._options
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Reads those of the run that is resumed."""
+        """Reads the options and settings of the run that is resumed."""
         self._saved_settings = checkpoint.get("changeable_settings", {})
         self._saved_options = checkpoint.get("configured_options")
         self._check_optimizers(trainer, pl_module)  # fsdp2 made them, and began to fit, before

@@ -139,7 +139,7 @@ class RunSummary(Callback):
         return {"before": dict(self.before), "batches_before": self.batches_before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores them in a resumed run."""
+        """Restores these figures in a resumed run."""
         self.before, self.batches_before = state_dict["before"], state_dict.get("batches_before", "")
 
     def _memory_text(self, module: CausalLMModule) -> str:

@@ -85,7 +85,7 @@ def check_draws(probabilities: Sequence[float]) -> str | None:
     if blocks < UNIFORM_RATIO * count:
         return None
     even = f"draws are as even as among {blocks:.1f} of {count} blocks"
-    return f"no gain over LISA to expect, outliers tell blocks hardly apart ({even}); try another sampling.threshold"
+    return f"expect no gain over LISA: outliers hardly tell blocks apart ({even}); try another sampling.threshold"
 
 
 def measure_state_bytes(optimizer: Optimizer, module: CausalLMModule) -> StateBytes:

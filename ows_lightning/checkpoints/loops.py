@@ -93,7 +93,7 @@ class ExactEpochLoop(_TrainingEpochLoop):
         return {**super().on_save_checkpoint(), "unfinished": unfinished}
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Reads that number."""
+        """Restores that number."""
         super().on_load_checkpoint(state_dict)
         self._unfinished = state_dict.get("unfinished", 0)
 

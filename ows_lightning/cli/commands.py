@@ -139,14 +139,9 @@ class CommandTrainer(OWSTrainer):
             plot_plan(plan)[0].savefig(output / "plan.png")
 
     def export(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule,
-        ckpt_path: str | Path,
-        output: Path | None = None,
-        push_to_hub: str | None = None,
-        delta: bool = False,
-    ) -> None:
+        self, model: LightningModule, datamodule: LightningDataModule,
+        ckpt_path: str | Path, output: Path | None = None, push_to_hub: str | None = None, delta: bool = False,
+    ) -> None:  # fmt: skip
         """Write a checkpoint's model as a Hugging Face directory.
 
         Args:

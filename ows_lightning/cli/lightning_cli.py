@@ -43,6 +43,9 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
+_COMMANDS: dict[str, set[str]] = {  # Lightning's and CommandTrainer's, each with the arguments of its method that are no keys
+    **LightningCLI.subcommands(), "score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}
+}  # fmt: skip
 _OPTIMIZER = {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
 
 # The callback is configured by its own arguments, not by class_path.
@@ -80,9 +83,7 @@ class OWSCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Lightning's commands and CommandTrainer's. If one is asked for, only its parser is made, which saves seconds."""
-        ours = {"score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}}
-        every = {**LightningCLI.subcommands(), **ours}
-        return {self._asked: every[self._asked]} if self._asked in every else every
+        return {self._asked: _COMMANDS[self._asked]} if self._asked in _COMMANDS else _COMMANDS
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose ``--config`` also takes names of shipped files."""
@@ -102,7 +103,7 @@ class OWSCLI(LightningCLI):
         """Lets every command take the config that another one wrote into a run's folder."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         assert isinstance(parser, OneLineParser)
-        methods = [(getattr(CommandTrainer, name), not_keys) for name, not_keys in LightningCLI.subcommands().items()]
+        methods = [(getattr(CommandTrainer, name), not_keys) for name, not_keys in _COMMANDS.items()]
         every = {key for method, not_keys in methods for key in inspect.signature(method).parameters if key not in not_keys}
         parser.foreign_keys = every - {"self", "args", "kwargs"} - set(self._subcommand_method_arguments[subcommand])
         return parser

@@ -76,7 +76,7 @@ def abort(code: int) -> None:
 def _exit_at_once() -> None:
     """Exits without the interpreter's shutdown, if `stop` or `abort` has set an exit code.
 
-    That collects process groups, and waits for gloo's threads, which after an error wait for the interpreter in turn: forever.
+    Shutdown would wait for gloo's threads, which after an error wait for the interpreter: a deadlock.
     """
     if _watchdog is not None and _watchdog.exit_code is not None:
         for stream in (sys.stdout, sys.stderr):

@@ -49,7 +49,7 @@ _MAX_INT64 = 2**63 - 1
 _RANGES = {
     "trainer.accumulate_grad_batches": (1, _MAX_INT64), "trainer.num_nodes": (1, _MAX_INT64),
     "trainer.gradient_clip_val": (0, _MAX_INT64), "trainer.num_sanity_val_steps": (-1, _MAX_INT64),
-    "data.seed": (0, 2**32 - 1), "sampling.seed": (0, 2**32 - 1), "seed_everything": (0, 2**32 - 1),
+    "sampling.seed": (0, 2**32 - 1), "seed_everything": (0, 2**32 - 1),
 }  # fmt: skip
 """The least and the greatest value of a number where nothing else checks it."""
 

@@ -38,7 +38,8 @@ _FILE_KINDS = ".jsonl, .json, .parquet, .csv"  # for messages: the usual ones
 _OTHER_DATA = {".arrow", ".pkl", ".tar", ".txt", ".xlsx", ".zip"}  # which are not read
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
 _PREFERRED = {"eval_dataset": ("validation", "test"), "test_dataset": ("test", "validation")}
-_SPLIT_WORDS = {"train": "train", "test": "test"} | dict.fromkeys(["val", "valid", "validation", "dev", "eval"], "validation")
+_SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_SPLIT_WORDS |= dict.fromkeys(["val", "valid", "validation", "dev", "eval", "evaluation"], "validation")
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class Splits:
             return concatenate_datasets(streams)
         weights = np.asarray(list(self.dataset.values()), dtype=float)
         shares = (weights / weights.sum()).tolist()
-        # Each source is repeated for itself: a mixture that was would begin with the same rows of each, every time.
+        # Each source repeats on its own: repeating the mixture would start all of them anew.
         return interleave_datasets([stream.repeat(None) for stream in streams], shares, seed=self.seed)
 
 

@@ -146,7 +146,11 @@ def test_a_pipe_which_is_read_only_once_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "of_another"),
-    [("plan", "verbose: true\ntasks: null"), ("validate", "tasks: null\nreturn_predictions: true"), ("fit", "verbose: false")],
+    [
+        ("plan", "verbose: true\ntasks: null\npush_to_hub: null"),
+        ("validate", "tasks: null\nreturn_predictions: true\noutput: null"),
+        ("fit", "verbose: false\nmethod: null\ncard: null\ndelta: false"),
+    ],
 )
 def test_a_command_takes_the_config_that_another_one_wrote(
     command: str, of_another: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -184,11 +184,15 @@ def test_evaluation_rows_come_from_their_own_split(
     if kind == "hub":
         name = "owner/name"
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, **__: data[split] if split else data)
-    assert [rows_of(name, key=key)[0]["text"] for key in ("dataset", "eval_dataset", "test_dataset")] == [
-        "train",
-        validation,
-        test,
-    ]
+    found = [rows_of(name, key=key) for key in ("dataset", "eval_dataset", "test_dataset")]
+    assert found == [rows["train"], rows[validation], rows[test]]
+
+
+def test_a_split_has_other_names_in_a_folder(tmp_path: Path) -> None:
+    for split in ("training", "evaluation", "testing"):
+        write(tmp_path / f"{split}.jsonl", [{"text": split}])
+    found = [rows_of(tmp_path, key=key) for key in ("dataset", "eval_dataset", "test_dataset")]
+    assert found == [[{"text": "training"}], [{"text": "evaluation"}], [{"text": "testing"}]]
 
 
 def test_evaluation_rows_that_are_training_rows_are_said(tmp_path: Path) -> None:
