@@ -59,23 +59,26 @@ def sampling_probabilities(ratios: Tensor | Sequence[float], distribution: str |
         if weights.shape != scores.shape:
             raise UsageError(f"{key}: a list of {weights.numel()} weights for {blocks} blocks; give one weight a block")
         return _normalised(weights, key, "give at least one positive weight")
-    if distribution == "uniform":
-        return torch.full_like(scores, 1 / blocks)
-    if distribution in ("increasing", "decreasing"):
-        ranks = torch.arange(1, blocks + 1, dtype=torch.float64, device="cpu")
-        return _normalised(ranks if distribution == "increasing" else ranks.flip(0))
-    if distribution == "weight_norm":
-        return _normalised(scores, hint="the weights of the model are all zero; load a trained model")
-    if distribution == "gradient_norm":
-        seen = scores > 0
-        filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
-        return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / blocks
-    if distribution in ("outlier", "window", "outlier_reverse"):
-        probabilities = _normalised(scores, hint="no weight of any block exceeds the threshold; lower `threshold`")
-        if distribution != "outlier_reverse":
-            return probabilities
-        order = torch.argsort(probabilities, stable=True)
-        return torch.empty_like(probabilities).scatter_(0, order, probabilities[order.flip(0)])
+    ranks = torch.arange(blocks, dtype=torch.float64, device="cpu")
+    match distribution:
+        case "outlier" | "window":
+            return _normalised(scores, hint="no weight of any block exceeds the threshold; lower `threshold`")
+        case "outlier_reverse":
+            probabilities = sampling_probabilities(scores, "outlier")
+            order = probabilities.argsort(stable=True)
+            return torch.empty_like(probabilities).scatter_(0, order, probabilities[order.flip(0)])
+        case "weight_norm":
+            return _normalised(scores, hint="the weights of the model are all zero; load a trained model")
+        case "uniform":
+            return torch.full_like(scores, 1 / blocks)
+        case "decreasing":
+            return _normalised(blocks - ranks)
+        case "increasing":
+            return _normalised(1 + ranks)
+        case "gradient_norm":
+            seen = scores > 0
+            filled = torch.where(seen, scores, scores[seen].mean() if seen.any() else 1.0)
+            return (1 - UNIFORM_SHARE) * _normalised(filled) + UNIFORM_SHARE / blocks
     names = get_args(Distribution)
     hint = did_you_mean(distribution, names) or f"; give {', '.join(names)} or a list of weights"
     raise UsageError(f"distribution: unknown '{distribution}'{hint}")
