@@ -386,7 +386,7 @@ class CausalLMModule(EvaluationModule):
             del arguments[name]
         if "optimizer_states" not in checkpoint:
             optimizers = [optimizer.state_dict() for optimizer in self.trainer.optimizers]
-            checkpoint["state_dict"].update(list(merged_weights(checkpoint["state_dict"], optimizers)))
+            checkpoint["state_dict"].update(merged_weights(checkpoint["state_dict"], optimizers))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses, with a UsageError, settings that a resumed run can't change, and a checkpoint of another model."""
@@ -397,7 +397,7 @@ class CausalLMModule(EvaluationModule):
             check_fixed_settings(checkpoint.get("settings"), self._fixed_settings(), resumes)
         if not resumes and "optimizer_states" in checkpoint:
             weights = checkpoint.get("state_dict", {})
-            weights.update(list(merged_weights(weights, checkpoint["optimizer_states"])))
+            weights.update(merged_weights(weights, checkpoint["optimizer_states"]))  # one at a time
 
     def _fixed_settings(self) -> dict[str, Any]:
         """The settings that can't change, as plain values by their YAML keys, and the model's dimensions."""

@@ -87,7 +87,7 @@ class Resume(Callback):
             rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Marks the resumed step as saved: until now its validation, made up for, could still save the best."""
+        """Marks the resumed step as saved: until now, a validation that is made up for could save it as the best."""
         if self._resumed_at == trainer.global_step:
             for callback in trainer.checkpoint_callbacks:
                 # a RunCheckpoint saves at steps' ends by itself

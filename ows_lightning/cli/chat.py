@@ -125,8 +125,8 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("--max_new_tokens", type=_number(1, int), default=256, help="Most tokens of an answer (default: 256)")
     flag("--temperature", type=_number(0, float), default=0.0, help="0, the default, always takes the likeliest token")
-    flag("--top_p", type=_number(0, float, 1), default=1.0, help="With a temperature: draw from this share of the likeliest")
-    flag("--top_k", type=_number(0, int), default=0, help="With a temperature: draw from this many likeliest (0: all)")
+    flag("--top_p", type=_number(0, float, 1), default=1.0, help="Draw from the likeliest of this share; needs a temperature")
+    flag("--top_k", type=_number(0, int), default=0, help="Draw from this many likeliest (0: all); needs a temperature")
     flag("--seed", type=_number(0, int), default=0, help="Seed of the draws (default: 0)")
     flag("--system", help="The system message")
     flag("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")

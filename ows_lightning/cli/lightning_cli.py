@@ -43,9 +43,9 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
-_COMMANDS: dict[str, set[str]] = {  # Lightning's and CommandTrainer's, each with the arguments of its method that are no keys
-    **LightningCLI.subcommands(), "score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}
-}  # fmt: skip
+# Each command with the arguments of CommandTrainer's method that are no keys.
+_OUR_COMMANDS = {"score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}}
+_COMMANDS: dict[str, set[str]] = {**LightningCLI.subcommands(), **_OUR_COMMANDS}
 _OPTIMIZER = {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
 
 # The callback is configured by its own arguments, not by class_path.
@@ -100,12 +100,16 @@ class OWSCLI(LightningCLI):
         parser.set_defaults({"model": model, "data": data, "checkpoint.save_last": last})
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Lets every command take the config that another one wrote into a run's folder."""
+        """Lets every command take the config that another one wrote into a run's folder, or printed."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         assert isinstance(parser, OneLineParser)
-        methods = [(getattr(CommandTrainer, name), not_keys) for name, not_keys in _COMMANDS.items()]
-        every = {key for method, not_keys in methods for key in inspect.signature(method).parameters if key not in not_keys}
-        parser.foreign_keys = every - {"self", "args", "kwargs"} - set(self._subcommand_method_arguments[subcommand])
+        no_keys = {"self", "args", "kwargs", *self._subcommand_method_arguments[subcommand]}
+        parser.foreign_keys = [
+            (key, parameter.default if name in _OUR_COMMANDS else ...)
+            for name, not_keys in _COMMANDS.items()
+            for key, parameter in inspect.signature(getattr(CommandTrainer, name)).parameters.items()
+            if key not in no_keys | not_keys
+        ]
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

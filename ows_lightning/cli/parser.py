@@ -52,13 +52,14 @@ _FRAME = ("Does not validate", "Subtypes: ", "Errors:", "Problem with given", "G
 class OneLineParser(LightningArgumentParser):
     """Lightning's parser, whose errors are UsageErrors of one line, without a list of all two hundred options."""
 
-    foreign_keys: Collection[str] = ()  # what a config file may have because another command writes it
+    foreign_keys: Collection[tuple[str, Any]] = ()  # which another command writes: with this value, or any (...)
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a config file."""
         config = super().parse_string(*args, **kwargs)
-        for key in (*self.foreign_keys, BASE):
-            config.pop(key, None)
+        for key, value in ((BASE, ...), *self.foreign_keys):
+            if value is ... or config.get(key) in (value, str(value)):  # a path is text there
+                config.pop(key, None)
         return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ows_lightning.compat import backward_pass_id, in_backward, on_backward_end
 from ows_lightning.errors import RunError
@@ -81,4 +80,7 @@ class ComputeHooks:
 
 
 def _tensors_with_gradient(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.requires_grad]
+    if isinstance(values, Tensor):
+        return [values] if values.requires_grad else []
+    entries = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
+    return [tensor for entry in entries for tensor in _tensors_with_gradient(entry)]

@@ -74,7 +74,7 @@ class BlockOffloader:
         self._staging: Tensor | None = None  # that int8 copies pass through, one at a time; as large as the largest of them
         self._versions: dict[int, list[int]] = {}  # of an offloaded block's parameters, when they were last read
         self._slot_updates: dict[int, list[Any]] = {}  # by slot: the resting updates that its weights include
-        self._updated_layers: dict[int, Iterable[ProjectedLinear]] = {}  # of a block on the device, with an update
+        self._updated_layers: dict[int, Iterable[ProjectedLinear]] = {}  # by block on the device: those that have an update
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has all weights in its own parameters, in host memory, with what they learned at rest merged in."""

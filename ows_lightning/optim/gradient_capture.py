@@ -326,7 +326,10 @@ class GradientCapture(RestingWeights):
 
 def _add_from_host(gradient: Tensor, offloaded: Tensor) -> None:
     """Adds what ``_to_host`` took, in parts: the device has no room for a second gradient."""
-    # Parts as memory lies, of one layout without gaps: CUDA lets the host read others at once, maybe before they are there.
+    # Flat parts, of tensors of one layout without gaps: others CUDA has the host copy at once, maybe before they are there.
+    if gradient.stride() != offloaded.stride():  # zeros, of a weight with gaps
+        gradient.add_(offloaded.to(gradient.device))
+        return
     flat = (t.as_strided((t.numel(),), (1,)) for t in (gradient, offloaded))
     parts = (t.split(rows_at_a_time(1, gradient.device)) for t in flat)
     for part, in_host in zip(*parts, strict=True):

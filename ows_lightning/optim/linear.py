@@ -30,10 +30,10 @@ class ProjectedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns ``input`` (..., n) times the transposed weight, plus the bias: (..., m)."""
-        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
         bias, update = self.bias, self.update
+        weight: Tensor = self.weight if update is None else self._parameters["weight"]  # type: ignore[assignment]
         as_plain_linear = not (weight.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling()
-        as_plain_linear |= torch.is_autocast_enabled(input.device.type)
+        as_plain_linear = as_plain_linear or torch.is_autocast_enabled(input.device.type)
         consumer = None if as_plain_linear else gradient_consumer(weight)  # the optimizer that takes the gradient as factors
         projector = None if consumer is None else consumer.resting_projector(weight)
         projected: Tensor | None = None
@@ -51,15 +51,15 @@ class ProjectedLinear(nn.Linear):
         return output if update is None else output.add_(learned)
 
     def __getattr__(self, name: str) -> Any:
-        """Gives whoever reads the weight outside this layer's forward pass, as Mamba's blocks do, what it computes as."""
+        """With an update, ``weight`` reads as W + B Q^T, as blocks like Mamba's need; W is in ``_parameters``."""
         value: Any = super().__getattr__(name)
         if name != "weight" or self.update is None:
             return value
-        return value + (self.update[0] @ self.update[1].mT).to(value.dtype)
+        return value + self.update[0].to(value.dtype) @ self.update[1].mT
 
 
 def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> dict[ProjectedLinear, Tensor]:
-    """Makes a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns them."""
+    """Makes a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns those."""
     layers = [module for module in block.modules() if type(module) is ProjectedLinear]
     updated = {layer: layer.weight for layer in layers if layer.weight in updates}
     for layer, weight in updated.items():

@@ -59,22 +59,10 @@ def adam_(
 
 
 def projected_adamw_(
-    weight: Tensor,
-    gradient: Tensor,
-    projector: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    side: Side | None = None,
-    scale: float = 1.0,
-    weight_decay: float = 0.0,
-    generator: torch.Generator | None = None,
-    round_weights: bool = False,
-) -> None:
+    weight: Tensor, gradient: Tensor, projector: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, *,
+    lr: float, betas: tuple[float, float], eps: float, side: Side | None = None, scale: float = 1.0, weight_decay: float = 0.0,
+    generator: torch.Generator | None = None, round_weights: bool = False,
+) -> None:  # fmt: skip
     """One step of AdamW for a weight W (m x n), projected by its Q or in full rank; all is changed in place.
 
     With Adam's direction D of R, see ``adam_``::

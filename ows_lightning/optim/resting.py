@@ -130,8 +130,7 @@ class RestingWeights(Optimizer):
 def merged_weights(weights: Mapping[str, Tensor], optimizers: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
     """Yields the weights of a model's state dict with what they learned at rest, which is in optimizers' state dicts.
 
-    No tensor is written to. The optimizers' groups name the model's parameters as the state dict does, or as
-    `CausalLMModule.model` does; what other optimizers hold does not matter.
+    No tensor is written to. The optimizers' groups name parameters as the state dict or as `CausalLMModule.model` does.
     """
     updates: dict[str, tuple[int, dict[str, Any]]] = {}
     for optimizer in optimizers:

@@ -58,7 +58,7 @@ def activate_blocks(
         resting_seed: Of this interval's random subspaces and of the noise of rounding; another one for every draw.
 
     Returns:
-        All parameters that are frozen now.
+        Those of the given parameters that are frozen now.
     """
     optimizers = [*map(unwrapped, optimizers)]
     trains: dict[nn.Parameter, bool] = {}

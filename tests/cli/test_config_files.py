@@ -148,7 +148,7 @@ def test_a_pipe_which_is_read_only_once_is_refused(tmp_path: Path) -> None:
     ("command", "of_another"),
     [
         ("plan", "verbose: true\ntasks: null\npush_to_hub: null"),
-        ("validate", "tasks: null\nreturn_predictions: true\noutput: null"),
+        ("validate", "tasks: null\nreturn_predictions: true\noutput: ."),
         ("fit", "verbose: false\nmethod: null\ncard: null\ndelta: false"),
     ],
 )
@@ -161,3 +161,14 @@ def test_a_command_takes_the_config_that_another_one_wrote(
         main([command, "--config", str(file), "--print_config"])
     assert not ended.value.code
     assert "activated_layers: 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["method: lora", "output: folder", "fit: {trainer: {max_steps: 7}}"])
+def test_a_key_of_another_command_that_says_something_is_refused(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"base: quickstart\n{key}\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", str(file), "--print_config"])
+    assert "there is no such key" in capsys.readouterr().err

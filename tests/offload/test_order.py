@@ -276,6 +276,37 @@ def test_an_input_that_several_blocks_share_trains_too(leaf: bool, tmp_path: Pat
     blocks_with_two_inputs(tmp_path, leaf)
 
 
+class Outputs(tuple):
+    """What some blocks return, of a class that torch does not know."""
+
+
+class ReturnsOutputs(nn.Module):
+    """A block that takes and returns `Outputs`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, given: Outputs) -> Outputs:
+        return Outputs((given[0] + self.linear(given[0]).tanh(),))
+
+
+def test_a_gradient_passes_through_what_a_block_returns_of_any_class() -> None:
+    gradients = []
+    for offloaded in (False, True):
+        torch.manual_seed(0)
+        blocks = nn.ModuleList(ReturnsOutputs() for _ in range(6))
+        blocks[1:].requires_grad_(False)
+        if offloaded:
+            BlockOffloader(blocks)
+        given = Outputs((torch.rand(3, 8),))
+        for block in blocks:
+            given = block(given)
+        given[0].square().mean().backward()
+        gradients.append([p.grad for p in blocks[0].parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 def looked_at_while_it_rests(folder: Path) -> None:
     """A resting block, of whose weights linear layers have one kind of update, and the slot itself has the other."""
 

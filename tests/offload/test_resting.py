@@ -62,22 +62,25 @@ READ_ELSEWHERE: dict[str, dict[str, Any]] = {
 """Architectures in which a block reads the weight of a linear layer itself, and settings with which it can rest."""
 
 
-@pytest.mark.parametrize("architecture", READ_ELSEWHERE)
-def test_a_weight_that_a_block_reads_itself_has_what_it_learned(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [*((each, torch.float64) for each in READ_ELSEWHERE), ("mamba", torch.bfloat16)]
+)
+def test_a_weight_that_a_block_reads_itself_has_what_it_learned(architecture: str, dtype: torch.dtype) -> None:
     config = tiny_config(architecture)
     config.update(READ_ELSEWHERE[architecture])
     trained: list[nn.Module] = []
     for place in ("device", "host"):
-        loop = Loop(model_of(config).double().train(), place)
+        loop = Loop(model_of(config).to(dtype).train(), place)
         loop.draw(0)
         loop.train(3)
         at_rest = loop.loss()
         if loop.offloader is not None:
             loop.offloader.merge_updates()
-        assert loop.loss() == pytest.approx(at_rest, abs=1e-9)
+        assert loop.loss() == pytest.approx(at_rest, abs=1e-9 if dtype == torch.float64 else 0.02)
         trained.append(loop.model)
-    for ours, theirs in zip(*(model.parameters() for model in trained), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # float64; steps are of 1e-2
+    if dtype == torch.float64:
+        for ours, theirs in zip(*(model.parameters() for model in trained), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # steps are of 1e-2
 
 
 def test_two_layers_that_share_a_weight_learn_as_on_the_device() -> None:

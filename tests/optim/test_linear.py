@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -268,3 +269,15 @@ def test_no_rows_and_a_single_one_pass(rests: bool) -> None:
     model(inputs(0)[0, :0]).sum().backward()
     assert all(not gradient.any() for gradient in optimizer.gradients())
     assert model(inputs(0)[0, 0]).shape == (NARROW,)
+
+
+def test_a_pruned_layer_trains_what_is_left() -> None:
+    """Its weight is no parameter, but computed from one before each forward pass."""
+    model = net()
+    prune.l1_unstructured(model.layers[0][0], "weight", 0.5)
+    pruned = model.layers[0][0].weight == 0
+    before = model.layers[0][0].weight_orig.clone()
+    train(model, optimizer_of(model))
+    assert not torch.equal(model.layers[0][0].weight_orig, before)
+    model(inputs(0))
+    assert torch.equal(model.layers[0][0].weight == 0, pruned)
