@@ -95,8 +95,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def closest_name(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name most similar to ``name``; None if none reaches ``cutoff`` (0 to 1)."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+    """Returns the known name most similar to ``name``, the first of equals; None if none reaches ``cutoff`` (0 to 1)."""
+    likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in sorted(known)}
+    return max((other for other in likeness if likeness[other] >= cutoff), key=likeness.__getitem__, default=None)
 
 
 def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...]:

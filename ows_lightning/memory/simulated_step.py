@@ -198,7 +198,8 @@ class _Simulation:
         parameters = _trainable(self.model)
         if self.method.factored:
             # A hook would call for the gradients that linear layers do without in this step.
-            factors = {m._parameters["weight"] for m in decoder_layers(self.model).modules() if isinstance(m, nn.Linear)}
+            linear = [module for module in decoder_layers(self.model).modules() if isinstance(module, nn.Linear)]
+            factors = {p for module in linear for name, p in module.named_parameters(recurse=False) if name == "weight"}
             whole = renews or self.method.renews_while_active
             parameters = [p for p in parameters if p not in factors or (whole and not self._rests(p))]
         hooks = [p.register_hook(lambda gradient: tracker.label("gradients", [gradient])) for p in parameters]
