@@ -122,9 +122,8 @@ def prepare_fit(trainer: Trainer) -> None:
 def stop_projecting(trainer: Trainer) -> None:
     """Ends projection in backward by the Trainer's optimizers, and clipping by them: any code may train the model next."""
     vars(trainer.precision_plugin).pop("clip_gradients", None)  # undoes ``patch_clipping``
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, GaLoreAdamW):
-            optimizer.project_in_backward(False)
+    for optimizer in (one for one in trainer.optimizers if isinstance(one, GaLoreAdamW)):
+        optimizer.project_in_backward(False)
 
 
 class RestoreAfterFit(Callback):

@@ -291,8 +291,7 @@ class CausalLMModule(EvaluationModule):
 
     def _reread_offloaded(self) -> None:
         if self.offloader is not None and self.offloader.was_copied:
-            for index in self.offloader.schedule.order:
-                self.offloader.refresh(index)
+            self.offloader.refresh_all()
 
     @torch.compiler.set_stance("force_eager")
     def on_fit_start(self) -> None:

@@ -43,7 +43,6 @@ from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 log = logging.getLogger(__name__)
-# Each command with the arguments of CommandTrainer's method that are no keys.
 _OUR_COMMANDS = {"score": {"model", "datamodule"}, "plan": {"config"}, "export": {"model", "datamodule"}}
 _COMMANDS: dict[str, set[str]] = {**LightningCLI.subcommands(), **_OUR_COMMANDS}
 _OPTIMIZER = {"class_path": "ows_lightning.GaLoreAdamW", "init_args": {"lr": DEFAULTS["model.optimizer.lr"]}}
@@ -82,7 +81,7 @@ class OWSCLI(LightningCLI):
         )  # fmt: skip
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Lightning's commands and CommandTrainer's. If one is asked for, only its parser is made, which saves seconds."""
+        """Each command with its method's arguments that are no keys; or the asked one alone: its parser saves seconds."""
         return {self._asked: _COMMANDS[self._asked]} if self._asked in _COMMANDS else _COMMANDS
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

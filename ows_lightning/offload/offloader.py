@@ -244,6 +244,11 @@ class BlockOffloader:
             self.offloaded[index].refresh()
             self._versions[index] = _versions_of(self.parameters[index])
 
+    def refresh_all(self) -> None:
+        """As `refresh`, for all blocks: averaging swaps weights with its copy's between training and evaluation."""
+        for index in self.schedule.order:
+            self.refresh(index)
+
     @torch.no_grad()
     def convert(self, index: int, fn: Callable[[Tensor], Tensor]) -> None:
         """Gives a block's weights another dtype; blocks that train get memory on the device again when it is needed."""

@@ -330,8 +330,8 @@ def _add_from_host(gradient: Tensor, offloaded: Tensor) -> None:
     if gradient.stride() != offloaded.stride():  # zeros, of a weight with gaps
         gradient.add_(offloaded.to(gradient.device))
         return
-    flat = (t.as_strided((t.numel(),), (1,)) for t in (gradient, offloaded))
-    parts = (t.split(rows_at_a_time(1, gradient.device)) for t in flat)
+    size = rows_at_a_time(1, gradient.device)
+    parts = (t.as_strided((t.numel(),), (1,)).split(size) for t in (gradient, offloaded))
     for part, in_host in zip(*parts, strict=True):
         part.add_(in_host.to(part.device, non_blocking=part.is_cuda))
 

@@ -60,8 +60,7 @@ class ProjectedLinear(nn.Linear):
 
 def set_updates(block: nn.Module, updates: Mapping[Tensor, tuple[Tensor, Tensor]]) -> dict[ProjectedLinear, Tensor]:
     """Makes a block's ProjectedLinear layers compute Y = X W^T + (X Q) B^T with these weights' B and Q; returns those."""
-    layers = [module for module in block.modules() if type(module) is ProjectedLinear]
-    updated = {layer: layer.weight for layer in layers if layer.weight in updates}
+    updated = {m: m.weight for m in block.modules() if type(m) is ProjectedLinear and m.weight in updates}
     for layer, weight in updated.items():
         layer.update = updates[weight]
     return updated

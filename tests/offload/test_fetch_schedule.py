@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -35,6 +35,14 @@ class Recorder:
         self.events.append(f"release {block}")
 
 
+def recorded(blocks: Iterable[int], num_slots: int = 2) -> tuple[Recorder, FetchSchedule]:
+    """A schedule of these blocks, and what records its fetches."""
+    recorder = Recorder()
+    schedule = FetchSchedule(recorder, num_slots)
+    schedule.set_blocks(blocks)
+    return recorder, schedule
+
+
 def micro_batch(schedule: FetchSchedule, blocks: int, lowest: int | None, first_left: bool) -> None:
     """Forward and backward over all blocks; gradients reach those from `lowest` on, whose input has a hook if `first_left`."""
     schedule.begin_forward()
@@ -58,9 +66,7 @@ def micro_batch(schedule: FetchSchedule, blocks: int, lowest: int | None, first_
 
 
 def test_in_forward_the_next_block_comes_while_one_computes_and_in_backward_the_one_below() -> None:
-    recorder = Recorder()
-    schedule = FetchSchedule(recorder, num_slots=2)
-    schedule.set_blocks([0, 1, 3, 4])  # block 2 trains
+    recorder, schedule = recorded([0, 1, 3, 4])  # block 2 trains
     schedule.fetch_first()
     micro_batch(schedule, 5, lowest=2, first_left=True)
     assert recorder.events == [
@@ -81,9 +87,7 @@ def test_a_micro_batch_fetches_the_least(slots: int, trained: list[int], embeddi
     blocks = 7
     offloaded = [block for block in range(blocks) if block not in trained]
     lowest = 0 if embeddings else min(trained, default=None)
-    recorder = Recorder()
-    schedule = FetchSchedule(recorder, slots)
-    schedule.set_blocks(offloaded)
+    recorder, schedule = recorded(offloaded, slots)
     for _ in range(2):
         micro_batch(schedule, blocks, lowest, first_left=embeddings)
     before = recorder.fetches
@@ -117,9 +121,7 @@ def interrupted(recorder: Recorder, method: str, *, before: bool) -> Iterator[No
 
 
 def test_a_fetch_that_was_interrupted_is_made_again() -> None:
-    recorder = Recorder()
-    schedule = FetchSchedule(recorder, num_slots=2)
-    schedule.set_blocks(range(3))
+    recorder, schedule = recorded(range(3))
     with interrupted(recorder, "issue", before=True):
         schedule.enter(0)
     schedule.begin_forward()
@@ -129,9 +131,7 @@ def test_a_fetch_that_was_interrupted_is_made_again() -> None:
 
 def test_an_interrupt_while_a_block_comes_leaves_no_block_in_its_slot() -> None:
     """Its parameters may be the slot by then, which may hold rounded weights."""
-    recorder = Recorder()
-    schedule = FetchSchedule(recorder, num_slots=2)
-    schedule.set_blocks(range(3))
+    recorder, schedule = recorded(range(3))
     with interrupted(recorder, "wait", before=False):
         schedule.enter(0)
     schedule.release_all()
@@ -139,9 +139,7 @@ def test_an_interrupt_while_a_block_comes_leaves_no_block_in_its_slot() -> None:
 
 
 def test_a_pass_without_gradients_fetches_each_block_once() -> None:
-    recorder = Recorder()
-    schedule = FetchSchedule(recorder, num_slots=2)
-    schedule.set_blocks(range(6))
+    recorder, schedule = recorded(range(6))
     micro_batch(schedule, 6, lowest=None, first_left=False)
     before = recorder.fetches
     micro_batch(schedule, 6, lowest=None, first_left=False)
@@ -149,9 +147,7 @@ def test_a_pass_without_gradients_fetches_each_block_once() -> None:
 
 
 def test_the_lowest_adapters_block_is_left_when_backward_ends() -> None:
-    recorder = Recorder()
-    schedule = FetchSchedule(recorder, num_slots=2)
-    schedule.set_blocks(range(4))
+    recorder, schedule = recorded(range(4))
     micro_batch(schedule, 4, lowest=0, first_left=False)
     assert not recorder.computing
     assert recorder.events[-1] == "release 0"

@@ -174,8 +174,7 @@ def test_weights_that_are_loaded_or_exchanged_count_at_once() -> None:
     with torch.no_grad():  # as weight averaging does, between training and evaluation
         for p, q in zip(model.parameters(), tiny_model("llama", seed=2).parameters(), strict=True):
             p.data.copy_(q.data)
-    for index in offloader.schedule.order:
-        offloader.refresh(index)
+    offloader.refresh_all()
     torch.testing.assert_close(list(evaluate(model)), list(evaluate(tiny_model("llama", seed=2))), rtol=0, atol=0)
 
 

@@ -123,8 +123,7 @@ def copied(subject: Subject) -> Any:
     other = copy.deepcopy(subject.model)
     second = subject.train([1])
     if subject.offloader is not None:
-        for index in subject.offloader.schedule.order:  # as at a validation's begin and end
-            subject.offloader.refresh(index)
+        subject.offloader.refresh_all()  # as at a validation's begin and end
     subject.model.eval()
     with torch.no_grad():
         loss = subject.loss().cpu()

@@ -86,10 +86,10 @@ def test_a_weight_that_a_block_reads_itself_has_what_it_learned(architecture: st
 def test_two_layers_that_share_a_weight_learn_as_on_the_device() -> None:
     losses = []
     for place in ("device", "host"):
-        loop = Loop(tiny_model("llama"), place)
-        for layer in loop.layers:
+        model = tiny_model("llama")
+        for layer in decoder_layers(model):
             layer.self_attn.v_proj.weight = layer.self_attn.k_proj.weight
-        loop = Loop(loop.model, place)
+        loop = Loop(model, place)
         loop.draw(0)
         loop.train(3)
         losses.append(loop.loss())

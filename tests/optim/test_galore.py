@@ -150,13 +150,14 @@ def test_large_tensors_are_updated_in_chunks_as_if_whole(monkeypatch: pytest.Mon
     assert equal(whole, chunked)
 
 
+@pytest.mark.parametrize("rank", [24, 30])
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
-def test_a_rank_that_is_not_smaller_trains_in_full_rank(proj_type: str) -> None:
+def test_a_rank_that_is_not_smaller_trains_in_full_rank(proj_type: str, rank: int) -> None:
     ours, theirs = net(), net()
-    group = {"params": list(ours.parameters()), "rank": 24, "proj_type": proj_type}
+    group = {"params": list(ours.parameters()), "rank": rank, "proj_type": proj_type}
     train(ours, GaLoreAdamW([group], lr=1e-3), range(20))
     train(theirs, GaLoreAdamW(theirs.parameters(), lr=1e-3), range(20))
-    first, second = ours[0].weight, ours[2].weight  # 40 x 24: rank 24 is all of it; 16 x 40: less than 24 rows
+    first, second = ours[0].weight, ours[2].weight  # 40 x 24: rank 24 is all of it, 30 more; 16 x 40
     assert torch.equal(first, theirs[0].weight)
     assert torch.equal(second, theirs[2].weight)
 
