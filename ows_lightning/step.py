@@ -73,7 +73,7 @@ class StepAccumulator:
         """Clips what the optimizer consumes (at 0 or None: not), and begins the next step; call it after `rescale`."""
         assert self.totals is not None
         gradients = gradients_of(optimizer)
-        norm = total_norm(gradients)
+        norm = total_norm(gradients).to(self.totals.device)  # of no gradients it is a zero on the host
         mean = self.totals[0] / self.totals[1].clamp(min=1)
         # Only here does a step wait for the device.
         loss, grad_norm, targets, tokens, codes = torch.stack([mean, norm, *self.totals[1:]]).cpu()

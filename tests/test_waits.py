@@ -217,9 +217,9 @@ def counted(
     )  # fmt: skip
     module = CausalLMModule(str(model), warmup_steps=1, **{"rank": 4, "update_proj_gap": 100, **settings})
     trainer = Trainer(
-        strategy=SingleDeviceStrategy(DEVICE), max_steps=STEPS, accumulate_grad_batches=ACCUMULATE, gradient_clip_val=0.1,
-        logger=CSVLogger(folder), log_every_n_steps=1, default_root_dir=folder, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", strategy=SingleDeviceStrategy(DEVICE), max_steps=STEPS, accumulate_grad_batches=ACCUMULATE,
+        gradient_clip_val=0.1, logger=CSVLogger(folder), log_every_n_steps=1, default_root_dir=folder,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[Begin(waits), sampling, Throughput(), LearningRates(), End(waits)],
     )  # fmt: skip
     rows = batches()

@@ -20,6 +20,8 @@ def report(argv: list[str]) -> None:
 
         watch(Path(args.watch), args.port)
         return
+    if args.port:
+        parser.error("--port is the port of --watch")
     from ows_lightning.report.write import write_report
 
     output = args.output or (Path(args.runs[0]) / "report" if len(args.runs) == 1 else Path("report"))

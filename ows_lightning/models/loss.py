@@ -155,12 +155,15 @@ def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the summed cross entropy and replaces the logits by its gradient, softmax minus one-hot; float32 within."""
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     rows = rows_at_a_time(logits.size(-1), logits.device)
+    starts = torch.arange(rows, device=logits.device) * logits.size(-1)
     for part, target in zip(logits.split(rows), targets.unsqueeze(-1).split(rows), strict=True):
         exact = part.float()
         behind = exact.amax(-1, keepdim=True) - exact.gather(-1, target)
         gradient = exact.softmax(-1)
         total += (behind - gradient.amax(-1, keepdim=True).log()).sum()  # the target's own probability may be rounded to 0
-        part.copy_(gradient.scatter_add_(-1, target, -torch.ones_like(target, dtype=exact.dtype)))
+        # Flat: in two dimensions CUDA's deterministic algorithm waits for the device.
+        gradient.view(-1).index_add_(0, starts[: len(target)] + target.squeeze(-1), -torch.ones_like(exact[:, 0]))
+        part.copy_(gradient)
     return total
 
 

@@ -19,7 +19,8 @@ def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
             quantized.append(weight)
             continue
         values = weight.to(torch.float32, copy=True)
-        scale = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)) / 127  # -128 is left out
+        # Not / 127, which CUDA computes as * (1 / 127): codes made there and on the host have to be the same.
+        scale = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)) * (1 / 127)  # -128 is left out
         codes = values.div_(scale.clamp_min(torch.finfo(torch.float32).tiny))
         quantized += [codes.round_().to(torch.int8), scale]
     return quantized

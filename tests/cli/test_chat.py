@@ -99,7 +99,7 @@ def test_a_turns_end_is_no_part_of_it_where_its_token_is_not_special(model_dir: 
     tokenizer.save_pretrained(directory)
     parser = argparse.ArgumentParser()
     add_generation_flags(parser)
-    conversation = load_conversation(str(directory), parser.parse_args(["--max_new_tokens", "4"]))
+    conversation = load_conversation(str(directory), parser.parse_args(["--max_new_tokens", "4", "--device", "cpu"]))
     answer = torch.tensor([tokenizer("yes<|eot|>", add_special_tokens=False).input_ids])
     conversation.model.generate = lambda input_ids, **_: torch.cat([input_ids, answer], 1)  # as if it were a good model
     assert conversation.ask("no?") == "yes"
@@ -172,6 +172,10 @@ def test_compare_shows_both_and_the_report_too(config: Path, capsys: pytest.Capt
         ("chat nothing.ckpt", "model: no such checkpoint"),
         ("chat --model x --temperature nan", "temperature: nan"),
         ("chat --model x --top_p 2", "top_p: 2.0"),
+        ("chat --model x --top_k 5", "temperature: --top_k and --top_p say"),
+        ("chat --model x --top_p 0.9", "temperature: --top_k and --top_p say"),
+        ("compare --model x --base y --top_k 5 hello", "temperature: --top_k and --top_p say"),
+        ("report --port 8000 y", "--port is the port of --watch"),
         ("chat --model x --max_new_tokens 0", "max_new_tokens: 0"),
         ("chat --model x --device cuda:99", "device: 'cuda:99'"),
         ("chat --model ./no/such/model", "model.model_name_or_path: "),

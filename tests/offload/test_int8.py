@@ -48,6 +48,16 @@ def test_a_row_of_zeros_stays_one() -> None:
     assert torch.equal(found, torch.zeros(2, 3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_finds_the_codes_that_the_host_finds(dtype: torch.dtype) -> None:
+    """A block is quantised on the host before it trains, and on the device afterwards."""
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for there, here in zip(quantize([weight.cuda()]), quantize([weight]), strict=True):
+        assert torch.equal(there.cpu(), here)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_the_bits_are_the_same_wherever_copies_wait(architecture: str, tmp_path: Path) -> None:
     runs = []
