@@ -51,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _load(path: Path) -> dict[str, Any]:
     contents = load_verified(path)
-    return load_shards(path) if path.is_dir() else contents
+    return load_shards(path, contents) if path.is_dir() else contents
 
 
 def save_error(path: Any, error: BaseException) -> BaseException:

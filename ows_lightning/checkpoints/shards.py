@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ows_lightning.checkpoints.files import DCP_METADATA_FILE, META_FILE, REQUIRED_KEYS, UNSAFE, load_file, root_cause
+from ows_lightning.checkpoints.files import DCP_METADATA_FILE, UNSAFE, load_file, root_cause
 from ows_lightning.errors import UsageError, first_line
 from ows_lightning.optim.resting import merged_weights
 
@@ -29,39 +29,39 @@ def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
     return tensors, rest
 
 
-def load_shards(path: Path) -> dict[str, Any]:
-    """Reads a directory of shards as the dict that a checkpoint in one file would be."""
-    checkpoint = load_file(path / META_FILE, needed=REQUIRED_KEYS[1:])
-    checkpoint["state_dict"] = load_tensors(path, "state_dict.")
-    checkpoint["optimizer_states"] = load_optimizer_states(path, checkpoint["optimizer_states"])
-    return checkpoint
+def load_shards(path: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a directory of shards, given what its ``meta.pt`` holds, as the dict that a checkpoint in one file would be."""
+    weights = {name: _empty(info) for name, info in _contents(path, "state_dict.").items()}
+    read_into(weights, path)
+    return {
+        **contents,
+        "state_dict": {name.removeprefix("state_dict."): weight for name, weight in weights.items()},
+        "optimizer_states": load_optimizer_states(path, contents["optimizer_states"]),
+    }
 
 
 def load_optimizer_states(
-    path: Path, states: list[dict[str, Any]], empty: Callable[[int, int, TensorStorageMetadata], Tensor] | None = None
+    path: Path, states: list[dict[str, Any]], weights: Sequence[Sequence[Tensor]] | None = None
 ) -> list[dict[str, Any]]:
-    """Returns optimizer states with the tensors that ``split_checkpoint`` took out of them.
+    """Returns optimizer states with the tensors that ``split_checkpoint`` took out of them; each process reads what it needs.
 
-    Each is read into a plain tensor on the CPU, or what ``empty`` makes of its optimizer, parameter and description.
+    Given each optimizer's ``weights``, a tensor of its weight's shape is sharded as the weight is; others are on the CPU.
     """
-    states = copy.deepcopy(states)
+    states, tensors = copy.deepcopy(states), dict[str, Tensor]()
     for number, optimizer in enumerate(states):
-        prefix = f"optimizer_{number}."
-        make = None if empty is None else lambda name, saved, n=number: empty(n, int(name.split(".")[0]), saved)
-        for name, tensor in load_tensors(path, prefix, make).items():
-            parameter, key = name.split(".", 1)
-            optimizer["state"].setdefault(int(parameter), {})[key] = tensor
+        for name, info in _contents(path, f"optimizer_{number}.").items():
+            _, parameter, key = name.split(".", 2)
+            tensors[name] = _empty(info, None if weights is None else weights[number][int(parameter)])
+            optimizer["state"].setdefault(int(parameter), {})[key] = tensors[name]
+    read_into(tensors, path)
     return states
 
 
-def load_tensors(
-    path: Path, prefix: str, empty: Callable[[str, TensorStorageMetadata], Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Reads the tensors whose names begin with a prefix, and cuts it off; each process reads what it needs, on its own."""
-    make = empty or (lambda name, info: torch.empty(info.size, dtype=info.properties.dtype))
-    tensors = {name: make(name.removeprefix(prefix), info) for name, info in _contents(path, prefix).items()}
-    read_into(tensors, path)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+def _empty(info: TensorStorageMetadata, weight: Tensor | None = None) -> Tensor:
+    """A tensor to read a saved one into: laid out as a weight if it has the weight's shape, else plain."""
+    if weight is not None and info.size == weight.shape:
+        return torch.empty_like(weight, dtype=info.properties.dtype)
+    return torch.empty(info.size, dtype=info.properties.dtype)
 
 
 @torch.no_grad()

@@ -5,12 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from ows_lightning.atomic_files import partial_path, replace_atomically
@@ -141,19 +139,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Reads this process's part of the optimizers' state."""
         states = checkpoint["optimizer_states"]
-        places = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
-
-        def empty(optimizer: int, parameter: int, saved: TensorStorageMetadata) -> Tensor:
-            weight, dtype = places[optimizer][parameter], saved.properties.dtype
-            if saved.size == weight.shape:
-                return torch.empty_like(weight, dtype=dtype)
-            return torch.empty(saved.size, dtype=dtype)  # of low rank: the optimizer takes its part
-
+        weights = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in self.optimizers]
         if "state_dict" not in checkpoint:
-            states = read_checkpoint(Path(checkpoint["path"]), lambda path: load_optimizer_states(path, states, empty))
-        for weights, optimizer, state in zip(places, self.optimizers, states, strict=True):
+            states = read_checkpoint(Path(checkpoint["path"]), lambda path: load_optimizer_states(path, states, weights))
+        for own, optimizer, state in zip(weights, self.optimizers, states, strict=True):
             for number, values in state["state"].items():
-                state["state"][number] = {key: _local_part(value, weights[number]) for key, value in values.items()}
+                state["state"][number] = {key: _local_part(value, own[number]) for key, value in values.items()}
             optimizer.load_state_dict(state)
 
 
