@@ -1,5 +1,6 @@
 """What a method computes: FLOPs a token, in expectation over the draws of blocks; how fast that is on a card."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -17,7 +18,6 @@ from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.sampling.activation import block_matrices
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks
-from ows_lightning.sampling.sampler import BlockSampler
 from ows_lightning.sampling.scores import BlockScores, architecture_of
 
 _DRAWS = 4000  # the mean over this many is within 0.3 % of the expectation
@@ -96,12 +96,12 @@ def _merging_flops(settings: PlanSettings) -> float:
 
 def _scoring_flops(settings: PlanSettings, forward: float) -> float:
     """FLOPs of the calibration rows' forward passes, for each token that is trained; 0 where no outliers are measured."""
-    sampling, steps = settings.sampling, settings.max_steps
-    scored = score_name(sampling.get("distribution", "outlier")) == OUTLIER_RATIO and not sampling.get("scores")
-    if not (settings.method.ours and sampling and scored) or steps is None:
+    method, sampler, steps = settings.method, settings.sampler, settings.max_steps
+    scored = score_name(sampler.distribution) == OUTLIER_RATIO and not sampler.scores
+    if not (method.ours and method.activated_layers is not None and scored) or steps is None:
         return 0.0
-    intervals, every = ceil(steps / settings.interval_steps), sampling.get("rescore_every")
-    samples = int(sampling.get("calibration_samples", 128)) * (ceil(intervals / every) if every else 1)
+    intervals, every = ceil(steps / sampler.interval_steps), sampler.rescore_every
+    samples = sampler.calibration_samples * (ceil(intervals / every) if every else 1)
     rows = settings.batch_size * settings.accumulate_grad_batches * settings.devices * steps
     return samples / rows * forward
 
@@ -163,7 +163,7 @@ def _renewals(settings: PlanSettings, draws: Sequence[Sequence[int]]) -> float:
     """Subspace renewals of an active block per optimizer step: one when it becomes active, then every `update_proj_gap`."""
     if settings.method.rank is None:
         return 0.0
-    gap, interval = settings.update_proj_gap, settings.interval_steps
+    gap, interval = settings.update_proj_gap, settings.sampler.interval_steps
     if settings.method.activated_layers is None or settings.method.keeps_states:
         return 1 / gap
     found, ages = 0, dict[int, int]()
@@ -180,8 +180,8 @@ def _simulated_draws(settings: PlanSettings) -> tuple[list[list[int]], str]:
     probabilities, origin = _probabilities(settings)
     number = method.active_blocks(count)
     if method.ours:
-        sampler = BlockSampler(**{**settings.sampling, "activated_layers": number, "scores": None})
-        sampler.probabilities = probabilities
+        sampler = copy.copy(settings.sampler)
+        sampler.activated_layers, sampler.probabilities = number, probabilities
         return [sampler.blocks_of(interval) for interval in range(_DRAWS)], origin
     generator = torch.Generator().manual_seed(0)
     return [draw_blocks(probabilities, number, generator) for _ in range(_DRAWS)], origin
@@ -189,8 +189,8 @@ def _simulated_draws(settings: PlanSettings) -> tuple[list[list[int]], str]:
 
 def _probabilities(settings: PlanSettings) -> tuple[Tensor, str]:
     """The blocks' probabilities, and where they come from: uniform ones stand for those that only a run can measure."""
-    distribution, count = settings.method.distribution or settings.sampling.get("distribution", "outlier"), settings.num_blocks
-    scores = settings.sampling.get("scores") if distribution != "gradient_norm" else None  # which only a run knows
+    distribution, count = settings.method.distribution or settings.sampler.distribution, settings.num_blocks
+    scores = settings.sampler.scores if distribution != "gradient_norm" else None  # which only a run knows
     if settings.method.distribution is None and scores is not None:
         ratios = BlockScores.load(Path(scores)).scores_for(count, architecture_of(settings.model_config), distribution)
         return sampling_probabilities(ratios, distribution), f"{distribution}, from {scores}"

@@ -17,12 +17,13 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.simulated_step import TrainingMethod
-from ows_lightning.models.decoder import NON_BLOCK_PARTS, decoder_layers, non_block_parameters
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.models.execution import GradientCheckpointing, check_gradient_checkpointing, num_to_checkpoint
 from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors, meta_model
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.offload.options import offloads
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.sampler import BlockSampler
 
 T = TypeVar("T")
 _FOLDER = Path(__file__).parent / "models"
@@ -71,6 +72,7 @@ class PlanSettings:
     model_name: str
     model_config: PretrainedConfig = field(compare=False)
     method: TrainingMethod
+    sampler: BlockSampler = field(compare=False)  # with the callback's settings
     dimensions: str = ""  # where `model_config` was found, in words
     batch_size: int = 16  # rows of a micro-batch, on each device
     max_seq_length: int = 512  # tokens in a row; all of them are targets, and all rows are full
@@ -87,8 +89,6 @@ class PlanSettings:
     frozen_in: str = "device"
     frozen_dtype: str | None = None
     window_blocks: int = 2
-    sampling: dict[str, Any] = field(default_factory=dict, compare=False)  # the callback's arguments
-    interval_steps: int = 50
     update_proj_gap: int = 200
     max_steps: int | None = None  # None where it is not said
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared with what `replace` makes
@@ -165,11 +165,11 @@ class PlanSettings:
 
 _SAME_KEYS = {
     "gradient_checkpointing", "frozen_in", "frozen_dtype", "window_blocks", "update_proj_gap", "batch_size", "max_seq_length",
-    "interval_steps", "trust_remote_code",
+    "trust_remote_code",
 }  # fmt: skip
 """Keys of a config that are called the same in `PlanSettings`, and have the same defaults."""
 
-_METHOD_KEYS = {"proj_type", "subspace", "project_embeddings", "lora", "resting_rank"}
+_METHOD_KEYS = {"proj_type", "subspace", "project_embeddings", "lora"}
 """The same of `TrainingMethod`."""
 
 
@@ -178,18 +178,18 @@ def settings_from_config(config: Any) -> PlanSettings:
     config = config.as_dict() if hasattr(config, "as_dict") else config
     sections = (config.get(name) or {} for name in ("model", "data", "trainer", "sampling"))
     model, data, trainer, sampling = (dict(section.get("init_args", section)) for section in sections)
-    sampled, trust = config.get("sampling") is not None, model.get("trust_remote_code", False)
+    sampler, trust = BlockSampler(**sampling), model.get("trust_remote_code", False)
     precision, on_gpu = str(trainer.get("precision") or "32-true"), trainer.get("accelerator") not in ("cpu", "mps")
     described = trainer.get("strategy") or "auto"
     kind = str(described.get("class_path") if isinstance(described, dict) else described).rpartition(".")[2].lower()
     strategy = None if kind == "auto" else "fsdp2" if "modelparallel" in kind or "fsdp2" in kind else kind
     method = TrainingMethod(
         optimizer=_optimizer_factory(model.get("optimizer"), on_gpu), rank=model.get("rank", 128), ours=True,
-        activated_layers=sampling.get("activated_layers", 5) if sampled else None,
-        always_train=tuple(sampling.get("always_train", NON_BLOCK_PARTS)),
+        activated_layers=None if config.get("sampling") is None else sampler.activated_layers,
+        always_train=sampler.always_train, resting_rank=sampler.resting_rank,
         factored=not model.get("compile", False) and strategy != "fsdp2",
-        renews_while_active=model.get("update_proj_gap", 200) < sampling.get("interval_steps", 50),
-        **{key: value for key, value in {**model, **sampling}.items() if key in _METHOD_KEYS},
+        renews_while_active=model.get("update_proj_gap", 200) < sampler.interval_steps,
+        **{key: value for key, value in model.items() if key in _METHOD_KEYS},
     )  # fmt: skip
     name = model.get("model_name_or_path", "")
     check_gradient_checkpointing(model.get("gradient_checkpointing", False))
@@ -199,12 +199,12 @@ def settings_from_config(config: Any) -> PlanSettings:
         raise UsageError(f"data.max_seq_length: {length}, and the model has positions for {limit}; set it to {limit} or less")
     return PlanSettings(
         model_name=name, model_config=config_of_model, dimensions=found, method=method, on_gpu=on_gpu, strategy=strategy,
-        sampling=sampling, devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
+        sampler=sampler, devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
         accumulate_grad_batches=_most_micro_batches(trainer),
         precision={"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
         attention="eager" if model.get("attn_implementation") == "eager" else None,
         max_steps=steps if (steps := trainer.get("max_steps") or -1) > 0 else None,
-        **{key: value for key, value in {**model, **data, **sampling}.items() if key in _SAME_KEYS},
+        **{key: value for key, value in {**model, **data}.items() if key in _SAME_KEYS},
     )  # fmt: skip
 
 

@@ -142,11 +142,10 @@ def test_flops_are_those_that_torch_counts(directory: Path, changes: dict[str, A
 
 @pytest.mark.slow
 def test_llama_2_7b_by_its_lowest_block() -> None:
-    settings, found = settings_from_config(llama_7b()), []
+    found = []
     for lowest in (0, 4, 8, 13, 16, 27):
         weights = [float(block in (lowest, 28, 29, 30, 31)) for block in range(32)]
-        drawn = replace(settings, sampling={**settings.sampling, "distribution": weights})
-        found.append(count_flops(drawn).flops_per_token / N)
+        found.append(count_flops(settings_from_config(llama_7b(sampling__distribution=weights))).flops_per_token / N)
     assert found == pytest.approx([5.60, 5.15, 4.71, 4.16, 3.83, 2.61], rel=0.005)
 
 
@@ -204,17 +203,16 @@ def test_says_where_probabilities_come_from(directory: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_scores_count_as_often_as_they_are_computed(directory: Path) -> None:
-    settings = settings_from_config(make_config(directory))
-
     def scoring(distribution: str, **changes: Any) -> float:
         """Forward passes of a block over all calibration rows, of a run of 8 steps of 4 rows."""
-        sampling = {**settings.sampling, "distribution": distribution, "calibration_samples": 16, **changes}
-        without, scored = (count_flops(replace(settings, sampling=sampling, max_steps=steps)) for steps in (None, 8))
+        sampling = {"sampling__distribution": distribution, "sampling__calibration_samples": 16, **changes}
+        settings = settings_from_config(make_config(directory, **sampling))
+        without, scored = (count_flops(replace(settings, max_steps=steps)) for steps in (None, 8))
         return (scored.flops_per_token - without.flops_per_token) * 8 * 4 / 16 / scored.block_forward
 
     for distribution, blocks in {"outlier": 5, "outlier_reverse": 5, "window": 5, "uniform": 0, "weight_norm": 0}.items():
         assert scoring(distribution) == pytest.approx(blocks)
-    assert scoring("window", rescore_every=3) == pytest.approx(10)  # at the first and the fourth of four draws
+    assert scoring("window", sampling__rescore_every=3) == pytest.approx(10)  # at the first and the fourth of four draws
 
 
 def test_scores_cost_a_token_the_less_the_more_tokens_there_are(directory: Path) -> None:
