@@ -1,6 +1,5 @@
 """Fake tensors: a shape, a storage that knows its size, no contents. Operators on them, and models of them."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from ows_lightning.compat import replace_parameters_, storage_key
-from ows_lightning.models.decoder import decoder_layers
 
 aten = torch.ops.aten
 profiler = torch.ops.profiler
@@ -44,13 +42,13 @@ class FakeOperators:
         if func is aten.nonzero.default:
             (mask,) = args
             func, args, kwargs = aten.new_empty.default, (mask, [mask.numel(), mask.dim()]), {"dtype": torch.int64}
-        if func is aten.split.Tensor and not torch.is_grad_enabled() and _chunks(*args) > 3:  # work chunk by chunk
+        if func is aten.split.Tensor and not torch.is_grad_enabled():  # work chunk by chunk
             tensor, size, dim = (*args, 0)[:3]
-            if self._merge_chunks:
+            starts = range(0, tensor.size(dim), size)
+            if len(starts) > 3 and self._merge_chunks:
                 return [self(aten.slice.Tensor, (tensor, dim, 0, tensor.size(dim)), {})]
-            # From the second on, each meets its predecessor's leftovers, and the last may be smaller.
-            last = (_chunks(*args) - 1) * size
-            return [self(aten.slice.Tensor, (tensor, dim, at, at + size), {}) for at in (0, size, last)]
+            if len(starts) > 3:  # from the second on, each meets its predecessor's leftovers, and the last may be smaller
+                return [self(aten.slice.Tensor, (tensor, dim, at, at + size), {}) for at in (0, size, starts[-1])]
         inputs = (*args, *kwargs.values())
         key = func, tuple(kwargs), _layout(inputs)
         if key not in self._results:
@@ -131,10 +129,6 @@ class _TensorSpec:
             return made.set_(source.untyped_storage(), self.offset, self.shape, self.stride)
 
 
-def _chunks(tensor: Tensor, size: int, dim: int = 0) -> int:
-    return -(-tensor.size(dim) // size)
-
-
 def _layout(value: Any) -> Any:
     """What the layout of an operator's result depends on, hashable."""
     if isinstance(value, Tensor):
@@ -142,14 +136,3 @@ def _layout(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_layout, value))
     return None if isinstance(value, torch.Generator) else (type(value), value)
-
-
-def first_blocks(model: nn.Module, count: int) -> nn.Module:
-    """Returns a copy of a causal LM that has only its first blocks."""
-    layers = decoder_layers(model)  # not by its config, where each architecture has its own words for kinds of blocks
-    whole = list(layers)
-    del layers[count:]
-    try:
-        return copy.deepcopy(model)
-    finally:
-        layers.extend(whole[count:])

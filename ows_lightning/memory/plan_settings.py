@@ -101,7 +101,7 @@ class PlanSettings:
 
     @property
     def meta_model(self) -> nn.Module:
-        """The model without its weights, made once; copy it before changing it (`first_blocks`)."""
+        """The model without its weights, made once; copy it before changing it."""
         options = {"dtype": self.dtype, "attn_implementation": self.attention, "trust_remote_code": self.trust_remote_code}
         with loading_errors(self.model_name):
             return self.cached(tuple(options.values()), lambda: meta_model(self.model_config, **options))

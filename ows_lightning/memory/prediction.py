@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.fake_tensors import FakeOperators, first_blocks, to_fake_
+from ows_lightning.memory.fake_tensors import FakeOperators, to_fake_
 from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.memory.simulated_step import StepCosts, TrainingMethod, Workload, block_groups, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
@@ -146,7 +147,7 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
     work = Workload(batch_size, length, accumulates, settings.autocast, settings.on_gpu, offloads)
 
     def simulated() -> StepCosts:
-        model = first_blocks(settings.meta_model, active + frozen)
+        model = _first_blocks(settings.meta_model, active + frozen)
         if method.lora is not None:
             model = add_lora(model, method.lora, low_cpu_mem_usage=True)
         checkpoint_activations(language_model_of(model), num_checkpointed)  # type: ignore[arg-type]
@@ -158,6 +159,17 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
     # A card's advice asks for the same step with frozen blocks here and there.
     key = settings.dtype, settings.attention, method, work, active + frozen, num_checkpointed, rows
     return settings.cached(key, simulated)
+
+
+def _first_blocks(model: nn.Module, count: int) -> nn.Module:
+    """Returns a copy of a causal LM that has only its first blocks."""
+    layers = decoder_layers(model)  # not by its config, where each architecture has its own words for kinds of blocks
+    whole = list(layers)
+    del layers[count:]
+    try:
+        return copy.deepcopy(model)
+    finally:
+        layers.extend(whole[count:])
 
 
 class ModelSizes(NamedTuple):
