@@ -229,7 +229,7 @@ def estimate_speed(settings: PlanSettings, computed: FlopCount, card: Card) -> S
     """Estimates a speed: the longer of what a method's FLOPs take at `UTILISATION`, and what its fetches take."""
     rate, link = card.tflops * 1e12 * UTILISATION, card.link * 1e9 * LINK_SHARE
     block = sum(ModelSizes.of(settings).offloaded) / settings.num_blocks  # the mean, where they differ
-    fetches = sum(fetched_blocks(draw, settings, settings.num_blocks) for draw in computed.draws) / len(computed.draws)
+    fetches = sum(fetched_blocks(draw, settings) for draw in computed.draws) / len(computed.draws)
     fetched = int(fetches * block) * settings.accumulate_grad_batches
     tokens = settings.batch_size * settings.max_seq_length * settings.accumulate_grad_batches
     computing, fetching = tokens * computed.flops_per_token / rate, fetched / link

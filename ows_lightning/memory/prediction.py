@@ -196,9 +196,9 @@ class ModelSizes(NamedTuple):
         return cls(blocks, root, on_device, offloaded, max(p.nbytes for layer in own for p in layer))
 
 
-def _offloaded_blocks(settings: PlanSettings, count: int) -> int | None:
+def _offloaded_blocks(settings: PlanSettings) -> int | None:
     """How many blocks are offloaded or in int8: those that are frozen, under LoRA all; None for methods that offload none."""
-    method = settings.method
+    method, count = settings.method, settings.num_blocks
     if not method.ours or not settings.offloads:
         return None
     return count if method.lora is not None else count - method.active_blocks(count)
@@ -211,7 +211,7 @@ def _offloaded_bytes(settings: PlanSettings, sizes: ModelSizes) -> tuple[int, in
     are slots. Blocks in int8 are dequantised into the slots, from copies on the device or from memory that the copies pass
     through one by one. The host has every block's weights, in int8 exact ones and a copy; from a disk, staging buffers alone.
     """
-    offloaded, is_int8 = _offloaded_blocks(settings, settings.num_blocks), settings.frozen_dtype == "int8"
+    offloaded, is_int8 = _offloaded_blocks(settings), settings.frozen_dtype == "int8"
     if offloaded is None:
         return 0, 0
     frozen = slice(settings.num_blocks - offloaded, None)
@@ -238,15 +238,15 @@ def _waiting_gradients(settings: PlanSettings) -> int:
     return sum(1 << (size - 1).bit_length() for size in sizes)
 
 
-def fetched_blocks(draw: Sequence[int], settings: PlanSettings, count: int) -> int:
-    """The fewest of ``count`` blocks that can be fetched in a micro-batch, the first one after a draw excepted.
+def fetched_blocks(draw: Sequence[int], settings: PlanSettings) -> int:
+    """The fewest blocks that can be fetched in a micro-batch, the first one after a draw excepted.
 
     Forward fetches all R that are offloaded, backward the B of them that it reaches. The last of forward's are there when
     backward begins, and so may be the first of forward's when it ends, as far as there are slots.
     """
     if settings.frozen_in == "device":
         return 0
-    offloaded = _offloaded_blocks(settings, count) or 0
+    offloaded = _offloaded_blocks(settings) or 0
     below = 0 if settings.embeddings_train or settings.method.lora is not None else min(draw)
     reached, slots = offloaded - below, min(settings.window_blocks, offloaded)
     last = max(reached, slots)  # where in the order of offloaded blocks the slots end up
