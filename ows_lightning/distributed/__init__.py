@@ -19,13 +19,12 @@ def destroy_process_group(wait_for_others: bool = True) -> None:
     """
     if not dist.is_available() or not dist.is_initialized():
         return
-    if dist.get_backend() == "gloo":
-        if wait_for_others:
-            with contextlib.suppress(RuntimeError):  # one of them has failed, and says so itself
-                dist.monitored_barrier(timeout=timedelta(seconds=30))
+    is_gloo = dist.get_backend() == "gloo"
+    if is_gloo and wait_for_others:
+        with contextlib.suppress(RuntimeError):  # one of them has failed, and says so itself
+            dist.monitored_barrier(timeout=timedelta(seconds=30))
+    if is_gloo or wait_for_others:  # after an error, NCCL would wait for what never comes
         dist.destroy_process_group()
-    elif wait_for_others:
-        dist.destroy_process_group()  # after an error, NCCL would wait for what never comes
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
