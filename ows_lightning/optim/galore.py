@@ -100,6 +100,7 @@ class GaLoreAdamW(GradientCapture):
         check_options(param_group)
         super().add_param_group(param_group)
         if any(p.is_complex() for p in self.param_groups[-1]["params"]):
+            del self.param_groups[-1]
             raise ValueError("params: complex weights are not supported")
         self._index_parameters()
         self._claim_gradients(self.param_groups[-1:])

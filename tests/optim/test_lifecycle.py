@@ -261,6 +261,10 @@ def test_a_loop_within_autocast_multiplies_as_one_outside(in_backward: bool) -> 
 def test_complex_weights_and_sparse_gradients_are_refused() -> None:
     with pytest.raises(ValueError, match="complex weights are not supported"):
         GaLoreAdamW([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+    optimizer = GaLoreAdamW([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match="complex weights are not supported"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]})
+    assert len(optimizer.param_groups) == 1  # what is refused is not stepped either
     embedding = nn.Embedding(4, 3, sparse=True)
     optimizer = GaLoreAdamW(embedding.parameters())
     embedding(torch.tensor([1])).sum().backward()
