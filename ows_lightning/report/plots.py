@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart with every common colour blindness; their yellow is too faint on white.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+LIGHT_BLUE = "#B3D1E6"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 MARKERS = "osD^vPX"
 LINES = ("-", "--", ":", "-.")
@@ -66,7 +67,7 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
 
 
 def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
-    """Heat map of the blocks that trained (y) in each interval, over optimizer steps (x); those that never did are shaded."""
+    """Heat map of the blocks that trained, or did at rest (y), over optimizer steps (x); those that never did are shaded."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -74,13 +75,16 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
     end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
-    active = np.array([[block in draw.blocks for draw in run.history] for block in range(run.num_layers)], dtype=float)
-    rows, colours = np.arange(run.num_layers + 1) - 0.5, ListedColormap(["#EEF3F7", BLUE])
+    blocks = range(run.num_layers)
+    trains = np.array([[2 * (i in draw.blocks) + (i in draw.resting) for draw in run.history] for i in blocks], dtype=float)
+    rows, colours = np.arange(run.num_layers + 1) - 0.5, ListedColormap(["#EEF3F7", LIGHT_BLUE, BLUE])
     borders: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6} if len(starts) <= MAX_BORDERS else {"linewidth": 0}
-    ax.pcolormesh([*starts, end], rows, active, cmap=colours, vmin=0, vmax=1, **borders)
+    ax.pcolormesh([*starts, end], rows, trains, cmap=colours, vmin=0, vmax=2, **borders)
     for block in run.never_trained:
         ax.axhspan(block - 0.5, block + 0.5, color=ORANGE, alpha=0.45, linewidth=0)
     handles = [Patch(color=BLUE, label="trains")]
+    if any(draw.resting for draw in run.history):
+        handles.append(Patch(color=LIGHT_BLUE, label="trains at rest"))
     if never := len(run.never_trained):
         handles.append(Patch(color=ORANGE, alpha=0.45, label=f"never trained ({never} of {run.num_layers})"))
     style_axes(ax, "Blocks by interval", "optimizer step", "decoder block", grid=False)

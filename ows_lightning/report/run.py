@@ -24,11 +24,12 @@ TEXT_FILES = {"Answers while it trained": "generations.csv", "Base and tuned mod
 
 
 class Draw(NamedTuple):
-    """One draw of blocks: the interval's number, the optimizer step of the draw, and the blocks it activated."""
+    """One draw of blocks: the interval's number, the optimizer step of the draw, and the blocks that train from then on."""
 
     interval: int
     step: int
     blocks: tuple[int, ...]
+    resting: tuple[int, ...] = ()  # those that train at rest
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class RunRecord:
         except OSError as error:
             raise UsageError(f"{error.filename}: can't be read ({error.strerror}); give a readable run folder") from error
         for draw in run.history:
-            if not all(0 <= block < run.num_layers for block in draw.blocks):
+            if not all(0 <= block < run.num_layers for block in draw.blocks + draw.resting):
                 what = (
                     f"has a block that is not among the {run.num_layers} of {SCORES_FILE}; put the files of one run together"
                 )
@@ -75,14 +76,12 @@ class RunRecord:
         """Number of decoder blocks; without scores, as many as the drawn ones show that there are at least."""
         if self.scores:
             return len(self.scores["probabilities"])
-        return 1 + max((block for draw in self.history for block in draw.blocks), default=-1)
+        return 1 + max((block for draw in self.history for block in draw.blocks + draw.resting), default=-1)
 
     @property
     def never_trained(self) -> list[int]:
         """Blocks that never trained, not at rest either; empty where no blocks were sampled."""
-        trained = {block for draw in self.history for block in draw.blocks}
-        if trained and ((self.config or {}).get("sampling") or {}).get("resting_rank"):  # all above the lowest train at rest
-            trained = set(range(min(trained), self.num_layers))
+        trained = {block for draw in self.history for block in draw.blocks + draw.resting}
         return [block for block in range(self.num_layers) if block not in trained] if self.history else []
 
     @property
@@ -182,7 +181,8 @@ def _read_rows(path: Path, convert: Callable[[dict[str, str]], T]) -> list[T]:
 
 def _read_history(path: Path) -> list[Draw]:
     def interval(row: dict[str, str]) -> Draw:
-        return Draw(int(row["interval"]), int(row["step"]), tuple(int(block) for block in row["blocks"].split()))
+        active, resting = (tuple(map(int, cell.split())) for cell in (row["blocks"], row.get("resting", "")))
+        return Draw(int(row["interval"]), int(row["step"]), active, resting)
 
     # A resumed run writes the interval in which it was cut off again: the later row counts.
     return sorted({draw.interval: draw for draw in _read_rows(path, interval)}.values())

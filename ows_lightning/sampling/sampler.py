@@ -295,8 +295,11 @@ class BlockSampler:
         with (folder / "sampling_history.csv").open("a" if draws else "w", newline="") as file:
             writer = csv.writer(file)
             if not draws:
-                writer.writerow(["interval", "step", "blocks"])
-            writer.writerows([interval, step, " ".join(map(str, blocks))] for interval, step, blocks in self.history[draws:])
+                writer.writerow(["interval", "step", "blocks", "resting"])
+            for interval, step, blocks in self.history[draws:]:
+                writer.writerow(
+                    [interval, step, *(" ".join(map(str, each)) for each in (blocks, self.resting_blocks(blocks)))]
+                )
         self._written = len(self.history), self.outlier_scores
 
     def check(self, num_layers: int, architecture: Mapping[str, Any]) -> None:
@@ -333,11 +336,14 @@ class BlockSampler:
         return [p for block in blocks for p in self._blocks[block].values()]
 
     def trained_blocks(self, coming: Iterable[Sequence[int]] = ()) -> set[int]:
-        """Returns the blocks that were drawn so far or will be, and with `resting_rank` those above: they train at rest."""
+        """Returns the blocks that were drawn so far or will be, and those that train at rest meanwhile."""
         draws = [*(blocks for _, _, blocks in self.history), *coming]
-        if self.resting_rank and draws and self.probabilities is not None:
-            return set(range(min(map(min, draws)), len(self.probabilities)))
-        return {block for blocks in draws for block in blocks}
+        return {block for blocks in draws for block in [*blocks, *self.resting_blocks(blocks)]}
+
+    def resting_blocks(self, active: Sequence[int]) -> list[int]:
+        """Returns the blocks that train at rest while others are active: with a `resting_rank`, all above the lowest."""
+        count = 0 if self.probabilities is None or not self.resting_rank else len(self.probabilities)
+        return [block for block in range(min(active), count) if block not in active]
 
     def compute_scores(self, model: nn.Module, loader: Any) -> BlockScores:
         """Returns the blocks' scores and the probabilities that follow from them.

@@ -7,9 +7,12 @@ import shutil
 import pytest
 
 from ows_lightning.errors import UsageError
+from ows_lightning.optim import GaLoreAdamW
 from ows_lightning.report import RunRecord
 from ows_lightning.report.model_card import model_card
-from ows_lightning.report.tables import block_frequency_table, key_figures, write_csv
+from ows_lightning.report.tables import block_frequency_table, blocks_table, key_figures, write_csv
+from ows_lightning.sampling.sampler import BlockSampler
+from tests.tiny import tiny_model
 
 
 def test_reads_what_a_run_left(tmp_path, make_run):
@@ -83,9 +86,21 @@ def test_an_interval_that_a_resumed_run_wrote_again_counts_once(tmp_path):
     run = RunRecord.read(tmp_path)
     assert [draw.blocks for draw in run.history] == [(1, 2), (2, 3), (1, 3)]
     assert run.never_trained == [0]
-    (tmp_path / "sampling_history.csv").write_text("interval,step,blocks\n0,0,2\n1,50,4\n")
-    (tmp_path / "config.yaml").write_text("sampling:\n  resting_rank: 4\n")
-    assert RunRecord.read(tmp_path).never_trained == [0, 1]  # block 3 has learned at rest
+
+
+def test_blocks_that_trained_at_rest_have_trained_in_any_run(tmp_path):
+    """Also where no config says so, as in transformers' Trainer."""
+    model = tiny_model("llama", num_hidden_layers=6)
+    sampler = BlockSampler(1, 1, "uniform", resting_rank=2, seed=0)
+    sampler.attach(model)
+    sampler.start(0, [GaLoreAdamW(model.parameters(), lr=1e-3)], lambda: sampler.compute_scores(model, None))
+    sampler.write(tmp_path)
+    run = RunRecord.read(tmp_path)
+    [active] = sampler.active_blocks
+    assert 0 < active < 4  # else the seed shows nothing
+    assert run.history[0].resting == tuple(range(active + 1, 6))
+    assert run.never_trained == list(range(active))
+    assert blocks_table(run)["resting"] == [" ".join(map(str, range(active + 1, 6)))]
 
 
 def test_key_figures(tmp_path, make_run):
