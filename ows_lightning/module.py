@@ -172,14 +172,17 @@ class CausalLMModule(EvaluationModule):
 
     def check(self, load_config: Callable[[str, bool], Any] = pretrained.load_config) -> Any:
         """Checks all settings, without weights (UsageError); returns what ``load_config`` returns for the model's name."""
-        try:  # made for a small matrix and a vector: wrong arguments show here
-            optimizer = self.make_optimizer([{"params": [nn.Parameter(torch.zeros(shape))]} for shape in ((2, 2), (2,))])
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"model.optimizer: {error}") from error
-        self._check_projection(optimizer)
+        self._check_projection(self.example_optimizer())
         if self.hparams["lora"] is not None:
             lora_config(self.hparams["lora"])
         return load_config(self.hparams["model_name_or_path"], self.hparams["trust_remote_code"])
+
+    def example_optimizer(self) -> Optimizer:
+        """Returns the optimizer for a small matrix and a vector: wrong arguments show here, as a UsageError."""
+        try:
+            return self.make_optimizer([{"params": [nn.Parameter(torch.zeros(shape))]} for shape in ((2, 2), (2,))])
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"model.optimizer: {error}") from error
 
     def exceeded_position_limit(self, length: int) -> int | None:
         """The most tokens that the model has positions for, where `length` are more; from its config, without weights."""

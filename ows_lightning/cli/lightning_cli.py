@@ -222,7 +222,9 @@ class OWSCLI(LightningCLI):
             raise UsageError("ckpt_path: it is empty; give a path or `last`, or leave it out")
         if ckpt_path is None and command in ("validate", "test", "predict"):
             log.info("ckpt_path: none is given, so this is about the base model")
-        if not ckpt_path or ckpt_path in ("best", "hpc"):
+        if ckpt_path == "best":
+            raise UsageError("ckpt_path: which one is best is known to the process that trained alone; give its path, or last")
+        if not ckpt_path or ckpt_path == "hpc":
             return
         root = Path(config.trainer.default_root_dir or "runs")
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]

@@ -39,6 +39,7 @@ _IGNORED_WARNINGS = (
     "skip_none parameter was deprecated",
     "is_gradient_checkpointing",
     "GPU available but not used",
+    "The dirpath has changed from",  # the folder of a resumed run, or of an evaluation, is a new one
 )
 _IGNORED_LOGS = {
     "lightning.pytorch.utilities.rank_zero": ("litlogger", "GPU available:", "TPU available:", "HPU available:"),

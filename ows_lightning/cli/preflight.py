@@ -170,9 +170,12 @@ def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, train
 
 
 def _check_sampling(sampling: LayerwiseSampling, config: Any, model: CausalLMModule) -> None:
-    """Checks the settings against the model's blocks, which are counted: not every config has their number."""
+    """Checks the settings against the optimizer and the blocks, which are counted: not every config has their number."""
+    sampling.check_optimizer(model.example_optimizer())
     blocks = decoder_layers(meta_model(config, trust_remote_code=model.hparams["trust_remote_code"]))
     sampling.check(len(blocks), architecture_of(config))
+    if model.hparams["lora"] is None:  # else adapters may rest
+        sampling.check_rest(blocks)
 
 
 def check_devices(trainer: Trainer) -> None:

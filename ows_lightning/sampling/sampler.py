@@ -148,12 +148,7 @@ class BlockSampler:
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
         self._blocks = activation.trainable_by_block(model)
         self._others = activation.non_block_trains(model, self.always_train)
-        matrices = activation.block_matrices(self._blocks)
-        if small := [p for p in matrices if p.size(-1) <= self.resting_rank]:
-            few = f"{len(small)} of the {len(matrices)} matrices of the blocks"
-            said = f"sampling.resting_rank: {self.resting_rank} is no less than the inputs of {few}"
-            if len(small) == len(matrices):
-                raise UsageError(f"{said}; give at most {max(p.size(-1) for p in small) - 1}")
+        if said := self.check_rest(self._blocks):
             log.warning("%s, which stay frozen at rest", said)
         untrainable = [index for index, block in enumerate(self._blocks) if not len(block)]
         if len(untrainable) == len(self._blocks):
@@ -182,12 +177,9 @@ class BlockSampler:
         return {"interval": float(interval)} if drawn == step else {}  # saved within the step that the draw was for
 
     def _check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        """Refuses optimizers that hold no weight of some block, which would never train, or that can't let it rest."""
-        if self.resting_rank and (unable := [type(each).__name__ for each in optimizers if not hasattr(each, "rest")]):
-            hint = "take GaLoreAdamW, or set it to 0"
-            raise UsageError(f"sampling.resting_rank: {unable[0]} can't train frozen blocks at rest; {hint}")
-        if any(isinstance(each, torch.optim.LBFGS) for each in optimizers):
-            raise UsageError("sampling: LBFGS steps all weights by one history, frozen ones, too; take another optimizer")
+        """Refuses optimizers that hold no weight of some block, which would never train; see also `check_optimizer`."""
+        for optimizer in optimizers:
+            self.check_optimizer(optimizer)
         held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block.values())]:
             fault = f"the optimizer holds no weight of blocks {left_out}, which would train nothing"
@@ -315,6 +307,24 @@ class BlockSampler:
         # A window also takes in blocks whose own probability is zero.
         distribution = "uniform" if self.distribution == "window" else self.distribution
         draw_blocks(sampling_probabilities(ratios, distribution), self.activated_layers, torch.Generator())
+
+    def check_rest(self, blocks: Iterable[nn.Module]) -> str | None:
+        """Says that `resting_rank` is too high for some of the blocks' matrices; a UsageError if it is for all."""
+        matrices = activation.block_matrices(blocks)
+        small = [p for p in matrices if p.size(-1) <= self.resting_rank]
+        few = f"{len(small)} of the {len(matrices)} matrices of the blocks"
+        said = f"sampling.resting_rank: {self.resting_rank} is no less than the inputs of {few}"
+        if small and len(small) == len(matrices):
+            raise UsageError(f"{said}; give at most {max(p.size(-1) for p in small) - 1}")
+        return said if small else None
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuses an optimizer that can't let blocks rest, or that moves frozen ones: a UsageError."""
+        if self.resting_rank and not hasattr(optimizer, "rest"):
+            what = f"{type(optimizer).__name__} can't train frozen blocks at rest"
+            raise UsageError(f"sampling.resting_rank: {what}; take GaLoreAdamW, or set it to 0")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UsageError("sampling: LBFGS steps all weights by one history, frozen ones, too; take another optimizer")
 
     def blocks_of(self, interval: int) -> list[int]:
         """Draws the blocks of an interval, which follow from the probabilities, the seed and the interval alone."""

@@ -426,7 +426,7 @@ CASES = {
     ),
     "DDP": Case(fit("--trainer.strategy ddp"), "trainer.strategy", "write strategy: ddp_layerwise"),
     "a validation with DDP, which trains nothing": Case(
-        "validate --config base.yaml --trainer.strategy ddp --ckpt_path best", "", "`ModelCheckpoint` is not configured"
+        "validate --config base.yaml --trainer.strategy ddp --ckpt_path hpc", "", "no HPC checkpoint was found"
     ),
     "another DDP": Case(
         fit("--trainer.strategy ddp_find_unused_parameters_true"), "trainer.strategy", "write strategy: ddp_layerwise"
@@ -474,7 +474,15 @@ CASES = {
         fit("--ckpt_path damaged.ckpt"), "ckpt_path", "(it is cut short, or was not written by torch); there is no good one"
     ),
     "best checkpoint of no run": Case(
-        "validate --config base.yaml --ckpt_path best", "", "`ModelCheckpoint` is not configured to save the best model"
+        "validate --config base.yaml --ckpt_path best", "ckpt_path", "known to the process that trained alone; give its path"
+    ),
+    "an optimizer that can't let blocks rest": Case(
+        fit("--sampling.resting_rank 4 --model.optimizer torch.optim.AdamW --model.rank null"),
+        "sampling.resting_rank",
+        "AdamW can't train frozen blocks at rest; take GaLoreAdamW, or set it to 0",
+    ),
+    "a rank at rest that is too high": Case(
+        fit("--sampling.resting_rank 6400"), "sampling.resting_rank", "matrices of the blocks; give at most"
     ),
     "checkpoint behind an address": Case(
         fit("--ckpt_path http://localhost:9/a.ckpt"), "ckpt_path", "http://localhost:9/a.ckpt'"
@@ -566,6 +574,7 @@ ALSO_PLANNED = [
     "negative warm-up", "no calibration", "weights for other blocks", "batch of 0", "rows of 1 token", "rank for AdamW",
     "misspelt LoRA key", "LoRA of rank 0", "accumulation over 0", "quantised", "encoder", "no number of devices",
     "misspelt strategy", "misspelt accelerator", "no nodes", "scores of another model", "missing scores",
+    "an optimizer that can't let blocks rest", "a rank at rest that is too high",
 ]  # fmt: skip
 
 
