@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from ows_lightning.errors import UsageError
 from ows_lightning.memory.advice import advise, fewest_checkpointed_blocks
 from ows_lightning.memory.cards import CARDS, Card, find_card
-from ows_lightning.memory.flops import FlopCount, count_flops
+from ows_lightning.memory.flops import UTILISATION, FlopCount, Speed, count_flops, estimate_speed
 from ows_lightning.memory.plan_settings import PlanSettings, number_of_devices, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, CONTEXT_BYTES, METHODS, MemoryPrediction, predict_memory
-from ows_lightning.memory.speed import UTILISATION, Speed, estimate_speed
 from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 MEMORY_SIZES = (4, 8, 12, 16, 24, 40, 48, 80)
 """Sizes of GPUs in GB of 10^9 bytes."""
