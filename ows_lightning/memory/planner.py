@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.advice import advise, fewest_checkpointed_blocks
-from ows_lightning.memory.cards import CARDS, Card, find_card
+from ows_lightning.memory.cards import CARDS, Card, advise, fewest_checkpointed_blocks, find_card
 from ows_lightning.memory.flops import UTILISATION, FlopCount, Speed, count_flops, estimate_speed
 from ows_lightning.memory.plan_settings import PlanSettings, number_of_devices, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, CONTEXT_BYTES, METHODS, MemoryPrediction, predict_memory

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ows_lightning.callbacks import auto_gradient_checkpointing
 from ows_lightning.callbacks.auto_gradient_checkpointing import MEMORY_FRACTION, AutoGradientCheckpointing
-from ows_lightning.memory.advice import available_bytes
+from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.models.execution import count_checkpointed
 from ows_lightning.module import CausalLMModule
