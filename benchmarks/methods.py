@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,98 +104,7 @@ def badam(model: PreTrainedModel, setting: Setting) -> Training:
     return Training(model, optimizer)
 
 
-def ours_full_rank(model: PreTrainedModel, setting: Setting) -> Training:
-    """This package, embeddings and head trained in full rank."""
-    return _ours(model, setting)
-
-
-def ours_low_rank(model: PreTrainedModel, setting: Setting) -> Training:
-    """This package, embeddings and head projected like the blocks."""
-    return _ours(model, setting, project_embeddings=True)
-
-
-def ours_frozen(model: PreTrainedModel, setting: Setting) -> Training:
-    """This package, embeddings and head frozen."""
-    return _ours(model, setting, frozen=("embeddings", "lm_head"))
-
-
-def ours_host(model: PreTrainedModel, setting: Setting) -> Training:
-    """The same with frozen blocks in host memory, from where they pass through two slots on the device."""
-    training = ours_frozen(model, setting)
-    offloader, draw = BlockOffloader(decoder_layers(model)), training.draw
-    offloader.set_device(model.device)
-
-    def draw_and_apply() -> None:
-        draw()
-        offloader.apply_draw([training.optimizer])
-
-    return replace(training, draw=draw_and_apply)
-
-
-def ours_grouped(model: PreTrainedModel, setting: Setting) -> Training:
-    """The same with `sampling.grouping` 1: the lowest active block lies as high as it can."""
-    return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0)
-
-
-def ours_resting(model: PreTrainedModel, setting: Setting) -> Training:
-    """The same as `ours_frozen` with `sampling.resting_rank` 16: frozen blocks above the lowest active one learn, too."""
-    return _ours(model, setting, frozen=("embeddings", "lm_head"), resting_rank=16)
-
-
-def ours_thin(model: PreTrainedModel, setting: Setting) -> Training:
-    """The same as `ours_frozen` with more blocks in a smaller rank: two thirds of them, in a quarter of it."""
-    thin = replace(setting, rank=setting.rank // 4)
-    return _ours(model, thin, frozen=("embeddings", "lm_head"), active=2 * len(setting.probabilities) // 3)
-
-
-def ours_grouped_resting(model: PreTrainedModel, setting: Setting) -> Training:
-    """Both."""
-    return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0, resting_rank=16)
-
-
-def ours_whole(model: PreTrainedModel, setting: Setting) -> Training:
-    """The same as `ours_grouped` with whole gradients, which are projected as soon as they are there."""
-    return _ours(model, setting, frozen=("embeddings", "lm_head"), grouping=1.0, factored=False)
-
-
-def forward_backward(model: PreTrainedModel, setting: Setting) -> Training:
-    """Forward and backward of ours with frozen embeddings and no optimizer: matrices' gradients are whole, not projected."""
-    return _ours(model, setting, frozen=("embeddings", "lm_head"), make_optimizer=_NoSteps)
-
-
-METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] = {
-    "full": ("Full AdamW", full),
-    "lora": ("LoRA r=16 (peft)", lora),
-    "galore": ("GaLore (galore-torch)", galore),
-    "lisa": ("LISA, 2 blocks", lisa),
-    "ows_published": ("OWS as published", ows_published),
-    "badam": ("BAdam", badam),
-    "ours_full_rank": ("Ours, embeddings full rank", ours_full_rank),
-    "ours_low_rank": ("Ours, embeddings low rank", ours_low_rank),
-    "ours_frozen": ("Ours, embeddings frozen", ours_frozen),
-    "ours_host": ("Ours, embeddings frozen, blocks on the host", ours_host),
-    "ours_grouped": ("Ours, embeddings frozen, grouping 1", ours_grouped),
-    "ours_resting": ("Ours, embeddings frozen, resting rank 16", ours_resting),
-    "ours_thin": ("Ours, embeddings frozen, two thirds of the blocks in a quarter of the rank", ours_thin),
-    "ours_grouped_resting": ("Ours, embeddings frozen, grouping 1, resting rank 16", ours_grouped_resting),
-    "ours_whole": ("Ours, embeddings frozen, grouping 1, whole gradients", ours_whole),
-    "forward_backward": ("Forward and backward of ours, grouping 0", forward_backward),
-}
-"""Key -> how tables call the method, and what sets it up."""
-
-PACKAGES = {"lora": "peft", "galore": "galore_torch", "ows_published": "galore_torch", "badam": "badam"}
-"""Key -> the peer's package, from the extra ``benchmarks``."""
-
-
-class _NoSteps(Optimizer):
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Leaves the weights as they are."""
-
-
-def _ours(
+def ours(
     model: PreTrainedModel,
     setting: Setting,
     project_embeddings: bool = False,
@@ -205,6 +115,10 @@ def _ours(
     resting_rank: int = 0,
     active: int = 5,
 ) -> Training:
+    """This package. Embeddings and head train in full rank, unless they are projected like the blocks, or ``frozen``.
+
+    Without ``factored``, gradients are whole, and projected as soon as they are there.
+    """
     if model.is_gradient_checkpointing:
         model.disable_input_require_grads()  # as CausalLMModule does
     groups = galore_param_groups(model, rank=setting.rank, project_embeddings=project_embeddings)
@@ -220,6 +134,66 @@ def _ours(
 
     draw = _draws(model, setting.probabilities, active, setting, others, [optimizer], grouping, resting_rank)
     return Training(model, optimizer, loss, draw)
+
+
+ours_frozen = partial(ours, frozen=("embeddings", "lm_head"))
+
+
+def ours_host(model: PreTrainedModel, setting: Setting) -> Training:
+    """Ours with frozen blocks in host memory, from where they pass through two slots on the device."""
+    training = ours_frozen(model, setting)
+    offloader, draw = BlockOffloader(decoder_layers(model)), training.draw
+    offloader.set_device(model.device)
+
+    def draw_and_apply() -> None:
+        draw()
+        offloader.apply_draw([training.optimizer])
+
+    return replace(training, draw=draw_and_apply)
+
+
+def ours_thin(model: PreTrainedModel, setting: Setting) -> Training:
+    """Ours with more blocks in a smaller rank: two thirds of them, in a quarter of it."""
+    thin = replace(setting, rank=setting.rank // 4)
+    return ours_frozen(model, thin, active=2 * len(setting.probabilities) // 3)
+
+
+class NoSteps(Optimizer):
+    """Leaves the weights as they are, so that forward and backward are measured alone; gradients are whole, not projected."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Does nothing."""
+
+
+METHODS: dict[str, tuple[str, Callable[[PreTrainedModel, Setting], Training]]] = {
+    "full": ("Full AdamW", full),
+    "lora": ("LoRA r=16 (peft)", lora),
+    "galore": ("GaLore (galore-torch)", galore),
+    "lisa": ("LISA, 2 blocks", lisa),
+    "ows_published": ("OWS as published", ows_published),
+    "badam": ("BAdam", badam),
+    "ours_full_rank": ("Ours, embeddings full rank", ours),
+    "ours_low_rank": ("Ours, embeddings low rank", partial(ours, project_embeddings=True)),
+    "ours_frozen": ("Ours, embeddings frozen", ours_frozen),
+    "ours_host": ("Ours, embeddings frozen, blocks on the host", ours_host),
+    "ours_grouped": ("Ours, embeddings frozen, grouping 1", partial(ours_frozen, grouping=1.0)),
+    "ours_resting": ("Ours, embeddings frozen, resting rank 16", partial(ours_frozen, resting_rank=16)),
+    "ours_thin": ("Ours, embeddings frozen, two thirds of the blocks in a quarter of the rank", ours_thin),
+    "ours_grouped_resting": (
+        "Ours, embeddings frozen, grouping 1, resting rank 16", partial(ours_frozen, grouping=1.0, resting_rank=16)
+    ),
+    "ours_whole": (
+        "Ours, embeddings frozen, grouping 1, whole gradients", partial(ours_frozen, grouping=1.0, factored=False)
+    ),
+    "forward_backward": ("Forward and backward of ours, grouping 0", partial(ours_frozen, make_optimizer=NoSteps)),
+}  # fmt: skip
+"""Key -> how tables call the method, and what sets it up."""
+
+PACKAGES = {"lora": "peft", "galore": "galore_torch", "ows_published": "galore_torch", "badam": "badam"}
+"""Key -> the peer's package, from the extra ``benchmarks``."""
 
 
 def _draws(
