@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import combinations, islice
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,17 +86,14 @@ def reliability(losses: dict[int, dict[int, dict[str, float]]]) -> list[str]:
 
 def plot(gains: Sequence[float], blocks: Sequence[int], scores: dict[str, list[float]], path: Path) -> None:
     """Draws what each block gains beside the score that OWS draws by, block by block."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, figsize=(8, 5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
     above.bar(blocks, gains, color="tab:blue")
     above.set_ylabel("Gain of training\nthis block alone (nats)")
     below.bar(range(len(scores["outliers, tau 13"])), scores["outliers, tau 13"], color="tab:orange")
     below.set_ylabel("Outlier ratio,\ntau 13 (%)")
     below.set_xlabel("Block")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def batches_of(rows: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Batch]:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
 import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
 from scipy import stats
 
 from benchmarks.evidence.ledger import COUNTED, TUNED, Ledger
@@ -218,14 +219,11 @@ def plot(lengths: dict[int, Values], path: Path, title: str) -> None:
 
     Of several lengths, methods that were run at one alone are left to the tables.
     """
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
     runs_at = Counter(name for values in lengths.values() for name in values)
     names = [name for name in runs_at if runs_at[name] > 1 or len(lengths) == 1]
     measured = [cost for cost in COSTS if not all(math.isnan(each) for name in names for each in _mean(lengths, name, cost))]
-    figure, axes = plt.subplots(1, len(measured), figsize=(4 * len(measured), 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(4 * len(measured), 4), layout="constrained")
+    axes = figure.subplots(1, len(measured), sharey=True)
     for axis, cost in zip(axes, measured, strict=True):
         for number, name in enumerate(names):
             marker = "os^"[number // 10 % 3]  # colours repeat after ten
@@ -246,7 +244,6 @@ def plot(lengths: dict[int, Values], path: Path, title: str) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", ncols=1 + len(names) // 18)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _too_few(paired: Sequence[float]) -> bool:
