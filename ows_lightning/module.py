@@ -21,7 +21,9 @@ from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
-from ows_lightning.lightning_support import check_strategy, check_unscaled, expected_steps, prepare_fit
+from ows_lightning.fit.checks import check_strategy, check_unscaled
+from ows_lightning.fit.duration import expected_steps
+from ows_lightning.fit.projection import prepare_fit
 from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.decoder import decoder_layers

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "ows_lightning"
 LAYERS = [
     ["errors", "atomic_files", "compat"],
     ["models"],
-    ["optim", "offload", "lightning_support"],
+    ["optim", "offload", "fit"],
     ["checkpoints", "metrics", "data", "sampling", "report"],
     ["distributed"],
     ["step", "evaluation", "module"],
@@ -45,4 +45,4 @@ def test_imports_follow_the_layers() -> None:
 
 def test_few_modules_stand_beside_the_folders() -> None:
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules <= {"module", "evaluation", "step", "trainer", "errors", "atomic_files", "compat", "lightning_support"}
+    assert modules <= {"module", "evaluation", "step", "trainer", "errors", "atomic_files", "compat"}

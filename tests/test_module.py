@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ows_lightning.callbacks.generations import PredictionFile, ShowGenerations
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
-from ows_lightning.lightning_support import expected_steps
+from ows_lightning.fit.duration import expected_steps
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.module import CausalLMModule

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling, OWSTrainer, galore_param_groups
 from ows_lightning.errors import RunError, UsageError
-from ows_lightning.lightning_support import check_strategy
+from ows_lightning.fit.checks import check_strategy
 from ows_lightning.models.loss import LossParts
 from tests.distributed.launch import run
 from tests.tiny import tiny_batch, tiny_model

@@ -20,7 +20,7 @@ from ows_lightning.checkpoints.loops import resume_exactly
 from ows_lightning.compat import mark_step_saved
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError
-from ows_lightning.lightning_support import accumulation_scheduler
+from ows_lightning.fit.duration import accumulation_scheduler
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report.tables import write_csv
 from ows_lightning.sampling.callback import LayerwiseSampling

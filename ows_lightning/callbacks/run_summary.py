@@ -15,7 +15,7 @@ from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import add_note, command_line, first_line, is_out_of_memory
-from ows_lightning.lightning_support import expected_steps, steps_before, time_is_up
+from ows_lightning.fit.duration import expected_steps, steps_before, time_is_up
 from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
 from ows_lightning.memory.prediction import predict_memory

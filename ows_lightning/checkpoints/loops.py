@@ -8,7 +8,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import RestartStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from ows_lightning.lightning_support import micro_batches_per_step
+from ows_lightning.fit.duration import micro_batches_per_step
 
 
 def resume_exactly(trainer: Trainer) -> None:

@@ -37,7 +37,7 @@ from ows_lightning.cli.parser import OneLineParser
 from ows_lightning.cli.preflight import check_plan, check_run, check_settings
 from ows_lightning.data.datamodule import InstructionDataModule
 from ows_lightning.errors import UsageError
-from ows_lightning.lightning_support import check_strategy
+from ows_lightning.fit.checks import check_strategy
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling

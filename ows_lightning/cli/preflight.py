@@ -26,7 +26,8 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.cli.parser import SECTIONS
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable, refuse_url
-from ows_lightning.lightning_support import accumulation_scheduler, check_callbacks, check_strategy, check_unscaled, time_is_up
+from ows_lightning.fit.checks import check_callbacks, check_strategy, check_unscaled
+from ows_lightning.fit.duration import accumulation_scheduler, time_is_up
 from ows_lightning.memory.plan_settings import find_model_config, number_of_devices
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import liger_for

@@ -26,7 +26,7 @@ from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state
 from ows_lightning.errors import UsageError, did_you_mean
-from ows_lightning.lightning_support import micro_batches_per_step
+from ows_lightning.fit.duration import micro_batches_per_step
 from ows_lightning.models.decoder import language_model_of
 from ows_lightning.models.loss import IGNORE_INDEX
 

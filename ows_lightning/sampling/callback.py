@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ows_lightning.errors import UsageError
-from ows_lightning.lightning_support import check_strategy, patch_clipping, stop_projecting
+from ows_lightning.fit.checks import check_strategy
+from ows_lightning.fit.projection import patch_clipping, stop_projecting
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.sampling.activation import unfreeze
 from ows_lightning.sampling.sampler import BlockSampler

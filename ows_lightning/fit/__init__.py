@@ -1,0 +1,1 @@
+"""What training sampled and projected weights asks of a Trainer."""
