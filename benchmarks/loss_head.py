@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.memory import memory_of
 from benchmarks.report import markdown
-from benchmarks.worker import memory_of
 from ows_lightning.models.loss import summed_cross_entropy
 
 ROOT = Path(__file__).parents[1]

@@ -112,7 +112,7 @@ def write_report(runs: Runs, settings: dict[str, Any], path: Path) -> None:
     """
     tokens = BatchShape(*settings["shape"]).tokens
     figures = {method: _figures(runs, method, tokens) for method in runs}
-    path.with_suffix(".md").write_text(_description(runs, settings) + "\n\n" + _asmarkdown(figures) + "\n")
+    path.with_suffix(".md").write_text(_description(runs, settings) + "\n\n" + _as_markdown(figures) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:
         columns = list(dict.fromkeys(name for row in figures.values() for name in row))
         writer = csv.DictWriter(file, columns)
@@ -174,7 +174,7 @@ def _description(runs: Runs, settings: dict[str, Any]) -> str:
     )
 
 
-def _asmarkdown(figures: dict[str, dict[str, Any]]) -> str:
+def _as_markdown(figures: dict[str, dict[str, Any]]) -> str:
     header = [
         "Method",
         "Step (s)",

@@ -28,8 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import loss_head
 from benchmarks.gpu.settings import ASLEEP, WARM_UP, Row
+from benchmarks.memory import MB, memory_of
 from benchmarks.models import BatchShape, random_batch
-from benchmarks.worker import MB, memory_of
 from benchmarks.worker import measure as measure_peer
 from ows_lightning.compat import own_parameters
 from ows_lightning.memory.plan_settings import settings_from_config
