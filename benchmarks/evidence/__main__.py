@@ -15,7 +15,7 @@ import yaml
 from benchmarks.evidence import ledger, tasks
 from benchmarks.evidence.runs import evaluate, scored
 from benchmarks.evidence.schedule import Schedule, commit
-from benchmarks.evidence.study import RESULTS, ROOT, STUDIES, Study, load
+from benchmarks.evidence.study import RESULTS, ROOT, STUDIES, Study, load, model_directory
 from benchmarks.evidence.tables import write_tables
 
 
@@ -90,21 +90,6 @@ def before(study: Study, name: str, task: tasks.Task, model: Path, folder: Path,
     unrelated = evaluate(study, model, tasks.UNRELATED, folder / "unrelated", threads)["val_loss"]
     nothing = {"lr": 0.0, "seed": 0, "steps": 0, "target_tokens": 0, "time_s": 0.0, "flops": 0.0, "peak_mb": None}
     return {"task": name, "method": "before", **nothing, **tested, "forgetting": unrelated, "commit": commit()}
-
-
-def model_directory(name: str, folder: Path) -> Path:
-    """Converts a GGUF file once into a directory that loads fast; returns that directory, or another model's name as it is."""
-    if not name.endswith(".gguf"):
-        return Path(name)
-    import torch
-
-    from ows_lightning.models.export import save_huggingface
-    from ows_lightning.models.pretrained import load_model, load_tokenizer
-
-    directory = folder / name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
-    if not (directory / "config.json").is_file():
-        save_huggingface(load_model(name, torch.float32), load_tokenizer(name), directory)
-    return directory
 
 
 def steps_of(study: Study, name: str, task: tasks.Task, model: Path) -> int:

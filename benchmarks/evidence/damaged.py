@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.evidence import ledger, tasks
-from benchmarks.evidence.__main__ import model_directory
 from benchmarks.evidence.importance import Batch, batches_of, scores_of
 from benchmarks.evidence.schedule import commit
-from benchmarks.evidence.study import RESULTS, ROOT, load
+from benchmarks.evidence.study import RESULTS, ROOT, load, model_directory
 from benchmarks.evidence.tables import interval
 from benchmarks.report import markdown
 from ows_lightning.models.decoder import decoder_layers

@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.evidence import ledger, tasks
-from benchmarks.evidence.__main__ import model_directory
-from benchmarks.evidence.study import RESULTS, ROOT, load
+from benchmarks.evidence.study import RESULTS, ROOT, load, model_directory
 from benchmarks.evidence.tables import of_task
 from benchmarks.report import markdown
 from ows_lightning.data import InstructionDataModule

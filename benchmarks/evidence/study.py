@@ -1,4 +1,4 @@
-"""What a study is: tasks, methods, learning rates, seeds and a budget, read from ``benchmarks/studies/NAME.yaml``."""
+"""What a study is: a model, tasks, methods, rates, seeds and a budget, read from ``benchmarks/studies/NAME.yaml``."""
 
 from __future__ import annotations
 
@@ -125,6 +125,21 @@ def load(name: str) -> Study:
     if missing := {task for each in content["rounds"] for task in each.tasks} - content["tasks"].keys():
         raise ValueError(f"{path.stem}: a round has the task {sorted(missing)[0]!r}, which is not among the tasks")
     return Study(name=path.stem, **content)
+
+
+def model_directory(name: str, folder: Path) -> Path:
+    """Converts a GGUF file once into a directory that loads fast; returns that directory, or another model's name as it is."""
+    if not name.endswith(".gguf"):
+        return Path(name)
+    import torch
+
+    from ows_lightning.models.export import save_huggingface
+    from ows_lightning.models.pretrained import load_model, load_tokenizer
+
+    directory = folder / name.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    if not (directory / "config.json").is_file():
+        save_huggingface(load_model(name, torch.float32), load_tokenizer(name), directory)
+    return directory
 
 
 def _round(described: dict[str, list[Any]], seeds: tuple[int, ...]) -> Round:
