@@ -14,7 +14,7 @@ from ows_lightning.checkpoints.find import last_good
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
 from ows_lightning.errors import UsageError, command_line, first_line
-from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer
+from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer, stop_token_ids
 from ows_lightning.models.source import DELTA_FILE, check_model_name
 from ows_lightning.report.run import CONFIG_FILE, newest_run, run_containing
 
@@ -39,10 +39,8 @@ class Conversation:
         model: Any = self.model  # transformers types it as a tensor or a module
         with torch.inference_mode():
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
-        ends = self.model.generation_config.eos_token_id  # which need not be special: its template adds one
-        new = [
-            token for token in output[0, ids.size(1) :].tolist() if token not in (ends if isinstance(ends, list) else [ends])
-        ]
+        stops = stop_token_ids(self.model.generation_config)  # which need not be special: its template adds one
+        new = [token for token in output[0, ids.size(1) :].tolist() if token not in stops]
         answer = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
         self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ows_lightning.models.loss import IGNORE_INDEX
+from ows_lightning.models.pretrained import stop_token_ids
 
 _NEUTRAL_SETTINGS = {  # of generation: they leave greedy answers as they are, or are overruled
     "bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_p", "top_k", "max_length",
@@ -37,8 +38,7 @@ class TeacherForcedAnswers:
         settings = generation.to_diff_dict().items()
         if {name for name, value in settings if value not in (None, False, _NEUTRAL_VALUES.get(name))} - _NEUTRAL_SETTINGS:
             return None
-        stops = generation.eos_token_id
-        return cls(tokenizer, set(stops) if isinstance(stops, list) else {stops} - {None}, limit)
+        return cls(tokenizer, set(stop_token_ids(generation)), limit)
 
     def add(self, batch: dict[str, Tensor], likeliest: Tensor) -> None:
         """Notes what the likeliest tokens at a batch's targets, (N,), row by row, show of the answers at its rows' ends."""

@@ -199,10 +199,14 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def add_eos_token_id(model: PreTrainedModel, token: int) -> None:
     """Adds a token that ends generation, also in the exported model."""
-    stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    if token not in stops:
+    if token not in (stops := stop_token_ids(model.generation_config)):
         model.generation_config.eos_token_id = [*stops, token]
+
+
+def stop_token_ids(generation: transformers.GenerationConfig) -> list[int]:
+    """Returns the tokens that end generation."""
+    stops = generation.eos_token_id
+    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
 @functools.lru_cache(maxsize=1)

@@ -65,10 +65,8 @@ class RunRecord:
             raise UsageError(f"{error.filename}: can't be read ({error.strerror}); give a readable run folder") from error
         for draw in run.history:
             if not all(0 <= block < run.num_layers for block in draw.blocks + draw.resting):
-                what = (
-                    f"has a block that is not among the {run.num_layers} of {SCORES_FILE}; put the files of one run together"
-                )
-                raise UsageError(f"{folder / HISTORY_FILE}: interval {draw.interval} {what}")
+                what = f"interval {draw.interval} has a block that is not among the {run.num_layers} of {SCORES_FILE}"
+                raise UsageError(f"{folder / HISTORY_FILE}: {what}; put the files of one run together")
         return run
 
     @property
