@@ -155,7 +155,7 @@ def _cross_entropy_into_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the summed cross entropy and replaces the logits by its gradient, softmax minus one-hot; float32 within."""
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
     rows = rows_at_a_time(logits.size(-1), logits.device)
-    starts = torch.arange(rows, device=logits.device) * logits.size(-1)
+    starts = torch.arange(len(targets), device=logits.device) * logits.size(-1)
     for part, target in zip(logits.split(rows), targets.unsqueeze(-1).split(rows), strict=True):
         exact = part.float()
         behind = exact.amax(-1, keepdim=True) - exact.gather(-1, target)
