@@ -17,7 +17,7 @@ from ows_lightning import compat
 PACKAGE = Path(__file__).parents[1] / "ows_lightning"
 
 OUTSIDE = {
-    "callbacks/continue_metrics_csv.py": {  # which rows Lightning's loggers have written, and when it steps
+    "callbacks/resume.py": {  # which rows Lightning's loggers have written, and when it steps
         "trainer._logger_connector", "loop._batches_that_stepped", "loop._should_accumulate",
     },
     "callbacks/run_folder.py": {"super()._get_next_version"},  # overridden where CSVLogger calls it

@@ -20,10 +20,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
 from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
-from ows_lightning.callbacks.continue_metrics_csv import ContinueMetricsCSV
 from ows_lightning.callbacks.generations import PredictionFile
 from ows_lightning.callbacks.learning_rates import LearningRates
 from ows_lightning.callbacks.progress_bar import ProgressBar
+from ows_lightning.callbacks.resume import ContinueMetricsCSV
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder, RunLogger
 from ows_lightning.callbacks.run_summary import RunSummary

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks.continue_metrics_csv import ContinueMetricsCSV
-from ows_lightning.callbacks.resume import Resume
+from ows_lightning.callbacks.resume import ContinueMetricsCSV, Resume
 from ows_lightning.checkpoints.io import AtomicCheckpointIO
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.sampling.callback import LayerwiseSampling

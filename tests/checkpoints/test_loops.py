@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from ows_lightning import CausalLMModule, GaLoreAdamW, InstructionDataModule, LayerwiseSampling, OWSTrainer
-from ows_lightning.callbacks.continue_metrics_csv import ContinueMetricsCSV
+from ows_lightning.callbacks.resume import ContinueMetricsCSV
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.errors import RunError
 from tests.data.samples import tiny_tokenizer
