@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ows_lightning.cli.help import CommandParser, path
+from ows_lightning.cli.help import CommandParser
 
 
 def apply_delta(argv: list[str]) -> None:
@@ -10,7 +10,7 @@ def apply_delta(argv: list[str]) -> None:
     parser = CommandParser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
     parser.add_argument("base", metavar="BASE", help="The model that the run started from: hub name, directory or .gguf file")
     parser.add_argument("delta", metavar="DELTA", help="The delta's directory")
-    parser.add_argument("--output", type=path, help="The directory to write; by default DELTA-model")
+    parser.add_argument("--output", type=Path, help="The directory to write; by default DELTA-model")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the base's repository")
     args = parser.parse_args(argv)
     from ows_lightning.models import delta

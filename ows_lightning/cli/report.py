@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from ows_lightning.cli.help import CommandParser, path
+from ows_lightning.cli.help import CommandParser
 
 
 def report(argv: list[str]) -> None:
     """Draws, or serves until the run ends."""
     parser = CommandParser("report", "Draw one run or compare several, from their folders alone.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="A folder that `fit` or `score` wrote")
-    parser.add_argument("--output", type=path, help="Where to write; by default the folder of a single run, or `report`")
+    parser.add_argument("--output", type=Path, help="Where to write; by default the folder of a single run, or `report`")
     parser.add_argument("--watch", metavar="RUN", help="Serve this run's page on 127.0.0.1 until the run ends or Ctrl-C")
     parser.add_argument("--port", type=int, default=0, help="The port of --watch; by default a free one")
     args = parser.parse_args(argv)
@@ -18,7 +18,7 @@ def report(argv: list[str]) -> None:
             parser.error("--watch takes one run, and writes nothing")
         from ows_lightning.report.watch import watch
 
-        watch(path(args.watch), args.port)
+        watch(Path(args.watch), args.port)
         return
     if args.port:
         parser.error("--port is the port of --watch")
