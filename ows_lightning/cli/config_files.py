@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile
 
+from ows_lightning.cli.help import CommandParser
 from ows_lightning.errors import UsageError, did_you_mean
 
 _PACKAGE = Path(__file__).parents[1]
@@ -70,6 +71,13 @@ def shipped_data(name: Any) -> Any:
     if shipped and not Path(name).exists() and (SHIPPED_FOLDER / name).exists():
         return str(SHIPPED_FOLDER / name)
     return name
+
+
+def configs(argv: list[str]) -> None:
+    """``configs``: the shipped files, each with its first line, which says what it is for."""
+    CommandParser("configs", "List the config files that come with this package; `--config NAME` takes one.").parse_args(argv)
+    for name, path in shipped_configs():
+        print(f"{name:<26} {path.read_text().splitlines()[0].removeprefix('# ')}")
 
 
 def _read(path: Path) -> dict[str, Any]:

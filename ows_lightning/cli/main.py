@@ -25,13 +25,13 @@ CONFIG_COMMANDS = {
 """The commands that take ``--config``; methods of CommandTrainer, which LightningCLI runs."""
 
 OTHER_COMMANDS = {
-    "chat": "Talk to a model, in the terminal or through a pipe",
-    "compare": "Show the answers of the base and the tuned model side by side",
-    "apply-delta": "Make a model from a base and a delta of `export --delta`",
-    "report": "Draw one run or compare several, from their folders; --watch shows a running one",
-    "configs": "List the config files that come with this package",
+    "chat": ("chat", "Talk to a model, in the terminal or through a pipe"),
+    "compare": ("chat", "Show the answers of the base and the tuned model side by side"),
+    "apply-delta": ("folder_commands", "Make a model from a base and a delta of `export --delta`"),
+    "report": ("folder_commands", "Draw one run or compare several, from their folders; --watch shows a running one"),
+    "configs": ("config_files", "List the config files that come with this package"),
 }
-"""The other commands: each a module of this folder, whose function of the same name takes the arguments."""
+"""The other commands: the module of this folder with a function of that name, which takes the arguments, and the help."""
 
 _IGNORED_WARNINGS = (
     "does not have many workers",  # rows are tokenised beforehand, so workers have nothing to do
@@ -94,8 +94,8 @@ def _run(argv: list[str]) -> None:
 
                 print(help_text(command, CONFIG_COMMANDS[command]))
             elif command in OTHER_COMMANDS:
-                name = command.replace("-", "_")
-                getattr(importlib.import_module(f"ows_lightning.cli.{name}"), name)(argv[1:])
+                module = importlib.import_module(f"ows_lightning.cli.{OTHER_COMMANDS[command][0]}")
+                getattr(module, command.replace("-", "_"))(argv[1:])
             else:
                 _run_lightning(command, argv)
             sys.stdout.flush()
@@ -122,7 +122,7 @@ def usage() -> str:
     lines = [f"usage: {command_line('COMMAND')} [--config FILE ...] [--KEY VALUE ...]", "", "Commands that take a config:"]
     lines += [f"  {name:<12} {description}" for name, description in CONFIG_COMMANDS.items()]
     lines += ["", "Others:"]
-    lines += [f"  {name:<12} {description}" for name, description in OTHER_COMMANDS.items()]
+    lines += [f"  {name:<12} {description}" for name, (_, description) in OTHER_COMMANDS.items()]
     return "\n".join([*lines, "", f"`{command_line('COMMAND --help')}` lists a command's options."])
 
 

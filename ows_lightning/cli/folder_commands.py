@@ -1,4 +1,4 @@
-"""``report RUN [RUN ...]``: draws runs, or serves the page of one that is running."""
+"""``report`` and ``apply-delta``, which need no config: they read folders and write one."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from ows_lightning.cli.help import CommandParser
 
 
 def report(argv: list[str]) -> None:
-    """Draws, or serves until the run ends."""
+    """``report RUN [RUN ...]``: draws runs, or serves the page of one that is running."""
     parser = CommandParser("report", "Draw one run or compare several, from their folders alone.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="A folder that `fit` or `score` wrote")
     parser.add_argument("--output", type=Path, help="Where to write; by default the folder of a single run, or `report`")
@@ -26,3 +26,18 @@ def report(argv: list[str]) -> None:
 
     output = args.output or (Path(args.runs[0]) / "report" if len(args.runs) == 1 else Path("report"))
     print(f"Written: {write_report(args.runs, output)}")
+
+
+def apply_delta(argv: list[str]) -> None:
+    """``apply-delta BASE DELTA``: writes the model, and says how much smaller the delta is."""
+    parser = CommandParser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
+    parser.add_argument("base", metavar="BASE", help="The model that the run started from: hub name, directory or .gguf file")
+    parser.add_argument("delta", metavar="DELTA", help="The delta's directory")
+    parser.add_argument("--output", type=Path, help="The directory to write; by default DELTA-model")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the base's repository")
+    args = parser.parse_args(argv)
+    from ows_lightning.models import delta
+
+    output = args.output or Path(f"{Path(args.delta).absolute()}-model")
+    sizes = delta.apply_delta(args.base, args.delta, output, args.trust_remote_code)
+    print(f"Written: {output} (the delta has {sizes})")
