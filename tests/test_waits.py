@@ -23,8 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from ows_lightning.callbacks.learning_rates import LearningRates
-from ows_lightning.callbacks.throughput import Throughput
+from ows_lightning.callbacks.throughput import LearningRates, Throughput
 from ows_lightning.compat import storage_key
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling

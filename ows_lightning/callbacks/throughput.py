@@ -1,4 +1,4 @@
-"""Tokens a second, time and memory of training."""
+"""Tokens a second, time and memory of training, and the progress bar."""
 
 import contextlib
 import resource
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.callback import LayerwiseSampling
 
 
 class Throughput(StepCallback):
@@ -83,8 +85,30 @@ class Throughput(StepCallback):
         self._before = checkpoint.get("progress", {})
 
 
+class LearningRates(Callback):
+    """Logs the learning rate of each group, named as by Lightning's LearningRateMonitor, which waits for the device."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Logs the rates of the step that comes, in float64: a CSV file has them as they are written."""
+        name, groups = f"lr-{type(optimizer).__name__}", optimizer.param_groups
+        for number, group in enumerate(groups, start=1):
+            pl_module.log(name if len(groups) == 1 else f"{name}/pg{number}", torch.tensor(group["lr"], dtype=torch.float64))
+
+
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with the blocks that train at the moment."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """Adds the active blocks to the logged figures."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        if (sampling := LayerwiseSampling.of(trainer)) is not None:
+            items["blocks"] = ",".join(map(str, sampling.active_blocks))
+        return items

@@ -21,14 +21,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 import ows_lightning.distributed  # noqa: F401  registers fsdp2 and ddp_layerwise
 from ows_lightning.callbacks.auto_gradient_checkpointing import AutoGradientCheckpointing
 from ows_lightning.callbacks.generations import PredictionFile
-from ows_lightning.callbacks.learning_rates import LearningRates
-from ows_lightning.callbacks.progress_bar import ProgressBar
 from ows_lightning.callbacks.resume import ContinueMetricsCSV
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.callbacks.run_folder import RunFolder, RunLogger
 from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
+from ows_lightning.callbacks.throughput import LearningRates, ProgressBar
 from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.cli import peer_watchdog
 from ows_lightning.cli.commands import CommandTrainer

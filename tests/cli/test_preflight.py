@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from ows_lightning import CausalLMModule, LayerwiseSampling, OWSTrainer
-from ows_lightning.callbacks.learning_rates import LearningRates
 from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
+from ows_lightning.callbacks.throughput import LearningRates
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import main
 from ows_lightning.cli.preflight import LOGGED_METRICS, check_devices, check_plan, check_run, check_writable, iter_numbers
