@@ -43,6 +43,11 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{self.command}: {message}; `{self.prog} --help` lists the options")
 
 
+def path(text: str) -> Path:
+    """A path as it is typed: shells leave the ~ of ``--key=~/folder`` as it is."""
+    return Path(text).expanduser()
+
+
 def help_text(command: str, description: str) -> str:
     """Returns the help of a command: its description, its own options, and the keys of each section of a config."""
     (package,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]

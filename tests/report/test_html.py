@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import re
 import shutil
 import subprocess
@@ -85,6 +86,17 @@ def test_the_command_compares_runs_without_a_config(tmp_path, make_run, capsys):
     main(["report", *runs, "--output", str(tmp_path / "compared")])
     assert capsys.readouterr().out.splitlines()[-1] == f"Written: {tmp_path}/compared/report.html"
     assert (tmp_path / "compared" / "loss.png").is_file()
+
+
+def test_the_home_of_a_path_that_the_shell_left_as_it_was(tmp_path, make_run, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = make_run(tmp_path / "run")
+    main(["report", str(run), "--output=~/report"])
+    assert (tmp_path / "report" / "report.html").is_file()
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(SystemExit):
+        main(["compare", "--model=~/run"])
+    assert "no prompt is given" in capsys.readouterr().err  # the run was found, and with it the base
 
 
 def test_compared_runs_have_a_row_each(tmp_path, make_run):
