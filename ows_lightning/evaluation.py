@@ -66,7 +66,6 @@ class EvaluationModule(LightningModule):
         return self.causal_lm
 
     def on_validation_epoch_start(self) -> None:
-        """Resets the validation metrics."""
         self.val_metrics.restart()
         self._greedy = self._start_greedy_answers()
 
@@ -75,11 +74,9 @@ class EvaluationModule(LightningModule):
         self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the validation metrics."""
         self.log_dict(self.val_metrics.compute_by_name("val"), prog_bar=True)
 
     def on_test_epoch_start(self) -> None:
-        """Resets the test metrics."""
         self.test_metrics.restart()
         self.test_choices.reset()
         self._greedy = self._start_greedy_answers()
@@ -92,7 +89,6 @@ class EvaluationModule(LightningModule):
             self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
-        """Logs the test metrics."""
         self.log_dict(self.test_metrics.compute_by_name("test"), prog_bar=True)
         if self.test_choices.update_count > 0:
             self.log_dict({f"test_{name}": value for name, value in self.test_choices.compute().items()})

@@ -42,12 +42,10 @@ class ShowGenerations(StepCallback):
         self.prompts, self.every_n_steps = list(prompts), every_n_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows what the model answers at first."""
         super().on_train_start(trainer, pl_module)
         self._show(trainer, pl_module, overwrite=not trainer.ckpt_path)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows the answers after each interval."""
         if trainer.global_step % self.every_n_steps == 0:
             self._show(trainer, pl_module)
 
@@ -81,7 +79,6 @@ class PredictionFile(Callback):
     """Writes each answer of a CausalLMModule as a line of ``predictions.jsonl`` into the run's folder; a file a rank."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Creates the file."""
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         rank = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
@@ -96,5 +93,4 @@ class PredictionFile(Callback):
                 file.write(json.dumps(known, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints its path."""
         print(f"Written: {self._path}")

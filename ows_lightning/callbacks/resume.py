@@ -126,12 +126,10 @@ class Resume(Callback):
         return [group for optimizer, number in held for group in optimizer.param_groups[:number]]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves the configured options and settings."""
         checkpoint["changeable_settings"] = changeable_settings(trainer, pl_module)
         checkpoint["configured_options"] = self._options
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Reads the options and settings of the run that is resumed."""
         self._saved_settings = checkpoint.get("changeable_settings", {})
         self._saved_options = checkpoint.get("configured_options")
         self._check_optimizers(trainer, pl_module)  # fsdp2 made them, and began to fit, before
@@ -165,7 +163,6 @@ class ContinueMetricsCSV(Callback):
         checkpoint["curves"] = {"folder": str(folder), "logged": logged, "row": _unlogged_row(trainer)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Copies the rows, on rank 0."""
         logger = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
         if trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path and logger is not None and trainer.is_global_zero:
             _copy_rows(Path(trainer.ckpt_path), logger, checkpoint)

@@ -95,7 +95,6 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state."""
         super().load_state_dict(state_dict)
         self._loaded_steps_seen = state_dict.get("steps_seen")
         self._defer_save_until_validation = state_dict.get("waits_for_validation", False)

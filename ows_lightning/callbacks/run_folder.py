@@ -87,11 +87,9 @@ class RunFolder(Callback):
         self._at_end.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unlocks the folder."""
         self._at_end.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``model/`` and the plots."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # nothing of it is kept
             return
         folder = run_folder(trainer)

@@ -49,12 +49,10 @@ class RunSummary(Callback):
         self.predicted: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets an earlier run."""
         if stage == "fit":
             RunSummary.__init__(self, self.config)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the summary."""
         folder, steps = run_folder(trainer), expected_steps(trainer)  # both ask all ranks
         if not trainer.is_global_zero:
             return
@@ -91,7 +89,6 @@ class RunSummary(Callback):
             log.info("Before training%s: validation %s", self.batches_before, _metrics_text(metrics))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the step."""
         self.validated_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,16 +127,13 @@ class RunSummary(Callback):
             log.info("Next: %s", "\n      ".join(map(command_line, steps)))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Adds the predicted memory to an out-of-memory error."""
         if self.predicted is not None and is_out_of_memory(exception):
             add_note(exception, self.predicted)
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures from before the training."""
         return {"before": dict(self.before), "batches_before": self.batches_before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores these figures in a resumed run."""
         self.before, self.batches_before = state_dict["before"], state_dict.get("batches_before", "")
 
     def _memory_text(self, module: CausalLMModule) -> str:

@@ -33,7 +33,6 @@ class SaveOnSignal(StepCallback):
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets an earlier run's signals."""
         SaveOnSignal.__init__(self)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +52,6 @@ class SaveOnSignal(StepCallback):
         self._received = number
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Notes a signal for the other processes."""
         if isinstance(pl_module, CausalLMModule):
             number = self._received
             pl_module.step_accumulator.signal_code = _CODE_BASE ** _SIGNALS.index(signal.Signals(number)) if number else 0

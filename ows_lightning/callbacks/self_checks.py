@@ -38,7 +38,6 @@ class SelfChecks(Callback):
     """Warns at a run's end if the loss hardly fell, the state is no smaller than LISA's, or draws are nearly uniform."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks on rank 0."""
         sampling, folder = LayerwiseSampling.of(trainer), run_folder(trainer)  # asks all ranks
         if sampling is None or not isinstance(pl_module, CausalLMModule) or not trainer.is_global_zero:
             return

@@ -16,7 +16,6 @@ class StepCallback(Callback):
         self._steps_seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """Calls ``on_step_end`` if there was a step."""
         if trainer.global_step != self._steps_seen:
             self._steps_seen = trainer.global_step
             self.on_step_end(trainer, pl_module)

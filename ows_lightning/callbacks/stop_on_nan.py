@@ -25,7 +25,6 @@ class StopOnNaN(StepCallback):
         self._in_a_row, self._skipped = 0, _skipped_steps(trainer)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts skipped steps, and ends the run by a RunError on all ranks."""
         metrics = pl_module.last_step_metrics if isinstance(pl_module, CausalLMModule) else None
         before, self._skipped = self._skipped, _skipped_steps(trainer)
         skipped = self._skipped > before if metrics is None else metrics.skipped

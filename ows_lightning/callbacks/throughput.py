@@ -34,7 +34,6 @@ class Throughput(StepCallback):
         self._seconds, self._batch_start = 0.0, 0.0  # within batches of the step under way
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets an earlier run."""
         if stage == "fit":
             Throughput.__init__(self)
             if trainer.strategy.root_device.type == "cuda":
@@ -43,16 +42,13 @@ class Throughput(StepCallback):
                 Path("/proc/self/clear_refs").write_text("5")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock."""
         self._batch_start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """Stops the clock."""
         self._seconds += time.perf_counter() - self._batch_start
         super().on_train_batch_end(trainer, pl_module, *batch)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the step's figures."""
         if not isinstance(pl_module, CausalLMModule) or pl_module.last_step_metrics is None:
             return
         self._tokens += pl_module.last_step_metrics.tokens
@@ -77,11 +73,9 @@ class Throughput(StepCallback):
                 logger.log_metrics(sums, step=step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves the sums so far."""
         checkpoint["progress"] = self._sums(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restores the sums of the run that is resumed."""
         self._before = checkpoint.get("progress", {})
 
 
