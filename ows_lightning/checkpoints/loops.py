@@ -93,7 +93,6 @@ class ExactEpochLoop(_TrainingEpochLoop):
         return {**super().on_save_checkpoint(), "unfinished": unfinished}
 
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Restores that number."""
         super().on_load_checkpoint(state_dict)
         self._unfinished = state_dict.get("unfinished", 0)
 
@@ -158,7 +157,6 @@ class ExactFitLoop(_FitLoop):
             self.trainer.accumulate_grad_batches = micro_batches_per_step(self.trainer, self.trainer.current_epoch)
 
     def reset(self) -> None:
-        """Does not restart the epoch that is resumed."""
         super().reset()
         if self.epoch_loop.replays_step_end:
             self._restart_stage = RestartStage.RESTARTED_MID_EPOCH

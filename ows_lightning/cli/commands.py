@@ -37,9 +37,7 @@ class CommandTrainer(OWSTrainer):
         """Evaluate on the validation set: loss, perplexity, exact match of generated answers.
 
         Args:
-            *args: Lightning's.
             verbose: Print the figures.
-            **kwargs: Lightning's.
         """
         return self._print_metrics(super().validate(*args, verbose=False, **kwargs), verbose)  # type: ignore[misc]
 
@@ -49,11 +47,9 @@ class CommandTrainer(OWSTrainer):
         """Evaluate on the test set: loss, perplexity, exact match of generated answers, accuracy where rows have choices.
 
         Args:
-            *args: Lightning's.
             verbose: Print the figures.
             tasks: Names of tasks of lm-evaluation-harness to run, too. Needs the extra ``eval``.
             include_path: A folder with YAML files of further tasks.
-            **kwargs: Lightning's.
         """
         if tasks and not isinstance(model := kwargs.get("model", next(iter(args), None)), CausalLMModule):
             raise UsageError(f"tasks: {type(model).__name__} holds no model that lm-eval can run; use CausalLMModule")

@@ -108,7 +108,6 @@ def _suffix_of(path: Path) -> str | None:
 
 
 def _check_split_unset(source: DataSource) -> DataSource:
-    """Refuses `data.split` for rows that have no splits."""
     if source.key == "dataset" and source.splits[-1] != "train":
         hint = "leave data.split out, or give the file that holds the rows (on the hub, 'owner/name:split' asks for one)"
         raise source.error(f"'{source.name}' has no splits, and data.split asks for '{source.splits[-1]}'; {hint}")

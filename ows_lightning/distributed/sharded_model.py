@@ -90,7 +90,6 @@ def _read_local_part(tensor: Tensor, path: Path, key: str) -> None:
 
 
 def _broadcast_weight(tensor: Tensor, whole: Tensor | None, mesh: DeviceMesh) -> None:
-    """Fills a weight on all processes from rank 0's whole one."""
     full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if whole is not None:
         full.copy_(whole)

@@ -111,10 +111,9 @@ def changes_that_fit(settings: PlanSettings, gigabytes: int) -> dict[str, Any] |
         return sizes[smallest:]
 
     best, changes = next((_with_batch_size(changed, size), keys) for changed, keys in milder for size in fitting(changed))
-    if best.batch_size < settings.batch_size:
-        sizes_keys = {"data.batch_size": best.batch_size, "trainer.accumulate_grad_batches": best.accumulate_grad_batches}
-        changes = {**sizes_keys, **changes}
-    return changes
+    if best.batch_size == settings.batch_size:
+        return changes
+    return {"data.batch_size": best.batch_size, "trainer.accumulate_grad_batches": best.accumulate_grad_batches, **changes}
 
 
 def _in_words(changes: dict[str, Any]) -> str:

@@ -309,7 +309,6 @@ class BlockOffloader:
         _set_data(self.parameters[index], own)
 
     def _offload_trained(self, index: int) -> None:
-        """Offloads a block that has trained."""
         self.offloaded[index].write_back([p.data for p in self.parameters[index]])
         _set_data(self.parameters[index], self.offloaded[index].tensors)
 

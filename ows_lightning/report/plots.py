@@ -75,8 +75,7 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
     end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
-    blocks = range(run.num_layers)
-    trains = np.array([[2 * (i in draw.blocks) + (i in draw.resting) for draw in run.history] for i in blocks], dtype=float)
+    trains = [[2 * (i in draw.blocks) + (i in draw.resting) for draw in run.history] for i in range(run.num_layers)]
     rows, colours = np.arange(run.num_layers + 1) - 0.5, ListedColormap(["#EEF3F7", LIGHT_BLUE, BLUE])
     borders: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6} if len(starts) <= MAX_BORDERS else {"linewidth": 0}
     ax.pcolormesh([*starts, end], rows, trains, cmap=colours, vmin=0, vmax=2, **borders)
@@ -233,7 +232,6 @@ def _run_handles(runs: Sequence[RunRecord]) -> list[Any]:
 
 
 def _unit(x: XAxis, largest: float) -> tuple[float, str]:
-    """Factor and label that keep the axis' numbers short."""
     if x == "step":
         return 1, "optimizer step"
     if x == "tokens":

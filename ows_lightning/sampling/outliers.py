@@ -109,7 +109,6 @@ def calibration_batches(loader: Any, samples: int, seed: int) -> Iterable[dict[s
 
 
 def _first_rows(batches: Iterable[dict[str, Tensor]], samples: int) -> Iterator[dict[str, Tensor]]:
-    """Yields whole batches until they have as many rows."""
     for batch in batches:
         yield batch  # whoever takes it checks what it is
         samples -= len(batch["input_ids"])
