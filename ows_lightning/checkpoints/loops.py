@@ -105,7 +105,6 @@ class ExactFitLoop(_FitLoop):
 
     @property
     def done(self) -> bool:
-        """False until all that follows the last step has been done."""
         return not self.epoch_loop.replays_step_end and super().done
 
     def remember_position(self) -> None:

@@ -65,7 +65,7 @@ class Conversation:
 def load_conversation(name: str, args: argparse.Namespace) -> Conversation:
     """Loads a model (a name, a run's folder, a checkpoint or a delta) to talk to, by the flags of `add_generation_flags`."""
     if not args.temperature and (args.top_k or args.top_p < 1):
-        raise UsageError("temperature: --top_k and --top_p say what is drawn from, and 0 draws nothing; give one above 0")
+        raise UsageError("temperature: --top_k and --top_p matter only where answers are drawn; add --temperature 0.7, say")
     asked = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 import shutil
 import textwrap
 from importlib.util import find_spec
@@ -45,7 +46,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def path(text: str) -> Path:
     """A path as it is typed: shells leave the ~ of ``--key=~/folder`` as it is."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # where pathlib raises: no such user
 
 
 def help_text(command: str, description: str) -> str:

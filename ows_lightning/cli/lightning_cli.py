@@ -223,7 +223,7 @@ class OWSCLI(LightningCLI):
         if ckpt_path is None and command in ("validate", "test", "predict"):
             log.info("ckpt_path: none is given, so this is about the base model")
         if ckpt_path == "best":
-            raise UsageError("ckpt_path: which one is best is known to the process that trained alone; give its path, or last")
+            raise UsageError("ckpt_path: only the process that trained knows which one is best; give its path, or last")
         if not ckpt_path or ckpt_path == "hpc":
             return
         root = Path(config.trainer.default_root_dir or "runs")

@@ -353,7 +353,8 @@ class BlockSampler:
     def resting_blocks(self, active: Sequence[int]) -> list[int]:
         """Returns the blocks that train at rest while others are active: with a `resting_rank`, all above the lowest."""
         count = 0 if self.probabilities is None or not self.resting_rank else len(self.probabilities)
-        return [block for block in range(min(active), count) if block not in active]
+        above = range(min(active, default=count), count)
+        return [block for block in above if block not in active and (not self._blocks or len(self._blocks[block]))]
 
     def compute_scores(self, model: nn.Module, loader: Any) -> BlockScores:
         """Returns the blocks' scores and the probabilities that follow from them.

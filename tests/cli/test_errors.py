@@ -474,7 +474,9 @@ CASES = {
         fit("--ckpt_path damaged.ckpt"), "ckpt_path", "(it is cut short, or was not written by torch); there is no good one"
     ),
     "best checkpoint of no run": Case(
-        "validate --config base.yaml --ckpt_path best", "ckpt_path", "known to the process that trained alone; give its path"
+        "validate --config base.yaml --ckpt_path best",
+        "ckpt_path",
+        "only the process that trained knows which one is best; give its path",
     ),
     "an optimizer that can't let blocks rest": Case(
         fit("--sampling.resting_rank 4 --model.optimizer torch.optim.AdamW --model.rank null"),

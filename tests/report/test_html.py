@@ -97,6 +97,10 @@ def test_the_home_of_a_path_that_the_shell_left_as_it_was(tmp_path, make_run, mo
     with pytest.raises(SystemExit):
         main(["compare", "--model=~/run"])
     assert "no prompt is given" in capsys.readouterr().err  # the run was found, and with it the base
+    for command in ("report --watch=~nosuchuser/run", "report ~/none --output=~nosuchuser/report"):
+        with pytest.raises(SystemExit):
+            main(command.split())
+        assert "no such folder" in capsys.readouterr().err
 
 
 def test_compared_runs_have_a_row_each(tmp_path, make_run):

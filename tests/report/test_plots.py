@@ -93,6 +93,17 @@ def test_heat_map_shows_each_draw_over_its_steps(run):
     assert list(edges) == [*range(0, 500, 50), 500]
 
 
+def test_heat_map_tells_blocks_at_rest_from_those_that_train(run):
+    first, *others = run.history
+    resting = tuple(block for block in range(min(first.blocks), 32) if block not in first.blocks)
+    _, ax = plots.plot_blocks(replace(run, history=[first._replace(resting=resting), *others]))
+    shown = np.asarray(ax.collections[0].get_array())
+    assert tuple(np.flatnonzero(shown[:, 0] == 2)) == first.blocks
+    assert tuple(np.flatnonzero(shown[:, 0] == 1)) == resting
+    assert set(shown[:, 1:].flat) == {0, 2}
+    assert "trains at rest" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 def test_the_heat_map_ends_where_the_run_did(tmp_path, make_run):
     run = RunRecord.read(make_run(tmp_path / "stopped", steps=480))
     for record, end in ((run, 480), (replace(run, metrics={}), 500)):

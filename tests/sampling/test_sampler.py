@@ -265,6 +265,17 @@ def test_blocks_above_the_lowest_of_all_draws_have_trained_at_rest(resting_rank:
     assert sampler.trained_blocks([[0]]) == trained | {0}
 
 
+def test_blocks_that_the_user_froze_do_not_train_at_rest() -> None:
+    model, sampler = tiny_model("llama", num_hidden_layers=6), BlockSampler(1, 2, [0, 1, 0, 0, 0, 0], resting_rank=2)
+    for block in (2, 4):
+        decoder_layers(model)[block].requires_grad_(False)
+    sampler.attach(model)
+    sampler.start(0, [GaLoreAdamW(model.parameters(), lr=1e-3)], lambda: sampler.compute_scores(model, None))
+    assert sampler.resting_blocks([1]) == [3, 5]
+    assert sampler.trained_blocks() == {1, 3, 5}
+    assert sampler.resting_blocks([]) == []  # an overridden `blocks_of` may draw none
+
+
 def test_a_last_interval_that_is_cut_short_is_planned_too() -> None:
     for seed in range(8):
         sampler = BlockSampler(1, 2, "uniform", seed=seed)
