@@ -106,7 +106,6 @@ def _class_if_imported(module: str, name: str) -> tuple[type[BaseException], ...
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error, and those that it came of."""
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:  # it may be a circle
         chain.append(inner)

@@ -76,7 +76,6 @@ class MemoryTracker(TorchDispatchMode):
         self.flops: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Runs an operator, and takes its results into account."""
         result = self._operate(func, args, kwargs or {})
         self.flops[self.span] += operator_flops(func, args, kwargs or {}, result)
         for value in [result] if isinstance(result, Tensor) else tree_leaves(result):  # faster, and the usual case

@@ -44,7 +44,6 @@ class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
         self._file.write(tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Closes the file."""
         self._file.close()
         assert kind is not None or not self._places, f"{', '.join(self._places)} not written"
 

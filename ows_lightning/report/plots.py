@@ -75,14 +75,15 @@ def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
     end = max(starts[-1] + 1, run.last_step) if run.metrics else starts[-1] + length
-    trains = [[2 * (i in draw.blocks) + (i in draw.resting) for draw in run.history] for i in range(run.num_layers)]
+    draws = [(draw.blocks, run.resting.get(draw.interval, ())) for draw in run.history]
+    trains = [[2 * (i in active) + (i in resting) for active, resting in draws] for i in range(run.num_layers)]
     rows, colours = np.arange(run.num_layers + 1) - 0.5, ListedColormap(["#EEF3F7", LIGHT_BLUE, BLUE])
     borders: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6} if len(starts) <= MAX_BORDERS else {"linewidth": 0}
     ax.pcolormesh([*starts, end], rows, trains, cmap=colours, vmin=0, vmax=2, **borders)
     for block in run.never_trained:
         ax.axhspan(block - 0.5, block + 0.5, color=ORANGE, alpha=0.45, linewidth=0)
     handles = [Patch(color=BLUE, label="trains")]
-    if any(draw.resting for draw in run.history):
+    if run.resting:
         handles.append(Patch(color=LIGHT_BLUE, label="trains at rest"))
     if never := len(run.never_trained):
         handles.append(Patch(color=ORANGE, alpha=0.45, label=f"never trained ({never} of {run.num_layers})"))

@@ -29,7 +29,6 @@ class Draw(NamedTuple):
     interval: int
     step: int
     blocks: tuple[int, ...]
-    resting: tuple[int, ...] = ()  # those that train at rest
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class RunRecord:
     path: Path  # the run's folder
     scores: dict[str, Any] | None = None  # ``outlier_scores.json`` (see `BlockScores`); None where no blocks were scored
     history: list[Draw] = field(default_factory=list)  # of ``sampling_history.csv``; empty where no blocks were sampled
+    resting: dict[int, tuple[int, ...]] = field(default_factory=dict)  # blocks that train at rest, by the interval
     # Columns of ``metrics.csv``, all of one length; None where a row, of one logging call, has no value.
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
     config: dict[str, Any] | None = None  # of ``config.yaml``
@@ -55,16 +55,17 @@ class RunRecord:
         try:
             whole = folder.resolve()
             name = "/".join(whole.parts[-1 if _version_number(whole) < 0 else -2 :])
+            history, resting = _read_history(folder / HISTORY_FILE)
             run = cls(
                 name=name, path=folder, config=_read(folder / CONFIG_FILE, _config),
                 scores=_read(folder / SCORES_FILE, _scores, f"write it again with `{command_line('score')}`"),
-                history=_read_history(folder / HISTORY_FILE), metrics=_read_columns(folder / METRICS_FILE, _number),
+                history=history, resting=resting, metrics=_read_columns(folder / METRICS_FILE, _number),
                 texts={title: table for title, file in TEXT_FILES.items() if (table := _read_columns(folder / file, str))},
             )  # fmt: skip
         except OSError as error:
             raise UsageError(f"{error.filename}: can't be read ({error.strerror}); give a readable run folder") from error
         for draw in run.history:
-            if not all(0 <= block < run.num_layers for block in draw.blocks + draw.resting):
+            if not all(0 <= block < run.num_layers for block in draw.blocks):
                 what = f"interval {draw.interval} has a block that is not among the {run.num_layers} of {SCORES_FILE}"
                 raise UsageError(f"{folder / HISTORY_FILE}: {what}; put the files of one run together")
         return run
@@ -74,12 +75,12 @@ class RunRecord:
         """Number of decoder blocks; without scores, as many as the drawn ones show that there are at least."""
         if self.scores:
             return len(self.scores["probabilities"])
-        return 1 + max((block for draw in self.history for block in draw.blocks + draw.resting), default=-1)
+        return 1 + max((block for draw in self.history for block in draw.blocks), default=-1)
 
     @property
     def never_trained(self) -> list[int]:
         """Blocks that never trained, not at rest either; empty where no blocks were sampled."""
-        trained = {block for draw in self.history for block in draw.blocks + draw.resting}
+        trained = {block for draw in self.history for block in draw.blocks}.union(*self.resting.values())
         return [block for block in range(self.num_layers) if block not in trained] if self.history else []
 
     @property
@@ -177,13 +178,14 @@ def _read_rows(path: Path, convert: Callable[[dict[str, str]], T]) -> list[T]:
     return _read(path, lambda text: [*rows(text)]) or []
 
 
-def _read_history(path: Path) -> list[Draw]:
-    def interval(row: dict[str, str]) -> Draw:
+def _read_history(path: Path) -> tuple[list[Draw], dict[int, tuple[int, ...]]]:
+    def interval(row: dict[str, str]) -> tuple[Draw, tuple[int, ...]]:
         active, resting = (tuple(map(int, cell.split())) for cell in (row["blocks"], row.get("resting", "")))
-        return Draw(int(row["interval"]), int(row["step"]), active, resting)
+        return Draw(int(row["interval"]), int(row["step"]), active), resting
 
     # A resumed run writes the interval in which it was cut off again: the later row counts.
-    return sorted({draw.interval: draw for draw in _read_rows(path, interval)}.values())
+    rows = {draw.interval: (draw, resting) for draw, resting in _read_rows(path, interval)}
+    return sorted(draw for draw, _ in rows.values()), {number: resting for number, (_, resting) in rows.items() if resting}
 
 
 def _number(cell: str) -> float | None:

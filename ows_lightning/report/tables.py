@@ -31,8 +31,9 @@ def scores_table(run: RunRecord) -> Table:
 
 def blocks_table(run: RunRecord) -> Table:
     """The draws as ``sampling_history.csv`` has them."""
-    rows = [(interval, step, *(" ".join(map(str, each)) for each in blocks)) for interval, step, *blocks in run.history]
-    return _table(("interval", "step", "blocks", "resting"), rows)
+    rows = [(draw.interval, draw.step, " ".join(map(str, draw.blocks))) for draw in run.history]
+    resting = {"resting": [" ".join(map(str, run.resting.get(draw.interval, ()))) for draw in run.history]}
+    return _table(("interval", "step", "blocks"), rows) | (resting if run.resting else {})
 
 
 def block_frequency_table(run: RunRecord) -> Table:

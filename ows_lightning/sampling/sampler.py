@@ -287,11 +287,10 @@ class BlockSampler:
         with (folder / "sampling_history.csv").open("a" if draws else "w", newline="") as file:
             writer = csv.writer(file)
             if not draws:
-                writer.writerow(["interval", "step", "blocks", "resting"])
-            for interval, step, blocks in self.history[draws:]:
-                writer.writerow(
-                    [interval, step, *(" ".join(map(str, each)) for each in (blocks, self.resting_blocks(blocks)))]
-                )
+                writer.writerow(["interval", "step", "blocks", *(["resting"] if self.resting_rank else [])])
+            for interval, step, active in self.history[draws:]:
+                blocks = [active, self.resting_blocks(active)] if self.resting_rank else [active]
+                writer.writerow([interval, step, *(" ".join(map(str, each)) for each in blocks)])
         self._written = len(self.history), self.outlier_scores
 
     def check(self, num_layers: int, architecture: Mapping[str, Any]) -> None:

@@ -40,10 +40,10 @@ def make_run(
             "probabilities": probabilities.tolist(),
         }
         (folder / "outlier_scores.json").write_text(json.dumps(scores))
-        lines = ["interval,step,blocks,resting"]
+        lines = ["interval,step,blocks"]
         for interval, step in enumerate(range(0, steps, interval_steps)):
             blocks = rng.choice(len(ratios), activated_layers, replace=False, p=probabilities)
-            lines.append(f"{interval},{step},{' '.join(map(str, sorted(blocks)))},")
+            lines.append(f"{interval},{step},{' '.join(map(str, sorted(blocks)))}")
         (folder / "sampling_history.csv").write_text("\n".join(lines) + "\n")
     rows: list[dict[str, float]] = []
     for step in range(9, steps, 10):

@@ -98,7 +98,8 @@ def test_blocks_that_trained_at_rest_have_trained_in_any_run(tmp_path):
     run = RunRecord.read(tmp_path)
     [active] = sampler.active_blocks
     assert 0 < active < 4  # else the seed shows nothing
-    assert run.history[0].resting == tuple(range(active + 1, 6))
+    assert run.history == [(0, 0, (active,))]
+    assert run.resting == {0: tuple(range(active + 1, 6))}
     assert run.never_trained == list(range(active))
     assert blocks_table(run)["resting"] == [" ".join(map(str, range(active + 1, 6)))]
 
