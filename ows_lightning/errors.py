@@ -89,6 +89,11 @@ def refuse_url(key: str, folder: str | os.PathLike[str]) -> None:
         raise UsageError(f"{key}: '{folder}' is an address; give a local folder")
 
 
+def typed_path(name: str | os.PathLike[str]) -> Path:
+    """The path that a user typed, with its ~ expanded; that of an unknown user stays, where pathlib raises."""
+    return Path(os.path.expanduser(name))
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``; did you mean 'X'?`` with the nearest of the known names, or nothing."""
     return f"; did you mean '{near}'?" if (near := closest_name(name, known)) else ""

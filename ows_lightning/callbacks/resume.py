@@ -75,7 +75,6 @@ class Resume(Callback):
             raise UsageError(f"model.optimizer: the checkpoint is of {before}, this run of {now}; set it back, or start anew")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Applies the configured options to a resumed run, and logs what changed."""
         if trainer.ckpt_path is None:
             return
         self._resumed_at = trainer.global_step

@@ -90,7 +90,6 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
             self._save_last_checkpoint(trainer, monitor_candidates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's, whether the best waits for a validation, and the last step that was looked at."""
         own = {"waits_for_validation": self._defer_save_until_validation, "steps_seen": self._steps_seen}
         return {**super().state_dict(), **own}
 

@@ -101,7 +101,6 @@ class RunSummary(Callback):
             log.info("Validation loss with frozen blocks in int8: %.4f; with the exact weights, as exported: %.4f", *found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the validation metrics before and after, the run's folder, and the next commands."""
         folder = run_folder(trainer)  # asks all ranks
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves no files
             return

@@ -57,7 +57,6 @@ class SaveOnSignal(StepCallback):
             pl_module.step_accumulator.signal_code = _CODE_BASE ** _SIGNALS.index(signal.Signals(number)) if number else 0
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves and ends the run by a RunError on all ranks, if a signal arrived."""
         if not (number := self._received_on_any_rank(trainer, pl_module)):
             return
         if number != signal.SIGTERM and callable(requeue := self._previous_handlers.get(signal.Signals(number))):

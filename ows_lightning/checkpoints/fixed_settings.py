@@ -48,4 +48,6 @@ def plain(value: Any) -> Any:
 def _same(key: str, saved: Any, now: Any) -> bool:
     if key == "model.model_name_or_path" and saved and now:
         return Path(saved).name == Path(now).name  # a directory may have been moved
+    if key.endswith("resting_rank"):
+        return (saved or 0) == (now or 0)  # older runs have none
     return bool(saved == now)

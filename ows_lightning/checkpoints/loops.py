@@ -36,7 +36,6 @@ class ExactEpochLoop(_TrainingEpochLoop):
         return not self.replays_step_end and super().done
 
     def reset(self) -> None:
-        """Keeps the counters of an epoch that is resumed."""
         if not self.replays_step_end:
             super().reset()
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, TextIO
 
-from ows_lightning.cli.help import CommandParser, path
-from ows_lightning.errors import UsageError
+from ows_lightning.cli.help import CommandParser
+from ows_lightning.errors import UsageError, typed_path
 
 if TYPE_CHECKING:
     from ows_lightning.cli.conversation import Conversation
@@ -69,7 +69,7 @@ def compare(argv: list[str]) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="Questions; by default the lines of standard input")
     parser.add_argument("--model", required=True, help="The tuned model: a directory, a run's folder or a checkpoint in it")
     parser.add_argument("--base", help="The base model; by default the one that the run of --model started from")
-    parser.add_argument("--output", type=path, help="A folder for comparison.csv; by default the run's, whose report shows it")
+    parser.add_argument("--output", type=typed_path, help="A folder for comparison.csv; by default the run's, for its report")
     add_generation_flags(parser)
     args = parser.parse_args(argv)
     from ows_lightning.cli.conversation import load_conversation
@@ -77,7 +77,7 @@ def compare(argv: list[str]) -> None:
     from ows_lightning.report.run import RunRecord, is_run_folder, newest_run, run_containing
     from ows_lightning.report.tables import key_figures, write_csv
 
-    run_folder = run_containing(newest_run(path(args.model)))
+    run_folder = run_containing(newest_run(typed_path(args.model)))
     run_folder = run_folder if run_folder and is_run_folder(run_folder) else None  # a config.yaml may be of something else
     base = args.base or (run_folder and key_figures(RunRecord.read(run_folder))["model"])
     if not base:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from ows_lightning.checkpoints.find import last_good
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
-from ows_lightning.errors import UsageError, command_line, first_line
+from ows_lightning.errors import UsageError, command_line, first_line, typed_path
 from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer, stop_token_ids
 from ows_lightning.models.source import DELTA_FILE, check_model_name
 from ows_lightning.report.run import CONFIG_FILE, newest_run, run_containing
@@ -88,7 +88,7 @@ def load_conversation(name: str, args: argparse.Namespace) -> Conversation:
 
 def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
     """The path of a model for `load_model`; a checkpoint or a delta is turned into a model in a folder first."""
-    asked = Path(name).expanduser()
+    asked = typed_path(name)
     path = newest_run(asked)
     if path != asked:
         print(f"({path} is the newest run there)", file=sys.stderr)

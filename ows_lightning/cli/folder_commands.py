@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from ows_lightning.cli.help import CommandParser, path
+from ows_lightning.cli.help import CommandParser
+from ows_lightning.errors import typed_path
 
 
 def report(argv: list[str]) -> None:
     """``report RUN [RUN ...]``: draws runs, or serves the page of one that is running."""
     parser = CommandParser("report", "Draw one run or compare several, from their folders alone.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="A folder that `fit` or `score` wrote")
-    parser.add_argument("--output", type=path, help="Where to write; by default the folder of a single run, or `report`")
+    parser.add_argument("--output", type=typed_path, help="Where to write; by default the folder of a single run, or `report`")
     parser.add_argument("--watch", metavar="RUN", help="Serve this run's page on 127.0.0.1 until the run ends or Ctrl-C")
     parser.add_argument("--port", type=int, default=0, help="The port of --watch; by default a free one")
     args = parser.parse_args(argv)
@@ -18,7 +19,7 @@ def report(argv: list[str]) -> None:
             parser.error("--watch takes one run, and writes nothing")
         from ows_lightning.report.watch import watch
 
-        watch(path(args.watch), args.port)
+        watch(typed_path(args.watch), args.port)
         return
     if args.port:
         parser.error("--port is the port of --watch")
@@ -33,7 +34,7 @@ def apply_delta(argv: list[str]) -> None:
     parser = CommandParser("apply-delta", "Make a model from its base and a delta of `export --delta`, bit for bit.")
     parser.add_argument("base", metavar="BASE", help="The model that the run started from: hub name, directory or .gguf file")
     parser.add_argument("delta", metavar="DELTA", help="The delta's directory")
-    parser.add_argument("--output", type=path, help="The directory to write; by default DELTA-model")
+    parser.add_argument("--output", type=typed_path, help="The directory to write; by default DELTA-model")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the base's repository")
     args = parser.parse_args(argv)
     from ows_lightning.models import delta

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import os
 import shutil
 import textwrap
 from importlib.util import find_spec
@@ -42,11 +41,6 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises argparse's message as a UsageError."""
         raise UsageError(f"{self.command}: {message}; `{self.prog} --help` lists the options")
-
-
-def path(text: str) -> Path:
-    """A path as it is typed: shells leave the ~ of ``--key=~/folder`` as it is."""
-    return Path(os.path.expanduser(text))  # where pathlib raises: no such user
 
 
 def help_text(command: str, description: str) -> str:

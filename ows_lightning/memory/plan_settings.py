@@ -1,7 +1,6 @@
 """What a training step's memory depends on, and how it follows from a config of the command line."""
 
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import AutoConfig, PretrainedConfig
 
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, typed_path
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.models.execution import GradientCheckpointing, check_gradient_checkpointing, num_to_checkpoint
@@ -45,7 +44,7 @@ def find_model_config(name: str, trust_remote_code: bool = False) -> tuple[Pretr
     What is on this machine comes first: a directory's ``config.json``, then that of an earlier download. Then come
     `SHIPPED_DIMENSIONS`, and at last whatever `load_config` finds, or its UsageError.
     """
-    directory = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
+    directory = typed_path(name)
     if name and directory.is_dir():
         return _read(name, directory, trust_remote_code), str(directory / "config.json")
     folder = next((folder for folder, names in SHIPPED_DIMENSIONS.items() if name in names), None)

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import without_weight_conversions
-from ows_lightning.errors import UsageError
+from ows_lightning.errors import UsageError, typed_path
 from ows_lightning.models.export import atomic_directory, check_replaceable, group_by_file_tensors, is_of_model, unique_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
@@ -50,7 +50,7 @@ class Delta:
     """A delta's directory; a UsageError says that it is none, or not complete and unchanged."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory).expanduser()
+        self.directory = typed_path(directory)
         if not (self.directory / DELTA_FILE).is_file():
             raise UsageError(f"delta: {str(directory)!r} is no delta (it has no {DELTA_FILE}); `export --delta` writes one")
         try:
@@ -128,7 +128,7 @@ def write_delta(
             if changed:
                 save_file(changed, partial / f"delta-{number:05d}.safetensors", _METADATA)
                 count, delta_bytes = count + len(changed), delta_bytes + sum(stored.nbytes for stored in changed.values())
-        local = Path(base).expanduser()
+        local = typed_path(base)
         about = {
             "base": local.absolute().name if local.exists() else base,  # without the folders of this machine
             "base_sha256": _combined_hash(before), "dtype": str(dtype).removeprefix("torch."),

@@ -21,7 +21,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, IMAGE_PROCESSOR_NAME, PROCESSO
 
 from ows_lightning.atomic_files import partial_path, replace_atomically
 from ows_lightning.compat import own_parameters, persistent_buffer_names
-from ows_lightning.errors import RunError, UsageError, refuse_url
+from ows_lightning.errors import RunError, UsageError, refuse_url, typed_path
 from ows_lightning.models.decoder import end_offloaded_pass, language_model_of
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.pretrained import nonfinite_weights
@@ -108,13 +108,13 @@ def _check_finite(model: nn.Module) -> None:
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
     """Returns the resolved path if a model or a delta may replace what is there: nothing, or a model, and no source."""
     refuse_url("output", directory)
-    target = Path(directory).expanduser().resolve()
+    target = typed_path(directory).resolve()
     if not target.exists():
         return target
     if target == Path.cwd() or target.is_mount():
         what = "the current folder or a mount point, which"
         raise UsageError(f"'{directory}' is {what} can't be replaced; give a new directory in it")
-    if target in (Path(source).expanduser().resolve() for source in sources):
+    if target in (typed_path(source).resolve() for source in sources):
         raise UsageError(f"{str(target)!r} is what the result is made from, and would be replaced; give another directory")
     if not target.is_dir():
         raise UsageError(f"{str(target)!r} is a file; give a directory to write the model to")

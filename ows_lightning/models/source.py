@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ows_lightning.errors import UsageError, command_line
+from ows_lightning.errors import UsageError, command_line, typed_path
 
 MODEL_KEY = "model.model_name_or_path"
 PACKAGE_SCHEME = "package://"
@@ -61,7 +61,7 @@ def locate_model(name: str) -> ModelSource:
         raise UsageError(f"{MODEL_KEY}: no model is named; give a hub name, a directory or a .gguf file")
     if name.startswith(PACKAGE_SCHEME):
         return _locate_in_package(name)
-    path = Path(os.path.expanduser(name))  # pathlib raises where there is no such user
+    path = typed_path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise UsageError(f"{MODEL_KEY}: no such file {name!r}; give the path of a .gguf file on this machine")

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from ows_lightning.errors import RunError, UsageError, first_line
+from ows_lightning.errors import RunError, UsageError, first_line, typed_path
 from ows_lightning.report.run import RunRecord, is_run_folder
 from ows_lightning.report.tables import LABELS, formatted, key_figures
 
@@ -17,7 +17,7 @@ from ows_lightning.report.tables import LABELS, formatted, key_figures
 def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
     """A model card: what was trained, how, and how well; of a folder that is no run's, what the module's settings tell."""
     name = str(hparams["model_name_or_path"])
-    local = "://" in name or Path(name).expanduser().exists()
+    local = "://" in name or typed_path(name).exists()
     base = Path(name).name if local else name
     known: Any = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ows_lightning"]}
     header = ModelCardData(base_model=None if local else name, **known)

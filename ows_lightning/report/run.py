@@ -68,6 +68,10 @@ class RunRecord:
             if not all(0 <= block < run.num_layers for block in draw.blocks):
                 what = f"interval {draw.interval} has a block that is not among the {run.num_layers} of {SCORES_FILE}"
                 raise UsageError(f"{folder / HISTORY_FILE}: {what}; put the files of one run together")
+        if not resting and ((run.config or {}).get("sampling") or {}).get("resting_rank"):  # it has no such column
+            for draw in history:
+                above = range(min(draw.blocks, default=run.num_layers), run.num_layers)
+                run.resting[draw.interval] = tuple(block for block in above if block not in draw.blocks)
         return run
 
     @property

@@ -460,6 +460,13 @@ def test_a_model_may_have_been_moved_to_another_folder() -> None:
         check_fixed_settings({key: "/before/llama"}, {key: "/before/gpt2"})
 
 
+def test_a_run_from_before_blocks_trained_at_rest_goes_on_without() -> None:
+    saved, now = {"sampling.interval_steps": 2}, {"sampling.interval_steps": 2, "sampling.resting_rank": 0}
+    check_fixed_settings(saved, now)
+    with pytest.raises(UsageError, match=r"sampling.resting_rank \(None in the checkpoint, 4 now\)"):
+        check_fixed_settings(saved, {**now, "sampling.resting_rank": 4})
+
+
 def test_other_options_of_the_optimizer_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:
     optimizer = ["--model.optimizer=GaLoreAdamW", "--model.lr_scheduler_type=constant", "--model.warmup_steps=0"]
     command = arguments("--checkpoint.every_n_train_steps=3", *optimizer)

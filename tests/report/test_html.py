@@ -101,6 +101,10 @@ def test_the_home_of_a_path_that_the_shell_left_as_it_was(tmp_path, make_run, mo
         with pytest.raises(SystemExit):
             main(command.split())
         assert "no such folder" in capsys.readouterr().err
+    for command in ("chat --model=~nosuchuser/run", "apply-delta ~nosuchuser/base ~nosuchuser/delta"):
+        with pytest.raises(SystemExit, match="2"):
+            main(command.split())
+        assert "Could not determine home" not in capsys.readouterr().err
 
 
 def test_compared_runs_have_a_row_each(tmp_path, make_run):

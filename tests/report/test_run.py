@@ -86,6 +86,9 @@ def test_an_interval_that_a_resumed_run_wrote_again_counts_once(tmp_path):
     run = RunRecord.read(tmp_path)
     assert [draw.blocks for draw in run.history] == [(1, 2), (2, 3), (1, 3)]
     assert run.never_trained == [0]
+    (tmp_path / "sampling_history.csv").write_text("interval,step,blocks\n0,0,2\n1,50,4\n")
+    (tmp_path / "config.yaml").write_text("sampling:\n  resting_rank: 4\n")
+    assert RunRecord.read(tmp_path).never_trained == [0, 1]  # block 3 has learned at rest
 
 
 def test_blocks_that_trained_at_rest_have_trained_in_any_run(tmp_path):
