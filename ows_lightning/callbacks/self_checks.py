@@ -66,7 +66,7 @@ def check_loss(losses: Sequence[float], states: StateBytes | None) -> str | None
         return None
     text = f"poor result, the training loss went from {first:.3f} to {last:.3f}; try other learning rates"
     if states is not None and states.held > states.for_lisa / 2:
-        return f"{text}, then a resting_rank, more activated_layers or a higher model.rank: memory is not what it lacks ({_state_text(states)})"
+        return f"{text}, then more blocks, resting_rank or a higher model.rank: memory is not short ({_state_text(states)})"
     return text
 
 
