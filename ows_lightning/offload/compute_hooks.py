@@ -75,8 +75,8 @@ class ComputeHooks:
 
     def _check_unchanged(self, layout_id: object) -> None:
         if layout_id is not self.offloader.layout_id:
-            fault = "other blocks train in backward than did in forward, so that frozen ones have moved"
-            raise RunError(f"model.frozen_in: {fault}; change `requires_grad` and the device between two steps")
+            fault = "other blocks train in backward than did in forward, or what rests was merged, so that frozen ones changed"
+            raise RunError(f"model.frozen_in: {fault}; change `requires_grad` and the device, and save, between two steps")
 
 
 def _tensors_with_gradient(values: Any) -> list[Tensor]:

@@ -60,7 +60,7 @@ class BlockOffloader:
         self._clear()
         ComputeHooks(self)
         add_access_hooks(self)
-        if disk is not None:
+        if disk is not None and int8_in is None:  # int8 copies wait for the device that they are made for
             self.prepare()  # what is in memory goes to the disk at once
 
     def _clear(self) -> None:
@@ -187,6 +187,7 @@ class BlockOffloader:
                     optimizer.add_resting_updates(learned)
                     if offloaded:
                         self._offload_trained(index)
+                self.layout_id = object()  # a backward that is to come would add the updates once more
         self._stream.wait_for_computation()  # which has written offloaded weights
 
     def _updates_of(self, block: int) -> dict[Tensor, tuple[Tensor, Tensor]]:

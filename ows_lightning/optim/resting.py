@@ -132,17 +132,20 @@ def merged_weights(weights: Mapping[str, Tensor], optimizers: Iterable[Mapping[s
 
     No tensor is written to. The optimizers' groups name parameters as the state dict or as `CausalLMModule.model` does.
     """
-    updates: dict[str, tuple[int, dict[str, Any]]] = {}
+    updates: dict[str, tuple[int, dict[str, Any], int, bool]] = {}
     for optimizer in optimizers:
-        names = [name for group in optimizer["param_groups"] for name in group.get("param_names", ())]
+        groups = [(group, name) for group in optimizer["param_groups"] for name in group.get("param_names", ())]
         for number, state in optimizer["state"].items():
             if isinstance(state, dict) and {"rest", "update"} <= state.keys():
-                updates[names[number]] = updates[f"causal_lm.model.{names[number]}"] = number, state
+                group, name = groups[number]
+                seed = derived_seed(optimizer.get("draw_seed", 0), number, int(state["step"]))  # as of `_rounding_generator`
+                updates[name] = updates[f"causal_lm.model.{name}"] = number, state, seed, group.get("stochastic_rounding")
     for name, weight in weights.items():
         if name in updates:
-            number, state = updates[name]
+            number, state, seed, rounds = updates[name]
+            noise = torch.Generator(weight.device).manual_seed(seed) if rounds and weight.dtype == torch.bfloat16 else None
             weight = weight.detach().clone()
-            merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number))
+            merge_update_(weight, state["update"].to(weight.device), _resting_subspace(weight, state["rest"], number), noise)
         yield name, weight
 
 

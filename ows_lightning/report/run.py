@@ -98,7 +98,7 @@ class RunRecord:
         """A metric's values (second list) by ``x`` (first list), one a step; where ``x`` is missing, it is interpolated."""
         if not {"step", x, column} <= self.metrics.keys():
             return [], []
-        steps = self.metrics["step"]
+        steps = [step if step is not None and math.isfinite(step) else None for step in self.metrics["step"]]
         known = {s: at for s, at in zip(steps, self.metrics[x], strict=True) if s is not None and at is not None}
         found = {s: v for s, v in zip(steps, self.metrics[column], strict=True) if s is not None and v is not None}
         if not known or not found:
@@ -161,7 +161,7 @@ def _scores(text: str) -> dict[str, Any]:
 
 def _config(text: str) -> dict[str, Any] | None:
     config = yaml.safe_load(text)
-    if config is not None and not isinstance(config, dict):
+    if not isinstance(config, dict | None) or not isinstance((config or {}).get("sampling"), dict | None):
         raise ValueError(f"it holds no settings, only {str(config)[:40]!r}")
     return config
 
@@ -183,13 +183,13 @@ def _read_rows(path: Path, convert: Callable[[dict[str, str]], T]) -> list[T]:
 
 
 def _read_history(path: Path) -> tuple[list[Draw], dict[int, tuple[int, ...]]]:
-    def interval(row: dict[str, str]) -> tuple[Draw, tuple[int, ...]]:
+    def interval(row: dict[str, str]) -> tuple[Draw, tuple[int, ...] | None]:
         active, resting = (tuple(map(int, cell.split())) for cell in (row["blocks"], row.get("resting", "")))
-        return Draw(int(row["interval"]), int(row["step"]), active), resting
+        return Draw(int(row["interval"]), int(row["step"]), active), resting if "resting" in row else None
 
     # A resumed run writes the interval in which it was cut off again: the later row counts.
     rows = {draw.interval: (draw, resting) for draw, resting in _read_rows(path, interval)}
-    return sorted(draw for draw, _ in rows.values()), {number: resting for number, (_, resting) in rows.items() if resting}
+    return sorted(draw for draw, _ in rows.values()), {n: resting for n, (_, resting) in rows.items() if resting is not None}
 
 
 def _number(cell: str) -> float | None:

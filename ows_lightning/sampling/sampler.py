@@ -352,8 +352,9 @@ class BlockSampler:
     def resting_blocks(self, active: Sequence[int]) -> list[int]:
         """Returns the blocks that train at rest while others are active: with a `resting_rank`, all above the lowest."""
         count = 0 if self.probabilities is None or not self.resting_rank else len(self.probabilities)
+        can_rest = [any(p.size(-1) > self.resting_rank for p in activation.block_matrices([block])) for block in self._blocks]
         above = range(min(active, default=count), count)
-        return [block for block in above if block not in active and (not self._blocks or len(self._blocks[block]))]
+        return [block for block in above if block not in active and (not can_rest or can_rest[block])]
 
     def compute_scores(self, model: nn.Module, loader: Any) -> BlockScores:
         """Returns the blocks' scores and the probabilities that follow from them.

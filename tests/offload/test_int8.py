@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ows_lightning.offload.disk import Disk, load_mapped_model
 from ows_lightning.offload.int8 import dequantize, quantize
 from ows_lightning.offload.offloader import BlockOffloader
 from tests.data.samples import tiny_tokenizer
+from tests.offload.fake_gpu import FakeGpu
 from tests.offload.steps import evaluate, train
 from tests.tiny import KINDS, tiny_batch, tiny_model
 
@@ -148,3 +150,17 @@ def test_an_export_after_an_interrupted_pass_is_made_of_exact_weights(where: str
     save_huggingface(model, tiny_tokenizer(), tmp_path / "after")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_copies_on_the_disk_wait_for_the_device_that_computes(tmp_path: Path) -> None:
+    sizes = []
+    for moves in (False, True):
+        with FakeGpu(late=False).installed():
+            model, disk = tiny_model("llama"), Disk(tmp_path)
+            offloader = BlockOffloader(decoder_layers(model), disk=disk, int8_in="disk")
+            if moves:
+                model.to("cuda")
+            offloader.prepare()
+            assert disk.scratch is not None
+            sizes.append(disk.scratch.seek(0, os.SEEK_END))
+    assert sizes[0] == sizes[1]

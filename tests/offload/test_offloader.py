@@ -18,6 +18,8 @@ from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.offload.disk import Disk, DiskWeights
 from ows_lightning.offload.offloaded import page_locked
 from ows_lightning.offload.offloader import BlockOffloader
+from ows_lightning.optim.galore import GaLoreAdamW
+from ows_lightning.sampling.activation import activate_blocks
 from tests.offload.fake_gpu import FakeGpu
 from tests.offload.steps import LateOffloader, Run, evaluate, train
 from tests.tiny import KINDS, tiny_batch, tiny_model
@@ -200,6 +202,25 @@ def test_blocks_that_moved_between_forward_and_backward_are_an_error() -> None:
     layers[2].requires_grad_(True)
     loss = loss + model(**tiny_batch(seed=1), use_cache=False).loss
     with pytest.raises(RunError, match="other blocks train in backward"):
+        loss.backward()
+
+
+def test_merging_what_rests_between_forward_and_backward_is_an_error() -> None:
+    """Backward would fetch the merged weight, and add the update to it once more."""
+    model = tiny_model("llama")
+    named = list(model.named_parameters())
+    optimizer = GaLoreAdamW([{"params": named, "rank": 4}], lr=1e-2)
+    offloader = BlockOffloader(decoder_layers(model))
+    offloader.attach_optimizer(optimizer)
+    activate_blocks(decoder_layers(model), [0], optimizers=[optimizer], resting_rank=3, resting_seed=1)
+    offloader.apply_draw([optimizer])
+    for _ in range(2):
+        model(**tiny_batch(), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loss = model(**tiny_batch(), use_cache=False).loss
+    model.state_dict()
+    with pytest.raises(RunError, match="what rests was merged"):
         loss.backward()
 
 

@@ -26,6 +26,7 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.offload.offloader import BlockOffloader
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.optim.param_groups import galore_param_groups
+from ows_lightning.optim.resting import merged_weights
 from ows_lightning.optim.subspace import random_subspace
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.sampler import BlockSampler
@@ -538,6 +539,33 @@ def test_stochastic_rounding_keeps_small_updates_of_resting_weights(where: str) 
     expected = 50 * 1e-3 * optimizer.resting_projector(weight).float().sum(1)  # Adam's steps are of 1 in the subspace
     found = (1 - weight.detach().float()).mean(0)
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)  # the mean of 64 rows of random bits
+
+
+def test_a_state_that_is_merged_is_rounded_as_in_the_run() -> None:
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = GaLoreAdamW([{"params": [("weight", weight)], "rank": 8}], lr=1e-3, stochastic_rounding=True)
+    optimizer.rest([weight], 4, seed=7)
+    optimizer.keep_updates_separate([weight], optimizer.add_resting_updates)
+    for _ in range(5):
+        weight.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        optimizer.step()
+    merged = dict(merged_weights({"weight": weight}, [optimizer.state_dict()]))["weight"]
+    optimizer.merge_updates()
+    assert torch.equal(merged, weight)
+    assert not torch.equal(merged, torch.ones_like(merged))
+
+
+def test_only_blocks_with_a_trainable_matrix_that_is_large_enough_rest() -> None:
+    model = tiny_model("llama")
+    for p in matrices(decoder_layers(model)[2]):
+        p.requires_grad_(False)
+    sampler = BlockSampler(1, 2, [1.0, *[0.0] * (len(decoder_layers(model)) - 1)], always_train=(), resting_rank=2)
+    optimizer = GaLoreAdamW(galore_param_groups(model, rank=4), lr=LR)
+    sampler.attach(model)
+    sampler.start(0, [optimizer], lambda: sampler.compute_scores(model, None))
+    above = [block for block in range(1, len(decoder_layers(model))) if block != 2]
+    assert sampler.resting_blocks([0]) == above
+    assert 2 not in sampler.trained_blocks()
 
 
 def test_a_rank_that_no_matrix_has_is_refused_and_one_that_few_have_is_named(caplog: pytest.LogCaptureFixture) -> None:
