@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,9 +18,10 @@ class RunError(RuntimeError):
     """A run that started well can't go on: the message says why, and what is left to resume from. Exit code 1."""
 
 
-def command_line(command: str) -> str:
+def command_line(command: str, *paths: object) -> str:
     """Returns how to type a command of this package, for messages: ``python main.py ...`` or ``ows-lightning ...``."""
-    return f"{'python main.py' if Path(sys.argv[0]).name == 'main.py' else 'ows-lightning'} {command}"
+    program = "python main.py" if Path(sys.argv[0]).name == "main.py" else "ows-lightning"
+    return " ".join([program, command, *(shlex.quote(str(path)) for path in paths)])
 
 
 EXTRAS = {"tensorboard": "tensorboard", "lm_eval": "eval"}  # which of our extras brings a package

@@ -201,6 +201,8 @@ class CausalLMModule(EvaluationModule):
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         if on_gpu and self._precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
             log.warning("trainer.precision: this card only emulates bfloat16, which takes long; 32-true may be faster")
+        if torch.are_deterministic_algorithms_enabled():  # of which the flash-attn package knows nothing
+            os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
         self.step_accumulator = StepAccumulator(self.trainer.world_size)
         self.last_step_metrics = None
 

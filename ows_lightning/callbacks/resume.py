@@ -54,7 +54,6 @@ class Resume(Callback):
         self._resumed_at: int | None = None  # the step, until the next one begins
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets an earlier run, and makes the Trainer's loops exact."""
         Resume.__init__(self)
         if stage == "fit":
             resume_exactly(trainer)
@@ -81,7 +80,8 @@ class Resume(Callback):
         changed = self._apply_options(trainer)
         for key, now in changeable_settings(trainer, pl_module).items():
             if (before := self._saved_settings.get(key, now)) != now:
-                changed[key] = f"{key} from {before} to {now}"
+                scoring = key in ("sampling.scores", "sampling.threshold", "sampling.calibration_samples")
+                changed[key] = f"{key} from {before} to {now}" + (" (not for the scores it has)" if scoring else "")
         if changed:
             rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
 
@@ -153,7 +153,6 @@ class ContinueMetricsCSV(Callback):
     """
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves the run's folder, the number of its rows, and this step's row if it is not logged yet."""
         folder = run_folder(trainer)  # asks all ranks
         for logger in trainer.loggers:
             logger.save()  # rows that a CSVLogger of the user's still holds

@@ -104,8 +104,7 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
         newest = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
         if newest == filepath:  # `last.ckpt` again
             return
-        is_last = newest and filepath == self.last_model_path
-        if not (is_last and self._link(trainer, Path(newest), Path(filepath))):
+        if not (newest and filepath == self.last_model_path and self._link(trainer, Path(newest), Path(filepath))):
             path, is_atomic = Path(filepath), isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
             if trainer.is_global_zero and not is_atomic and path.is_file() and path.stat().st_nlink > 1:
                 path.unlink()  # what writes in place would write into the other file, too

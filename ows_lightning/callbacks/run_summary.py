@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -110,12 +109,11 @@ class RunSummary(Callback):
         if after := _logged_metrics(trainer, *_SHOWN_METRICS):
             when = "training" if self.validated_step == trainer.global_step else f"step {self.validated_step}"
             log.info("After %s: validation %s", when, _metrics_text(after, self.before, self.batches_before))
-        quoted = shlex.quote(str(folder / "config.yaml"))
-        steps = [f"report {shlex.quote(str(folder))}"] if is_run_folder(folder) else []
+        steps = [command_line("report", folder)] if is_run_folder(folder) else []
         data = trainer.datamodule  # type: ignore[attr-defined]
         has_test_rows = not isinstance(data, InstructionDataModule) or data.test_dataset or data.eval_dataset or data.val_size
         if has_test_rows and (last := getattr(checkpoint_callback(trainer), "last_model_path", "")):
-            steps.append(f"test --config {quoted} --ckpt_path {shlex.quote(last)}")
+            steps.append(command_line("test --config", folder / "config.yaml", "--ckpt_path", last))
         there = {
             "model": "the model in model/ (for AutoModelForCausalLM.from_pretrained)", "checkpoints": "checkpoints/",
             "metrics.csv": "figures", "*.png": "pictures",
@@ -123,7 +121,7 @@ class RunSummary(Callback):
         if found := [text for pattern, text in there.items() if any(folder.glob(pattern))]:
             log.info("%s has %s", folder, ", ".join(found))
         if steps:
-            log.info("Next: %s", "\n      ".join(map(command_line, steps)))
+            log.info("Next: %s", "\n      ".join(steps))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.predicted is not None and is_out_of_memory(exception):

@@ -1,5 +1,6 @@
 """Saving a checkpoint on SIGTERM and SIGUSR1, which clusters send before they stop a job."""
 
+import shlex
 import signal
 import threading
 from pathlib import Path
@@ -66,7 +67,7 @@ class SaveOnSignal(StepCallback):
         trainer.save_checkpoint(path, weights_only=False)
         remove_interrupted(trainer, Path(path))
         name = signal.Signals(number).name
-        raise RunError(f"stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {path}")
+        raise RunError(f"stopped by {name} after step {trainer.global_step}; resume with --ckpt_path {shlex.quote(path)}")
 
     def _received_on_any_rank(self, trainer: Trainer, pl_module: LightningModule) -> int:
         """The signal that arrived on any rank, or 0; the same on all ranks."""

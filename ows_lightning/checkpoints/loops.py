@@ -49,7 +49,6 @@ class ExactEpochLoop(_TrainingEpochLoop):
         super().advance(data_fetcher)
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
-        """Validates, where it is time, and counts the step."""
         super().on_advance_end(data_fetcher)
         if self.replays_step_end:
             self.replays_step_end = False
@@ -86,7 +85,6 @@ class ExactEpochLoop(_TrainingEpochLoop):
         return current.ready > current.processed or self._should_accumulate()
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Saves the number of batches of an unfinished step."""
         batches: Any = self.batch_progress
         unfinished = batches.current.processed % self.trainer.accumulate_grad_batches if self.within_step else 0
         return {**super().on_save_checkpoint(), "unfinished": unfinished}
@@ -112,7 +110,6 @@ class ExactFitLoop(_FitLoop):
             self._position = self._combined_loader._state_dicts()
 
     def on_save_checkpoint(self) -> dict[str, Any]:
-        """Saves the loaders' position as of the end of the last step."""
         state = super().on_save_checkpoint()
         if self._position and self.epoch_loop.within_step:
             state["combined_loader"] = self._position

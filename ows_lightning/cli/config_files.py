@@ -20,8 +20,10 @@ class ConfigFile(ActionConfigFile):
     """``--config``: a file or the name of a shipped one, preceded by its bases."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Lays the file's bases, and then the file, over what was given so far."""
-        for path in config_and_bases(str(values)):
+        """Lays the file's bases that no earlier file has, and then the file, over what was given so far."""
+        *bases, file = config_and_bases(str(values))
+        laid = [Path(path.absolute) for path in namespace.get(self.dest) or []]
+        for path in [*(base for base in bases if not any(map(base.samefile, laid))), file]:
             super().__call__(parser, namespace, str(path), option_string)
 
 
@@ -30,7 +32,7 @@ def config_and_bases(name: str) -> list[Path]:
     files = [find_config(name)]
     while (base := _read(files[0]).get(BASE)) is not None:
         path = find_config(str(base), files[0].parent)
-        if path in files:
+        if any(map(path.samefile, files)):
             raise UsageError(f"config: {path} is its own base; delete its line `{BASE}:`")
         files.insert(0, path)
     return files

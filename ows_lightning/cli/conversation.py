@@ -103,7 +103,7 @@ def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
         try:
             check_model_name(base)
         except UsageError as error:
-            hint = f"make the model with `{command_line(f'apply-delta BASE {path}')}`, and give that"
+            hint = f"make the model with `{command_line('apply-delta BASE', path)}`, and give that"
             raise UsageError(f"model: the base of '{path}', '{base}', is not at hand; {hint}") from error
         apply_delta(base, path, folder / "model", trust_remote_code)
         return str(folder / "model")

@@ -227,8 +227,7 @@ def _check_checkpoint(checkpoint: ModelCheckpoint, sharded: bool) -> None:
     try:
         made = os.path.relpath(checkpoint.format_checkpoint_name({}), folder or ".")
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        hint = "write metrics as {val_loss:.2f}"
-        raise UsageError(f"checkpoint.filename: '{name}' is no format of a name ({error}); {hint}") from error
+        raise UsageError(f"checkpoint.filename: '{name}' is no format ({error}); write metrics as {{val_loss:.2f}}") from error
     if made.startswith(".."):
         raise UsageError(f"checkpoint.filename: '{name}' leaves its folder; set checkpoint.dirpath for another")
     if os.sep in made and not checkpoint.save_last:

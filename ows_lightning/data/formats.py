@@ -27,6 +27,11 @@ def to_example(row: Row, data_format: str, row_name: str, requires_answer: bool 
     if missing := _first_missing(data_format, row, requires_answer):
         names = " or ".join(f"'{name}'" for name in missing)
         raise UsageError(f"{row_name} has no column {names}, which {data_format} rows need ({_names(row)})")
+    choices, answer = row.get("choices"), row.get("answer")
+    if isinstance(choices, str) and choices.startswith("[") and answer is not None:  # of a CSV file, where an index is text
+        choices = _parsed_json(choices, f"{row_name}: 'choices'")
+        answer = answer if answer in choices or not f"{answer}".isdecimal() else int(answer)
+        row = {**row, "choices": choices, "answer": answer}
     example = FORMATS[data_format][1](row, row_name)
     avoided = str(row.get("label")).lower() == "false"  # of TRL's rows for KTO; text in a CSV file
     if data_format == "prompt_completion" and avoided:

@@ -161,8 +161,7 @@ class _Probed:
         """The text with a probe in its middle, since templates may look at its beginning and end."""
         if not isinstance(text, str) or not text.strip() or _THINKING.fullmatch(text):
             return text
-        start = len(text) - len(text.lstrip())
-        middle = start + (len(text.strip()) + 1) // 2
+        middle = len(text) - len(text.lstrip()) + (len(text.strip()) + 1) // 2
         return text[:middle] + self._new_probe(index, what) + text[middle:]
 
     def _arguments(self, index: int, arguments: Any) -> Any:

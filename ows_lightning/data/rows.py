@@ -132,8 +132,7 @@ def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
     one, other, probe = [1, 2, 3, 4, 5], [6, 7, 8, 9], [9, 3, 7]
     rows = [[one, probe], [other, one[:1], probe], [probe, other, one[:1]]]
     batch = collate([join_documents([(ids, ids) for ids in row], True) for row in rows], pad_token_id=0, flatten=flatten)
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+    inputs = {k: v.to(next(model.parameters()).device) for k, v in batch.items() if k != "labels"}
     with eval_mode(model):
         logits = run_causal_lm(model, **inputs, use_cache=False).logits
     first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()

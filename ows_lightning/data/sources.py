@@ -165,8 +165,7 @@ def _files_of_split(directory: Path, source: DataSource) -> tuple[str, ...]:
     if chosen is None:
         raise source.error(f"no file in '{source.name}' is named for data.split '{source.splits[-1]}' (files: {names})")
     if names:
-        note = f"has files of splits, so those that name none are left out: {names}"
-        rank_zero_warn(f"data.{source.key}: '{source.name}' {note}")
+        rank_zero_warn(f"data.{source.key}: '{source.name}' has files of splits; those that name none are left out: {names}")
     return tuple(str(p) for p in files if splits[p] == chosen)
 
 

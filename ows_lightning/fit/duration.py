@@ -25,8 +25,7 @@ def steps_before(trainer: Trainer, batch: float) -> int:
 
 def accumulation_scheduler(trainer: Trainer) -> GradientAccumulationScheduler | None:
     """Returns Lightning's callback that changes how many batches accumulate; of several the last one, which prevails."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((one for one in reversed(callbacks) if isinstance(one, GradientAccumulationScheduler)), None)
+    return next((one for one in reversed(trainer.callbacks) if isinstance(one, GradientAccumulationScheduler)), None)  # type: ignore[attr-defined]
 
 
 def micro_batches_per_step(trainer: Trainer, epoch: int = 0) -> int:

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shlex
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -174,4 +173,4 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     changed = f"with {_in_words(changes)}" if changes else "as it is"
     written = f"# {settings.model_name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}"
     path.write_text(written, encoding="utf-8")
-    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line(f'fit --config {shlex.quote(str(path))}')}"
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line('fit --config', path)}"

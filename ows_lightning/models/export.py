@@ -101,8 +101,7 @@ def _check_finite(model: nn.Module) -> None:
         broken = list(dict.fromkeys(name for rank in everywhere for name in rank))
     if broken:
         which = f"{len(broken)} of its {len(list(model.parameters()))} weights hold NaN or Inf ({broken[0]})"
-        hint = "export an earlier checkpoint, and train with a lower learning rate"
-        raise RunError(f"the model is not written: {which}; {hint}")
+        raise RunError(f"the model is not written: {which}; export an earlier checkpoint, and train at a lower learning rate")
 
 
 def check_replaceable(directory: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:

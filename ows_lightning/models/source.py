@@ -121,7 +121,7 @@ def _check_files(name: str, files: Collection[str]) -> None:
     if "adapter_config.json" in files:
         fault = "is a peft adapter; merge it into its base model and give the result"
     elif DELTA_FILE in files:
-        fault = f"is a delta; `{command_line(f'apply-delta BASE {name}')}` makes a model of it"
+        fault = f"is a delta; `{command_line('apply-delta BASE', name)}` makes a model of it"
     elif "config.json" not in files:
         gguf = min((file for file in files if file.endswith(".gguf")), default=None)
         hint = f"for a GGUF model give the file's path, .../{gguf}" if gguf else "give a model's own directory"

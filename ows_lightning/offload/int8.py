@@ -21,8 +21,7 @@ def quantize(weights: Sequence[Tensor]) -> list[Tensor]:
         values = weight.to(torch.float32, copy=True)
         # Not / 127, which CUDA computes as * (1 / 127): codes made there and on the host have to be the same.
         scale = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)) * (1 / 127)  # -128 is left out
-        codes = values.div_(scale.clamp_min(torch.finfo(torch.float32).tiny))
-        quantized += [codes.round_().to(torch.int8), scale]
+        quantized += [values.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int8), scale]
     return quantized
 
 

@@ -100,13 +100,11 @@ def _add_product_(
     left, right = left.to(dtype), right.to(dtype)
     # One fused product and sum: the update never exists as a matrix of the weight's size.
     if generator is None:
-        accumulate = weight.addmm_ if weight.dim() == 2 else weight.baddbmm_
-        accumulate(left, right, beta=beta, alpha=alpha)
+        (weight.addmm_ if weight.dim() == 2 else weight.baddbmm_)(left, right, beta=beta, alpha=alpha)
         return
     rows = rows_at_a_time(weight[..., :1, :].numel(), weight.device)
     for part, of_left in zip(weight.split(rows, dim=-2), left.split(rows, dim=-2), strict=True):
-        exact = part.float().mul_(beta).add_(of_left @ right, alpha=alpha)
-        round_stochastically_(part, exact, generator)
+        round_stochastically_(part, part.float().mul_(beta).add_(of_left @ right, alpha=alpha), generator)
 
 
 def merge_update_(weight: Tensor, update: Tensor, projector: Tensor, generator: torch.Generator | None = None) -> None:

@@ -159,7 +159,7 @@ def formatted(key: str, row: dict[str, Any], every_block: bool = True) -> str:
 
 
 _FORMATS: dict[str, Callable[[Any], str]] = {
-    "model": lambda name: "/".join(name.split("/")[-2:]), "val_exact_match": lambda share: f"{100 * share:.1f} %",
+    "model": lambda name: "/".join(str(name).split("/")[-2:]), "val_exact_match": lambda share: f"{100 * share:.1f} %",
     "final_val_loss": "{:.4f}".format, "best_val_loss": "{:.4f}".format, "peak_memory_mb": "{:,.0f} MB".format,
     "time_s": lambda seconds: f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}",
 }  # fmt: skip

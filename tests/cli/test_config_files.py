@@ -172,3 +172,21 @@ def test_a_key_of_another_command_that_says_something_is_refused(
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", str(file), "--print_config"])
     assert "there is no such key" in capsys.readouterr().err
+
+
+def test_a_base_of_two_files_is_laid_once(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.yaml").write_text("base: quickstart\ndata: {dataset: mine.jsonl}\n")
+    Path("fast.yaml").write_text("base: quickstart\nmodel: {optimizer: {init_args: {lr: 1.0}}}\n")
+    for first, second in (("rows", "fast"), ("fast", "rows")):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", f"{first}.yaml", "--config", f"{second}.yaml", "--print_config"])
+        made = yaml.safe_load(capsys.readouterr().out)
+        assert made["data"]["init_args"]["dataset"] == "mine.jsonl"
+        assert made["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1.0
+
+
+def test_a_base_that_leads_back_by_another_path_is_refused() -> None:
+    Path("cfg").mkdir()
+    Path("cfg/mine.yaml").write_text("base: ../cfg/mine.yaml\n")
+    with pytest.raises(UsageError, match="is its own base"):
+        config_and_bases("cfg/mine.yaml")

@@ -36,6 +36,8 @@ def example(row: dict[str, Any]) -> dict[str, Any]:
         ({"prompt": "q", "choices": ["x", "a"], "answer": 1}, [QUESTION, ANSWER]),
         ({"prompt": "q", "choices": ["x", "a"], "answer": "B"}, [QUESTION, ANSWER]),
         ({"prompt": "q", "choices": ["a", "B"], "answer": "B"}, [QUESTION, {**ANSWER, "content": "B"}]),
+        ({"prompt": "q", "choices": '["x", "a"]', "answer": "1"}, [QUESTION, ANSWER]),  # of a CSV file
+        ({"prompt": "q", "choices": '["1", "a"]', "answer": "1"}, [QUESTION, {**ANSWER, "content": "1"}]),
         ({"prompt": "q", "choices": ["True", "False"], "answer": True}, [QUESTION, {**ANSWER, "content": "True"}]),
         ({"prompt": "q", "choices": ["true", "false"], "answer": False}, [QUESTION, {**ANSWER, "content": "false"}]),
         ({"instruction": "q", "answer": "a"}, [QUESTION, ANSWER]),
