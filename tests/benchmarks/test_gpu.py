@@ -99,7 +99,7 @@ def test_the_command_goes_on_behind_a_row_that_hangs_and_stops_in_time(tiny, tmp
     gpu.main(["--device", "cpu", "--output", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert [row.get("error", "")[:8] for row in found["rows"]] == ["not done", ""]
-    assert found["about"]["torch"] == torch.__version__
+    assert found["about"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a package may leave out the build
     gpu.main(["--device", "cpu", "--minutes", "0", "--output", str(tmp_path)])
     assert capsys.readouterr().out.count("left out: no time was left") == 4
 
