@@ -365,8 +365,6 @@ class CausalLMModule(EvaluationModule):
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         optimizer.zero_grad()
-        if self.offloader is not None and self.offloader.was_copied:  # weight averaging reads whole weights after each step
-            self.offloader.merge_updates()
 
     def on_train_end(self) -> None:
         """Merges what offloaded blocks learned at rest into their weights, for whatever reads them after training."""

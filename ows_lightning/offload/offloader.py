@@ -165,6 +165,8 @@ class BlockOffloader:
         """Lets offloaded blocks train at rest: what they learn, the optimizer keeps beside their weights."""
         self._optimizer = ref(optimizer)
         optimizer.keep_updates_separate([p for weights in self.parameters for p in weights], self._merge_into_offloaded)
+        # Weight averaging reads whole weights after each step, whoever takes it.
+        optimizer.register_step_post_hook(lambda *_: self.merge_updates() if self.was_copied else None)
 
     def merge_updates(self) -> None:
         """Writes what offloaded blocks have learned at rest into their weights; they go on resting."""

@@ -311,8 +311,8 @@ def fit(
     module = settings.pop("module", None) or CausalLMModule(str(directory), **settings)
     Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[sampling, *callbacks], default_root_dir=folder, gradient_clip_val=0.5,
-        **{"max_steps": 8, **(trainer or {})},
+        callbacks=[sampling, *callbacks], default_root_dir=folder,
+        **{"max_steps": 8, "gradient_clip_val": 0.5, **(trainer or {})},
     ).fit(module, DataLoader(rows, batch_size=2), ckpt_path=ckpt_path)  # fmt: skip
     return module
 
@@ -482,6 +482,31 @@ def test_an_average_of_weights_has_what_offloaded_blocks_learned(model_dir: Call
         return fit(model_dir(), tmp_path, EMAWeightAveraging(device="cpu", decay=0.5), **settings).model
 
     for p, q in zip(averaged().parameters(), averaged(frozen_in="host").parameters(), strict=True):
+        assert_agree(p, q)
+
+
+class StepsByHand(CausalLMModule):
+    """Takes its steps itself, which Lightning's `optimizer_step` does not see."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        self.manual_backward(self(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_an_average_has_what_was_learned_whoever_takes_the_steps(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    def averaged(where: str) -> nn.Module:
+        galore = partial(GaLoreAdamW, lr=LR)
+        module = StepsByHand(str(model_dir()), rank=8, scale=SCALE, optimizer=galore, warmup_steps=0, frozen_in=where)
+        average = EMAWeightAveraging(device="cpu", decay=0.5)
+        return fit(model_dir(), tmp_path, average, module=module, trainer={"gradient_clip_val": None}).model
+
+    for p, q in zip(averaged("device").parameters(), averaged("host").parameters(), strict=True):
         assert_agree(p, q)
 
 
