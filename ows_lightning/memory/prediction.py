@@ -262,7 +262,7 @@ def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, s
     * in forward the root's weights and, while a block is copied from the buffer that it was gathered in, three blocks: that
       buffer and that of the block before (or of the root) are still there;
     * in backward two blocks, one at work and one that is gathered meanwhile, or at first the root twice; and full gradients of
-      the root, of a block, and of another one that is reduced (from bfloat16 in float32, as is what the device keeps of it).
+      the root, of a block, and of another one that is reduced (from bfloat16 in float32).
     """
     sharded = {"weights", "gradients", "moments"} | ({"other"} if settings.method.rank is None else set())
     each = {name: -(-size // settings.devices) if name in sharded else size for name, size in peak.items()}
@@ -275,7 +275,7 @@ def _per_device_peak(stage: str, peak: dict[str, int], settings: PlanSettings, s
         of_root = sum(p.numel() for p, always in outside if always or method.activated_layers is None)
         each["gradients"] += of_root * dtype.itemsize * (settings.devices - 1) // settings.devices
     if method.lora is None and backward:
-        of_blocks = int((3 + 2 / settings.devices if dtype == torch.bfloat16 else 2) * block)
+        of_blocks = (3 if dtype == torch.bfloat16 else 2) * block
         each["gradients"] += of_blocks
     each["weights"] += max(gathered, 2 * root - of_blocks) if backward else gathered  # of gradients there are none at first
     return each

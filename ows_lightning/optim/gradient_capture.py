@@ -176,10 +176,7 @@ class GradientCapture(RestingWeights):
         """Drops what waits for a step, of one parameter or of all."""
         waiting: dict[Tensor, Any]
         for waiting in (self.projected_gradients, self.offloaded_gradients, self._new_projectors, self.sketches):
-            if p is None:
-                waiting.clear()
-            else:
-                waiting.pop(p, None)
+            waiting.clear() if p is None else waiting.pop(p, None)
 
     def _projected_side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""
@@ -227,6 +224,8 @@ class GradientCapture(RestingWeights):
         """Projects ``p.grad`` within backward; there is none if `accumulate_factors` has taken the gradient."""
         if p.grad is not None:
             self._project(p, renew=not (self.accumulating or self.ddp_averaging))
+        if p.grad is not None and sharding.is_sharded(p) and (p.dim() == 1 or self._group_and_index[p][0].get("rank")):
+            p.grad = p.grad.clone()  # FSDP2's is a view of its whole block's, which would stay until the step
 
     @torch.no_grad()
     @without_autocast()
@@ -309,10 +308,11 @@ class GradientCapture(RestingWeights):
         self._group_and_index.update({p: (group, index) for index, (p, group) in enumerate(parameters)})
 
     def _claim_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Hooks these groups' matrices, in place of any other optimizer; or, if not projecting, removes its own hooks."""
+        """Hooks these groups' matrices and shards, in place of any other optimizer; or, if not projecting, unhooks them."""
         for p in (p for group in groups for p in group["params"]):
             remove_hook(p, owner=None if self.projects_in_backward else self)
-            if self.projects_in_backward and p.dim() in (2, 3) and p.numel():  # one in full rank may rest in a lower one
+            matters = p.dim() in (2, 3) or sharding.is_sharded(p)  # a matrix in full rank may rest in a lower one
+            if self.projects_in_backward and matters and p.numel():
                 hook_gradient(p, self)
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:

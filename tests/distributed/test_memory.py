@@ -13,14 +13,18 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling
+from ows_lightning import CausalLMModule, GaLoreAdamW, LayerwiseSampling, galore_param_groups
+from ows_lightning.distributed.sharded_model import shard_model
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import predict_memory
+from ows_lightning.models.causal_lm import CausalLM
+from ows_lightning.models.decoder import decoder_layers
 from tests.data.samples import tiny_tokenizer
 from tests.distributed.launch import run
 from tests.memory.test_plan import make_config
@@ -123,3 +127,22 @@ def test_plan_counts_what_is_gathered_and_reduced(vocabulary: int, precision: st
         if held <= 1.05 * planned:
             break
     assert held <= 1.05 * planned <= 1.15 * held
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])  # with vectors, and with routers of few rows
+def test_gradients_in_full_rank_do_not_keep_those_of_their_whole_block(architecture: str) -> None:
+    """FSDP2 gives out views of what it reduced at once, and a single one that is left would hold all of it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = CausalLM(tiny_model(architecture))
+    shard_model(model, init_device_mesh("cpu", (1,)))
+    optimizer = GaLoreAdamW(galore_param_groups(model, rank=4))
+    optimizer.project_in_backward()
+    for _ in range(2):  # micro-batches
+        model(**tiny_batch()).loss.backward()
+        full_rank = [(p, p.grad) for p in decoder_layers(model).parameters() if p.grad is not None]
+        assert full_rank
+        for p, gradient in full_rank:
+            assert isinstance(gradient, DTensor)
+            assert gradient.placements == p.placements  # type: ignore[attr-defined]
+            part = gradient.to_local()
+            assert part.untyped_storage().nbytes() == part.nbytes
