@@ -117,11 +117,6 @@ def load_model(
         hint = "set tie_word_embeddings: false in its config.json, or take one of the two out of its files"
         raise UsageError(f"{MODEL_KEY}: {name!r} has another {apart[0]} than the weight that its config ties it to; {hint}")
     check_finite(name, model)
-    if source.gguf_file is not None:  # an ordinary model again, which `save_pretrained` would refuse otherwise
-        for attribute in vars(model).keys() & {"hf_quantizer", "is_quantized", "quantization_method"}:
-            delattr(model, attribute)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
     return model.train()
 
 
