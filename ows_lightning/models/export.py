@@ -181,11 +181,11 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
         for group in group_by_file_tensors(model, weights):
             with contextlib.ExitStack() as merged:
                 tensors = {weight.name: merged.enter_context(_merged_weight(weight)).detach() for weight in group}
-                if not writes and torch.cuda.is_available():
-                    torch.cuda.synchronize()  # or the next gathers' timeouts begin while rank 0 still writes
                 if writes:
                     for name, value in revert_weight_conversion(model, tensors).items():
                         files[split.tensor_to_filename[name]].write(name, value)
+                elif torch.cuda.is_available():
+                    torch.cuda.synchronize()  # or the next gathers' timeouts begin while rank 0 still writes
             release_mapped_pages()
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
