@@ -18,12 +18,7 @@ class OWSTrainer(Trainer):
 
     Its checkpoints are written whole or not at all (``AtomicCheckpointIO``). It adds these callbacks, unless you give one of
     the kind: ``SaveOnSignal`` saves when the process is told to end, ``Resume`` makes a resumed run exact, ``StopOnNaN`` ends
-    a run whose gradients stay NaN or Inf, and ``Throughput`` logs tokens, time and memory.
-
-    Args:
-        *args: Arguments of Lightning's Trainer.
-        callbacks: Further callbacks.
-        **kwargs: Arguments of Lightning's Trainer.
+    a run whose gradients stay NaN or Inf, and ``Throughput`` logs tokens, time and memory. The arguments are Lightning's.
     """
 
     def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:

@@ -133,7 +133,7 @@ class _GaLoreCallback(TrainerCallback):
 
 
 def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW:
-    """Gives a Trainer GaLoreAdamW, with gradients that are projected within backward; call it before ``train``.
+    """Gives a Trainer GaLoreAdamW, which it returns, and projects gradients within backward; call it before ``train``.
 
     Learning rate, betas, epsilon and weight decay are those of the Trainer's arguments. Gradients are accumulated, clipped by
     ``max_grad_norm`` and logged as ``grad_norm`` as the optimizer consumes them: projected.
@@ -143,9 +143,6 @@ def use_galore(trainer: Trainer, rank: int = 128, **options: Any) -> GaLoreAdamW
         rank: Of the projected gradients.
         **options: Further arguments of ``galore_param_groups`` (``update_proj_gap``, ``scale``, ``proj_type``, ``subspace``,
             ``project_embeddings``) and of GaLoreAdamW (``moments_dtype``, ...).
-
-    Returns:
-        The optimizer.
 
     Raises:
         UsageError: The Trainer has an optimizer or makes its model itself, runs on several processes, or computes in float16.

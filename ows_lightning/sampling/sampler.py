@@ -296,9 +296,7 @@ class BlockSampler:
     def check(self, num_layers: int, architecture: Mapping[str, Any]) -> None:
         """Checks the settings against a model's dimensions, see `architecture_of`, before its weights are loaded.
 
-        Raises:
-            UsageError: More blocks are to train than there are or can be drawn, the list of weights is for another
-                number of blocks, or the scores are of another model.
+        A UsageError says that fewer blocks can be drawn, or that the list of weights or the scores are of another model.
         """
         ratios: Sequence[float] = [1.0] * num_layers
         if self.scores is not None and self.distribution != "gradient_norm":
@@ -357,12 +355,7 @@ class BlockSampler:
         return [block for block in above if block not in active and (not can_rest or can_rest[block])]
 
     def compute_scores(self, model: nn.Module, loader: Any) -> BlockScores:
-        """Returns the blocks' scores and the probabilities that follow from them.
-
-        Args:
-            model: A module with the model.
-            loader: The train DataLoader; calibration rows are taken from its data set, not from its position.
-        """
+        """Returns the blocks' scores and probabilities; calibration takes rows of the train DataLoader, not its position."""
         config = getattr(language_model_of(model), "config", None)
         num_layers, architecture = len(decoder_layers(model)), architecture_of(config)
         threshold, samples = self.threshold, 0
