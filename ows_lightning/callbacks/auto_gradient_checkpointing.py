@@ -6,8 +6,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ows_lightning.errors import first_line
-from ows_lightning.memory.cards import available_bytes, fewest_checkpointed_blocks
+from ows_lightning.memory.cards import available_bytes
 from ows_lightning.memory.plan_settings import settings_of_run
+from ows_lightning.memory.planner import fewest_checkpointed_blocks
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import checkpoint_activations
 from ows_lightning.module import CausalLMModule

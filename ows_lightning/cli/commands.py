@@ -14,8 +14,7 @@ from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.shards import load_weights
 from ows_lightning.cli.preflight import check_writable
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.cards import write_config_for_card
-from ows_lightning.memory.planner import plan_from_config, plot_plan
+from ows_lightning.memory.planner import plan_from_config, plot_plan, write_config_for_card
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.delta import write_delta
 from ows_lightning.models.export import check_replaceable, save_huggingface

@@ -1,15 +1,20 @@
-"""``plan``: what a run needs before it is started, and before a GPU is rented; as a table, as JSON and as a picture."""
+"""``plan``: what a run needs before a GPU is rented, as a table, JSON and a picture, and what makes it fit one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ows_lightning.errors import UsageError
-from ows_lightning.memory.cards import CARDS, Card, advise, fewest_checkpointed_blocks, find_card
-from ows_lightning.memory.flops import UTILISATION, FlopCount, Speed, count_flops, estimate_speed
+import torch
+import yaml
+
+from ows_lightning.errors import UsageError, command_line
+from ows_lightning.memory.cards import CARDS, UTILISATION, Card, Speed, estimate_speed, find_card
+from ows_lightning.memory.flops import FlopCount, count_flops
 from ows_lightning.memory.plan_settings import PlanSettings, number_of_devices, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, CONTEXT_BYTES, METHODS, MemoryPrediction, predict_memory
 from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
@@ -141,6 +146,108 @@ def plan_from_config(config: Any, method: Sequence[str] | None = None, card: str
     if settings.devices > 1 and settings.strategy is None and changes_or_projects:
         made.notes.append("trainer.strategy: `fit` refuses auto here; write ddp_layerwise or fsdp2")
     return made
+
+
+def fewest_checkpointed_blocks(settings: PlanSettings, budget: float) -> int:
+    """Returns the fewest blocks, from the lowest up, that must recompute for a run to fit ``budget`` bytes; all if none do."""
+
+    def fits(number: int) -> bool:
+        return predict_memory(replace(settings, gradient_checkpointing=number)).peak_bytes <= budget
+
+    return 0 if fits(0) else bisect_left(range(settings.num_blocks), True, lo=1, key=fits)
+
+
+def advise(settings: PlanSettings, gigabytes: int) -> str:
+    """Says in a sentence what would make a run fit a card of so many ``gigabytes``, or that nothing does."""
+    changes = changes_that_fit(settings, gigabytes)
+    if changes is None:
+        least, _ = list(_cheaper_settings(settings))[-1]
+        more = "more devices" if settings.is_sharded else "several devices with the strategy fsdp2"
+        fewest = (predict_memory(_with_batch_size(least, 1)).peak_bytes + CONTEXT_BYTES) / 1e9
+        return f"does not fit, takes {fewest:.1f} GB at the least; use {more}"
+    return f"fits with {_in_words(changes)}" if changes else "fits"
+
+
+def changes_that_fit(settings: PlanSettings, gigabytes: int) -> dict[str, Any] | None:
+    """Returns the keys of a config, dotted, whose new values make a run fit: the mildest change, with the largest batches."""
+    milder = list(_cheaper_settings(settings))
+    if not predict_memory(_with_batch_size(milder[-1][0], 1)).fits(gigabytes):
+        return None
+    sizes = [size for size in range(settings.batch_size, 0, -1) if settings.batch_size % size == 0]
+
+    def fitting(changed: PlanSettings) -> list[int]:
+        whole = not changed.offloads and changed.devices == 1
+        if whole and sum(p.nbytes for p in changed.meta_model.parameters()) > gigabytes * 1e9:  # no step is to be followed
+            return []
+        smallest = bisect_left(sizes, True, key=lambda size: predict_memory(_with_batch_size(changed, size)).fits(gigabytes))
+        return sizes[smallest:]
+
+    best, changes = next((_with_batch_size(changed, size), keys) for changed, keys in milder for size in fitting(changed))
+    if best.batch_size == settings.batch_size:
+        return changes
+    return {"data.batch_size": best.batch_size, "trainer.accumulate_grad_batches": best.accumulate_grad_batches, **changes}
+
+
+def _in_words(changes: dict[str, Any]) -> str:
+    *others, last = [f"{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items()]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _with_batch_size(settings: PlanSettings, size: int) -> PlanSettings:
+    """The same rows in a step, in smaller micro-batches."""
+    times = settings.batch_size // size
+    return replace(settings, batch_size=size, accumulate_grad_batches=settings.accumulate_grad_batches * times)
+
+
+def _cheaper_settings(settings: PlanSettings) -> Iterator[tuple[PlanSettings, dict[str, Any]]]:
+    """Yields settings that need less and less, each with the keys that differ."""
+    method, count = settings.method, settings.method.activated_layers
+    alone = settings.devices == 1 and settings.strategy is None  # others are refused with offloaded blocks
+    offload = alone and (count is not None or method.lora is not None) and settings.frozen_in == "device"
+    recompute = settings.num_checkpointed < settings.num_blocks and bool(settings.meta_model.supports_gradient_checkpointing)
+    changes: dict[str, Any] = {}
+    yield settings, {}
+    milder: list[tuple[bool, str, Any]] = [
+        (recompute, "model.gradient_checkpointing", True),
+        (settings.dtype == torch.float32, "trainer.precision", "bf16-true"),
+        (offload, "model.frozen_in", "host"),
+    ]
+    for needed, key, value in milder:
+        if needed:
+            settings = replace(settings, **{key.partition(".")[2]: value})
+            changes[key] = value
+            yield settings, dict(changes)
+    if count is None:
+        return
+    if set(method.always_train) - {"norm"}:
+        method = replace(method, always_train=("norm",))
+        changes["sampling.always_train"] = ["norm"]
+        yield replace(settings, method=method), dict(changes)
+    while (count := count // 2) > 0:
+        fewer = replace(settings, method=replace(method, activated_layers=count))
+        yield fewer, {**changes, "sampling.activated_layers": count}
+
+
+def write_config_for_card(config: Any, card: str, folder: Path) -> str:
+    """Writes a config that differs from a parsed one by what makes it fit a card, to a file named after the card.
+
+    Returns what was changed and how to start the run, in words; raises a UsageError if nothing makes the run fit.
+    """
+    chosen, settings = find_card(card, "fit"), settings_from_config(config)
+    changes = changes_that_fit(settings, chosen.memory)
+    if changes is None:
+        raise UsageError(f"fit: on {chosen.name} ({chosen.memory} GB) the run {advise(settings, chosen.memory)}")
+    parsed = config.as_dict() if hasattr(config, "as_dict") else dict(config)
+    sections = ("seed_everything", "model", "data", "trainer", "sampling", "checkpoint")
+    values = json.loads(json.dumps({name: parsed[name] for name in sections if name in parsed}, default=str))  # plain values
+    for key, value in changes.items():
+        section, name = key.split(".")
+        values[section].get("init_args", values[section])[name] = value
+    path = folder / f"fit_{chosen.name.lower().replace(' ', '_')}.yaml"
+    changed = f"with {_in_words(changes)}" if changes else "as it is"
+    written = f"# {settings.model_name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}"
+    path.write_text(written, encoding="utf-8")
+    return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line('fit --config', path)}"
 
 
 # Neighbours in a bar differ in lightness, too.

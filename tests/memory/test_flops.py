@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.cards import CARDS, find_card
-from ows_lightning.memory.flops import count_flops, estimate_speed
+from ows_lightning.memory.cards import CARDS, estimate_speed, find_card
+from ows_lightning.memory.flops import count_flops
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.prediction import METHODS
 from ows_lightning.models.decoder import decoder_layers

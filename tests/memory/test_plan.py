@@ -18,10 +18,18 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, OpenAIGPTConfig
 
 from ows_lightning.errors import UsageError
-from ows_lightning.memory.cards import _cheaper_settings, advise, fewest_checkpointed_blocks, write_config_for_card
 from ows_lightning.memory.fake_tensors import FakeOperators, to_fake_
 from ows_lightning.memory.plan_settings import find_model_config, settings_from_config
-from ows_lightning.memory.planner import Plan, plan, plan_from_config, plot_plan
+from ows_lightning.memory.planner import (
+    Plan,
+    _cheaper_settings,
+    advise,
+    fewest_checkpointed_blocks,
+    plan,
+    plan_from_config,
+    plot_plan,
+    write_config_for_card,
+)  # fmt: skip
 from ows_lightning.memory.prediction import CATEGORIES, METHODS, MemoryPrediction, extrapolate, predict_memory
 from ows_lightning.memory.simulated_step import Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
@@ -392,7 +400,7 @@ def test_advice_changes_what_harms_least_first(directory: Path, monkeypatch: pyt
         fits = changed.gradient_checkpointing and changed.precision == "bf16-true" and changed.batch_size <= 2
         return MemoryPrediction({"weights": 10**9 if fits else 10**11})
 
-    monkeypatch.setattr("ows_lightning.memory.cards.predict_memory", predict_by_rule)
+    monkeypatch.setattr("ows_lightning.memory.planner.predict_memory", predict_by_rule)
     assert advise(settings, 12) == (
         "fits with data.batch_size 2, trainer.accumulate_grad_batches 2, model.gradient_checkpointing true "
         "and trainer.precision bf16-true"
