@@ -21,7 +21,7 @@ from ows_lightning.data.masking import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
-from ows_lightning.fit.checks import check_strategy, check_unscaled
+from ows_lightning.fit.checks import check_offloading, check_strategy, check_unscaled, offloads
 from ows_lightning.fit.duration import expected_steps
 from ows_lightning.fit.projection import prepare_fit
 from ows_lightning.models import execution, pretrained
@@ -32,7 +32,6 @@ from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import LossParts, precompute_on_host, token_mask
 from ows_lightning.offload.disk import Disk, load_mapped_model
 from ows_lightning.offload.offloader import BlockOffloader
-from ows_lightning.offload.options import check_offloading, offloads
 from ows_lightning.optim.galore import GaLoreAdamW, ProjType, check_options
 from ows_lightning.optim.param_groups import galore_param_groups
 from ows_lightning.optim.resting import merged_weights

@@ -1,4 +1,4 @@
-"""Tokens a second, time and memory of training, and the progress bar."""
+"""Logged figures of training: tokens a second, time, memory and learning rates."""
 
 import contextlib
 import resource
@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ows_lightning.callbacks.step_callback import StepCallback
 from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
-from ows_lightning.sampling.callback import LayerwiseSampling
 
 
 class Throughput(StepCallback):
@@ -94,14 +92,3 @@ def _peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, with the blocks that train at the moment."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        if (sampling := LayerwiseSampling.of(trainer)) is not None:
-            items["blocks"] = ",".join(map(str, sampling.active_blocks))
-        return items

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -27,7 +27,7 @@ from ows_lightning.callbacks.run_folder import RunFolder, RunLogger
 from ows_lightning.callbacks.run_summary import RunSummary
 from ows_lightning.callbacks.save_on_signal import SaveOnSignal
 from ows_lightning.callbacks.self_checks import SelfChecks
-from ows_lightning.callbacks.throughput import LearningRates, ProgressBar
+from ows_lightning.callbacks.throughput import LearningRates
 from ows_lightning.checkpoints.find import find_checkpoint
 from ows_lightning.cli import peer_watchdog
 from ows_lightning.cli.commands import CommandTrainer
@@ -65,6 +65,18 @@ class SaveConfig(SaveConfigCallback):
         """Keeps a training's config where an evaluation without a logger runs in its folder."""
         if stage == "fit" or trainer.loggers:
             super().setup(trainer, pl_module, stage)
+
+
+class BlocksProgressBar(TQDMProgressBar):
+    """Lightning's bar, with the blocks that train at the moment."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """Lightning's figures without the run's number, and the blocks."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        if (sampling := LayerwiseSampling.of(trainer)) is not None:
+            items["blocks"] = ",".join(map(str, sampling.active_blocks))
+        return items
 
 
 class OWSCLI(LightningCLI):
@@ -193,8 +205,8 @@ class OWSCLI(LightningCLI):
             callbacks.append(PredictionFile())
         if trainer_args["enable_checkpointing"] is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        if trainer_args["enable_progress_bar"] is not False and not any(isinstance(one, AnyProgressBar) for one in callbacks):
-            callbacks.append(ProgressBar())
+        if trainer_args["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
+            callbacks.append(BlocksProgressBar())
         kwargs["default_root_dir"] = trainer_args["default_root_dir"] or "runs"
         if trainer_args["logger"] is not False:
             kwargs["logger"] = with_csv_logger(trainer_args["logger"], kwargs["default_root_dir"])

@@ -26,14 +26,13 @@ from ows_lightning.callbacks.run_checkpoint import RunCheckpoint
 from ows_lightning.cli.parser import SECTIONS
 from ows_lightning.data import InstructionDataModule
 from ows_lightning.errors import UsageError, did_you_mean, not_writable, refuse_url
-from ows_lightning.fit.checks import check_callbacks, check_strategy, check_unscaled
+from ows_lightning.fit.checks import check_callbacks, check_offloading, check_strategy, check_unscaled
 from ows_lightning.fit.duration import accumulation_scheduler, time_is_up
 from ows_lightning.memory.plan_settings import find_model_config, number_of_devices
 from ows_lightning.models.decoder import decoder_layers
 from ows_lightning.models.execution import liger_for
 from ows_lightning.models.pretrained import meta_model
 from ows_lightning.module import CausalLMModule
-from ows_lightning.offload.options import check_offloading
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import BlockScores, architecture_of
 

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, PretrainedConfig
 
 from ows_lightning.errors import UsageError, typed_path
+from ows_lightning.fit.checks import offloads
 from ows_lightning.memory.simulated_step import TrainingMethod
 from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.models.execution import GradientCheckpointing, check_gradient_checkpointing, num_to_checkpoint
 from ows_lightning.models.pretrained import check_trainable, exceeded_position_limit, load_config, loading_errors, meta_model
 from ows_lightning.module import DTYPES, CausalLMModule
-from ows_lightning.offload.options import offloads
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.sampler import BlockSampler
 
