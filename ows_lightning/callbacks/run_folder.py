@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from matplotlib.image import imread
 
 from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.errors import DISK_FULL, UsageError, add_note, not_writable
@@ -100,8 +101,6 @@ class RunFolder(Callback):
         for path in write_pictures(folder):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    from matplotlib.image import imread
-
                     logger.experiment.add_image(path.stem, imread(path), trainer.global_step, dataformats="HWC")
 
 

@@ -14,6 +14,7 @@ from ows_lightning.checkpoints.find import last_good
 from ows_lightning.data.masking import end_of_turn_id, with_chat_template
 from ows_lightning.data.rendering import ChatTemplate
 from ows_lightning.errors import UsageError, command_line, first_line, typed_path
+from ows_lightning.models.delta import Delta, apply_delta
 from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer, stop_token_ids
 from ows_lightning.models.source import DELTA_FILE, check_model_name
 from ows_lightning.report.run import CONFIG_FILE, newest_run, run_containing
@@ -97,8 +98,6 @@ def _model_directory(name: str, folder: Path, trust_remote_code: bool) -> str:
     if not (path / "config.json").is_file():
         path = last_good(path / "checkpoints") or path  # a run that ended before it wrote its model
     if (path / DELTA_FILE).is_file():
-        from ows_lightning.models.delta import Delta, apply_delta
-
         base = Delta(path).base
         try:
             check_model_name(base)

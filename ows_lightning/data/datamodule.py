@@ -28,6 +28,7 @@ from ows_lightning.errors import UsageError, did_you_mean
 from ows_lightning.fit.duration import micro_batches_per_step
 from ows_lightning.models.decoder import language_model_of
 from ows_lightning.models.loss import IGNORE_INDEX
+from ows_lightning.models.pretrained import load_tokenizer
 
 #: The parts whose rows with targets a stage needs; prompts need none.
 _PARTS: dict[str, tuple[str, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -343,8 +344,6 @@ class InstructionDataModule(LightningDataModule):
     def _encoder(self) -> Encoder:
         """With `tokenizer`, or else that of the model, which may be another one than in an earlier fit."""
         if isinstance(self.tokenizer, str):
-            from ows_lightning.models.pretrained import load_tokenizer
-
             try:
                 self.tokenizer = load_tokenizer(self.tokenizer)
             except UsageError as error:

@@ -1,16 +1,16 @@
 """``plan``: what a run needs before a GPU is rented, as a table, JSON and a picture, and what makes it fit one."""
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ows_lightning.errors import UsageError, command_line
 from ows_lightning.memory.cards import CARDS, UTILISATION, Card, Speed, estimate_speed, find_card
@@ -18,11 +18,6 @@ from ows_lightning.memory.flops import FlopCount, count_flops
 from ows_lightning.memory.plan_settings import PlanSettings, number_of_devices, settings_from_config
 from ows_lightning.memory.prediction import CATEGORIES, CONTEXT_BYTES, METHODS, MemoryPrediction, predict_memory
 from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, figure_and_axes, style_axes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 MEMORY_SIZES = (4, 8, 12, 16, 24, 40, 48, 80)
 """Sizes of GPUs in GB of 10^9 bytes."""

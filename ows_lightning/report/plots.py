@@ -4,21 +4,20 @@ Each function takes a run or several, draws on the axes ``ax`` or on new ones, a
 no data to draw, it raises a UsageError.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from ows_lightning.errors import UsageError
 from ows_lightning.report.run import HISTORY_FILE, METRICS_FILE, SCORES_FILE, RunRecord
 from ows_lightning.report.tables import XAxis, block_frequency_table, loss_table, metric_table, scores_table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart with every common colour blindness; their yellow is too faint on white.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -68,9 +67,6 @@ def plot_scores(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
 
 def plot_blocks(run: RunRecord, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Heat map of the blocks that trained, or did at rest (y), over optimizer steps (x); those that never did are shaded."""
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-
     fig, ax = _axes_for(run.history, run, HISTORY_FILE, ax)
     starts = [draw.step for draw in run.history]
     length = starts[-1] - starts[-2] if len(starts) > 1 else 1
@@ -117,8 +113,6 @@ def plot_block_frequency(run: RunRecord, ax: Axes | None = None) -> tuple[Figure
 
 def plot_loss(runs: Runs, x: XAxis = "step", ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Training loss (thin line) and validation loss (with markers) of one run or several, over steps, tokens or time."""
-    from matplotlib.lines import Line2D
-
     runs = _as_runs(runs)
     table = loss_table(runs, x)
     fig, ax = _axes_for(table["loss"], runs, METRICS_FILE, ax)
@@ -185,8 +179,6 @@ def figure_and_axes(ax: Axes | None) -> tuple[Any, Axes]:
     if ax is not None:
         return ax.get_figure(root=True), ax
     # Not pyplot: it keeps every figure, and picks a window system where there is one.
-    from matplotlib.figure import Figure
-
     fig = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
     return fig, fig.add_subplot()
 
@@ -226,8 +218,6 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _run_handles(runs: Sequence[RunRecord]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
     names = [run.name.replace("$", r"\$") for run in runs] if len(runs) > 1 else []
     return [Line2D([], [], label=name, **_style(number)) for number, name in enumerate(names)]
 

@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.optimize import linprog
+from scipy.sparse import hstack, identity, vstack
 
 from ows_lightning.sampling.inclusion import inclusion_probabilities
 
@@ -27,8 +29,6 @@ class GroupedDraws:
     """
 
     def __init__(self, probabilities: tuple[float, ...], count: int) -> None:
-        from scipy.optimize import linprog  # imported here: independent draws don't need scipy
-        from scipy.sparse import hstack, identity, vstack
 
         pi = inclusion_probabilities(probabilities, count)
         drawable, self._count = np.flatnonzero(pi), count
