@@ -1,4 +1,4 @@
-"""Tokenised rows and prompts by index, how several documents share a row, and how rows become batches."""
+"""Tokenised rows and prompts by index, and how they become batches."""
 
 import json
 from collections.abc import Sequence
@@ -12,9 +12,6 @@ from torch.utils.data import Dataset
 from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
 from ows_lightning.data.masking import Encoder
-from ows_lightning.errors import UsageError
-from ows_lightning.models.causal_lm import eval_mode, run_causal_lm
-from ows_lightning.models.decoder import language_model_of
 from ows_lightning.models.loss import IGNORE_INDEX
 
 Item = dict[str, list[int]]
@@ -100,44 +97,3 @@ def collate_prompts(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[
     batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True, padding_side="left")
     batch["row"] = torch.tensor(batch["row"])
     return batch
-
-
-def pack(lengths: list[int], max_length: int) -> list[list[int]]:
-    """Puts documents of these lengths into rows, the longest first, each into the one in which it leaves the least room."""
-    rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room -> rows that have exactly this much left
-    has_room = 0  # bit r is set when with_room[r] is not empty, so that the best fit is found without a search
-    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[document]
-        if fitting := has_room >> length:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            has_room ^= 0 if with_room[room] else 1 << room
-        else:
-            room, row = max_length, len(rows)
-            rows.append([])
-        rows[row].append(document)
-        with_room[room - length].append(row)
-        has_room |= 1 << (room - length)
-    return rows
-
-
-@torch.no_grad()
-def require_separate_documents(model: torch.nn.Module, flatten: bool) -> None:
-    """Refuses a model (any module that contains a causal LM, sharded or not) that lets packed documents see each other.
-
-    transformers keeps them apart by their restarting positions, but not in every architecture: OPT and models with ALiBi make
-    a mask of their own. So we test it on a few tokens: a document's logits must not depend on what stands before it.
-    """
-    one, other, probe = [1, 2, 3, 4, 5], [6, 7, 8, 9], [9, 3, 7]
-    rows = [[one, probe], [other, one[:1], probe], [probe, other, one[:1]]]
-    batch = collate([join_documents([(ids, ids) for ids in row], True) for row in rows], pad_token_id=0, flatten=flatten)
-    inputs = {k: v.to(next(model.parameters()).device) for k, v in batch.items() if k != "labels"}
-    with eval_mode(model):
-        logits = run_causal_lm(model, **inputs, use_cache=False).logits
-    first, second, alone = logits.flatten(0, 1).view(3, 8 if flatten else -1, logits.size(-1)).float()
-    tolerance = min(64 * torch.finfo(logits.dtype).eps, 1 / 16) * alone.abs().max()  # 64 eps are half of it in bfloat16
-    if any((logit[5:8] - alone[:3]).abs().max() > tolerance for logit in (first, second)):
-        lm = language_model_of(model)
-        name = type(getattr(lm, "base_model", lm)).__name__
-        raise UsageError(f"data.packing: {name} would mix the documents of a row; set data.packing: false")

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from ows_lightning.data.examples import column, example_features, read_examples, stream_examples, tokenise, warn_of_dropped
 from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
-from ows_lightning.data.rows import Rows, pack
+from ows_lightning.data.packing import pack
+from ows_lightning.data.rows import Rows
 from ows_lightning.data.sources import DataSource, join_names, resolve
 from ows_lightning.data.stream import BUFFER_SIZE
 from ows_lightning.errors import UsageError

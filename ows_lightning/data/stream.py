@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ows_lightning.data.examples import encode, warn_of_dropped
 from ows_lightning.data.masking import Encoder
-from ows_lightning.data.rows import Item, join_documents, pack
+from ows_lightning.data.packing import pack
+from ows_lightning.data.rows import Item, join_documents
 from ows_lightning.data.sources import join_names
 from ows_lightning.errors import UsageError
 

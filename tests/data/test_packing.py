@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ows_lightning.data.rows import collate, join_documents, pack, require_separate_documents
+from ows_lightning.data.packing import pack, require_separate_documents
+from ows_lightning.data.rows import collate, join_documents
 from ows_lightning.errors import UsageError
 from ows_lightning.models.loss import token_mask
 from ows_lightning.sampling.outliers import layer_outlier_ratios
