@@ -20,9 +20,10 @@ from ows_lightning.models.decoder import NON_BLOCK_PARTS, Part, decoder_layers, 
 from ows_lightning.optim.sharding import total_norm
 from ows_lightning.optim.subspace import derived_seed
 from ows_lightning.sampling import activation
+from ows_lightning.sampling.calibration import calibration_batches
 from ows_lightning.sampling.distributions import OUTLIER_RATIO, Distribution, sampling_probabilities, score_name
 from ows_lightning.sampling.draws import draw_blocks, draw_window
-from ows_lightning.sampling.outliers import calibration_batches, layer_outlier_ratios, layer_weight_norms
+from ows_lightning.sampling.outliers import layer_outlier_ratios, layer_weight_norms
 from ows_lightning.sampling.scores import BlockScores, architecture_of
 
 log = logging.getLogger(__name__)

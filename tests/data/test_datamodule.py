@@ -23,7 +23,7 @@ from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationMetrics
 from ows_lightning.metrics.exact_match import right_answers
 from ows_lightning.models.loss import token_mask
-from ows_lightning.sampling.outliers import calibration_batches
+from ows_lightning.sampling.calibration import calibration_batches
 from tests.data.samples import TEMPLATES, pairs, tiny_tokenizer
 from tests.tiny import tiny_model
 
