@@ -1,7 +1,5 @@
 """``chat MODEL``: a conversation in the terminal, or with lines from a pipe; ``compare``: two models answer the same."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import shutil
@@ -9,13 +7,10 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from ows_lightning.cli.help import CommandParser
 from ows_lightning.errors import UsageError, typed_path
-
-if TYPE_CHECKING:
-    from ows_lightning.cli.conversation import Conversation
 
 _HELP = "/reset forgets the conversation, /system TEXT also sets the system message, /exit ends"
 
@@ -41,26 +36,23 @@ def chat(argv: list[str]) -> None:
             if typed:
                 print("> ", end="", flush=True)
             line = lines.readline()
-            if not line or line.strip() == "/exit":
+            message = line.strip()
+            command, _, rest = message.partition(" ")
+            if not line or message == "/exit":
                 return
-            _answer(conversation, line.strip())
+            if command == "/reset":
+                conversation.reset(conversation.system)
+            elif command == "/system":
+                conversation.reset(rest.strip() or None)
+            elif command.startswith("/") and command[1:].isalpha():
+                print(f"there is no {command}; {_HELP}", file=sys.stderr)
+            elif message:
+                try:
+                    conversation.ask(message, stream=True)
+                except UsageError as error:  # of this message; the next one may be shorter
+                    print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:  # as /exit
         print()
-
-
-def _answer(conversation: Conversation, message: str) -> None:
-    command, _, rest = message.partition(" ")
-    if command == "/reset":
-        conversation.reset(conversation.system)
-    elif command == "/system":
-        conversation.reset(rest.strip() or None)
-    elif command.startswith("/") and command[1:].isalpha():
-        print(f"there is no {command}; {_HELP}", file=sys.stderr)
-    elif message:
-        try:
-            conversation.ask(message, stream=True)
-        except UsageError as error:  # of this message; the next one may be shorter
-            print(f"error: {error}", file=sys.stderr)
 
 
 def compare(argv: list[str]) -> None:
