@@ -141,5 +141,7 @@ def _out_of_memory(text: str, notes: Iterable[str], command: str) -> str:
         return happened
     batches = "data.batch_size (and raise trainer.accumulate_grad_batches by as much)"
     lower = f"{batches}, data.max_seq_length or sampling.activated_layers"
-    settings = "model.gradient_checkpointing: true, sampling.always_train: [norm] or trainer.precision: bf16-true"
-    return f"{happened}; lower {lower}, set {settings}; `{command_line('plan')}` with the same config says how much each saves"
+    settings = "model.gradient_checkpointing: true, sampling.always_train: [norm], trainer.precision: bf16-true"
+    frozen = f"model.frozen_in: {'disk' if 'CPUAllocator' in text else 'host'}"
+    plan = f"`{command_line('plan')}` with the same config says how much each saves"
+    return f"{happened}; lower {lower}, set {settings} or {frozen}; {plan}"

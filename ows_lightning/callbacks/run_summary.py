@@ -187,7 +187,7 @@ def _training_text(trainer: Trainer, module: LightningModule, steps: float) -> s
     layers = decoder_layers(module)
     in_blocks = sum(_numel(p for p in layer.parameters() if p.requires_grad) for layer in layers)
     count = round(sampling.activated_layers * in_blocks / len(layers)) + _numel(_sampled_weights(module, sampling))
-    at_rest = f" (at rest, rank {sampling.resting_rank})" if sampling.resting_rank else ""
+    at_rest = f" (others at rest, rank {sampling.resting_rank})" if sampling.resting_rank else ""
     what = " + ".join([f"{sampling.activated_layers} blocks{at_rest}", *sampling.always_train])
     return f"{text}; at a time {what}: {_size_text(count, module)}; new blocks every {sampling.interval_steps} steps"
 

@@ -30,7 +30,8 @@ _OTHERS_NAMES = {  # what transformers and TRL call our keys
     "learning_rate": "model.optimizer.lr", "lr": "model.optimizer.lr", "num_train_epochs": "trainer.max_epochs",
     "per_device_train_batch_size": "data.batch_size", "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
     "max_grad_norm": "trainer.gradient_clip_val", "output_dir": "trainer.default_root_dir", "bf16": "trainer.precision",
-    "save_steps": "checkpoint.every_n_train_steps", "resume_from_checkpoint": "ckpt_path",
+    "save_steps": "checkpoint.every_n_train_steps", "resume_from_checkpoint": "ckpt_path", "fp16": "trainer.precision",
+    "eval_steps": "trainer.val_check_interval", "logging_steps": "trainer.log_every_n_steps",
 }  # fmt: skip
 _NONE = "<class 'NoneType'>"
 _EMPTY_SECTION_ERROR = "{}: nothing is given below it; write its keys there, or delete the line"
@@ -43,6 +44,9 @@ _CLASS_PATH = re.compile(r"class_path[ =]'(.+?)'")
 _UNKNOWN = re.compile(r"Option '(.+?)' is not accepted|does not accept option '(.+?)'|unrecognized arguments: (\S+)")
 _REQUIRED = re.compile(r"the following arguments are required: ([^,\s]+)")
 _NO_MAPPING = re.compile(r"Not a valid subclass of LayerwiseSampling.*Given value: (.*?)\s*$", re.DOTALL)
+# The name of a model, or of rows, for the class: that of a class has a capital in its last part.
+_NAME = re.compile(r'Parser key "(model|data)":(?!.*Parser key).*<class .(?:str|list).>\s+Given value: (.*?)\s*$', re.DOTALL)
+_CLASS_OR_YAML = re.compile(r"[\w.]*[A-Z]\w*|.*\.ya?ml")
 _NO_CLASS = re.compile(r"(?:dot import path string: |has no attribute ')([\w.]+)")
 _EXPECTED = re.compile(r"Expected an? (<class .+?>|typing\.Literal\[.+?\]|tuple with \d+ elements)(?:\.|$)")
 _VALUE = re.compile(r"G(?:iven|ot) value: (.*?)(?:\. Got value: .*)?$")
@@ -79,6 +83,8 @@ def one_line(message: str, parser: argparse.ArgumentParser) -> str:
         return _EMPTY_SECTION_ERROR.format(found[1])
     if found := _NO_MAPPING.search(message):
         return _no_class_message("sampling", found[1])
+    if (found := _NAME.match(message)) and not _CLASS_OR_YAML.fullmatch(found[2]):
+        return f"{found[1]}: '{found[2][:80]}' is no class; did you mean '{found[1]}.{_arguments(SECTIONS[found[1]])[0]}'?"
     for line in message.splitlines():
         line = line.strip().removeprefix("- ")
         while not reason and (found := _KEY.search(line)):

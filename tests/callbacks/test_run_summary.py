@@ -133,6 +133,12 @@ def test_what_the_user_froze_does_not_count_as_trained(tmp_path: Path, caplog: p
     assert f"Over the run, 4 of 4 blocks train: {all_of_them / 1e3:.4g}K weights" in caplog.text
 
 
+def test_blocks_that_train_are_not_said_to_be_at_rest() -> None:
+    sampling = LayerwiseSampling(2, always_train=["norm"], resting_rank=4)
+    text = run_summary._training_text(SimpleNamespace(callbacks=[sampling]), Adapters(), 8)  # type: ignore[arg-type]
+    assert "at a time 2 blocks (others at rest, rank 4) + norm" in text
+
+
 @pytest.mark.parametrize("model", ["itself", "another"])
 def test_a_prediction_that_fails_is_a_line_and_the_run_goes_on(
     model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -135,6 +135,7 @@ CASES = {
     "misspelt flag": Case(fit("--trainer.max_step 3"), "--trainer.max_step", "did you mean 'trainer.max_steps'?"),
     "flag of no section": Case(fit("--max_steps 3"), "--max_steps", "did you mean 'trainer.max_steps'?"),
     "epochs of another tool": Case(fit("--num_train_epochs 3"), "--num_train_epochs", "did you mean 'trainer.max_epochs'?"),
+    "validations of another tool": Case(fit("--eval_steps 3"), "--eval_steps", "did you mean 'trainer.val_check_interval'?"),
     "folder of another tool": Case(fit("--output_dir runs"), "--output_dir", "did you mean 'trainer.default_root_dir'?"),
     "rate of the module": Case(fit("--model.learning_rate 1e-4"), "model.learning_rate", "did you mean 'model.optimizer.lr'?"),
     "misspelt flag of the model": Case(fit("--model.rankk 3"), "model.rankk", "did you mean 'model.rank'?"),
@@ -181,6 +182,11 @@ CASES = {
     "flag without a value": Case(fit("--trainer.max_steps"), "argument --trainer.max_steps", "expected one argument"),
     "three betas": Case(fit("--model.optimizer.betas [0.9,0.99,0.9]"), "model.optimizer.betas", "is not a list of two values"),
     "half a block": Case(fit("--model.gradient_checkpointing 2.5"), "model.gradient_checkpointing", "a whole number or auto"),
+    "name of a model for its class": Case(fit("--model owner/name"), "model", "did you mean 'model.model_name_or_path'?"),
+    "folder of a model for its class": Case(fit("--model model"), "model", "did you mean 'model.model_name_or_path'?"),
+    "rows for their class": Case(fit("--data rows.jsonl"), "data", "'rows.jsonl' is no class; did you mean 'data.dataset'?"),
+    "missing rows for their class": Case(fit("--data rows.csv"), "data", "is no class; did you mean 'data.dataset'?"),
+    "list of rows for their class": Case(fit("--data list.json"), "data", "is no class; did you mean 'data.dataset'?"),
     "class of another kind": Case(fit("--model torch.nn.Linear"), "model", "not correspond to a subclass of LightningModule"),
     "name that two classes have": Case(fit("--model.optimizer RAdam"), "model.optimizer", "Give the full class path"),
     # ------------------------------------------------------------------ types
@@ -228,7 +234,7 @@ CASES = {
     "batch of 0": Case(fit("--data.batch_size 0"), "", "a whole number from 1 to 8192, got 0"),
     "rows of 1 token": Case(fit("--data.max_seq_length 1"), "", "a whole number from 2 to 1048576, got 1"),
     "more than all for validation": Case(fit("--data.val_size 1.5"), "", "of rows, got 1.5"),
-    "all rows for validation": Case(fit("--data.val_size 8"), "data.val_size", "set val_size: 0"),
+    "all rows for validation": Case(fit("--data.val_size 8"), "data.val_size", "set val_size: 0, or less than 8"),
     "rank for AdamW": Case(fit("--config adamw.yaml --model.rank 4"), "model.rank", "set rank to null, or take GaLoreAdamW"),
     "misspelt LoRA key": Case(fit("--config adamw.yaml --model.lora.rang 4"), "model.lora.rang", "has no such key"),
     "LoRA of layers that a pattern names": Case(
@@ -852,10 +858,13 @@ def test_out_of_memory_names_the_settings_to_change() -> None:
         "model.gradient_checkpointing: true",
         "sampling.always_train: [norm]",
         "trainer.precision: bf16-true",
+        "model.frozen_in: host",
         "plan",
     ):
         assert setting in line
     assert code == 1
+    of_cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    assert "or model.frozen_in: disk" in message_and_exit_code(of_cpu)[0]
 
 
 class Greedy(CausalLMModule):
