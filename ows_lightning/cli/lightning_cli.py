@@ -192,8 +192,7 @@ class OWSCLI(LightningCLI):
         if trainer_args["barebones"]:
             for key in ("logger", "enable_checkpointing", "enable_progress_bar"):
                 trainer_args[key] = False
-        callbacks = trainer_args["callbacks"] or []
-        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        callbacks = [*given] if isinstance(given := trainer_args["callbacks"] or [], list) else [given]
         if (self.subcommand == "fit" and sampling is not None) or "ddp" not in str(trainer_args["strategy"]):
             check_strategy(trainer_args["strategy"])  # before Lightning reports something else
         # After the user's, which may log; before sampling, whose scores take a while.
@@ -220,7 +219,8 @@ class OWSCLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException, RuntimeError) as error:
             slurm = "SLURM_NTASKS" in os.environ and "SLURM" in str(error)
             hint = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
-            raise UsageError(f"trainer: {' '.join(str(error).split())}{hint}") from error
+            hint = "; set trainer.accelerator: cpu" if "No supported gpu backend" in str(error) else hint
+            raise UsageError(f"trainer: {' '.join(str(error).rstrip('!').split())}{hint}") from error
         if self.subcommand is not None:
             check_run(self.subcommand, self.model, self.datamodule, trainer_args, trainer)
         return trainer

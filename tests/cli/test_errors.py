@@ -412,7 +412,9 @@ CASES = {
     "no GPU": Case(
         fit("--trainer.accelerator cuda"), "trainer", "can not run on your system since the accelerator is not available"
     ),
-    "no GPU of any maker": Case(fit("--trainer.accelerator gpu"), "trainer", "No supported gpu backend found"),
+    "no GPU of any maker": Case(
+        fit("--trainer.accelerator gpu"), "trainer", "No supported gpu backend found; set trainer.accelerator: cpu"
+    ),
     "GPU precision on a CPU": Case(
         fit("--config adamw.yaml --trainer.precision 16-true"),
         "trainer.precision",
