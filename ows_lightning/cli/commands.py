@@ -142,7 +142,7 @@ class CommandTrainer(OWSTrainer):
         Args:
             model: The module that the checkpoint was saved from.
             datamodule: Not needed.
-            ckpt_path: The checkpoint.
+            ckpt_path: The checkpoint, or ``last`` for the newest run's.
             output: The directory to write; by default ``model-NAME`` in the run's folder, NAME being the checkpoint's.
             push_to_hub: Upload the directory to the hub under this name, ``owner/name``, too.
             delta: Write only the tensors that differ from the base model; `apply-delta` makes the model of both.

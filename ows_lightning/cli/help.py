@@ -13,7 +13,10 @@ import docstring_parser
 from ows_lightning.errors import UsageError, command_line
 
 DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}  # other ones than the classes'
-
+_OURS = {  # instead of what Lightning says
+    "ckpt_path": "A checkpoint, or `last` for the newest run's; without it `fit` starts anew, the others take the base model",
+    "trainer.default_root_dir": "The folder above those of the runs; `runs` if it is not given",
+}
 _PACKAGE = Path(__file__).parents[1]
 _NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "params"}
 _GENERAL_OPTIONS = """\
@@ -45,8 +48,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def help_text(command: str, description: str) -> str:
     """Returns the help of a command: its description, its own options, and the keys of each section of a config."""
-    (package,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
-    lightning = Path(package) / "pytorch"
+    lightning = Path(find_spec("lightning").submodule_search_locations[0], "pytorch")  # type: ignore[union-attr, index]
     trainer, ours = lightning / "trainer" / "trainer.py", _PACKAGE / "cli" / "commands.py"
     sections = {
         "model": (_PACKAGE / "module.py", "CausalLMModule"),
@@ -71,10 +73,8 @@ def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str
     methods = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == function)
     if (method := next(methods, None)) is None:
         return {}
-    described = {}
-    for node in (kind, method):
-        for entry in docstring_parser.parse(ast.get_docstring(node) or "").params:
-            described[entry.arg_name] = " ".join((entry.description or "").split())
+    entries = (entry for node in (kind, method) for entry in docstring_parser.parse(ast.get_docstring(node) or "").params)
+    described = {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
     width = min(shutil.get_terminal_size().columns, 120)
     plain, named = method.args.args, method.args.kwonlyargs
     defaults = [*[None] * (len(plain) - len(method.args.defaults)), *method.args.defaults, *method.args.kw_defaults]
@@ -84,7 +84,7 @@ def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str
             continue
         name, description = f"{prefix}{argument.arg}", described.get(argument.arg, "")
         if not file.is_relative_to(_PACKAGE):
-            description = description.split(". ")[0]  # Lightning's documentation has the rest
+            description = _OURS.get(name, description.split(". ")[0])  # Lightning's documentation has the rest
         type_ = "" if argument.annotation is None else f" {ast.unparse(argument.annotation)}"
         shown = DEFAULTS.get(name, "" if default is None else ast.unparse(default).replace("None", "null"))
         lines = textwrap.wrap(description, width, initial_indent="  ", subsequent_indent="  ")

@@ -102,3 +102,11 @@ def test_help_names_the_defaults_of_the_command_line(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert f"--model.optimizer.lr float (default: {config['model']['init_args']['optimizer']['init_args']['lr']})" in said
     assert f"(default: {config['checkpoint']['save_last']})" in said.partition("--checkpoint.save_last")[2].splitlines()[0]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "export"])
+def test_help_offers_only_checkpoints_that_the_command_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([command, "--help"])  # Lightning's own words offer `best`, which is refused
+    said = capsys.readouterr().out.partition("--ckpt_path ")[2].partition("\n--")[0]
+    assert "last" in said
+    assert "best" not in said
