@@ -17,6 +17,7 @@ _OURS = {  # instead of what Lightning says
     "ckpt_path": "A checkpoint, or `last` for the newest run's; without it `fit` starts anew, the others take the base model",
     "trainer.default_root_dir": "The folder above those of the runs; `runs` if it is not given",
 }
+
 _PACKAGE = Path(__file__).parents[1]
 _NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "params"}
 _GENERAL_OPTIONS = """\
@@ -48,7 +49,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def help_text(command: str, description: str) -> str:
     """Returns the help of a command: its description, its own options, and the keys of each section of a config."""
-    lightning = Path(find_spec("lightning").submodule_search_locations[0], "pytorch")  # type: ignore[union-attr, index]
+    (package,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
+    lightning = Path(package) / "pytorch"
     trainer, ours = lightning / "trainer" / "trainer.py", _PACKAGE / "cli" / "commands.py"
     sections = {
         "model": (_PACKAGE / "module.py", "CausalLMModule"),
@@ -73,8 +75,10 @@ def options(file: Path, owner: str, function: str, prefix: str = "") -> dict[str
     methods = (node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == function)
     if (method := next(methods, None)) is None:
         return {}
-    entries = (entry for node in (kind, method) for entry in docstring_parser.parse(ast.get_docstring(node) or "").params)
-    described = {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
+    described = {}
+    for node in (kind, method):
+        for entry in docstring_parser.parse(ast.get_docstring(node) or "").params:
+            described[entry.arg_name] = " ".join((entry.description or "").split())
     width = min(shutil.get_terminal_size().columns, 120)
     plain, named = method.args.args, method.args.kwonlyargs
     defaults = [*[None] * (len(plain) - len(method.args.defaults)), *method.args.defaults, *method.args.kw_defaults]

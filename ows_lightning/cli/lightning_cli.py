@@ -192,7 +192,8 @@ class OWSCLI(LightningCLI):
         if trainer_args["barebones"]:
             for key in ("logger", "enable_checkpointing", "enable_progress_bar"):
                 trainer_args[key] = False
-        callbacks = [*given] if isinstance(given := trainer_args["callbacks"] or [], list) else [given]
+        callbacks = trainer_args["callbacks"] or []
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         if (self.subcommand == "fit" and sampling is not None) or "ddp" not in str(trainer_args["strategy"]):
             check_strategy(trainer_args["strategy"])  # before Lightning reports something else
         # After the user's, which may log; before sampling, whose scores take a while.
