@@ -52,7 +52,8 @@ def find_config(name: str, folder: Path = Path()) -> Path:
             return shipped[key]
     if os.path.exists(path):
         raise UsageError(f"config: '{name}' is a folder, or a pipe, which is read once only; give the path of a YAML file")
-    hint = did_you_mean(short, shipped) or "; give the path of a YAML file, or a name that `configs` lists"
+    hint = did_you_mean(short, shipped) or did_you_mean(short, (Path(key).name for key in shipped))
+    hint = hint or "; give the path of a YAML file, or a name that `configs` lists"
     raise UsageError(f"config: no such file '{name}'{hint}")
 
 

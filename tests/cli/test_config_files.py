@@ -95,6 +95,7 @@ def test_a_file_that_would_be_misread_is_refused(text: str, error: str) -> None:
         ("http://127.0.0.1/mine.yaml", "nothing is downloaded"),
         ("s3://bucket/mine.yaml", "nothing is downloaded"),
         ("llama2_7", "did you mean 'models/llama2_7b'"),
+        ("llama3", "did you mean 'llama3_8b'"),
         ("", "is a folder"),
     ],
 )
