@@ -24,14 +24,20 @@ METHODS = {
     "OWS, five blocks, rank 16 at rest": "ows_resting",
     "OWS, five blocks in rank 128": "ows",
 }
+DRAWS_AND_OTHERS = {
+    "GaLore, all blocks in rank 128": "galore",
+    "LISA": "lisa_2",
+    "five blocks, drawn uniformly": "uniform_galore",
+    "five, drawn by few outliers": "outlier_reverse",
+}
 TASKS = ("spell_backward", "family_relationships", "cmudict", "number_filtering")
 
 
-def means(key: str, task: str, method: str) -> float:
+def means(key: str, task: str, method: str, steps: int = 128) -> float:
     with (ROOT / "benchmarks/results/length.csv").open() as file:
-        found = [float(row[key]) for row in csv.DictReader(file) if (row["task"], row["method"]) == (f"{task}@128", method)]
-    assert len(found) == 5
-    return mean(found)
+        rows = [row for row in csv.DictReader(file) if (row["task"], row["method"]) == (f"{task}@{steps}", method)]
+    assert len(rows) == {128: 5, 384: 3}[steps]
+    return mean(float(row[key]) for row in rows)
 
 
 def table(text: str, first: str) -> dict[str, list[str]]:
@@ -57,6 +63,17 @@ def figures(method: str) -> list[str]:
 )
 def test_the_long_study(name: str, method: str) -> None:
     assert in_evidence(name) == figures(method)
+
+
+@pytest.mark.parametrize(("name", "method"), [*METHODS.items(), *DRAWS_AND_OTHERS.items()])
+def test_the_longest_runs(name: str, method: str) -> None:
+    """Loss and loss on unrelated text; three seeds of each, or an empty cell."""
+    rows = table((ROOT / "docs/evidence.md").read_text(), "| | `spell_backward` | minus LoRA |")
+    first, _, second = rows[name]
+    for task, cell in zip(TASKS, (first, second), strict=False):
+        if cell:
+            loss, unrelated = (means(key, task, method, 384) for key in ("test_loss", "forgetting"))
+            assert cell == f"{loss:.3f}, {unrelated:.2f}"
 
 
 @pytest.mark.parametrize("method", METHODS.values())
