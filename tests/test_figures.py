@@ -47,8 +47,8 @@ def table(text: str, first: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-def in_evidence(name: str) -> list[str]:
-    return table((ROOT / "docs/evidence.md").read_text(), "| | `spell_backward` |")[name]
+def in_evidence(name: str, head: str = "| | `spell_backward` |") -> list[str]:
+    return table((ROOT / "docs/evidence.md").read_text(), head)[name]
 
 
 def figures(method: str) -> list[str]:
@@ -68,8 +68,7 @@ def test_the_long_study(name: str, method: str) -> None:
 @pytest.mark.parametrize(("name", "method"), [*METHODS.items(), *DRAWS_AND_OTHERS.items()])
 def test_the_longest_runs(name: str, method: str) -> None:
     """Loss and loss on unrelated text; three seeds of each, or an empty cell."""
-    rows = table((ROOT / "docs/evidence.md").read_text(), "| | `spell_backward` | minus LoRA |")
-    first, _, second = rows[name]
+    first, _, second = in_evidence(name, "| | `spell_backward` | minus LoRA |")
     for task, cell in zip(TASKS, (first, second), strict=False):
         if cell:
             loss, unrelated = (means(key, task, method, 384) for key in ("test_loss", "forgetting"))

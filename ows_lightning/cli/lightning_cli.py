@@ -218,9 +218,11 @@ class OWSCLI(LightningCLI):
         except UsageError:
             raise
         except (ValueError, TypeError, MisconfigurationException, RuntimeError) as error:
-            slurm = "SLURM_NTASKS" in os.environ and "SLURM" in str(error)
-            hint = "; start it with srun, or unset SLURM_NTASKS in an interactive job" if slurm else ""
-            hint = "; set trainer.accelerator: cpu" if "No supported gpu backend" in str(error) else hint
+            hint = ""
+            if "SLURM_NTASKS" in os.environ and "SLURM" in str(error):
+                hint = "; start it with srun, or unset SLURM_NTASKS in an interactive job"
+            elif "No supported gpu backend" in str(error):
+                hint = "; set trainer.accelerator: cpu"
             raise UsageError(f"trainer: {' '.join(str(error).rstrip('!').split())}{hint}") from error
         if self.subcommand is not None:
             check_run(self.subcommand, self.model, self.datamodule, trainer_args, trainer)

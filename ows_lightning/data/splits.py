@@ -23,7 +23,6 @@ from ows_lightning.errors import UsageError
 if TYPE_CHECKING:
     import datasets
 
-_NONE_LEFT = "rows leaves none to train on"
 _MAX_REPEATS = 1000  # of the rows of a source of a mixture in an epoch
 
 
@@ -157,7 +156,8 @@ class Splits:
             return np.arange(total), np.arange(0)
         size = self.val_size if isinstance(self.val_size, int) else max(1, round(total * self.val_size))
         if size >= total:
-            raise UsageError(f"data.val_size: {self.val_size} of {total} {_NONE_LEFT}; set val_size: 0, or less than {total}")
+            hint = f"set val_size: 0, or less than {total}"
+            raise UsageError(f"data.val_size: {self.val_size} of {total} rows leaves none to train on; {hint}")
         order = np.random.default_rng(self.seed).permutation(total)
         return np.sort(order[size:]), np.sort(order[:size])
 
@@ -189,7 +189,8 @@ class Splits:
         val_rows = 0 if self.eval_dataset else int(self.val_size)
         first = list(self._stream().take(val_rows + 1))  # one more, to see whether there are others
         if len(first) <= val_rows:
-            raise UsageError(f"data.val_size: {val_rows} of {len(first)} {_NONE_LEFT}; lower it, or set val_size: 0")
+            hint = "lower it, or set val_size: 0"
+            raise UsageError(f"data.val_size: {val_rows} of {len(first)} rows leaves none to train on; {hint}")
         features = example_features()
         return Dataset.from_dict({name: [row[name] for row in first[:val_rows]] for name in features}, features=features)
 

@@ -176,7 +176,10 @@ class GradientCapture(RestingWeights):
         """Drops what waits for a step, of one parameter or of all."""
         waiting: dict[Tensor, Any]
         for waiting in (self.projected_gradients, self.offloaded_gradients, self._new_projectors, self.sketches):
-            waiting.clear() if p is None else waiting.pop(p, None)
+            if p is None:
+                waiting.clear()
+            else:
+                waiting.pop(p, None)
 
     def _projected_side(self, p: Tensor) -> Side | None:
         """Which side of a matrix is projected; None where it trains in full rank."""

@@ -77,14 +77,19 @@ def projected_adamw_(
     """
     shrink, noise = 1 - lr * weight_decay, generator if round_weights else None
     d = adam_(exp_avg, exp_avg_sq, gradient, step, betas, eps, generator)
-    if projector is not None:
+    if projector is None:
+        _add_(weight, d, shrink, -lr * scale, noise)
+    else:
         left, right = (d, projector.mT) if side == "right" else (projector, d)
         _add_product_(weight, left, right, shrink, -lr * scale * shrink, noise)
-        return
-    w = weight if noise is None else weight.float()
-    w.add_(d.to(w.dtype), alpha=-lr * scale).mul_(shrink)
-    if noise is not None:
-        round_stochastically_(weight, w, noise)
+
+
+def _add_(weight: Tensor, direction: Tensor, shrink: float, alpha: float, generator: torch.Generator | None) -> None:
+    """W <- shrink (W + alpha D); with a generator, formed in float32 and rounded stochastically to the weight's bfloat16."""
+    w = weight if generator is None else weight.float()
+    w.add_(direction.to(w.dtype), alpha=alpha).mul_(shrink)
+    if generator is not None:
+        round_stochastically_(weight, w, generator)
 
 
 def _add_product_(

@@ -29,7 +29,6 @@ class GroupedDraws:
     """
 
     def __init__(self, probabilities: tuple[float, ...], count: int) -> None:
-
         pi = inclusion_probabilities(probabilities, count)
         drawable, self._count = np.flatnonzero(pi), count
         n = len(drawable)
