@@ -259,13 +259,21 @@ def test_a_disk_that_is_full_for_the_curves_is_named(arguments: Arguments, tmp_p
     ],
 )
 def test_settings_with_which_no_checkpoint_could_be_written(
-    option: str, key: str, arguments: Arguments, tmp_path: Path
+    option: str,
+    key: str,
+    arguments: Arguments,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("sys.argv", ["main.py"])
     (tmp_path / "file").write_text("")
-    launch = Launch([*arguments(), option.replace("{file}", str(tmp_path / "file"))], tmp_path / "out")
-    assert launch.wait() == [2], launch.output
-    assert f"error: {key}" in launch.output
-    assert "Traceback" not in launch.output
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments(), option.replace("{file}", str(tmp_path / "file"))])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"error: {key}" in said
+    assert "Traceback" not in said
 
 
 def test_folders_are_left_out_everywhere() -> None:
