@@ -95,12 +95,17 @@ def test_a_config_for_a_large_model_trains_on_few_rows(
     assert len(list((tmp_path / "version_0" / "checkpoints").glob("*.ckpt"))) == 2  # best and last
 
 
+@pytest.fixture(scope="module")
+def large_model() -> CausalLMModule:
+    """The module of a large model's config alone, without a method's."""
+    return check_on_meta(CONFIGS / "models" / "llama2_7b.yaml").model
+
+
 @pytest.mark.parametrize("method", METHODS, ids=names)
-def test_method_fits_the_code_over_a_large_model(method: Path) -> None:
-    base = check_on_meta(CONFIGS / "models" / "llama2_7b.yaml").model
+def test_method_fits_the_code_over_a_large_model(method: Path, large_model: CausalLMModule) -> None:
     over = check_on_meta(CONFIGS / "models" / "llama2_7b.yaml", method).model
     weights = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]
-    rates = [module.make_optimizer(weights).param_groups[0]["lr"] for module in (base, over)]
+    rates = [module.make_optimizer(weights).param_groups[0]["lr"] for module in (large_model, over)]
     assert rates[0] == 3e-4
     if method.stem in ("ows", "galore"):  # a method is a recipe; a rate belongs to a model and its task
         assert rates[1] == 3e-4
