@@ -78,6 +78,6 @@ def make_run(
     return folder
 
 
-@pytest.fixture(name="make_run")
+@pytest.fixture(name="make_run", scope="session")
 def make_run_fixture() -> Callable[..., Path]:
     return make_run

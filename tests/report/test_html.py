@@ -56,12 +56,28 @@ def read_columns(path):
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def test_one_run(tmp_path, make_run):
-    path = write_report([make_run(tmp_path / "ows")], tmp_path / "report")
-    assert path == tmp_path / "report" / "report.html"
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory, make_run):
+    """A run's folder, and the path of its report."""
+    folder = tmp_path_factory.mktemp("one")
+    run = make_run(folder / "ows")
+    return run, write_report([run], folder / "report")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, make_run):
+    """The path of a report of two runs, one of which samples blocks; it is given twice, and shown once."""
+    folder = tmp_path_factory.mktemp("compared")
+    ows, full = make_run(folder / "ows"), make_run(folder / "full", sampled=False, seed=1)
+    return write_report([ows, full, ows], folder / "report")
+
+
+def test_one_run(one_run):
+    run, path = one_run
+    assert path == run.parent / "report" / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     images = page.all("img")
-    pictures = sorted((tmp_path / "report").glob("*.png"))
+    pictures = sorted(path.parent.glob("*.png"))
     assert len(images) == len(pictures) == 8
     inlined = {base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images}
     assert inlined == {picture.read_bytes() for picture in pictures}
@@ -71,18 +87,17 @@ def test_one_run(tmp_path, make_run):
         assert shown in page.text
 
 
-def test_nothing_is_loaded_from_elsewhere(tmp_path, make_run):
-    path = write_report([make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)], tmp_path / "report")
-    source = path.read_text(encoding="utf-8")
+def test_nothing_is_loaded_from_elsewhere(compared):
+    source = compared.read_text(encoding="utf-8")
     assert not re.search(r"https?://|//[a-z]|url\(|@import", re.sub(r"base64,[A-Za-z0-9+/=]+", "", source))
     page = Page(source)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
     assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
-    assert all((path.parent / link["href"]).is_file() for link in page.all("a"))
+    assert all((compared.parent / link["href"]).is_file() for link in page.all("a"))
 
 
 def test_the_command_compares_runs_without_a_config(tmp_path, make_run, capsys):
-    runs = [str(make_run(tmp_path / name, seed=seed)) for seed, name in enumerate(("a", "b"))]
+    runs = [str(make_run(tmp_path / name, sampled=False, seed=seed)) for seed, name in enumerate(("a", "b"))]
     main(["report", *runs, "--output", str(tmp_path / "compared")])
     assert capsys.readouterr().out.splitlines()[-1] == f"Written: {tmp_path}/compared/report.html"
     assert (tmp_path / "compared" / "loss.png").is_file()
@@ -90,7 +105,7 @@ def test_the_command_compares_runs_without_a_config(tmp_path, make_run, capsys):
 
 def test_the_home_of_a_path_that_the_shell_left_as_it_was(tmp_path, make_run, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "run", sampled=False)
     main(["report", str(run), "--output=~/report"])
     assert (tmp_path / "report" / "report.html").is_file()
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -107,17 +122,16 @@ def test_the_home_of_a_path_that_the_shell_left_as_it_was(tmp_path, make_run, mo
         assert "Could not determine home" not in capsys.readouterr().err
 
 
-def test_compared_runs_have_a_row_each(tmp_path, make_run):
-    ows, full = make_run(tmp_path / "ows"), make_run(tmp_path / "full", sampled=False, seed=1)
-    path = write_report([ows, full, ows], tmp_path / "report")  # given twice, shown once
-    page = Page(path.read_text(encoding="utf-8"))
+def test_compared_runs_have_a_row_each(compared):
+    page = Page(compared.read_text(encoding="utf-8"))
     assert len(page.all("tr")) == 3
-    figures = read_columns(path.parent / "key_figures.csv")
+    folder = compared.parent
+    figures = read_columns(folder / "key_figures.csv")
     assert figures["run"] == ["ows", "full"]
     assert figures["time_s"] == ["850.0", "850.0"]
-    assert set(read_columns(path.parent / "loss.csv")["run"]) == {"ows", "full"}
-    assert (path.parent / "1-ows-outlier_scores.png").is_file()
-    assert not (path.parent / "2-full-outlier_scores.png").exists()
+    assert set(read_columns(folder / "loss.csv")["run"]) == {"ows", "full"}
+    assert (folder / "1-ows-outlier_scores.png").is_file()
+    assert not (folder / "2-full-outlier_scores.png").exists()
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path, make_run):
@@ -126,10 +140,9 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path, make_run):
     assert read_columns(tmp_path / "report" / "key_figures.csv")["run"] == ["seed0/ows", "seed1/ows"]
 
 
-def test_csv_files_hold_the_run_s_numbers(tmp_path, make_run):
-    folder = make_run(tmp_path / "ows")
-    run = RunRecord.read(folder)
-    report = write_report([folder], tmp_path / "report").parent
+def test_csv_files_hold_the_run_s_numbers(one_run):
+    folder, page = one_run
+    run, report = RunRecord.read(folder), page.parent
     scores = read_columns(report / "outlier_scores.csv")
     assert [float(ratio) for ratio in scores["outlier_ratio_percent"]] == run.scores["outlier_ratios"]
     assert [float(probability) for probability in scores["probability"]] == run.scores["probabilities"]
