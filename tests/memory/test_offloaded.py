@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from ows_lightning.memory.plan_settings import settings_from_config
-from ows_lightning.memory.planner import plan_from_config
 from ows_lightning.memory.prediction import ModelSizes, fetched_blocks, predict_memory
 from ows_lightning.memory.tracker import HOST
 from ows_lightning.models.decoder import decoder_layers
@@ -123,7 +122,7 @@ def test_the_device_holds_what_was_predicted(
 ) -> None:
     waits = {"model__frozen_in": frozen_in, "model__frozen_dtype": frozen_dtype, "trainer__precision": precision}
     config = make_config(directory, **waits, model__gradient_checkpointing=True, data__batch_size=1)
-    needs = plan_from_config(config, ["ows"]).methods["ows"]
+    needs = predict_memory(settings_from_config(config))
     assert run_and_track(config, Device()) == pytest.approx(needs.peak_bytes, rel=0.005)
 
 
