@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,12 +25,11 @@ from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.cli.main import CONFIG_COMMANDS, main
 from ows_lightning.data import InstructionDataModule, formats
 from ows_lightning.data.formats import recognise, to_example
-from ows_lightning.memory.plan_settings import PlanSettings
 from ows_lightning.module import CausalLMModule
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.distributions import Distribution
 from ows_lightning.sampling.sampler import BlockSampler
-from tests.bare import make_bare
+from tests.bare import follow_once, make_bare
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
 
@@ -232,15 +231,6 @@ def execute(words: list[str]) -> None:
 
 
 PLANNED: set[str] = set()
-FOLLOWED: dict[Any, Any] = {}
-
-
-def followed_once(settings: PlanSettings, key: Any, make: Callable[[], Any]) -> Any:
-    """What a plan follows, which other plans of the same model need, too."""
-    key = settings.model_config.to_json_string(), repr(key)
-    if key not in FOLLOWED:
-        FOLLOWED[key] = make()
-    return FOLLOWED[key]
 
 
 @pytest.mark.slow
@@ -248,7 +238,7 @@ def followed_once(settings: PlanSettings, key: Any, make: Callable[[], Any]) -> 
 def test_commands(document: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if document.name != "README.md":  # pictures and predictions take longer than these runs; README's have them
         make_bare(monkeypatch)
-    monkeypatch.setattr(PlanSettings, "cached", followed_once)
+    follow_once(monkeypatch)
     write_named_files(document)
     for line, words in commands(document):
         command = shlex.join(words)

@@ -23,10 +23,17 @@ from ows_lightning.module import CausalLMModule
 from ows_lightning.optim.galore import GaLoreAdamW
 from ows_lightning.sampling.callback import LayerwiseSampling
 from ows_lightning.sampling.scores import BlockScores
+from tests.bare import follow_once
 from tests.memory.test_plan import LENGTH, llama_7b, make_config
 from tests.tiny import tiny_batch, tiny_model
 
 N = 6_738_415_616  # weights of Llama-2-7B
+
+
+@pytest.fixture(autouse=True)
+def followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of these tests, whose settings differ little, each follows only the steps that no other one has followed."""
+    follow_once(monkeypatch)
 
 
 class Counter(TorchDispatchMode):
