@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -30,10 +31,20 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return "slow tests are left out; `make test` runs all" if config.option.markexpr == "not slow" else None
 
 
+@functools.cache
+def starts_processes(path: Path) -> bool:
+    """Whether tests of this file start runs in processes of their own."""
+    return "tests.distributed.launch" in path.read_text(encoding="utf-8")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest tests first: no worker is left alone with one at the end."""
+    """Puts the longest tests first: no worker is left alone with one at the end.
+
+    Next come files whose tests start processes. Side by side, most of these tests go to one worker, and the others need no
+    server of `launch`, which imports everything once more.
+    """
     longest = ("test_docs.py", "test_examples.py", "test_fuzz.py", "test_peer_watchdog.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    items.sort(key=lambda item: (item.path.name not in longest, not starts_processes(item.path)))
 
 
 def pytest_collection_finish() -> None:
