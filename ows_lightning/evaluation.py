@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedTokenizerBase
 
-from ows_lightning.data.masking import with_chat_template
+from ows_lightning.data.rendering import with_chat_template
 from ows_lightning.metrics.choices import ChoiceAccuracy
 from ows_lightning.metrics.exact_match import TeacherForcedAnswers, right_answers
 from ows_lightning.models.causal_lm import CausalLM

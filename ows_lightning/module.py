@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from ows_lightning.checkpoints.fixed_settings import FIXED_MODEL_KEYS, check_fixed_settings, plain, sampling_settings
-from ows_lightning.data.masking import end_of_turn_id
+from ows_lightning.data.encoding import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ows_lightning.callbacks.run_folder import run_folder
 from ows_lightning.callbacks.step_callback import StepCallback
-from ows_lightning.data.masking import Encoder
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.errors import UsageError
 from ows_lightning.models.causal_lm import eval_mode
 from ows_lightning.module import CausalLMModule

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ows_lightning.checkpoints.find import last_good
-from ows_lightning.data.masking import end_of_turn_id, with_chat_template
-from ows_lightning.data.rendering import ChatTemplate
+from ows_lightning.data.encoding import end_of_turn_id
+from ows_lightning.data.rendering import ChatTemplate, with_chat_template
 from ows_lightning.errors import UsageError, command_line, first_line, typed_path
 from ows_lightning.models.delta import Delta, apply_delta
 from ows_lightning.models.pretrained import add_eos_token_id, load_model, load_tokenizer, stop_token_ids

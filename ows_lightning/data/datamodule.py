@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ows_lightning.compat import attn_implementation_of
 from ows_lightning.data import formats
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.data.examples import column
 from ows_lightning.data.loaders import RankSampler, ResumableLoader
-from ows_lightning.data.masking import Encoder, with_chat_template
 from ows_lightning.data.multiple_choice import ChoiceRows, collate_choices
 from ows_lightning.data.packing import require_separate_documents
+from ows_lightning.data.rendering import with_chat_template
 from ows_lightning.data.rows import PromptRows, Rows, collate, collate_prompts
 from ows_lightning.data.splits import Splits
 from ows_lightning.data.stream import StreamLoader, StreamRows, collate_with_state

@@ -19,9 +19,9 @@ import transformers
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from ows_lightning.compat import fingerprint
-from ows_lightning.data import formats, masking, rendering, sources
+from ows_lightning.data import encoding, formats, masking, rendering, sources
+from ows_lightning.data.encoding import Encoded, Encoder
 from ows_lightning.data.formats import Row
-from ows_lightning.data.masking import Encoded, Encoder
 from ows_lightning.data.sources import DataSource
 from ows_lightning.errors import UsageError, not_writable
 
@@ -163,7 +163,7 @@ def _versions() -> list[str]:
     import datasets
 
     libraries = [f"{library.__name__} {library.__version__}" for library in (datasets, jinja2, tokenizers, transformers)]
-    return libraries + [inspect.getsource(module) for module in (formats, masking, rendering, sources, sys.modules[__name__])]
+    return libraries + [inspect.getsource(m) for m in (encoding, formats, masking, rendering, sources, sys.modules[__name__])]
 
 
 def _hash(*values: Any) -> str:

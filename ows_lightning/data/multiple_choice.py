@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, tensor
 from torch.utils.data import Dataset
 
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.data.formats import Example, index_of_choice, split_prompt
-from ows_lightning.data.masking import Encoder
 from ows_lightning.data.rows import collate
 from ows_lightning.errors import UsageError
 

@@ -8,16 +8,25 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jinja2
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ows_lightning.data.formats import Message
 from ows_lightning.errors import UsageError
 
+#: For tokenizers without a chat template, such as those of base models.
+PLAIN_TEMPLATE = """\
+{% for message in messages %}\
+{{ '### ' + {'user': 'Instruction', 'assistant': 'Response'}.get(message['role'], message['role'] | capitalize) + ':\\n' }}\
+{{ message['content'] + (eos_token if message['role'] == 'assistant' else '') + '\\n\\n' }}\
+{% endfor %}\
+{{ '### Response:\\n' if add_generation_prompt else '' }}"""
+EXCHANGE: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]  # easy to find in any text
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
@@ -28,11 +37,41 @@ _ROLES = {
 }  # fmt: skip
 
 
+def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Checks that a tokenizer can be trained with, and gives it `PLAIN_TEMPLATE` when it has no chat template of its own.
+
+    The template is set on the tokenizer itself, so that generation and the exported model use the one that was trained.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if not tokenizer.is_fast:
+        raise UsageError(f"the tokenizer of '{name}' has no fast version, which is needed to find the answers' tokens")
+    if tokenizer.eos_token is None:
+        raise UsageError(f"the tokenizer of '{name}' has no end-of-sequence token; set its eos_token")
+    if not tokenizer.chat_template:
+        adds_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+        note = "rows are written as '### Instruction:' and '### Response:'."
+        rank_zero_info(f"The tokenizer of '{name}' has no chat template: {note}")
+    return tokenizer
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A tokenizer's chat template."""
 
     tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def end_tokens(self) -> tuple[str, ...]:
+        """Tokens that may end an answer: the special ones, and any other added one that the template puts behind an answer."""
+        behind = self.render(EXCHANGE, None, "the chat template").rpartition("!")[2]
+        added = self.tokenizer.added_tokens_decoder.values()
+        ends = (str(token) for token in added if token.special or (str(token).strip() and str(token) in behind))
+        return (self.tokenizer.eos_token, *ends)
+
+    def without_eos(self, text: str) -> str:
+        """A text without an EOS at its end, and without white space there."""
+        return text.rstrip().removesuffix(self.tokenizer.eos_token).rstrip()
 
     def render(self, messages: list[Message], tools: Any, row_name: str, add_generation_prompt: bool = False) -> str:
         """The conversation as text; a system message that the template refuses joins the first question."""

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.data.examples import column
 from ows_lightning.data.formats import split_prompt
-from ows_lightning.data.masking import Encoder
 from ows_lightning.models.loss import IGNORE_INDEX
 
 Item = dict[str, list[int]]

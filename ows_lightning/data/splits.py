@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.data.examples import column, example_features, read_examples, stream_examples, tokenise, warn_of_dropped
-from ows_lightning.data.masking import Encoder
 from ows_lightning.data.multiple_choice import choices_of
 from ows_lightning.data.packing import pack
 from ows_lightning.data.rows import Rows

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.data.examples import encode, warn_of_dropped
-from ows_lightning.data.masking import Encoder
 from ows_lightning.data.packing import pack
 from ows_lightning.data.rows import Item, join_documents
 from ows_lightning.data.sources import join_names

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.data.examples import table_row
-from ows_lightning.data.masking import Encoder, with_chat_template
+from ows_lightning.data.rendering import with_chat_template
 from ows_lightning.data.sources import DataSource
 from ows_lightning.errors import UsageError
 from tests.data.samples import TEMPLATES, tiny_tokenizer

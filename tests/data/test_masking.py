@@ -6,8 +6,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
-from ows_lightning.data.masking import Encoded, Encoder, end_of_turn_id, with_chat_template
-from ows_lightning.data.rendering import ChatTemplate
+from ows_lightning.data.encoding import Encoded, Encoder, end_of_turn_id
+from ows_lightning.data.rendering import ChatTemplate, with_chat_template
 from ows_lightning.errors import UsageError
 from tests.data.samples import ENDLESS, TEMPLATES, tiny_tokenizer
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ows_lightning.data import InstructionDataModule
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.data.formats import to_example
-from ows_lightning.data.masking import Encoder
 from tests.data.samples import CHATML, tiny_tokenizer
 
 # Each after a published template, cut to what matters here.

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import distributed, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from ows_lightning.data.masking import Encoder
+from ows_lightning.data.encoding import Encoder
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models import export
 from ows_lightning.models.export import save_huggingface
