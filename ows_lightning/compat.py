@@ -78,9 +78,9 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
-def replace_parameters_(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
-    """Puts what a function makes of each parameter in its place, in the same order; shared ones stay shared."""
-    made = {p: make(p) for p in model.parameters()}
+def replace_parameters_(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) -> None:
+    """Puts a parameter of what a function makes of each one in its place, in the same order; shared ones stay shared."""
+    made = {p: nn.Parameter(make(p), requires_grad=p.requires_grad) for p in model.parameters()}
     for module in model.modules():
         own_parameters(module).update({name: made[p] for name, p in own_parameters(module).items() if p is not None})
 

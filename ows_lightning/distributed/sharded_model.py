@@ -51,9 +51,7 @@ def load_into_shards(
     """
     model: Any = build(True)
     dtype = model.dtype  # also of weights that stay in float32 elsewhere, such as routers: FSDP takes one dtype in a block
-    replace_parameters_(
-        model, lambda p: nn.Parameter(p.to("meta", dtype if p.is_meta else p.dtype), requires_grad=p.requires_grad)
-    )
+    replace_parameters_(model, lambda p: p.to("meta", dtype if p.is_meta else p.dtype))
     stored = find_stored_weights(name, model)
     whole: dict[str, Tensor] = {}
     with _InfiniteBarrier():  # NCCL would give up on a rank that takes half an hour to load

@@ -83,7 +83,7 @@ def to_fake_(model: nn.Module) -> None:
     def fake(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") if tensor.is_meta else tensor
 
-    replace_parameters_(model, lambda p: nn.Parameter(fake(p), requires_grad=p.requires_grad))
+    replace_parameters_(model, fake)
     model._apply(fake)  # buffers
 
 

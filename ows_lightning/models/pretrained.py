@@ -136,9 +136,7 @@ def empty_model(name: str, num_tokens: int, dtype: torch.dtype = torch.float32, 
 
 def allocate(model: nn.Module) -> nn.Module:
     """Gives the weights of an ``empty_model`` memory, without values, in place; tied ones stay tied."""
-    replace_parameters_(
-        model, lambda p: nn.Parameter(torch.empty_like(p, device="cpu"), requires_grad=p.requires_grad) if p.is_meta else p
-    )
+    replace_parameters_(model, lambda p: torch.empty_like(p, device="cpu") if p.is_meta else p)
     return model
 
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ows_lightning.compat import replace_parameters_
@@ -159,9 +159,7 @@ def load_mapped_model(name: str, num_tokens: int, disk: Disk, **options: Any) ->
         return load_model(name, **options)
     names = {p: key for key, p in model.named_parameters()}
     in_blocks = set(decoder_layers(model).parameters())
-    replace_parameters_(
-        model, lambda p: nn.Parameter((disk.place_weight if p in in_blocks else _read)(stored[names[p]], p.dtype))
-    )
+    replace_parameters_(model, lambda p: (disk.place_weight if p in in_blocks else _read)(stored[names[p]], p.dtype))
     for key, buffer in persistent_buffers(model).items():
         buffer.copy_(_read(stored[key], buffer.dtype))
     check_finite(name, model)
