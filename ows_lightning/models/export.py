@@ -170,8 +170,7 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
         if kept_apart:  # trained apart, e.g. an adapter on the embeddings alone
             path = directory / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
-    # As on the hub: transformers may hold a weight in another form, e.g. all experts in one tensor, or one as several.
-    layout = revert_weight_conversion(model, _empty_tensors(weights))
+    layout = _file_layout(model, weights)
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
     with contextlib.ExitStack() as stack:
         files: dict[str, SafetensorsFile] = {}
@@ -194,21 +193,19 @@ def _save_one_by_one(model: PreTrainedModel, directory: Path, writes: bool) -> N
 
 def group_by_file_tensors(model: PreTrainedModel, weights: list[_PlainWeight]) -> list[list[_PlainWeight]]:
     """Sorts weights by the tensors of the files that they make: most by themselves, others joined into one."""
-    written = _shapes(revert_weight_conversion(model, _empty_tensors(weights)))
+    shapes = {name: tensor.shape for name, tensor in _file_layout(model, weights).items()}
     groups: list[list[_PlainWeight]] = []
     joined: list[_PlainWeight] = []
     for weight in weights:
-        alone = _shapes(revert_weight_conversion(model, _empty_tensors([weight]))) <= written
+        alone = all(tensor.shape == shapes.get(name) for name, tensor in _file_layout(model, [weight]).items())
         groups.append([weight]) if alone else joined.append(weight)
     return [*groups, joined] if joined else groups
 
 
-def _empty_tensors(weights: list[_PlainWeight]) -> dict[str, Tensor]:
-    return {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
-
-
-def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, torch.Size]]:
-    return {(name, tensor.shape) for name, tensor in tensors.items()}
+def _file_layout(model: PreTrainedModel, weights: list[_PlainWeight]) -> dict[str, Tensor]:
+    """The tensors, without values, that weights make in files as on the hub: all experts may be one here, and many there."""
+    empty = {w.name: torch.empty(w.tensor.shape, dtype=w.tensor.dtype, device="meta") for w in weights}
+    return revert_weight_conversion(model, empty)
 
 
 def weights_without_peft(module: Any, prefix: str = "", adapters: tuple[Any, ...] = ()) -> Iterator[_PlainWeight]:
