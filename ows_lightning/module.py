@@ -21,7 +21,7 @@ from ows_lightning.data.encoding import end_of_turn_id
 from ows_lightning.distributed.sharded_model import load_into_shards
 from ows_lightning.errors import UsageError
 from ows_lightning.evaluation import EvaluationModule
-from ows_lightning.fit.checks import check_offloading, check_strategy, check_unscaled, offloads
+from ows_lightning.fit.checks import check_callbacks, check_offloading, check_strategy, check_unscaled, offloads
 from ows_lightning.fit.duration import expected_steps
 from ows_lightning.fit.projection import prepare_fit
 from ows_lightning.models import execution, pretrained
@@ -196,6 +196,7 @@ class CausalLMModule(EvaluationModule):
         check_offloading(self.hparams, trains_unsampled, self.trainer.world_size, "fsdp2" if self.device_mesh else "auto")
         if stage != "fit":
             return
+        check_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
         prepare_fit(self.trainer)
         on_gpu = self.trainer.strategy.root_device.type == "cuda"
         if on_gpu and self._precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):

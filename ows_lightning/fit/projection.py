@@ -8,7 +8,6 @@ from lightning.pytorch.plugins.precision import Precision
 from torch.optim import Optimizer
 
 from ows_lightning.errors import first_line
-from ows_lightning.fit.checks import check_callbacks
 from ows_lightning.optim.galore import GaLoreAdamW
 
 log = logging.getLogger(__name__)
@@ -35,19 +34,11 @@ def patch_clipping(precision: Precision) -> None:
 
 
 def prepare_fit(trainer: Trainer) -> None:
-    """Checks a Trainer's callbacks for CausalLMModule, adds the clean-up after a fit, and patches the clipping."""
+    """Patches the clipping, and adds the clean-up after the fit; the module and a callback may both call it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    check_callbacks(callbacks)
     if RestoreAfterFit not in map(type, callbacks):  # not by `configure_callbacks`, which subclasses override
         callbacks.append(RestoreAfterFit())
     patch_clipping(trainer.precision_plugin)
-
-
-def stop_projecting(trainer: Trainer) -> None:
-    """Ends projection in backward by the Trainer's optimizers, and clipping by them: any code may train the model next."""
-    vars(trainer.precision_plugin).pop("clip_gradients", None)  # undoes ``patch_clipping``
-    for optimizer in (one for one in trainer.optimizers if isinstance(one, GaLoreAdamW)):
-        optimizer.project_in_backward(False)
 
 
 class RestoreAfterFit(Callback):
@@ -56,8 +47,9 @@ class RestoreAfterFit(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends projection, merges what was learned at rest, and gives Lightning its own clipping back."""
         if stage == "fit":
-            stop_projecting(trainer)
+            vars(trainer.precision_plugin).pop("clip_gradients", None)  # undoes ``patch_clipping``
             for optimizer in (one for one in trainer.optimizers if isinstance(one, GaLoreAdamW)):
+                optimizer.project_in_backward(False)
                 optimizer.merge_updates()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from ows_lightning.errors import UsageError
 from ows_lightning.fit.checks import check_strategy
-from ows_lightning.fit.projection import patch_clipping, stop_projecting
+from ows_lightning.fit.projection import prepare_fit
 from ows_lightning.optim.sharding import is_sharded
 from ows_lightning.sampling.activation import unfreeze
 from ows_lightning.sampling.sampler import BlockSampler
@@ -32,8 +32,6 @@ class LayerwiseSampling(BlockSampler, Callback):
     Scores and draws are written as ``outlier_scores.json`` and ``sampling_history.csv`` into the folder of the Trainer's
     logger, or into ``folder`` if that is set; without either, nothing is written.
 
-    Lightning's clipping acts on what a projecting optimizer consumes; by hand, call ``optimizer.clip_gradients(limit)``.
-
     Not supported are optimizers that hold only some of the parameters (freeze nothing yourself before
     ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (instead of ``ddp`` use
     ``ddp_layerwise``, instead of ``fsdp`` use ``fsdp2``, under which a module that is no CausalLMModule shards itself).
@@ -51,7 +49,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         """Starts afresh, and refuses strategies that can't let the trained blocks change."""
         if stage == "fit":
             check_strategy(trainer.strategy)
-            patch_clipping(trainer.precision_plugin)
+            prepare_fit(trainer)
             unfreeze(pl_module)  # a copy that was made in mid-run, before an optimizer is made of it
             self.reset()
 
@@ -91,9 +89,8 @@ class LayerwiseSampling(BlockSampler, Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Unfreezes what this callback froze, ends projection in backward, and gives Lightning its own clipping back."""
+        """Unfreezes what this callback froze."""
         if stage == "fit":
-            stop_projecting(trainer)
             self.release()
 
     def compute_scores(self, model: LightningModule, loader: Any) -> BlockScores:  # type: ignore[override]
