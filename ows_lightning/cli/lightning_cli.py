@@ -261,7 +261,8 @@ class OWSCLI(LightningCLI):
 
 def with_csv_logger(loggers: Logger | Iterable[Logger] | bool | None, folder: str) -> list[Logger]:
     """Puts a CSV logger before those of ``trainer.logger``: its folder is the run's, and pictures come from its file."""
-    given = [loggers] if isinstance(loggers, Logger) else [] if loggers is None or isinstance(loggers, bool) else [*loggers]
+    listed = loggers if isinstance(loggers, Iterable) else [loggers]
+    given = [logger for logger in listed if isinstance(logger, Logger)]  # not true, false or null
     if not any(isinstance(logger, CSVLogger) for logger in given):
         given.append(RunLogger(folder, name="", flush_logs_every_n_steps=1))  # so that a killed run keeps its curves
     return sorted(given, key=lambda logger: not isinstance(logger, CSVLogger))

@@ -140,7 +140,7 @@ def _nearest_key(key: str, known: Iterable[str]) -> str | None:
     beside = [names[other] for other in names if other.rpartition(".")[0] == section]  # else any section's
     name = last if last in names.values() else closest_name(last, beside) or closest_name(last, names.values())
     alike = [other for other in names if names[other] == name]
-    return closest_name(key, alike, cutoff=0) if alike else _nearest_key(section, names) if "." in section else None
+    return closest_name(key, alike, cutoff=0) or (_nearest_key(section, names) if "." in section else None)
 
 
 def _help_command(parser: argparse.ArgumentParser) -> str:

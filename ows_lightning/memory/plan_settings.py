@@ -181,7 +181,7 @@ def settings_from_config(config: Any) -> PlanSettings:
     precision, on_gpu = str(trainer.get("precision") or "32-true"), trainer.get("accelerator") not in ("cpu", "mps")
     described = trainer.get("strategy") or "auto"
     kind = str(described.get("class_path") if isinstance(described, dict) else described).rpartition(".")[2].lower()
-    strategy = None if kind == "auto" else "fsdp2" if "modelparallel" in kind or "fsdp2" in kind else kind
+    strategy = "fsdp2" if "modelparallel" in kind or "fsdp2" in kind else kind
     method = TrainingMethod(
         optimizer=_optimizer_factory(model.get("optimizer"), on_gpu), rank=model.get("rank", 128), ours=True,
         activated_layers=None if config.get("sampling") is None else sampler.activated_layers,
@@ -197,9 +197,9 @@ def settings_from_config(config: Any) -> PlanSettings:
     if (limit := exceeded_position_limit(config_of_model, length, trust)) is not None:
         raise UsageError(f"data.max_seq_length: {length}, and the model has positions for {limit}; set it to {limit} or less")
     return PlanSettings(
-        model_name=name, model_config=config_of_model, dimensions=found, method=method, on_gpu=on_gpu, strategy=strategy,
-        sampler=sampler, devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
-        accumulate_grad_batches=_most_micro_batches(trainer),
+        model_name=name, model_config=config_of_model, dimensions=found, method=method, on_gpu=on_gpu, sampler=sampler,
+        strategy=None if strategy == "auto" else strategy, accumulate_grad_batches=_most_micro_batches(trainer),
+        devices=max(1, number_of_devices(trainer.get("devices") or 1)) * int(trainer.get("num_nodes") or 1),
         precision={"64": "64-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(precision, precision),
         attention="eager" if model.get("attn_implementation") == "eager" else None,
         max_steps=steps if (steps := trainer.get("max_steps") or -1) > 0 else None,

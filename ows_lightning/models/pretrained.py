@@ -199,7 +199,7 @@ def add_eos_token_id(model: PreTrainedModel, token: int) -> None:
 def stop_token_ids(generation: transformers.GenerationConfig) -> list[int]:
     """Returns the tokens that end generation."""
     stops = generation.eos_token_id
-    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    return [stops] if isinstance(stops, int) else list(stops or ())
 
 
 @functools.lru_cache(maxsize=1)

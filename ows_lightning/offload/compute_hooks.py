@@ -82,5 +82,6 @@ class ComputeHooks:
 def _tensors_with_gradient(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
         return [values] if values.requires_grad else []
-    entries = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
+    values = [*values.values()] if isinstance(values, dict) else values
+    entries = values if isinstance(values, (tuple, list)) else ()
     return [tensor for entry in entries for tensor in _tensors_with_gradient(entry)]
