@@ -63,7 +63,7 @@ def message_and_exit_code(error: BaseException, command: str = "fit") -> tuple[s
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message, or the first line of it."""
+    """Returns the first line of an error's message, at most 200 characters, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 

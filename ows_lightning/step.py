@@ -18,7 +18,7 @@ _PROVISIONAL_TARGETS = 1024.0  # about the targets of a micro-batch; a power of 
 
 
 class StepMetrics(NamedTuple):
-    """What an optimizer step came to, over all its micro-batches and processes."""
+    """The result of an optimizer step, over all its micro-batches and processes."""
 
     loss: Tensor  # mean over all target tokens (nats), float32, a scalar on the host
     grad_norm: Tensor  # of what the optimizer consumes, before clipping, float32, a scalar on the host

@@ -93,7 +93,7 @@ class OWSCLI(LightningCLI):
         )  # fmt: skip
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Each command with its method's arguments that are no keys; or the asked one alone: its parser saves seconds."""
+        """Maps each command to those of its method's arguments that are no keys; or the asked one alone, to save seconds."""
         return {self._asked: _COMMANDS[self._asked]} if self._asked in _COMMANDS else _COMMANDS
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

@@ -118,7 +118,7 @@ def _stream_row(row: Row, index: int, source: DataSource, data_format: str | Non
 def table_row(
     row: Row, row_name: str, source: DataSource, data_format: str | None, columns: Mapping[str, str]
 ) -> tuple[str, Row]:
-    """A row's format, recognised if it is not given, and its columns `example_features`; any fault of the row names it."""
+    """Returns a row's format, recognised if none is given, and its columns as in `example_features`; errors name the row."""
     renamed = formats.rename(row, columns, row_name, source.requires_answer)
     data_format = data_format or formats.recognise(renamed, row_name, source.requires_answer)
     try:
@@ -136,7 +136,7 @@ def table_row(
 def encode(
     batch: dict[str, list[str]], indices: Sequence[int], encoder: Encoder, find_unshown: bool = True
 ) -> dict[str, list[Any]]:
-    """The columns `token_features` of a batch of examples."""
+    """Encodes a batch of examples into the columns of `token_features`."""
     rows = []
     for index, row_name, example in zip(indices, batch["where"], batch["example"], strict=True):
         content = json.loads(example)

@@ -157,7 +157,7 @@ def _with_system(row: Row, messages: list[Message], row_name: str) -> list[Messa
 
 
 def untrained(messages: Iterable[Message]) -> list[Message]:
-    """The messages, of which no answer is trained."""
+    """Returns the messages with weight 0 for each answer, so that none is trained."""
     return [{**message, "weight": 0} if message["role"] == "assistant" else message for message in messages]
 
 

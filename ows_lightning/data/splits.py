@@ -48,7 +48,7 @@ class Splits:
     tokens: dict[str, datasets.Dataset] = field(default_factory=dict, init=False)
 
     def check(self, parts: Collection[str], choices: bool) -> None:
-        """Reads the sources of these parts (all, to train), and with `choices` the choices of test rows, by their answers."""
+        """Reads and checks the sources of these parts, to train all; with `choices` also the test rows' choices."""
         keys = {"dataset", "eval_dataset", "test_dataset"} if "train" in parts else {self.key_of(part) for part in parts}
         for key in sorted(key for key in keys if key and getattr(self, key)):
             self.all_examples(key)

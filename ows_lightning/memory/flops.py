@@ -39,13 +39,13 @@ class _BlockFlops(NamedTuple):
 
     forward: float
     head: float
-    backward_lowest: float  # of the lowest active block; of other active ones; of a frozen one above it
-    backward_active: float
-    backward_frozen: float
-    resting: float  # more, of a frozen block that trains at rest
+    backward_lowest: float  # in the lowest active block
+    backward_active: float  # in any other active block
+    backward_frozen: float  # in a frozen block above the lowest active one
+    resting: float  # in addition, in a frozen block that trains at rest
     update: float
     resting_update: float
-    renewal: float  # more, of a step that renews subspaces
+    renewal: float  # in addition, in a step that renews subspaces
     full_gradient: float = 0.0  # and in each of its micro-batches, for gradients that other steps do without
 
 
@@ -121,7 +121,7 @@ def _simulate_flops(settings: PlanSettings, recompute: bool, rows: int) -> _Bloc
     method = replace(resting, resting_rank=0)
 
     def stage_flops(active: int, frozen: int, method: TrainingMethod = method) -> Callable[..., float]:
-        """Returns a function: FLOPs of the stages that begin with a word, in an ordinary step or one that renews subspaces."""
+        """Returns a function that sums the FLOPs of stages by the beginning of their names, in a step that renews or not."""
         num_checkpointed = active + frozen if recompute else 0
         stages = simulate(replace(settings, method=method), active, frozen, num_checkpointed, rows).flops
         only_one = (False, "step") not in stages  # each step is like any other

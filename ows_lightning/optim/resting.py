@@ -36,8 +36,7 @@ class RestingWeights(Optimizer):
             R = G Q,    W <- W - lr * scale * Adam(R) Q^T
 
         Its state is two moments (m x r), a step and ``rest``, the seed that Q is made from; Q itself is not saved. A weight
-        that begins to rest loses the state that it trained with, and one whose rest ends, or that is frozen, loses the state
-        of its rest. One that rests already keeps it.
+        loses its state where its rest begins, and where it ends, also by freezing; one that rests already keeps it.
 
         Args:
             weights: Matrices of shape (..., m, n) with n > rank that require a gradient; another optimizer's are ignored.

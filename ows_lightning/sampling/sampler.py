@@ -307,7 +307,7 @@ class BlockSampler:
         draw_blocks(sampling_probabilities(ratios, distribution), self.activated_layers, torch.Generator())
 
     def check_rest(self, blocks: Iterable[nn.Module]) -> str | None:
-        """Says that `resting_rank` is too high for some of the blocks' matrices; a UsageError if it is for all."""
+        """Returns a warning if `resting_rank` is too high for some matrices of the blocks; a UsageError if it is for all."""
         matrices = activation.block_matrices(blocks)
         small = [p for p in matrices if p.size(-1) <= self.resting_rank]
         few = f"{len(small)} of the {len(matrices)} matrices of the blocks"
