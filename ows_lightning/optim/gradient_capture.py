@@ -303,11 +303,6 @@ class GradientCapture(RestingWeights):
         before = self.projected_gradients.get(p)
         self.projected_gradients[p] = projected if before is None else before + projected
 
-    def _index_parameters(self) -> None:
-        self._group_and_index.clear()
-        parameters = ((p, group) for group in self.param_groups for p in group["params"])
-        self._group_and_index.update({p: (group, index) for index, (p, group) in enumerate(parameters)})
-
     def _claim_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
         """Hooks these groups' matrices and shards, in place of any other optimizer; or, if not projecting, unhooks them."""
         for p in (p for group in groups for p in group["params"]):

@@ -27,6 +27,11 @@ class RestingWeights(Optimizer):
         self.resting_projectors: dict[Tensor, Tensor] = {}  # made again where they are missing
         self._merge_callbacks: dict[Tensor, Callable[[Sequence[Tensor]], None]] = {}  # see ``keep_updates_separate``
 
+    def _index_parameters(self) -> None:
+        self._group_and_index.clear()
+        parameters = ((p, group) for group in self.param_groups for p in group["params"])
+        self._group_and_index.update({p: (group, index) for index, (p, group) in enumerate(parameters)})
+
     def rest(self, weights: Iterable[Tensor], rank: int = 0, seed: int = 0, among: Collection[Tensor] | None = None) -> None:
         """Lets these matrices, and no others, train at rest from now on, between two steps: in a random subspace.
 
