@@ -149,8 +149,8 @@ class BlockSampler:
         self.check(len(decoder_layers(model)), architecture_of(getattr(language_model_of(model), "config", None)))
         self._blocks = activation.trainable_by_block(model)
         self._others = activation.non_block_trains(model, self.always_train)
-        if said := self.check_rest(self._blocks):
-            log.warning("%s, which stay frozen at rest", said)
+        if warning := self.check_rest(self._blocks):
+            log.warning("%s, which stay frozen at rest", warning)
         untrainable = [index for index, block in enumerate(self._blocks) if not len(block)]
         if len(untrainable) == len(self._blocks):
             name = type(language_model_of(model)).__name__
@@ -310,11 +310,11 @@ class BlockSampler:
         """Returns a warning if `resting_rank` is too high for some matrices of the blocks; a UsageError if it is for all."""
         matrices = activation.block_matrices(blocks)
         small = [p for p in matrices if p.size(-1) <= self.resting_rank]
-        few = f"{len(small)} of the {len(matrices)} matrices of the blocks"
-        said = f"sampling.resting_rank: {self.resting_rank} is no less than the inputs of {few}"
+        which = f"{len(small)} of the {len(matrices)} matrices of the blocks"
+        warning = f"sampling.resting_rank: {self.resting_rank} is no less than the inputs of {which}"
         if small and len(small) == len(matrices):
-            raise UsageError(f"{said}; give at most {max(p.size(-1) for p in small) - 1}")
-        return said if small else None
+            raise UsageError(f"{warning}; give at most {max(p.size(-1) for p in small) - 1}")
+        return warning if small else None
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuses an optimizer that can't let blocks rest, or that moves frozen ones: a UsageError."""
@@ -368,8 +368,8 @@ class BlockSampler:
             ratios = known.scores_for(num_layers, architecture, self.distribution)
             threshold, samples = known.threshold, known.calibration_samples
             if threshold != self.threshold and score_name(self.distribution) == OUTLIER_RATIO:
-                said = "sampling.threshold: %g counts where blocks are scored again alone; the scores in '%s' are those of %g"
-                log.warning(said, self.threshold, self.scores, threshold)
+                text = "sampling.threshold: %g counts where blocks are scored again alone; the scores in '%s' are those of %g"
+                log.warning(text, self.threshold, self.scores, threshold)
         elif self.distribution == "weight_norm":
             ratios = layer_weight_norms(model)
         elif score_name(self.distribution) == OUTLIER_RATIO:
