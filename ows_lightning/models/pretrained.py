@@ -55,7 +55,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer, padding on the right and with a pad token; a UsageError says that there is none.
+    """Loads a model's tokenizer, with a pad token; a UsageError says that there is none.
 
     A tokenizer without a pad token pads with its end-of-sequence or unknown token, so that the vocabulary does not
     grow; only if it has neither is a new token `<pad>` added (see `resize_embeddings`).
@@ -68,7 +68,6 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     # Without tokenizer files, some classes build a tokenizer of their special tokens alone.
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise _no_tokenizer_error(name)
-    tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:

@@ -137,6 +137,16 @@ def test_directory_holds_all_that_a_user_needs(tmp_path: Path) -> None:
     assert tokenizer("Hello").input_ids == tiny_tokenizer()("Hello").input_ids
 
 
+def test_prompts_of_a_batch_are_padded_on_the_side_that_the_base_pads(tmp_path: Path) -> None:
+    """Of Phi-3 on the left, where generation needs it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(tmp_path / "base")
+    save_huggingface(tiny_model("llama"), load_tokenizer(str(tmp_path / "base")), tmp_path / "model")
+    batch = AutoTokenizer.from_pretrained(tmp_path / "model")(["a", "abc"], padding=True)
+    assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_new_tokens_are_kept(tied: bool, tmp_path: Path, reload: Callable) -> None:
     model, tokenizer = tiny_model("llama", vocab_size=99, tie_word_embeddings=tied), tiny_tokenizer()
