@@ -301,6 +301,21 @@ def test_an_optimizer_that_accelerate_has_wrapped_is_seen_through() -> None:
     assert norms[0] == norms[1]
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize(("reentrant", "recomputed"), [(False, [2, 3]), (True, [0, 1, 2, 3])])
+def test_checkpointing_recomputes_no_frozen_block_below_the_active_ones(reentrant: bool, recomputed: list[int]) -> None:
+    """Unless it is reentrant, and would give a block whose input has no gradient none."""
+    model, sampler = tiny_model("llama"), BlockSampler(1, distribution=[0.0, 0.0, 1.0, 0.0], always_train=["norm"])
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    train(sampler, model, range(1))
+    computed: list[int] = []
+    for index, block in enumerate(decoder_layers(model)):
+        block.mlp.register_forward_pre_hook(lambda *_, index=index: computed.append(index))
+    model(**tiny_batch()).loss.backward()
+    assert sorted(computed) == sorted([0, 1, 2, 3, *recomputed])
+    assert all(p.grad is not None for p in decoder_layers(model)[2].parameters())
+
+
 def test_a_window_takes_in_blocks_that_have_no_outliers(tmp_path: Path) -> None:
     BlockScores("m", 4, 13.0, 8, "outlier", [0.0, 0, 2, 0], [0.0, 0, 1, 0]).save(tmp_path / "scores.json")
     BlockSampler(2, distribution="window", scores=tmp_path / "scores.json").check(4, {})
