@@ -53,7 +53,7 @@ class Conversation:
         template, new = ChatTemplate(self.tokenizer), self.model.generation_config.max_new_tokens
         while True:
             text = template.render([*system, *turns], None, "the conversation", add_generation_prompt=True)
-            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
             if ids.size(1) + new <= longest:
                 return ids.to(self.model.device)
             if len(turns) == 1:

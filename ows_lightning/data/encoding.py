@@ -73,7 +73,7 @@ class Encoder:
             messages = self._template.normalize_messages(split_prompt(example["messages"])[0], tools)
             messages = self._template.without_hidden_answers(messages, tools)
             text = self._template.render(messages, tools, row_name, add_generation_prompt=True)
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if not ids:
             raise UsageError(f"{row_name}: the prompt is empty; leave the row out, or give it a text")
         return text, _cut_start(ids, len(ids), self.max_seq_length, self.tokenizer.bos_token_id)
@@ -81,7 +81,8 @@ class Encoder:
     def _text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, with one BOS if the tokenizer adds any, and without an EOS at the end."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids = self.tokenizer(text.rstrip() if text.rstrip().endswith(self.tokenizer.eos_token) else text).input_ids
+        text = text.rstrip() if text.rstrip().endswith(self.tokenizer.eos_token) else text
+        ids = self.tokenizer(text, verbose=False).input_ids
         ids = ids[1:] if ids[:2] == [bos, bos] else ids  # the text had it
         return ids[:-1] if ids[-1:] == [eos] else ids
 
@@ -113,7 +114,7 @@ class Encoder:
         return rows
 
     def _encode_text(self, text: str, spans: list[Span]) -> Encoded:
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)  # it is cut next
         offsets = np.asarray(encoding.offset_mapping).reshape(-1, 2)
         is_answer = np.zeros(len(offsets), dtype=bool)
         for start, end in spans:  # a token that holds the last character of the prompt and the first of the answer is a target

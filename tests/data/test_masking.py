@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -195,6 +196,21 @@ def test_long_rows_keep_their_answer(template: str, length: int) -> None:
         assert row.input_ids[0] == made.tokenizer.bos_token_id
 
 
+def test_rows_that_are_cut_are_not_said_to_be_too_long_for_the_model(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    made = encoder(max_seq_length=4)
+    made.tokenizer.model_max_length = 4
+    (row,) = made.encode({"messages": TWO_TURNS}, "row 1")
+    (plain,) = made.encode({"text": "who is the third"}, "row 1")
+    _, prompt = made.encode_prompt({"messages": TWO_TURNS}, "row 1")
+    assert [len(ids) for ids in (row.input_ids, plain.input_ids, prompt)] == [4, 4, 4]
+    assert "indexing errors" not in caplog.text
+    made.tokenizer("who is the third question")
+    assert "indexing errors" in caplog.text  # by transformers, where nobody cuts
+
+
 def test_plain_text_is_all_trained_ended_and_cut_at_its_end() -> None:
     made = encoder("none", max_seq_length=6)
     (row,) = made.encode({"text": "the answer"}, "row 1")
@@ -286,8 +302,8 @@ class SpeaksFirst:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
-    def __call__(self, text: str) -> Any:
-        encoding = self.tokenizer(text)
+    def __call__(self, text: str, **options: Any) -> Any:
+        encoding = self.tokenizer(text, **options)
         encoding["input_ids"] = [self.bos_token_id, *encoding["input_ids"]]
         return encoding
 
