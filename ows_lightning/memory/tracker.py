@@ -23,22 +23,24 @@ _ITS_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """Returns the FLOPs of an operator's matrix products, two for a multiplication with its addition; 0 for all else.
 
-    Fused attention counts as its matrix products would one by one: two in forward, four in backward, masked or not.
+    Fused attention counts as its matrix products would one by one, masked or not: two in forward, five in backward, which
+    computes the scores again. Older versions of torch have no formula for that of CPUs.
     """
     packet = getattr(func, "_overloadpacket", None)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
     if packet is _ATTENTION:
-        return _attention(*args[:3])
+        return _attention(1, 1, *args[:3])
     if packet is _ITS_BACKWARD:
-        return 2 * _attention(*args[1:4])
+        return _attention(3, 2, *args[1:4])
     if packet is aten._grouped_mm:  # experts: each row meets the matrix of one of them
         return 2 * prod(args[0].shape) * int(args[1].shape[-1])
     return 0
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
-    return 2 * prod(query.shape[:-1]) * key.size(-2) * (query.size(-1) + value.size(-1))
+def _attention(with_keys: int, with_values: int, query: Tensor, key: Tensor, value: Tensor) -> int:
+    width = with_keys * key.size(-1) + with_values * value.size(-1)
+    return 2 * prod(query.shape[:-1]) * key.size(-2) * width
 
 
 HOST = "host"

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import flop_registry
 
 from ows_lightning.memory.simulated_step import TrainingMethod, Workload, simulate_steps
 from ows_lightning.memory.tracker import MemoryTracker
@@ -49,6 +51,20 @@ def test_counts_what_torch_allocates(method: TrainingMethod, tmp_path: Path) -> 
         peaks = simulate_steps(model, method, Workload(batch_size=4, length=64), MemoryTracker()).peaks
     tracked = max(sum(sizes.values()) for sizes in peaks.values())
     assert tracked == pytest.approx(held + allocated_peak(prof, tmp_path), rel=0.02)
+
+
+def test_fused_attention_counts_the_same_with_versions_of_torch_that_have_no_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        query, key, value = (torch.randn(2, 4, length, 8, requires_grad=True) for length in (16, 24, 24))
+        with MemoryTracker() as tracker:
+            F.scaled_dot_product_attention(query, key, value).sum().backward()
+        return sum(tracker.flops.values())
+
+    counts = [count()]
+    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
+        monkeypatch.delitem(flop_registry, getattr(torch.ops.aten, name), raising=False)
+    counts.append(count())
+    assert counts == [7 * 2 * (2 * 4 * 16 * 24 * 8)] * 2  # two products in forward, five in backward
 
 
 def test_frees_what_dies_and_keeps_what_a_view_holds() -> None:
