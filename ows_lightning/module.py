@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -379,8 +378,13 @@ class CausalLMModule(EvaluationModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Omits what offloaded blocks learned at rest, which the optimizer's state holds; that of ``model`` has it."""
-        with patch.object(self.offloader, "saves_updates_separately", True) if self.offloader else contextlib.nullcontext():
+        if self.offloader is None:
             return super().state_dict(*args, **kwargs)
+        self.offloader.saves_updates_separately = True
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self.offloader.saves_updates_separately = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the settings that have to be the same when the run is resumed; weights alone are saved whole."""
