@@ -136,6 +136,13 @@ def keep_in_float32_(model: Any, dtype: torch.dtype) -> None:
                 p.data = p.data.float()
 
 
+def drop_input_gradients(model: Any) -> None:
+    """Ends the gradient at the embeddings that checkpointing turns on, unless it is reentrant. When it is gone: keep it."""
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    if {getattr(f, "keywords", {}).get("use_reentrant") for f in functions if f is not None} == {False}:
+        model.disable_input_require_grads()
+
+
 def without_weight_conversions(model: Any) -> Any:
     """A copy of a transformers model that forgot its files' layout. When it is gone: pass the model."""
     plain = copy.copy(model)

@@ -23,13 +23,12 @@ _ITS_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """Returns the FLOPs of an operator's matrix products, two for a multiplication with its addition; 0 for all else.
 
-    Fused attention counts as its matrix products would one by one, masked or not: two in forward, five in backward, which
-    computes the scores again. Older versions of torch have no formula for that of CPUs.
+    Fused attention counts as its matrix products would one by one, masked or not: two in forward, five in backward.
     """
     packet = getattr(func, "_overloadpacket", None)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
-    if packet is _ATTENTION:
+    if packet is _ATTENTION:  # on CPUs, for which older versions of torch have no formula
         return _attention(1, 1, *args[:3])
     if packet is _ITS_BACKWARD:
         return _attention(3, 2, *args[1:4])
@@ -39,8 +38,7 @@ def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], re
 
 
 def _attention(with_keys: int, with_values: int, query: Tensor, key: Tensor, value: Tensor) -> int:
-    width = with_keys * key.size(-1) + with_values * value.size(-1)
-    return 2 * prod(query.shape[:-1]) * key.size(-2) * width
+    return 2 * prod(query.shape[:-1]) * key.size(-2) * (with_keys * key.size(-1) + with_values * value.size(-1))
 
 
 HOST = "host"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ows_lightning.compat import allow_recompilation, keep_recomputation_out_of_inference_graphs
+from ows_lightning.compat import allow_recompilation, drop_input_gradients, keep_recomputation_out_of_inference_graphs
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import decoder_layers
 
@@ -49,8 +49,7 @@ def checkpoint_activations(model: PreTrainedModel, setting: GradientCheckpointin
             raise UsageError(f"model.gradient_checkpointing: {type(model).__name__} does not support it; set it to false")
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the old name
         enable({"use_reentrant": False})
-        # Otherwise the embeddings' output requires a gradient, and frozen blocks below the active ones are recomputed.
-        model.disable_input_require_grads()
+        drop_input_gradients(model)  # else frozen blocks below the active ones are recomputed
     if 0 < number < len(layers) and not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
         name = type(model).__name__
         raise UsageError(f"model.gradient_checkpointing: {name} recomputes all blocks or none; set it to true or false")

@@ -169,8 +169,10 @@ class GaLoreAdamW(GradientCapture):
             with torch.enable_grad():
                 loss = closure()
         if hasattr(self, "grad_scale") and (self.projects_in_backward or self.grad_scale is not None):
-            why = "it can't unscale gradients that are projected before it sees them; leave out project_in_backward()"
-            raise UsageError(f"GradScaler: {why} and call gradients() after unscale_(), or train in bfloat16 without a scaler")
+            hint = (
+                "leave out project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
+            )
+            raise UsageError(f"GradScaler: it can't unscale gradients that are projected before it sees them; {hint}")
         if not self._replicas_checked:
             self._warn_of_replicas()
         self._project_all()

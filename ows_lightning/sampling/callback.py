@@ -32,8 +32,6 @@ class LayerwiseSampling(BlockSampler, Callback):
     Scores and draws are written as ``outlier_scores.json`` and ``sampling_history.csv`` into the folder of the Trainer's
     logger, or into ``folder`` if that is set; without either, nothing is written.
 
-    Lightning's clipping acts on what a projecting optimizer consumes; by hand, call ``optimizer.clip_gradients(limit)``.
-
     Not supported are optimizers that hold only some of the parameters (freeze nothing yourself before
     ``configure_optimizers``), and strategies that fix the set of trained parameters at the start (instead of ``ddp`` use
     ``ddp_layerwise``, instead of ``fsdp`` use ``fsdp2``, under which a module that is no CausalLMModule shards itself).

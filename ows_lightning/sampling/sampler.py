@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ows_lightning.checkpoints.fixed_settings import check_fixed_settings, plain, sampling_settings
+from ows_lightning.compat import drop_input_gradients
 from ows_lightning.errors import UsageError
 from ows_lightning.models.decoder import NON_BLOCK_PARTS, Part, decoder_layers, language_model_of, non_block_parameters
 from ows_lightning.optim.sharding import total_norm
@@ -163,11 +164,7 @@ class BlockSampler:
         others = set(non_block_parameters(model)["other"])
         if foreign := [name for name, p in model.named_parameters() if p in others and p.requires_grad]:
             log.warning("%s and all else outside the decoder stays frozen while blocks are sampled", foreign[0])
-        recompute = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
-        reentrant = {getattr(function, "keywords", {}).get("use_reentrant") for function in recompute if function is not None}
-        if reentrant == {False}:  # reentrant checkpointing needs an input that requires a gradient
-            # Otherwise the embeddings' output requires one, and frozen blocks below the active ones are recomputed.
-            language_model_of(model).disable_input_require_grads()  # type: ignore[operator]
+        drop_input_gradients(language_model_of(model))  # else frozen blocks below the active ones are recomputed
 
     def start(self, step: int, optimizers: Iterable[Optimizer], compute: Callable[[], BlockScores]) -> dict[str, float]:
         """Draws the first blocks, or puts back those of the run that is resumed; arguments and result as of `advance`."""

@@ -69,10 +69,10 @@ def test_home_directory_is_expanded(saved: Path, monkeypatch: pytest.MonkeyPatch
 def test_pad_token_grows_the_vocabulary_only_as_a_last_resort(
     special_tokens: dict[str, str], pad_token: str, size: int, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tiny_tokenizer(**special_tokens).save_pretrained(saved)
+    tiny_tokenizer(**special_tokens, padding_side="left").save_pretrained(saved)
     with caplog.at_level(logging.INFO, "ows_lightning"):
         tokenizer = load_tokenizer(str(saved))
-    assert (tokenizer.pad_token, len(tokenizer)) == (pad_token, size)
+    assert (tokenizer.pad_token, len(tokenizer), tokenizer.padding_side) == (pad_token, size, "left")
     assert ("no pad token" in caplog.text) == ("pad_token" not in special_tokens)
 
 
