@@ -86,19 +86,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         try:
             self._on_rank_zero(path, begin)
             dcp.save(tensors, storage_writer=ShardWriter(partial))
-            sums = self._checksums(partial)
+            of_ranks: list[Any] = [None] * self.world_size  # checksums of shards, each by the process that wrote it
+            dist.all_gather_object(of_ranks, {p.name: file_crc32(p) for p in partial.glob(f"__{self.global_rank}_*")})
+            sums = {name: value for own in of_ranks for name, value in own.items()}
             self._on_rank_zero(path, finish)
         except dcp.CheckpointException as error:  # on all processes, if it is one's
             raise save_error(path, error) from error
         finally:
             if self.global_rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-
-    def _checksums(self, folder: Path) -> dict[str, int]:
-        """The checksums of all processes' shards, each made by the process that wrote it."""
-        sums: list[Any] = [None] * self.world_size
-        dist.all_gather_object(sums, {file.name: file_crc32(file) for file in folder.glob(f"__{self.global_rank}_*")})
-        return {name: value for own in sums for name, value in own.items()}
 
     def _on_rank_zero(self, path: Path, act: Callable[[], None]) -> None:
         """Does on rank 0 what belongs to the writing of a checkpoint; if it fails there, it has failed everywhere."""
@@ -118,7 +114,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint except its tensors, which the two following methods read, each process its part."""
+        """Reads a checkpoint; of shards no tensors, which the two following methods read, each process its part."""
         refuse_url("ckpt_path", checkpoint_path)
         path = Path(self.broadcast(checkpoint_path))
         return {**read_checkpoint(path), "path": str(path)}
