@@ -145,15 +145,14 @@ class _Watchdog:
 
     def _poll(self) -> str:
         """Connects to new peers; returns the failure of a peer that died or did not come in time, or an empty text."""
-        for rank in range(self._rank):
-            if rank not in self._connected:
-                peer = socket.socket(socket.AF_UNIX)
-                try:
-                    peer.connect(self._name(rank))
-                    peer.send(bytes([self._rank]))
-                    self._add_peer(rank, peer)
-                except OSError:  # not yet
-                    peer.close()
+        for rank in (rank for rank in range(self._rank) if rank not in self._connected):
+            peer = socket.socket(socket.AF_UNIX)
+            try:
+                peer.connect(self._name(rank))
+                peer.send(bytes([self._rank]))
+                self._add_peer(rank, peer)
+            except OSError:  # not yet
+                peer.close()
         with contextlib.suppress(BlockingIOError):  # no more have come
             while True:
                 peer, _ = self._listener.accept()

@@ -27,14 +27,10 @@ PLAIN_TEMPLATE = """\
 {% endfor %}\
 {{ '### Response:\\n' if add_generation_prompt else '' }}"""
 EXCHANGE: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]  # easy to find in any text
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
-)  # fmt: skip
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _THINKING = re.compile(r"(</?think>)")
 _PROBE = "qz{}zq"  # letters and digits, which no template escapes
-_ROLES = {
-    "system": "a system message", "user": "a question", "assistant": "a part of an answer", "tool": "a tool's result"
-}  # fmt: skip
+_ROLES = {"system": "a system message", "user": "a question", "assistant": "a part of an answer", "tool": "a tool's result"}
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

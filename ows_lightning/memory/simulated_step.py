@@ -86,9 +86,8 @@ def simulate_steps(model: nn.Module, method: TrainingMethod, work: Workload, tra
         simulation.prepare()
         everything_has_state = method.keeps_states or method.activated_layers is None
         for renews in (True,) if everything_has_state and method.rank is None else (True, False):
-            for group in simulation.optimizer.param_groups:
-                if "update_proj_gap" in group:
-                    group["update_proj_gap"] = 1 if renews or method.renews_while_active else 1 << 30
+            for group in (group for group in simulation.optimizer.param_groups if "update_proj_gap" in group):
+                group["update_proj_gap"] = 1 if renews or method.renews_while_active else 1 << 30
             hooks = simulation.watch_gradients(renews)
             consumed = simulation.step(renews)
             for hook in hooks:

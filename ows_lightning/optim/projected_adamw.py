@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.optim.subspace import Side
@@ -40,7 +40,7 @@ def project_factors(output_gradient: Tensor, inputs: Tensor, projector: Tensor, 
 
 def adam_(
     exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, step: int, betas: tuple[float, float], eps: float,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:  # fmt: skip
     """M <- b1 M + (1 - b1) R,  V <- b2 V + (1 - b2) R^2;  returns D = sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(V) + eps).
 
@@ -61,7 +61,7 @@ def adam_(
 def projected_adamw_(
     weight: Tensor, gradient: Tensor, projector: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, *,
     lr: float, betas: tuple[float, float], eps: float, side: Side | None = None, scale: float = 1.0, weight_decay: float = 0.0,
-    generator: torch.Generator | None = None, round_weights: bool = False,
+    generator: Generator | None = None, round_weights: bool = False,
 ) -> None:  # fmt: skip
     """One step of AdamW for a weight W (m x n), projected by its Q or in full rank; all is changed in place.
 
@@ -84,7 +84,7 @@ def projected_adamw_(
         _add_product_(weight, left, right, shrink, -lr * scale * shrink, noise)
 
 
-def _add_(weight: Tensor, direction: Tensor, shrink: float, alpha: float, generator: torch.Generator | None) -> None:
+def _add_(weight: Tensor, direction: Tensor, shrink: float, alpha: float, generator: Generator | None) -> None:
     """W <- shrink (W + alpha D); with a generator, formed in float32 and rounded stochastically to the weight's bfloat16."""
     w = weight if generator is None else weight.float()
     w.add_(direction.to(w.dtype), alpha=alpha).mul_(shrink)
@@ -92,9 +92,7 @@ def _add_(weight: Tensor, direction: Tensor, shrink: float, alpha: float, genera
         round_stochastically_(weight, w, generator)
 
 
-def _add_product_(
-    weight: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, generator: torch.Generator | None
-) -> None:
+def _add_product_(weight: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, generator: Generator | None) -> None:
     """W <- beta W + alpha L R; with a generator, formed in float32 and rounded stochastically to the weight's bfloat16."""
     dtype = weight.dtype if generator is None else torch.float32
     left, right = left.to(dtype), right.to(dtype)
@@ -107,12 +105,12 @@ def _add_product_(
         round_stochastically_(part, part.float().mul_(beta).add_(of_left @ right, alpha=alpha), generator)
 
 
-def merge_update_(weight: Tensor, update: Tensor, projector: Tensor, generator: torch.Generator | None = None) -> None:
+def merge_update_(weight: Tensor, update: Tensor, projector: Tensor, generator: Generator | None = None) -> None:
     """W <- W + B Q^T in place, for W (..., m, n), B (..., m, r), Q (..., n, r); rounded stochastically with a generator."""
     _add_product_(weight, update, projector.to(weight.device).mT, 1.0, 1.0, generator)
 
 
-def round_stochastically_(target: Tensor, value: Tensor, generator: torch.Generator | None) -> None:
+def round_stochastically_(target: Tensor, value: Tensor, generator: Generator | None) -> None:
     """Writes float32 ``value`` into bfloat16 ``target``, rounded up or down at random so that E[target] = value.
 
     Small updates survive on average instead of being rounded away. Both have the same shape, whatever it is; the generator is
