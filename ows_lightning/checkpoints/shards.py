@@ -15,6 +15,15 @@ from ows_lightning.checkpoints.files import DCP_METADATA_FILE, UNSAFE, load_file
 from ows_lightning.errors import UsageError, first_line
 from ows_lightning.optim.resting import merged_weights
 
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch": {"Size"}, "collections": {"OrderedDict"}, "torch.serialization": {"_get_layout"},
+}  # fmt: skip
+
 
 def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Splits a Lightning checkpoint into its tensors, under flat names, and the rest."""
@@ -129,16 +138,6 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "pathlib" and name == "PosixPath":
             return PurePath  # where it was written
-        if name in _PLAIN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if name in _ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(UNSAFE)
-
-
-_PLAIN = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch": {"Size"}, "collections": {"OrderedDict"}, "torch.serialization": {"_get_layout"},
-}  # fmt: skip

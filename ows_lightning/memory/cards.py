@@ -18,6 +18,8 @@ from ows_lightning.memory.prediction import ModelSizes, fetched_blocks
 
 LINK_SHARE = 0.8
 """Share of its link's rate that a large copy from page-locked memory reaches: usually 25 of PCIe 4.0 x16's 31.5 GB/s."""
+UTILISATION = 0.4
+"""The assumed model FLOPs utilisation (MFU). Published runs on one card lie between 0.3 and 0.5."""
 
 
 class Card(NamedTuple):
@@ -70,10 +72,6 @@ def available_bytes(device: torch.device, weights: Iterable[Tensor] = (), proces
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return psutil.virtual_memory().available // processes + sum(p.nbytes for p in weights if p.device.type == device.type)
-
-
-UTILISATION = 0.4
-"""The assumed model FLOPs utilisation (MFU). Published runs on one card lie between 0.3 and 0.5."""
 
 
 @dataclass(frozen=True)

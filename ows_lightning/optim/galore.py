@@ -20,8 +20,12 @@ from ows_lightning.optim.subspace import Side, SubspaceMethod
 log = logging.getLogger(__name__)
 
 ProjType = Literal["std", "reverse_std", "right", "left"]
-
 PROJECTION_DEFAULTS = {"update_proj_gap": 200, "scale": 1.0, "proj_type": "std", "subspace": "randomized"}
+_LEAST = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "moments_dtype": ("float32", "bfloat16"), "moments_at_renewal": ("keep", "reproject", "reset"),
+    "proj_type": get_args(ProjType), "subspace": get_args(SubspaceMethod),
+}  # fmt: skip
 
 
 class GaLoreAdamW(GradientCapture):
@@ -169,10 +173,9 @@ class GaLoreAdamW(GradientCapture):
             with torch.enable_grad():
                 loss = closure()
         if hasattr(self, "grad_scale") and (self.projects_in_backward or self.grad_scale is not None):
-            hint = (
-                "leave out project_in_backward() and call gradients() after unscale_(), or train in bfloat16 without a scaler"
-            )
-            raise UsageError(f"GradScaler: it can't unscale gradients that are projected before it sees them; {hint}")
+            fault = "GradScaler: it can't unscale gradients that are projected before it sees them"
+            hint = "leave out project_in_backward() and call gradients() after unscale_()"
+            raise UsageError(f"{fault}; {hint}, or train in bfloat16 without a scaler")
         if not self._replicas_checked:
             self._warn_of_replicas()
         self._project_all()
@@ -278,13 +281,6 @@ class GaLoreAdamW(GradientCapture):
         rotation = (gather_matrices(old).mT @ gather_matrices(projector)).to(state["exp_avg"].dtype)
         for moment, factor in ((state["exp_avg"], rotation), (state["exp_avg_sq"], rotation.square())):
             local(moment).copy_(project(local(moment), factor, side))
-
-
-_LEAST = {"lr": 0, "eps": 0, "weight_decay": 0, "state_warmup_steps": 0, "update_proj_gap": 1}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "moments_dtype": ("float32", "bfloat16"), "moments_at_renewal": ("keep", "reproject", "reset"),
-    "proj_type": get_args(ProjType), "subspace": get_args(SubspaceMethod),
-}  # fmt: skip
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -17,6 +17,20 @@ from ows_lightning.sampling.inclusion import inclusion_probabilities, window_inc
 Table: TypeAlias = dict[str, list[Any]]  # columns of one length; a table without rows: the run has no such data
 
 XAxis = Literal["step", "tokens", "time_s"]
+LABELS = {
+    "run": "Run", "model": "Model", "sampling": "Sampling", "optimizer": "Optimizer", "steps": "Optimizer steps",
+    "final_val_loss": "Last validation loss", "best_val_loss": "Best validation loss",
+    "val_exact_match": "Validation exact match", "tokens": "Training tokens", "time_s": "Time (h:mm:ss)",
+    "median_tokens_per_second": "Tokens/s, median", "peak_memory_mb": "Peak memory",
+    "blocks_never_trained": "Blocks never trained",
+}  # fmt: skip
+
+UNKNOWN = "n/a"
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "model": lambda name: "/".join(str(name).split("/")[-2:]), "val_exact_match": lambda share: f"{100 * share:.1f} %",
+    "final_val_loss": "{:.4f}".format, "best_val_loss": "{:.4f}".format, "peak_memory_mb": "{:,.0f} MB".format,
+    "time_s": lambda seconds: f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}",
+}  # fmt: skip
 
 
 def scores_table(run: RunRecord) -> Table:
@@ -82,17 +96,6 @@ def write_csv(table: Table, path: Path) -> None:
         writer.writerows(zip(*table.values(), strict=True))
 
 
-LABELS = {
-    "run": "Run", "model": "Model", "sampling": "Sampling", "optimizer": "Optimizer", "steps": "Optimizer steps",
-    "final_val_loss": "Last validation loss", "best_val_loss": "Best validation loss",
-    "val_exact_match": "Validation exact match", "tokens": "Training tokens", "time_s": "Time (h:mm:ss)",
-    "median_tokens_per_second": "Tokens/s, median", "peak_memory_mb": "Peak memory",
-    "blocks_never_trained": "Blocks never trained",
-}  # fmt: skip
-
-UNKNOWN = "n/a"
-
-
 def key_figures(run: RunRecord) -> dict[str, Any]:
     """Raw key figures, ``None`` where the run has not recorded one; loss in nats, time in seconds, memory in MB."""
     validation, speed = (run.series(metric)[1] for metric in ("val_loss", "tokens_per_second"))
@@ -156,10 +159,3 @@ def formatted(key: str, row: dict[str, Any], every_block: bool = True) -> str:
     if key in _FORMATS:
         return _FORMATS[key](value)
     return value if isinstance(value, str) else f"{value:,.0f}"
-
-
-_FORMATS: dict[str, Callable[[Any], str]] = {
-    "model": lambda name: "/".join(str(name).split("/")[-2:]), "val_exact_match": lambda share: f"{100 * share:.1f} %",
-    "final_val_loss": "{:.4f}".format, "best_val_loss": "{:.4f}".format, "peak_memory_mb": "{:,.0f} MB".format,
-    "time_s": lambda seconds: f"{round(seconds) // 3600}:{round(seconds) // 60 % 60:02}:{round(seconds) % 60:02}",
-}  # fmt: skip
