@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -104,9 +104,7 @@ def iter_numbers(config: Any, key: str = "") -> Iterator[tuple[str, int | float]
         yield key, config
 
 
-def check_run(
-    command: str, model: LightningModule, data: LightningDataModule, trainer_args: Mapping[str, Any], trainer: Trainer
-) -> None:
+def check_run(command: str, model: LightningModule, data: object, trainer_args: Mapping[str, Any], trainer: Trainer) -> None:
     """Checks what a command is about to use: the module without its weights, the Trainer as it is given, the first rows."""
     for key in _RUN_COMMANDS.get(command, ()):
         if trainer_args[key] == 0:
@@ -122,24 +120,8 @@ def check_run(
             elif getattr(rank_zero_only, "rank", 0) == 0 and Path(logger.log_dir, "metrics.csv").exists():
                 raise UsageError(f"trainer.logger.version: '{logger.log_dir}' holds a run already; leave version out")
     sampling = LayerwiseSampling.of(trainer) if command == "fit" else None
-    projects = command == "fit" and isinstance(model, CausalLMModule) and model.hparams["rank"] is not None
-    if sampling is not None or projects:
-        check_strategy(trainer.strategy)  # that Lightning has chosen, before it starts other processes
-    if projects:
-        check_unscaled(trainer.precision_plugin)
     if command == "fit":
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(model, CausalLMModule):
-            check_callbacks(callbacks)
-        if trainer.accumulate_grad_batches > 1 and accumulation_scheduler(trainer) is not None:
-            raise UsageError("trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one out")
-        if time_is_up(callbacks):
-            key = "callbacks.Timer.duration" if trainer_args["max_time"] is None else "max_time"
-            raise UsageError(f"trainer.{key}: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")
-        for callback in callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                _check_checkpoint(callback, sharded="fsdp2" in str(trainer_args["strategy"]).lower())
-        _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)
+        _check_fit(model, data, sampling, trainer_args, trainer)
     if isinstance(model, CausalLMModule):
         config = model.check()
         if model.hparams["kernels"] is not None and command != "export":
@@ -154,6 +136,29 @@ def check_run(
                 log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", scores, scored, name)
     if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
         data.check()
+
+
+def _check_fit(
+    model: LightningModule, data: object, sampling: LayerwiseSampling | None, trainer_args: Mapping[str, Any], trainer: Trainer
+) -> None:
+    """Checks what only a training asks for: of strategy and precision, of callbacks, and of the time that is left."""
+    projects = isinstance(model, CausalLMModule) and model.hparams["rank"] is not None
+    if sampling is not None or projects:
+        check_strategy(trainer.strategy)  # that Lightning has chosen, before it starts other processes
+    if projects:
+        check_unscaled(trainer.precision_plugin)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if isinstance(model, CausalLMModule):
+        check_callbacks(callbacks)
+    if trainer.accumulate_grad_batches > 1 and accumulation_scheduler(trainer) is not None:
+        raise UsageError("trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one out")
+    if time_is_up(callbacks):
+        key = "callbacks.Timer.duration" if trainer_args["max_time"] is None else "max_time"
+        raise UsageError(f"trainer.{key}: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            _check_checkpoint(callback, sharded="fsdp2" in str(trainer_args["strategy"]).lower())
+    _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)
 
 
 def check_plan(model: LightningModule, sampling: LayerwiseSampling | None, trainer: Mapping[str, Any]) -> None:
@@ -234,7 +239,7 @@ def _check_checkpoint(checkpoint: ModelCheckpoint, sharded: bool) -> None:
         raise UsageError(f"checkpoint.filename: '{name}' makes folders, in which `--ckpt_path last` does not look; {hint}")
 
 
-def _check_monitors(model: LightningModule, data: Any, callbacks: Sequence[Callback], val_batches: bool) -> None:
+def _check_monitors(model: LightningModule, data: object, callbacks: Sequence[Callback], val_batches: bool) -> None:
     """Refuses monitors, and fields of file names, that are never logged (as far as that is known), and wrong modes."""
     known = all(type(part).__module__.startswith(("lightning.", "ows_lightning.")) for part in (model, *callbacks))
     for callback in callbacks:
