@@ -9,7 +9,8 @@ import warnings
 from typing import NoReturn
 
 from ows_lightning.cli import peer_watchdog
-from ows_lightning.errors import UsageError, command_line, did_you_mean, message_and_exit_code
+from ows_lightning.cli.exit_codes import message_and_exit_code
+from ows_lightning.errors import UsageError, command_line, did_you_mean
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig
 
+from ows_lightning.cli.exit_codes import message_and_exit_code
 from ows_lightning.cli.main import main
 from ows_lightning.cli.preflight import check_devices, cpu_has_bfloat16
-from ows_lightning.errors import RunError, UsageError, message_and_exit_code
+from ows_lightning.errors import RunError, UsageError
 from ows_lightning.module import CausalLMModule
 from tests.data.samples import tiny_tokenizer
 from tests.tiny import tiny_model
