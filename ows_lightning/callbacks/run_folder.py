@@ -13,7 +13,8 @@ from matplotlib.image import imread
 
 from ows_lightning.callbacks.run_checkpoint import checkpoint_callback
 from ows_lightning.errors import DISK_FULL, UsageError, add_note, not_writable
-from ows_lightning.models.export import check_replaceable, save_huggingface
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.model_directory import check_replaceable
 from ows_lightning.module import CausalLMModule
 from ows_lightning.report import write_pictures
 from ows_lightning.report.model_card import model_card

@@ -17,7 +17,8 @@ from ows_lightning.errors import UsageError
 from ows_lightning.memory.planner import plan_from_config, plot_plan, write_config_for_card
 from ows_lightning.models.causal_lm import CausalLM
 from ows_lightning.models.delta import write_delta
-from ows_lightning.models.export import check_replaceable, save_huggingface
+from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.model_directory import check_replaceable
 from ows_lightning.models.pretrained import allocate
 from ows_lightning.module import DTYPES, CausalLMModule
 from ows_lightning.report.model_card import model_card, upload

@@ -17,7 +17,7 @@ from ows_lightning.checkpoints.find import read_checkpoint
 from ows_lightning.checkpoints.io import AtomicCheckpointIO, save_error
 from ows_lightning.checkpoints.shards import ShardWriter, load_optimizer_states, load_weights, split_checkpoint
 from ows_lightning.errors import RunError, UsageError, refuse_url
-from ows_lightning.models.export import full_tensor
+from ows_lightning.models.plain_weights import full_tensor
 from ows_lightning.optim.sharding import shard_state
 
 

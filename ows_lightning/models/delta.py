@@ -10,7 +10,6 @@ bytes; the whole base's is over those of its tensors.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,8 +25,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ows_lightning.compat import without_weight_conversions
-from ows_lightning.errors import UsageError, typed_path
-from ows_lightning.models.export import atomic_directory, check_replaceable, group_by_file_tensors, is_of_model, unique_weights
+from ows_lightning.errors import StrPath, UsageError, typed_path
+from ows_lightning.models.model_directory import atomic_directory, check_replaceable, is_of_model
+from ows_lightning.models.plain_weights import group_by_file_tensors, unique_weights
 from ows_lightning.models.pretrained import load_model
 from ows_lightning.models.source import DELTA_FILE
 
@@ -49,7 +49,7 @@ class DeltaSize(NamedTuple):
 class Delta:
     """A delta's directory; a UsageError says that it is none, or not complete and unchanged."""
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: StrPath) -> None:
         self.directory = typed_path(directory)
         if not (self.directory / DELTA_FILE).is_file():
             raise UsageError(f"delta: {str(directory)!r} is no delta (it has no {DELTA_FILE}); `export --delta` writes one")
@@ -97,9 +97,7 @@ class Delta:
         return DeltaSize(sum(stored.values()), sum(raw[name] if name in raw else model[name].nbytes for name in self.hashes))
 
 
-def write_delta(
-    export: Path, directory: str | os.PathLike[str], base: str, dtype: torch.dtype, trust_remote_code: bool = False
-) -> DeltaSize:
+def write_delta(export: Path, directory: StrPath, base: str, dtype: torch.dtype, trust_remote_code: bool = False) -> DeltaSize:
     """Writes the tensors in which an export of `save_huggingface` differs from its base, loaded in the run's dtype."""
     target = check_replaceable(directory, base)
     of_base = dict(_file_tensors(load_model(base, dtype, None, trust_remote_code)))
@@ -138,9 +136,7 @@ def write_delta(
     return DeltaSize(delta_bytes, model_bytes)
 
 
-def apply_delta(
-    base: str, delta: str | os.PathLike[str], directory: str | os.PathLike[str], trust_remote_code: bool = False
-) -> DeltaSize:
+def apply_delta(base: str, delta: StrPath, directory: StrPath, trust_remote_code: bool = False) -> DeltaSize:
     """Writes the model that a delta was made from, with the same bytes in the same files as `save_huggingface` wrote."""
     target, change = check_replaceable(directory, base, delta), Delta(delta)
     model = load_model(base, change.dtype, None, trust_remote_code)
@@ -155,7 +151,7 @@ def apply_delta(
 
 
 @torch.no_grad()
-def load_delta(model: PreTrainedModel, path: str | os.PathLike[str]) -> DeltaSize:
+def load_delta(model: PreTrainedModel, path: StrPath) -> DeltaSize:
     """Applies a delta to its base model, in place, bit for bit.
 
     Embeddings get the delta's rows, and a tied head is untied if the run untied it. On an error the model is unchanged.

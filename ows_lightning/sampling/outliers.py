@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,9 @@ from ows_lightning.compat import own_parameters
 from ows_lightning.errors import UsageError, command_line
 from ows_lightning.models.causal_lm import eval_mode, run_causal_lm
 from ows_lightning.models.decoder import decoder_layers, is_matrix, language_model_of, on_device
-from ows_lightning.models.export import full_tensor, weights_without_peft
 from ows_lightning.models.large_tensors import rows_at_a_time
 from ows_lightning.models.loss import token_mask
+from ows_lightning.models.plain_weights import full_tensor, weights_without_peft
 from ows_lightning.optim.sharding import total_norm
 
 
@@ -184,9 +184,7 @@ class _InputRecorder(TorchFunctionMode):
                     hooks.enter_context(weight.owner.register_forward_pre_hook(hook, with_kwargs=True))
             yield
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self._raw_weights and name in ("linear", "matmul", "mm", "bmm"):

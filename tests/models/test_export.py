@@ -20,6 +20,7 @@ from ows_lightning.data.encoding import Encoder
 from ows_lightning.errors import RunError, UsageError
 from ows_lightning.models import export
 from ows_lightning.models.export import save_huggingface
+from ows_lightning.models.model_directory import check_replaceable
 from ows_lightning.models.pretrained import check_model_name, load_config, load_model, load_tokenizer, resize_embeddings
 from tests.distributed.launch import run
 from tests.models.architectures import tiny_config
@@ -85,29 +86,17 @@ def saved_names(directory: Path) -> list[str]:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("architecture", KINDS)
 def test_every_architecture_comes_back_equal(architecture: str, tied: bool, tmp_path: Path, reload: Callable) -> None:
+    """And its files are those of transformers' own `save_pretrained`."""
     model = tiny_model(architecture, tie_word_embeddings=tied)
     save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+    model.save_pretrained(tmp_path / "expected")
 
     again = reload(tmp_path / "model")
     assert torch.equal(logits(again), logits(model))
     assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
     assert again.config.architectures == [type(model).__name__]
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", KINDS)
-def test_written_one_weight_at_a_time_it_is_the_same_file(
-    architecture: str, tied: bool, tmp_path: Path, reload: Callable
-) -> None:
-    """What sharded and peft models go through, against transformers' own `save_pretrained`."""
-    model = tiny_model(architecture, tie_word_embeddings=tied)
-    export._save_one_by_one(model, tmp_path, writes=True)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path / "expected")
-
-    assert torch.equal(logits(reload(tmp_path)), logits(model))
-    assert saved_names(tmp_path) == saved_names(tmp_path / "expected")
-    assert (tmp_path / "config.json").read_text() == (tmp_path / "expected" / "config.json").read_text()
+    assert saved_names(tmp_path / "model") == saved_names(tmp_path / "expected")
+    assert (tmp_path / "model" / "config.json").read_text() == (tmp_path / "expected" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -210,7 +199,7 @@ def test_the_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.Monk
     save_huggingface(tiny_model("llama"), tiny_tokenizer(), "~/model")
     assert (tmp_path / "model" / "config.json").is_file()
     with pytest.raises(UsageError, match="is what the result is made from"):
-        export.check_replaceable(tmp_path / "model", "~/model")
+        check_replaceable(tmp_path / "model", "~/model")
 
 
 def test_buffers_that_training_has_changed_are_kept(tmp_path: Path, reload: Callable) -> None:
@@ -240,16 +229,12 @@ def test_a_failed_export_leaves_the_earlier_model(tmp_path: Path, reload: Callab
 def test_large_models_are_written_in_shards(tmp_path: Path, reload: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "SHARD_BYTES", 50_000)
     model = tiny_model("llama")
-    save_huggingface(model, tiny_tokenizer(), tmp_path / "whole")
-    (tmp_path / "one by one").mkdir()
-    export._save_one_by_one(model, tmp_path / "one by one", writes=True)
-    tiny_tokenizer().save_pretrained(tmp_path / "one by one")
-    for directory in (tmp_path / "whole", tmp_path / "one by one"):
-        files = sorted(directory.glob("*.safetensors"))
-        assert len(files) > 2
-        assert all(file.stat().st_size < 60_000 for file in files)
-        assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-        assert torch.equal(logits(reload(directory)), logits(model))
+    save_huggingface(model, tiny_tokenizer(), tmp_path / "model")
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 60_000 for file in files)
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert torch.equal(logits(reload(tmp_path / "model")), logits(model))
 
 
 # peft
