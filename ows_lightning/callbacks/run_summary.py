@@ -239,9 +239,9 @@ def _validation_loss(trainer: Trainer, module: CausalLMModule) -> float:
     loaders: Any = trainer.val_dataloaders
     total = targets = 0.0
     for loader, limit in zip(loaders if isinstance(loaders, list) else [loaders], trainer.num_val_batches, strict=False):
-        for batch in itertools.islice(loader, None if limit == float("inf") else int(limit)):
-            if "labels" in batch:  # else prompts to be answered
-                with trainer.precision_plugin.forward_context():
-                    parts = module(**trainer.strategy.batch_to_device(batch))
-                total, targets = total + float(parts.total), targets + float(parts.num_targets)
+        batches = itertools.islice(loader, None if limit == float("inf") else int(limit))
+        for batch in (batch for batch in batches if "labels" in batch):  # else prompts to be answered
+            with trainer.precision_plugin.forward_context():
+                parts = module(**trainer.strategy.batch_to_device(batch))
+            total, targets = total + float(parts.total), targets + float(parts.num_targets)
     return total / targets if targets else float("nan")

@@ -191,9 +191,9 @@ def load_delta(model: PreTrainedModel, path: StrPath) -> DeltaSize:
             numbers = torch.arange(sum(counts)).split(counts)
             places = {name: at.view(weights[name].shape) for name, at in zip(weights, numbers, strict=True)}
             elements = torch.cat([weight.reshape(-1) for weight in weights.values()])
-            for piece, place in revert_weight_conversion(plain, places).items():
-                if piece in new:
-                    elements[place.reshape(-1).to(elements.device)] = new[piece].reshape(-1).to(elements.device)
+            place_of = revert_weight_conversion(plain, places)
+            for piece, value in new.items():
+                elements[place_of[piece].reshape(-1).to(elements.device)] = value.reshape(-1).to(elements.device)
             for weight, values in zip(weights.values(), elements.split(counts), strict=True):
                 weight.copy_(values.view(weight.shape))
     if (change.directory / "generation_config.json").is_file():
