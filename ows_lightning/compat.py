@@ -140,7 +140,9 @@ def drop_input_gradients(model: Any) -> None:
     """Ends the gradient at the embeddings that checkpointing turns on, unless it is reentrant. When it is gone: keep it."""
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
     if {getattr(f, "keywords", {}).get("use_reentrant") for f in functions if f is not None} == {False}:
-        model.disable_input_require_grads()
+        for hooks in [module._forward_hooks for module in model.modules()]:  # transformers forgets all but its newest one
+            for key in [key for key, hook in hooks.items() if "make_inputs_require_grad" in getattr(hook, "__name__", "")]:
+                del hooks[key]
 
 
 def without_weight_conversions(model: Any) -> Any:

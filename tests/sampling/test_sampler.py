@@ -302,10 +302,15 @@ def test_an_optimizer_that_accelerate_has_wrapped_is_seen_through() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize(("reentrant", "recomputed"), [(False, [2, 3]), (True, [0, 1, 2, 3])])
-def test_checkpointing_recomputes_no_frozen_block_below_the_active_ones(reentrant: bool, recomputed: list[int]) -> None:
+def test_checkpointing_recomputes_no_frozen_block_below_the_active_ones(
+    reentrant: bool, recomputed: list[int], twice: bool
+) -> None:
     """Unless it is reentrant, and would give a block whose input has no gradient none."""
     model, sampler = tiny_model("llama"), BlockSampler(1, distribution=[0.0, 0.0, 1.0, 0.0], always_train=["norm"])
+    if twice:
+        model.enable_input_require_grads()  # as SFTTrainer does for a peft model, before its Trainer does the next
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     train(sampler, model, range(1))
     computed: list[int] = []
