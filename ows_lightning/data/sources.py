@@ -239,10 +239,10 @@ def _lines(file: Path, source: DataSource) -> Iterator[tuple[int, str]]:
 
 def _read_jsonl(file: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     for number, line in _lines(file, source):
-        if not line.strip():
+        if not (text := line.rstrip()):  # with its end, a line that is cut off would be wrong in column 1 of the next
             continue
         try:
-            yield f"line {number}", json.loads(line)
+            yield f"line {number}", json.loads(text)
         except (ValueError, RecursionError) as error:
             fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise source.error(f"{file.name} line {number} is not valid JSON: {fault}") from None

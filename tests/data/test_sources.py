@@ -229,6 +229,7 @@ def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
         ("a.jsonl", b"", "a.jsonl has no rows"),
         ("a.jsonl", b"\n\n", "a.jsonl has no rows"),
         ("a.jsonl", b'{"a": 1}\n{"a": 1,}\n', "a.jsonl line 2 is not valid JSON: .* at column 9"),
+        ("a.jsonl", b'{"a": 1}\n{"a":\r\n{"a": 1}\n', "a.jsonl line 2 is not valid JSON: Expecting value at column 6"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl line 2 is a list, not an object of columns and values"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"a.jsonl line 2 is not UTF-8 \(byte 0xe9 at 8\); save it as UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a" 1}]', "a.json is not valid JSON: Expecting ':' delimiter: line 2 column 6"),
