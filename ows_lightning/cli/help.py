@@ -15,9 +15,9 @@ from ows_lightning.errors import UsageError, command_line
 DEFAULTS: dict[str, Any] = {"model.optimizer.lr": 3e-4, "checkpoint.save_last": True}  # other ones than the classes'
 _OURS = {  # instead of what Lightning says
     "ckpt_path": "A checkpoint, or `last` for the newest run's; without it `fit` starts anew, the others take the base model",
+    "weights_only": "Changes nothing: checkpoints are always read as tensors and plain values, which can run no code",
     "trainer.default_root_dir": "The folder above those of the runs; `runs` if it is not given",
 }
-
 _PACKAGE = Path(__file__).parents[1]
 _NO_OPTIONS = {"self", "config", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "params"}
 _GENERAL_OPTIONS = """\

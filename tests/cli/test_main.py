@@ -110,3 +110,8 @@ def test_help_offers_only_checkpoints_that_the_command_takes(command: str, capsy
     said = capsys.readouterr().out.partition("--ckpt_path ")[2].partition("\n--")[0]
     assert "last" in said
     assert "best" not in said
+
+
+def test_help_says_that_checkpoints_are_always_read_safely(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["test", "--help"])  # Lightning's own words say nothing but the default
+    assert capsys.readouterr().out.partition("--weights_only ")[2].splitlines()[1].startswith("  Changes nothing: ")
