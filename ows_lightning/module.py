@@ -46,6 +46,7 @@ warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer
 
 log = logging.getLogger(__name__)
 
+_DECAYS = ("cosine", "linear", "constant")
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
 
@@ -142,6 +143,7 @@ class CausalLMModule(EvaluationModule):
             ("frozen_in", frozen_in, frozen_in in ("device", "host", "disk"), "device, host or disk"),
             ("frozen_dtype", frozen_dtype, frozen_dtype in (None, "int8"), "int8 or null"),
             ("kernels", kernels, kernels in (None, "liger"), "liger or null"),
+            ("lr_scheduler_type", lr_scheduler_type, lr_scheduler_type in _DECAYS, "cosine, linear or constant"),
             ("window_blocks", window_blocks, window_blocks in (2, 3), "2 or 3: one computes while the next comes"),
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
             ("max_skipped_steps", max_skipped_steps, max_skipped_steps >= 1, "at least 1"),

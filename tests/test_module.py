@@ -391,6 +391,7 @@ def test_compiled_blocks_survive_resampling(model_dir: ModelDir, tmp_path: Path)
         ({"frozen_dtype": "int4"}, "model.frozen_dtype: int4 must be int8 or null"),
         ({"subspace": "qr"}, "model.subspace: 'qr' must be randomized or svd or random"),
         ({"kernels": "ligr"}, "model.kernels: ligr must be liger or null"),
+        ({"lr_scheduler_type": "polynomial"}, "model.lr_scheduler_type: polynomial must be cosine, linear or constant"),
         ({"warmup_steps": -1}, "model.warmup_steps"),
     ],
 )

@@ -91,9 +91,10 @@ def _resolve(source: DataSource, path: Path) -> DataSource:
         if not files:
             raise source.error(f"no {_FILE_KINDS} file matches '{name}'")
         return _check_split_unset(replace(source, files=tuple(files)))
-    if _suffix_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name):
-        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise source.error(f"no file matches '{name}'{did_you_mean(path.name, beside)}")
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    meant = did_you_mean(path.name, beside)
+    if _suffix_of(path) or name.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(name) or (path.suffix and meant):
+        raise source.error(f"no file matches '{name}'{meant}")
     return source
 
 

@@ -270,6 +270,14 @@ def test_missing_files(tmp_path: Path, name: str, message: str) -> None:
         resolve(str(tmp_path / name), "dataset")
 
 
+def test_a_misspelt_ending_is_not_taken_for_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "my.csv")
+    with pytest.raises(UsageError, match=r"no file matches 'my\.cvs'; did you mean 'my\.csv'"):
+        resolve("my.cvs", "dataset")
+    assert resolve("tatsu-lab/alpaca", "dataset").files == ()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
