@@ -25,7 +25,7 @@ from ows_lightning.fit.duration import expected_steps
 from ows_lightning.fit.projection import prepare_fit
 from ows_lightning.models import execution, pretrained
 from ows_lightning.models.causal_lm import CausalLM
-from ows_lightning.models.decoder import decoder_layers
+from ows_lightning.models.decoder import decoder_layers, non_block_parameters
 from ows_lightning.models.execution import GradientCheckpointing, Kernels
 from ows_lightning.models.lora import add_lora, lora_config
 from ows_lightning.models.loss import LossParts, precompute_on_host, token_mask
@@ -413,6 +413,8 @@ class CausalLMModule(EvaluationModule):
         """The settings that can't change, as plain values by their YAML keys, and the model's dimensions."""
         settings = {f"model.{key}": self.hparams[key] for key in FIXED_MODEL_KEYS if key in self.hparams}
         settings |= {"number of blocks": len(decoder_layers(self)), **architecture_of(self.language_model.config)}
+        outside = non_block_parameters(self)
+        settings["tied embeddings"] = not set(outside["embeddings"]).isdisjoint(outside["lm_head"])
         if (sampling := LayerwiseSampling.of(self.trainer)) is not None:
             settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
         return {key: plain(value) for key, value in settings.items()}

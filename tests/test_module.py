@@ -575,6 +575,22 @@ def test_a_run_does_not_go_on_in_other_subspaces_or_adapters(
         trainer(tmp_path).fit(CausalLMModule(directory, **{**settings, **changed}), rows, ckpt_path=tmp_path / "one.ckpt")
 
 
+def test_a_head_of_its_own_does_not_take_the_place_of_tied_embeddings(model_dir: ModelDir, tmp_path: Path) -> None:
+    rows, losses = DataLoader(rows_with_uneven_targets(), batch_size=4), {}
+    modules = {
+        tied: CausalLMModule(model_dir("llama", template, tie_word_embeddings=tied), rank=4, optimizer=galore)
+        for tied, template in ((False, "chatml"), (True, "none"))  # each in a folder of its own
+    }
+    for tied, module in modules.items():
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(module, rows)
+        run.save_checkpoint(tmp_path / f"{tied}.ckpt")
+        losses[tied] = run.test(module, rows)
+    with pytest.raises(UsageError, match=r"^ckpt_path: .* tied embeddings \(False in the checkpoint, True now\)"):
+        trainer(tmp_path).test(modules[True], rows, ckpt_path=tmp_path / "False.ckpt")
+    assert trainer(tmp_path).test(modules[False], rows, ckpt_path=tmp_path / "True.ckpt") == losses[True]
+
+
 @pytest.mark.parametrize(
     ("callback", "instead"),
     [

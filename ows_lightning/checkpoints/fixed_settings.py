@@ -50,4 +50,6 @@ def _same(key: str, saved: Any, now: Any) -> bool:
         return Path(saved).name == Path(now).name  # a directory may have been moved
     if key.endswith("resting_rank"):
         return (saved or 0) == (now or 0)  # older runs have none
+    if key == "tied embeddings":  # a head of its own would overwrite the embeddings that it is tied to now
+        return saved is not False or not now
     return bool(saved == now)
