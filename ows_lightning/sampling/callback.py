@@ -97,7 +97,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         """As ``BlockSampler.compute_scores``, in the Trainer's precision and under the name that the module was given."""
         with model.trainer.precision_plugin.forward_context():
             scores = super().compute_scores(model, loader)
-        return replace(scores, model=model.hparams.get("model_name_or_path", scores.model))
+        return replace(scores, model=str(model.hparams.get("model_name_or_path", scores.model)))  # it may be a Path
 
     def _scores(self, trainer: Trainer, pl_module: LightningModule) -> BlockScores:
         return trainer.strategy.broadcast(self.compute_scores(pl_module, trainer.train_dataloader))

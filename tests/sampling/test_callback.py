@@ -156,6 +156,16 @@ def test_draws_by_optimizer_step_once_a_boundary(settings: dict, tmp_path: Path)
         assert [int(row["step"]) for row in csv.DictReader(file) if row["interval"]] == expected
 
 
+def test_a_model_that_a_module_names_by_a_path_is_named_in_the_scores(tmp_path: Path) -> None:
+    class Module(SomebodyElsesModule):
+        def __init__(self, model_name_or_path: Path) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    fit(Module(tmp_path / "llama"), LayerwiseSampling(activated_layers=1, distribution="uniform"), tmp_path, max_steps=1)
+    assert BlockScores.load(tmp_path / "outlier_scores.json").model == str(tmp_path / "llama")
+
+
 @pytest.mark.parametrize(
     "always_train", [(), ("norm",), ("embeddings",), ("lm_head", "norm"), ("embeddings", "lm_head", "norm")]
 )
