@@ -39,14 +39,14 @@ class FileRegion:
 
 
 class DiskWeights(OffloadedWeights):
-    """A block's weights on the disk, mapped: where ``Disk.place_weight`` found all of them, until they are written."""
+    """A block's weights on the disk, mapped: where ``Disk.place_weight`` found all of them, until they are ``writable``."""
 
-    def __init__(self, disk: "Disk", weights: Sequence[Tensor]) -> None:
+    def __init__(self, disk: "Disk", weights: Sequence[Tensor], writable: bool = False) -> None:
         self.disk = disk
         known = [disk.places.get(weight.data_ptr()) for weight in weights]
         self.tensors = list(weights)
         self.places = [place for place in known if place is not None]
-        if len(self.places) < len(known):
+        if len(self.places) < len(known) or (writable and not self._in_scratch()):
             self._move(weights)
             release_mapped_pages()
 

@@ -316,7 +316,8 @@ class BlockOffloader:
         _set_data(self.parameters[index], self.offloaded[index].tensors)
 
     def _offload(self, weights: Sequence[Tensor]) -> OffloadedWeights:
-        offload = partial(DiskWeights, self._disk) if self._disk else partial(offload_to_host, device=self.device)
+        disk, copied = self._disk, self.was_copied  # what is copied may be exchanged with its copy
+        offload = partial(DiskWeights, disk, writable=copied) if disk else partial(offload_to_host, device=self.device)
         if self._int8_in is None:
             return offload(weights)
         offload_copy = partial(OffloadedWeights, device=self.device) if self._int8_in == "device" else offload

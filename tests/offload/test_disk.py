@@ -144,16 +144,21 @@ def test_weights_that_are_loaded_or_exchanged_count(tmp_path: Path) -> None:
     torch.testing.assert_close(list(evaluate(duplicate)), list(evaluate(others[0])), rtol=0, atol=0)
 
 
-def test_a_copy_that_is_made_first_counts_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("int8_in", [None, "disk"])
+def test_a_copy_that_is_made_first_counts_too(int8_in: str | None, tmp_path: Path) -> None:
+    """With copies in int8 it is made before any block is offloaded."""
     disk = Disk(tmp_path)
     model = load_mapped_model(saved(tmp_path), 0, disk)
-    BlockOffloader(decoder_layers(model), disk=disk)
+    offloader = BlockOffloader(decoder_layers(model), disk=disk, int8_in=int8_in)
     copy.deepcopy(model)
+    offloader.prepare()
     other = tiny_model("llama", seed=1)
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             p.data.copy_(q.data)
-    torch.testing.assert_close(list(evaluate(model)), list(evaluate(other)), rtol=0, atol=0)
+    offloader.refresh_all()
+    with offloader.exact_weights():
+        torch.testing.assert_close(list(evaluate(model)), list(evaluate(other)), rtol=0, atol=0)
 
 
 @pytest.mark.slow
