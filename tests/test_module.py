@@ -352,6 +352,22 @@ def test_lora_freezes_the_base_and_trains(model_dir: ModelDir, tmp_path: Path) -
     assert any(p.abs().sum() > 0 for name, p in module.model.named_parameters() if "lora_B" in name)
 
 
+def test_adapters_are_evaluated_with_the_factor_that_they_were_trained_with(model_dir: ModelDir, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    directory, rows = str(model_dir()), DataLoader(rows_with_uneven_targets(), batch_size=4)
+
+    def module(alpha: int) -> CausalLMModule:
+        lora = {"r": 4, "lora_alpha": alpha, "target_modules": "all-linear"}
+        return CausalLMModule(directory, optimizer=adamw, rank=None, warmup_steps=0, lora=lora)
+
+    trained, run = module(64), trainer(tmp_path)
+    run.fit(trained, rows)
+    run.save_checkpoint(tmp_path / "lora.ckpt")
+    assert trainer(tmp_path).test(module(64), rows, ckpt_path=tmp_path / "lora.ckpt") == run.test(trained, rows)
+    with pytest.raises(UsageError, match=r"^ckpt_path: .* other settings: model.lora \({'r': 4, 'lora_alpha': 64"):
+        trainer(tmp_path).test(module(4), rows, ckpt_path=tmp_path / "lora.ckpt")
+
+
 class ScoresAndAnswersBeforeTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ids = torch.arange(3, 12)[None]

@@ -21,14 +21,14 @@ def check_fixed_settings(
 ) -> None:
     """Raises a UsageError, with both values, if the fixed settings saved in a checkpoint and those now differ.
 
-    If no training resumes, the model's dimensions alone have to agree. The error begins with ``prefix``.
+    If no training resumes, the model's dimensions and adapters alone have to agree. The error begins with ``prefix``.
     """
     if saved is None and not resumes:  # whether the weights fit is seen when they are loaded
         return
     if saved is None:
         kind = "another program's run, or of a module that overrides on_save_checkpoint without super()"
         raise UsageError(f"ckpt_path: the checkpoint is of {kind}; give one that `{command_line('fit')}` wrote")
-    keys = sorted(key for key in saved.keys() | now.keys() if resumes or "." not in key)
+    keys = sorted(key for key in saved.keys() | now.keys() if resumes or "." not in key or key == "model.lora")
     if different := [key for key in keys if not _same(key, saved.get(key), now.get(key))]:
         listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in different)
         raise UsageError(f"{prefix}: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
