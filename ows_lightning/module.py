@@ -413,7 +413,8 @@ class CausalLMModule(EvaluationModule):
         """The settings that can't change, as plain values by their YAML keys, and the model's dimensions."""
         settings = {f"model.{key}": self.hparams[key] for key in FIXED_MODEL_KEYS if key in self.hparams}
         settings |= {"number of blocks": len(decoder_layers(self)), **architecture_of(self.language_model.config)}
-        settings["tied embeddings"] = not set((parts := non_block_parameters(self))["embeddings"]).isdisjoint(parts["lm_head"])
+        outside = non_block_parameters(self)
+        settings["tied embeddings"] = not set(outside["embeddings"]).isdisjoint(outside["lm_head"])
         if (sampling := LayerwiseSampling.of(self.trainer)) is not None:
             settings |= {f"sampling.{key}": value for key, value in sampling_settings(sampling).items()}
         return {key: plain(value) for key, value in settings.items()}
