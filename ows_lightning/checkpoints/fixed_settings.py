@@ -28,7 +28,8 @@ def check_fixed_settings(
     if saved is None:
         kind = "another program's run, or of a module that overrides on_save_checkpoint without super()"
         raise UsageError(f"ckpt_path: the checkpoint is of {kind}; give one that `{command_line('fit')}` wrote")
-    keys = sorted(key for key in saved.keys() | now.keys() if resumes or "." not in key or key == "model.lora")
+    adapters = {"model.lora"} if saved.get("model.lora") and now.get("model.lora") else set()  # else loading refuses them
+    keys = sorted(key for key in saved.keys() | now.keys() if resumes or "." not in key or key in adapters)
     if different := [key for key in keys if not _same(key, saved.get(key), now.get(key))]:
         listed = ", ".join(f"{key} ({saved.get(key)!r} in the checkpoint, {now.get(key)!r} now)" for key in different)
         raise UsageError(f"{prefix}: the checkpoint is of a run with other settings: {listed}; set them back, or start anew")
