@@ -59,7 +59,13 @@ def figures(method: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [*METHODS.items(), ("GaLore, all blocks in rank 128", "galore"), ("LISA, two blocks", "lisa_2")]
+    ("name", "method"),
+    [
+        *METHODS.items(),
+        ("the same, drawn uniformly", "uniform_resting"),
+        ("GaLore, all blocks in rank 128", "galore"),
+        ("LISA, two blocks", "lisa_2"),
+    ],
 )
 def test_the_long_study(name: str, method: str) -> None:
     assert in_evidence(name) == figures(method)
