@@ -25,6 +25,7 @@ from ows_lightning.metrics.exact_match import right_answers
 from ows_lightning.models.loss import token_mask
 from ows_lightning.sampling.calibration import calibration_batches
 from tests.data.samples import TEMPLATES, pairs, tiny_tokenizer
+from tests.distributed.launch import run
 from tests.tiny import tiny_model
 
 Write = Callable[..., str]
@@ -424,13 +425,20 @@ class Shares(Recorder):
         torch.save((self.seen, [len(b["input_ids"]) for b in self.validated]), self.folder / f"rank{self.global_rank}.pt")
 
 
+SHARED: dict[str, Any] = {"max_steps": 4, "val_check_interval": 4}
+
+
+def share(arguments: list[str]) -> None:
+    file, folder, streaming = arguments
+    data = make(file, batch_size=2, streaming=streaming == "True", val_size=3, tokenizer=None)
+    fit(data, module=Shares(Path(folder)), devices=2, strategy="ddp", **SHARED)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_two_processes_share_the_batches_of_one(jsonl: Write, tmp_path: Path, streaming: bool) -> None:
     file = jsonl(pairs(18))
-    settings = {"streaming": streaming, "val_size": 3, "tokenizer": None}
-    run: dict[str, Any] = {"max_steps": 4, "val_check_interval": 4}
-    whole = fit(make(file, batch_size=4, **settings), **run)
-    fit(make(file, batch_size=2, **settings), module=Shares(tmp_path), devices=2, strategy="ddp_fork", **run)
+    whole = fit(make(file, batch_size=4, streaming=streaming, val_size=3, tokenizer=None), **SHARED)
+    run([file, str(tmp_path), str(streaming)], tmp_path / "output", ranks=2, target=share)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for (step, batch), (_, one), (_, two) in zip(whole.seen, ranks[0][0], ranks[1][0], strict=True):
         parts = [row for row in itertools.chain(*zip(one, two, strict=True)) if row]
