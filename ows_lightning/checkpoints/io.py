@@ -40,13 +40,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Reads a file, whose tensors are mapped, or a directory of shards, always with ``weights_only=True``."""
         if "://" in str(path):
             return super().load_checkpoint(path, weights_only=True)
-        return read_checkpoint(Path(path), lambda p: load_shards(p, load_verified(p)) if p.is_dir() else load_verified(p))
+        return read_checkpoint(Path(path), _load)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint; a directory is renamed first, so that no half of it looks like a checkpoint."""
         if Path(path).is_dir():
             path = Path(path).rename(partial_path(path))
         super().remove_checkpoint(path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    contents = load_verified(path)
+    return load_shards(path, contents) if path.is_dir() else contents
 
 
 def save_error(path: Any, error: BaseException) -> BaseException:

@@ -31,7 +31,9 @@ def _open_zstandard(file: Path, mode: str) -> IO[bytes]:
     return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
 
 
-_COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+_COMPRESSIONS: dict[str, Callable[[Path, str], Any]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard
+}  # fmt: skip
 _FILE_KINDS = ".jsonl, .json, .parquet, .csv"  # for messages: the usual ones
 _OTHER_DATA = {".arrow", ".pkl", ".tar", ".txt", ".xlsx", ".zip"}  # which are not read
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")

@@ -41,7 +41,6 @@ _SAME_KEYS = {
     "trust_remote_code",
 }  # fmt: skip
 """Keys of a config that are called the same in `PlanSettings`, and have the same defaults."""
-
 _METHOD_KEYS = {"proj_type", "subspace", "project_embeddings", "lora"}
 """The same of `TrainingMethod`."""
 

@@ -20,7 +20,7 @@ from ows_lightning.errors import RunError, StrPath
 from ows_lightning.models.decoder import end_offloaded_pass, language_model_of
 from ows_lightning.models.large_tensors import release_mapped_pages
 from ows_lightning.models.model_directory import atomic_directory, check_replaceable
-from ows_lightning.models.plain_weights import file_layout, group_by_file_tensors, merged_weight, unique_weights
+from ows_lightning.models.plain_weights import PlainWeight, file_layout, group_by_file_tensors, merged_weight, unique_weights
 from ows_lightning.models.pretrained import nonfinite_weights
 from ows_lightning.models.safetensors_file import SafetensorsFile
 
@@ -52,15 +52,16 @@ def save_huggingface(
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     _check_finite(model, sharded)
     base: Any = language_model_of(model)
+    weights = unique_weights(base)
     writes = not distributed.is_initialized() or distributed.get_rank() == 0
     with atomic_directory(target, "model") if writes else contextlib.nullcontext(target) as partial:
         if writes:
             tokenizer.save_pretrained(partial)
             if card is not None:
                 (partial / "README.md").write_text(card, encoding="utf-8")
-            _save_all_but_weights(base, partial)
+            _save_all_but_weights(base, weights, partial)
         if writes or sharded:
-            _save_weights(base, partial, writes)
+            _save_weights(base, weights, partial, writes)
     if sharded:
         distributed.barrier()
 
@@ -77,7 +78,7 @@ def _check_finite(model: nn.Module, sharded: bool) -> None:
         raise RunError(f"the model is not written: {which}; export an earlier checkpoint, and train at a lower learning rate")
 
 
-def _save_all_but_weights(model: PreTrainedModel, directory: Path) -> None:
+def _save_all_but_weights(model: PreTrainedModel, weights: list[PlainWeight], directory: Path) -> None:
     if type(model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         for name in (IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME):
             with contextlib.suppress(OSError):  # the model has no such file, or the hub can't be reached
@@ -85,7 +86,7 @@ def _save_all_but_weights(model: PreTrainedModel, directory: Path) -> None:
     model.generation_config = _valid_generation_config(model.generation_config)
     model.save_pretrained(directory, state_dict={})
     (directory / _WEIGHTS).unlink(missing_ok=True)
-    if model.all_tied_weights_keys.keys() & {weight.name for weight in unique_weights(model)}:
+    if model.all_tied_weights_keys.keys() & {weight.name for weight in weights}:
         # Trained apart, e.g. an adapter on the embeddings alone.
         path = directory / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
@@ -102,9 +103,8 @@ def _valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
     return generation
 
 
-def _save_weights(model: PreTrainedModel, directory: Path, writes: bool) -> None:
+def _save_weights(model: PreTrainedModel, weights: list[PlainWeight], directory: Path, writes: bool) -> None:
     """Writes weights as ``save_pretrained`` would, but with one of a sharded, adapted or mapped model in memory at a time."""
-    weights = unique_weights(model)
     layout = file_layout(model, weights)
     split = split_torch_state_dict_into_shards(layout, max_shard_size=SHARD_BYTES)
     with contextlib.ExitStack() as stack:

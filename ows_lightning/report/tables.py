@@ -24,7 +24,6 @@ LABELS = {
     "median_tokens_per_second": "Tokens/s, median", "peak_memory_mb": "Peak memory",
     "blocks_never_trained": "Blocks never trained",
 }  # fmt: skip
-
 UNKNOWN = "n/a"
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "model": lambda name: "/".join(str(name).split("/")[-2:]), "val_exact_match": lambda share: f"{100 * share:.1f} %",
