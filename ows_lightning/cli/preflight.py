@@ -134,8 +134,9 @@ def check_run(command: str, model: LightningModule, data: object, trainer_args: 
             name, scores = model.hparams["model_name_or_path"], sampling.scores
             if scores is not None and Path(scored := BlockScores.load(Path(scores)).model).name != Path(name).name:
                 log.warning("sampling.scores: '%s' holds the scores of '%s', and the model is '%s'", scores, scored, name)
-    if isinstance(data, InstructionDataModule) and command != "export" and getattr(rank_zero_only, "rank", 0) == 0:
-        data.check()
+    reads_rows = command in ("score", *_RUN_COMMANDS) and getattr(rank_zero_only, "rank", 0) == 0
+    if reads_rows and isinstance(data, InstructionDataModule):
+        data.check(command)
 
 
 def _check_fit(
@@ -149,7 +150,7 @@ def _check_fit(
         check_unscaled(trainer.precision_plugin)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if isinstance(model, CausalLMModule):
-        check_callbacks(callbacks)
+        check_callbacks(callbacks, "fsdp2" in str(trainer_args["strategy"]).lower())
     if trainer.accumulate_grad_batches > 1 and accumulation_scheduler(trainer) is not None:
         raise UsageError("trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one out")
     if time_is_up(callbacks):

@@ -138,10 +138,10 @@ class InstructionDataModule(LightningDataModule):
         self._tokenised_by: PreTrainedTokenizerBase | None = None  # `tokenizer`, or the model's
         self._resume_at: dict[str, Any] = {}  # where the next training loader begins
 
-    def check(self) -> None:
-        """Raises a UsageError for what is wrong in files, their syntax, columns and types; it needs no tokenizer."""
-        parts = _PARTS.get(self._stage(), _ALL_PARTS)
-        self._splits.check(parts or ("test",), choices=bool(self.test_dataset) or self._stage() == "test")
+    def check(self, stage: str = "") -> None:
+        """Raises a UsageError for what is wrong in the files that `stage` (or the Trainer's) reads; it needs no tokenizer."""
+        parts = _PARTS.get(stage := stage or self._stage(), _ALL_PARTS)
+        self._splits.check(parts or ("test",), choices=stage == "test" or ("train" in parts and bool(self.test_dataset)))
         if "train" not in parts:
             return
         rows = self.batch_size if self.streaming else len(self._splits.all_examples("dataset"))

@@ -17,13 +17,13 @@ _UNSUITABLE_CALLBACKS = {
     stock.LearningRateFinder: "tries rates without sampling, and the schedule sets others; compare runs of a few steps",
     stock.BatchSizeFinder: "tries sizes without sampling, and the schedule keeps its steps; `plan` names a size that fits",
 }
-"""Callbacks of Lightning that can't work with CausalLMModule: why, and what to do instead."""
 _PROJECTED = "gradients are projected in backward, before that can be undone"
 
 
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Refuses callbacks of Lightning that can't work with CausalLMModule: a UsageError."""
-    for kind, reason in _UNSUITABLE_CALLBACKS.items():
+def check_callbacks(callbacks: Sequence[Callback], sharded: bool = False) -> None:
+    """Refuses callbacks of Lightning that can't work with CausalLMModule, or with shards of its weights: a UsageError."""
+    copying = {stock.WeightAveraging: "copies the model, and fsdp2's shards can't be copied; leave it out"} if sharded else {}
+    for kind, reason in (_UNSUITABLE_CALLBACKS | copying).items():
         if any(isinstance(one, kind) and not getattr(one, "_early_exit", False) for one in callbacks):  # not its Tuner's
             raise UsageError(f"trainer.callbacks: {kind.__name__} {reason}")
 

@@ -617,6 +617,13 @@ def test_averages_of_weights_that_are_not_there_yet_are_refused(typed: Callable[
     assert code == 2
 
 
+def test_averages_of_shards_are_refused(typed: Callable[[str], tuple[str, int]]) -> None:
+    two = "--trainer.devices 2 --trainer.strategy fsdp2 --trainer.accelerator cpu"
+    line, code = typed(fit(f"{two} --trainer.callbacks EMAWeightAveraging"))
+    assert line.startswith("trainer.callbacks: WeightAveraging copies the model")
+    assert code == 2
+
+
 def test_stack_trace_on_demand(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     monkeypatch.setenv("OWS_DEBUG", "1")

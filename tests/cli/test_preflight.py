@@ -237,6 +237,18 @@ def test_one_process_alone_looks_at_what_others_may_have_begun_to_write(
     check_run(*run)
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_evaluation_reads_no_training_rows(command: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a?", "output": "b"}\n')
+    rows = str(tmp_path / "rows.jsonl")
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path)
+    data = {"dataset": "nothing.jsonl", "eval_dataset": rows, "test_dataset": rows}
+    check_run(command, Module(), InstructionDataModule(**data), SETTINGS, trainer)
+    read = "eval_dataset" if command == "validate" else "test_dataset"
+    with pytest.raises(UsageError, match=rf"^data.{read}: .*nothing.jsonl"):
+        check_run(command, Module(), InstructionDataModule(**{**data, read: "nothing.jsonl"}), SETTINGS, trainer)
+
+
 def test_a_module_of_the_users_has_callbacks_metrics_and_schedules_of_its_own(tmp_path: Path) -> None:
     """And a schedule of accumulation prevails over the Trainer's default."""
     callbacks = [
