@@ -14,7 +14,7 @@ from ows_lightning.data.rendering import with_chat_template
 from ows_lightning.metrics.choices import ChoiceAccuracy
 from ows_lightning.metrics.exact_match import TeacherForcedAnswers, right_answers
 from ows_lightning.models.causal_lm import CausalLM
-from ows_lightning.models.pretrained import load_tokenizer
+from ows_lightning.models.pretrained import load_tokenizer, stop_token_ids
 
 
 class EvaluationMetrics(MetricCollection):
@@ -135,4 +135,6 @@ class EvaluationModule(LightningModule):
             synced_gpus=self.device_mesh is not None,  # each forward pass gathers weights: all processes have to take part
             pad_token_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
-        return self.tokenizer.batch_decode(generated[:, prompts.size(1) :], skip_special_tokens=True)
+        stops = stop_token_ids(self._loaded_causal_lm.language_model.generation_config)  # not all need be special
+        answers = [[token for token in row if token not in stops] for row in generated[:, prompts.size(1) :].tolist()]
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -545,6 +545,17 @@ def test_predictions_are_written_as_they_are_read(model_dir: ModelDir, tmp_path:
     assert "null" not in line
 
 
+def test_an_answer_ends_before_a_stop_that_is_not_special(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = CausalLMModule(str(model_dir()))
+    module.configure_model()
+    module.tokenizer.add_tokens(["<|eot|>"])
+    said = torch.tensor([module.tokenizer("yes<|eot|>", add_special_tokens=False).input_ids])
+    module.model.generation_config.eos_token_id = int(said[0, -1])
+    monkeypatch.setattr(module.causal_lm, "generate", lambda input_ids, **_: torch.cat([input_ids, said], 1))
+    prompt = torch.tensor([[1, 2]])
+    assert module.generate({"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}) == ["yes"]
+
+
 def test_a_run_without_a_logger_leaves_files_of_the_user_alone(model_dir: ModelDir, tmp_path: Path) -> None:
     (tmp_path / "generations.csv").write_text("mine")
     run = trainer(tmp_path, ShowGenerations(["why?"], every_n_steps=1), max_steps=1, logger=False)

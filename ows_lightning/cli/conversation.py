@@ -40,9 +40,7 @@ class Conversation:
         model: Any = self.model  # transformers types it as a tensor or a module
         with torch.inference_mode():
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer)
-        stops = stop_token_ids(self.model.generation_config)  # which need not be special: its template adds one
-        new = [token for token in output[0, ids.size(1) :].tolist() if token not in stops]
-        answer = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        answer = str(self.tokenizer.decode(output[0, ids.size(1) :], skip_special_tokens=True)).strip()
         self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 
@@ -79,6 +77,8 @@ def load_conversation(name: str, args: argparse.Namespace) -> Conversation:
         tokenizer = with_chat_template(load_tokenizer(directory, args.trust_remote_code))
         model = load_model(directory, dtype, trust_remote_code=args.trust_remote_code).eval().to(device)
     add_eos_token_id(model, end_of_turn_id(tokenizer))
+    stops = tokenizer.convert_ids_to_tokens(stop_token_ids(model.generation_config))
+    tokenizer.add_tokens(stops, special_tokens=True)  # a template adds its own again: it is no part of what is said
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(args.seed)
     drawn = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
