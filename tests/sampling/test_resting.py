@@ -49,13 +49,14 @@ class Given(BlockSampler):
 class Run:
     """A loop of one's own, which can be saved and resumed."""
 
-    def __init__(self, architecture: str = "llama", in_backward: bool = True, checkpointed: bool = False, **settings: Any):
+    def __init__(self, architecture: str = "llama", in_backward: bool = True, checkpointed: bool = False,
+                 rank: int | None = 8, **settings: Any):  # fmt: skip
         self.model = tiny_model(architecture)
         for dropout in (module for module in self.model.modules() if isinstance(module, nn.Dropout)):
             dropout.p = 0.0
         if checkpointed:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        groups = galore_param_groups(self.model, rank=8, update_proj_gap=3, scale=SCALE)
+        groups = galore_param_groups(self.model, rank=rank, update_proj_gap=3, scale=SCALE)
         self.optimizer = GaLoreAdamW(groups, lr=LR, **settings.pop("optimizer", {}))
         if in_backward:
             self.optimizer.project_in_backward(model=self.model)
@@ -110,6 +111,16 @@ def by_the_formula(weight: Tensor, gradient: Tensor, q: Tensor, state: dict[str,
     m = state["m"] = 0.9 * state.get("m", 0) + 0.1 * r
     v = state["v"] = 0.999 * state.get("v", 0) + 0.001 * r**2
     weight -= LR * SCALE * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t) * m / (v.sqrt() + 1e-8) @ q.mT
+
+
+def test_the_scale_is_that_of_the_group_also_in_full_rank() -> None:
+    runs = [Run(in_backward=False, rank=rank) for rank in (None, 10**6)]  # both train whole matrices
+    for run in runs:
+        run.train(INTERVAL)
+    lowest_block = min(DRAWS[0])
+    for index, blocks in enumerate(zip(*(decoder_layers(run.model) for run in runs), strict=True)):
+        if index > lowest_block and index not in DRAWS[0]:
+            torch.testing.assert_close(*(block.state_dict() for block in blocks), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("in_backward", [True, False])
