@@ -29,7 +29,7 @@ CHANGEABLE = {  # settings of which a change is logged: a resumed run may have o
     "trainer": (
         "max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"
     ),
-    "model": ("lr_scheduler_type", "warmup_steps"),
+    "model": ("lr_scheduler_type", "warmup_steps", "frozen_dtype"),
     "data": (
         "dataset", "eval_dataset", "split", "val_size", "data_format", "columns", "seed", "batch_size",
         "group_by_length", "max_seq_length", "train_on_prompt", "last_turn_only", "packing",

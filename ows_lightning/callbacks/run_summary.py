@@ -229,9 +229,9 @@ def _int8_and_exact_losses(trainer: Trainer, module: CausalLMModule) -> tuple[fl
     if module.offloader is None or module.hparams["frozen_dtype"] is None or not trainer.val_dataloaders:
         return None
     with eval_mode(module):
-        quantized = _validation_loss(trainer, module)
         with module.offloader.exact_weights():
-            return quantized, _validation_loss(trainer, module)
+            exact = _validation_loss(trainer, module)
+        return _validation_loss(trainer, module), exact
 
 
 @torch.inference_mode()

@@ -130,6 +130,19 @@ def test_int8_computes_the_same_anywhere_and_says_what_it_cost(
     assert_identical(found["device"], found["disk"])
 
 
+def test_int8_of_averaged_weights_is_measured_with_averaged_copies(
+    model_dir: Callable[..., Path], rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The average comes last of all, when copies in int8 are of the weights that it replaces."""
+    common = [f"--model.model_name_or_path={model_dir(num_hidden_layers=5)}", f"--data.dataset={rows_file}"]
+    offloaded = ["--model.frozen_in=host", "--model.frozen_dtype=int8", "--model.optimizer.init_args.lr=0.05"]
+    run = fit(tmp_path / "runs", *common, *offloaded, *VARIANTS["averaged"])
+    said = re.search(r"frozen blocks in int8: ([\d.]+); with the exact weights, as exported: ([\d.]+)", caplog.text)
+    assert said
+    after = [float(row["val_loss"]) for row in outcome(run)["metrics"] if row["val_loss"]]
+    assert float(said[1]) == pytest.approx(after[-1], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
