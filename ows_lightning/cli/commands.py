@@ -121,8 +121,8 @@ class CommandTrainer(OWSTrainer):
             card: A card's name, such as ``RTX 4090``: estimate tokens a second on it, and what limits them.
             fit: A card's name: only write a config with which the run fits it.
         """
-        if output is not None:
-            check_writable("output", output)
+        if output is not None or fit is not None:
+            check_writable("output", output or Path())
         if fit is not None:
             if method or card or format != "table":
                 raise UsageError("fit: it only writes a config; leave out --card, --method and --format")
@@ -161,7 +161,7 @@ class CommandTrainer(OWSTrainer):
         if checkpoint.is_dir():  # a file is verified as it is read
             read_checkpoint(checkpoint)
         read_checkpoint(checkpoint, lambda path: load_weights(model, path))
-        card = model_card(model.hparams, run)
+        card = model_card(model.hparams, run, checkpoint.name)
         if delta:
             dtype = DTYPES.get(str(self.precision), torch.float32)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:

@@ -39,6 +39,6 @@ def apply_delta(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from ows_lightning.models import delta
 
-    output = args.output or Path(f"{Path(args.delta).absolute()}-model")
+    output = args.output or Path(f"{typed_path(args.delta).absolute()}-model")
     sizes = delta.apply_delta(args.base, args.delta, output, args.trust_remote_code)
     print(f"Written: {output} (the delta has {sizes})")

@@ -78,17 +78,16 @@ def _run(argv: list[str]) -> None:
     if not argv:
         raise UsageError(f"no command is given{listed}")
     command = argv[0]
+    asks_help = command in CONFIG_COMMANDS and bool({"-h", "--help"} & {*argv})
     if command in ("-h", "--help"):
         print(usage())
     elif command.startswith("-"):
         raise UsageError(f"{command}: the command comes first, before its options")
     elif command not in names:
         raise UsageError(f"there is no command '{command}'{did_you_mean(command, names) or listed}")
+    elif command in CONFIG_COMMANDS and command != "plan" and not asks_help:
+        _run_lightning(command, argv)
     else:
-        asks_help = command in CONFIG_COMMANDS and bool({"-h", "--help"} & {*argv})
-        if command in CONFIG_COMMANDS and command != "plan" and not asks_help:
-            _run_lightning(command, argv)
-            return
         try:
             if asks_help:
                 from ows_lightning.cli.help import help_text

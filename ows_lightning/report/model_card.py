@@ -14,8 +14,8 @@ from ows_lightning.report.run import RunRecord, is_run_folder
 from ows_lightning.report.tables import LABELS, formatted, key_figures
 
 
-def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
-    """A model card: what was trained, how, and how well; of a folder that is no run's, what the module's settings tell."""
+def model_card(hparams: Mapping[str, Any], run_dir: Path, checkpoint: str = "") -> str:
+    """A model card: what was trained, how, and how well, as run and settings tell; `checkpoint`: whose weights these are."""
     name = str(hparams["model_name_or_path"])
     local = "://" in name or typed_path(name).exists()
     base = Path(name).name if local else name
@@ -26,6 +26,7 @@ def model_card(hparams: Mapping[str, Any], run_dir: Path) -> str:
         run = RunRecord.read(run_dir) if is_run_folder(run_dir) else None
     method = _method(hparams, run)
     how = f"`{base}`, fine-tuned with {f'{method} in ' if method else ''}ows_lightning."
+    how += f" Weights of the checkpoint `{checkpoint}`; the figures are those of the whole run." if checkpoint and run else ""
     parts = [f"---\n{header}\n---", f"# {Path(base).name}, fine-tuned", how, *(_from_run(run) if run else [])]
     return "\n\n".join(parts) + "\n"
 

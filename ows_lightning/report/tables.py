@@ -126,8 +126,8 @@ def _sampling(run: RunRecord) -> str | None:
     section = (run.config or {}).get("sampling")
     distribution, blocks, steps = (_find_key(section, key) for key in ("distribution", "activated_layers", "interval_steps"))
     distribution = "own weights" if isinstance(distribution, list) else distribution
-    grouping = f", grouping {grouping}" if (grouping := _find_key(section, "grouping")) else ""
-    return f"{distribution}, {blocks} blocks every {steps} steps{grouping}" if section else None
+    more = "".join(f", {key} {value}" for key in ("grouping", "resting_rank") if (value := _find_key(section, key)))
+    return f"{distribution}, {blocks} blocks every {steps} steps{more}" if section else None
 
 
 def _optimizer(run: RunRecord) -> str | None:

@@ -154,6 +154,10 @@ def test_sampling_by_weights_of_ones_own(tmp_path):
         "sampling: {distribution: [1, 2], activated_layers: 1, interval_steps: 9, grouping: 0.5}\n"
     )
     assert key_figures(RunRecord.read(tmp_path))["sampling"] == "own weights, 1 blocks every 9 steps, grouping 0.5"
+    (tmp_path / "config.yaml").write_text(
+        "sampling: {distribution: uniform, activated_layers: 1, interval_steps: 9, resting_rank: 16}"
+    )
+    assert key_figures(RunRecord.read(tmp_path))["sampling"] == "uniform, 1 blocks every 9 steps, resting_rank 16"
 
 
 def test_expected_shares_are_means_over_draws_of_different_sizes(tmp_path):
@@ -236,6 +240,15 @@ def test_a_card_claims_no_method_that_it_does_not_know(tmp_path, make_run):
     assert "`tiny`, fine-tuned with ows_lightning." in model_card(settings, tmp_path)  # a checkpoint's own folder
     folder = make_run(tmp_path / "galore", steps=50, sampled=False)
     assert "`tiny`, fine-tuned with GaLore in ows_lightning." in model_card(settings, folder)
+
+
+def test_a_card_of_a_checkpoint_says_whose_figures_it_has(tmp_path, make_run):
+    settings = {"model_name_or_path": "tiny", "rank": 8}
+    words = "checkpoint `step=20.ckpt`; the figures are those of the whole run"
+    folder = make_run(tmp_path / "galore", steps=50, sampled=False)
+    assert words in model_card(settings, folder, "step=20.ckpt")
+    assert words not in model_card(settings, folder)
+    assert words not in model_card(settings, tmp_path, "step=20.ckpt")  # which has no figures
 
 
 @pytest.mark.parametrize(
