@@ -55,10 +55,9 @@ class LayerwiseDDPStrategy(DDPStrategy):
         if self._accumulates or self.world_size == 1:
             return
         for optimizer in self.optimizers:
-            if isinstance(optimizer, GaLoreAdamW):
-                if not optimizer.accumulating:  # as in a micro-batch of manual optimization that is not the last
-                    optimizer.average_gradients()
-                continue
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            zero_missing_gradients(parameters, [p.grad is not None for p in parameters])
-            average_([p.grad for p in parameters if p.grad is not None])
+            if not isinstance(optimizer, GaLoreAdamW):
+                parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+                zero_missing_gradients(parameters, [p.grad is not None for p in parameters])
+                average_([p.grad for p in parameters if p.grad is not None])
+            elif not optimizer.accumulating:  # as in a micro-batch of manual optimization that is not the last
+                optimizer.average_gradients()

@@ -73,12 +73,11 @@ def activate_blocks(
     lowest = min((first[p] for p in first if trains[p]), default=len(first))
     above = (p for p in block_matrices(layers) if not trains[p] and first[p] > lowest)
     resting = {p for p in above if p.size(-1) > resting_rank > 0}
-    for optimizer in (optimizer for optimizer in optimizers if not hasattr(optimizer, "rest")):
-        if not resting.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
-            raise UsageError(f"resting_rank: {type(optimizer).__name__} can't train blocks at rest; take GaLoreAdamW, or 0")
     for optimizer in optimizers:
         if hasattr(optimizer, "rest"):
             optimizer.rest(resting, resting_rank, resting_seed, among=trains.keys())
+        elif not resting.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+            raise UsageError(f"resting_rank: {type(optimizer).__name__} can't train blocks at rest; take GaLoreAdamW, or 0")
     for p, trainable in trains.items():
         p.requires_grad_(trainable or p in resting)
     frozen = {p for p in trains if not p.requires_grad}
