@@ -10,6 +10,8 @@ from statistics import mean
 
 import pytest
 
+from benchmarks.evidence.ledger import COUNTED, Ledger
+from benchmarks.evidence.tables import length_table, of_lengths
 from ows_lightning.cli.lightning_cli import OWSCLI
 from ows_lightning.memory.plan_settings import settings_from_config
 from ows_lightning.memory.planner import METHODS as PLANNED
@@ -84,6 +86,18 @@ def test_the_longest_runs(name: str, method: str) -> None:
 def test_the_long_study_in_readme(method: str) -> None:
     *others, last = (means("test_loss", task, method) for task in TASKS)
     assert f"{', '.join(f'{loss:.2f}' for loss in others)}, {last:.3f}" in README
+
+
+def test_losses_at_equal_time() -> None:
+    """Of those runs that had the machine to themselves; between two lengths it is interpolated."""
+    lengths = of_lengths(Ledger(ROOT / "benchmarks/results/length.csv", COUNTED).rows, TASKS[0])
+    text = length_table(lengths, "ows")
+    heads, _, *lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    at = {line[1]: line[heads.index("Time (s) of ows with 384")] for line in lines}
+    names = {"LoRA": "lora", "20 blocks": "thin_20", "full": "full", "five with rest": "ows_resting", "alone": "ows"}
+    said = ", ".join(f"{name} {float(at[method]) + 1e-6:.2f}" for name, method in names.items())  # a 5 at the end rounds up
+    assert said in README
+    assert said.replace("full", "full fine-tuning") in (ROOT / "docs/evidence.md").read_text()
 
 
 @functools.cache
