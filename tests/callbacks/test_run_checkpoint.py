@@ -36,7 +36,7 @@ from tests.distributed.launch import Launch, run
 from tests.tiny import tiny_batch, tiny_model
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), ("fsdp2", 2)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), pytest.param("fsdp2", 2, marks=pytest.mark.slow)])
 def test_last_is_the_newest_checkpoint_without_a_copy(strategy: str, ranks: int, arguments: Arguments, tmp_path: Path) -> None:
     command = arguments("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2", strategy=strategy, ranks=ranks)
     run(command, tmp_path / "out", ranks)

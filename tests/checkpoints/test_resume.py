@@ -506,10 +506,11 @@ def test_the_config_of_a_resumed_run_does_not_name_the_checkpoint_that_it_went_o
             "model.optimizer=torch.optim.SGD",
             "model.optimizer: the checkpoint is of AdamW, this run of SGD; set it back",
         ),
-        (
+        pytest.param(
             "fsdp2",
             "model.optimizer=torch.optim.SGD",
             "model.optimizer: the checkpoint is of AdamW, this run of SGD; set it back",
+            marks=pytest.mark.slow,
         ),
         ("auto", "data.streaming=true", "data.streaming: the checkpoint is of a run with False; set it so, or start anew"),
     ],
@@ -548,7 +549,7 @@ def test_a_state_that_one_process_refuses_to_save_ends_all(arguments: Arguments,
     assert launch.output.count("with which no run can be resumed") == 2
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_process_dying_ends_the_others(victim: int, arguments: Arguments, tmp_path: Path) -> None:
     launch = Launch(arguments("--trainer.max_steps=10000", strategy="fsdp2", ranks=2), tmp_path, 2)
     history = tmp_path / "runs" / "version_0" / "sampling_history.csv"

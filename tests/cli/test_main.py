@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from ows_lightning.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS, main, usage
+from tests.tiny import tiny_model
 
 HEAVY = {"torch", "lightning", "transformers", "datasets", "peft", "matplotlib", "scipy", "pyarrow"}
 MAIN = f"""
@@ -55,13 +57,16 @@ def test_what_needs_no_library_loads_none(words: str) -> None:
     assert libraries == set()
 
 
-def test_output_whose_reader_has_left_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_whose_reader_has_left_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_model("llama", num_hidden_layers=6).config.save_pretrained(tmp_path)
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as nobody_reads:
         monkeypatch.setattr("sys.stdout", nobody_reads)
         with pytest.raises(SystemExit) as ended:
-            main(["plan", "--config", "llama2_7b", "--method", "ows"])
+            main(["plan", "--config", "llama2_7b", "--method", "ows", "--model.model_name_or_path", str(tmp_path)])
     assert ended.value.code == 1
     assert "error" not in capsys.readouterr().err
 
