@@ -407,6 +407,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(strategy: str, a
     assert not list(folder.glob("*step=6*"))
 
 
+@pytest.mark.slow
 def test_what_fails_on_one_process_alone_ends_all(arguments: Arguments, tmp_path: Path) -> None:
     """Rank 0 makes the folder for the shards."""
     (tmp_path / "saved").mkdir()
@@ -488,6 +489,7 @@ def test_other_options_of_the_optimizer_and_number_of_steps_are_taken_and_logged
 # ------------------------------------------------------------------ one of several
 
 
+@pytest.mark.slow
 def test_the_config_of_a_resumed_run_does_not_name_the_checkpoint_that_it_went_on_from(
     arguments: Arguments, tmp_path: Path
 ) -> None:
@@ -527,6 +529,7 @@ def test_what_the_checkpoint_has_no_state_for_is_refused(
     assert line in launch.output
 
 
+@pytest.mark.slow
 def test_weights_alone_are_no_run_to_go_on_with(arguments: Arguments, tmp_path: Path) -> None:
     run(arguments("--trainer.max_steps=2", "--checkpoint.save_weights_only=true"), tmp_path / "first")
     launch = Launch(arguments("--trainer.max_steps=4", "--ckpt_path=last"), tmp_path / "second")

@@ -724,6 +724,7 @@ def test_validation_less_often_than_there_are_batches(
     assert code == 2
 
 
+@pytest.mark.slow
 def test_what_shards_can_not_do_names_the_strategy(tmp_path: Path) -> None:
     torch.distributed.init_process_group(init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

@@ -109,5 +109,6 @@ def one_process_sees_a_nan(arguments: list[str]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_processes_skip_a_step_in_which_one_sees_a_nan(tmp_path: Path) -> None:
     run([], tmp_path, RANKS, target=one_process_sees_a_nan)

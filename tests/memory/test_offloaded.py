@@ -66,6 +66,7 @@ def test_large_models_fit_small_cards(batch: tuple[int, int], changes: dict[str,
     )
 
 
+@pytest.mark.slow
 def test_gradients_in_full_rank_do_not_wait() -> None:
     host_bytes = [
         predict_memory(settings_from_config(llama_7b(1, 4, **changes))).host_bytes

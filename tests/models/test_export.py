@@ -331,7 +331,7 @@ def save_sharded(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("llama", "tied"), ("mixtral", "experts"), pytest.param("llama", "lora", marks=pytest.mark.slow)],
+    [("mixtral", "experts"), *(pytest.param("llama", kind, marks=pytest.mark.slow) for kind in ("tied", "lora"))],
 )
 def test_a_sharded_model_is_gathered(architecture: str, kind: str, tmp_path: Path, reload: Callable) -> None:
     run([str(tmp_path), architecture, kind], tmp_path / "output", ranks=2, target=save_sharded)
