@@ -36,7 +36,8 @@ from tests.distributed.launch import Launch, run
 from tests.tiny import tiny_batch, tiny_model
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), pytest.param("fsdp2", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "ranks"), [("auto", 1), ("fsdp2", 2)])
 def test_last_is_the_newest_checkpoint_without_a_copy(strategy: str, ranks: int, arguments: Arguments, tmp_path: Path) -> None:
     command = arguments("--trainer.max_steps=4", "--checkpoint.every_n_train_steps=2", strategy=strategy, ranks=ranks)
     run(command, tmp_path / "out", ranks)
@@ -104,6 +105,7 @@ def test_last_is_written_where_the_newest_is_not_among_the_best(arguments: Argum
     assert load_verified(folder / "last.ckpt")["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_last_is_saved_before_the_first_validation(arguments: Arguments, tmp_path: Path) -> None:
     """Lightning would save nothing before it, since what is monitored is not known yet."""
     every = ["--checkpoint.every_n_train_steps=2", "--checkpoint.monitor=val_loss", "--data.val_size=4"]

@@ -96,7 +96,8 @@ def test_a_resumed_run_equals_one_that_went_through(
 @pytest.mark.parametrize(
     ("kills", "strategy", "ranks", "more"),
     [
-        (2, "auto", 1, []),
+        (1, "auto", 1, []),
+        pytest.param(2, "auto", 1, [], marks=pytest.mark.slow),
         pytest.param(3, "auto", 1, ["--data.num_workers=1", "--trainer.precision=bf16-true"], marks=pytest.mark.slow),
         pytest.param(2, "ddp_layerwise", 2, [], marks=pytest.mark.slow),
         pytest.param(2, "fsdp2", 2, [], marks=pytest.mark.slow),
@@ -468,6 +469,7 @@ def test_a_run_from_before_blocks_trained_at_rest_goes_on_without() -> None:
         check_fixed_settings(saved, {**now, "sampling.resting_rank": 4})
 
 
+@pytest.mark.slow
 def test_other_options_of_the_optimizer_and_number_of_steps_are_taken_and_logged(arguments: Arguments, tmp_path: Path) -> None:
     optimizer = ["--model.optimizer=GaLoreAdamW", "--model.lr_scheduler_type=constant", "--model.warmup_steps=0"]
     command = arguments("--checkpoint.every_n_train_steps=3", *optimizer)
@@ -545,6 +547,7 @@ def test_a_signal_saves_where_last_looks_beside_a_callback_of_ones_own(arguments
     assert list((tmp_path / "runs" / "version_0" / "checkpoints").glob("interrupted-*"))
 
 
+@pytest.mark.slow
 def test_a_state_that_one_process_refuses_to_save_ends_all(arguments: Arguments, tmp_path: Path) -> None:
     options = ["--trainer.max_steps=2", "--trainer.callbacks+=tests.distributed.probe.KeepsAPath"]
     launch = Launch([*arguments(strategy="fsdp2", ranks=2), *options], tmp_path, 2)
