@@ -123,6 +123,11 @@ def test_the_scale_is_that_of_the_group_also_in_full_rank() -> None:
             torch.testing.assert_close(*(block.state_dict() for block in blocks), rtol=1e-5, atol=1e-7)
 
 
+def test_a_rank_of_0_is_no_full_rank() -> None:
+    with pytest.raises(ValueError, match=r"^rank: 0 must be at least 1"):
+        GaLoreAdamW(galore_param_groups(tiny_model("llama"), rank=0), lr=LR)
+
+
 @pytest.mark.parametrize("in_backward", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_equals_the_formula_in_a_plain_loop(architecture: str, in_backward: bool) -> None:
