@@ -77,8 +77,8 @@ def load_conversation(name: str, args: argparse.Namespace) -> Conversation:
         tokenizer = with_chat_template(load_tokenizer(directory, args.trust_remote_code))
         model = load_model(directory, dtype, trust_remote_code=args.trust_remote_code).eval().to(device)
     add_eos_token_id(model, end_of_turn_id(tokenizer))
-    stops = tokenizer.convert_ids_to_tokens(stop_token_ids(model.generation_config))
-    tokenizer.add_tokens(stops, special_tokens=True)  # a template adds its own again: it is no part of what is said
+    stops = tokenizer.convert_ids_to_tokens(stop_token_ids(model.generation_config))  # None: the tokenizer lacks it
+    tokenizer.add_tokens([token for token in stops if token], special_tokens=True)  # a template adds its own again
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(args.seed)
     drawn = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}

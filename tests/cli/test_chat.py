@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from ows_lightning.cli.chat import add_generation_flags
 from ows_lightning.cli.conversation import load_conversation
@@ -87,6 +88,16 @@ def test_answers_end_with_the_turn_where_the_model_does_not_say_so(model_dir: Ca
     conversation = load_conversation(str(model), parser.parse_args([]))
     ends = conversation.model.generation_config.eos_token_id
     assert conversation.tokenizer.convert_tokens_to_ids("<|end|>") in (ends if isinstance(ends, list) else [ends])
+
+
+def test_a_stop_that_the_tokenizer_lacks_is_none_of_its_tokens(model_dir: Callable[..., Path]) -> None:
+    directory = model_dir()
+    GenerationConfig(eos_token_id=[2, 10**6]).save_pretrained(directory)
+    parser = argparse.ArgumentParser()
+    add_generation_flags(parser)
+    conversation = load_conversation(str(directory), parser.parse_args(["--max_new_tokens", "2", "--device", "cpu"]))
+    assert 10**6 in conversation.model.generation_config.eos_token_id
+    assert isinstance(conversation.ask("no?"), str)
 
 
 def test_a_turns_end_is_no_part_of_it_where_its_token_is_not_special(model_dir: Callable[..., Path]) -> None:
