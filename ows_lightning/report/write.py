@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from jinja2 import Environment
 
-from ows_lightning.errors import UsageError, refuse_url, typed_path
+from ows_lightning.errors import UsageError, refuse_url
 from ows_lightning.report import plots, tables
 from ows_lightning.report.run import CONFIG_FILE, RunRecord, is_run_folder
 from ows_lightning.report.tables import LABELS, UNKNOWN, formatted, key_figures
@@ -77,7 +77,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path, refresh: int | 
     Of a folder with ``version_N`` folders the newest that trained counts. The page, whose path is returned, holds the
     pictures; a browser asks for it again after ``refresh`` seconds. A UsageError says what of the folders is wrong.
     """
-    records = _unique_runs([RunRecord.read(typed_path(run)) for run in runs])
+    records = _unique_runs([RunRecord.read(run) for run in runs])
     if not records:
         raise UsageError("report: no run given; give one or more run folders")
     output = Path(output)

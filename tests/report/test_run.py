@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from ows_lightning.cli.folder_commands import report
 from ows_lightning.errors import UsageError
 from ows_lightning.optim import GaLoreAdamW
 from ows_lightning.report import RunRecord
@@ -240,6 +241,13 @@ def test_a_card_claims_no_method_that_it_does_not_know(tmp_path, make_run):
     assert "`tiny`, fine-tuned with ows_lightning." in model_card(settings, tmp_path)  # a checkpoint's own folder
     folder = make_run(tmp_path / "galore", steps=50, sampled=False)
     assert "`tiny`, fine-tuned with GaLore in ows_lightning." in model_card(settings, folder)
+
+
+def test_a_home_folder_that_the_shell_left_is_where_the_report_goes(tmp_path, make_run, monkeypatch):
+    make_run(tmp_path / "ows", steps=50)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report(["~/ows"])
+    assert (tmp_path / "ows" / "report" / "report.html").is_file()
 
 
 def test_a_card_of_a_checkpoint_says_whose_figures_it_has(tmp_path, make_run):
