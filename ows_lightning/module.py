@@ -289,15 +289,16 @@ class CausalLMModule(EvaluationModule):
 
     def on_validation_epoch_start(self) -> None:
         """Re-reads offloaded weights, which weight averaging may have swapped, and resets the metrics."""
-        self._reread_offloaded()
+        self.reread_offloaded()
         super().on_validation_epoch_start()
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics, and re-reads offloaded weights, which were swapped back."""
         super().on_validation_epoch_end()
-        self._reread_offloaded()
+        self.reread_offloaded()
 
-    def _reread_offloaded(self) -> None:
+    def reread_offloaded(self) -> None:
+        """Makes what averaging wrote into offloaded weights count."""
         if self.offloader is not None and self.offloader.was_copied:
             self.offloader.refresh_all()
 
@@ -369,7 +370,7 @@ class CausalLMModule(EvaluationModule):
 
     def on_train_end(self) -> None:
         """Merges what offloaded blocks learned at rest into their weights, for whatever reads them after training."""
-        self._reread_offloaded()  # averaged ones may have come
+        self.reread_offloaded()  # averaged ones may have come
         if self.offloader is not None:
             self.offloader.merge_updates()
 

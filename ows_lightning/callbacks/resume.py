@@ -26,14 +26,11 @@ from ows_lightning.report.tables import write_csv
 from ows_lightning.sampling.callback import LayerwiseSampling
 
 CHANGEABLE = {  # settings of which a change is logged: a resumed run may have others, and then continues differently
-    "trainer": (
-        "max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"
-    ),
+    "trainer": ("max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm",
+                "precision"),
     "model": ("lr_scheduler_type", "warmup_steps", "frozen_dtype"),
-    "data": (
-        "dataset", "eval_dataset", "split", "val_size", "data_format", "columns", "seed", "batch_size",
-        "group_by_length", "max_seq_length", "train_on_prompt", "last_turn_only", "packing",
-    ),
+    "data": ("dataset", "eval_dataset", "split", "val_size", "data_format", "columns", "seed", "batch_size", "group_by_length",
+             "max_seq_length", "train_on_prompt", "last_turn_only", "packing"),
     "sampling": ("seed", "scores", "threshold", "calibration_samples", "rescore_every"),
 }  # fmt: skip
 

@@ -154,7 +154,7 @@ class BlockOffloader:
             yield
         finally:
             self._fetches_exact = False
-            self.refresh_all()  # averaged weights may have come, without a new version
+            self.schedule.invalidate()
 
     @property
     def optimizer(self) -> GaLoreAdamW | None:
