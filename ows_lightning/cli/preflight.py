@@ -148,9 +148,9 @@ def _check_fit(
         check_strategy(trainer.strategy)  # that Lightning has chosen, before it starts other processes
     if projects:
         check_unscaled(trainer.precision_plugin)
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks, sharded = trainer.callbacks, "fsdp2" in str(trainer_args["strategy"]).lower()  # type: ignore[attr-defined]
     if isinstance(model, CausalLMModule):
-        check_callbacks(callbacks, "fsdp2" in str(trainer_args["strategy"]).lower())
+        check_callbacks(callbacks, sharded)
     if trainer.accumulate_grad_batches > 1 and accumulation_scheduler(trainer) is not None:
         raise UsageError("trainer.accumulate_grad_batches: GradientAccumulationScheduler sets it, too; leave one out")
     if time_is_up(callbacks):
@@ -158,7 +158,7 @@ def _check_fit(
         raise UsageError(f"trainer.{key}: it leaves no time to train; give more, as 00:01:30:00 for 90 minutes")
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
-            _check_checkpoint(callback, sharded="fsdp2" in str(trainer_args["strategy"]).lower())
+            _check_checkpoint(callback, sharded)
     _check_monitors(model, data, callbacks, trainer_args["limit_val_batches"] != 0)
 
 

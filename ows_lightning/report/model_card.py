@@ -15,7 +15,7 @@ from ows_lightning.report.tables import LABELS, formatted, key_figures
 
 
 def model_card(hparams: Mapping[str, Any], run_dir: Path, checkpoint: str = "") -> str:
-    """A model card: what was trained, how, and how well, as run and settings tell; `checkpoint`: whose weights these are."""
+    """A model card: what was trained, how, and how well, as far as known; `checkpoint` names whose weights these are."""
     name = str(hparams["model_name_or_path"])
     local = "://" in name or typed_path(name).exists()
     base = Path(name).name if local else name
