@@ -221,7 +221,8 @@ def plot(lengths: dict[int, Values], path: Path, title: str) -> None:
     """
     runs_at = Counter(name for values in lengths.values() for name in values)
     names = [name for name in runs_at if runs_at[name] > 1 or len(lengths) == 1]
-    measured = [cost for cost in COSTS if not all(math.isnan(each) for name in names for each in _mean(lengths, name, cost))]
+    shown = {cost: [name for name in names if not all(map(math.isnan, _mean(lengths, name, cost)))] for cost in COSTS}
+    measured = [cost for cost in COSTS if len(shown[cost]) > (len(names) > 1)]  # one method alone compares nothing
     figure = Figure(figsize=(4 * len(measured), 4), layout="constrained")
     axes = figure.subplots(1, len(measured), sharey=True)
     for axis, cost in zip(axes, measured, strict=True):

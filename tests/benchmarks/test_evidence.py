@@ -167,6 +167,21 @@ def test_lengths_are_compared_at_equal_steps_and_at_equal_cost(tmp_path):
     assert (tmp_path / "t.png").is_file()
 
 
+def test_what_was_measured_of_one_method_alone_is_not_drawn(tmp_path, monkeypatch):
+    drawn, subplots = [], tables.Figure.subplots
+
+    def counted(figure, rows, columns, **settings):
+        drawn.append(columns)
+        return subplots(figure, rows, columns, **settings)
+
+    monkeypatch.setattr(tables.Figure, "subplots", counted)
+    figures = dict.fromkeys(ledger.COUNTED, 1.0)
+    runs = {"a": {0: figures}, "b": {0: {**figures, "time_s": math.nan}}}
+    tables.plot({32: runs}, tmp_path / "t.png", "t")
+    tables.plot({32: {"a": runs["a"]}}, tmp_path / "t.png", "t")
+    assert drawn == [2, 3]  # without seconds of the other there is nothing to compare
+
+
 def test_seconds_that_were_not_written_down_are_not_compared(tmp_path):
     counted = ledger.Ledger(tmp_path / "s.csv", ledger.COUNTED)
     figures = dict.fromkeys(ledger.COUNTED, 1.0) | {"task": "t", "seed": 0, "commit": "c"}
