@@ -1,7 +1,7 @@
 """Private names of other libraries that this package calls, each with the reason and what replaces it if it is removed.
 
 Other files use private names only where nothing else will do; ``tests/test_compat.py`` lists each with its reason. Needs torch
-and NumPy; others are passed in, or imported when they are used.
+alone; others are passed in, or imported when they are used.
 """
 
 import copy
@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +78,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 def replace_parameters_(model: nn.Module, make: Callable[[nn.Parameter], Tensor]) -> None:
-    """Puts a parameter of what a function makes of each one in its place, in the same order; shared ones stay shared."""
+    """Replaces each parameter by what a function makes of it, in the same order; shared ones stay shared."""
     made = {p: nn.Parameter(make(p), requires_grad=p.requires_grad) for p in model.parameters()}
     for module in model.modules():
         own_parameters(module).update({name: made[p] for name, p in own_parameters(module).items() if p is not None})
@@ -137,7 +136,7 @@ def keep_in_float32_(model: Any, dtype: torch.dtype) -> None:
 
 
 def drop_input_gradients(model: Any) -> None:
-    """Ends the gradient at the embeddings that checkpointing turns on, unless it is reentrant. When it is gone: keep it."""
+    """Removes the hooks that make embeddings require a gradient, unless checkpointing is reentrant. When gone: keep them."""
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
     if {getattr(f, "keywords", {}).get("use_reentrant") for f in functions if f is not None} == {False}:
         for hooks in [module._forward_hooks for module in model.modules()]:  # transformers forgets all but its newest one
@@ -158,6 +157,7 @@ def faster_gguf_loading() -> AbstractContextManager[Any]:
     Both happen very often: loading SmolLM2 with its tokenizer takes 6 s instead of 19. When they are gone: leave this out.
     """
     import gguf
+    import numpy as np
 
     class QuickReader(gguf.GGUFReader):
         data = property(lambda self: self.array, lambda self, mapped: setattr(self, "array", mapped.view(np.ndarray)))

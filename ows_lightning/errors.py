@@ -57,7 +57,7 @@ def refuse_url(key: str, folder: StrPath) -> None:
 
 
 def typed_path(name: StrPath) -> Path:
-    """The path that a user typed, with its ~ expanded; that of an unknown user stays, where pathlib raises."""
+    """The path that a user typed, with its ~ expanded; an unknown user's stays as it is, where pathlib raises."""
     return Path(os.path.expanduser(name))
 
 

@@ -126,7 +126,7 @@ class EvaluationModule(LightningModule):
         rows = [dict(zip(facts, values, strict=True)) for values in zip(*facts.values(), strict=True)]
         return [row for row in rows if row.get("reference", "") is not None]  # else a filler row
 
-    @torch.compiler.set_stance("force_eager")  # its cache is another case for each block: nothing would be left for training
+    @torch.compiler.set_stance("force_eager")  # its cache recompiles each block: no recompilation would be left for training
     def generate(self, batch: dict[str, Any]) -> list[str]:
         """Returns the greedy continuation of each left-padded prompt (``input_ids``, ``attention_mask``), as text."""
         prompts = batch["input_ids"]

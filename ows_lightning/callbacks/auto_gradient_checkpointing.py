@@ -38,6 +38,6 @@ class AutoGradientCheckpointing(Callback):
                 number = fewest_checkpointed_blocks(settings_of_run(self.config, pl_module), budget)
                 what = "model.gradient_checkpointing: auto, %d of %d blocks recompute (%.1f GB for the run)"
                 log.info(what, number, count, budget / 1e9)
-            except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
+            except Exception as error:  # no fault of a prediction may end a run
                 log.info("model.gradient_checkpointing: auto is true, the memory is not predicted (%s)", first_line(error))
         checkpoint_activations(pl_module.language_model, int(trainer.strategy.broadcast(number)))

@@ -39,8 +39,7 @@ class Resume(Callback):
     """Lets a run continue exactly after the checkpoint's step, with the options and number of steps that are configured now.
 
     Lightning alone would take the options from the checkpoint; changes are logged. And no ModelCheckpoint saves the resumed
-    step again: it would do so after the first micro-batch, whose gradient is in no checkpoint, so that a run resumed from
-    there would miss it.
+    step again: it would do so after the first micro-batch, whose gradient is in no checkpoint: the next resume would miss it.
     """
 
     def __init__(self) -> None:
@@ -83,7 +82,7 @@ class Resume(Callback):
             rank_zero_info("The resumed run changes " + ", ".join(changed.values()))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Marks the resumed step as saved: until now, a validation that is made up for could save it as the best."""
+        """Marks the resumed step as saved, only now: a validation that was caught up on could still save it as the best."""
         if self._resumed_at == trainer.global_step:
             for callback in trainer.checkpoint_callbacks:
                 # a RunCheckpoint saves at steps' ends by itself

@@ -27,7 +27,7 @@ class RunCheckpoint(StepCallback, ModelCheckpoint):
 
     A hard link stays when the checkpoint is removed, being no longer among the best, and needs no second writing. Where
     the file system has none, or the newest checkpoint is not among the best, ``last.ckpt`` is written as a whole. It is also
-    written between validations, where the best has to wait: what ``monitor`` names is of the validation before.
+    written between validations, while the best has to wait: until the next one ``monitor`` is of the validation before.
     """
 
     _between_validations = False

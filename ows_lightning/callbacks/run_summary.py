@@ -141,7 +141,7 @@ class RunSummary(Callback):
         try:
             recomputing = count_checkpointed(module.language_model)
             needs = predict_memory(replace(settings_of_run(self.config, module), gradient_checkpointing=recomputing))
-        except Exception as error:  # anything that the model or a user's optimizer raises in the simulation
+        except Exception as error:  # no fault of a prediction may end a run
             return f"not predicted ({first_line(error)}), {there}"
         needed, self.predicted = needs.peak_bytes, f"{needs.peak_bytes / 1e9:.1f} GB predicted for tensors, {there}"
         if needs.host_bytes:

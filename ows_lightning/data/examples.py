@@ -127,7 +127,7 @@ def table_row(
         example.encode()
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # rows may hold anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UsageError(f"{row_name} can't be read as {data_format}: {reason}") from error
     return data_format, {"where": row_name, "example": example, "renamed": [own for own in columns.values() if own in row]}

@@ -51,8 +51,7 @@ class PromptRows(Dataset[dict[str, Any]]):
     """Examples as prompts: ``input_ids``, the text as ``prompt``, the ``reference`` answer, ``answer``, ``choices``, ``row``.
 
     ``expected`` is what the model is trained to generate where that is not the reference itself: Qwen3's template puts an
-    empty ``<think>`` before it. Index ``len`` gives a row without a reference (None), which fills up the ranks' shares (see
-    `RankSampler`).
+    empty ``<think>`` before it. Index ``len`` gives a row without a reference (None), a filler (see `RankSampler`).
     """
 
     def __init__(self, table: Any, encoder: Encoder) -> None:

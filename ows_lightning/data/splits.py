@@ -77,9 +77,7 @@ class Splits:
             return None if self.streaming else "dataset"
         if part == "test" and self.test_dataset:
             return "test_dataset"
-        if self.eval_dataset:
-            return "eval_dataset"
-        return "dataset" if self.val_size else None
+        return "eval_dataset" if self.eval_dataset else "dataset" if self.val_size else None
 
     def examples(self, part: str) -> datasets.Dataset:
         """The examples of a part."""

@@ -57,7 +57,7 @@ def offloads(settings: Mapping[str, Any]) -> bool:
 
 
 def check_offloading(model: Mapping[str, Any], trains_unsampled: bool, devices: int, strategy: str) -> None:
-    """Refuses, by a UsageError, to offload where no block is frozen, or whose weights several devices share."""
+    """Refuses, by a UsageError, to offload where no block is frozen, or where several devices share the weights."""
     if not offloads(model):
         return
     frozen_in, frozen_dtype = model["frozen_in"], model["frozen_dtype"]

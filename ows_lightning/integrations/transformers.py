@@ -45,7 +45,7 @@ class LayerwiseSamplingCallback(BlockSampler, TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Unfreezes what a run that ended by an exception left frozen, before an optimizer is made."""
         self.release()
-        unfreeze(kwargs["model"] or nn.Module())  # with another callback of this kind; there is none yet for ``model_init``
+        unfreeze(kwargs["model"] or nn.Module())  # also another such callback's; with ``model_init`` there is no model yet
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Scores the blocks and draws the first ones, or puts back those of the run that is resumed."""

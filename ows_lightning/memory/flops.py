@@ -31,7 +31,7 @@ class FlopCount:
     flops_per_token: float
     block_forward: float  # FLOPs a token of a block's forward pass
     draws: Sequence[Sequence[int]]  # the blocks that train, in each of the draws that the expectation is taken over
-    probabilities: str  # where those of the draws come from, in words
+    origin: str  # where the draws' probabilities come from, in words
 
 
 class _BlockFlops(NamedTuple):
@@ -101,8 +101,7 @@ def _scoring_flops(settings: PlanSettings, forward: float) -> float:
         return 0.0
     intervals, every = ceil(steps / sampler.interval_steps), sampler.rescore_every
     samples = sampler.calibration_samples * (ceil(intervals / every) if every else 1)
-    rows = settings.batch_size * settings.accumulate_grad_batches * settings.devices * steps
-    return samples / rows * forward
+    return samples / (settings.batch_size * settings.accumulate_grad_batches * settings.devices * steps) * forward
 
 
 def _micro_batch_flops(settings: PlanSettings, recompute: bool) -> _BlockFlops:

@@ -56,8 +56,7 @@ def find_model_config(name: str, trust_remote_code: bool = False) -> tuple[Pretr
         return _read(name, directory, trust_remote_code), str(directory / "config.json")
     folder = next((folder for folder, names in SHIPPED_DIMENSIONS.items() if name in names), None)
     if folder is None:
-        source = name if "://" in name or directory.is_file() else f"the hub, {name}"
-        return load_config(name, trust_remote_code), source
+        return load_config(name, trust_remote_code), name if "://" in name or directory.is_file() else f"the hub, {name}"
     cached = None if "://" in name else try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
         return _read(name, Path(cached).parent, trust_remote_code), cached

@@ -44,7 +44,7 @@ class Plan:
         for name, needs in self.methods.items():
             computed = self.flop_counts[name]
             figures[name] = {"peak_bytes": needs.peak_bytes, **vars(needs), "flops_per_token": computed.flops_per_token}
-            figures[name]["probabilities"] = computed.probabilities
+            figures[name]["probabilities"] = computed.origin
             if self.card is not None:
                 figures[name] |= {"card": self.card.name, "fits": needs.fits(self.card.memory), **vars(self.speeds[name])}
         return json.dumps(figures, indent=2)
@@ -103,7 +103,7 @@ def plan(settings: PlanSettings, methods: Sequence[str] | None = None, card: str
         notes.append(f"Fits as it is: {', '.join(card.name for card in CARDS if own.fits(card.memory)) or 'no card'}")
     notes.append(f"Dimensions: {settings.dimensions}")
     parameters = sum(p.numel() for p in settings.meta_model.parameters())
-    origins = _by_value({name: computed.probabilities for name, computed in computes.items()})
+    origins = _by_value({name: computed.origin for name, computed in computes.items()})
     draws = "; ".join(f"{', '.join(names)}: {origin}" for origin, names in origins.items())
     notes.append(f"FLOPs a token: in expectation over draws ({draws}), N = {parameters / 1e9:.3g}e9 weights")
     speeds = {}

@@ -138,9 +138,7 @@ def simulate(settings: PlanSettings, active: int, frozen: int, num_checkpointed:
     ``active`` and ``frozen`` are numbers of blocks; the lowest ``num_checkpointed`` recompute their activations. With
     ``rows``, it is a micro-batch of that many rows, for its FLOPs; with None, of the settings' rows, for its memory.
     """
-    method = settings.method
-    if method.activated_layers is not None:
-        method = replace(method, activated_layers=active)
+    method = settings.method if settings.method.activated_layers is None else replace(settings.method, activated_layers=active)
     accumulates = settings.accumulate_grad_batches > 1 and rows is None
     batch_size = rows or settings.batch_size
     length, offloads = settings.max_seq_length, settings.offloads and method.resting_rank > 0

@@ -59,7 +59,7 @@ class Workload:
     length: int  # tokens in a row; every one is a target
     accumulates: bool = False  # it is the last of several micro-batches in a step
     autocast: torch.dtype | None = None  # of mixed precision; None computes in the weights' own
-    host_memory: bool = False  # gradients that a step keeps on the host do not count: on any device but the CPU itself
+    on_gpu: bool = False  # the CPU stands for a GPU: what a step keeps on the host does not count
     offloads: bool = False  # frozen blocks, beside whose weights the device keeps what they learn at rest
 
 
@@ -151,7 +151,7 @@ class _Simulation:
         tracker.begin_span((renews, "forward"))
         batch = _batch(work, _trainable(model)[0].device)
         tracker.category = "activations"
-        device = torch.device("cuda" if work.host_memory else "cpu")
+        device = torch.device("cuda" if work.on_gpu else "cpu")
         # Lightning keeps no low-precision copies of weights between operators; torch's default is to keep them.
         mixed = torch.autocast("cpu", work.autocast, cache_enabled=not method.ours) if work.autocast else nullcontext()
         with mixed:
@@ -171,15 +171,15 @@ class _Simulation:
 
     def watch_gradients(self, renews: bool) -> list[RemovableHandle]:
         """Registers hooks for a step that tell the tracker which tensors are gradients, and what is computed from them."""
-        galore, tracker, on_host = self.galore, self.tracker, self.work.host_memory
+        galore, tracker, on_gpu = self.galore, self.tracker, self.work.on_gpu
         held: list[Any] = []  # from `begin` to `end`: the category before, and the part that arrives of an offloaded gradient
 
         def begin(p: Tensor) -> None:
             held[:], tracker.category = [tracker.category], "gradients"
             offloaded = galore.offloaded_gradients.get(p) if galore else None
-            if offloaded is not None and on_host:
+            if offloaded is not None and on_gpu:
                 held.append(offloaded.new_empty(min(offloaded.numel(), rows_at_a_time(1, torch.device("cuda")))))
-            tracker.label("gradients", [p.grad, None if on_host else offloaded])
+            tracker.label("gradients", [p.grad, None if on_gpu else offloaded])
             tracker.category = "other"
 
         def end(p: Tensor) -> None:
@@ -191,7 +191,7 @@ class _Simulation:
                     sketch, projected, _ = galore.sketches[p]
                     tracker.label("projectors", [sketch.basis])
                     tracker.label("gradients", [projected])
-                if on_host:
+                if on_gpu:
                     tracker.label(HOST, [galore.offloaded_gradients.get(p)])
 
         parameters = _trainable(self.model)

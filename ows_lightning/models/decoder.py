@@ -79,7 +79,7 @@ def is_matrix(name: str, p: Tensor) -> bool:
 
 
 def _is_pretrained(module: nn.Module) -> TypeGuard[Any]:
-    """Whether a module has the methods of transformers' models; its class has, for a peft model passes them on."""
+    """Whether a module's class has the methods of transformers' models; peft's wrapper only passes them on."""
     return all(hasattr(type(module), name) for name in ("get_output_embeddings", "get_decoder"))
 
 

@@ -98,7 +98,7 @@ def load_model(
     arguments |= {"config": config, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     if (device := torch.get_default_device()).type != "cpu":
         arguments["device_map"] = {"": device}
-    # Computed buffers come from the CPU, as those of offloaded models: a GPU rounds RoPE's frequencies otherwise.
+    # Computed buffers come from the CPU, as offloaded models' do: a GPU rounds RoPE's frequencies differently.
     with torch.device("cpu"), loading_errors(name):  # sizes that do not match are reported below, in one line
         options: Any = {"dtype": dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(**arguments, **options)

@@ -121,7 +121,7 @@ class GaLoreAdamW(GradientCapture):
             self._discard_gradients()
             self.resting_projectors.clear()
             super().__setstate__(state)
-        for group in self.param_groups:  # an older version's state lacks some
+        for group in self.param_groups:  # the state of torch's AdamW lacks some
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         self._index_parameters()

@@ -322,7 +322,7 @@ class GradientCapture(RestingWeights):
 
 def _add_from_host(gradient: Tensor, offloaded: Tensor) -> None:
     """Adds what ``_to_host`` took, in parts: the device has no room for a second gradient."""
-    # Flat parts, of tensors of one layout without gaps: others CUDA has the host copy at once, maybe before they are there.
+    # Flat parts, of tensors of one layout without gaps: others CUDA copies on the host at once, maybe before they arrive.
     if gradient.stride() != offloaded.stride():  # zeros, of a weight with gaps
         gradient.add_(offloaded.to(gradient.device))
         return
@@ -336,6 +336,5 @@ def _to_host(gradient: Tensor, memory: Tensor | None) -> Tensor:
     """Copies a gradient of any shape to host memory, given or new; from a GPU to pinned memory, without waiting for it."""
     if not gradient.is_cuda:
         return gradient.to("cpu")
-    if memory is None:
-        memory = torch.empty_like(gradient, device="cpu", pin_memory=True)
+    memory = torch.empty_like(gradient, device="cpu", pin_memory=True) if memory is None else memory
     return memory.copy_(gradient, non_blocking=True)

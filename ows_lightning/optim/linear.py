@@ -43,8 +43,8 @@ class ProjectedLinear(nn.Linear):
             learned = F.linear(input @ update[1] if projected is None else projected, update[0].to(input.dtype))
         if consumer is None:
             output: Tensor = F.linear(input, weight, bias)
-        else:  # saved first: checkpointing stops to recompute as soon as all is saved that backward needs
-            rows = input.reshape(-1, input.size(-1))  # of 2-D input Y is no view, so that a model may write into it
+        else:  # saved first: checkpointing stops recomputing as soon as all that backward needs is saved
+            rows = input.reshape(-1, input.size(-1))  # for 2-D input Y is no view, so that a model may write into it
             keeps = rows if projected is None else projected.view(-1, projected.size(-1))
             kept = _SaveInput.apply(keeps.detach(), weight, None if projected is None else consumer)
             output = _LinearWithoutWeightGrad.apply(rows, weight.detach(), bias, kept).view(*input.shape[:-1], weight.size(0))

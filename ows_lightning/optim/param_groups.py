@@ -33,15 +33,15 @@ def galore_param_groups(
     Raises:
         UsageError: The model has no decoder blocks.
     """
-    blocks = {id(p) for name, p in decoder_layers(model).named_parameters() if is_matrix(name, p)}
+    projected = {p for name, p in decoder_layers(model).named_parameters() if is_matrix(name, p)}
     if project_embeddings:
         outside = non_block_parameters(model)
-        blocks |= {id(p) for part in ("embeddings", "lm_head") for p in outside[part] if p.dim() == 2}
+        projected |= {p for part in ("embeddings", "lm_head") for p in outside[part] if p.dim() == 2}
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     options = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type, "subspace": subspace}
     groups: list[dict[str, Any]] = [
-        {"params": [(name, p) for name, p in trainable if id(p) in blocks], **({"scale": scale} if rank is None else options)},
-        {"params": [(name, p) for name, p in trainable if id(p) not in blocks and is_matrix(name, p)]},
+        {"params": [(name, p) for name, p in trainable if p in projected], **({"scale": scale} if rank is None else options)},
+        {"params": [(name, p) for name, p in trainable if p not in projected and is_matrix(name, p)]},
         {"params": [(name, p) for name, p in trainable if not is_matrix(name, p)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

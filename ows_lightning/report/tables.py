@@ -155,6 +155,4 @@ def formatted(key: str, row: dict[str, Any], every_block: bool = True) -> str:
     if key == "blocks_never_trained":
         blocks = value.split()
         return f"{len(blocks)} of {row['num_layers']}" + (f": {', '.join(blocks)}" if blocks and every_block else "")
-    if key in _FORMATS:
-        return _FORMATS[key](value)
-    return value if isinstance(value, str) else f"{value:,.0f}"
+    return _FORMATS[key](value) if key in _FORMATS else value if isinstance(value, str) else f"{value:,.0f}"

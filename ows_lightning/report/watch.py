@@ -60,7 +60,7 @@ class Page:
 
 
 def serve(page: Page, port: int) -> ThreadingHTTPServer:
-    """Returns a server of the page, bound to 127.0.0.1 and asked for under that name, that answers GET and HEAD alone."""
+    """Returns a server of the page on 127.0.0.1, which answers only GET and HEAD, and only under that name."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -47,7 +47,7 @@ def activate_blocks(
 
     With a ``resting_rank``, the matrices of the blocks above the lowest active one, which backward passes through anyway,
     keep ``requires_grad`` and train at rest, see ``GaLoreAdamW.rest``; vectors and the blocks below are frozen. A UsageError
-    says that no optimizer can do this.
+    names an optimizer that has some of these matrices and can't do this.
 
     Args:
         layers: The decoder blocks, or `trainable_by_block`'s modules.

@@ -36,8 +36,7 @@ def layer_outlier_ratios(model: nn.Module, batches: Iterable[Mapping[str, Tensor
 
     The weights of a block are those of its `nn.Linear` and `Conv1D` modules, and the raw parameters that activations
     are multiplied with (experts, routers). An expert's norms run over the tokens that are routed to it. Biases and LoRA's
-    adapters do not count. The model's mode, hooks and gradients are left as they were. Under FSDP2 all ranks have to pass the
-    same batches.
+    adapters do not count. The model's mode, hooks and gradients stay as they were. Under FSDP2 all ranks pass equal batches.
 
     Args:
         model: A causal LM, or any module that contains one.
@@ -217,8 +216,7 @@ class _InputRecorder(TorchFunctionMode):
         """Sums the squares of each input feature over the tokens in float32: (..., in) -> (in,)."""
         if self._last is None or self._last[0] is not inputs:  # q, k and v read the same tensor
             rows = inputs.reshape(-1, inputs.shape[-1])
-            if self.tokens is not None:
-                rows = rows[self.tokens]
+            rows = rows if self.tokens is None else rows[self.tokens]
             chunks = rows.split(rows_at_a_time(rows.shape[1], rows.device))
             # On CPUs this is up to ten times faster than torch.linalg.vector_norm over the tokens.
             self._last = inputs, torch.stack([chunk.float().square().sum(0) for chunk in chunks]).sum(0)

@@ -198,13 +198,13 @@ def test_says_where_probabilities_come_from(directory: Path, tmp_path: Path) -> 
             settings_from_config(make_config(directory, **{f"sampling__{key}": v for key, v in changes.items()}))
         )
 
-    assert "uniform, for want of sampling.scores" in planned(distribution="outlier").probabilities
+    assert "uniform, for want of sampling.scores" in planned(distribution="outlier").origin
     low = BlockScores("m", 5, 13.0, 8, "outlier", [9.0, 9.0, 0.1, 0.1, 0.1], [0.2] * 5)
     high = BlockScores("m", 5, 13.0, 8, "outlier", [0.1, 0.1, 0.1, 9.0, 9.0], [0.2] * 5)
     for name, scores in {"low": low, "high": high}.items():
         scores.save(tmp_path / f"{name}.json")
     below, above = (planned(distribution="outlier", scores=str(tmp_path / f"{name}.json")) for name in ("low", "high"))
-    assert "low.json" in below.probabilities
+    assert "low.json" in below.origin
     assert above.flops_per_token < planned(distribution="outlier").flops_per_token < below.flops_per_token
 
 
@@ -245,7 +245,7 @@ def test_a_head_that_is_tied_to_the_embeddings_trains_them_too(where: str, tmp_p
 
 def test_a_file_of_scores_is_no_measure_of_gradients(directory: Path) -> None:
     config = make_config(directory, sampling__distribution="gradient_norm", sampling__scores="nowhere.json")
-    assert count_flops(settings_from_config(config)).probabilities.startswith("uniform")
+    assert count_flops(settings_from_config(config)).origin.startswith("uniform")
 
 
 def test_grouped_draws_compute_less(directory: Path) -> None:

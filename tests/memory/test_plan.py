@@ -260,8 +260,8 @@ def test_the_loss_head_holds_the_chunk_of_the_device_that_is_planned_for(
     monkeypatch.setattr(loss, "CPU_CHUNK_BYTES", 1)  # a CPU's, of one row; a GPU's holds all of these rows
     settings = settings_from_config(make_config(directory))
     peaks = []
-    for host_memory in (False, True):
-        model, work = tiny_model("llama", **SHAPE), Workload(4, LENGTH, host_memory=host_memory)
+    for on_gpu in (False, True):
+        model, work = tiny_model("llama", **SHAPE), Workload(4, LENGTH, on_gpu=on_gpu)
         seen = simulate_steps(model, settings.method, work, MemoryTracker())
         peaks.append(sum(seen.peaks[False, "loss_head"].values()))
     logits = 4 * (LENGTH - 1) * SHAPE["vocab_size"] * 4
