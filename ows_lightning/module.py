@@ -221,6 +221,7 @@ class CausalLMModule(EvaluationModule):
         elif self.device_mesh["tensor_parallel"].size() > 1:
             raise UsageError("trainer.strategy: ModelParallelStrategy here splits tensors, too; write strategy: fsdp2")
         else:
+            check_callbacks(self.trainer.callbacks, sharded=True)  # type: ignore[attr-defined]
             mesh, device = self.device_mesh["data_parallel"], self.trainer.strategy.root_device
             self.causal_lm = load_into_shards(self.build, self.hparams["model_name_or_path"], mesh, device, self._precision)
         execution.checkpoint_activations(self.language_model, self.hparams["gradient_checkpointing"])
@@ -285,6 +286,8 @@ class CausalLMModule(EvaluationModule):
     def on_train_start(self) -> None:
         """Gives the blocks that were drawn memory on the device: a resumed run may validate before it trains."""
         if self.offloader is not None:
+            if self.offloader.was_copied:  # weight averaging begins with these weights, before any step
+                self.offloader.merge_updates()
             self.offloader.apply_draw(self.trainer.optimizers)
 
     def on_validation_epoch_start(self) -> None:

@@ -21,7 +21,7 @@ from ows_lightning.models.pretrained import check_finite, find_stored_weights, p
 def shard_model(model: nn.Module, mesh: DeviceMesh, precision: str = "32-true") -> None:
     """Shards a model's parameters over the processes of a one-dimensional mesh: they are replaced by DTensors.
 
-    The model is a ``CausalLM``, or another module that contains a causal LM and is run by its forward alone. With the
+    The model is a ``CausalLM``, or the causal LM that a module of your own holds, which is run by its forward alone. With the
     Trainer's ``bf16-true`` and ``bf16-mixed``, weights are gathered in bfloat16, and gradients are added up in float32.
     """
 

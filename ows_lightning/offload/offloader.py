@@ -25,7 +25,7 @@ from ows_lightning.optim.projected_adamw import merge_update_
 
 
 class BlockOffloader:
-    """Keeps the frozen decoder blocks of a model off the device (in host memory, on a disk, in int8), and computes there.
+    """Keeps the frozen decoder blocks of a model off the device (in host memory, on a disk, in int8), but computes on it.
 
     A block's parameters stay where they are in the model; what changes is their ``data``: the offloaded weights while the
     block is frozen, views of a slot while the frozen block computes, and memory of its own on the device while the block
@@ -138,12 +138,13 @@ class BlockOffloader:
             yield
             return
         self.end_pass()
-        self.schedule.enter(index)
-        self._apply_updates(index, self.schedule.slot_of(index), in_layers=False)
-        try:
-            yield
-        finally:
-            self.schedule.release_all()
+        with self.exact_weights():
+            self.schedule.enter(index)
+            self._apply_updates(index, self.schedule.slot_of(index), in_layers=False)
+            try:
+                yield
+            finally:
+                self.schedule.release_all()
 
     @contextmanager
     def exact_weights(self) -> Iterator[None]:

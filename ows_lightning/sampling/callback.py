@@ -58,7 +58,7 @@ class LayerwiseSampling(BlockSampler, Callback):
         self.attach(pl_module)
         sharded = any(map(is_sharded, pl_module.parameters()))
         if trainer.world_size > 1 and isinstance(trainer.strategy, ModelParallelStrategy) and not sharded:
-            how = 'by shard_model(self, self.device_mesh["data_parallel"]) of ows_lightning.distributed.sharded_model'
+            how = 'by shard_model(self.model, self.device_mesh["data_parallel"]) of ows_lightning.distributed.sharded_model'
             what = f"any other module has to shard itself in configure_model, {how}; or take ddp_layerwise"
             raise UsageError(f"trainer.strategy: fsdp2 shards a CausalLMModule; {what}")
 
@@ -77,7 +77,8 @@ class LayerwiseSampling(BlockSampler, Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Notes the gradients' norms, before Lightning clips them; a module that clips by hand has done so."""
-        self.observe([optimizer])
+        if optimizer is trainer.optimizers[0]:  # once a step: of several, each has some of the weights
+            self.observe(trainer.optimizers)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Names the blocks that never trained."""

@@ -181,10 +181,10 @@ class BlockSampler:
 
     def _check_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuses optimizers that hold no weight of some block, which would never train; see also `check_optimizer`."""
-        for optimizer in optimizers:
+        held = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in {held[p]: None for p in activation.block_matrices(self._blocks) if p in held}:
             self.check_optimizer(optimizer)
-        held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        if left_out := [index for index, block in enumerate(self._blocks) if len(block) and held.isdisjoint(block.values())]:
+        if left_out := [i for i, block in enumerate(self._blocks) if len(block) and held.keys().isdisjoint(block.values())]:
             fault = f"the optimizer holds no weight of blocks {left_out}, which would train nothing"
             raise UsageError(f"sampling: {fault}; build it from all parameters, before any is frozen")
 
@@ -306,7 +306,7 @@ class BlockSampler:
             ratios = BlockScores.load(Path(self.scores)).scores_for(num_layers, architecture, self.distribution)
         # A window also takes in blocks whose own probability is zero.
         distribution = "uniform" if self.distribution == "window" else self.distribution
-        draw_blocks(sampling_probabilities(ratios, distribution), self.activated_layers, torch.Generator())
+        draw_blocks(sampling_probabilities(ratios, distribution), self.activated_layers, torch.Generator())  # may raise
 
     def check_rest(self, blocks: Iterable[nn.Module]) -> str | None:
         """Returns a warning if `resting_rank` is too high for some matrices of the blocks; a UsageError if it is for all."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException
@@ -205,6 +206,9 @@ def loaded_before(arguments: list[str]) -> None:
     trainer = Trainer(strategy="fsdp2", accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False)
     with pytest.raises(UsageError, match=r"^trainer\.strategy: fsdp2 shards a model as it loads it; this one is loaded"):
         trainer.fit(module, DataLoader(rows))
+    trainer.callbacks.append(EMAWeightAveraging(device="cpu"))  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"^trainer\.callbacks: WeightAveraging copies the model"):
+        trainer.fit(CausalLMModule(arguments[0]), DataLoader(rows))
 
 
 def test_whole_weights_are_not_trained_as_if_they_were_sharded(model_dir: Callable[..., Path], tmp_path: Path) -> None:

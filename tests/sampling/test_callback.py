@@ -8,6 +8,7 @@ import logging
 import math
 import pickle
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -725,6 +726,40 @@ def test_gradient_norms_of_active_blocks_decide_the_draws(module: type[Lightning
     assert len(set(written.probabilities)) > 2
     assert min(written.probabilities) >= 0.1 / LAYERS
     assert sum(written.probabilities) == pytest.approx(1)
+
+
+class TwoOptimizers(Projected):
+    """Steps matrices by GaLoreAdamW and all else by AdamW, or by one optimizer."""
+
+    def __init__(self, kinds: Sequence[str]) -> None:
+        super().__init__()
+        self.automatic_optimization, self.kinds = False, kinds
+
+    def configure_optimizers(self) -> Any:
+        matrices, *others = galore_param_groups(self, rank=4)
+        if not self.kinds:
+            return GaLoreAdamW([matrices, *others], lr=1e-3)
+        made = {"galore": GaLoreAdamW([matrices], lr=1e-3)}
+        made["adamw"] = torch.optim.AdamW([p for group in others for _, p in group["params"]], lr=1e-3, weight_decay=0.0)
+        return [made[kind] for kind in self.kinds]
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizers = found if isinstance(found := self.optimizers(), list) else [found]
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_gradient_norms_are_of_whole_blocks_whose_weights_several_optimizers_hold(tmp_path: Path) -> None:
+    norms = []
+    for kinds in ((), ("galore", "adamw"), ("adamw", "galore")):
+        # Lightning counts the steps of every optimizer.
+        sampling = LayerwiseSampling(2, 3 * max(1, len(kinds)), "gradient_norm", always_train=("norm",))
+        fit(TwoOptimizers(kinds), sampling, tmp_path / "-".join(kinds), max_steps=6 * max(1, len(kinds)))
+        norms.append(sampling.gradient_norms)
+    assert norms[1] == norms[2]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)  # one optimizer clips and counts nothing else
 
 
 @pytest.mark.parametrize("distribution", ["window", "gradient_norm"])

@@ -501,6 +501,31 @@ def test_an_average_of_weights_has_what_offloaded_blocks_learned(model_dir: Call
         assert_agree(p, q)
 
 
+def test_an_average_that_begins_at_a_resume_has_what_was_learned_before(
+    model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    def averaged(where: str) -> nn.Module:
+        settings: dict[str, Any] = {"frozen_in": where, "trainer": {"accumulate_grad_batches": 2}}
+        fit(model_dir(), tmp_path, SaveAt(tmp_path / f"{where}.ckpt"), **settings)
+        average = EMAWeightAveraging(device="cpu", decay=0.99)  # first taken between two micro-batches, before any step
+        return fit(model_dir(), tmp_path, average, ckpt_path=tmp_path / f"{where}.ckpt", **settings).model
+
+    for p, q in zip(averaged("device").parameters(), averaged("host").parameters(), strict=True):
+        assert_agree(p, q)
+
+
+def test_an_optimizer_of_other_weights_need_not_let_them_rest() -> None:
+    model, sampler = tiny_model("llama"), Given()
+    matrices, *others = galore_param_groups(model, rank=8)
+    optimizers = [
+        torch.optim.AdamW([p for group in others for _, p in group["params"]], lr=LR),
+        GaLoreAdamW([matrices], lr=LR),
+    ]
+    sampler.attach(model)
+    sampler.start(0, optimizers, lambda: sampler.compute_scores(model, None))
+    assert any(map(optimizers[1].is_resting, model.parameters()))
+
+
 class StepsByHand(CausalLMModule):
     """Takes its steps itself, which Lightning's `optimizer_step` does not see."""
 
